@@ -1,0 +1,203 @@
+"""Photometric change by per-sample factors, and normalisation. No geometry.
+
+Factors are drawn on the CPU, so that what no sample needs is skipped without asking the device;
+they are applied there by kornia's functional operations.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import ceil, pi
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .views import to_device
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class Factors(NamedTuple):
+    """What happens to the colour of each sample: CPU tensors ``(b,)``, one entry a sample."""
+
+    brightness: Tensor
+    """Pixels are multiplied by it; 1 changes nothing."""
+    contrast: Tensor
+    """Distance from the mean is multiplied by it; 1 changes nothing."""
+    saturation: Tensor
+    """Distance from gray is multiplied by it; 1 changes nothing, 0 is gray."""
+    hue: Tensor
+    """Turn of the hue in radians; 0 changes nothing."""
+    sigma: Tensor
+    """Standard deviation of the blur in pixels; 0 is no blur."""
+    solarise: Tensor
+    """Bool: whether values from 0.5 up are inverted."""
+
+
+@dataclass(frozen=True)
+class Photometry:
+    """How strongly and how often colour is changed.
+
+    Attributes:
+        jitter: Strength of brightness, contrast, saturation (factors ``1 - s .. 1 + s``) and hue
+            (turns of ``-s .. s``).
+        prob_jitter: Share of samples that are jittered.
+        prob_gray: Share of samples that lose their colour.
+        prob_blur: Share of samples that are blurred.
+        sigma: Smallest and largest standard deviation of the blur, in pixels.
+        prob_solarise: Share of samples whose bright half is inverted.
+    """
+
+    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
+    prob_jitter: float = 0.8
+    prob_gray: float = 0.2
+    prob_blur: float = 1.0
+    sigma: tuple[float, float] = (0.1, 2.0)
+    prob_solarise: float = 0.0
+
+    def draw(self, count: int) -> Factors:
+        """Factors for ``count`` samples from the CPU's generator: nine numbers a sample."""
+        drawn = torch.rand(9, count)
+        jittered = drawn[4] < self.prob_jitter
+        brightness, contrast, saturation, hue = (
+            strength * (2 * part - 1) * jittered
+            for strength, part in zip(self.jitter, drawn[:4], strict=True)
+        )
+        low, high = self.sigma
+        return Factors(
+            brightness=1 + brightness,
+            contrast=1 + contrast,
+            saturation=torch.where(drawn[5] < self.prob_gray, 0.0, 1 + saturation),
+            hue=2 * pi * hue,
+            sigma=torch.where(drawn[6] < self.prob_blur, low + (high - low) * drawn[7], 0.0),
+            solarise=drawn[8] < self.prob_solarise,
+        )
+
+
+Change = Callable[[Tensor], Tensor]
+"""Views ``(b, c, h, w)`` to views of the same shape, every pixel in its place."""
+
+VIEW_ONE = Photometry()
+"""The authors' first view: always blurred, never solarised."""
+VIEW_TWO = Photometry(prob_blur=0.1, prob_solarise=0.2)
+"""The authors' second view: seldom blurred, sometimes solarised."""
+
+
+def change_colour(pixels: Tensor, factors: Factors, largest_sigma: float = 2.0) -> Tensor:
+    """Views changed in brightness, contrast, saturation, hue, sharpness and solarised, in order.
+
+    Saturation and hue need three channels and are left alone for any other count; a blur kernel
+    is never larger than the view. Values are clipped to [0, 1] where something was changed.
+
+    Args:
+        pixels: ``(b, c, h, w)`` float, values in [0, 1].
+        factors: What to do to each sample.
+        largest_sigma: Largest blur that may be drawn, in pixels. It sets the kernel's size, so that
+            what a sample looks like does not hang on the others of its batch.
+
+    Returns:
+        ``(b, c, h, w)`` on the same device.
+    """
+    from kornia import enhance  # here and not above: it takes a second that no import should cost
+    from kornia.filters import gaussian_blur2d
+
+    def blur(some: Tensor, sigma: Tensor) -> Tensor:
+        size = 2 * ceil(3 * largest_sigma) + 1  # three deviations to either side: 99.7 %
+        rows, columns = (min(size, side - 1 + side % 2) for side in some.shape[-2:])
+        return gaussian_blur2d(some, (rows, columns), torch.stack((sigma, sigma), dim=-1))
+
+    brightness, contrast = factors.brightness, factors.contrast
+    adjust = enhance.adjust_brightness_accumulative, enhance.adjust_contrast_with_mean_subtraction
+    pixels = on_some(pixels, brightness != 1, adjust[0], brightness)
+    pixels = on_some(pixels, contrast != 1, adjust[1], contrast)
+    if pixels.shape[1] == 3:
+        gray = enhance.adjust_saturation_with_gray_subtraction
+        # Without colour there is no hue to turn.
+        turned = (factors.hue != 0) & (factors.saturation != 0)
+        pixels = on_some(pixels, turned, enhance.adjust_hue, factors.hue)
+        pixels = on_some(pixels, factors.saturation != 1, gray, factors.saturation)
+    pixels = on_some(pixels, factors.sigma > 0, blur, factors.sigma)
+    half = torch.full_like(factors.sigma, 0.5)
+    return on_some(pixels, factors.solarise, enhance.solarize, half)
+
+
+def on_some(
+    pixels: Tensor, chosen: Tensor, operation: Callable[[Tensor, Tensor], Tensor], factor: Tensor
+) -> Tensor:
+    """The batch with ``operation`` done to the chosen samples, at no cost for the others."""
+    if not chosen.any():
+        return pixels
+    if chosen.all():
+        return operation(pixels, factor)
+    index = to_device(chosen.nonzero().squeeze(1), pixels.device)
+    return pixels.index_copy(0, index, operation(pixels[index], factor[chosen]))
+
+
+class Colour(nn.Module):
+    """The default augmentation of one view: colour changed as `Photometry` says.
+
+    Args:
+        photometry: How strongly and how often.
+        channels: Channels of the images. Solarising is left out unless there are three.
+    """
+
+    def __init__(self, photometry: Photometry, channels: int) -> None:
+        super().__init__()
+        self.photometry = photometry
+        self.channels = channels
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        factors = self.photometry.draw(len(pixels))
+        if self.channels != 3:
+            factors = factors._replace(solarise=torch.zeros_like(factors.solarise))
+        return change_colour(pixels, factors, self.photometry.sigma[1])
+
+
+class Normalise(nn.Module):
+    """Values from [0, 1] to about zero mean and unit variance, channel by channel.
+
+    Args:
+        mean: One value a channel.
+        std: One value a channel, above 0.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return (pixels - self.mean.to(pixels)) / self.std.to(pixels)
+
+
+class Augmentation(nn.Module):
+    """All that happens to the values of a view.
+
+    Args:
+        change: A photometric change, the default one or the user's own.
+        normalise: What follows it; None where the change normalises by itself.
+    """
+
+    def __init__(self, change: Change, normalise: Normalise | None) -> None:
+        super().__init__()
+        self.change = change
+        self.normalise = normalise
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Change views ``(b, c, h, w)``, float in [0, 1].
+
+        Raises:
+            ValueError: The change altered their shape.
+        """
+        changed = self.change(pixels)
+        if changed.shape != pixels.shape:
+            raise ValueError(
+                f"augment_fn turned views {tuple(pixels.shape)} into {tuple(changed.shape)}; it "
+                "must keep the shape and the place of every pixel: change colour there, and set "
+                "geometry by cutout_ratio_range, prob_rand_hflip, prob_rand_vflip and max_rotation"
+            )
+        return changed if self.normalise is None else self.normalise(changed)

@@ -1,0 +1,188 @@
+"""Where cells lie in the source image, and which cells of two views see the same spot.
+
+A view is an affine map ``(2, 3)`` from its unit square (``u`` to the right, ``v`` down, 0 and 1 at
+the edges) to source-image pixels ``(x, y)``, edges at 0 and at width and height. Crops, flips,
+rotations and shears are all such maps, and nothing here knows which it was.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from .blocks import Block, blocks
+from .checks import above, raise_together
+
+
+class Pairs(Protocol):
+    """Which cells of view one match which cells of view two; see `Positives`."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """``(b, n1, n2)`` of the table."""
+
+    def block(self, block: Block) -> Tensor:
+        """The part ``(images, rows, n2)`` of the table, bool."""
+
+    def count(self) -> Tensor:
+        """Matches per image, ``(b,)`` int64."""
+
+
+def box_to_map(boxes: Tensor, mirrored: Tensor) -> Tensor:
+    """The view maps of upright crops.
+
+    Args:
+        boxes: ``(b, 4)`` float crops ``(x0, y0, x1, y1)``, edges in source pixels.
+        mirrored: ``(b,)`` bool, whether the crop was flipped left to right.
+
+    Returns:
+        ``(b, 2, 3)`` maps from the view's unit square to source pixels.
+    """
+    x0, y0, x1, y1 = boxes.unbind(dim=-1)
+    left, right = torch.where(mirrored, x1, x0), torch.where(mirrored, x0, x1)
+    zero = torch.zeros_like(x0)
+    across = torch.stack((right - left, zero, left), dim=-1)
+    down = torch.stack((zero, y1 - y0, y0), dim=-1)
+    return torch.stack((across, down), dim=-2)
+
+
+def unit_centres(cells: int, like: Tensor) -> Tensor:
+    """The centres ``(cells,)`` of equal cells along the unit interval: half a cell inside."""
+    return (torch.arange(cells, dtype=like.dtype, device=like.device) + 0.5) / cells
+
+
+def cell_centres(to_image: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Where each cell of a feature map looks in the source image.
+
+    Args:
+        to_image: ``(b, 2, 3)`` float maps from the view's unit square to source pixels.
+        grid: Cells per view, ``(h, w)``.
+
+    Returns:
+        ``(b, h * w, 2)`` float centres ``(x, y)``, in source pixels, row by row.
+    """
+    h, w = grid
+    v, u = torch.meshgrid(unit_centres(h, to_image), unit_centres(w, to_image), indexing="ij")
+    points = rearrange(torch.stack((u, v)), "uv h w -> uv (h w) 1")
+    # Sums, not a matrix product: autocast would round coordinates to eight bits.
+    across, down, origin = rearrange(to_image, "b xy part -> part b 1 xy")
+    centres: Tensor = origin + points[0] * across + points[1] * down
+    return centres
+
+
+def cell_diagonals(to_image: Tensor, grid: tuple[int, int]) -> Tensor:
+    """How long a cell's diagonal is in the source image: the unit of every distance.
+
+    Args:
+        to_image: ``(b, 2, 3)`` float maps from the view's unit square to source pixels.
+        grid: Cells per view, ``(h, w)``.
+
+    Returns:
+        ``(b,)`` float lengths in source pixels; of a sheared cell, whose two diagonals differ,
+        their root mean square.
+    """
+    h, w = grid
+    width, height = to_image[..., 0] / w, to_image[..., 1] / h
+    return (width.square() + height.square()).sum(dim=-1).sqrt()
+
+
+class Positives:
+    """Which cells of two views see the same spot, as a rule that is asked block by block.
+
+    Cell ``i`` of view one and cell ``j`` of view two match where the distance of their centres,
+    divided by the larger of the two views' cell diagonals, is under the threshold
+    (arXiv:2011.10043, sec. 3.1, Eq. 1). The ``(b, n1, n2)`` table of answers is never held whole.
+
+    Args:
+        one: ``(b, 2, 3)`` float view maps of view one.
+        two: ``(b, 2, 3)`` float view maps of view two.
+        grid_one: Cells ``(h, w)`` of view one, ``n1 = h * w``.
+        grid_two: Cells ``(h, w)`` of view two, ``n2 = h * w``.
+        threshold: Largest distance in cell diagonals, above 0; 0.7 in the paper.
+
+    Raises:
+        ValueError: The threshold is not above 0.
+    """
+
+    def __init__(
+        self,
+        one: Tensor,
+        two: Tensor,
+        grid_one: tuple[int, int],
+        grid_two: tuple[int, int],
+        threshold: float,
+    ) -> None:
+        raise_together(above("threshold", threshold, 0))
+        diagonals = cell_diagonals(one, grid_one), cell_diagonals(two, grid_two)
+        self.one = cell_centres(one, grid_one)
+        self.two = cell_centres(two, grid_two)
+        self.reach = threshold * torch.maximum(*diagonals)
+        self._count: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """``(b, n1, n2)`` of the table that is never held."""
+        return self.one.shape[0], self.one.shape[1], self.two.shape[1]
+
+    @property
+    def mT(self) -> Positives:  # noqa: N802  # named as the tensor attribute it stands for
+        """The other direction: view two's cells as rows."""
+        other = Positives.__new__(Positives)
+        other.one, other.two, other.reach = self.two, self.one, self.reach
+        other._count = self._count
+        return other
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """The matches ``(b, stop - start, n2)``, bool, of some cells of view one."""
+        return self.block(Block(slice(None), slice(start, stop)))
+
+    def block(self, block: Block) -> Tensor:
+        """The matches ``(images, rows, n2)``, bool, of some cells of view one in some images."""
+        one = rearrange(self.one[block.images, block.rows], "b i xy -> xy b i 1")
+        two = rearrange(self.two[block.images], "b j xy -> xy b 1 j")
+        distance_squared = (one[0] - two[0]).square() + (one[1] - two[1]).square()
+        return distance_squared < rearrange(self.reach[block.images], "b -> b 1 1").square()
+
+    def count(self) -> Tensor:
+        """Matches per image, ``(b,)`` int64. Costs ``n1 * n2`` comparisons once."""
+        if self._count is None:
+            counts = torch.zeros(self.shape[0], dtype=torch.int64, device=self.one.device)
+            for block in blocks(*self.shape):
+                counts[block.images] += self.block(block).sum(dim=(1, 2))
+            self._count = counts
+        return self._count
+
+
+def positive_mask(
+    one: Tensor,
+    two: Tensor,
+    grid_one: tuple[int, int],
+    grid_two: tuple[int, int],
+    threshold: float,
+) -> Tensor:
+    """The whole table ``(b, n1, n2)``, bool, of `Positives`: for tests and for small maps."""
+    positives = Positives(one, two, grid_one, grid_two, threshold)
+    return positives.rows(0, positives.shape[1])
+
+
+class HeldPairs:
+    """A table of matches that is already there, asked as one asks `Positives`.
+
+    Args:
+        table: ``(b, n1, n2)`` bool.
+    """
+
+    def __init__(self, table: Tensor) -> None:
+        self.table = table
+        self.shape: tuple[int, int, int] = (table.shape[0], table.shape[1], table.shape[2])
+
+    def block(self, block: Block) -> Tensor:
+        """The part ``(images, rows, n2)`` of the table."""
+        return self.table[block.images, block.rows]
+
+    def count(self) -> Tensor:
+        """Matches per image, ``(b,)`` int64."""
+        return self.table.sum(dim=(1, 2))

@@ -1,0 +1,162 @@
+"""What the learner accepts: images or ready views, looked at without waiting for the device."""
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .views import View
+
+LARGEST = 16.0
+"""Images are meant to lie in [0, 1]; beyond this, no normalised image lies either."""
+
+
+def check_images(images: object, channels: int, smallest: int = 1) -> Tensor:
+    """The images, once they have been found to be floats ``(b, channels, height, width)``.
+
+    Args:
+        images: Whatever was passed.
+        channels: Channels they must have.
+        smallest: Height and width they must at least have.
+
+    Raises:
+        ValueError: Anything else, with the way to make them so.
+    """
+    if not isinstance(images, Tensor):
+        raise ValueError(
+            f"images are a {type(images).__name__}; they must be a float tensor (b, {channels}, "
+            "height, width), or a pair of View(pixels, to_image) cut elsewhere"
+        )
+    if not images.is_floating_point():
+        scale = f"images.float() / {torch.iinfo(images.dtype).max}" if is_integer(images) else ""
+        raise ValueError(
+            f"images have dtype {images.dtype}; they must be floats in [0, 1]: "
+            f"pass {scale or 'images.float()'}"
+        )
+    if images.ndim != 4 or 0 in images.shape:
+        hint = "; add the batch with images[None]" if images.ndim == 3 else ""
+        raise ValueError(
+            f"images have shape {tuple(images.shape)}; they must be (b, {channels}, height, "
+            f"width), none of them 0{hint}"
+        )
+    if images.shape[1] != channels:
+        last = images.shape[3] == channels
+        hint = "images.permute(0, 3, 1, 2)" if last else f"PixelCL(..., channels={images.shape[1]})"
+        raise ValueError(
+            f"images have {images.shape[1]} channels (shape {tuple(images.shape)}); this learner "
+            f"was built for {channels}: pass {hint}"
+        )
+    if min(images.shape[2:]) < smallest:
+        raise ValueError(
+            f"images are {images.shape[2]}x{images.shape[3]}; they must be at least {smallest}x"
+            f"{smallest}, the stride of the pixel layer: tap an earlier layer or use larger images"
+        )
+    return images
+
+
+def is_integer(images: Tensor) -> bool:
+    """Whether the dtype is one of the integers (and not bool or complex)."""
+    return not images.is_complex() and images.dtype != torch.bool
+
+
+def check_views(views: Sequence[Any], channels: int) -> tuple[View, View]:
+    """Two views of the same images, once shapes and dtypes have been found to agree.
+
+    Raises:
+        ValueError: Not two, not views, or of different batches.
+    """
+    if len(views) != 2:
+        raise ValueError(f"got {len(views)} views; the learner takes (view_one, view_two)")
+    for view in views:
+        if not isinstance(view, tuple) or len(view) != 2:
+            raise ValueError(
+                f"a view is a {type(view).__name__}; it must be View(pixels (b, c, h, w), to_image "
+                "(b, 2, 3)), since a loss needs to know where its pixels came from"
+            )
+        check_images(view[0], channels)
+        if not isinstance(view[1], Tensor) or tuple(view[1].shape) != (len(view[0]), 2, 3):
+            found = tuple(view[1].shape) if isinstance(view[1], Tensor) else type(view[1]).__name__
+            raise ValueError(
+                f"to_image of a view is {found}; it must be a float tensor ({len(view[0])}, 2, 3), "
+                "one map an image: make it with geometry.box_to_map"
+            )
+    one, two = (View(*view) for view in views)
+    if len(one.pixels) != len(two.pixels):
+        raise ValueError(
+            f"view one holds {len(one.pixels)} images and view two {len(two.pixels)}; both must "
+            "show the same images in the same order"
+        )
+    return one, two
+
+
+class ValueWatch:
+    """Looks at the values of each batch without ever making the device wait.
+
+    On the CPU the verdict is immediate. Elsewhere the extremes of a batch travel to the host while
+    work goes on, and are judged at a later call, once they have arrived.
+    """
+
+    def __init__(self) -> None:
+        self.warned = False
+        self.pending: list[tuple[Tensor, Any]] = []  # extremes, and the event of their arrival
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"warned": self.warned, "pending": []}  # events neither pickle nor copy
+
+    def __call__(self, images: Tensor, *, in_unit_range: bool) -> None:
+        """Note the extremes of ``images`` and judge every batch whose extremes have arrived.
+
+        Args:
+            images: ``(b, c, h, w)`` float.
+            in_unit_range: Whether values are meant to lie in [0, 1]; ready views are normalised
+                already and need only be finite.
+
+        Raises:
+            ValueError: NaN, infinite, or beyond 16 where [0, 1] was meant; names the image.
+        """
+        lowest, highest = torch.aminmax(images.detach().flatten(1), dim=1)
+        extremes = torch.stack((lowest, highest))
+        if not in_unit_range:  # finite values pass for 0 and keep NaN and infinity in view
+            extremes = extremes * 0
+        if images.device.type == "cpu":
+            self.judge(extremes)
+        elif images.device.type == "cuda":
+            arriving = torch.empty_like(extremes, device="cpu", pin_memory=True)
+            arriving.copy_(extremes, non_blocking=True)
+            event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]  # untyped in torch
+            event.record()
+            self.pending.append((arriving, event))
+            self.judge_arrived()
+
+    def judge_arrived(self) -> None:
+        """Judge the batches whose extremes have reached the host."""
+        while self.pending and self.pending[0][1].query():
+            self.judge(self.pending.pop(0)[0])
+
+    def judge(self, extremes: Tensor) -> None:
+        """Say no to the worst image of a batch, warn once of values outside [0, 1].
+
+        Args:
+            extremes: ``(2, b)`` lowest and highest value of each image, on the CPU.
+        """
+        lowest, highest = extremes.double()
+        worst = torch.maximum(lowest.abs(), highest.abs()).nan_to_num(nan=torch.inf)
+        image = int(worst.argmax())
+        low, high = float(lowest[image]), float(highest[image])
+        if not worst[image] <= LARGEST:
+            found = f"values from {low:.4g} to {high:.4g}" if low - low == 0 == high - high else ""
+            raise ValueError(
+                f"image {image} of the batch has {found or 'NaN or infinite values'}; values must "
+                "lie in [0, 1]: divide by the largest value of the format (255, 65535), and look "
+                "for broken files"
+            )
+        if not self.warned and (lowest.min() < -1e-3 or highest.max() > 1 + 1e-3):
+            self.warned = True
+            warnings.warn(
+                f"images have values from {float(lowest.min()):.4g} to {float(highest.max()):.4g}; "
+                "[0, 1] is expected, since colour is changed there and clipped: divide by the "
+                "largest value of the format and do not normalise (said once)",
+                stacklevel=2,
+            )

@@ -1,0 +1,151 @@
+"""What the learner minimises: tensors in, a scalar out (arXiv:2011.10043, sec. 3).
+
+Each pixel loss is one direction; the learner calls it twice, with the views exchanged, and adds.
+Cosines are taken in at least float32, whatever the precision of the tensors that come in.
+"""
+
+from __future__ import annotations
+
+import torch
+from einops import einsum, rearrange
+from torch import Tensor
+
+from .blocks import Block, by_blocks, full_precision
+from .checks import above, raise_together
+from .geometry import HeldPairs, Pairs
+
+EPSILON = 1e-6
+"""Vectors shorter than this have no direction worth a gradient."""
+
+
+def unit(vectors: Tensor, dim: int = -1) -> Tensor:
+    """The vectors along ``dim`` scaled to length 1, in at least float32.
+
+    A vector shorter than `EPSILON` is divided by `EPSILON` instead and gets no gradient, which
+    would otherwise be a million times its share: zero vectors stay zero and blow nothing up.
+    """
+    vectors = vectors if vectors.dtype == torch.float64 else vectors.float()
+    length = torch.linalg.vector_norm(vectors, dim=dim, keepdim=True)
+    long = length > EPSILON
+    return torch.where(long, vectors, vectors.detach()) / torch.where(long, length, EPSILON)
+
+
+def pixpro_loss(propagated: Tensor, target: Tensor, positives: Pairs | Tensor) -> Tensor:
+    """The pixel-to-propagation consistency loss of one direction.
+
+    Per image ``2 - 2 * mean cosine over its positive pairs`` and exactly 0, with a connected
+    graph, for an image without pairs; then the mean over the batch (sec. 3.2, Eq. 5, shifted by 2
+    an image so that it is never negative; gradients equal the authors' code).
+
+    Args:
+        propagated: ``(b, d, n1)`` float pixels of one view after the propagation module.
+        target: ``(b, d, n2)`` float pixels of the other view from the target network.
+        positives: `Positives`, or its table ``(b, n1, n2)`` bool.
+
+    Returns:
+        A scalar in [0, 4], at least float32.
+
+    Raises:
+        ValueError: The shapes do not belong together.
+
+    Time grows with ``n1 * n2``, memory with ``n1 + n2``.
+    """
+    pairs = matching_pairs(propagated, target, positives)
+    cosine, has_pairs = positive_cosine(propagated, target, pairs)
+    return ((2 - 2 * cosine).clamp(min=0) * has_pairs).mean()
+
+
+def positive_cosine(online: Tensor, target: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:
+    """The mean cosine ``(b,)`` of each image's positive pairs and whether it has any, bool.
+
+    The sum over pairs of ``<x_i, t_j>`` is the sum over ``i`` of ``<x_i, s_i>``, where ``s_i`` is
+    the sum of the target vectors over the positives of ``i``: one product a block, and no graph
+    where the target has no gradient. 0 for an image without pairs.
+    """
+    with full_precision(online):
+        x, t = unit(rearrange(online, "b d i -> b i d")), unit(rearrange(target, "b d j -> b j d"))
+
+        def sums(block: Block) -> Tensor:
+            return einsum(pairs.block(block).to(t), t[block.images], "b i j, b j d -> b i d")
+
+        total = einsum(x, by_blocks(sums, *pairs.shape).to(x), "b i d, b i d -> b")
+    count = pairs.count()
+    return total / count.clamp(min=1), count > 0
+
+
+def pixcontrast_loss(
+    online: Tensor, target: Tensor, positives: Pairs | Tensor, temperature: float
+) -> Tensor:
+    """The pixel contrast loss of one direction.
+
+    ``-log(sum over positives of exp(cos / t) / sum over all of exp(cos / t))`` for every pixel
+    with at least one positive, the mean over such pixels of an image (0 for an image without
+    pairs), the mean over the batch (sec. 3.1, Eq. 2), by log-sum-exp.
+
+    Args:
+        online: ``(b, d, n1)`` float pixels of one view from the online network.
+        target: ``(b, d, n2)`` float pixels of the other view from the target network.
+        positives: `Positives`, or its table ``(b, n1, n2)`` bool.
+        temperature: ``t``, above 0; 0.3 in the paper.
+
+    Returns:
+        A scalar of at least 0, at least float32.
+
+    Raises:
+        ValueError: The shapes do not belong together, or the temperature is not above 0.
+
+    Time grows with ``n1 * n2``, memory with ``n1 + n2``.
+    """
+    raise_together(above("temperature", temperature, 0))
+    pairs = matching_pairs(online, target, positives)
+    with full_precision(online):
+        x, t = unit(rearrange(online, "b d i -> b i d")), unit(rearrange(target, "b d j -> b j d"))
+
+        def pixel_losses(block: Block) -> Tensor:
+            ours, theirs = x[block.images, block.rows], t[block.images]
+            scores = einsum(ours, theirs, "b i d, b j d -> b i j") / temperature
+            positive = pairs.block(block)
+            counted = positive.any(dim=-1, keepdim=True)
+            # Without positives, all count as positive: the loss is 0, and so is its gradient.
+            kept = scores.masked_fill(~positive & counted, -torch.inf)
+            loss = scores.logsumexp(-1) - kept.logsumexp(-1)
+            return torch.stack((loss, counted.squeeze(-1).to(loss)), dim=-1)
+
+        losses, counted = by_blocks(pixel_losses, *pairs.shape).unbind(dim=-1)
+    return (losses.sum(dim=-1) / counted.sum(dim=-1).clamp(min=1)).mean()
+
+
+def instance_loss(prediction: Tensor, target: Tensor) -> Tensor:
+    """The instance-level loss of one direction: the mean of ``2 - 2 cos``.
+
+    Args:
+        prediction: ``(b, d)`` float predictions of the online network for one view.
+        target: ``(b, d)`` float projections of the target network for the other view.
+
+    Returns:
+        A scalar in [0, 4], at least float32 (sec. 3.3).
+
+    Raises:
+        ValueError: The shapes differ or are not ``(b, d)``.
+    """
+    if prediction.ndim != 2 or prediction.shape != target.shape:
+        raise ValueError(
+            f"prediction has shape {tuple(prediction.shape)} and target {tuple(target.shape)}; "
+            "both must be (b, d): average maps over their cells first"
+        )
+    cosine = (unit(prediction) * unit(target)).sum(dim=-1)
+    return (2 - 2 * cosine).clamp(min=0).mean()
+
+
+def matching_pairs(online: Tensor, target: Tensor, positives: Pairs | Tensor) -> Pairs:
+    """The pairs, once the shapes of pixels and pairs have been found to agree."""
+    pairs = HeldPairs(positives) if isinstance(positives, Tensor) else positives
+    expected = (online.shape[0], online.shape[-1], target.shape[-1])
+    alike = online.ndim == 3 and online.shape[:2] == target.shape[:2]
+    if not alike or pairs.shape != expected:
+        raise ValueError(
+            f"got pixels {tuple(online.shape)} and {tuple(target.shape)} and pairs "
+            f"{tuple(pairs.shape)}; they must be (b, d, n1), (b, d, n2) and (b, n1, n2): flatten "
+            "maps with einops.rearrange(map, 'b d h w -> b d (h w)')"
+        )
+    return pairs

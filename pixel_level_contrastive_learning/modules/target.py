@@ -1,0 +1,91 @@
+"""The target: a slowly moving average of the encoder, which no gradient reaches."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from ..checks import raise_together, within
+from .encoder import Branches, Encoder, Projections
+
+HALVES = (torch.float16, torch.bfloat16)
+
+
+class Target(Encoder):
+    """The moving average of an encoder (arXiv:2011.10043, sec. 3.1).
+
+    Runs without gradient and in train mode: its batch norm has statistics of its own. Its
+    parameters are never held in less than float32, whatever the learner is cast to: in half
+    precision a step of one per cent would round away.
+
+    Args:
+        online: The encoder to follow; the target begins as its copy.
+    """
+
+    def __init__(self, online: Encoder) -> None:
+        super().__init__(
+            copy.deepcopy(online.net),
+            online.pixel_tap,
+            online.instance_tap,
+            copy.deepcopy(online.pixel_projector),
+            copy.deepcopy(online.instance_projector),
+        )
+        self.requires_grad_(False)
+        self.train()
+        for module in self.modules():  # tensor by tensor, since `_apply` below keeps precision
+            held: list[Tensor] = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+            for tensor in held:
+                if tensor.dtype in HALVES:
+                    tensor.data = tensor.float()
+        self.compute_dtype = next(online.parameters()).dtype
+
+    @torch.no_grad()
+    def forward(self, pixels: Tensor, branches: Branches = Branches()) -> Projections:  # noqa: B008
+        half = self.compute_dtype in HALVES  # a learner cast to halves computes in halves
+        kind = pixels.device.type
+        with torch.autocast(kind, dtype=self.compute_dtype) if half else nullcontext():
+            return super().forward(pixels, branches)
+
+    @torch.no_grad()
+    def follow(self, online: Encoder, decay: float) -> None:
+        """Move every parameter of the target: ``decay`` of itself, the rest of the online one.
+
+        Batch-norm buffers are the target's own and stay.
+
+        Args:
+            online: The encoder that is followed.
+            decay: Share of itself that the target keeps, in [0, 1].
+
+        Raises:
+            ValueError: A decay outside [0, 1].
+        """
+        raise_together(within("decay", decay, 0, 1))
+        own = [parameter.detach() for parameter in self.parameters()]
+        others = [parameter.detach() for parameter in online.parameters()]
+        others = [other.to(mine.dtype) for mine, other in zip(own, others, strict=True)]
+        torch._foreach_lerp_(own, others, 1 - decay)
+
+    @torch.no_grad()
+    def reset(self, online: Encoder) -> None:
+        """Make the target a copy of the online encoder again, buffers included."""
+        for mine, other in zip(self.parameters(), online.parameters(), strict=True):
+            mine.copy_(other)
+        for mine, other in zip(self.buffers(), online.buffers(), strict=True):
+            mine.copy_(other)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move as asked, but keep float32 where halves were asked for."""
+
+        def kept(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            if tensor.is_floating_point():
+                self.compute_dtype = moved.dtype
+            return tensor.to(moved.device) if moved.dtype in HALVES else moved
+
+        super()._apply(kept, recurse)  # type: ignore[no-untyped-call]  # untyped in torch
+        return self

@@ -1,0 +1,454 @@
+"""PixelCL: the method, composed."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from math import ceil
+from typing import NamedTuple
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from .augment import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    VIEW_ONE,
+    VIEW_TWO,
+    Augmentation,
+    Change,
+    Colour,
+    Normalise,
+)
+from .checks import (
+    above,
+    at_least,
+    is_number,
+    one_of,
+    raise_together,
+    ratio_range,
+    size_pair,
+    whole,
+    within,
+)
+from .geometry import Positives
+from .inputs import ValueWatch, check_images, check_views
+from .losses import instance_loss, pixcontrast_loss, pixpro_loss, positive_cosine
+from .modules.encoder import Branches, Encoder, Projections
+from .modules.heads import map_head, vector_head
+from .modules.ppm import PPM
+from .modules.taps import Survey
+from .modules.target import Target
+from .views import View, cut_views, draw_maps, to_device
+
+
+class Terms(NamedTuple):
+    """The loss and what it is made of: 0-d tensors on the learner's device.
+
+    Attributes:
+        loss: ``alpha * pixel_loss + instance_weight * instance_loss``; carries the gradient.
+        pixel_loss: Both directions of the pixel term, before weighing. PixPro: in [0, 8].
+        instance_loss: Both directions of the instance term, before weighing, in [0, 8].
+        pixel_cosine: Mean cosine of the positive pairs, over images that have any and both
+            directions, in [-1, 1]; 0 if none has. The figure to watch: it should rise.
+        instance_cosine: Mean cosine of prediction and target, in [-1, 1].
+        positive_pairs: Matched cells of the whole batch, first direction, int64.
+        images_without_pairs: Images whose views share no cell, int64.
+    """
+
+    loss: Tensor
+    pixel_loss: Tensor
+    instance_loss: Tensor
+    pixel_cosine: Tensor
+    instance_cosine: Tensor
+    positive_pairs: Tensor
+    images_without_pairs: Tensor
+
+
+Direction = tuple[Projections, Projections, Positives]
+"""What the online network says of one view, what the target says of the other, what matches."""
+
+
+class PixelCL(nn.Module):
+    """Pretrains any backbone at pixel level on images without labels (arXiv:2011.10043).
+
+    ``loss = learner(images)``, ``loss.backward()``, ``opt.step()``,
+    ``learner.update_moving_average()``; then save ``net``, the very object handed in.
+
+    Args:
+        net: The backbone. Forward hooks read it while it runs; nothing of it is replaced.
+        image_size: Size of the *views* in pixels, an int or ``(height, width)``. Images may have
+            any size and aspect.
+        hidden_layer_pixel: Layer whose output goes to the pixel loss, a name such as ``layer4`` or
+            an index into the network's children; ``None`` takes the deepest map of at least 4x4
+            cells with a stride of at most 32.
+        hidden_layer_instance: Layer whose average goes to the instance loss; ``None`` takes the
+            pooled vector.
+        projection_size: Channels of the projections.
+        projection_hidden_size: Hidden channels of the projectors and the predictor.
+        augment_fn: Changes the views ``(b, c, h, w)`` in place of the default colour change and
+            normalisation; it must leave the geometry alone. Serves both views unless `augment_fn2`
+            is given.
+        augment_fn2: The same for the second view.
+        prob_rand_hflip: Share of views flipped left to right.
+        moving_average_decay: Share of itself that the target keeps at each update, in [0, 1].
+        ppm_num_layers: Depth of the propagation module's transform: 0, 1 or 2.
+        ppm_gamma: Sharpness of the propagation module's likeness, at least 1.
+        distance_thres: Two cells match under this distance, in diagonals of the larger of the two
+            views' cells.
+        similarity_temperature: Temperature of the pixel contrast loss.
+        alpha: Weight of the pixel loss; 0 skips its branch.
+        use_pixpro: PixPro if true, pixel contrast if false.
+        cutout_ratio_range: Smallest and largest *side* of a crop as a share of the image's, drawn
+            for each image and view; (0.6, 0.8) keeps 36 to 64 % of the area.
+        cutout_interpolate_mode: How views are cut: ``bilinear``, ``nearest`` or ``bicubic``.
+        coord_cutout_interpolate_mode: Does nothing any more, since coordinates are exact.
+        channels: Channels of the images.
+        instance_weight: Weight of the instance loss; 0 skips its branch.
+        prob_rand_vflip: Share of views flipped upside down.
+        max_rotation: Largest turn of a view, in degrees, either way.
+        mean: Per-channel mean the views are normalised with, for values in [0, 1]. Default:
+            ImageNet's for three channels, its average for any other count. With an `augment_fn` of
+            your own nothing is normalised unless `mean` or `std` is given.
+        std: Per-channel standard deviation, likewise.
+
+    Raises:
+        ValueError: A value out of its range (all at once), an unknown layer, or a layer that gives
+            no map.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        image_size: int | tuple[int, int],
+        hidden_layer_pixel: str | int | None = None,
+        hidden_layer_instance: str | int | None = None,
+        projection_size: int = 256,
+        projection_hidden_size: int = 2048,
+        augment_fn: Change | None = None,
+        augment_fn2: Change | None = None,
+        prob_rand_hflip: float = 0.25,
+        moving_average_decay: float = 0.99,
+        ppm_num_layers: int = 1,
+        ppm_gamma: float = 2,
+        distance_thres: float = 0.7,
+        similarity_temperature: float = 0.3,
+        alpha: float = 1.0,
+        use_pixpro: bool = True,
+        cutout_ratio_range: tuple[float, float] = (0.6, 0.8),
+        cutout_interpolate_mode: str = "bilinear",
+        coord_cutout_interpolate_mode: str | None = None,
+        *,
+        channels: int = 3,
+        instance_weight: float = 1.0,
+        prob_rand_vflip: float = 0.0,
+        max_rotation: float = 0.0,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+    ) -> None:
+        super().__init__()
+        raise_together(
+            size_pair("image_size", image_size),
+            whole("projection_size", projection_size, 1),
+            whole("projection_hidden_size", projection_hidden_size, 1),
+            within("prob_rand_hflip", prob_rand_hflip, 0, 1),
+            within("prob_rand_vflip", prob_rand_vflip, 0, 1),
+            within("max_rotation", max_rotation, 0, 180),
+            within("moving_average_decay", moving_average_decay, 0, 1),
+            one_of("ppm_num_layers", ppm_num_layers, (0, 1, 2)),
+            at_least("ppm_gamma", ppm_gamma, 1),
+            above("distance_thres", distance_thres, 0),
+            above("similarity_temperature", similarity_temperature, 0),
+            at_least("alpha", alpha, 0),
+            at_least("instance_weight", instance_weight, 0),
+            something_to_learn(alpha, instance_weight),
+            ratio_range("cutout_ratio_range", cutout_ratio_range),
+            one_of("cutout_interpolate_mode", cutout_interpolate_mode, MODES),
+            whole("channels", channels, 1),
+            per_channel("mean", mean, channels),
+            per_channel("std", std, channels),
+        )
+        if coord_cutout_interpolate_mode is not None:
+            warnings.warn(
+                "coord_cutout_interpolate_mode does nothing: coordinates are exact and not "
+                "interpolated; leave it out",
+                DeprecationWarning,
+                stacklevel=2,
+            )
+        height, width = image_size if isinstance(image_size, (tuple, list)) else (image_size,) * 2
+        self.image_size = (height, width)
+        self.channels = channels
+        self.prob_rand_hflip = prob_rand_hflip
+        self.prob_rand_vflip = prob_rand_vflip
+        self.max_rotation = max_rotation
+        self.moving_average_decay = moving_average_decay
+        self.distance_thres = distance_thres
+        self.similarity_temperature = similarity_temperature
+        self.alpha = alpha
+        self.instance_weight = instance_weight
+        self.use_pixpro = use_pixpro
+        self.cutout_ratio_range = cutout_ratio_range
+        self.cutout_interpolate_mode = cutout_interpolate_mode
+        self.watch = ValueWatch()
+
+        # A function of the user's is taken to normalise by itself unless statistics are given.
+        normalise = Normalise(*statistics(channels, mean, std))
+        own = None if mean is None and std is None else normalise
+        second = augment_fn if augment_fn2 is None else augment_fn2
+        self.augment_one, self.augment_two = (
+            Augmentation(Colour(default, channels), normalise)
+            if augment is None
+            else Augmentation(augment, own)
+            for augment, default in ((augment_fn, VIEW_ONE), (second, VIEW_TWO))
+        )
+
+        survey = Survey(net, channels, self.image_size)
+        pixel = survey.default_pixel() if hidden_layer_pixel is None else hidden_layer_pixel
+        pixel_tap = survey.tap(pixel, pixel=True)
+        instance = hidden_layer_instance
+        instance = survey.default_instance(pixel_tap.name) if instance is None else instance
+        instance_tap = survey.tap(instance, pixel=False)
+        self.stride = max(
+            side / cells
+            for side, cells in zip(self.image_size, pixel_tap.reading.grid, strict=True)
+        )
+        self.unreached_by_pixel = set(survey.unreached(pixel_tap))
+        self.unreached_by_instance = set(survey.unreached(instance_tap))
+
+        hidden, out = projection_hidden_size, projection_size
+        self.online_encoder = Encoder(
+            net,
+            pixel_tap,
+            instance_tap,
+            map_head(pixel_tap.reading.channels, hidden, out),
+            vector_head(instance_tap.reading.channels, hidden, out),
+        )
+        self.online_predictor = vector_head(out, hidden, out)
+        self.propagate_pixels = PPM(chan=out, num_layers=ppm_num_layers, gamma=ppm_gamma)
+        weight = next(net.parameters(), torch.empty(0))
+        heads = self.online_encoder.pixel_projector, self.online_encoder.instance_projector
+        for head in (*heads, self.online_predictor, self.propagate_pixels):
+            head.to(weight.device, weight.dtype)
+        self.target_encoder = Target(self.online_encoder)
+
+    @property
+    def net(self) -> nn.Module:
+        """The backbone: the very object handed in, better with every step."""
+        return self.online_encoder.net
+
+    def forward(
+        self,
+        images: Tensor | tuple[View, View],
+        return_positive_pairs: bool = False,
+        return_terms: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor] | Terms:
+        """The loss of a batch.
+
+        Two views of each image go through the online network; the target network, a moving average
+        of it, sees them without gradient. A pixel of one view and a pixel of the other match where
+        they look at the same spot. The propagation module rebuilds each online pixel from the
+        pixels of its view that it resembles, and is asked for the target's features of its matches
+        in the other view. The same is asked, by a predictor, of the views as wholes. Both ways.
+
+        Args:
+            images: ``(b, channels, height, width)`` float in [0, 1], of any size; or two views cut
+                elsewhere, which are neither drawn nor augmented.
+            return_positive_pairs: Return ``(loss, positive_pairs)``, the second a 0-d int64 tensor:
+                matched cells of the whole batch, first direction (0 if ``alpha`` is 0).
+            return_terms: Return `Terms` instead.
+
+        Returns:
+            The loss, a 0-d float32 tensor with gradient, or what was asked for.
+
+        Raises:
+            ValueError: Wrong rank, dtype, channels or values; a batch of 1 that batch norm refuses.
+        """
+        one, two = self.views(images)
+        online_one, online_two = self.predictions(one.pixels), self.predictions(two.pixels)
+        target_one = self.target_encoder(one.pixels, self.branches)
+        target_two = self.target_encoder(two.pixels, self.branches)
+
+        grids = online_one.grid, online_two.grid
+        matches = Positives(one.to_image, two.to_image, *grids, self.distance_thres)
+        directions = ((online_one, target_two, matches), (online_two, target_one, matches.mT))
+        pixel = torch.stack([self.pixel_loss(o, t, m) for o, t, m in directions]).sum()
+        instance = torch.stack([self.instance_loss(o, t, m) for o, t, m in directions]).sum()
+        loss = self.alpha * pixel + self.instance_weight * instance
+
+        if return_terms:
+            return self.terms(loss, pixel, instance, directions)
+        return (loss, matches.count().sum()) if return_positive_pairs else loss
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # untyped in torch
+    def views(self, images: Tensor | Sequence[View]) -> tuple[View, View]:
+        """Two views of each image: drawn, cut, changed in colour and normalised; or those given."""
+        if isinstance(images, (tuple, list)):
+            one, two = check_views(images, self.channels)
+            self.watch(one.pixels, in_unit_range=False)
+            self.watch(two.pixels, in_unit_range=False)
+            return one, two
+        images = check_images(images, self.channels, smallest=ceil(self.stride))
+        self.watch(images, in_unit_range=True)
+        return self.draw_view(images, self.augment_one), self.draw_view(images, self.augment_two)
+
+    def draw_view(self, images: Tensor, augment: Augmentation) -> View:
+        """A random view of each image; all random numbers come from torch's CPU generator."""
+        to_image = draw_maps(
+            len(images),
+            (images.shape[2], images.shape[3]),
+            self.cutout_ratio_range,
+            prob_hflip=self.prob_rand_hflip,
+            prob_vflip=self.prob_rand_vflip,
+            max_rotation=self.max_rotation,
+        )
+        cut = cut_views(images, to_image, self.image_size, self.cutout_interpolate_mode)
+        return View(augment(cut), to_device(to_image, images.device))
+
+    def predictions(self, pixels: Tensor) -> Projections:
+        """What the online network says of a view: its pixels propagated, its whole predicted."""
+        try:
+            pixel, instance = self.online_encoder(pixels, self.branches)
+            if pixel is not None and self.use_pixpro:
+                pixel = self.propagate_pixels(pixel)
+            if instance is not None:
+                instance = self.online_predictor(instance)
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise ValueError(
+                f"batch norm in train mode has no statistics in a batch of {len(pixels)} "
+                f"({error}); pass at least 2 images (drop_last=True in a data loader), or set "
+                "instance_weight=0, or put batch norm into eval mode"
+            ) from error
+        return Projections(pixel, instance)
+
+    def pixel_loss(self, online: Projections, target: Projections, matches: Positives) -> Tensor:
+        """PixPro or pixel contrast of one direction; 0 if the branch is skipped."""
+        if online.pixel is None or target.pixel is None:
+            return matches.reach.new_zeros(())
+        pixels, others = as_pixels(online.pixel), as_pixels(target.pixel)
+        if self.use_pixpro:
+            return pixpro_loss(pixels, others, matches)
+        return pixcontrast_loss(pixels, others, matches, self.similarity_temperature)
+
+    def instance_loss(self, online: Projections, target: Projections, matches: Positives) -> Tensor:
+        """The instance loss of one direction; 0 if the branch is skipped."""
+        if online.instance is None or target.instance is None:
+            return matches.reach.new_zeros(())
+        return instance_loss(online.instance, target.instance)
+
+    def pixel_cosine(self, pixel: Tensor, directions: tuple[Direction, ...]) -> Tensor:
+        """The mean cosine of each image's positive pairs, both directions, summed over images."""
+        if self.use_pixpro:  # its loss is the mean over the batch of 2 - 2 cos, in each direction
+            pairs = directions[0][2].count()
+            return (pairs > 0).sum() - pixel * len(pairs) / 4
+        cosines = pixel.new_zeros(())
+        for online, target, matches in directions:
+            if online.pixel is not None and target.pixel is not None:
+                cosine, _ = positive_cosine(
+                    as_pixels(online.pixel), as_pixels(target.pixel), matches
+                )
+                cosines = cosines + cosine.sum() / 2
+        return cosines
+
+    @torch.no_grad()
+    def terms(
+        self, loss: Tensor, pixel: Tensor, instance: Tensor, directions: tuple[Direction, ...]
+    ) -> Terms:
+        """The loss with the figures that say how training goes."""
+        pairs = directions[0][2].count()
+        with_pairs = (pairs > 0).sum()
+        return Terms(
+            loss=loss,
+            pixel_loss=pixel.detach(),
+            instance_loss=instance.detach(),
+            pixel_cosine=self.pixel_cosine(pixel, directions) / with_pairs.clamp(min=1),
+            instance_cosine=(1 - instance / 4) * self.branches.instance,
+            positive_pairs=pairs.sum(),
+            images_without_pairs=len(pairs) - with_pairs,
+        )
+
+    def update_moving_average(self, decay: float | None = None) -> None:
+        """Move the target towards the online network; call it after every step of the optimiser.
+
+        Args:
+            decay: Share of itself that the target keeps, in [0, 1]; default
+                ``moving_average_decay``.
+
+        Raises:
+            ValueError: A decay outside [0, 1].
+        """
+        decay = self.moving_average_decay if decay is None else decay
+        self.target_encoder.follow(self.online_encoder, decay)
+
+    def reset_moving_average(self) -> None:
+        """Make the target a copy of the online network again."""
+        self.target_encoder.reset(self.online_encoder)
+
+    @property
+    def branches(self) -> Branches:
+        """Which losses have weight."""
+        return Branches(pixel=self.alpha > 0, instance=self.instance_weight > 0)
+
+    def unreached_parameters(self) -> list[str]:
+        """The names, as in `named_parameters`, of trainable parameters that the loss never reaches.
+
+        A classifier head behind the tapped layers, or the heads of a skipped branch: never
+        trained, and left out by ``DistributedDataParallel`` without searching for them.
+        """
+        pixel, instance = self.branches
+        tapped = (self.unreached_by_pixel, pixel), (self.unreached_by_instance, instance)
+        in_net = set.intersection(*(names for names, used in tapped if used))
+        idle = {f"online_encoder.net.{name}" for name in in_net}
+        for prefix, used in (
+            ("online_encoder.pixel_projector.", pixel),
+            ("propagate_pixels.", pixel and self.use_pixpro),
+            ("online_encoder.instance_projector.", instance),
+            ("online_predictor.", instance),
+        ):
+            if not used:
+                idle |= {name for name, _ in self.named_parameters() if name.startswith(prefix)}
+        return sorted(idle)
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """Where ``DistributedDataParallel`` looks for parameters that never get a gradient."""
+        return self.unreached_parameters()
+
+
+MODES = ("bilinear", "nearest", "bicubic")
+
+
+def as_pixels(projected: Tensor) -> Tensor:
+    """A map ``(b, d, h, w)`` as ``(b, d, n)``, row by row."""
+    return rearrange(projected, "b d h w -> b d (h w)")
+
+
+def something_to_learn(alpha: object, instance_weight: object) -> str | None:
+    """The complaint about a loss without terms."""
+    if alpha == 0 and instance_weight == 0:
+        return "alpha and instance_weight are both 0; set at least one of them above 0"
+    return None
+
+
+def per_channel(name: str, values: Sequence[float] | None, channels: int) -> str | None:
+    """The complaint about statistics that are not one number a channel."""
+    if values is None:
+        return None
+    if len(values) != channels or not all(map(is_number, values)):
+        return f"{name} is {values!r}; it must be {channels} numbers, one a channel"
+    if name == "std" and min(values) <= 0:
+        return f"std is {values!r}; every value must be above 0"
+    return None
+
+
+def statistics(
+    channels: int, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel: those given, else ImageNet's or its average."""
+    default_mean, default_std = (
+        three if channels == 3 else (sum(three) / 3,) * channels
+        for three in (IMAGENET_MEAN, IMAGENET_STD)
+    )
+    return tuple(mean or default_mean), tuple(std or default_std)

@@ -1,0 +1,145 @@
+"""Views: pixels that know where they came from. Drawing their maps, cutting them out of images.
+
+Maps are drawn on the CPU from torch's generator and travel to the images' device; what is cut
+there is a function of image and map alone.
+"""
+
+from collections.abc import Sequence
+from math import log2
+from typing import NamedTuple
+
+import torch
+from einops import rearrange
+from torch import Tensor
+from torch.nn import functional
+
+from .geometry import cell_centres
+
+
+class View(NamedTuple):
+    """A view of each image of a batch, and where it lies in its image.
+
+    A NamedTuple, so that a data loader collates it and moving it to a device needs no care.
+
+    Attributes:
+        pixels: ``(b, c, h, w)`` float, ready for the network (cut, changed in colour, normalised).
+        to_image: ``(b, 2, 3)`` float32 map from the view's unit square (``u`` to the right, ``v``
+            down, 0 and 1 at the edges) to source-image pixels ``(x, y)``.
+    """
+
+    pixels: Tensor
+    to_image: Tensor
+
+
+def draw_maps(
+    count: int,
+    image_size: tuple[int, int],
+    ratio_range: tuple[float, float],
+    *,
+    prob_hflip: float = 0.0,
+    prob_vflip: float = 0.0,
+    max_rotation: float = 0.0,
+) -> Tensor:
+    """Random view maps, one an image: a crop of the image's aspect, flipped and turned.
+
+    A turned crop whose corners would leave the image is made smaller until it fits, then placed
+    uniformly among the places where all four corners lie inside.
+
+    Args:
+        count: Images ``b``.
+        image_size: Their ``(height, width)`` in pixels.
+        ratio_range: Smallest and largest side of a crop as a share of the image's, in (0, 1].
+        prob_hflip: Share of views that are flipped left to right.
+        prob_vflip: Share of views that are flipped upside down.
+        max_rotation: Largest turn in degrees, either way.
+
+    Returns:
+        ``(b, 2, 3)`` float32 maps on the CPU, from the CPU's generator: six numbers an image.
+    """
+    drawn = torch.rand(6, count)
+    low, high = ratio_range
+    size = torch.tensor(image_size[::-1], dtype=torch.float32)  # (width, height), as (x, y)
+    angle = torch.deg2rad((2 * drawn[3] - 1) * max_rotation)
+    turn = torch.stack((angle.cos(), -angle.sin(), angle.sin(), angle.cos()))
+    turn = rearrange(turn, "(row column) b -> b row column", row=2)
+    crop = torch.lerp(torch.full((), low), torch.full((), high), drawn[0])[:, None] * size
+    box = (turn.abs() * crop[:, None]).sum(
+        dim=-1
+    )  # sides of the upright box around the turned crop
+    shrink = (size / box).amin(dim=-1, keepdim=True).clamp(max=1)
+    crop, box = crop * shrink, box * shrink
+    centre = box / 2 + rearrange(drawn[1:3], "xy b -> b xy") * (size - box).clamp(min=0)
+    flipped = torch.stack((drawn[4] < prob_hflip, drawn[5] < prob_vflip), dim=-1)
+    linear = turn * torch.where(flipped, -crop, crop)[:, None]  # columns: across u, down v
+    return torch.cat((linear, (centre - linear.sum(dim=-1) / 2)[..., None]), dim=-1)
+
+
+def cut_views(
+    images: Tensor, to_image: Tensor, size: tuple[int, int], mode: str = "bilinear"
+) -> Tensor:
+    """The pixels of the views: images sampled where the centres of the views' pixels lie.
+
+    Views whose pixels cover less than twice the image's, each way, are cut in one sampling call.
+    For smaller ones the image is first averaged down by the largest power of two that leaves it
+    at least the view's resolution, so that nothing aliases; one call for each power met.
+
+    Args:
+        images: ``(b, c, height, width)`` float.
+        to_image: ``(b, 2, 3)`` float32 maps, on the CPU: how far to average is decided there,
+            without waiting for the images' device.
+        size: ``(h, w)`` of the views.
+        mode: ``bilinear``, ``nearest`` or ``bicubic``.
+
+    Returns:
+        ``(b, c, h, w)``, in at least float32.
+    """
+    images = images if images.dtype == torch.float64 else images.float()
+    height, width = images.shape[-2:]
+    extent = torch.tensor((width, height), dtype=to_image.dtype)  # (x, y)
+    where = to_device(to_image / rearrange(extent, "xy -> xy 1"), images.device)
+    centres = cell_centres(where.to(images.dtype), size)  # 0..1 from edge to edge of the image
+    grid = rearrange(2 * centres - 1, "b (h w) xy -> b h w xy", h=size[0])
+    powers = reductions(to_image, size)
+
+    def sample(images: Tensor, grid: Tensor, power: tuple[int, int]) -> Tensor:
+        averaged = averaged_down(images, power)
+        return functional.grid_sample(
+            averaged, grid, mode, padding_mode="border", align_corners=False
+        )
+
+    if len(set(powers)) == 1:
+        return sample(images, grid, powers[0])
+    cut = images.new_empty(len(powers), images.shape[1], *size)
+    for power in sorted(set(powers)):
+        chosen = torch.tensor([index for index, own in enumerate(powers) if own == power])
+        index = to_device(chosen, images.device)
+        cut = cut.index_copy(0, index, sample(images[index], grid[index], power))
+    return cut
+
+
+def reductions(to_image: Tensor, size: tuple[int, int]) -> list[tuple[int, int]]:
+    """Powers of two ``(down, across)`` by which each image is averaged before its view is cut."""
+    h, w = size
+    cells = to_image[..., :2] / torch.tensor((w, h), dtype=to_image.dtype)
+    reach: Sequence[Sequence[float]] = torch.linalg.vector_norm(cells, dim=-1).tolist()  # (x, y)
+    return [(power_below(y), power_below(x)) for x, y in reach]
+
+
+def power_below(pixels: float) -> int:
+    """The largest power of two that is at most ``pixels``, and at least 1."""
+    return 2 ** int(log2(pixels)) if pixels > 2 else 1
+
+
+def averaged_down(images: Tensor, power: tuple[int, int]) -> Tensor:
+    """The images averaged to ``1 / power`` of their height and width; edges stay edges."""
+    if power == (1, 1):
+        return images
+    smaller = [-(-side // by) for side, by in zip(images.shape[-2:], power, strict=True)]
+    return functional.interpolate(images, smaller, mode="area")
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor on ``device``, without waiting for the device."""
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
