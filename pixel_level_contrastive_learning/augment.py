@@ -4,7 +4,7 @@ Factors are drawn on the CPU, so that what no sample needs is skipped without as
 they are applied there by kornia's functional operations.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import ceil, pi
 from typing import NamedTuple
@@ -152,6 +152,17 @@ class Colour(nn.Module):
         if self.channels != 3:
             factors = factors._replace(solarise=torch.zeros_like(factors.solarise))
         return change_colour(pixels, factors, self.photometry.sigma[1])
+
+
+def statistics(
+    channels: int, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel: those given, else ImageNet's or its average."""
+    default_mean, default_std = (
+        three if channels == 3 else (sum(three) / 3,) * channels
+        for three in (IMAGENET_MEAN, IMAGENET_STD)
+    )
+    return tuple(mean or default_mean), tuple(std or default_std)
 
 
 class Normalise(nn.Module):

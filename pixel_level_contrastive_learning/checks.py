@@ -5,7 +5,7 @@ Each check returns ``None`` when the value will do and one sentence when it will
 checks its flags before it loads anything heavy.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from difflib import get_close_matches
 from math import isfinite
 from numbers import Real
@@ -82,3 +82,21 @@ def size_pair(name: str, value: object) -> str | None:
     return (
         f"{name} is {value!r}; it must be a whole number of pixels or (height, width), such as 224"
     )
+
+
+def something_to_learn(alpha: object, instance_weight: object) -> str | None:
+    """The complaint about a loss without terms."""
+    if alpha == 0 and instance_weight == 0:
+        return "alpha and instance_weight are both 0; set at least one of them above 0"
+    return None
+
+
+def per_channel(name: str, values: Sequence[float] | None, channels: object) -> str | None:
+    """The complaint about statistics that are not one number a channel."""
+    if values is None:
+        return None
+    if len(values) != channels or not all(map(is_number, values)):
+        return f"{name} is {values!r}; it must be {channels} numbers, one a channel"
+    if name == "std" and min(values) <= 0:
+        return f"std is {values!r}; every value must be above 0"
+    return None

@@ -21,7 +21,7 @@ class Pairs(Protocol):
     """Which cells of view one match which cells of view two; see `Positives`."""
 
     @property
-    def shape(self) -> tuple[int, int, int]:
+    def shape(self) -> tuple[int, ...]:
         """``(b, n1, n2)`` of the table."""
 
     def block(self, block: Block) -> Tensor:
@@ -120,7 +120,7 @@ class Positives:
         self.one = cell_centres(one, grid_one)
         self.two = cell_centres(two, grid_two)
         self.reach = threshold * torch.maximum(*diagonals)
-        self._count: Tensor | None = None
+        self._counted: list[Tensor] = []  # shared with the other direction, which counts the same
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -132,7 +132,7 @@ class Positives:
         """The other direction: view two's cells as rows."""
         other = Positives.__new__(Positives)
         other.one, other.two, other.reach = self.two, self.one, self.reach
-        other._count = self._count
+        other._counted = self._counted
         return other
 
     def rows(self, start: int, stop: int) -> Tensor:
@@ -148,12 +148,12 @@ class Positives:
 
     def count(self) -> Tensor:
         """Matches per image, ``(b,)`` int64. Costs ``n1 * n2`` comparisons once."""
-        if self._count is None:
+        if not self._counted:
             counts = torch.zeros(self.shape[0], dtype=torch.int64, device=self.one.device)
-            for block in blocks(*self.shape):
+            for block in blocks(self.shape):
                 counts[block.images] += self.block(block).sum(dim=(1, 2))
-            self._count = counts
-        return self._count
+            self._counted.append(counts)
+        return self._counted[0]
 
 
 def positive_mask(
@@ -177,7 +177,11 @@ class HeldPairs:
 
     def __init__(self, table: Tensor) -> None:
         self.table = table
-        self.shape: tuple[int, int, int] = (table.shape[0], table.shape[1], table.shape[2])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """``(b, n1, n2)``."""
+        return self.table.shape
 
     def block(self, block: Block) -> Tensor:
         """The part ``(images, rows, n2)`` of the table."""

@@ -46,13 +46,13 @@ def pixpro_loss(propagated: Tensor, target: Tensor, positives: Pairs | Tensor) -
         A scalar in [0, 4], at least float32.
 
     Raises:
-        ValueError: The shapes do not belong together.
+        ValueError: The shapes do not belong together, or the table is not bool.
 
     Time grows with ``n1 * n2``, memory with ``n1 + n2``.
     """
     pairs = matching_pairs(propagated, target, positives)
     cosine, has_pairs = positive_cosine(propagated, target, pairs)
-    return ((2 - 2 * cosine).clamp(min=0) * has_pairs).mean()
+    return ((2 - 2 * cosine).clamp(0, 4) * has_pairs).mean()
 
 
 def positive_cosine(online: Tensor, target: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:
@@ -68,7 +68,7 @@ def positive_cosine(online: Tensor, target: Tensor, pairs: Pairs) -> tuple[Tenso
         def sums(block: Block) -> Tensor:
             return einsum(pairs.block(block).to(t), t[block.images], "b i j, b j d -> b i d")
 
-        total = einsum(x, by_blocks(sums, *pairs.shape).to(x), "b i d, b i d -> b")
+        total = einsum(x, by_blocks(sums, pairs.shape).to(x), "b i d, b i d -> b")
     count = pairs.count()
     return total / count.clamp(min=1), count > 0
 
@@ -92,7 +92,8 @@ def pixcontrast_loss(
         A scalar of at least 0, at least float32.
 
     Raises:
-        ValueError: The shapes do not belong together, or the temperature is not above 0.
+        ValueError: The shapes do not belong together, the table is not bool, or the temperature is
+            not above 0.
 
     Time grows with ``n1 * n2``, memory with ``n1 + n2``.
     """
@@ -111,7 +112,7 @@ def pixcontrast_loss(
             loss = scores.logsumexp(-1) - kept.logsumexp(-1)
             return torch.stack((loss, counted.squeeze(-1).to(loss)), dim=-1)
 
-        losses, counted = by_blocks(pixel_losses, *pairs.shape).unbind(dim=-1)
+        losses, counted = by_blocks(pixel_losses, pairs.shape).unbind(dim=-1)
     return (losses.sum(dim=-1) / counted.sum(dim=-1).clamp(min=1)).mean()
 
 
@@ -134,12 +135,17 @@ def instance_loss(prediction: Tensor, target: Tensor) -> Tensor:
             "both must be (b, d): average maps over their cells first"
         )
     cosine = (unit(prediction) * unit(target)).sum(dim=-1)
-    return (2 - 2 * cosine).clamp(min=0).mean()
+    return (2 - 2 * cosine).clamp(0, 4).mean()
 
 
 def matching_pairs(online: Tensor, target: Tensor, positives: Pairs | Tensor) -> Pairs:
     """The pairs, once the shapes of pixels and pairs have been found to agree."""
     pairs = HeldPairs(positives) if isinstance(positives, Tensor) else positives
+    if isinstance(positives, Tensor) and positives.dtype != torch.bool:
+        raise ValueError(
+            f"the table of positives has dtype {positives.dtype}; it must be bool, since a pair "
+            "matches or does not: pass positives.bool()"
+        )
     expected = (online.shape[0], online.shape[-1], target.shape[-1])
     alike = online.ndim == 3 and online.shape[:2] == target.shape[:2]
     if not alike or pairs.shape != expected:

@@ -11,36 +11,28 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from .augment import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    VIEW_ONE,
-    VIEW_TWO,
-    Augmentation,
-    Change,
-    Colour,
-    Normalise,
-)
+from .augment import Change
 from .checks import (
     above,
     at_least,
-    is_number,
     one_of,
+    per_channel,
     raise_together,
     ratio_range,
     size_pair,
+    something_to_learn,
     whole,
     within,
 )
 from .geometry import Positives
-from .inputs import ValueWatch, check_images, check_views
 from .losses import instance_loss, pixcontrast_loss, pixpro_loss, positive_cosine
 from .modules.encoder import Branches, Encoder, Projections
 from .modules.heads import map_head, vector_head
 from .modules.ppm import PPM
-from .modules.taps import Survey
+from .modules.survey import Survey
 from .modules.target import Target
-from .views import View, cut_views, draw_maps, to_device
+from .two_views import TwoViews
+from .views import MODES, Placement, View
 
 
 class Terms(NamedTuple):
@@ -177,41 +169,29 @@ class PixelCL(nn.Module):
                 stacklevel=2,
             )
         height, width = image_size if isinstance(image_size, (tuple, list)) else (image_size,) * 2
-        self.image_size = (height, width)
-        self.channels = channels
-        self.prob_rand_hflip = prob_rand_hflip
-        self.prob_rand_vflip = prob_rand_vflip
-        self.max_rotation = max_rotation
         self.moving_average_decay = moving_average_decay
         self.distance_thres = distance_thres
         self.similarity_temperature = similarity_temperature
         self.alpha = alpha
         self.instance_weight = instance_weight
         self.use_pixpro = use_pixpro
-        self.cutout_ratio_range = cutout_ratio_range
-        self.cutout_interpolate_mode = cutout_interpolate_mode
-        self.watch = ValueWatch()
 
-        # A function of the user's is taken to normalise by itself unless statistics are given.
-        normalise = Normalise(*statistics(channels, mean, std))
-        own = None if mean is None and std is None else normalise
-        second = augment_fn if augment_fn2 is None else augment_fn2
-        self.augment_one, self.augment_two = (
-            Augmentation(Colour(default, channels), normalise)
-            if augment is None
-            else Augmentation(augment, own)
-            for augment, default in ((augment_fn, VIEW_ONE), (second, VIEW_TWO))
-        )
-
-        survey = Survey(net, channels, self.image_size)
+        survey = Survey(net, channels, (height, width))
         pixel = survey.default_pixel() if hidden_layer_pixel is None else hidden_layer_pixel
         pixel_tap = survey.tap(pixel, pixel=True)
         instance = hidden_layer_instance
         instance = survey.default_instance(pixel_tap.name) if instance is None else instance
         instance_tap = survey.tap(instance, pixel=False)
-        self.stride = max(
-            side / cells
-            for side, cells in zip(self.image_size, pixel_tap.reading.grid, strict=True)
+        rows, columns = pixel_tap.reading.grid
+        self.views = TwoViews(
+            (height, width),
+            channels,
+            (augment_fn, augment_fn if augment_fn2 is None else augment_fn2),
+            Placement(cutout_ratio_range, prob_rand_hflip, prob_rand_vflip, max_rotation),
+            mode=cutout_interpolate_mode,
+            mean=mean,
+            std=std,
+            smallest=ceil(max(height / rows, width / columns)),
         )
         self.unreached_by_pixel = set(survey.unreached(pixel_tap))
         self.unreached_by_instance = set(survey.unreached(instance_tap))
@@ -279,31 +259,6 @@ class PixelCL(nn.Module):
         if return_terms:
             return self.terms(loss, pixel, instance, directions)
         return (loss, matches.count().sum()) if return_positive_pairs else loss
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # untyped in torch
-    def views(self, images: Tensor | Sequence[View]) -> tuple[View, View]:
-        """Two views of each image: drawn, cut, changed in colour and normalised; or those given."""
-        if isinstance(images, (tuple, list)):
-            one, two = check_views(images, self.channels)
-            self.watch(one.pixels, in_unit_range=False)
-            self.watch(two.pixels, in_unit_range=False)
-            return one, two
-        images = check_images(images, self.channels, smallest=ceil(self.stride))
-        self.watch(images, in_unit_range=True)
-        return self.draw_view(images, self.augment_one), self.draw_view(images, self.augment_two)
-
-    def draw_view(self, images: Tensor, augment: Augmentation) -> View:
-        """A random view of each image; all random numbers come from torch's CPU generator."""
-        to_image = draw_maps(
-            len(images),
-            (images.shape[2], images.shape[3]),
-            self.cutout_ratio_range,
-            prob_hflip=self.prob_rand_hflip,
-            prob_vflip=self.prob_rand_vflip,
-            max_rotation=self.max_rotation,
-        )
-        cut = cut_views(images, to_image, self.image_size, self.cutout_interpolate_mode)
-        return View(augment(cut), to_device(to_image, images.device))
 
     def predictions(self, pixels: Tensor) -> Projections:
         """What the online network says of a view: its pixels propagated, its whole predicted."""
@@ -417,38 +372,6 @@ class PixelCL(nn.Module):
         return self.unreached_parameters()
 
 
-MODES = ("bilinear", "nearest", "bicubic")
-
-
 def as_pixels(projected: Tensor) -> Tensor:
     """A map ``(b, d, h, w)`` as ``(b, d, n)``, row by row."""
     return rearrange(projected, "b d h w -> b d (h w)")
-
-
-def something_to_learn(alpha: object, instance_weight: object) -> str | None:
-    """The complaint about a loss without terms."""
-    if alpha == 0 and instance_weight == 0:
-        return "alpha and instance_weight are both 0; set at least one of them above 0"
-    return None
-
-
-def per_channel(name: str, values: Sequence[float] | None, channels: int) -> str | None:
-    """The complaint about statistics that are not one number a channel."""
-    if values is None:
-        return None
-    if len(values) != channels or not all(map(is_number, values)):
-        return f"{name} is {values!r}; it must be {channels} numbers, one a channel"
-    if name == "std" and min(values) <= 0:
-        return f"std is {values!r}; every value must be above 0"
-    return None
-
-
-def statistics(
-    channels: int, mean: Sequence[float] | None, std: Sequence[float] | None
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel: those given, else ImageNet's or its average."""
-    default_mean, default_std = (
-        three if channels == 3 else (sum(three) / 3,) * channels
-        for three in (IMAGENET_MEAN, IMAGENET_STD)
-    )
-    return tuple(mean or default_mean), tuple(std or default_std)

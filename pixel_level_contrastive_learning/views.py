@@ -5,6 +5,7 @@ there is a function of image and map alone.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import log2
 from typing import NamedTuple
 
@@ -14,6 +15,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from .geometry import cell_centres
+
+MODES = ("bilinear", "nearest", "bicubic")
+"""How views may be sampled."""
 
 
 class View(NamedTuple):
@@ -31,15 +35,24 @@ class View(NamedTuple):
     to_image: Tensor
 
 
-def draw_maps(
-    count: int,
-    image_size: tuple[int, int],
-    ratio_range: tuple[float, float],
-    *,
-    prob_hflip: float = 0.0,
-    prob_vflip: float = 0.0,
-    max_rotation: float = 0.0,
-) -> Tensor:
+@dataclass(frozen=True)
+class Placement:
+    """How views are laid over their images: drawn for each image and each view.
+
+    Attributes:
+        ratio_range: Smallest and largest side of a crop as a share of the image's, in (0, 1].
+        prob_hflip: Share of views that are flipped left to right.
+        prob_vflip: Share of views that are flipped upside down.
+        max_rotation: Largest turn in degrees, either way.
+    """
+
+    ratio_range: tuple[float, float]
+    prob_hflip: float = 0.0
+    prob_vflip: float = 0.0
+    max_rotation: float = 0.0
+
+
+def draw_maps(count: int, image_size: tuple[int, int], placement: Placement) -> Tensor:
     """Random view maps, one an image: a crop of the image's aspect, flipped and turned.
 
     A turned crop whose corners would leave the image is made smaller until it fits, then placed
@@ -48,18 +61,15 @@ def draw_maps(
     Args:
         count: Images ``b``.
         image_size: Their ``(height, width)`` in pixels.
-        ratio_range: Smallest and largest side of a crop as a share of the image's, in (0, 1].
-        prob_hflip: Share of views that are flipped left to right.
-        prob_vflip: Share of views that are flipped upside down.
-        max_rotation: Largest turn in degrees, either way.
+        placement: Ranges and probabilities.
 
     Returns:
         ``(b, 2, 3)`` float32 maps on the CPU, from the CPU's generator: six numbers an image.
     """
     drawn = torch.rand(6, count)
-    low, high = ratio_range
+    low, high = placement.ratio_range
     size = torch.tensor(image_size[::-1], dtype=torch.float32)  # (width, height), as (x, y)
-    angle = torch.deg2rad((2 * drawn[3] - 1) * max_rotation)
+    angle = torch.deg2rad((2 * drawn[3] - 1) * placement.max_rotation)
     turn = torch.stack((angle.cos(), -angle.sin(), angle.sin(), angle.cos()))
     turn = rearrange(turn, "(row column) b -> b row column", row=2)
     crop = torch.lerp(torch.full((), low), torch.full((), high), drawn[0])[:, None] * size
@@ -69,7 +79,9 @@ def draw_maps(
     shrink = (size / box).amin(dim=-1, keepdim=True).clamp(max=1)
     crop, box = crop * shrink, box * shrink
     centre = box / 2 + rearrange(drawn[1:3], "xy b -> b xy") * (size - box).clamp(min=0)
-    flipped = torch.stack((drawn[4] < prob_hflip, drawn[5] < prob_vflip), dim=-1)
+    flipped = torch.stack(
+        (drawn[4] < placement.prob_hflip, drawn[5] < placement.prob_vflip), dim=-1
+    )
     linear = turn * torch.where(flipped, -crop, crop)[:, None]  # columns: across u, down v
     return torch.cat((linear, (centre - linear.sum(dim=-1) / 2)[..., None]), dim=-1)
 
@@ -88,7 +100,7 @@ def cut_views(
         to_image: ``(b, 2, 3)`` float32 maps, on the CPU: how far to average is decided there,
             without waiting for the images' device.
         size: ``(h, w)`` of the views.
-        mode: ``bilinear``, ``nearest`` or ``bicubic``.
+        mode: One of `MODES`.
 
     Returns:
         ``(b, c, h, w)``, in at least float32.

@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .taps import Survey, Tap, Taps, as_map, as_vector, no_gradient
+from .layouts import as_map, as_vector
+from .survey import Survey, no_gradient
+from .taps import Tap, Taps
 
 
 class Branches(NamedTuple):

@@ -55,5 +55,5 @@ class PPM(nn.Module):
 
         b, n, _ = pixels.shape
         with full_precision(x):
-            propagated = by_blocks(spread, b, n, n)
+            propagated = by_blocks(spread, (b, n, n))
         return rearrange(propagated, "b (h w) c -> b c h w", h=x.shape[-2])

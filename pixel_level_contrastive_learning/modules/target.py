@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from typing import Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..checks import raise_together, within
 from .encoder import Branches, Encoder, Projections
@@ -73,10 +73,9 @@ class Target(Encoder):
     @torch.no_grad()
     def reset(self, online: Encoder) -> None:
         """Make the target a copy of the online encoder again, buffers included."""
-        for mine, other in zip(self.parameters(), online.parameters(), strict=True):
-            mine.copy_(other)
-        for mine, other in zip(self.buffers(), online.buffers(), strict=True):
-            mine.copy_(other)
+        for held in (nn.Module.parameters, nn.Module.buffers):
+            for mine, other in zip(held(self), held(online), strict=True):
+                mine.copy_(other)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move as asked, but keep float32 where halves were asked for."""

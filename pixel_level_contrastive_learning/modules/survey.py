@@ -1,0 +1,273 @@
+"""The survey of a backbone: which layers it has, what they give, and which are worth a tap."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from difflib import get_close_matches
+from math import log
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from .layouts import Reading, read_output
+from .taps import Tap, find_layer, plain_name
+
+
+class Layer(NamedTuple):
+    """What a layer of a backbone gave when it was looked at.
+
+    Attributes:
+        name: Its name in the backbone, such as ``layer4``.
+        type_name: The name of its class.
+        output: What it gives: a shape, or the type where it is no tensor.
+        reading: How that can be read, or None.
+        stride: Pixels of the image a cell covers, along the longer way.
+        output_id: The same number for layers that give the very same tensor.
+        overwritten: Whether a later layer changed the output in place.
+        carries_gradient: Whether a loss on the output would reach weights.
+    """
+
+    name: str
+    type_name: str
+    output: str
+    reading: Reading | None
+    stride: float
+    output_id: int
+    overwritten: bool
+    carries_gradient: bool
+
+    @property
+    def is_map(self) -> bool:
+        """Whether it has more than one cell, so that there is something to compare."""
+        return self.reading is not None and max(self.reading.grid) > 1
+
+    @property
+    def is_square(self) -> bool:
+        """Whether its cells are near enough to square to be taken without being named."""
+        return self.reading is not None and self.reading.distortion < log(1.5)
+
+    def __str__(self) -> str:
+        reading = self.reading
+        if reading is None or not self.is_map:
+            return f"{self.name} {self.output}"
+        h, w = reading.grid
+        return f"{self.name} ({reading.channels} channels, {h}x{w} cells)"
+
+
+class Survey:
+    """Every layer of a backbone, looked at once, on a copy, without changing anything.
+
+    The copy sees two blank images, in eval mode by default; the backbone keeps its weights,
+    buffers, mode and hooks, and no random generator moves on.
+
+    Args:
+        net: The backbone.
+        channels: Channels of its images.
+        size: Their ``(height, width)``.
+        training: Whether to look in train mode instead.
+
+    Raises:
+        ValueError: The backbone refuses images of this size.
+    """
+
+    def __init__(
+        self, net: nn.Module, channels: int, size: tuple[int, int], *, training: bool = False
+    ) -> None:
+        self.size = size
+        self.net_type = type(net).__name__
+        self.children = [name for name, _ in net.named_children()]
+        self.names = [plain_name(name) for name, _ in net.named_modules() if name]
+        self.layers: list[Layer] = []
+        self.outputs: list[object] = []  # kept alive, so that their ids stay distinct
+        copied = copy.deepcopy(net).train(training)
+        weight = next(copied.parameters(), torch.empty(0))
+        images = torch.zeros(2, channels, *size, device=weight.device, dtype=weight.dtype)
+        devices = [weight.device] if weight.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), torch.enable_grad():
+            self.look(copied, images)
+        self.parameters = dict(copied.named_parameters())
+
+    def look(self, net: nn.Module, images: Tensor) -> None:
+        """Run the network with a hook on every layer, and note what each gave, in order."""
+        fired: list[tuple[str, str, object, int]] = []
+
+        def note(name: str) -> RemovableHandle:
+            def hook(module: nn.Module, _: object, output: object) -> None:
+                version = output._version if isinstance(output, Tensor) else 0
+                fired.append((plain_name(name), type(module).__name__, output, version))
+
+            return find_layer(net, name).register_forward_hook(hook)
+
+        handles = [note(name) for name, _ in net.named_modules() if name]
+        try:
+            net(images)
+        except Exception as error:
+            raise ValueError(
+                f"{self.net_type} cannot take images of shape {tuple(images.shape)}: {error}; give "
+                "PixelCL the image_size and channels that the network is built for, or build the "
+                "network for these"
+            ) from error
+        finally:
+            for handle in handles:
+                handle.remove()
+        for name, type_name, output, version in fired:
+            shown, overwritten, grows = type(output).__name__, False, False
+            if isinstance(output, Tensor):
+                shown = str(tuple(output.shape))
+                overwritten, grows = output._version != version, output.requires_grad
+            stride, reading = 0.0, read_output(output, self.size, len(images))
+            if reading is not None:
+                stride = max(
+                    side / cells for side, cells in zip(self.size, reading.grid, strict=True)
+                )
+            seen = stride, id(output), overwritten, grows
+            self.layers.append(Layer(name, type_name, shown, reading, *seen))
+            self.outputs.append(output)
+
+    def tap(self, wanted: str | int, *, pixel: bool) -> Tap:
+        """The tap on a layer, once it was found to give what pixels or instances need.
+
+        Args:
+            wanted: Its name, or an index into the network's children.
+            pixel: Whether a map is needed; otherwise a vector, a map or tokens will do.
+
+        Raises:
+            ValueError: There is no such layer, it did not run, or gives nothing that can be read.
+        """
+        kind = "pixel" if pixel else "instance"
+        name = self.name_of(wanted, kind)
+        found = [layer for layer in self.layers if layer.name == name]
+        if not found:
+            raise ValueError(
+                f"the {kind} layer {name!r} did not run when {self.net_type} saw an image; "
+                f"{self.advice(pixel)}"
+            )
+        layer = found[-1]
+        if layer.reading is None:
+            raise ValueError(
+                f"the {kind} layer {name!r} gives {layer.output}, which cannot be read as "
+                f"{'a map' if pixel else 'a vector'}; {self.advice(pixel)}"
+            )
+        if pixel and not layer.is_map:
+            raise ValueError(
+                f"the pixel layer {name!r} gives {layer.output}: a vector or a 1x1 map has no "
+                f"pixels to compare. Use an earlier layer, or images larger than {self.size[0]}x"
+                f"{self.size[1]}; {self.advice(pixel)}"
+            )
+        if not layer.carries_gradient:
+            raise ValueError(no_gradient(kind, name, self.after(layer)))
+        return Tap(layer.name, layer.reading, layer.overwritten)
+
+    def name_of(self, wanted: str | int, kind: str) -> str:
+        """The name of a layer given by name or by index, without what was wrapped around it."""
+        advice = self.advice(pixel=kind == "pixel")
+        if isinstance(wanted, str):
+            name = plain_name(wanted)
+            if name in self.names:
+                return name
+            near = get_close_matches(name, self.names, n=3)
+            perhaps = f"perhaps {' or '.join(near)}; " if near else ""
+            raise ValueError(
+                f"{self.net_type} has no layer {wanted!r} for the {kind} level; {perhaps}{advice}"
+            )
+        count = len(self.children)
+        if not -count <= wanted < count:
+            raise ValueError(
+                f"{self.net_type} has {count} children and no child {wanted} for the {kind} level; "
+                f"give a number from {-count} to {count - 1}, or a name; {advice}"
+            )
+        return plain_name(self.children[wanted])
+
+    def default_pixel(self) -> str:
+        """The deepest map of at least 4 x 4 cells and a stride of at most 32.
+
+        Deepest is the largest stride; among equals, the last to run.
+
+        Raises:
+            ValueError: There is none.
+        """
+        maps = [
+            layer
+            for layer in self.layers
+            if layer.reading is not None
+            and layer.is_square
+            and min(layer.reading.grid) >= 4
+            and layer.stride <= 32.5  # images that 32 does not divide
+        ]
+        if not maps:
+            h, w = self.size
+            raise ValueError(
+                f"{self.net_type} has no map of at least 4x4 cells for images of {h}x{w}; use "
+                f"larger images, or name a layer; {self.advice(pixel=True)}"
+            )
+        # Strides within a factor of 1.5 are equals: borders make a map a cell larger or smaller.
+        largest = max(layer.stride for layer in maps)
+        return [layer for layer in maps if layer.stride > largest / 1.5][-1].name
+
+    def default_instance(self, pixel: str) -> str:
+        """The pooled vector, which follows the last map; the pixel layer where there is none.
+
+        What the last layer gives is taken for the network's answer, not for its features.
+        """
+        last_map = max(index for index, layer in enumerate(self.layers) if layer.is_map)
+        answer = self.layers[-1].output_id
+        vectors = [
+            layer
+            for layer in self.layers[last_map + 1 :]
+            if layer.reading is not None and layer.output_id != answer
+        ]
+        pools = [layer.name for layer in vectors if "Pool" in layer.type_name]
+        names = pools[-1:] or [layer.name for layer in vectors[:1]]
+        return names[0] if names else pixel
+
+    def after(self, layer: Layer) -> Layer | None:
+        """The first layer to run after ``layer`` that can be read likewise and carries gradient."""
+        later = self.layers[self.layers.index(layer) + 1 :]
+        fit = (own for own in later if own.carries_gradient and own.is_map == layer.is_map)
+        return next((own for own in fit if own.reading is not None), None)
+
+    def advice(self, pixel: bool) -> str:
+        """The layers that would do, one for each stride."""
+        would_do: dict[float, Layer] = {}
+        for layer in self.layers:
+            if layer.is_map == pixel and layer.is_square:
+                would_do[round(layer.stride)] = layer
+        names = ", ".join(str(layer) for _, layer in sorted(would_do.items()))
+        return f"layers that would do: {names or 'none at this image size'}"
+
+    def unreached(self, *taps: Tap) -> list[str]:
+        """The names of trainable parameters that no tap's output depends on."""
+        names = {tap.name for tap in taps}
+        outputs = (
+            out for own, out in zip(self.layers, self.outputs, strict=True) if own.name in names
+        )
+        reached = set(leaves([out for out in outputs if isinstance(out, Tensor)]))
+        trainable = ((n, p) for n, p in self.parameters.items() if p.requires_grad)
+        return [name for name, parameter in trainable if id(parameter) not in reached]
+
+
+def leaves(tensors: list[Tensor]) -> Iterator[int]:
+    """The ids of the leaf tensors that a gradient of ``tensors`` would reach."""
+    waiting: list[Any] = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
+    seen = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        if hasattr(node, "variable"):
+            yield id(node.variable)
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                waiting.append(following)
+
+
+def no_gradient(kind: str, name: str, instead: Layer | None) -> str:
+    """The complaint about a layer whose output carries no gradient."""
+    there = f"; tap {instead} instead" if instead is not None else ""
+    return (
+        f"the {kind} layer {name!r} gives an output without gradient: it is frozen, or runs inside "
+        f"re-entrant activation checkpointing{there}, unfreeze it, or checkpoint with "
+        "use_reentrant=False"
+    )
