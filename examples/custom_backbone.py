@@ -1,4 +1,6 @@
-"""Pretrain a network of your own, on images with five channels: examples/custom_backbone.py"""
+"""Pretrain a network of your own, on images with five channels."""
+
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +13,10 @@ class SatelliteNet(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        widths = (5, 32, 64, 128)
         self.stages = nn.Sequential(
             *(
                 nn.Sequential(nn.Conv2d(i, o, 3, 2, 1), nn.BatchNorm2d(o), nn.ReLU())
-                for i, o in zip(widths, widths[1:], strict=False)
+                for i, o in pairwise((5, 32, 64, 128))
             )
         )
         self.head = nn.Linear(128, 10)

@@ -1,4 +1,4 @@
-"""Pretrain a ResNet-18 on a folder of images: examples/pretrain_loop.py IMAGES --out net.pt"""
+"""Pretrain a ResNet-18 on a folder: python examples/pretrain_loop.py IMAGES --out net.pt."""
 
 import argparse
 from math import cos, pi

@@ -58,7 +58,7 @@ class Photometry:
 
     def draw(self, count: int) -> Factors:
         """Factors for ``count`` samples from the CPU's generator: nine numbers a sample."""
-        drawn = torch.rand(9, count)
+        drawn = torch.rand(9, count, dtype=torch.float32, device="cpu")
         jittered = drawn[4] < self.prob_jitter
         brightness, contrast, saturation, hue = (
             strength * (2 * part - 1) * jittered
@@ -88,7 +88,7 @@ def change_colour(pixels: Tensor, factors: Factors, largest_sigma: float = 2.0) 
     """Views changed in brightness, contrast, saturation, hue, sharpness and solarised, in order.
 
     Saturation and hue need three channels and are left alone for any other count; a blur kernel
-    is never larger than the view. Values are clipped to [0, 1] where something was changed.
+    is never larger than the view. Values in [0, 1] stay there.
 
     Args:
         pixels: ``(b, c, h, w)`` float, values in [0, 1].
@@ -112,11 +112,11 @@ def change_colour(pixels: Tensor, factors: Factors, largest_sigma: float = 2.0) 
     pixels = on_some(pixels, brightness != 1, adjust[0], brightness)
     pixels = on_some(pixels, contrast != 1, adjust[1], contrast)
     if pixels.shape[1] == 3:
-        gray = enhance.adjust_saturation_with_gray_subtraction
+        saturate = enhance.adjust_saturation_with_gray_subtraction
+        pixels = on_some(pixels, factors.saturation != 1, saturate, factors.saturation)
         # Without colour there is no hue to turn.
         turned = (factors.hue != 0) & (factors.saturation != 0)
         pixels = on_some(pixels, turned, enhance.adjust_hue, factors.hue)
-        pixels = on_some(pixels, factors.saturation != 1, gray, factors.saturation)
     pixels = on_some(pixels, factors.sigma > 0, blur, factors.sigma)
     half = torch.full_like(factors.sigma, 0.5)
     return on_some(pixels, factors.solarise, enhance.solarize, half)
@@ -162,7 +162,10 @@ def statistics(
         three if channels == 3 else (sum(three) / 3,) * channels
         for three in (IMAGENET_MEAN, IMAGENET_STD)
     )
-    return tuple(mean or default_mean), tuple(std or default_std)
+    return (
+        default_mean if mean is None else tuple(mean),
+        default_std if std is None else tuple(std),
+    )
 
 
 class Normalise(nn.Module):

@@ -5,7 +5,7 @@ Each check returns ``None`` when the value will do and one sentence when it will
 checks its flags before it loads anything heavy.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence, Sized
 from difflib import get_close_matches
 from math import isfinite
 from numbers import Real
@@ -56,8 +56,9 @@ def one_of(name: str, value: object, allowed: Collection[object]) -> str | None:
     """The complaint about a value that is not among ``allowed``, with the nearest right ones."""
     if any(value == choice and type(value) is type(choice) for choice in allowed):
         return None
-    near = get_close_matches(str(value), [str(choice) for choice in allowed], n=1)
-    hint = f" (perhaps {near[0]!r})" if near else ""
+    shown = {str(choice): choice for choice in allowed}
+    near = get_close_matches(str(value), shown, n=1)
+    hint = f" (perhaps {shown[near[0]]!r})" if near else ""
     return f"{name} is {value!r}; it must be one of {', '.join(map(repr, allowed))}{hint}"
 
 
@@ -95,7 +96,8 @@ def per_channel(name: str, values: Sequence[float] | None, channels: object) -> 
     """The complaint about statistics that are not one number a channel."""
     if values is None:
         return None
-    if len(values) != channels or not all(map(is_number, values)):
+    sized = isinstance(values, Sized) and isinstance(values, Iterable)
+    if not sized or len(values) != channels or not all(map(is_number, values)):
         return f"{name} is {values!r}; it must be {channels} numbers, one a channel"
     if name == "std" and min(values) <= 0:
         return f"std is {values!r}; every value must be above 0"

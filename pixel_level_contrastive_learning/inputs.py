@@ -30,10 +30,10 @@ def check_images(images: object, channels: int, smallest: int = 1) -> Tensor:
             "height, width), or a pair of View(pixels, to_image) cut elsewhere"
         )
     if not images.is_floating_point():
-        scale = f"images.float() / {torch.iinfo(images.dtype).max}" if is_integer(images) else ""
+        largest = min(torch.iinfo(images.dtype).max, 65535) if is_integer(images) else 1
         raise ValueError(
             f"images have dtype {images.dtype}; they must be floats in [0, 1]: "
-            f"pass {scale or 'images.float()'}"
+            f"pass images.float(){f' / {largest}' if largest > 1 else ''}"
         )
     if images.ndim != 4 or 0 in images.shape:
         hint = "; add the batch with images[None]" if images.ndim == 3 else ""
@@ -76,8 +76,11 @@ def check_views(views: Sequence[Any], channels: int) -> tuple[View, View]:
                 "(b, 2, 3)), since a loss needs to know where its pixels came from"
             )
         check_images(view[0], channels)
-        if not isinstance(view[1], Tensor) or tuple(view[1].shape) != (len(view[0]), 2, 3):
-            found = tuple(view[1].shape) if isinstance(view[1], Tensor) else type(view[1]).__name__
+        held = isinstance(view[1], Tensor)
+        fits = held and view[1].is_floating_point() and view[1].device == view[0].device
+        if not fits or tuple(view[1].shape) != (len(view[0]), 2, 3):
+            found = tuple(view[1].shape) if held else type(view[1]).__name__
+            found = f"{view[1].dtype} on {view[1].device}" if held and not fits else found
             raise ValueError(
                 f"to_image of a view is {found}; it must be a float tensor ({len(view[0])}, 2, 3), "
                 "one map an image: make it with geometry.box_to_map"

@@ -66,22 +66,19 @@ def draw_maps(count: int, image_size: tuple[int, int], placement: Placement) -> 
     Returns:
         ``(b, 2, 3)`` float32 maps on the CPU, from the CPU's generator: six numbers an image.
     """
-    drawn = torch.rand(6, count)
+    drawn = torch.rand(6, count, dtype=torch.float32, device="cpu")
     low, high = placement.ratio_range
-    size = torch.tensor(image_size[::-1], dtype=torch.float32)  # (width, height), as (x, y)
+    size = drawn.new_tensor(image_size[::-1])  # (width, height), as (x, y)
     angle = torch.deg2rad((2 * drawn[3] - 1) * placement.max_rotation)
     turn = torch.stack((angle.cos(), -angle.sin(), angle.sin(), angle.cos()))
     turn = rearrange(turn, "(row column) b -> b row column", row=2)
-    crop = torch.lerp(torch.full((), low), torch.full((), high), drawn[0])[:, None] * size
-    box = (turn.abs() * crop[:, None]).sum(
-        dim=-1
-    )  # sides of the upright box around the turned crop
+    crop = (low + (high - low) * drawn[0])[:, None] * size
+    box = (turn.abs() * crop[:, None]).sum(dim=-1)  # the upright box around the turned crop
     shrink = (size / box).amin(dim=-1, keepdim=True).clamp(max=1)
     crop, box = crop * shrink, box * shrink
     centre = box / 2 + rearrange(drawn[1:3], "xy b -> b xy") * (size - box).clamp(min=0)
-    flipped = torch.stack(
-        (drawn[4] < placement.prob_hflip, drawn[5] < placement.prob_vflip), dim=-1
-    )
+    probabilities = drawn.new_tensor((placement.prob_hflip, placement.prob_vflip))
+    flipped = rearrange(drawn[4:], "uv b -> b uv") < probabilities
     linear = turn * torch.where(flipped, -crop, crop)[:, None]  # columns: across u, down v
     return torch.cat((linear, (centre - linear.sum(dim=-1) / 2)[..., None]), dim=-1)
 
@@ -107,7 +104,7 @@ def cut_views(
     """
     images = images if images.dtype == torch.float64 else images.float()
     height, width = images.shape[-2:]
-    extent = torch.tensor((width, height), dtype=to_image.dtype)  # (x, y)
+    extent = to_image.new_tensor((width, height))  # (x, y)
     where = to_device(to_image / rearrange(extent, "xy -> xy 1"), images.device)
     centres = cell_centres(where.to(images.dtype), size)  # 0..1 from edge to edge of the image
     grid = rearrange(2 * centres - 1, "b (h w) xy -> b h w xy", h=size[0])
@@ -123,7 +120,7 @@ def cut_views(
         return sample(images, grid, powers[0])
     cut = images.new_empty(len(powers), images.shape[1], *size)
     for power in sorted(set(powers)):
-        chosen = torch.tensor([index for index, own in enumerate(powers) if own == power])
+        chosen = torch.tensor([i for i, own in enumerate(powers) if own == power], device="cpu")
         index = to_device(chosen, images.device)
         cut = cut.index_copy(0, index, sample(images[index], grid[index], power))
     return cut
@@ -132,14 +129,14 @@ def cut_views(
 def reductions(to_image: Tensor, size: tuple[int, int]) -> list[tuple[int, int]]:
     """Powers of two ``(down, across)`` by which each image is averaged before its view is cut."""
     h, w = size
-    cells = to_image[..., :2] / torch.tensor((w, h), dtype=to_image.dtype)
+    cells = to_image[..., :2] / to_image.new_tensor((w, h))
     reach: Sequence[Sequence[float]] = torch.linalg.vector_norm(cells, dim=-1).tolist()  # (x, y)
     return [(power_below(y), power_below(x)) for x, y in reach]
 
 
 def power_below(pixels: float) -> int:
     """The largest power of two that is at most ``pixels``, and at least 1."""
-    return 2 ** int(log2(pixels)) if pixels > 2 else 1
+    return 2 ** int(log2(pixels)) if pixels >= 2 else 1
 
 
 def averaged_down(images: Tensor, power: tuple[int, int]) -> Tensor:

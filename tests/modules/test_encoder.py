@@ -1,0 +1,229 @@
+"""The encoder: any backbone's layers, projected pixel by pixel and as a whole."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from einops import rearrange
+from einops.layers.torch import Rearrange
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from pixel_level_contrastive_learning.modules.encoder import Branches, Encoder
+from pixel_level_contrastive_learning.modules.survey import Survey
+
+SIZE = (64, 96)
+"""Views of 4 x 6 cells at a stride of 16."""
+
+
+class Backbone(nn.Module):
+    """A convolution of stride 16, a body made of it in any way, and what comes last.
+
+    Args:
+        body: What runs on the map ``(b, 8, h, w)``.
+        run: How it runs.
+    """
+
+    def __init__(
+        self, body: nn.Module, run: Callable[[nn.Module, Tensor], Tensor] = nn.Module.__call__
+    ) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 16, 16)
+        self.body = body
+        self.last = nn.ReLU(inplace=True)
+        self.run = run
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.run(self.body, self.stem(x)))
+
+
+class Prefixed(nn.Module):
+    """A map ``(b, 8, h, w)`` as tokens ``(b, prefix + h * w, 8)``."""
+
+    def __init__(self, prefix: int) -> None:
+        super().__init__()
+        self.prefix = nn.Parameter(torch.randn(prefix, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        prefix = self.prefix.expand(len(x), -1, -1)
+        return torch.cat((prefix, rearrange(x, "b c h w -> b (h w) c")), dim=1)
+
+
+def bare(net: nn.Module, layer: str = "body", instance: str | None = None) -> Encoder:
+    """An encoder whose projectors change nothing, so that a projection is what was tapped."""
+    survey = Survey(net, 3, SIZE)
+    taps = survey.tap(layer, pixel=True), survey.tap(instance or layer, pixel=False)
+    return Encoder(net, *taps, nn.Identity(), nn.Identity())
+
+
+def views(size: tuple[int, int] = SIZE) -> Tensor:
+    """Two views."""
+    return torch.rand(2, 3, *size)
+
+
+# Layouts.
+
+
+@pytest.mark.parametrize(
+    ("body", "prefix"),
+    [
+        (nn.Identity(), 0),
+        (Rearrange("b c h w -> b h w c"), 0),
+        (Prefixed(0), 0),
+        (Prefixed(1), 1),
+        (Prefixed(5), 5),
+    ],
+    ids=["map", "channels last", "tokens", "a class token", "four registers and a class token"],
+)
+@pytest.mark.parametrize(
+    "size", [SIZE, (96, 64), (64, 64), (128, 32)], ids=["as built", "upright", "square", "narrow"]
+)
+def test_any_layout_is_read_as_a_map_and_as_its_average(body, prefix, size) -> None:
+    net, pixels = Backbone(body), views(size)
+    pixel, instance = bare(net)(pixels)
+    expected = net.stem(pixels)
+    cells = [*expected.flatten(2).unbind(dim=2)]
+    if prefix:
+        cells += [own.expand(2, -1) for own in body.prefix]
+    torch.testing.assert_close(pixel, expected)
+    torch.testing.assert_close(instance, sum(cells) / len(cells))
+
+
+def test_a_vector_is_the_instance_as_it_is() -> None:
+    pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+    net, pixels = Backbone(pool), views()
+    _, instance = bare(net, "stem", "body.2")(pixels)
+    torch.testing.assert_close(instance, pool(net.stem(pixels)))
+
+
+def test_projectors_see_what_was_tapped() -> None:
+    encoder, pixels = bare(Backbone(nn.Identity())), views()
+    encoder.pixel_projector = nn.Conv2d(8, 4, 1)
+    encoder.instance_projector = nn.Linear(8, 3)
+    pixel, instance = encoder(pixels)
+    expected = encoder.net.stem(pixels)
+    torch.testing.assert_close(pixel, encoder.pixel_projector(expected))
+    torch.testing.assert_close(instance, encoder.instance_projector(expected.mean(dim=(2, 3))))
+
+
+def test_convention_the_grid_is_rows_and_columns() -> None:
+    assert bare(Backbone(nn.Identity()))(views()).grid == (4, 6)
+
+
+@pytest.mark.parametrize(("pixel", "instance"), [(True, False), (False, True)])
+def test_a_branch_that_is_not_asked_for_is_not_computed(pixel, instance) -> None:
+    encoder = bare(Backbone(nn.Identity()))
+    calls = []
+    for head in (encoder.pixel_projector, encoder.instance_projector):
+        head.register_forward_hook(lambda module, *_: calls.append(module))
+    projections = encoder(views(), Branches(pixel, instance))
+    assert calls == [encoder.pixel_projector if pixel else encoder.instance_projector]
+    assert (projections.pixel is not None, projections.instance is not None) == (pixel, instance)
+    assert projections.grid == ((4, 6) if pixel else (0, 0))
+
+
+# Layers that others overwrite, gradients, precision.
+
+
+def test_a_layer_overwritten_in_place_is_read_and_trained_as_it_was() -> None:
+    net = Backbone(nn.BatchNorm2d(8)).eval()
+    pixels, parameters = views(), [*net.stem.parameters(), *net.body.parameters()]
+    expected = net.body(net.stem(pixels))
+    assert expected.min() < 0  # the layer after it would cut this off
+    pixel, _ = bare(net)(pixels)
+    torch.testing.assert_close(pixel, expected)
+    pull = torch.randn_like(pixel)
+    gradients = (torch.autograd.grad((out * pull).sum(), parameters) for out in (pixel, expected))
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("net_dtype", [torch.float32, torch.float64], ids=str)
+def test_views_are_cast_to_the_weights(dtype, net_dtype) -> None:
+    net, pixels = Backbone(nn.Identity()).to(net_dtype), views().to(dtype)
+    pixel, _ = bare(net)(pixels)
+    torch.testing.assert_close(pixel, net.stem(pixels.to(net_dtype)))
+
+
+def test_nothing_is_asked_of_gradients_where_they_are_off() -> None:
+    encoder = bare(Backbone(nn.Identity()))
+    encoder.requires_grad_(False)
+    with torch.no_grad():
+        assert encoder(views()).pixel.isfinite().all()
+
+
+def checkpointing(reentrant: bool) -> Callable[[nn.Module, Tensor], Tensor]:
+    """Run a body under activation checkpointing while it trains, as most networks do."""
+
+    def run(body: nn.Module, x: Tensor) -> Tensor:
+        return checkpoint(body, x, use_reentrant=reentrant) if body.training else body(x)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("reentrant", "layer"), [(False, "body"), (False, "body.0"), (True, "body"), (True, "body.1")]
+)
+def test_checkpointing_changes_no_gradient(reentrant, layer) -> None:
+    net, pixels = Backbone(nn.Sequential(nn.Conv2d(8, 8, 1), nn.Tanh())), views()
+    net.last = nn.Identity()
+    gradients = []
+    for net.run in (nn.Module.__call__, checkpointing(reentrant)):
+        net.zero_grad()
+        bare(net, layer)(pixels).pixel.square().sum().backward()
+        gradients.append([parameter.grad for parameter in net.parameters()])
+    for plain, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(recomputed, plain)
+
+
+# What is refused while it runs.
+
+
+def stop_body(net: Backbone) -> None:
+    net.run = lambda _, x: x
+
+
+def widen_body(net: Backbone) -> None:
+    net.body = nn.Conv2d(8, 16, 1)
+
+
+def flatten_body(net: Backbone) -> None:
+    net.body = nn.Flatten()
+
+
+def pair_body(net: Backbone) -> None:
+    net.body.register_forward_hook(lambda *_: (torch.zeros(1), torch.zeros(1)))
+    net.run = lambda body, x: body(x)[0]
+
+
+def freeze(net: Backbone) -> None:
+    net.requires_grad_(False)
+
+
+def checkpoint_body(net: Backbone) -> None:
+    net.run = checkpointing(reentrant=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "texts"),
+    [
+        (stop_body, ["did not run", "every time"]),
+        (widen_body, ["(2, 16, 4, 6)", "c = 8", "new learner"]),
+        (flatten_body, ["(2, 192)", "'b c h w'", "new learner"]),
+        (pair_body, ["tuple", "new learner"]),
+        (freeze, ["without gradient", "frozen", "unfreeze"]),
+        (checkpoint_body, ["without gradient", "re-entrant", "tap body.1 (8 channels, 4x6"]),
+    ],
+)
+@pytest.mark.parametrize("kind", Branches._fields)
+def test_a_layer_that_changed_since_the_survey_is_refused(change, texts, kind) -> None:
+    net = Backbone(nn.Sequential(nn.Conv2d(8, 8, 1), nn.Tanh()))
+    layer = "body.0" if change is checkpoint_body else "body"
+    encoder = bare(net, layer)
+    change(net)
+    only = Branches(pixel=kind == "pixel", instance=kind == "instance")
+    with pytest.raises(ValueError) as error:
+        encoder(views(), only)
+    for text in (f"the {kind} layer {layer!r}", *texts):
+        assert text in str(error.value)

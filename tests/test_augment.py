@@ -1,0 +1,537 @@
+"""What happens to colour: against hand arithmetic, slow loops and torchvision."""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torchvision.transforms.v2 import functional as torchvision
+
+from pixel_level_contrastive_learning.augment import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    VIEW_ONE,
+    VIEW_TWO,
+    Augmentation,
+    Colour,
+    Factors,
+    Normalise,
+    Photometry,
+    change_colour,
+    statistics,
+)
+
+NEUTRAL = {
+    "brightness": 1.0,
+    "contrast": 1.0,
+    "saturation": 1.0,
+    "hue": 0.0,
+    "sigma": 0.0,
+    "solarise": False,
+}
+STRONG = {
+    "brightness": 1.3,
+    "contrast": 0.7,
+    "saturation": 1.2,
+    "hue": 0.5,
+    "sigma": 1.4,
+    "solarise": True,
+}
+"""One value that changes something for each factor."""
+ROUNDING = 1e-3
+"""Gray is 0.299 or 0.2989 red, by library."""
+
+
+def factors(count: int = 1, **some: object) -> Factors:
+    """Neutral factors but for those given: a value for all samples or a list with one for each."""
+    filled = {}
+    for name, value in {**NEUTRAL, **some}.items():
+        values = value if isinstance(value, list) else [value] * count
+        filled[name] = torch.tensor(values)
+    return Factors(**filled)
+
+
+def images(*shape: int, seed: int = 0) -> Tensor:
+    """Values in [0, 1]."""
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def gray_of(pixel: list[float]) -> float:
+    """How bright a pixel of three channels is (ITU-R BT.601)."""
+    red, green, blue = pixel
+    return 0.299 * red + 0.587 * green + 0.114 * blue
+
+
+# Each change by itself.
+
+
+def test_convention_brightness_multiplies_and_clips() -> None:
+    pixels = torch.tensor([0.0, 0.2, 0.5, 0.9]).view(1, 1, 2, 2)
+    brighter = change_colour(pixels, factors(brightness=1.4))
+    assert brighter.flatten().tolist() == pytest.approx([0, 0.28, 0.7, 1])
+    darker = change_colour(pixels, factors(brightness=0.6))
+    assert darker.flatten().tolist() == pytest.approx([0, 0.12, 0.3, 0.54])
+
+
+def test_convention_contrast_is_the_distance_from_the_mean() -> None:
+    pixels = torch.tensor([0.0, 0.2, 0.4, 1.0]).view(1, 1, 2, 2)  # mean 0.4
+    less = change_colour(pixels, factors(contrast=0.5))
+    assert less.flatten().tolist() == pytest.approx([0.2, 0.3, 0.4, 0.7])
+    more = change_colour(pixels, factors(contrast=1.4))
+    assert more.flatten().tolist() == pytest.approx([0, 0.12, 0.4, 1])  # clipped at both ends
+
+
+def test_convention_contrast_of_colours_is_the_distance_from_the_mean_gray() -> None:
+    pixels = torch.tensor([[1.0, 0, 0], [0, 0, 1.0]])  # red and blue
+    mean = (gray_of([1, 0, 0]) + gray_of([0, 0, 1])) / 2
+    less = change_colour(pixels.T.view(1, 3, 1, 2), factors(contrast=0.5))
+    expected = [0.5 + mean / 2, mean / 2, mean / 2, mean / 2, mean / 2, 0.5 + mean / 2]
+    assert less[0, :, 0].flatten().tolist() == pytest.approx(expected, abs=ROUNDING)
+
+
+def test_convention_saturation_is_the_distance_from_gray() -> None:
+    pixel = [0.8, 0.4, 0.2]
+    gray = gray_of(pixel)
+    for factor in (0.5, 0.8, 1.2):
+        changed = change_colour(torch.tensor(pixel).view(1, 3, 1, 1), factors(saturation=factor))
+        expected = [gray + factor * (value - gray) for value in pixel]
+        assert changed.flatten().tolist() == pytest.approx(expected, abs=ROUNDING)
+
+
+@pytest.mark.parametrize("hue", [0.0, 0.5])
+def test_convention_without_saturation_all_channels_are_the_same_gray(hue) -> None:
+    pixels = images(2, 3, 4, 5)
+    gray = change_colour(pixels, factors(2, saturation=0.0, hue=hue))
+    assert torch.equal(gray[:, 0], gray[:, 1])
+    assert torch.equal(gray[:, 0], gray[:, 2])
+    by_hand = gray_of(pixels[1, :, 2, 3].tolist())
+    assert gray[1, 0, 2, 3].item() == pytest.approx(by_hand, abs=ROUNDING)
+
+
+def test_convention_a_third_of_a_turn_makes_red_green() -> None:
+    red, green, blue = torch.eye(3).view(3, 1, 3, 1, 1)
+    third = factors(hue=2 * math.pi / 3)
+    assert torch.allclose(change_colour(red, third), green, atol=1e-5)
+    assert torch.allclose(change_colour(green, third), blue, atol=1e-5)
+    assert torch.allclose(change_colour(green, factors(hue=-2 * math.pi / 3)), red, atol=1e-5)
+
+
+def test_convention_solarising_inverts_values_from_a_half_up() -> None:
+    pixels = torch.tensor([0.0, 0.4999, 0.5, 0.6, 1.0, 0.1]).view(1, 1, 2, 3)
+    inverted = change_colour(pixels, factors(solarise=True)).flatten().tolist()
+    assert inverted == pytest.approx([0, 0.4999, 0.5, 0.4, 0, 0.1])
+
+
+@pytest.mark.parametrize(
+    ("change", "other"),
+    [
+        ({"brightness": 1.3}, lambda x: torchvision.adjust_brightness(x, 1.3)),
+        ({"brightness": 0.6}, lambda x: torchvision.adjust_brightness(x, 0.6)),
+        ({"contrast": 1.4}, lambda x: torchvision.adjust_contrast(x, 1.4)),
+        ({"contrast": 0.6}, lambda x: torchvision.adjust_contrast(x, 0.6)),
+        ({"saturation": 1.2}, lambda x: torchvision.adjust_saturation(x, 1.2)),
+        ({"saturation": 0.8}, lambda x: torchvision.adjust_saturation(x, 0.8)),
+        ({"saturation": 0.0}, lambda x: torchvision.rgb_to_grayscale(x, 3)),
+        ({"hue": 2 * math.pi * 0.1}, lambda x: torchvision.adjust_hue(x, 0.1)),
+        ({"hue": -2 * math.pi * 0.07}, lambda x: torchvision.adjust_hue(x, -0.07)),
+        ({"solarise": True}, lambda x: torchvision.solarize(x, 0.5)),
+        (
+            {"brightness": 1.3, "contrast": 0.6, "solarise": True},
+            lambda x: torchvision.solarize(
+                torchvision.adjust_contrast(torchvision.adjust_brightness(x, 1.3), 0.6), 0.5
+            ),
+        ),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_changes_equal_torchvision(change, other: Callable[[Tensor], Tensor]) -> None:
+    pixels = images(1, 3, 9, 7)
+    assert torch.allclose(change_colour(pixels, factors(**change)), other(pixels), atol=ROUNDING)
+
+
+@pytest.mark.parametrize("without", ["hue", "saturation", "nothing"])
+def test_changes_come_in_the_order_that_is_told(without) -> None:
+    # Brightness, contrast, saturation, hue, sharpness, solarised: each order looks different.
+    own = {name: value for name, value in STRONG.items() if name != without}
+    pixels = images(1, 3, 16, 16)
+    told = torchvision.adjust_brightness(pixels, own["brightness"])
+    told = torchvision.adjust_contrast(told, own["contrast"])
+    told = torchvision.adjust_saturation(told, own.get("saturation", 1.0))
+    told = torchvision.adjust_hue(told, own.get("hue", 0.0) / (2 * math.pi))
+    told = torchvision.gaussian_blur(told, [13, 13], [own["sigma"]] * 2)
+    told = torchvision.solarize(told, 0.5)
+    assert torch.allclose(change_colour(pixels, factors(**own)), told, atol=2 * ROUNDING)
+
+
+# The blur.
+
+
+def slow_blur(image: Tensor, sigma: float, kernel: tuple[int, int]) -> Tensor:
+    """A Gaussian blur ``(h, w)`` pixel by pixel, mirrored about the outermost pixels."""
+    h, w = image.shape
+
+    def weights(size: int) -> list[float]:
+        bell = [math.exp(-((i - size // 2) ** 2) / (2 * sigma**2)) for i in range(size)]
+        return [value / sum(bell) for value in bell]
+
+    def mirrored(index: int, side: int) -> int:
+        return -index if index < 0 else 2 * (side - 1) - index if index >= side else index
+
+    down, across = weights(kernel[0]), weights(kernel[1])
+    blurred = torch.zeros(h, w, dtype=torch.float64)
+    for y in range(h):
+        for x in range(w):
+            for i, weight_down in enumerate(down):
+                for j, weight_across in enumerate(across):
+                    row = mirrored(y + i - kernel[0] // 2, h)
+                    column = mirrored(x + j - kernel[1] // 2, w)
+                    blurred[y, x] += weight_down * weight_across * image[row, column].item()
+    return blurred.float()
+
+
+@pytest.mark.parametrize("sigma", [0.1, 0.7, 2.0])
+def test_blur_equals_the_slow_loop(sigma) -> None:
+    pixels = images(1, 1, 14, 15)
+    blurred = change_colour(pixels, factors(sigma=sigma))
+    assert torch.allclose(blurred[0, 0], slow_blur(pixels[0, 0], sigma, (13, 13)), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("size", "kernel"),
+    [((5, 7), (5, 7)), ((6, 20), (5, 13)), ((2, 2), (1, 1)), ((3, 1), (3, 1)), ((1, 1), (1, 1))],
+)
+def test_a_blur_kernel_is_never_larger_than_the_view(size, kernel) -> None:
+    pixels = images(1, 1, *size)
+    blurred = change_colour(pixels, factors(sigma=1.5))
+    assert torch.allclose(blurred[0, 0], slow_blur(pixels[0, 0], 1.5, kernel), atol=1e-5)
+
+
+def test_the_largest_blur_sets_the_kernel() -> None:
+    pixels = images(1, 1, 12, 11)
+    for largest, side in ((0.3, 3), (1.0, 7), (1.1, 9)):  # three deviations to either side
+        blurred = change_colour(pixels, factors(sigma=0.3), largest)
+        assert torch.allclose(blurred[0, 0], slow_blur(pixels[0, 0], 0.3, (side, side)), atol=1e-5)
+    # Deviations of 0.9 show where a kernel of the default size would go on.
+    blurred = change_colour(pixels, factors(sigma=0.9), 1.0)
+    assert torch.allclose(blurred[0, 0], slow_blur(pixels[0, 0], 0.9, (7, 7)), atol=1e-5)
+    assert not torch.allclose(blurred, change_colour(pixels, factors(sigma=0.9)), atol=1e-5)
+
+
+def test_blur_keeps_what_is_even() -> None:
+    even = torch.full((1, 3, 20, 20), 0.3)
+    assert torch.allclose(change_colour(even, factors(sigma=2.0)), even, atol=1e-6)
+
+
+# What is left alone.
+
+
+def test_neutral_factors_change_nothing() -> None:
+    pixels = images(3, 3, 8, 8) * 3 - 1  # not even clipped
+    assert torch.equal(change_colour(pixels, factors(3)), pixels)
+
+
+@pytest.mark.parametrize("name", STRONG)
+def test_only_the_chosen_samples_change(name) -> None:
+    pixels = images(4, 3, 16, 16)
+    neutral, strong = NEUTRAL[name], STRONG[name]
+    changed = change_colour(pixels, factors(4, **{name: [neutral, strong, neutral, strong]}))
+    assert torch.equal(changed[[0, 2]], pixels[[0, 2]])
+    for sample in (1, 3):
+        assert not torch.allclose(changed[sample], pixels[sample], atol=0.01)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 5])
+def test_a_sample_does_not_hang_on_the_others_of_its_batch(channels) -> None:
+    pixels = images(4, channels, 16, 15)
+    own = factors(
+        brightness=[1.3, 1.0, 0.7, 1.1],
+        contrast=[1.0, 0.6, 1.4, 0.9],
+        saturation=[0.0, 1.0, 1.2, 0.8],
+        hue=[0.3, -0.6, 0.0, 0.1],
+        sigma=[2.0, 0.5, 0.0, 0.1],
+        solarise=[False, True, True, False],
+    )
+    together = change_colour(pixels, own)
+    for i in range(4):
+        alone = Factors(*(factor[i : i + 1] for factor in own))
+        assert torch.allclose(change_colour(pixels[i : i + 1], alone)[0], together[i], atol=1e-6)
+
+
+def test_changing_leaves_the_input_as_it_was() -> None:
+    pixels = images(2, 3, 8, 8)
+    before = pixels.clone()
+    for neutral_and_strong in (False, True):
+        some = {
+            name: [NEUTRAL[name], value] if neutral_and_strong else [value, value]
+            for name, value in STRONG.items()
+        }
+        change_colour(pixels, factors(2, **some))
+        assert torch.equal(pixels, before)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 5])
+def test_other_channel_counts_have_no_colour_to_lose(channels) -> None:
+    pixels = images(2, channels, 8, 8)
+    assert torch.equal(change_colour(pixels, factors(2, saturation=0.0, hue=1.0)), pixels)
+
+    changed = change_colour(pixels, factors(2, brightness=0.7, contrast=0.5))
+    darker = pixels * 0.7
+    mean = darker.mean(dim=(1, 2, 3), keepdim=True)
+    assert torch.allclose(changed, mean + 0.5 * (darker - mean), atol=1e-6)
+
+    blurred = change_colour(pixels, factors(2, sigma=1.0))
+    for channel in range(channels):
+        slow = slow_blur(pixels[1, channel], 1.0, (7, 7))  # 8 rows hold a kernel of 7
+        assert torch.allclose(blurred[1, channel], slow, atol=1e-5)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.5, 1.0])
+def test_even_images_come_out_finite_and_within_bounds(value) -> None:
+    pixels = torch.full((2, 3, 6, 6), value)
+    for name, strong in STRONG.items():
+        changed = change_colour(pixels, factors(2, **{name: strong}))
+        assert changed.isfinite().all()
+        assert changed.min() >= -1e-6
+        assert changed.max() <= 1 + 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("which", [[0, 1], [0]], ids=["all samples", "some samples"])
+def test_the_dtype_is_kept(dtype, which) -> None:
+    some = {
+        name: [value if i in which else NEUTRAL[name] for i in range(2)]
+        for name, value in STRONG.items()
+    }
+    assert change_colour(images(2, 3, 8, 8).to(dtype), factors(2, **some)).dtype == dtype
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("which", [[0, 1, 2], [1]], ids=["all samples", "some samples"])
+def test_changing_never_reads_the_device(channels, which) -> None:
+    # A tensor on the meta device has no values: whoever asks for one gets an error.
+    pixels = torch.empty(3, channels, 20, 24, device="meta")
+    some = {
+        name: [value if i in which else NEUTRAL[name] for i in range(3)]
+        for name, value in STRONG.items()
+    }
+    changed = change_colour(pixels, factors(3, **some))
+    assert changed.device.type == "meta"
+    assert changed.shape == pixels.shape
+    normalised = Normalise((0.5,) * channels, (0.2,) * channels)(pixels)
+    assert normalised.device.type == "meta"
+    whole = Augmentation(
+        Colour(VIEW_TWO, channels), Normalise((0.5,) * channels, (0.2,) * channels)
+    )
+    assert whole(pixels).device.type == "meta"
+
+
+def test_changing_does_not_hang_on_the_default_device() -> None:
+    pixels, drawn = images(8, 3, 16, 16), VIEW_TWO.draw(8)
+    expected = change_colour(pixels, drawn)
+    with torch.device("meta"):
+        assert torch.equal(change_colour(pixels, drawn), expected)
+
+
+# Drawing factors.
+
+MANY = 4000
+
+
+def share(hits: Tensor, expected: float) -> bool:
+    """Whether a share is as expected, within five standard deviations (exactly, for 0 and 1)."""
+    slack = 5 * math.sqrt(expected * (1 - expected) / len(hits))
+    return abs(hits.float().mean().item() - expected) <= slack
+
+
+def uniform(values: Tensor, low: float, high: float) -> bool:
+    """Whether values fill a range evenly: bounds, mean and variance."""
+    spread = high - low
+    filled = values.max() - values.min() > 0.98 * spread
+    inside = low - 1e-5 <= values.min() and values.max() <= high + 1e-5
+    even = abs(values.mean() - (low + high) / 2) < 5 * spread / math.sqrt(12 * len(values))
+    return bool(filled and inside and even and abs(values.std() * 12**0.5 / spread - 1) < 0.05)
+
+
+def test_the_two_views_are_the_authors() -> None:
+    alike = {
+        "jitter": (0.4, 0.4, 0.2, 0.1),
+        "prob_jitter": 0.8,
+        "prob_gray": 0.2,
+        "sigma": (0.1, 2.0),
+    }
+    assert vars(VIEW_ONE) == {**alike, "prob_blur": 1.0, "prob_solarise": 0.0}
+    assert vars(VIEW_TWO) == {**alike, "prob_blur": 0.1, "prob_solarise": 0.2}
+
+
+@pytest.mark.parametrize("view", [VIEW_ONE, VIEW_TWO], ids=["one", "two"])
+def test_factors_come_as_often_and_as_strong_as_asked(view) -> None:
+    drawn = view.draw(MANY)
+    assert all(factor.shape == (MANY,) for factor in drawn)
+    assert all(factor.device.type == "cpu" for factor in drawn)
+    assert drawn.solarise.dtype == torch.bool
+
+    jittered = drawn.brightness != 1
+    assert share(jittered, 0.8)
+    assert uniform(drawn.brightness[jittered], 0.6, 1.4)
+    assert uniform(drawn.contrast[jittered], 0.6, 1.4)
+    assert uniform(drawn.hue[jittered], -0.2 * math.pi, 0.2 * math.pi)  # a tenth of a turn
+    gray = drawn.saturation == 0
+    assert share(gray, 0.2)
+    assert uniform(drawn.saturation[jittered & ~gray], 0.8, 1.2)
+    # Jitter comes as a whole or not at all.
+    assert (drawn.contrast[~jittered] == 1).all()
+    assert (drawn.hue[~jittered] == 0).all()
+    assert (drawn.saturation[~jittered & ~gray] == 1).all()
+
+    blurred = drawn.sigma > 0
+    assert share(blurred, view.prob_blur)
+    assert uniform(drawn.sigma[blurred], 0.1, 2.0)
+    assert share(drawn.solarise, view.prob_solarise)
+
+
+def test_factors_hang_together_with_nothing() -> None:
+    drawn = Photometry(prob_blur=0.5, prob_solarise=0.5, prob_gray=0.5).draw(MANY)
+    jittered = drawn.brightness != 1
+    told = torch.stack(
+        [
+            drawn.brightness[jittered],
+            drawn.contrast[jittered],
+            drawn.hue[jittered],
+            (drawn.saturation == 0)[jittered].float(),
+            (drawn.sigma > 0)[jittered].float(),
+            drawn.solarise[jittered].float(),
+        ]
+    )
+    assert (torch.corrcoef(told) - torch.eye(6)).abs().max() < 5 / math.sqrt(jittered.sum())
+    assert share(drawn.solarise[~jittered], 0.5)
+    assert share((drawn.saturation == 0)[~jittered], 0.5)
+
+
+@pytest.mark.parametrize("prob", [0.0, 1.0])
+def test_never_and_always_mean_what_they_say(prob) -> None:
+    drawn = Photometry(prob_jitter=prob, prob_gray=prob, prob_blur=prob, prob_solarise=prob).draw(
+        1000
+    )
+    assert ((drawn.brightness != 1).float().mean() > 0.99) == bool(prob)
+    assert (drawn.brightness == 1).all() == (not prob)
+    assert (drawn.saturation == 0).all() == bool(prob)
+    assert (drawn.saturation == 1).all() == (not prob)
+    assert (drawn.sigma > 0).all() == bool(prob)
+    assert (drawn.sigma == 0).all() == (not prob)
+    assert drawn.solarise.all() == bool(prob)
+    assert drawn.solarise.any() == bool(prob)
+
+
+def test_a_seed_fixes_the_factors_and_takes_nine_numbers_a_sample() -> None:
+    torch.manual_seed(5)
+    first = VIEW_ONE.draw(6)
+    after_one = torch.get_rng_state()
+    torch.manual_seed(5)
+    again = VIEW_ONE.draw(6)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    torch.manual_seed(5)
+    VIEW_TWO.draw(6)
+    after_two = torch.get_rng_state()
+    torch.manual_seed(5)
+    torch.rand(9, 6)
+    assert torch.equal(after_one, torch.get_rng_state())
+    assert torch.equal(after_two, torch.get_rng_state())
+    assert len(first.brightness.unique()) > 1
+    assert len(first.sigma.unique()) == 6
+
+
+def test_factors_are_drawn_on_the_cpu_whatever_the_default_device() -> None:
+    with torch.device("meta"):
+        drawn = VIEW_TWO.draw(4)
+    assert {factor.device.type for factor in drawn} == {"cpu"}
+
+
+# The modules.
+
+
+def test_colour_draws_for_each_sample_and_changes_accordingly() -> None:
+    pixels = images(6, 3, 16, 16)
+    torch.manual_seed(2)
+    changed = Colour(VIEW_TWO, 3)(pixels)
+    torch.manual_seed(2)
+    assert torch.equal(changed, change_colour(pixels, VIEW_TWO.draw(6)))
+    assert not torch.equal(changed, pixels)
+
+
+def test_colour_blurs_with_its_own_kernel() -> None:
+    pixels = images(1, 1, 12, 12)
+    soft = Photometry(prob_jitter=0, prob_gray=0, sigma=(1.0, 1.0))
+    blurred = Colour(soft, 1)(pixels)
+    assert torch.allclose(blurred[0, 0], slow_blur(pixels[0, 0], 1.0, (7, 7)), atol=1e-5)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 5])
+def test_colour_solarises_three_channels_only(channels) -> None:
+    bright = Photometry(prob_jitter=0, prob_gray=1, prob_blur=0, prob_solarise=1)
+    pixels = images(3, channels, 4, 4)
+    assert torch.equal(Colour(bright, channels)(pixels), pixels)
+    whites = torch.ones(3, 3, 4, 4)
+    assert torch.allclose(Colour(bright, 3)(whites), torch.zeros(3, 3, 4, 4), atol=1e-6)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 5])
+@pytest.mark.parametrize("size", [(1, 1), (2, 2), (5, 7), (32, 24)])
+@pytest.mark.parametrize("view", [VIEW_ONE, VIEW_TWO], ids=["one", "two"])
+def test_default_colour_serves_any_image(view, size, channels) -> None:
+    changed = Colour(view, channels)(images(8, channels, *size))
+    assert changed.shape == (8, channels, *size)
+    assert changed.isfinite().all()
+    assert changed.min() >= -1e-5
+    assert changed.max() <= 1 + 1e-5
+
+
+def test_convention_normalising_takes_the_mean_and_divides() -> None:
+    pixels = torch.tensor([0.5, 1.0, 0.0]).view(1, 3, 1, 1)
+    normalised = Normalise((0.5, 0.5, 0.25), (0.1, 0.25, 0.5))(pixels)
+    assert normalised.flatten().tolist() == pytest.approx([0, 2, -0.5])
+
+
+def test_normalising_makes_zero_mean_and_unit_variance() -> None:
+    mean, std = torch.tensor([0.4, 0.6]), torch.tensor([0.1, 0.2])
+    pixels = torch.randn(4, 2, 50, 50) * std.view(-1, 1, 1) + mean.view(-1, 1, 1)
+    normalised = Normalise((0.4, 0.6), (0.1, 0.2))(pixels)
+    assert normalised.mean(dim=(0, 2, 3)).abs().max() < 0.05
+    assert (normalised.std(dim=(0, 2, 3)) - 1).abs().max() < 0.05
+
+
+def test_normalising_keeps_the_dtype_and_leaves_no_trace_in_a_state() -> None:
+    normalise = Normalise(IMAGENET_MEAN, IMAGENET_STD)
+    for dtype in (torch.float16, torch.float32, torch.float64):
+        assert normalise(images(1, 3, 2, 2).to(dtype)).dtype == dtype
+    assert normalise.state_dict() == {}
+
+
+def test_statistics_default_to_imagenets() -> None:
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    assert statistics(3, None, None) == (mean, std)
+    for channels in (1, 2, 5):
+        gray = statistics(channels, None, None)
+        assert gray[0] == pytest.approx((0.449,) * channels)  # the average of the three
+        assert gray[1] == pytest.approx((0.226,) * channels)
+    assert statistics(2, [0.1, 0.2], None) == ((0.1, 0.2), pytest.approx((0.226,) * 2))
+    assert statistics(3, None, [1, 2, 3]) == (mean, (1, 2, 3))
+
+
+def test_augmenting_changes_first_and_normalises_after() -> None:
+    half = Augmentation(lambda pixels: pixels / 2, Normalise((0.25,), (0.125,)))
+    assert half(torch.ones(1, 1, 2, 2)).flatten().tolist() == [2] * 4
+    bare = Augmentation(lambda pixels: pixels / 2, None)
+    assert bare(torch.ones(1, 1, 2, 2)).flatten().tolist() == [0.5] * 4
+    assert bare(torch.zeros(1, 1, 2, 2)).flatten().tolist() == [0] * 4
+
+
+def test_augmenting_must_not_move_pixels() -> None:
+    crop = Augmentation(lambda pixels: pixels[..., 1:, 1:], Normalise((0.5,), (0.5,)))
+    with pytest.raises(ValueError) as error:
+        crop(torch.ones(2, 1, 8, 8))
+    assert str(error.value) == (
+        "augment_fn turned views (2, 1, 8, 8) into (2, 1, 7, 7); it must keep the shape and the "
+        "place of every pixel: change colour there, and set geometry by cutout_ratio_range, "
+        "prob_rand_hflip, prob_rand_vflip and max_rotation"
+    )

@@ -1,0 +1,215 @@
+"""Tables walked in blocks: every entry once, and nothing but the memory shows it."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from pixel_level_contrastive_learning import blocks as room
+from pixel_level_contrastive_learning.blocks import Block, blocks, by_blocks, full_precision
+from pixel_level_contrastive_learning.geometry import Positives
+from pixel_level_contrastive_learning.losses import pixcontrast_loss, pixpro_loss
+from pixel_level_contrastive_learning.modules.ppm import PPM
+
+TINY = [1, 2, 7, 13, 22, 40, 10**9]
+"""Entries that may be held, from less than a row to more than a table."""
+sizes = st.integers(0, 9)
+
+
+def walk(shape: tuple[int, int, int], entries: int) -> list[Block]:
+    """The blocks of a table where ``entries`` may be held at a time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(room, "ENTRIES", entries)
+        return list(blocks(shape))
+
+
+@settings(max_examples=200)
+@given(shape=st.tuples(sizes, sizes, sizes), entries=st.integers(1, 30) | st.integers(1, 700))
+@example(shape=(2, 5, 4), entries=10)
+@example(shape=(0, 5, 5), entries=10)
+@example(shape=(3, 0, 5), entries=10)
+@example(shape=(3, 5, 0), entries=10)
+def test_blocks_cover_every_row_of_every_image_once_and_in_order(shape, entries) -> None:
+    images, rows, columns = shape
+    seen = []
+    for block in walk(shape, entries):
+        of_images = range(images)[block.images]
+        of_rows = range(rows)[block.rows]
+        # Slices name their ends: what is left over at the end is no longer than it is.
+        assert (block.images.stop, block.rows.stop) == (of_images.stop, of_rows.stop)
+        held = len(of_images) * len(of_rows) * columns
+        assert held <= entries or len(of_images) == len(of_rows) == 1
+        seen.append([(image, row) for image in of_images for row in of_rows])
+    flat = [place for places in seen for place in places]
+    assert sorted(flat) == [(image, row) for image in range(images) for row in range(rows)]
+    firsts = [places[0] for places in seen]
+    assert firsts == sorted(firsts)
+
+
+@pytest.mark.parametrize(
+    ("entries", "expected"),
+    [
+        (100, [(0, 4, 0, 3)]),  # all of it at once
+        (30, [(0, 2, 0, 3), (2, 4, 0, 3)]),  # two images of 15 entries each
+        (29, [(i, i + 1, 0, 3) for i in range(4)]),
+        (10, [(i, i + 1, *rows) for i in range(4) for rows in ((0, 2), (2, 3))]),
+        (1, [(i, i + 1, j, j + 1) for i in range(4) for j in range(3)]),
+    ],
+)
+def test_blocks_are_as_large_as_may_be(entries, expected) -> None:
+    walked = walk((4, 3, 5), entries)
+    assert [(i.start, i.stop, r.start, r.stop) for i, r in walked] == expected
+
+
+def test_large_tables_are_never_held_whole() -> None:
+    largest = room.ENTRIES
+    assert largest <= 2**24  # 64 MiB in float32
+    for shape in ((2, 64 * 64, 64 * 64), (1024, 49, 49), (1, 3, 2**22)):
+        held = [(i.stop - i.start) * (r.stop - r.start) * shape[2] for i, r in blocks(shape)]
+        assert max(held) <= max(largest, shape[2])
+        assert sum(held) == shape[0] * shape[1] * shape[2]
+
+
+@pytest.mark.parametrize("entries", TINY)
+def test_by_blocks_keeps_the_order(entries, monkeypatch) -> None:
+    monkeypatch.setattr(room, "ENTRIES", entries)
+    whole = torch.arange(4 * 5 * 6).view(4, 5, 6)
+    assert torch.equal(by_blocks(lambda block: whole[block], (4, 5, 6)), whole)
+    columns_gone = by_blocks(lambda block: whole[block].sum(dim=-1), (4, 5, 6))
+    assert torch.equal(columns_gone, whole.sum(dim=-1))
+
+
+@pytest.mark.parametrize("entries", TINY)
+def test_by_blocks_gives_the_value_and_gradient_of_the_whole(entries, monkeypatch) -> None:
+    monkeypatch.setattr(room, "ENTRIES", entries)
+
+    def attend(ours: Tensor, theirs: Tensor) -> Tensor:
+        return (ours @ theirs.mT).softmax(dim=-1) @ theirs.cos()
+
+    ours = torch.randn(3, 5, 4, dtype=torch.float64, requires_grad=True)
+    theirs = torch.randn(3, 7, 4, dtype=torch.float64, requires_grad=True)
+    pull = torch.randn(3, 5, 4, dtype=torch.float64)
+    whole = attend(ours, theirs)
+    parts = by_blocks(
+        lambda block: attend(ours[block.images, block.rows], theirs[block.images]), (3, 5, 7)
+    )
+    assert torch.allclose(parts, whole, rtol=0, atol=1e-12)
+    for part, expected in zip(
+        torch.autograd.grad(parts, (ours, theirs), pull),
+        torch.autograd.grad(whole, (ours, theirs), pull),
+        strict=True,
+    ):
+        assert torch.allclose(part, expected, rtol=0, atol=1e-12)
+
+
+def test_by_blocks_makes_a_block_again_in_backward_instead_of_keeping_it(monkeypatch) -> None:
+    monkeypatch.setattr(room, "ENTRIES", 10)
+    ours = torch.randn(2, 4, 3, requires_grad=True)
+    calls = []
+
+    def table(block: Block) -> Tensor:
+        calls.append(block)
+        return ours[block].exp()
+
+    result = by_blocks(table, (2, 4, 5))
+    forward = list(calls)
+    assert len(forward) == 4
+    result.sum().backward()
+    assert sorted(map(repr, calls[4:])) == sorted(map(repr, forward))
+    with torch.no_grad():
+        by_blocks(table, (2, 4, 5))
+    assert len(calls) == 12
+
+
+# Those who walk: how much is held at a time shows in nothing they give.
+
+
+def pixels(n: int, seed: int) -> Tensor:
+    """Pixels ``(3, 6, n)`` float64 that require a gradient."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randn(3, 6, n, generator=generator, dtype=torch.float64)
+    return drawn.requires_grad_()
+
+
+def result_and_gradients(
+    compute: Callable[..., Tensor], *inputs: Tensor, weights: tuple[Tensor, ...] = ()
+) -> list[Tensor]:
+    """What is computed, and its gradient with respect to inputs and weights."""
+    result = compute(*inputs)
+    pull = torch.linspace(-1, 1, result.numel(), dtype=torch.float64).view(result.shape)
+    pull = pull if result.ndim else torch.ones((), dtype=torch.float64)
+    return [result.detach(), *torch.autograd.grad(result, (*inputs, *weights), pull)]
+
+
+def assert_alike(found: list[Tensor], expected: list[Tensor]) -> None:
+    for one, other in zip(found, expected, strict=True):
+        assert torch.allclose(one, other, rtol=0, atol=1e-12)
+    assert any(gradient.abs().max() > 0 for gradient in expected[1:])
+
+
+def positives() -> Positives:
+    """Matches of three images: the same view, some overlap, none at all."""
+    one = torch.tensor([[12.0, 0, 0], [0, 8, 0]], dtype=torch.float64).repeat(3, 1, 1)
+    two = one.clone()
+    two[1, 0, 2], two[2, 0, 2] = 5, 500
+    return Positives(one, two, (3, 4), (2, 5), 0.7)
+
+
+@pytest.mark.parametrize("entries", TINY[:-1])
+@pytest.mark.parametrize(
+    "loss",
+    [pixpro_loss, lambda x, t, pairs: pixcontrast_loss(x, t, pairs, 0.3)],
+    ids=["pixpro", "pixcontrast"],
+)
+@pytest.mark.parametrize("held", [False, True], ids=["by rule", "as table"])
+def test_losses_do_not_hang_on_the_size_of_blocks(loss, held, entries, monkeypatch) -> None:
+    def compute(online: Tensor, target: Tensor) -> Tensor:
+        pairs = positives()
+        return loss(online, target, pairs.rows(0, 12) if held else pairs)
+
+    expected = result_and_gradients(compute, pixels(12, 0), pixels(10, 1))
+    assert expected[0] > 0
+    monkeypatch.setattr(room, "ENTRIES", entries)
+    assert_alike(result_and_gradients(compute, pixels(12, 0), pixels(10, 1)), expected)
+
+
+@pytest.mark.parametrize("entries", TINY[:-1])
+def test_matches_are_counted_alike_in_blocks_of_any_size(entries, monkeypatch) -> None:
+    monkeypatch.setattr(room, "ENTRIES", entries)
+    by_hand = positives().rows(0, 12).sum(dim=(1, 2)).tolist()
+    assert by_hand[0] > by_hand[1] > by_hand[2] == 0
+    assert positives().count().tolist() == by_hand
+    assert positives().mT.count().tolist() == by_hand
+
+
+@pytest.mark.parametrize("entries", TINY[:-1])
+@pytest.mark.parametrize("num_layers", [0, 1, 2])
+def test_propagation_does_not_hang_on_the_size_of_blocks(num_layers, entries, monkeypatch) -> None:
+    ppm = PPM(chan=6, num_layers=num_layers).double()
+    maps = pixels(12, 0).detach().view(3, 6, 3, 4).requires_grad_()
+    weights = tuple(ppm.parameters())
+    expected = result_and_gradients(ppm, maps, weights=weights)
+    monkeypatch.setattr(room, "ENTRIES", entries)
+    assert_alike(result_and_gradients(ppm, maps, weights=weights), expected)
+
+
+# Precision.
+
+
+def test_autocast_leaves_products_in_full_precision() -> None:
+    ones = torch.ones(2, 2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert (ones @ ones).dtype == torch.bfloat16
+        with full_precision(ones):
+            assert (ones @ ones).dtype == torch.float32
+        assert (ones @ ones).dtype == torch.bfloat16
+
+
+def test_a_device_without_autocast_is_left_alone() -> None:
+    nowhere = torch.ones(2, 2, device="meta")
+    assert not torch.amp.is_autocast_available("meta")
+    with full_precision(nowhere):
+        assert (nowhere @ nowhere).dtype == torch.float32

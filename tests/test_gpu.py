@@ -1,0 +1,130 @@
+"""On an accelerator: the same numbers, no waiting for the device, and errors a step later."""
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from pixel_level_contrastive_learning import PixelCL, View
+from pixel_level_contrastive_learning.geometry import box_to_map
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+SETTINGS: list[dict[str, Any]] = [
+    {},
+    {"use_pixpro": False},
+    {"alpha": 0},
+    {"instance_weight": 0},
+    {"ppm_num_layers": 2, "max_rotation": 30, "cutout_ratio_range": (0.1, 1.0)},
+]
+
+
+def small_learner(**settings: Any) -> PixelCL:
+    """A learner on a small network on the CPU, the same at every call."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 16, 8, 8),
+        nn.BatchNorm2d(16),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(16, 32, 2, 2),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(32, 5),
+    )
+    return PixelCL(net, 64, projection_size=16, projection_hidden_size=32, **settings)
+
+
+def views(device: str) -> tuple[View, View]:
+    """Ready views that overlap, the same on each device."""
+    pixels = torch.rand(2, 4, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    boxes = torch.tensor([[0.0, 0, 96, 96], [30, 10, 110, 90]])
+    maps = box_to_map(boxes, torch.tensor([False, True]))[:, None].expand(2, 4, 2, 3)
+    one, two = (View(*pair) for pair in zip(pixels.to(device), maps.to(device), strict=True))
+    return one, two
+
+
+@pytest.fixture
+def _full_float32() -> Iterator[None]:
+    """Convolutions that do not round to TF32."""
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
+
+
+@pytest.mark.usefixtures("_full_float32")
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_loss_and_gradients_are_those_of_the_cpu(settings) -> None:
+    runs = []
+    for device in ("cpu", "cuda"):
+        learner = small_learner(**settings).to(device)
+        terms = learner(views(device), return_terms=True)
+        terms.loss.backward()
+        found = (*terms, *(own.grad for own in learner.parameters() if own.grad is not None))
+        runs.append([tensor.detach().cpu() for tensor in found])
+    torch.testing.assert_close(*runs, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("ready", [True, False], ids=["views", "images"])
+def test_a_step_never_waits_for_the_device(settings, ready) -> None:
+    learner = small_learner(**settings).cuda()
+    opt = torch.optim.AdamW(learner.parameters(), lr=1e-3)
+    images: Any = views("cuda") if ready else torch.rand(4, 3, 300, 200, device="cuda")
+
+    def step() -> None:
+        terms = learner(images, return_terms=True)
+        opt.zero_grad()
+        terms.loss.backward()
+        opt.step()
+        learner.update_moving_average()
+
+    step()  # what is loaded and allocated at first may wait
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_gives_a_float32_loss_near_that_of_float32(dtype) -> None:
+    learner, pair = small_learner().cuda().eval(), views("cuda")
+    expected = learner(pair)
+    with torch.autocast("cuda", dtype=dtype):
+        loss = learner(pair)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    off = 4 * torch.finfo(dtype).eps  # cosines are rounded by eps / 2, in layers before and in them
+    torch.testing.assert_close(loss, expected, rtol=0, atol=off)
+    grads = [own.grad for own in learner.parameters() if own.grad is not None]
+    assert all(grad.isfinite().all() for grad in grads)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(torch.nan, "NaN or infinite"), (300.0, "values from")], ids=["NaN", "300"]
+)
+def test_a_broken_image_is_named_a_step_later(value, text) -> None:
+    learner, images = small_learner().cuda(), torch.rand(4, 3, 80, 80, device="cuda")
+    broken = images.clone()
+    broken[2, 0, 0, 0] = value
+
+    def two_steps() -> None:
+        learner(broken)
+        torch.cuda.synchronize()
+        learner(images)
+
+    with pytest.raises(ValueError, match=rf"image 2 of the batch has {text}"):
+        two_steps()
+
+
+def test_a_learner_can_be_copied_while_values_are_under_way() -> None:
+    learner = small_learner().cuda()
+    images = torch.rand(4, 3, 80, 80, device="cuda")
+    learner(images)
+    assert copy.deepcopy(learner)(images).isfinite()

@@ -1,0 +1,447 @@
+"""What the learner accepts, and how it says no to the rest."""
+
+import copy
+import pickle
+import threading
+import warnings
+
+import pytest
+import torch
+from torch import Tensor
+
+from pixel_level_contrastive_learning.inputs import ValueWatch, check_images, check_views
+from pixel_level_contrastive_learning.views import View
+
+
+def view(count: int = 2, channels: int = 3) -> View:
+    """A ready view of nothing in particular."""
+    return View(torch.zeros(count, channels, 8, 8), torch.zeros(count, 2, 3))
+
+
+# Images.
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("channels", [1, 3, 7])
+def test_float_images_pass_as_they_are(channels, dtype) -> None:
+    images = torch.zeros(2, channels, 5, 6, dtype=dtype)
+    assert check_images(images, channels) is images
+    assert check_images(images, channels, smallest=5) is images
+
+
+@pytest.mark.parametrize(
+    ("images", "channels", "text"),
+    [
+        (
+            [1, 2],
+            3,
+            "images are a list; they must be a float tensor (b, 3, height, width), or a pair of "
+            "View(pixels, to_image) cut elsewhere",
+        ),
+        (
+            None,
+            1,
+            "images are a NoneType; they must be a float tensor (b, 1, height, width), or a pair "
+            "of View(pixels, to_image) cut elsewhere",
+        ),
+        (
+            torch.zeros(2, 3, 8, 8, dtype=torch.uint8),
+            3,
+            "images have dtype torch.uint8; they must be floats in [0, 1]: "
+            "pass images.float() / 255",
+        ),
+        (
+            torch.zeros(2, 3, 8, 8, dtype=torch.uint16),
+            3,
+            "images have dtype torch.uint16; they must be floats in [0, 1]: "
+            "pass images.float() / 65535",
+        ),
+        (
+            torch.zeros(2, 3, 8, 8, dtype=torch.bool),
+            3,
+            "images have dtype torch.bool; they must be floats in [0, 1]: pass images.float()",
+        ),
+        (
+            torch.zeros(3, 8, 8),
+            3,
+            "images have shape (3, 8, 8); they must be (b, 3, height, width), none of them 0; "
+            "add the batch with images[None]",
+        ),
+        (
+            torch.zeros(8, 8),
+            3,
+            "images have shape (8, 8); they must be (b, 3, height, width), none of them 0",
+        ),
+        (
+            torch.zeros(1, 2, 3, 8, 8),
+            3,
+            "images have shape (1, 2, 3, 8, 8); they must be (b, 3, height, width), none of them 0",
+        ),
+        (
+            torch.zeros(0, 3, 8, 8),
+            3,
+            "images have shape (0, 3, 8, 8); they must be (b, 3, height, width), none of them 0",
+        ),
+        (
+            torch.zeros(2, 3, 8, 0),
+            3,
+            "images have shape (2, 3, 8, 0); they must be (b, 3, height, width), none of them 0",
+        ),
+        (
+            torch.zeros(2, 4, 8, 8),
+            3,
+            "images have 4 channels (shape (2, 4, 8, 8)); this learner was built for 3: pass "
+            "PixelCL(..., channels=4)",
+        ),
+        (
+            torch.zeros(2, 8, 9, 3),
+            3,
+            "images have 8 channels (shape (2, 8, 9, 3)); this learner was built for 3: pass "
+            "images.permute(0, 3, 1, 2)",
+        ),
+    ],
+    ids=[
+        *("list", "None", "uint8", "uint16", "bool", "rank 3", "rank 2", "rank 5"),
+        *("empty batch", "no width", "four channels", "channels last"),
+    ],
+)
+def test_images_are_refused_with_the_way_to_make_them_right(images, channels, text) -> None:
+    with pytest.raises(ValueError) as error:
+        check_images(images, channels)
+    assert str(error.value) == text
+
+
+def test_advice_that_is_followed_leads_to_images_that_pass() -> None:
+    images = torch.full((2, 3, 8, 8), 255, dtype=torch.uint8)
+    scaled = images.float() / 255
+    check_images(scaled, 3)
+    ValueWatch()(scaled, in_unit_range=True)
+    check_images(torch.zeros(3, 8, 8)[None], 3)
+    check_images(torch.zeros(2, 8, 9, 3).permute(0, 3, 1, 2), 3)
+
+
+@pytest.mark.parametrize("size", [(31, 64), (64, 31), (1, 1)])
+def test_images_smaller_than_the_stride_are_refused(size) -> None:
+    height, width = size
+    with pytest.raises(ValueError) as error:
+        check_images(torch.zeros(2, 3, height, width), 3, smallest=32)
+    assert str(error.value) == (
+        f"images are {height}x{width}; they must be at least 32x32, the stride of the pixel "
+        "layer: tap an earlier layer or use larger images"
+    )
+    check_images(torch.zeros(2, 3, 32, 32), 3, smallest=32)
+
+
+# Ready views.
+
+
+@pytest.mark.parametrize("container", [tuple, list])
+def test_two_views_pass_with_their_tensors_untouched(container) -> None:
+    one, two = view(), View(torch.ones(2, 3, 4, 6), torch.ones(2, 2, 3))
+    checked = check_views(container([one, two]), 3)
+    assert [type(some) for some in checked] == [View, View]
+    for some, given in zip(checked, (one, two), strict=True):
+        assert some.pixels is given.pixels
+        assert some.to_image is given.to_image
+
+
+def test_plain_pairs_of_tensors_become_views() -> None:
+    one, two = check_views((tuple(view()), view()), 3)
+    assert type(one) is type(two) is View
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_any_other_number_of_views_is_refused(count) -> None:
+    with pytest.raises(ValueError) as error:
+        check_views([view()] * count, 3)
+    assert str(error.value) == f"got {count} views; the learner takes (view_one, view_two)"
+
+
+@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        (torch.zeros(2, 3, 8, 8), "Tensor"),
+        (list(view()), "list"),
+        ((*view(), 1), "tuple"),
+        (None, "NoneType"),
+    ],
+    ids=["plain tensor", "list", "three fields", "None"],
+)
+def test_what_is_no_view_is_refused(wrong, named, place) -> None:
+    views = [view(), view()]
+    views[place] = wrong
+    with pytest.raises(ValueError) as error:
+        check_views(views, 3)
+    assert str(error.value) == (
+        f"a view is a {named}; it must be View(pixels (b, c, h, w), to_image (b, 2, 3)), since a "
+        "loss needs to know where its pixels came from"
+    )
+
+
+@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize(
+    ("to_image", "found"),
+    [
+        (torch.zeros(2, 3), "(2, 3)"),
+        (torch.zeros(1, 2, 3), "(1, 2, 3)"),
+        (torch.zeros(2, 4), "(2, 4)"),
+        (torch.zeros(2, 3, 3), "(2, 3, 3)"),
+        (None, "NoneType"),
+    ],
+    ids=["one map", "one map for two images", "boxes", "three rows", "None"],
+)
+def test_a_wrong_map_is_refused(to_image, found, place) -> None:
+    views = [view(), view()]
+    views[place] = views[place]._replace(to_image=to_image)
+    with pytest.raises(ValueError) as error:
+        check_views(views, 3)
+    assert str(error.value) == (
+        f"to_image of a view is {found}; it must be a float tensor (2, 2, 3), one map an image: "
+        "make it with geometry.box_to_map"
+    )
+
+
+def test_a_map_of_whole_numbers_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"to_image .*must be a float tensor \(2, 2, 3\)"):
+        check_views([view(), view()._replace(to_image=torch.zeros(2, 2, 3).long())], 3)
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_pixels_of_views_are_checked_as_images_are(place) -> None:
+    views = [view(), view()]
+    views[place] = view(channels=4)
+    with pytest.raises(ValueError, match=r"4 channels.*built for 3"):
+        check_views(views, 3)
+    views[place] = View(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.zeros(2, 2, 3))
+    with pytest.raises(ValueError, match=r"torch\.uint8.*/ 255"):
+        check_views(views, 3)
+
+
+def test_views_of_different_images_are_refused() -> None:
+    with pytest.raises(ValueError) as error:
+        check_views([view(2), view(5)], 3)
+    assert str(error.value) == (
+        "view one holds 2 images and view two 5; both must show the same images in the same order"
+    )
+
+
+# Values.
+
+
+def with_value(value: float, image: int = 2) -> Tensor:
+    """Four good images, but for one pixel."""
+    images = torch.full((4, 3, 5, 6), 0.5)
+    images[image, 1, 3, 4] = value
+    return images
+
+
+ADVICE = (
+    "values must lie in [0, 1]: divide by the largest value of the format (255, 65535), and look "
+    "for broken files"
+)
+
+
+@pytest.mark.parametrize("image", [0, 2, 3])
+@pytest.mark.parametrize(
+    ("value", "found"),
+    [
+        (17.0, "values from 0.5 to 17"),
+        (-16.5, "values from -16.5 to 0.5"),
+        (65535.0, "values from 0.5 to 6.554e+04"),
+        (float("nan"), "NaN or infinite values"),
+        (float("inf"), "NaN or infinite values"),
+        (float("-inf"), "NaN or infinite values"),
+    ],
+)
+def test_impossible_values_are_refused_and_the_image_named(value, found, image) -> None:
+    with pytest.raises(ValueError) as error:
+        ValueWatch()(with_value(value, image), in_unit_range=True)
+    assert str(error.value) == f"image {image} of the batch has {found}; {ADVICE}"
+
+
+def test_the_worst_image_is_named() -> None:
+    images = with_value(17.0, 0)
+    images[3] = 40.0
+    with pytest.raises(ValueError, match=r"^image 3 of the batch has values from 40 to 40;"):
+        ValueWatch()(images, in_unit_range=True)
+    images[1, 0, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"^image 1 of the batch has NaN"):
+        ValueWatch()(images, in_unit_range=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_values_are_judged_in_every_precision(dtype) -> None:
+    for value in (17.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=r"^image 2 "):
+            ValueWatch()(with_value(value).to(dtype), in_unit_range=True)
+    ValueWatch()(with_value(1.0).to(dtype), in_unit_range=True)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, -0.0005, 1.0005])
+def test_values_in_the_unit_range_pass_in_silence(value) -> None:
+    watch = ValueWatch()
+    watch(with_value(value), in_unit_range=True)  # a warning would be an error
+    assert watch.warned is False
+
+
+SAID_ONCE = r"\[0, 1\] is expected.*\(said once\)$"
+
+
+def look_three_times(watch: ValueWatch, images: Tensor) -> None:
+    """Three batches of a training loop."""
+    for _ in range(3):
+        watch(images, in_unit_range=True)
+
+
+@pytest.mark.parametrize("value", [-0.002, 1.002, -3.0, 16.0, -16.0])
+def test_values_beside_the_unit_range_are_one_warning(value) -> None:
+    low, high = min(value, 0.5), max(value, 0.5)
+    with pytest.warns(UserWarning, match=SAID_ONCE) as told:
+        look_three_times(ValueWatch(), with_value(value))
+    assert [str(warning.message) for warning in told] == [
+        f"images have values from {low:.4g} to {high:.4g}; [0, 1] is expected, since colour is "
+        "changed there and clipped: divide by the largest value of the format and do not "
+        "normalise (said once)"
+    ]
+
+
+def test_random_numbers_for_images_are_one_warning() -> None:
+    watch = ValueWatch()
+    with pytest.warns(UserWarning, match=SAID_ONCE) as told:
+        look_three_times(watch, torch.randn(4, 3, 16, 16))
+    assert len(told) == 1
+    # Another learner speaks for itself; and a warned one still refuses what it must.
+    with pytest.warns(UserWarning, match=SAID_ONCE):
+        ValueWatch()(torch.randn(4, 3, 16, 16), in_unit_range=True)
+    with pytest.raises(ValueError, match=r"^image 2 "):
+        watch(with_value(17.0), in_unit_range=True)
+
+
+@pytest.mark.parametrize("value", [-3.0, 17.0, 1e30])
+def test_ready_views_need_only_be_finite(value) -> None:
+    ValueWatch()(with_value(value), in_unit_range=False)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_ready_views_must_be_finite(value) -> None:
+    with pytest.raises(ValueError, match=r"^image 2 of the batch has NaN or infinite values;"):
+        ValueWatch()(with_value(value), in_unit_range=False)
+
+
+def test_watching_leaves_images_and_their_graph_alone() -> None:
+    images = with_value(0.3).requires_grad_()
+    before = images.detach().clone()
+    ValueWatch()(images, in_unit_range=True)
+    assert torch.equal(images, before)
+    assert images.grad_fn is None
+
+
+def test_watching_never_reads_another_device() -> None:
+    # A tensor on the meta device has no values: whoever asks for one gets an error.
+    for in_unit_range in (True, False):
+        ValueWatch()(torch.empty(2, 3, 8, 8, device="meta"), in_unit_range=in_unit_range)
+
+
+# Values that arrive later.
+
+
+class Arrival:
+    """An event that has come when it is told so; like a device's, it can be neither copied."""
+
+    def __init__(self, arrived: bool = False) -> None:
+        self.arrived = arrived
+        self.lock = threading.Lock()
+
+    def query(self) -> bool:
+        return self.arrived
+
+
+def extremes(value: float) -> Tensor:
+    """The lowest and highest values ``(2, b)`` of four images, one of which holds ``value``."""
+    images = with_value(value).flatten(1)
+    return torch.stack((images.amin(dim=1), images.amax(dim=1)))
+
+
+def test_nothing_is_judged_before_it_has_arrived() -> None:
+    watch, event = ValueWatch(), Arrival()
+    watch.pending.append((extremes(float("nan")), event))
+    watch.judge_arrived()
+    watch.judge_arrived()
+    assert len(watch.pending) == 1
+    event.arrived = True
+    with pytest.raises(ValueError, match=r"^image 2 of the batch has NaN or infinite values;"):
+        watch.judge_arrived()
+    assert watch.pending == []
+    watch.judge_arrived()  # what was said is not said again
+
+
+def test_arrivals_are_judged_in_the_order_of_the_batches() -> None:
+    watch = ValueWatch()
+    events = [Arrival(), Arrival(arrived=True), Arrival()]
+    for event, value in zip(events, (0.5, 17.0, 18.0), strict=True):
+        watch.pending.append((extremes(value), event))
+    watch.judge_arrived()  # the second has come, the first has not
+    assert [event for _, event in watch.pending] == events
+    events[0].arrived = True
+    with pytest.raises(ValueError, match="to 17;"):
+        watch.judge_arrived()
+    assert [event for _, event in watch.pending] == events[2:]
+
+
+def test_a_late_warning_is_given_once_too() -> None:
+    watch = ValueWatch()
+    for value in (1.5, 2.5):
+        watch.pending.append((extremes(value), Arrival(arrived=True)))
+    with pytest.warns(UserWarning, match="values from 0.5 to 1.5;") as told:
+        watch.judge_arrived()
+    assert len(told) == 1
+    assert watch.pending == []
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [copy.deepcopy, copy.copy, lambda watch: pickle.loads(pickle.dumps(watch))],
+    ids=["deepcopy", "copy", "pickle"],
+)
+def test_a_watch_with_work_pending_can_be_copied(copied) -> None:
+    watch = ValueWatch()
+    watch.pending.append((extremes(17.0), Arrival()))
+    with pytest.raises(TypeError, match="cannot pickle"):
+        pickle.dumps(watch.pending)
+    other = copied(watch)
+    assert other.pending == []
+    assert len(watch.pending) == 1
+    other.judge_arrived()
+    with pytest.raises(ValueError, match=r"^image 2 "):
+        other(with_value(17.0), in_unit_range=True)
+
+
+def test_a_copy_remembers_what_it_has_said() -> None:
+    watch = ValueWatch()
+    with pytest.warns(UserWarning, match=SAID_ONCE):
+        watch(with_value(2.0), in_unit_range=True)
+    other = pickle.loads(pickle.dumps(watch))
+    with warnings.catch_warnings(record=True) as told:
+        other(with_value(2.0), in_unit_range=True)
+    assert told == []
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_the_verdict_comes_later_and_nothing_waits() -> None:
+    watch = ValueWatch()
+    images = with_value(float("nan")).cuda()
+    torch.cuda.synchronize()
+    torch.cuda._sleep(500_000_000)  # the device is busy when the watch looks
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        watch(images, in_unit_range=True)
+        watch(images, in_unit_range=False)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(watch.pending) == 2
+    torch.cuda.synchronize()
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"^image 2 "):
+            watch.judge_arrived()

@@ -1,0 +1,442 @@
+"""What the pixel and the instance losses measure, and what they never do."""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import reference
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from probe import kept_elements
+from torch import Tensor
+
+from pixel_level_contrastive_learning.geometry import Positives, positive_mask
+from pixel_level_contrastive_learning.losses import (
+    instance_loss,
+    pixcontrast_loss,
+    pixpro_loss,
+)
+
+PixelLoss = Callable[..., Tensor]
+
+EYE = torch.eye(2)[None]
+"""Two orthogonal pixels of one image, ``(1, 2, 2)``."""
+
+
+def pixcontrast(online: Tensor, target: Tensor, positives: Positives | Tensor) -> Tensor:
+    """PixContrast at the temperature of the authors."""
+    return pixcontrast_loss(online, target, positives, 0.3)
+
+
+def slow_pixcontrast(online: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+    """The loops of PixContrast at the same temperature."""
+    return reference.pixcontrast_loss(online, target, mask, 0.3)
+
+
+def plain_pixcontrast(online: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+    """The plain form of PixContrast at the same temperature."""
+    return reference.plain_pixcontrast_loss(online, target, mask, 0.3)
+
+
+both_losses = pytest.mark.parametrize("loss", [pixpro_loss, pixcontrast])
+loss_and_loops = pytest.mark.parametrize(
+    ("loss", "loops"),
+    [(pixpro_loss, reference.pixpro_loss), (pixcontrast, slow_pixcontrast)],
+)
+loss_and_plain = pytest.mark.parametrize(
+    ("loss", "plain"),
+    [(pixpro_loss, reference.plain_pixpro_loss), (pixcontrast, plain_pixcontrast)],
+)
+dtypes = pytest.mark.parametrize("dtype", reference.TOLERANCE, ids=str)
+
+
+def noise(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Normal numbers that require a gradient."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randn(*shape, generator=generator, dtype=torch.float64)
+    return drawn.to(dtype).requires_grad_()
+
+
+def scattered(*shape: int, share: float, seed: int = 0) -> Tensor:
+    """A bool mask of which about ``share`` is True."""
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed)) < share
+
+
+def two_crops(grid_one: tuple[int, int], grid_two: tuple[int, int], images: int = 2) -> tuple:
+    """The arguments of ``Positives`` for overlapping crops of images, each turned differently."""
+    one = [reference.view_map((300, 400), 0.7, x=0.2 * k) for k in range(images)]
+    two = [reference.view_map((300, 400), 0.6, mirrored=True, degrees=9 * k) for k in range(images)]
+    return torch.stack(one), torch.stack(two), grid_one, grid_two, 0.7
+
+
+@st.composite
+def features(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor]:
+    """Online and target features, float64, and which of their pixels match."""
+    b, d = draw(st.integers(1, 3)), draw(st.integers(1, 5))
+    n_one, n_two = draw(st.integers(1, 9)), draw(st.integers(1, 9))
+    seed = draw(st.integers(0, 2**31))
+    share = draw(st.sampled_from([0.05, 0.3, 1.0]))
+    online = noise(b, d, n_one, seed=seed, dtype=torch.float64)
+    target = noise(b, d, n_two, seed=seed + 1, dtype=torch.float64)
+    return online, target, scattered(b, n_one, n_two, share=share, seed=seed)
+
+
+# Conventions, by hand.
+
+
+@pytest.mark.parametrize(
+    ("mask", "expected"),
+    [
+        ([[1, 0], [0, 1]], 0),
+        ([[0, 1], [1, 0]], 2),
+        ([[1, 1], [1, 1]], 1),
+        ([[1, 1], [0, 1]], 2 - 2 * 2 / 3),
+        ([[0, 0], [0, 0]], 0),
+    ],
+    ids=["alike", "orthogonal", "half of each", "mean over pairs, not pixels", "no pairs"],
+)
+def test_convention_pixpro_is_two_minus_twice_the_mean_cosine(mask, expected) -> None:
+    loss = pixpro_loss(EYE, EYE, torch.tensor([mask]).bool())
+    assert loss.item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_convention_opposite_pixels_cost_four() -> None:
+    assert pixpro_loss(EYE, -EYE, torch.eye(2).bool()[None]).item() == pytest.approx(4)
+    assert instance_loss(EYE[0], -EYE[0]).item() == pytest.approx(4)
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0])
+@pytest.mark.parametrize(
+    ("mask", "expected"),
+    [
+        ([[1, 0], [0, 1]], lambda t: math.log(1 + math.exp(-1 / t))),
+        ([[0, 1], [1, 0]], lambda t: math.log(1 + math.exp(1 / t))),
+        ([[1, 1], [1, 1]], lambda t: 0.0),
+        ([[1, 1], [1, 0]], lambda t: math.log(1 + math.exp(1 / t)) / 2),
+        ([[1, 0], [0, 0]], lambda t: math.log(1 + math.exp(-1 / t))),
+        ([[0, 0], [0, 0]], lambda t: 0.0),
+    ],
+    ids=["alike", "orthogonal", "all", "mean of logs", "only pixels with a match", "no pairs"],
+)
+def test_convention_pixcontrast_is_the_papers_second_equation(mask, expected, temperature) -> None:
+    loss = pixcontrast_loss(EYE, EYE, torch.tensor([mask]).bool(), temperature)
+    assert loss.item() == pytest.approx(expected(temperature), abs=1e-6)
+
+
+def test_convention_instance_loss_is_the_mean_over_the_batch() -> None:
+    prediction = torch.tensor([[3.0, 4], [1, 0], [0, 2]])
+    target = torch.tensor([[6.0, 8], [0, 5], [0, -1]])
+    assert instance_loss(prediction, target).item() == pytest.approx((0 + 2 + 4) / 3)
+
+
+@both_losses
+def test_an_image_without_pairs_counts_as_zero_in_the_mean(loss) -> None:
+    online, target = noise(2, 4, 5), noise(2, 4, 6, seed=1)
+    mask = scattered(2, 5, 6, share=0.5)
+    mask[1] = False
+    first = loss(online[:1], target[:1], mask[:1])
+    torch.testing.assert_close(loss(online, target, mask), first / 2)
+
+
+# Against the slow loops.
+
+
+@dtypes
+@loss_and_loops
+@given(drawn=features())
+def test_pixel_losses_agree_with_the_loops(dtype, loss, loops, drawn) -> None:
+    online, target, mask = drawn
+    online, target = online.to(dtype), target.to(dtype)
+    measured = loss(online, target, mask)
+    tolerance = reference.TOLERANCE[dtype]
+    assert measured.dtype == dtype
+    assert measured.shape == ()
+    expected = loops(online.double(), target.double(), mask)
+    torch.testing.assert_close(measured.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+@loss_and_loops
+@given(drawn=features())
+def test_gradients_of_pixel_losses_agree_with_the_loops(loss, loops, drawn) -> None:
+    *inputs, mask = drawn
+    measured = torch.autograd.grad(loss(*inputs, mask), inputs)
+    expected = torch.autograd.grad(loops(*inputs, mask), inputs)
+    for ours, theirs in zip(measured, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+@dtypes
+@given(b=st.integers(1, 5), d=st.integers(1, 9), seed=st.integers(0, 2**31))
+def test_instance_loss_agrees_with_the_loops(dtype, b, d, seed) -> None:
+    prediction = noise(b, d, seed=seed, dtype=dtype)
+    target = noise(b, d, seed=seed + 1, dtype=dtype)
+    measured = instance_loss(prediction, target)
+    tolerance = reference.TOLERANCE[dtype]
+    assert measured.dtype == dtype
+    assert measured.shape == ()
+    expected = reference.instance_loss(prediction.double(), target.double())
+    torch.testing.assert_close(measured.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+@dtypes
+@given(temperature=st.floats(0.05, 5))
+def test_pixcontrast_agrees_with_the_loops_at_any_temperature(dtype, temperature) -> None:
+    online, target = noise(2, 3, 4, dtype=dtype), noise(2, 3, 5, seed=1, dtype=dtype)
+    mask = scattered(2, 4, 5, share=0.4)
+    measured = pixcontrast_loss(online, target, mask, temperature)
+    tolerance = reference.TOLERANCE[dtype]
+    expected = reference.pixcontrast_loss(online.double(), target.double(), mask, temperature)
+    torch.testing.assert_close(measured.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_a_low_temperature_does_not_overflow() -> None:
+    # exp(1 / 0.001) is beyond float32; the log of the sum is not.
+    loss = pixcontrast_loss(EYE, EYE, ~torch.eye(2).bool()[None], 0.001)
+    assert loss.item() == pytest.approx(1000)
+
+
+@loss_and_plain
+@pytest.mark.parametrize(
+    ("images", "grid_one", "grid_two"),
+    [(5, (24, 24), (20, 30)), (2, (36, 30), (33, 32))],
+    ids=["many images", "many cells"],
+)
+def test_large_maps_agree_with_the_plain_form(loss, plain, images, grid_one, grid_two) -> None:
+    views = two_crops(grid_one, grid_two, images)
+    mask = positive_mask(*views)
+    _, n_one, n_two = mask.shape
+    inputs = (
+        noise(images, 8, n_one, dtype=torch.float64),
+        noise(images, 8, n_two, seed=1, dtype=torch.float64),
+    )
+    measured, expected = loss(*inputs, Positives(*views)), plain(*inputs, mask)
+    torch.testing.assert_close(measured, expected, rtol=1e-10, atol=1e-10)
+    gradients = (torch.autograd.grad(result, inputs) for result in (measured, expected))
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+@both_losses
+def test_gradients_agree_with_finite_differences(loss) -> None:
+    inputs = noise(2, 3, 4, dtype=torch.float64), noise(2, 3, 5, seed=1, dtype=torch.float64)
+    mask = scattered(2, 4, 5, share=0.4)
+    assert torch.autograd.gradcheck(lambda *tensors: loss(*tensors, mask), inputs)
+
+
+def test_gradients_of_the_instance_loss_agree_with_finite_differences() -> None:
+    inputs = noise(3, 4, dtype=torch.float64), noise(3, 4, seed=1, dtype=torch.float64)
+    assert torch.autograd.gradcheck(instance_loss, inputs)
+
+
+def test_pixpro_pulls_as_the_authors_code_does() -> None:
+    def authors_loss(online: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+        """Per image ``sum(cos * mask) / (count + 1e-6)``, the mean over the batch, times -2."""
+        cosines = torch.bmm(reference.unit(online, 1).mT, reference.unit(target, 1))
+        per_image = (cosines * mask).sum(-1).sum(-1) / (mask.sum(-1).sum(-1) + 1e-6)
+        return -2 * per_image.mean()
+
+    views = two_crops((7, 7), (5, 9), images=3)
+    mask, positives = positive_mask(*views), Positives(*views)
+    online_one, target_one = noise(3, 16, 49), noise(3, 16, 49, seed=1)
+    online_two, target_two = noise(3, 16, 45, seed=2), noise(3, 16, 45, seed=3)
+    ours = pixpro_loss(online_one, target_two, positives)
+    ours = ours + pixpro_loss(online_two, target_one, positives.mT)
+    theirs = authors_loss(online_one, target_two, mask)
+    theirs = theirs + authors_loss(online_two, target_one, mask.mT)
+    online = online_one, online_two
+    gradients = (torch.autograd.grad(result, online) for result in (ours, theirs))
+    for measured, expected in zip(*gradients, strict=True):
+        scale = expected.abs().max().item()
+        assert scale > 0
+        torch.testing.assert_close(measured, expected, rtol=1e-5, atol=1e-5 * scale)
+
+
+# What must not change, and what must never happen.
+
+
+@both_losses
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_mask_and_positives_say_the_same(loss, transposed) -> None:
+    views = two_crops((6, 4), (3, 7))
+    mask, positives = positive_mask(*views), Positives(*views)
+    if transposed:
+        mask, positives = mask.mT, positives.mT
+    assert mask.any(dim=(1, 2)).all()
+    inputs = noise(2, 5, mask.shape[1]), noise(2, 5, mask.shape[2], seed=1)
+    results = loss(*inputs, positives), loss(*inputs, mask)
+    torch.testing.assert_close(*results)
+    gradients = (torch.autograd.grad(result, inputs) for result in results)
+    for sliced, whole in zip(*gradients, strict=True):
+        torch.testing.assert_close(sliced, whole)
+
+
+@both_losses
+def test_without_pairs_the_loss_is_zero_and_still_connected(loss) -> None:
+    inputs = noise(2, 4, 5), noise(2, 4, 6, seed=1)
+    result = loss(*inputs, torch.zeros(2, 5, 6, dtype=torch.bool))
+    assert result.item() == 0
+    result.backward()
+    for tensor in inputs:
+        assert torch.equal(tensor.grad, torch.zeros_like(tensor))
+
+
+@both_losses
+def test_only_images_with_pairs_are_pulled(loss) -> None:
+    online, target = noise(3, 4, 5), noise(3, 4, 6, seed=1)
+    mask = scattered(3, 5, 6, share=0.5)
+    mask[1] = False
+    loss(online, target, mask).backward()
+    assert [bool(gradient.any()) for gradient in online.grad] == [True, False, True]
+
+
+@both_losses
+def test_a_good_prediction_costs_less_than_a_bad_one(loss) -> None:
+    target, mask = noise(2, 8, 6), torch.eye(6).bool().expand(2, 6, 6)
+    good = target + 0.1 * noise(2, 8, 6, seed=1)
+    bad = target + 3 * noise(2, 8, 6, seed=1)
+    assert loss(good, target, mask) < loss(bad, target, mask) < loss(-target, target, mask)
+
+
+def test_a_good_guess_of_the_instance_costs_less_than_a_bad_one() -> None:
+    target, change = noise(4, 8), noise(4, 8, seed=1)
+    good, bad = instance_loss(target + 0.1 * change, target), instance_loss(change, target)
+    assert good < bad < instance_loss(-target, target)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_rounding_never_leads_out_of_zero_to_four(sign) -> None:
+    for seed in range(300):
+        x = noise(1, 2 + seed % 7, 3, seed=seed)
+        mask = torch.eye(3).bool()[None]
+        assert 0 <= pixpro_loss(sign * x, x, mask) <= 4
+        assert 0 <= instance_loss(sign * x.mT[0], x.mT[0]) <= 4
+        assert pixcontrast_loss(sign * x, x, torch.ones_like(mask), 0.3) >= 0
+
+
+@both_losses
+def test_only_directions_matter(loss) -> None:
+    online, target = noise(2, 4, 5), noise(2, 4, 6, seed=1)
+    mask = scattered(2, 5, 6, share=0.5)
+    longer, shorter = torch.logspace(-2, 4, 5), torch.logspace(3, -3, 6)
+    torch.testing.assert_close(
+        loss(longer * online, shorter * target, mask), loss(online, target, mask)
+    )
+
+
+def test_only_the_direction_of_an_instance_matters() -> None:
+    prediction, target = noise(3, 4), noise(3, 4, seed=1)
+    lengths = torch.tensor([[1e-2], [1], [1e4]])
+    torch.testing.assert_close(
+        instance_loss(lengths * prediction, target / lengths), instance_loss(prediction, target)
+    )
+
+
+@both_losses
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("zeros", ["a few pixels", "every pixel"])
+def test_zero_vectors_neither_break_nor_explode(loss, dtype, zeros) -> None:
+    online, target = noise(2, 8, 6, dtype=dtype), noise(2, 8, 6, seed=1, dtype=dtype)
+    with torch.no_grad():
+        for tensor in (online, target):
+            tensor[..., slice(2) if zeros == "a few pixels" else slice(None)] = 0
+    result = loss(online, target, scattered(2, 6, 6, share=0.6))
+    result.backward()
+    assert result.isfinite()
+    for tensor in (online, target):
+        assert tensor.grad.isfinite().all()
+        assert tensor.grad.abs().max() <= 10
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_a_zero_instance_neither_breaks_nor_explodes(dtype) -> None:
+    prediction, target = noise(3, 8, dtype=dtype), noise(3, 8, seed=1, dtype=dtype)
+    with torch.no_grad():
+        prediction[0], target[1] = 0, 0
+    result = instance_loss(prediction, target)
+    result.backward()
+    assert result.isfinite()
+    for tensor in (prediction, target):
+        assert tensor.grad.isfinite().all()
+        assert tensor.grad.abs().max() <= 10
+
+
+def test_a_zero_vector_is_orthogonal_to_everything() -> None:
+    nothing = torch.zeros_like(EYE)
+    assert pixpro_loss(nothing, EYE, torch.eye(2).bool()[None]) == 2
+    assert instance_loss(nothing[0], EYE[0]) == 2
+
+
+@both_losses
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_losses_are_computed_in_float32_under_autocast(loss, dtype) -> None:
+    online, target = noise(2, 32, 9, dtype=dtype), noise(2, 32, 9, seed=1, dtype=dtype)
+    mask = scattered(2, 9, 9, share=0.3)
+    inputs = online.detach().float().requires_grad_(), target.detach().float().requires_grad_()
+    expected = loss(*inputs, mask)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        measured = loss(online, target, mask)
+    assert measured.dtype == torch.float32
+    torch.testing.assert_close(measured, expected, rtol=1e-6, atol=1e-6)
+    measured.backward()
+    expected.backward()
+    for half, full in zip((online, target), inputs, strict=True):
+        torch.testing.assert_close(half.grad, full.grad.to(dtype))
+
+
+def test_the_instance_loss_is_computed_in_float32_under_autocast() -> None:
+    prediction, target = noise(4, 32), noise(4, 32, seed=1)
+    expected = instance_loss(prediction, target)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        measured = instance_loss(prediction, target)
+        halved = instance_loss(prediction.bfloat16(), target.bfloat16())
+    assert measured.dtype == halved.dtype == torch.float32
+    torch.testing.assert_close(measured, expected, rtol=1e-6, atol=1e-6)
+
+
+@loss_and_plain
+def test_no_matrix_of_all_pairs_is_kept_for_backward(loss, plain) -> None:
+    b, n = 2, 24 * 24
+    online, target = noise(b, 8, n), noise(b, 8, n, seed=1)
+    views = two_crops((24, 24), (24, 24))
+    assert kept_elements(lambda: plain(online, target, positive_mask(*views))) >= b * n * n
+    assert kept_elements(lambda: loss(online, target, Positives(*views))) < n * n
+
+
+# Errors.
+
+
+@pytest.mark.parametrize("temperature", [0, -0.3])
+def test_a_temperature_must_be_above_zero(temperature) -> None:
+    with pytest.raises(ValueError, match=str(temperature)):
+        pixcontrast_loss(EYE, EYE, torch.eye(2).bool()[None], temperature)
+
+
+@both_losses
+@pytest.mark.parametrize("shape", [(2, 5, 7), (2, 6, 5), (3, 5, 6), (5, 6)])
+def test_a_mask_of_another_shape_is_refused(loss, shape) -> None:
+    mask = torch.ones(shape, dtype=torch.bool)
+    with pytest.raises(ValueError, match=", ".join(map(str, shape))):
+        loss(torch.randn(2, 4, 5), torch.randn(2, 4, 6), mask)
+
+
+@both_losses
+def test_positives_of_another_grid_are_refused(loss) -> None:
+    positives = Positives(*two_crops((2, 3), (4, 2)))
+    with pytest.raises(ValueError, match="2, 6, 8"):
+        loss(torch.randn(2, 4, 6), torch.randn(2, 4, 6), positives)
+
+
+@both_losses
+@pytest.mark.parametrize("shape", [(2, 3, 6), (1, 4, 6), (4, 6)])
+def test_features_that_do_not_fit_are_refused(loss, shape) -> None:
+    mask = torch.ones(2, 5, 6, dtype=torch.bool)
+    with pytest.raises(ValueError, match="2, 4, 5") as refusal:
+        loss(torch.randn(2, 4, 5), torch.randn(shape), mask)
+    assert ", ".join(map(str, shape)) in str(refusal.value)
+
+
+def test_instances_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match="2, 4") as refusal:
+        instance_loss(torch.randn(2, 4), torch.randn(1, 4))
+    assert "1, 4" in str(refusal.value)

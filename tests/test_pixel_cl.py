@@ -1,0 +1,643 @@
+"""The learner as a whole: what its loss is made of, what it takes and what it refuses."""
+
+import copy
+import inspect
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import reference
+import torch
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from torch.utils.data import default_collate
+from torchvision import models
+
+from pixel_level_contrastive_learning import PixelCL, View
+from pixel_level_contrastive_learning.geometry import box_to_map
+
+
+class SmallNet(nn.Sequential):
+    """A map of 12 channels and stride 16, its average, and a head that nothing reaches."""
+
+    def __init__(self, channels: int = 3) -> None:
+        super().__init__(
+            nn.Conv2d(channels, 8, 8, 8),
+            nn.BatchNorm2d(8),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(8, 12, 2, 2),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(12, 5),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self:  # in a forward of its own, since torch compiles none of torch's
+            x = layer(x)
+        return x
+
+
+def small_learner(**settings: Any) -> PixelCL:
+    """A learner on a small network, the same at every call, whose target has fallen behind."""
+    torch.manual_seed(0)
+    small = {"projection_size": 8, "projection_hidden_size": 16}
+    learner = PixelCL(SmallNet(settings.get("channels", 3)), 64, **small | settings)
+    with torch.no_grad():
+        for parameter in learner.online_encoder.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    return learner
+
+
+def view(boxes: list[list[float]], size: tuple[int, int], *, mirrored: bool = False) -> View:
+    """A noisy float64 view of each image; boxes are ``(x0, y0, x1, y1)``."""
+    maps = box_to_map(torch.tensor(boxes).double(), torch.full((len(boxes),), mirrored))
+    return View(torch.rand(len(boxes), 3, *size).double(), maps)
+
+
+HERE, ASIDE, BELOW, FAR = [0, 0, 96, 64], [30, 10, 110, 70], [10, 20, 74, 68], [500, 0, 596, 64]
+"""Boxes in an image: three that overlap, one that overlaps none."""
+
+
+def ragged_views() -> tuple[View, View]:
+    """Views of 4x6 and 3x4 cells of three images, the last of which has no pair."""
+    return (
+        view([HERE, ASIDE, HERE], (64, 96)),
+        view([ASIDE, BELOW, FAR], (48, 64), mirrored=True),
+    )
+
+
+def even_views(count: int = 4) -> tuple[View, View]:
+    """Float32 views of 4x4 cells that overlap."""
+    both = view([HERE] * count, (64, 64)), view([ASIDE] * count, (64, 64))
+    one, two = (View(pixels.float(), to_image.float()) for pixels, to_image in both)
+    return one, two
+
+
+def trained(learner: PixelCL) -> list[nn.Parameter]:
+    """The parameters that the loss reaches."""
+    idle = learner.unreached_parameters()
+    named = learner.named_parameters()
+    return [own for name, own in named if own.requires_grad and name not in idle]
+
+
+def gradients(learner: PixelCL, loss: Tensor) -> tuple[Tensor, ...]:
+    """The gradients of the loss, of which none may be missing."""
+    return torch.autograd.grad(loss, trained(learner))
+
+
+# The method, composed of the paper's loops.
+
+
+def composed(
+    learner: PixelCL,
+    views: tuple[View, View],
+    *,
+    alpha: float = 1.0,
+    instance_weight: float = 1.0,
+    use_pixpro: bool = True,
+    distance_thres: float = 0.7,
+    similarity_temperature: float = 0.3,
+    ppm_num_layers: int = 1,
+    ppm_gamma: float = 2.0,
+) -> dict[str, Tensor]:
+    """The terms of a step, put together from slow loops on the projections of the two networks."""
+    online_one, online_two = (learner.online_encoder(view.pixels) for view in views)
+    target_one, target_two = (learner.target_encoder(view.pixels) for view in views)
+    maps = [view.to_image for view in views]
+    mask = reference.positive_mask(*maps, online_one.grid, online_two.grid, distance_thres)
+    pixel, instance, cosines, likeness = 0, 0, [], []
+    for online, target, pairs in (
+        (online_one, target_two, mask),
+        (online_two, target_one, mask.mT),
+    ):
+        ours, theirs = online.pixel, target.pixel.flatten(2)
+        if use_pixpro:
+            transform = learner.propagate_pixels.transform_net
+            ours = reference.propagate(ours, transform, ppm_gamma).flatten(2)
+            pixel = pixel + reference.pixpro_loss(ours, theirs, pairs)
+        else:
+            ours = ours.flatten(2)
+            pixel = pixel + reference.pixcontrast_loss(ours, theirs, pairs, similarity_temperature)
+        for image in range(len(pairs)):
+            if pairs[image].any():
+                one_image = (part[image, None] for part in (ours, theirs, pairs))
+                cosines.append(1 - reference.pixpro_loss(*one_image) / 2)
+        prediction = learner.online_predictor(online.instance)
+        instance = instance + reference.instance_loss(prediction, target.instance)
+        likeness += map(reference.cosine, prediction, target.instance)
+    return {
+        "loss": alpha * pixel + instance_weight * instance,
+        "pixel_loss": pixel,
+        "instance_loss": instance,
+        "pixel_cosine": sum(cosines) / len(cosines),
+        "instance_cosine": sum(likeness) / len(likeness),
+        "positive_pairs": mask.sum(),
+        "images_without_pairs": (mask.sum(dim=(1, 2)) == 0).sum(),
+    }
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"alpha": 0.3, "instance_weight": 2.5},
+        {"distance_thres": 1.4},
+        {"ppm_gamma": 1, "ppm_num_layers": 0},
+        {"ppm_num_layers": 2},
+        {"use_pixpro": False},
+        {"use_pixpro": False, "similarity_temperature": 0.1, "alpha": 0.5},
+    ],
+    ids=str,
+)
+def test_terms_and_gradients_agree_with_the_loops(settings) -> None:
+    learner, views = small_learner(**settings).double().eval(), ragged_views()
+    expected = composed(learner, views, **settings)
+    terms = learner(views, return_terms=True)
+    assert terms._fields == tuple(expected)
+    assert terms.images_without_pairs == 1
+    for name, value in expected.items():
+        torch.testing.assert_close(getattr(terms, name), value, rtol=1e-10, atol=1e-10, msg=name)
+    both = gradients(learner, terms.loss), gradients(learner, expected["loss"])
+    for ours, theirs in zip(*both, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("use_pixpro", [True, False])
+@pytest.mark.parametrize("weight", [{"alpha": 0}, {"instance_weight": 0}], ids=str)
+def test_a_branch_without_weight_leaves_the_other(weight, use_pixpro) -> None:
+    settings = weight | {"use_pixpro": use_pixpro}
+    learner, views = small_learner(**settings).double().eval(), ragged_views()
+    expected = composed(learner, views, **settings)
+    skipped = ("pixel", "instance")["instance_weight" in weight]
+    expected |= {f"{skipped}_loss": torch.zeros(()), f"{skipped}_cosine": torch.zeros(())}
+    if skipped == "pixel":  # then nobody asks which cells match
+        expected["positive_pairs"] = torch.tensor(0)
+        del expected["images_without_pairs"]
+    terms = learner(views, return_terms=True)
+    for name, value in expected.items():
+        torch.testing.assert_close(getattr(terms, name), value, check_dtype=False, msg=name)
+
+
+@pytest.mark.parametrize("use_pixpro", [True, False])
+@pytest.mark.parametrize(
+    ("weight", "skipped"),
+    [
+        ({"alpha": 0}, ["pixel_projector", "propagate_pixels"]),
+        ({"instance_weight": 0}, ["instance_projector", "online_predictor"]),
+        ({}, []),
+    ],
+    ids=str,
+)
+def test_a_branch_without_weight_is_not_computed(weight, skipped, use_pixpro) -> None:
+    learner = small_learner(**weight, use_pixpro=use_pixpro)
+    heads = "pixel_projector", "propagate_pixels", "instance_projector", "online_predictor"
+    ran = set()
+    for name, module in learner.named_modules():
+        if name.endswith(heads):
+            module.register_forward_hook(lambda *_, name=name: ran.add(name))
+    learner(even_views())
+    if not use_pixpro:
+        skipped = [*skipped, "propagate_pixels"]
+    assert {name.split(".")[-1] for name in ran} == set(heads) - set(skipped)
+
+
+# Conventions, by hand.
+
+
+@pytest.mark.parametrize(
+    ("threshold", "pairs"),
+    [(0.7, 24), (0.71, 24 + 2 * (4 * 5 + 3 * 6)), (1.01, 24 + 2 * (4 * 5 + 3 * 6) + 4 * 3 * 5)],
+)
+def test_convention_two_views_of_the_same_spot_match_cell_by_cell(threshold, pairs) -> None:
+    """A neighbour's centre lies at 0.7071 diagonals of a square cell, a corner neighbour's at 1."""
+    learner = small_learner(distance_thres=threshold).double()
+    spot = view([HERE, ASIDE, HERE], (64, 96))
+    square = View(spot.pixels, box_to_map(torch.tensor([HERE] * 3).double(), torch.zeros(3) > 0))
+    loss, positive_pairs = learner((square, square), return_positive_pairs=True)
+    assert positive_pairs.item() == 3 * pairs
+    assert positive_pairs.dtype == torch.int64
+    assert positive_pairs.ndim == loss.ndim == 0
+    assert loss.requires_grad
+
+
+@pytest.mark.parametrize("use_pixpro", [True, False])
+@pytest.mark.parametrize("weight", [1, 0.25, 0])
+def test_convention_without_a_pair_the_loss_is_that_of_instances(use_pixpro, weight) -> None:
+    learner = small_learner(use_pixpro=use_pixpro, instance_weight=weight)
+    one, two = even_views()
+    apart = one, two._replace(to_image=two.to_image + 1000)
+    terms = learner(apart, return_terms=True)
+    assert terms.loss.item() == pytest.approx(weight * terms.instance_loss.item(), abs=1e-6)
+    assert (terms.instance_loss > 0) == (weight > 0)
+    assert terms.pixel_loss == terms.pixel_cosine == terms.positive_pairs == 0
+    assert terms.images_without_pairs == len(one.pixels)
+    learner.zero_grad()
+    terms.loss.backward()
+    assert all(own.grad is not None and own.grad.isfinite().all() for own in trained(learner))
+
+
+def test_what_is_returned_hangs_on_the_question_alone() -> None:
+    learner, views = small_learner().eval(), even_views()
+    loss, pairs = learner(views, return_positive_pairs=True)
+    terms = learner(views, return_terms=True)
+    assert learner(views) == loss == terms.loss
+    assert pairs == terms.positive_pairs > 0
+    assert [name for name, term in terms._asdict().items() if term.requires_grad] == ["loss"]
+
+
+def test_views_come_as_data_loaders_collate_them() -> None:
+    learner, views = small_learner().eval(), even_views()
+    samples = [tuple(View(*parts) for parts in zip(*view, strict=True)) for view in views]
+    assert learner(default_collate(list(zip(*samples, strict=True)))) == learner(views)
+
+
+def test_images_are_cut_into_views_and_the_views_compared() -> None:
+    learner, images = small_learner().eval(), torch.rand(3, 3, 80, 100)
+    torch.manual_seed(1)
+    loss = learner(images)
+    torch.manual_seed(1)
+    one, two = learner.views(images)
+    assert one.pixels.shape == two.pixels.shape == (3, 3, 64, 64)
+    assert learner((one, two)) == loss
+
+
+# What the keywords do to the views.
+
+SQUARES = (torch.arange(160 * 200).view(160, 200) % 7 / 7).expand(4, 3, 160, 200)
+"""Images of seven shades."""
+
+
+@pytest.mark.parametrize(
+    ("settings", "holds"),
+    [
+        ({"image_size": (48, 80)}, lambda view: view.pixels.shape == (4, 3, 48, 80)),
+        ({"image_size": 48}, lambda view: view.pixels.shape == (4, 3, 48, 48)),
+        ({"prob_rand_hflip": 0}, lambda view: (view.to_image[:, 0, 0] > 0).all()),
+        ({"prob_rand_hflip": 1}, lambda view: (view.to_image[:, 0, 0] < 0).all()),
+        ({"prob_rand_vflip": 0}, lambda view: (view.to_image[:, 1, 1] > 0).all()),
+        ({"prob_rand_vflip": 1}, lambda view: (view.to_image[:, 1, 1] < 0).all()),
+        ({"max_rotation": 0}, lambda view: (view.to_image[:, 1, 0] == 0).all()),
+        ({"max_rotation": 30}, lambda view: (view.to_image[:, 1, 0] != 0).all()),
+        (
+            {"cutout_ratio_range": (0.25, 0.25), "prob_rand_hflip": 0},
+            lambda view: view.to_image[:, :, :2].allclose(torch.diag(torch.tensor([50.0, 40]))),
+        ),
+        (
+            {"cutout_interpolate_mode": "nearest"},
+            lambda view: torch.isclose(view.pixels * 7, (view.pixels * 7).round(), atol=1e-4).all(),
+        ),
+        (
+            {"cutout_interpolate_mode": "bilinear"},
+            lambda view: not (view.pixels * 7).isclose((view.pixels * 7).round(), atol=0.1).all(),
+        ),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_convention_each_keyword_does_to_both_views_what_it_says(settings, holds) -> None:
+    plain = {"image_size": 64, "augment_fn": lambda pixels: pixels}
+    learner = PixelCL(SmallNet(), hidden_layer_pixel="2", **plain | settings)
+    assert all(map(holds, learner.views(SQUARES)))
+
+
+def brighter(pixels: Tensor) -> Tensor:
+    """A change of the user's."""
+    return pixels + 1
+
+
+def darker(pixels: Tensor) -> Tensor:
+    """Another one."""
+    return pixels - 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"augment_fn": brighter}, (1.5, 1.5)),
+        ({"augment_fn": brighter, "augment_fn2": darker}, (1.5, -0.5)),
+        ({"augment_fn": brighter, "mean": [0.5] * 3}, (1 / 0.229, 1 / 0.229)),
+        ({"augment_fn": brighter, "mean": [0.5] * 3, "std": [0.25] * 3}, (4, 4)),
+    ],
+    ids=["one for both", "one each", "with a mean", "with mean and std"],
+)
+def test_convention_a_change_of_ones_own_replaces_colour_and_normalisation(
+    changes, expected
+) -> None:
+    views = small_learner(**changes).views(torch.full((2, 3, 80, 80), 0.5))
+    for view, value in zip(views, expected, strict=True):
+        torch.testing.assert_close(view.pixels[:, 0], torch.full((2, 64, 64), value).float())
+
+
+def test_the_two_views_are_changed_as_the_authors_do() -> None:
+    """Solarised is the second view alone: a fifth of its bright images turn dark."""
+    learner = small_learner(mean=[0.0] * 3, std=[1.0] * 3)
+    one, two = learner.views(torch.ones(100, 3, 32, 32))
+    dark = [(view.pixels.mean(dim=(1, 2, 3)) < 0.5).sum() for view in (one, two)]
+    assert dark[0] == 0
+    assert 10 <= dark[1] <= 30
+
+
+# Arguments.
+
+EMPTY = inspect.Parameter.empty
+PUBLISHED = {
+    "net": EMPTY,
+    "image_size": EMPTY,
+    "hidden_layer_pixel": None,
+    "hidden_layer_instance": None,
+    "projection_size": 256,
+    "projection_hidden_size": 2048,
+    "augment_fn": None,
+    "augment_fn2": None,
+    "prob_rand_hflip": 0.25,
+    "moving_average_decay": 0.99,
+    "ppm_num_layers": 1,
+    "ppm_gamma": 2,
+    "distance_thres": 0.7,
+    "similarity_temperature": 0.3,
+    "alpha": 1.0,
+    "use_pixpro": True,
+    "cutout_ratio_range": (0.6, 0.8),
+    "cutout_interpolate_mode": "bilinear",
+    "coord_cutout_interpolate_mode": None,
+}
+"""The keywords of the published class, in their order."""
+ADDED = {
+    "channels": 3,
+    "instance_weight": 1.0,
+    "prob_rand_vflip": 0.0,
+    "max_rotation": 0.0,
+    "mean": None,
+    "std": None,
+}
+"""Ours, by keyword only."""
+
+
+def test_convention_the_published_keywords_are_kept_and_new_ones_have_to_be_named() -> None:
+    parameters = inspect.signature(PixelCL).parameters
+    assert {name: own.default for name, own in parameters.items()} == PUBLISHED | ADDED
+    assert list(parameters) == [*PUBLISHED, *ADDED]
+    kinds = [parameters[name].kind for name in PUBLISHED]
+    assert kinds == [inspect.Parameter.POSITIONAL_OR_KEYWORD] * len(PUBLISHED)
+    kinds = [parameters[name].kind for name in ADDED]
+    assert kinds == [inspect.Parameter.KEYWORD_ONLY] * len(ADDED)
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "allowed"),
+    [
+        ("image_size", (0, -64, 64.5, True, "64", (64,), (64, 0), (64, 64, 3)), "whole number"),
+        ("projection_size", (0, 1.5, "8"), "whole number of at least 1"),
+        ("projection_hidden_size", (0, 1.5), "whole number of at least 1"),
+        ("prob_rand_hflip", (-0.1, 1.1, "often", None), "from 0 to 1"),
+        ("prob_rand_vflip", (-0.1, 1.1), "from 0 to 1"),
+        ("max_rotation", (-1, 181), "from 0 to 180"),
+        ("moving_average_decay", (-0.1, 1.5, float("nan")), "from 0 to 1"),
+        ("ppm_num_layers", (3, -1, 1.0), "0, 1, 2"),
+        ("ppm_gamma", (0.5, 0, -2), "at least 1"),
+        ("distance_thres", (0, -0.7, float("inf")), "above 0"),
+        ("similarity_temperature", (0, -0.3), "above 0"),
+        ("alpha", (-1, float("nan"), None), "at least 0"),
+        ("instance_weight", (-1, "1"), "at least 0"),
+        ("cutout_ratio_range", ((0.8, 0.6), (0, 0.5), (0.5, 1.1), 0.7, (0.5,)), "0 < low <= high"),
+        ("cutout_interpolate_mode", ("area", "linear", None), "bilinear"),
+        ("channels", (0, 3.0, None), "whole number of at least 1"),
+        ("mean", ([0.5], [0.5] * 4, ["a"] * 3, 0.5), "3 numbers, one a channel"),
+        ("std", ([0.5], 0.5), "3 numbers, one a channel"),
+        ("std", ([0.2, 0.2, 0.0], [0.2, -0.2, 0.2]), "above 0"),
+        ("augment_fn", ("blur",), "callable"),
+        ("hidden_layer_pixel", (3.0, ("layer3", "layer4")), "name"),
+    ],
+)
+def test_a_value_out_of_range_is_refused_with_what_is_allowed(name, values, allowed) -> None:
+    for value in values:
+        with pytest.raises(ValueError, match=re.escape(allowed)) as error:
+            PixelCL(SmallNet(), **{"image_size": 64, name: value})
+        assert name in str(error.value)
+        assert repr(value) in str(error.value)
+
+
+def test_a_range_the_wrong_way_round_is_put_right() -> None:
+    with pytest.raises(ValueError, match=r"swap the two: \(0\.6, 0\.8\)"):
+        PixelCL(SmallNet(), 64, cutout_ratio_range=(0.8, 0.6))
+
+
+def test_a_loss_without_terms_is_refused() -> None:
+    with pytest.raises(ValueError, match="alpha and instance_weight are both 0"):
+        PixelCL(SmallNet(), 64, alpha=0, instance_weight=0)
+
+
+def test_all_that_is_wrong_is_said_at_once() -> None:
+    wrong = {"image_size": 0, "ppm_gamma": 0.5, "distance_thres": 0, "channels": 0}
+    with pytest.raises(ValueError) as error:
+        PixelCL(SmallNet(), **wrong)
+    said = str(error.value).splitlines()
+    assert [line.split(" is ")[0] for line in said] == list(wrong)
+
+
+def test_the_mode_of_coordinates_is_accepted_and_does_nothing() -> None:
+    with pytest.warns(DeprecationWarning, match="coordinates are exact") as caught:
+        learner = small_learner(coord_cutout_interpolate_mode="bilinear")
+    assert caught[0].filename == __file__
+    assert learner.eval()(even_views()) == small_learner().eval()(even_views())
+
+
+@pytest.mark.parametrize("layer", ["3", 3, -4])
+def test_layers_are_named_or_counted(layer) -> None:
+    learner = small_learner(hidden_layer_pixel=layer, hidden_layer_instance=layer)
+    assert learner.online_encoder.pixel_tap.name == "3"
+    assert learner.online_encoder.instance_tap.name == "3"
+
+
+def test_the_published_default_layer_is_refused_with_advice() -> None:
+    with pytest.raises(ValueError, match=r"(?s)'avgpool'.*1x1.*would do:.*layer4 \(512 channels"):
+        PixelCL(models.resnet18(), 128, hidden_layer_pixel=-2)
+
+
+@pytest.mark.parametrize("decay", [None, 0.5])
+def test_the_target_follows_by_the_decay_of_the_learner_or_of_the_call(decay) -> None:
+    learner = small_learner(moving_average_decay=0.75)
+    target, online = learner.target_encoder, learner.online_encoder
+    before = copy.deepcopy(target)
+    learner.update_moving_average(decay)
+    keeps = decay or 0.75
+    for old, new, other in zip(
+        *(net.parameters() for net in (before, target, online)), strict=True
+    ):
+        torch.testing.assert_close(new, keeps * old + (1 - keeps) * other)
+    learner.reset_moving_average()
+    for own, other in zip(target.parameters(), online.parameters(), strict=True):
+        assert torch.equal(own, other)
+
+
+@pytest.mark.parametrize(
+    ("settings", "idle"),
+    [
+        ({}, ()),
+        ({"use_pixpro": False}, ("propagate_pixels",)),
+        ({"alpha": 0}, ("online_encoder.pixel_projector", "propagate_pixels")),
+        ({"instance_weight": 0}, ("online_encoder.instance_projector", "online_predictor")),
+    ],
+    ids=str,
+)
+def test_unreached_parameters_are_those_that_get_no_gradient(settings, idle) -> None:
+    learner = small_learner(**settings)
+    learner(even_views()).backward()
+    without = [
+        name for name, own in learner.named_parameters() if own.requires_grad and own.grad is None
+    ]
+    assert learner.unreached_parameters() == sorted(without)
+    behind = "online_encoder.net.6"  # the classifier
+    assert {name.rpartition(".")[0] for name in without} >= {behind}
+    assert all(name.startswith((behind, *idle)) for name in without)
+    assert all(any(name.startswith(prefix) for name in without) for prefix in idle)
+
+
+# Precision, memory layout, accumulation.
+
+
+@pytest.mark.parametrize("use_pixpro", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_gives_a_float32_loss_near_that_of_float32(dtype, use_pixpro) -> None:
+    learner, views = small_learner(use_pixpro=use_pixpro).eval(), even_views()
+    expected = learner(views, return_terms=True)
+    with torch.autocast("cpu", dtype=dtype):
+        terms = learner(views, return_terms=True)
+    terms.loss.backward()
+    assert all(own.grad.isfinite().all() for own in trained(learner))
+    off = 4 * torch.finfo(dtype).eps  # cosines are rounded by eps / 2, in layers before and in them
+    for name, value in expected._asdict().items():
+        term = getattr(terms, name)
+        assert term.dtype == value.dtype
+        torch.testing.assert_close(term, value, rtol=0, atol=off, msg=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_a_learner_cast_as_a_whole_gives_a_loss_in_at_least_float32(dtype) -> None:
+    learner, views = small_learner().eval(), even_views()
+    expected = learner(views)
+    loss = learner.to(dtype)(views)
+    loss.backward()
+    assert loss.dtype == torch.promote_types(dtype, torch.float32)
+    torch.testing.assert_close(loss, expected, rtol=0.05, atol=0, check_dtype=False)
+
+
+def test_channels_last_changes_nothing() -> None:
+    learner, images = small_learner().eval(), torch.rand(2, 3, 80, 100)
+    losses = []
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        learner.to(memory_format=memory_format)
+        torch.manual_seed(1)
+        losses.append(learner(images.to(memory_format=memory_format)))
+    torch.testing.assert_close(*losses)
+
+
+@pytest.mark.parametrize("use_pixpro", [True, False])
+def test_two_halves_of_a_batch_add_up_to_the_whole(use_pixpro) -> None:
+    learner, views = small_learner(use_pixpro=use_pixpro).eval(), even_views(4)
+    for part in (slice(0, 2), slice(2, 4)):
+        half = tuple(View(*(held[part] for held in view)) for view in views)
+        (learner(half) / 2).backward()
+    both = [own.grad for own in trained(learner)], gradients(learner, learner(views))
+    for ours, theirs in zip(*both, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+# Compiling.
+
+
+@pytest.fixture
+def dynamo() -> Iterator[None]:
+    """A compiler that remembers nothing, before and after."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def steps(learner: PixelCL, forward: Any, count: int) -> list[Tensor]:
+    """The losses of a short run, each on a batch of its own."""
+    opt = torch.optim.SGD(trained(learner), lr=0.1)
+    losses = []
+    for _ in range(count):
+        loss = forward(torch.rand(4, 3, 80, 100))
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        learner.update_moving_average()
+        losses.append(loss.detach())
+    return losses
+
+
+@pytest.mark.usefixtures("dynamo")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's
+@pytest.mark.parametrize(
+    ("backend", "settings"),
+    [
+        ("eager", {}),
+        pytest.param("aot_eager", {"use_pixpro": False}, marks=pytest.mark.slow),
+    ],
+)
+def test_a_compiled_learner_learns_the_same_and_is_compiled_once(backend, settings) -> None:
+    plain, learner = small_learner(**settings), small_learner(**settings)
+    compiled = torch.compile(learner, backend=backend)
+    torch.manual_seed(1)
+    expected = steps(plain, plain, 3)
+    torch.manual_seed(1)
+    losses = steps(learner, compiled, 1)
+    graphs = counters["stats"]["unique_graphs"]
+    losses += steps(learner, compiled, 2)
+    assert counters["stats"]["unique_graphs"] == graphs > 0
+    torch.testing.assert_close(losses, expected)
+    for ours, theirs in zip(learner.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+# The loop that users of the published package have.
+
+
+def test_the_published_loop_runs_as_it_is(tmp_path: Path) -> None:
+    resnet = models.resnet50(weights=None)
+    learner = PixelCL(
+        resnet,
+        image_size=64,
+        hidden_layer_pixel="layer4",
+        hidden_layer_instance=-2,
+        projection_size=256,
+        projection_hidden_size=2048,
+        moving_average_decay=0.99,
+        ppm_num_layers=1,
+        ppm_gamma=2,
+        distance_thres=0.7,
+        similarity_temperature=0.3,
+        alpha=1.0,
+        use_pixpro=True,
+        cutout_ratio_range=(0.6, 0.8),
+    )
+    opt = torch.optim.Adam(learner.parameters(), lr=1e-4)
+
+    def sample_batch_images() -> Tensor:
+        return torch.randn(2, 3, 64, 64)
+
+    def loop() -> tuple[Tensor, Tensor]:
+        for _ in range(2):
+            images = sample_batch_images()
+            loss = learner(images)
+            opt.zero_grad()
+            loss.backward()
+            opt.step()
+            learner.update_moving_average()
+        return learner(sample_batch_images(), return_positive_pairs=True)
+
+    before = {name: held.clone() for name, held in resnet.state_dict().items()}
+    with pytest.warns(UserWarning, match="values from") as warned:
+        loss, positive_pairs = loop()
+    assert len(warned) == 1
+    assert loss.isfinite()
+    assert positive_pairs.dtype == torch.int64
+
+    torch.save(resnet, tmp_path / "improved-resnet.pt")
+    improved = torch.load(tmp_path / "improved-resnet.pt", weights_only=False)
+    assert type(improved) is models.ResNet
+    assert improved.state_dict().keys() == before.keys()
+    assert not torch.equal(improved.conv1.weight, before["conv1.weight"])
