@@ -85,6 +85,13 @@ def size_pair(name: str, value: object) -> str | None:
     )
 
 
+def callable_or_none(name: str, value: object) -> str | None:
+    """The complaint about anything but a function of one batch, or nothing."""
+    if value is None or callable(value):
+        return None
+    return f"{name} is {value!r}; it must be callable: views (b, c, h, w) in, the same shape out"
+
+
 def something_to_learn(alpha: object, instance_weight: object) -> str | None:
     """The complaint about a loss without terms."""
     if alpha == 0 and instance_weight == 0:

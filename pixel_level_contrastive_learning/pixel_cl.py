@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import ceil
 from typing import NamedTuple
 
@@ -15,6 +15,7 @@ from .augment import Change
 from .checks import (
     above,
     at_least,
+    callable_or_none,
     one_of,
     per_channel,
     raise_together,
@@ -144,6 +145,8 @@ class PixelCL(nn.Module):
             size_pair("image_size", image_size),
             whole("projection_size", projection_size, 1),
             whole("projection_hidden_size", projection_hidden_size, 1),
+            callable_or_none("augment_fn", augment_fn),
+            callable_or_none("augment_fn2", augment_fn2),
             within("prob_rand_hflip", prob_rand_hflip, 0, 1),
             within("prob_rand_vflip", prob_rand_vflip, 0, 1),
             within("max_rotation", max_rotation, 0, 180),
@@ -245,9 +248,8 @@ class PixelCL(nn.Module):
             ValueError: Wrong rank, dtype, channels or values; a batch of 1 that batch norm refuses.
         """
         one, two = self.views(images)
-        online_one, online_two = self.predictions(one.pixels), self.predictions(two.pixels)
-        target_one = self.target_encoder(one.pixels, self.branches)
-        target_two = self.target_encoder(two.pixels, self.branches)
+        online_one, online_two = (self.seen_by(self.predictions, view) for view in (one, two))
+        target_one, target_two = (self.seen_by(self.target_encoder, view) for view in (one, two))
 
         grids = online_one.grid, online_two.grid
         matches = Positives(one.to_image, two.to_image, *grids, self.distance_thres)
@@ -260,22 +262,28 @@ class PixelCL(nn.Module):
             return self.terms(loss, pixel, instance, directions)
         return (loss, matches.count().sum()) if return_positive_pairs else loss
 
-    def predictions(self, pixels: Tensor) -> Projections:
-        """What the online network says of a view: its pixels propagated, its whole predicted."""
+    def seen_by(
+        self, network: Callable[[Tensor, Branches], Projections], view: View
+    ) -> Projections:
+        """What a network makes of a view; says what to do where batch norm refuses the batch."""
         try:
-            pixel, instance = self.online_encoder(pixels, self.branches)
-            if pixel is not None and self.use_pixpro:
-                pixel = self.propagate_pixels(pixel)
-            if instance is not None:
-                instance = self.online_predictor(instance)
+            return network(view.pixels, self.branches)
         except ValueError as error:
             if "more than 1 value per channel" not in str(error):
                 raise
             raise ValueError(
-                f"batch norm in train mode has no statistics in a batch of {len(pixels)} "
+                f"batch norm in train mode has no statistics in a batch of {len(view.pixels)} "
                 f"({error}); pass at least 2 images (drop_last=True in a data loader), or set "
                 "instance_weight=0, or put batch norm into eval mode"
             ) from error
+
+    def predictions(self, pixels: Tensor, branches: Branches) -> Projections:
+        """What the online network says of a view: its pixels propagated, its whole predicted."""
+        pixel, instance = self.online_encoder(pixels, branches)
+        if pixel is not None and self.use_pixpro:
+            pixel = self.propagate_pixels(pixel)
+        if instance is not None:
+            instance = self.online_predictor(instance)
         return Projections(pixel, instance)
 
     def pixel_loss(self, online: Projections, target: Projections, matches: Positives) -> Tensor:

@@ -81,7 +81,8 @@ class Survey:
         self.children = [name for name, _ in net.named_children()]
         self.names = [plain_name(name) for name, _ in net.named_modules() if name]
         self.layers: list[Layer] = []
-        self.outputs: list[object] = []  # kept alive, so that their ids stay distinct
+        self.outputs: dict[str, object] = {}
+        self.fired: list[tuple[str, str, object, int]] = []  # keeps ids distinct
         copied = copy.deepcopy(net).train(training)
         weight = next(copied.parameters(), torch.empty(0))
         images = torch.zeros(2, channels, *size, device=weight.device, dtype=weight.dtype)
@@ -92,12 +93,11 @@ class Survey:
 
     def look(self, net: nn.Module, images: Tensor) -> None:
         """Run the network with a hook on every layer, and note what each gave, in order."""
-        fired: list[tuple[str, str, object, int]] = []
 
         def note(name: str) -> RemovableHandle:
             def hook(module: nn.Module, _: object, output: object) -> None:
                 version = output._version if isinstance(output, Tensor) else 0
-                fired.append((plain_name(name), type(module).__name__, output, version))
+                self.fired.append((plain_name(name), type(module).__name__, output, version))
 
             return find_layer(net, name).register_forward_hook(hook)
 
@@ -113,7 +113,10 @@ class Survey:
         finally:
             for handle in handles:
                 handle.remove()
-        for name, type_name, output, version in fired:
+        last = {name: index for index, (name, *_) in enumerate(self.fired)}
+        for index, (name, type_name, output, version) in enumerate(self.fired):
+            if last[name] != index:  # a tap reads what a layer gives last
+                continue
             shown, overwritten, grows = type(output).__name__, False, False
             if isinstance(output, Tensor):
                 shown = str(tuple(output.shape))
@@ -125,7 +128,7 @@ class Survey:
                 )
             seen = stride, id(output), overwritten, grows
             self.layers.append(Layer(name, type_name, shown, reading, *seen))
-            self.outputs.append(output)
+            self.outputs[name] = output
 
     def tap(self, wanted: str | int, *, pixel: bool) -> Tap:
         """The tap on a layer, once it was found to give what pixels or instances need.
@@ -164,6 +167,11 @@ class Survey:
     def name_of(self, wanted: str | int, kind: str) -> str:
         """The name of a layer given by name or by index, without what was wrapped around it."""
         advice = self.advice(pixel=kind == "pixel")
+        if not isinstance(wanted, (str, int)):
+            raise ValueError(
+                f"hidden_layer_{kind} is {wanted!r}; it must be a name or an index into the network's "
+                f"children; {advice}"
+            )
         if isinstance(wanted, str):
             name = plain_name(wanted)
             if name in self.names:
@@ -194,6 +202,7 @@ class Survey:
             for layer in self.layers
             if layer.reading is not None
             and layer.is_square
+            and not layer.type_name.startswith(("Dropout", "Softmax"))  # attention weights
             and min(layer.reading.grid) >= 4
             and layer.stride <= 32.5  # images that 32 does not divide
         ]
@@ -230,20 +239,19 @@ class Survey:
         return next((own for own in fit if own.reading is not None), None)
 
     def advice(self, pixel: bool) -> str:
-        """The layers that would do, one for each stride."""
+        """The layers that would do: a map for each stride, for an instance the pooled vector too."""
         would_do: dict[float, Layer] = {}
         for layer in self.layers:
-            if layer.is_map == pixel and layer.is_square:
+            if layer.is_map and layer.is_square:
                 would_do[round(layer.stride)] = layer
-        names = ", ".join(str(layer) for _, layer in sorted(would_do.items()))
-        return f"layers that would do: {names or 'none at this image size'}"
+        names = [str(layer) for _, layer in sorted(would_do.items())]
+        if would_do and not pixel:
+            names.insert(0, self.default_instance(pixel="") or names.pop())
+        return f"layers that would do: {', '.join(names) or 'none at this image size'}"
 
     def unreached(self, *taps: Tap) -> list[str]:
         """The names of trainable parameters that no tap's output depends on."""
-        names = {tap.name for tap in taps}
-        outputs = (
-            out for own, out in zip(self.layers, self.outputs, strict=True) if own.name in names
-        )
+        outputs = [self.outputs[tap.name] for tap in taps]
         reached = set(leaves([out for out in outputs if isinstance(out, Tensor)]))
         trainable = ((n, p) for n, p in self.parameters.items() if p.requires_grad)
         return [name for name, parameter in trainable if id(parameter) not in reached]

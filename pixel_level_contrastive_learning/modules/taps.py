@@ -6,6 +6,7 @@ that the backbone stays clean and may be wrapped, compiled or converted later.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -14,8 +15,8 @@ from torch.utils.hooks import RemovableHandle
 
 from .layouts import Reading
 
-WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "module"}
-"""Names that compiling, checkpointing, sharding and data parallelism put around a module."""
+WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
+"""Names that compiling, checkpointing and sharding put around a module."""
 
 
 class Tap(NamedTuple):
@@ -38,6 +39,7 @@ class Taps:
     def __init__(self, *taps: Tap) -> None:
         self.overwritten = {tap.name: tap.overwritten for tap in taps}
         self.caught: dict[str, Any] = {}
+        self.eager = False
         self.hooks = {name: Hook(self, name) for name in self.overwritten}
 
     # Hooks come and go outside of compiled code; the network between is compiled, hooks and all.
@@ -46,7 +48,13 @@ class Taps:
         """What each layer gave for ``pixels``; a layer that did not run has no entry."""
         handles = self.attach(net)
         try:
-            net(pixels)
+            with torch.compiler.set_stance("force_eager") if self.eager else nullcontext():
+                net(pixels)
+            if len(self.caught) < len(self.hooks) and not self.eager:
+                # A network compiled before it had hooks runs code that knows nothing of them.
+                with torch.compiler.set_stance("force_eager"):
+                    net(pixels)
+                self.eager = len(self.caught) == len(self.hooks)
             return dict(self.caught)
         finally:
             self.caught.clear()
@@ -84,6 +92,8 @@ def find_layer(net: nn.Module, name: str) -> nn.Module:
         ValueError: There is none, where there was one when the learner was built.
     """
     layers: dict[str, nn.Module] = dict(net.named_modules())
+    if isinstance(net, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        layers |= dict(net.module.named_modules())
     if name in layers:
         return layers[name]
     plain = {plain_name(own): layer for own, layer in reversed(layers.items())}

@@ -82,9 +82,10 @@ class Target(Encoder):
 
         def kept(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
-            if tensor.is_floating_point():
-                self.compute_dtype = moved.dtype
             return tensor.to(moved.device) if moved.dtype in HALVES else moved
 
+        # A move keeps any precision and a cast none: ask what becomes of the present one.
+        device = next(self.parameters()).device
+        self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype, device=device)).dtype
         super()._apply(kept, recurse)  # type: ignore[no-untyped-call]  # untyped in torch
         return self
