@@ -29,7 +29,7 @@ class Folder(list[Path]):
 
 flags = argparse.ArgumentParser(description=__doc__)
 flags.add_argument("images", type=Path, help="folder of images, searched to any depth")
-flags.add_argument("--out", type=Path, default="improved-resnet.pt")
+flags.add_argument("--out", default="improved-resnet.pt")
 flags.add_argument("--size", type=int, default=128, help="side of the views, in pixels")
 flags.add_argument("--batch", type=int, default=24)
 flags.add_argument("--steps", type=int, default=300)
@@ -40,7 +40,7 @@ device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 images = Folder(args.images, side=2 * args.size)
 draws = RandomSampler(images, replacement=True, num_samples=args.steps * args.batch)
 resnet = models.resnet18(weights=None).to(device)
-learner = PixelCL(resnet, image_size=args.size)
+learner = PixelCL(resnet, args.size, projection_hidden_size=1024, cutout_ratio_range=(0.45, 1.0))
 opt = torch.optim.AdamW(learner.parameters(), lr=1e-3)
 schedule = torch.optim.lr_scheduler.OneCycleLR(opt, 1e-3, args.steps, pct_start=0.1)
 

@@ -59,6 +59,9 @@ class Terms(NamedTuple):
     images_without_pairs: Tensor
 
 
+Network = Callable[[Tensor, Branches], Projections]
+"""A view's pixels and what is asked for, to projections."""
+
 Direction = tuple[Projections, Projections, Positives]
 """What the online network says of one view, what the target says of the other, what matches."""
 
@@ -248,8 +251,10 @@ class PixelCL(nn.Module):
             ValueError: Wrong rank, dtype, channels or values; a batch of 1 that batch norm refuses.
         """
         one, two = self.views(images)
-        online_one, online_two = (self.seen_by(self.predictions, view) for view in (one, two))
-        target_one, target_two = (self.seen_by(self.target_encoder, view) for view in (one, two))
+        online_one = self.seen_by(self.predictions, one)
+        online_two = self.seen_by(self.predictions, two)
+        target_one = self.seen_by(self.target_encoder, one)
+        target_two = self.seen_by(self.target_encoder, two)
 
         grids = online_one.grid, online_two.grid
         matches = Positives(one.to_image, two.to_image, *grids, self.distance_thres)
@@ -262,9 +267,7 @@ class PixelCL(nn.Module):
             return self.terms(loss, pixel, instance, directions)
         return (loss, matches.count().sum()) if return_positive_pairs else loss
 
-    def seen_by(
-        self, network: Callable[[Tensor, Branches], Projections], view: View
-    ) -> Projections:
+    def seen_by(self, network: Network, view: View) -> Projections:
         """What a network makes of a view; says what to do where batch norm refuses the batch."""
         try:
             return network(view.pixels, self.branches)

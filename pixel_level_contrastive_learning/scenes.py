@@ -2,7 +2,8 @@
 
 A scene is some shapes on a background, lying over each other in one light. Each class has an
 outline and a family of textures; colour, contrast, scale and direction are drawn anew for each
-shape, so that colour tells nothing about the class and texture tells nearly everything.
+shape from what is common to all, so that colour tells nothing about the class and texture nearly
+everything.
 """
 
 from __future__ import annotations
@@ -249,16 +250,17 @@ def noise(cells: tuple[int, int], size: tuple[int, int], dice: Generator) -> Ten
 
 
 def inks(dice: Generator) -> Tensor:
-    """Two colours ``(2, 3)``, RGB in [0, 1]: of related hues, one of them darker."""
-    hue, dark = between(0, 1, dice), between(0.2, 0.55, dice)
-    hues = torch.tensor((hue, hue + between(-0.2, 0.2, dice)))
-    values = torch.tensor((dark, dark + between(0.2, 0.45, dice)))
-    if between(0, 1, dice) < 0.5:
-        values = values.flip(0)
-    phases = rearrange(hues, "ink -> ink 1") - torch.tensor((0, 1 / 3, 2 / 3))
-    saturation = between(0.2, 0.85, dice)
-    pure = 1 - saturation * (0.5 - (2 * pi * phases).cos() / 2)
-    return pure * rearrange(values, "ink -> ink 1")
+    """Two colours ``(2, 3)``, RGB in [0, 1]: a warm light one and a cool dark one, either first.
+
+    All shapes and backgrounds draw from one palette. Where each has a hue of its own, two views
+    agree by colour, and a network pretrained on them learns nothing of the textures.
+    """
+    hues = torch.tensor([[between(-0.05, 0.17, dice)], [between(0.45, 0.75, dice)]])
+    strengths = torch.tensor([[between(0.1, 0.45, dice)], [between(0.2, 0.7, dice)]])
+    values = torch.tensor([[between(0.75, 0.95, dice)], [between(0.25, 0.4, dice)]])
+    rgb = (2 * pi * (hues - torch.tensor((0, 1 / 3, 2 / 3)))).cos()
+    pair = values * (1 - strengths * (1 - rgb) / 2)
+    return pair.flip(0) if between(0, 1, dice) < 0.5 else pair
 
 
 def mix(pair: Tensor, share: Tensor) -> Tensor:

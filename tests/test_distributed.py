@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import traceback
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -65,24 +64,22 @@ def learn(learner: PixelCL, forward: nn.Module, batch: tuple[View, View]) -> dic
 def work(rank: int, folder: Path) -> None:
     """One process's part of every case, the results in files."""
     torch.set_num_threads(1)
-    for number, (loss, without) in enumerate(CASES):
-        distributed.init_process_group(
-            "gloo",
-            init_method=f"file://{folder}/meeting{number}",
-            rank=rank,
-            world_size=PROCESSES,
-            timeout=timedelta(seconds=60),
-        )
-        try:
-            learner = build(loss)
-            parallel = DistributedDataParallel(learner, find_unused_parameters=False)
-            part = slice(rank * IMAGES, (rank + 1) * IMAGES)
-            result = learn(learner, parallel, views(without, part))
-            result["ignored"] = sorted(parallel.parameters_to_ignore)
-        except Exception:  # told to the test that asks for this case; the others go on
-            result = {"error": traceback.format_exc()}
+    distributed.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/meeting",
+        rank=rank,
+        world_size=PROCESSES,
+        timeout=timedelta(seconds=60),
+    )
+    part = slice(rank * IMAGES, (rank + 1) * IMAGES)
+    for loss, without in CASES:
+        print(f"process {rank}: {loss}, without pairs: {without}", file=sys.stderr, flush=True)
+        learner = build(loss)
+        parallel = DistributedDataParallel(learner, find_unused_parameters=False)
+        result = learn(learner, parallel, views(without, part))
+        result["ignored"] = sorted(parallel.parameters_to_ignore)
         torch.save(result, folder / f"{loss}, {without}, {rank}.pt")
-        distributed.destroy_process_group()
+    distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +92,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for rank in range(PROCESSES)
     ]
     try:
-        said = [process.communicate(timeout=120)[1] for process in processes]
+        said = [process.communicate(timeout=180)[1] for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -110,7 +107,6 @@ def test_processes_learn_what_one_learns_on_the_joined_batch(folder, loss, witho
     expected = learn(learner, learner, views(without))
     results = [torch.load(folder / f"{loss}, {without}, {rank}.pt") for rank in range(PROCESSES)]
     for result in results:
-        assert "error" not in result, result["error"]
         assert result["ignored"] == learner.unreached_parameters()
         idle = [name for name, gradient in result["gradients"].items() if gradient is None]
         assert sorted(idle) == learner.unreached_parameters()

@@ -169,8 +169,8 @@ class Survey:
         advice = self.advice(pixel=kind == "pixel")
         if not isinstance(wanted, (str, int)):
             raise ValueError(
-                f"hidden_layer_{kind} is {wanted!r}; it must be a name or an index into the network's "
-                f"children; {advice}"
+                f"hidden_layer_{kind} is {wanted!r}; it must be a name or an index into the "
+                f"network's children; {advice}"
             )
         if isinstance(wanted, str):
             name = plain_name(wanted)
@@ -239,7 +239,7 @@ class Survey:
         return next((own for own in fit if own.reading is not None), None)
 
     def advice(self, pixel: bool) -> str:
-        """The layers that would do: a map for each stride, for an instance the pooled vector too."""
+        """The layers that would do: a map for each stride; for an instance a pooled vector too."""
         would_do: dict[float, Layer] = {}
         for layer in self.layers:
             if layer.is_map and layer.is_square:
