@@ -6,11 +6,12 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 DEMO := build/demo
-STEPS ?= 150
+STEPS ?= 100
 
 .PHONY: demo test lint types tests clean
 
 demo: $(VENV)/installed
+	rm -rf $(DEMO)
 	$(RUN) -c "from pathlib import Path; from pixel_level_contrastive_learning.scenes import save_scenes; \
 	save_scenes(Path('$(DEMO)'), {'train': 400, 'val': 100})"
 	$(RUN) examples/pretrain_loop.py $(DEMO)/images/train --steps $(STEPS) --out $(DEMO)/improved-resnet.pt
