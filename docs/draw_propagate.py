@@ -29,13 +29,13 @@ DPI = 200
 INK, GRAY, PALE, LINE = "#1c2430", "#667085", "#f3f5f9", "#c3cad6"
 ONE, TWO = "#2563eb", "#e8590c"
 GRID = (7, 7)
-SCENE, SOURCE = 2676, (560, 420)
-BOXES = torch.tensor([[14.0, 100, 300, 386], [105.0, 183, 347, 425]])
+SCENE, SOURCE = 615, (560, 420)
+BOXES = torch.tensor([[58.0, 216, 358, 516], [140.0, 142, 396, 398]])
 MIRRORED = torch.tensor([False, True])
 VIEW = 280  # side of a view
 ONLINE, TARGET = 312, 700  # heights of the two branches
 VIEWS = ((556, ONLINE - VIEW / 2), (556, TARGET - VIEW / 2))  # upper left corners
-CELL = 16  # whose propagation is shown
+CELL = 32  # whose propagation is shown
 MAP = 196  # side of a feature map in step 4
 MAPS = ((1692, ONLINE - MAP / 2), (1692, TARGET - MAP / 2))
 Point = tuple[float, float]
@@ -91,7 +91,7 @@ def funnel(axes: Axes, middle: Point, size: Point, text: str, fill: str) -> None
 def picture(axes: Axes, image: Tensor, box: tuple, frame: str, width: float = 2.4) -> None:
     """An image ``(3, h, w)`` in a box ``(x0, y0, x1, y1)`` with a frame."""
     x0, y0, x1, y1 = box
-    coarse = (image.clamp(0, 1) * 48).round() / 48  # noise that nobody sees doubles the file
+    coarse = (image.clamp(0, 1) * 40).round() / 40  # noise that nobody sees doubles the file
     pixels = rearrange(coarse, "c h w -> h w c").numpy()
     axes.imshow(pixels, extent=(x0, x1, y1, y0), interpolation="nearest")
     shape = Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, ec=frame, lw=width, zorder=2)
@@ -146,7 +146,7 @@ def likeness(view: Tensor) -> Tensor:
     A stand-in for what a network sees: hue and spread of a cell, less the average cell's.
     """
     mean, spread = patches(view).mean(dim=1), patches(view).std(dim=1)
-    seen = torch.cat((3 * mean / mean.sum(dim=-1, keepdim=True), 2 * spread), dim=-1)
+    seen = torch.cat((6 * mean / mean.sum(dim=-1, keepdim=True), spread), dim=-1)
     seen = functional.normalize(seen - seen.mean(dim=0), dim=-1)
     return (seen @ seen.T).clamp(0, 1).square()
 
@@ -154,7 +154,7 @@ def likeness(view: Tensor) -> Tensor:
 def chosen_pairs(matches: Tensor) -> list[tuple[int, int]]:
     """Some matches ``(i, j)`` to draw as lines, spread over the overlap."""
     rows = [row for row in range(len(matches)) if matches[row].any()]
-    return [(i, int(matches[i].nonzero()[0])) for i in rows[4::7]]
+    return [(i, int(matches[i].nonzero()[0])) for i in rows[1::8]]
 
 
 # The steps.
@@ -228,7 +228,7 @@ def draw_propagation(axes: Axes, one: Tensor) -> None:
     small = functional.interpolate(one[None], (side, side), mode="area")[0]
     picture(axes, small, square(corner, side), INK, 1.4)
     like = likeness(one)[CELL]
-    veils = [(1, 1, 1, 0.9 * (1 - alike)) for alike in like.sqrt().tolist()]
+    veils = [(1, 1, 1, 0.94 * (1 - alike)) for alike in like.sqrt().tolist()]
     cells(axes, corner, side, veils, (1, 1, 1, 0.5))
     places = middles(corner, side)
     for j in (like > 0.3).nonzero().flatten().tolist():
