@@ -76,13 +76,17 @@ def check_views(views: Sequence[Any], channels: int) -> tuple[View, View]:
                 "(b, 2, 3)), since a loss needs to know where its pixels came from"
             )
         check_images(view[0], channels)
-        held = isinstance(view[1], Tensor)
-        fits = held and view[1].is_floating_point() and view[1].device == view[0].device
-        if not fits or tuple(view[1].shape) != (len(view[0]), 2, 3):
-            found = tuple(view[1].shape) if held else type(view[1]).__name__
-            found = f"{view[1].dtype} on {view[1].device}" if held and not fits else found
+        pixels, to_image = view
+        found: object = None  # what is wrong with the map, if anything
+        if not isinstance(to_image, Tensor):
+            found = type(to_image).__name__
+        elif not to_image.is_floating_point() or to_image.device != pixels.device:
+            found = f"{to_image.dtype} on {to_image.device}"
+        elif to_image.shape != (len(pixels), 2, 3):
+            found = tuple(to_image.shape)
+        if found is not None:
             raise ValueError(
-                f"to_image of a view is {found}; it must be a float tensor ({len(view[0])}, 2, 3), "
+                f"to_image of a view is {found}; it must be a float tensor ({len(pixels)}, 2, 3), "
                 "one map an image: make it with geometry.box_to_map"
             )
     one, two = (View(*view) for view in views)

@@ -19,6 +19,9 @@ class Branches(NamedTuple):
     instance: bool = True
 
 
+BOTH = Branches()
+
+
 class Projections(NamedTuple):
     """What an encoder makes of a view; a branch that was not asked for is None.
 
@@ -63,7 +66,7 @@ class Encoder(nn.Module):
         self.instance_projector = instance_projector
         self.taps = Taps(pixel_tap, instance_tap)
 
-    def forward(self, pixels: Tensor, branches: Branches = Branches()) -> Projections:  # noqa: B008
+    def forward(self, pixels: Tensor, branches: Branches = BOTH) -> Projections:
         """Project a view.
 
         Args:
@@ -116,5 +119,5 @@ class Encoder(nn.Module):
     def instead(self, tap: Tap, channels: int, size: tuple[int, int]) -> Any:
         """The first layer after the tap that carries gradient in the network's present state."""
         survey = Survey(self.net, channels, size, training=self.net.training)
-        layer = next((own for own in survey.layers if own.name == tap.name), None)
+        layer = survey.called(tap.name)
         return None if layer is None else survey.after(layer)

@@ -82,7 +82,6 @@ class Survey:
         self.names = [plain_name(name) for name, _ in net.named_modules() if name]
         self.layers: list[Layer] = []
         self.outputs: dict[str, object] = {}
-        self.fired: list[tuple[str, str, object, int]] = []  # keeps ids distinct
         copied = copy.deepcopy(net).train(training)
         weight = next(copied.parameters(), torch.empty(0))
         images = torch.zeros(2, channels, *size, device=weight.device, dtype=weight.dtype)
@@ -92,13 +91,16 @@ class Survey:
         self.parameters = dict(copied.named_parameters())
 
     def look(self, net: nn.Module, images: Tensor) -> None:
-        """Run the network with a hook on every layer, and note what each gave, in order."""
+        """Run the network with a hook on every layer, and note what each gave last, in order."""
+        fired: dict[str, tuple[str, object, int]] = {}
 
         def note(name: str) -> RemovableHandle:
             def hook(module: nn.Module, _: object, output: object) -> None:
                 version = output._version if isinstance(output, Tensor) else 0
-                self.fired.append((plain_name(name), type(module).__name__, output, version))
+                fired.pop(plain, None)  # a layer that runs again moves to the end
+                fired[plain] = type(module).__name__, output, version
 
+            plain = plain_name(name)
             return find_layer(net, name).register_forward_hook(hook)
 
         handles = [note(name) for name, _ in net.named_modules() if name]
@@ -113,10 +115,7 @@ class Survey:
         finally:
             for handle in handles:
                 handle.remove()
-        last = {name: index for index, (name, *_) in enumerate(self.fired)}
-        for index, (name, type_name, output, version) in enumerate(self.fired):
-            if last[name] != index:  # a tap reads what a layer gives last
-                continue
+        for name, (type_name, output, version) in fired.items():
             shown, overwritten, grows = type(output).__name__, False, False
             if isinstance(output, Tensor):
                 shown = str(tuple(output.shape))
@@ -142,13 +141,12 @@ class Survey:
         """
         kind = "pixel" if pixel else "instance"
         name = self.name_of(wanted, kind)
-        found = [layer for layer in self.layers if layer.name == name]
-        if not found:
+        layer = self.called(name)
+        if layer is None:
             raise ValueError(
                 f"the {kind} layer {name!r} did not run when {self.net_type} saw an image; "
                 f"{self.advice(pixel)}"
             )
-        layer = found[-1]
         if layer.reading is None:
             raise ValueError(
                 f"the {kind} layer {name!r} gives {layer.output}, which cannot be read as "
@@ -164,30 +162,32 @@ class Survey:
             raise ValueError(no_gradient(kind, name, self.after(layer)))
         return Tap(layer.name, layer.reading, layer.overwritten)
 
+    def called(self, name: str) -> Layer | None:
+        """The layer of that name, or None if it did not run."""
+        return next((layer for layer in self.layers if layer.name == name), None)
+
     def name_of(self, wanted: str | int, kind: str) -> str:
         """The name of a layer given by name or by index, without what was wrapped around it."""
-        advice = self.advice(pixel=kind == "pixel")
-        if not isinstance(wanted, (str, int)):
-            raise ValueError(
-                f"hidden_layer_{kind} is {wanted!r}; it must be a name or an index into the "
-                f"network's children; {advice}"
-            )
-        if isinstance(wanted, str):
-            name = plain_name(wanted)
-            if name in self.names:
-                return name
-            near = get_close_matches(name, self.names, n=3)
-            perhaps = f"perhaps {' or '.join(near)}; " if near else ""
-            raise ValueError(
-                f"{self.net_type} has no layer {wanted!r} for the {kind} level; {perhaps}{advice}"
-            )
         count = len(self.children)
-        if not -count <= wanted < count:
-            raise ValueError(
+        if isinstance(wanted, int) and -count <= wanted < count:
+            return plain_name(self.children[wanted])
+        if isinstance(wanted, str) and plain_name(wanted) in self.names:
+            return plain_name(wanted)
+        if isinstance(wanted, str):
+            near = get_close_matches(plain_name(wanted), self.names, n=3)
+            perhaps = f"; perhaps {' or '.join(near)}" if near else ""
+            found = f"{self.net_type} has no layer {wanted!r} for the {kind} level{perhaps}"
+        elif isinstance(wanted, int):
+            found = (
                 f"{self.net_type} has {count} children and no child {wanted} for the {kind} level; "
-                f"give a number from {-count} to {count - 1}, or a name; {advice}"
+                f"give a number from {-count} to {count - 1}, or a name"
             )
-        return plain_name(self.children[wanted])
+        else:
+            found = (
+                f"hidden_layer_{kind} is {wanted!r}; it must be a name or an index into the "
+                "network's children"
+            )
+        raise ValueError(f"{found}; {self.advice(pixel=kind == 'pixel')}")
 
     def default_pixel(self) -> str:
         """The deepest map of at least 4 x 4 cells and a stride of at most 32.
@@ -245,8 +245,8 @@ class Survey:
             if layer.is_map and layer.is_square:
                 would_do[round(layer.stride)] = layer
         names = [str(layer) for _, layer in sorted(would_do.items())]
-        if would_do and not pixel:
-            names.insert(0, self.default_instance(pixel="") or names.pop())
+        pooled = self.default_instance(pixel="") if would_do and not pixel else ""
+        names = [pooled, *names] if pooled else names
         return f"layers that would do: {', '.join(names) or 'none at this image size'}"
 
     def unreached(self, *taps: Tap) -> list[str]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import raise_together, within
-from .encoder import Branches, Encoder, Projections
+from .encoder import BOTH, Branches, Encoder, Projections
 
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -45,7 +45,7 @@ class Target(Encoder):
         self.compute_dtype = next(online.parameters()).dtype
 
     @torch.no_grad()
-    def forward(self, pixels: Tensor, branches: Branches = Branches()) -> Projections:  # noqa: B008
+    def forward(self, pixels: Tensor, branches: Branches = BOTH) -> Projections:
         half = self.compute_dtype in HALVES  # a learner cast to halves computes in halves
         kind = pixels.device.type
         with torch.autocast(kind, dtype=self.compute_dtype) if half else nullcontext():
