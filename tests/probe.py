@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 Sizes = dict[int, int]
 """Elements of each block of memory, by its address."""
@@ -13,7 +14,8 @@ Sizes = dict[int, int]
 def live_tensors() -> Sizes:
     """Every tensor that Python can reach: what closures and contexts hold on to."""
     tensors = (thing for thing in gc.get_objects() if issubclass(type(thing), Tensor))
-    return dict(measure(tensor) for tensor in tensors)
+    # Fake tensors, which compiling leaves behind, have no memory.
+    return dict(measure(tensor) for tensor in tensors if not isinstance(tensor, FakeTensor))
 
 
 def measure(tensor: Tensor) -> tuple[int, int]:

@@ -36,6 +36,13 @@ def test_the_loop_pretrains_a_resnet_on_a_folder(tmp_path: Path) -> None:
     assert not torch.equal(trained.conv1.weight, fresh.conv1.weight)
 
 
+def test_the_loop_takes_real_photographs(streets: Path, tmp_path: Path) -> None:
+    flags = "--size", "64", "--batch", "2", "--steps", "1", "--out", "net.pt"
+    out = run("pretrain_loop.py", str(streets / "images" / "val"), *flags, cwd=tmp_path)
+    assert "positive_pairs" in out
+    assert (tmp_path / "net.pt").stat().st_size > 0
+
+
 def test_a_network_of_ones_own_on_five_channels(tmp_path: Path) -> None:
     out = run("custom_backbone.py", cwd=tmp_path)
     assert out.count("pixel_cosine") == 5

@@ -5,7 +5,7 @@ import io
 import random
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -367,12 +367,12 @@ def to_sync_batch_norm(learner: PixelCL) -> None:
     assert isinstance(learner.net.norm, nn.SyncBatchNorm)
 
 
-def wrap_in_compile(learner: PixelCL) -> None:
-    learner.online_encoder.net = torch.compile(learner.net, backend="eager")
+def wrap_in_compile(learner: PixelCL, backend: Any = "eager") -> None:
+    learner.online_encoder.net = torch.compile(learner.net, backend=backend)
 
 
-def compile_in_place(learner: PixelCL) -> None:
-    learner.net.compile(backend="eager")
+def compile_in_place(learner: PixelCL, backend: Any = "eager") -> None:
+    learner.net.compile(backend=backend)
 
 
 def compile_a_layer(learner: PixelCL) -> None:
@@ -425,18 +425,36 @@ def test_taps_survive_what_is_done_to_the_backbone_later(change, layer) -> None:
 @compiling
 @quiet
 @pytest.mark.parametrize("compile_net", [wrap_in_compile, compile_in_place])
-@pytest.mark.parametrize("first", [True, False], ids=["used first", "learned first"])
+@pytest.mark.parametrize("first", ["net", "learner"])
 def test_a_compiled_backbone_may_be_used_beside_the_learner(compile_net, first) -> None:
-    """A probe that runs between two steps, say."""
-    pair, learner = views(), small_learner(hidden_layer_pixel="deep").eval()
-    expected = learner(pair)
-    compile_net(learner)
-    for _ in range(2):
-        if first:
-            learner.net(torch.rand(4, 3, 64, 64))
-        torch.testing.assert_close(learner(pair), expected)
-        learner.net(torch.rand(4, 3, 64, 64))
-        assert not learner.online_encoder.taps.caught
+    """As by a probe between two steps: the numbers stay, and the code stays compiled."""
+    compilations, executions = [], []
+
+    def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
+        compilations.append(graph)
+
+        def execute(*inputs: Any) -> Any:
+            executions.append(graph)
+            return graph.forward(*inputs)
+
+        return execute
+
+    pair, runs = views(), []
+    for prepare in (lambda *_: None, compile_net):
+        learner = small_learner(hidden_layer_pixel="deep")
+        prepare(learner, backend)
+        if first == "net":
+            learner.net(pair[0].pixels)
+        losses = []
+        for _ in range(3):
+            before = len(executions)
+            losses.append(learner(pair))
+            assert (len(executions) > before) == (prepare is compile_net)
+            assert not learner.online_encoder.taps.caught
+            learner.net(pair[0].pixels)
+        runs.append((losses, list(learner.buffers())))
+    torch.testing.assert_close(*runs)
+    assert len(compilations) <= 2  # one for each use
 
 
 # On an accelerator nothing waits for the device: data on `meta` cannot be looked at by the host.

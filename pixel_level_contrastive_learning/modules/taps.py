@@ -6,10 +6,10 @@ that the backbone stays clean and may be wrapped, compiled or converted later.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
+import torch._dynamo
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -17,6 +17,10 @@ from .layouts import Reading
 
 WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
 """Names that compiling, checkpointing and sharding put around a module."""
+
+# Compiled code takes no notice of hooks that come or go later unless it guards against them. Ours
+# do just that: code compiled without them must not run in their place.
+torch._dynamo.config.skip_nnmodule_hook_guards = False
 
 
 class Tap(NamedTuple):
@@ -39,7 +43,6 @@ class Taps:
     def __init__(self, *taps: Tap) -> None:
         self.overwritten = {tap.name: tap.overwritten for tap in taps}
         self.caught: dict[str, Any] = {}
-        self.eager = False
         self.hooks = {name: Hook(self, name) for name in self.overwritten}
 
     # Hooks come and go outside of compiled code; the network between is compiled, hooks and all.
@@ -48,13 +51,7 @@ class Taps:
         """What each layer gave for ``pixels``; a layer that did not run has no entry."""
         handles = self.attach(net)
         try:
-            with torch.compiler.set_stance("force_eager") if self.eager else nullcontext():
-                net(pixels)
-            if len(self.caught) < len(self.hooks) and not self.eager:
-                # A network compiled before it had hooks runs code that knows nothing of them.
-                with torch.compiler.set_stance("force_eager"):
-                    net(pixels)
-                self.eager = len(self.caught) == len(self.hooks)
+            net(pixels)
             return dict(self.caught)
         finally:
             self.caught.clear()
