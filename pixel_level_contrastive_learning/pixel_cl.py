@@ -28,7 +28,7 @@ from .checks import (
 from .geometry import Positives
 from .losses import instance_loss, pixcontrast_loss, pixpro_loss, positive_cosine
 from .modules.encoder import Branches, Encoder, Projections
-from .modules.heads import map_head, vector_head
+from .modules.heads import map_projector, predictor, vector_projector
 from .modules.ppm import PPM
 from .modules.survey import Survey
 from .modules.target import Target
@@ -207,10 +207,10 @@ class PixelCL(nn.Module):
             net,
             pixel_tap,
             instance_tap,
-            map_head(pixel_tap.reading.channels, hidden, out),
-            vector_head(instance_tap.reading.channels, hidden, out),
+            map_projector(pixel_tap.reading.channels, hidden, out),
+            vector_projector(instance_tap.reading.channels, hidden, out),
         )
-        self.online_predictor = vector_head(out, hidden, out)
+        self.online_predictor = predictor(out, hidden)
         self.propagate_pixels = PPM(chan=out, num_layers=ppm_num_layers, gamma=ppm_gamma)
         weight = next(net.parameters(), torch.empty(0))
         heads = self.online_encoder.pixel_projector, self.online_encoder.instance_projector

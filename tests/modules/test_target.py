@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pixel_level_contrastive_learning.modules.encoder import Branches, Encoder
-from pixel_level_contrastive_learning.modules.heads import map_head, vector_head
+from pixel_level_contrastive_learning.modules.heads import map_projector, vector_projector
 from pixel_level_contrastive_learning.modules.survey import Survey
 from pixel_level_contrastive_learning.modules.target import Target
 
@@ -17,7 +17,7 @@ def online_encoder(dtype: torch.dtype = torch.float32) -> Encoder:
     """A small encoder whose batch norm has seen a batch, so that its buffers are not as built."""
     net = nn.Sequential(nn.Conv2d(3, 8, 8, 8), nn.BatchNorm2d(8), nn.ReLU()).to(dtype)
     tap = Survey(net, 3, (64, 64)).tap(2, pixel=True)
-    heads = map_head(8, 16, 4), vector_head(8, 16, 4)
+    heads = map_projector(8, 16, 4), vector_projector(8, 16, 4)
     online = Encoder(net, tap, tap, *(head.to(dtype) for head in heads))
     with torch.no_grad():
         online(torch.rand(4, 3, 64, 64))
