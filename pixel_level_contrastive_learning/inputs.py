@@ -11,6 +11,8 @@ from .views import View
 
 LARGEST = 16.0
 """Images are meant to lie in [0, 1]; beyond this, no normalised image lies either."""
+PRECISE = (torch.float32, torch.float64)
+"""What coordinates may be held in: halves round them by whole pixels."""
 
 
 def check_images(images: object, channels: int, smallest: int = 1) -> Tensor:
@@ -80,14 +82,15 @@ def check_views(views: Sequence[Any], channels: int) -> tuple[View, View]:
         found: object = None  # what is wrong with the map, if anything
         if not isinstance(to_image, Tensor):
             found = type(to_image).__name__
-        elif not to_image.is_floating_point() or to_image.device != pixels.device:
+        elif to_image.dtype not in PRECISE or to_image.device != pixels.device:
             found = f"{to_image.dtype} on {to_image.device}"
         elif to_image.shape != (len(pixels), 2, 3):
             found = tuple(to_image.shape)
         if found is not None:
             raise ValueError(
-                f"to_image of a view is {found}; it must be a float tensor ({len(pixels)}, 2, 3), "
-                "one map an image: make it with geometry.box_to_map"
+                f"to_image of a view is {found}; it must be a tensor ({len(pixels)}, 2, 3) of "
+                "float32 or float64 where the pixels are, one map an image: make it with "
+                "geometry.box_to_map"
             )
     one, two = (View(*view) for view in views)
     if len(one.pixels) != len(two.pixels):

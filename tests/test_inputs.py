@@ -197,14 +197,15 @@ def test_a_wrong_map_is_refused(to_image, found, place) -> None:
     with pytest.raises(ValueError) as error:
         check_views(views, 3)
     assert str(error.value) == (
-        f"to_image of a view is {found}; it must be a float tensor (2, 2, 3), one map an image: "
-        "make it with geometry.box_to_map"
+        f"to_image of a view is {found}; it must be a tensor (2, 2, 3) of float32 or float64 where "
+        "the pixels are, one map an image: make it with geometry.box_to_map"
     )
 
 
-def test_a_map_of_whole_numbers_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"to_image .*must be a float tensor \(2, 2, 3\)"):
-        check_views([view(), view()._replace(to_image=torch.zeros(2, 2, 3).long())], 3)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float16, torch.bfloat16])
+def test_a_map_too_coarse_for_coordinates_is_refused(dtype) -> None:
+    with pytest.raises(ValueError, match=rf"to_image .* is {dtype} .* of float32 or float64"):
+        check_views([view(), view()._replace(to_image=torch.zeros(2, 2, 3, dtype=dtype))], 3)
 
 
 @pytest.mark.parametrize("place", [0, 1])
