@@ -1,0 +1,289 @@
+"""Backbones: from a name such as ``torchvision/resnet50`` to a network, and its layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from difflib import get_close_matches
+from importlib import import_module
+from statistics import fmean
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from torch import nn
+from torchvision import models  # type: ignore[import-untyped]
+
+from .augment import IMAGENET_MEAN, IMAGENET_STD
+from .checks import raise_together, size_pair, whole
+from .keys import fill
+from .modules.survey import Survey
+from .own_models import own_net
+from .stems import adapt_channels
+
+__all__ = [
+    "TappableLayer",
+    "adapt_channels",
+    "build_backbone",
+    "default_image_size",
+    "tappable_layers",
+]
+
+Size = tuple[int, int]
+
+
+class ModelName(NamedTuple):
+    """Where a network comes from: ``torchvision``, ``timm`` or ``own``, and its name there."""
+
+    library: str
+    name: str
+
+
+def model_name(model: str) -> ModelName:
+    """A network's name, taken apart.
+
+    Args:
+        model: ``torchvision/NAME``, ``timm/NAME``, ``path/to/file.py:function`` or
+            ``package.module:function``.
+
+    Raises:
+        ValueError: It is none of these, or the library has no such network; the nearest are named.
+    """
+    library, slash, name = model.partition("/")
+    if slash and library in LIBRARIES:
+        known = LIBRARIES[library]()
+        architecture = name.partition(".")[0] if library == "timm" else name  # a tag may follow
+        if architecture in known:
+            return ModelName(library, name)
+        near = get_close_matches(architecture, known, n=3)
+        perhaps = f"perhaps {' or '.join(f'{library}/{one}' for one in near)}" if near else GIVE
+        raise ValueError(f"model is {model!r}; {library} has no such network: {perhaps}")
+    where, colon, function = model.rpartition(":")
+    if colon and where and function.isidentifier():
+        return ModelName("own", model)
+    homes = [f"{library}/{model}" for library, names in LIBRARIES.items() if model in names()]
+    perhaps = f"perhaps {' or '.join(homes)}" if homes else GIVE
+    raise ValueError(f"model is {model!r}; it has no library: {perhaps}")
+
+
+GIVE = "give torchvision/NAME, timm/NAME or path/to/file.py:function"
+
+
+def torchvision_names() -> list[str]:
+    """The classifiers of torchvision, which are what it has of backbones."""
+    names: list[str] = models.list_models(module=models)
+    return names
+
+
+def timm_names() -> list[str]:
+    """The architectures of timm."""
+    names: list[str] = timm().list_models()
+    return names
+
+
+LIBRARIES: dict[str, Callable[[], list[str]]] = {
+    "torchvision": torchvision_names,
+    "timm": timm_names,
+}
+
+
+def timm() -> ModuleType:
+    """The library timm, loaded when first needed."""
+    try:
+        return import_module("timm")
+    except ModuleNotFoundError as error:
+        if error.name != "timm":
+            raise
+        raise ValueError(
+            "timm is not installed; pip install timm, or take a model of torchvision"
+        ) from error
+
+
+def build_backbone(
+    model: str,
+    *,
+    channels: int = 3,
+    image_size: int | Size | None = None,
+    pretrained: bool = False,
+) -> nn.Module:
+    """A network by its name, ready for images of this many channels and this size.
+
+    It is what its library builds, classifier and all, so that its weights go back there. A function
+    of one's own is called with those of ``channels=``, ``image_size=`` and ``pretrained=`` that
+    its signature takes.
+
+    Args:
+        model: ``torchvision/NAME``, ``timm/NAME``, ``path/to/file.py:function`` or
+            ``package.module:function``.
+        channels: Channels of the images; a stem made for others is adapted, see `adapt_channels`.
+        image_size: Pixels a side or ``(height, width)``, which only networks of a fixed input size
+            heed; None leaves them at their own.
+        pretrained: Whether to fetch the library's weights (from the internet, once).
+
+    Raises:
+        ValueError: An unknown name, or a network that cannot be built for these images.
+        ConnectionError: The weights could not be fetched.
+    """
+    raise_together(
+        whole("channels", channels, 1),
+        None if image_size is None else size_pair("image_size", image_size),
+    )
+    size = (image_size, image_size) if isinstance(image_size, int) else image_size
+    library, name = model_name(model)
+    builders = {"torchvision": torchvision_net, "timm": timm_net, "own": own_net}
+    return builders[library](name, channels, size, pretrained)
+
+
+def torchvision_settings(name: str, channels: int, image_size: Size | None) -> dict[str, Any]:
+    """What torchvision has to be told to build a network as it is built here.
+
+    Raises:
+        ValueError: A transformer that takes only square images is wanted for others.
+    """
+    if name in ("googlenet", "inception_v3"):
+        # Their auxiliary heads lie behind no tap, and refuse small images.
+        return {"aux_logits": False, "init_weights": False, "transform_input": channels == 3}
+    if image_size is None:
+        return {}
+    if name == "maxvit_t":
+        return {"input_size": tuple(image_size)}
+    if name.startswith("vit_"):
+        height, width = image_size
+        if height != width:
+            raise ValueError(
+                f"torchvision/{name} takes square images only, not {height}x{width}; give one "
+                "side, or take a ViT of timm, such as timm/vit_base_patch16_224"
+            )
+        return {"image_size": height}
+    return {}
+
+
+def torchvision_net(
+    name: str, channels: int, image_size: Size | None, pretrained: bool
+) -> nn.Module:
+    """A network of torchvision."""
+    model = f"torchvision/{name}"
+    settings = torchvision_settings(name, channels, image_size)
+    plain = torchvision_settings(name, 3, None)
+    if not pretrained:
+        with building(model, image_size):
+            net = models.get_model(name, weights=None, **settings)
+        return adapt_channels(net, channels, keep=False)
+    with building(model, None):
+        net = models.get_model(name, weights="DEFAULT", **plain)
+    if not settings.keys() <= plain.keys():  # torchvision gives weights to its own size only
+        with building(model, image_size):
+            sized = models.get_model(name, weights=None, **settings)
+        fill(sized, net.state_dict(), f"the weights of {model}")
+        net = sized
+    return adapt_channels(net, channels)
+
+
+def timm_settings(name: str, channels: int, image_size: Size | None) -> dict[str, Any]:
+    """What timm has to be told to build a network as it is built here."""
+    settings: dict[str, Any] = {} if channels == 3 else {"in_chans": channels}
+    if image_size is not None and timm().get_pretrained_cfg(name).fixed_input_size:
+        settings["img_size"] = tuple(image_size)
+    return settings
+
+
+def timm_net(name: str, channels: int, image_size: Size | None, pretrained: bool) -> nn.Module:
+    """A network of timm, which adapts stems and position embeddings by itself."""
+    model = f"timm/{name}"
+    if pretrained and not timm().is_model_pretrained(name):
+        raise ValueError(f"timm has no weights for {model}; start from random ones, or give a file")
+    with building(model, image_size):
+        settings = timm_settings(name, channels, image_size)
+        net: nn.Module = timm().create_model(name, pretrained=pretrained, **settings)
+    return net
+
+
+@contextmanager
+def building(model: str, image_size: Size | None) -> Iterator[None]:
+    """Say what to do where a network cannot be built or its weights cannot be fetched."""
+    try:
+        yield
+    except OSError as error:  # each library has its own for a connection that fails
+        raise ConnectionError(
+            f"the pretrained weights of {model} could not be fetched: {error}; look at the "
+            "connection, or fetch them on another machine and give the file, or start from random "
+            "weights"
+        ) from error
+    except Exception as error:  # whatever a library raises: assertions, too
+        size = "" if image_size is None else f" for images of {image_size[0]}x{image_size[1]}"
+        own = default_image_size(model)
+        wanted = "any size" if own is None else f"{own[0]}x{own[1]}"
+        raise ValueError(
+            f"{model} cannot be built{size}: {error}; it is made for {wanted}"
+        ) from error
+
+
+def default_image_size(model: str) -> Size | None:
+    """The ``(height, width)`` a network of fixed input size wants; None where any size will do.
+
+    Raises:
+        ValueError: An unknown name.
+    """
+    library, name = model_name(model)
+    if library == "torchvision" and (name == "maxvit_t" or name.startswith("vit_")):
+        return 224, 224
+    if library == "timm" and (cfg := timm().get_pretrained_cfg(name)).fixed_input_size:
+        _, height, width = cfg.input_size
+        return height, width
+    return None
+
+
+def default_statistics(model: str, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation that pretrained weights expect, for values in [0, 1].
+
+    Those of red, green and blue for three channels, their average for any other count.
+    """
+    library, name = model_name(model)
+    mean: Iterable[float] = IMAGENET_MEAN
+    std: Iterable[float] = IMAGENET_STD
+    if library == "timm":
+        cfg = timm().get_pretrained_cfg(name)
+        mean, std = cfg.mean, cfg.std
+    if channels != 3:
+        mean, std = ((fmean(values),) * channels for values in (mean, std))
+    return tuple(mean), tuple(std)
+
+
+class TappableLayer(NamedTuple):
+    """A layer that a learner can read.
+
+    Attributes:
+        name: Its name in the network, as the flags and keywords take it.
+        type_name: The name of its class.
+        stride: Pixels of the image a cell covers, along the longer way.
+        channels: Its channels.
+        grid: Its cells ``(h, w)``; ``(1, 1)`` for a vector, which serves the instance level only.
+    """
+
+    name: str
+    type_name: str
+    stride: float
+    channels: int
+    grid: Size
+
+
+def tappable_layers(net: nn.Module, channels: int, image_size: Size) -> list[TappableLayer]:
+    """The layers of a network that can be tapped, in the order in which they run.
+
+    Layers that give the very same tensor, such as a stage and its last block, are listed once, by
+    the shortest name; the others may be tapped all the same.
+
+    Raises:
+        ValueError: The network refuses images of this size and channels.
+    """
+    survey = Survey(net, channels, image_size)
+    listed: dict[int, TappableLayer] = {}
+    for layer in survey.layers:
+        reading = layer.reading
+        if reading is None or not layer.carries_gradient or (layer.is_map and not layer.is_square):
+            continue
+        seen = listed.get(layer.output_id)
+        if seen is None or layer.name.count(".") < seen.name.count("."):
+            listed[layer.output_id] = TappableLayer(
+                layer.name, layer.type_name, layer.stride, reading.channels, reading.grid
+            )
+    return list(listed.values())

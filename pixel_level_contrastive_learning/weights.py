@@ -1,0 +1,202 @@
+"""Weights: a backbone out to a file with a card that says how to use it, and in again."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from .backbones import build_backbone, default_image_size, default_statistics
+from .card import BackboneCard, read_card
+from .keys import WEIGHTS, KeyReport, fill, load_weights, read_tensors, weights_file
+from .modules.survey import Survey
+from .modules.taps import plain_name
+from .own_models import own_file
+
+__all__ = [
+    "WEIGHTS",
+    "BackboneCard",
+    "KeyReport",
+    "Loaded",
+    "load_backbone",
+    "load_weights",
+    "read_backbone",
+    "save_backbone",
+    "write_atomically",
+]
+
+log = logging.getLogger(__name__)
+
+
+class Loaded(NamedTuple):
+    """A backbone that was read, with its card.
+
+    Attributes:
+        net: The network, in train mode, as its library builds it.
+        card: How to use it.
+        report: What of the file fitted; None where there was no file.
+    """
+
+    net: nn.Module
+    card: BackboneCard
+    report: KeyReport | None
+
+
+def save_backbone(path: str | Path, net: nn.Module, card: BackboneCard) -> None:
+    """Write a backbone's weights, and its card beside them: ``X.safetensors`` and ``X.json``.
+
+    Names are the library's own, whatever was wrapped around the network. A reader sees the old
+    files or the new ones, never a part; where writing fails, the old ones stay.
+
+    Args:
+        path: ``X.safetensors``.
+        net: The network.
+        card: How to use it. Where the model is a file of one's own, its path is made absolute.
+
+    Raises:
+        ValueError: Another suffix, or a weight that is NaN or infinite.
+        OSError: It cannot be written, such as on a full disk.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"path is {str(path)!r}; it must end in .safetensors")
+    tensors = clean_state(net)
+    file = own_file(card.model)
+    if file is not None:
+        function = card.model.rpartition(":")[2]
+        card = replace(card, model=f"{file.resolve()}:{function}")
+    # The card first: whoever finds weights finds a card beside them.
+    write_atomically(path.with_suffix(".json"), card.to_json().encode())
+    write_atomically(path, save(tensors, metadata={"format": "pt"}))
+
+
+def clean_state(net: nn.Module) -> dict[str, Tensor]:
+    """The state dict under the library's names, on the CPU, no two tensors sharing memory.
+
+    Sync batch norm has the names and shapes of plain batch norm, so that nothing of it remains.
+
+    Raises:
+        ValueError: A weight is NaN or infinite.
+    """
+    state: dict[str, Tensor] = net.state_dict()
+    broken = [name for name, held in state.items() if not held.isfinite().all()]
+    if broken:
+        raise ValueError(
+            f"{', '.join(broken[:3])} of {type(net).__name__} hold NaN or infinite values, so the "
+            f"backbone is not written ({len(broken)} of {len(state)} tensors); take the last good "
+            "checkpoint"
+        )
+    return {
+        plain_name(name): held.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, held in state.items()
+    }
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that it is there whole or not at all, and still there after a crash.
+
+    Raises:
+        OSError: It cannot be written; what was there before is untouched.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")  # the same disk: a rename, no copy
+    try:
+        with beside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+    if os.name == "posix":  # elsewhere a folder cannot be opened
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def read_backbone(
+    source: str | Path, *, channels: int | None = None, image_size: tuple[int, int] | None = None
+) -> Loaded:
+    """A backbone from wherever it is.
+
+    A card may name a function of one's own, which is run to build the network: read only cards
+    whose origin you trust.
+
+    Args:
+        source: A run directory, a file written by `save_backbone` or `export` (its card beside it),
+            ``torchvision/NAME`` or ``timm/NAME`` for the library's weights, or ``random:MODEL`` for
+            random ones.
+        channels: Channels of the images. Pretrained and random backbones are built for them
+            (default: 3); a file's must be these.
+        image_size: ``(height, width)`` of the images, for networks of a fixed input size. Default:
+            the card's, the network's own, or 224.
+
+    Raises:
+        ValueError: There is no such thing, its card is missing or wrong, or it is for other images.
+        ConnectionError: Pretrained weights could not be fetched.
+    """
+    text = str(source)
+    if text.startswith("random:"):
+        return fresh(text.removeprefix("random:"), channels, image_size, pretrained=False)
+    if text.startswith(("torchvision/", "timm/")) and not Path(text).exists():
+        return fresh(text, channels, image_size, pretrained=True)
+    path = weights_file(source)
+    card = read_card(path)
+    if channels is not None and channels != card.channels:
+        raise ValueError(
+            f"{path} takes images of {card.channels} channels, not {channels}; give it images of "
+            f"{card.channels}, or adapt it: adapt_channels(load_backbone(path), {channels})"
+        )
+    net = build_backbone(
+        card.model, channels=card.channels, image_size=image_size or card.image_size
+    )
+    report = fill(net, read_tensors(path), str(path))
+    if report.whole:
+        log.info("%s: %s", path, report)
+    else:
+        warnings.warn(f"{path} does not fill all of {card.model}: {report}", stacklevel=2)
+    return Loaded(net, card, report)
+
+
+def load_backbone(path: str | Path) -> nn.Module:
+    """The backbone of a run or file, with its weights, in train mode as its library builds it.
+
+    Args:
+        path: As for `read_backbone`, which gives the card and the key report as well.
+
+    Raises:
+        ValueError: There is no backbone, or nothing in the file fits.
+    """
+    return read_backbone(path).net
+
+
+def fresh(
+    model: str, channels: int | None, image_size: tuple[int, int] | None, *, pretrained: bool
+) -> Loaded:
+    """A backbone of a library, and the card it would have had."""
+    channels = 3 if channels is None else channels
+    size = image_size or default_image_size(model) or (224, 224)
+    net = build_backbone(model, channels=channels, image_size=size, pretrained=pretrained)
+    survey = Survey(net, channels, size)
+    pixel = survey.default_pixel()
+    mean, std = default_statistics(model, channels)
+    card = BackboneCard(
+        model=model,
+        channels=channels,
+        image_size=size,
+        mean=mean,
+        std=std,
+        pixel_layer=pixel,
+        instance_layer=survey.default_instance(pixel),
+        start="pretrained" if pretrained else "random",
+    )
+    return Loaded(net, card, None)
