@@ -18,6 +18,10 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
+DICE = 9
+"""Numbers drawn for the factors of one sample."""
+
+
 class Factors(NamedTuple):
     """What happens to the colour of each sample: CPU tensors ``(b,)``, one entry a sample."""
 
@@ -58,7 +62,10 @@ class Photometry:
 
     def draw(self, count: int) -> Factors:
         """Factors for ``count`` samples from the CPU's generator: nine numbers a sample."""
-        drawn = torch.rand(9, count, dtype=torch.float32, device="cpu")
+        return self.factors(torch.rand(DICE, count, dtype=torch.float32, device="cpu"))
+
+    def factors(self, drawn: Tensor) -> Factors:
+        """Factors ``(b,)`` from ``(9, b)`` float numbers of [0, 1), drawn elsewhere."""
         jittered = drawn[4] < self.prob_jitter
         brightness, contrast, saturation, hue = (
             strength * (2 * part - 1) * jittered

@@ -6,7 +6,7 @@ there is a function of image and map alone.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import log2
+from math import log, log2
 from typing import NamedTuple
 
 import torch
@@ -41,22 +41,28 @@ class Placement:
 
     Attributes:
         ratio_range: Smallest and largest side of a crop as a share of the image's, in (0, 1].
+            The crop keeps the image's aspect.
         prob_hflip: Share of views that are flipped left to right.
         prob_vflip: Share of views that are flipped upside down.
         max_rotation: Largest turn in degrees, either way.
+        area_range: Smallest and largest share of the image's *area*, in (0, 1]: takes the place of
+            ``ratio_range`` where it is given, and the aspect is drawn.
+        aspect_range: Smallest and largest width over height of a crop whose area is drawn.
     """
 
-    ratio_range: tuple[float, float]
+    ratio_range: tuple[float, float] = (1.0, 1.0)
     prob_hflip: float = 0.0
     prob_vflip: float = 0.0
     max_rotation: float = 0.0
+    area_range: tuple[float, float] | None = None
+    aspect_range: tuple[float, float] = (3 / 4, 4 / 3)
 
 
 def draw_maps(count: int, image_size: tuple[int, int], placement: Placement) -> Tensor:
-    """Random view maps, one an image: a crop of the image's aspect, flipped and turned.
+    """Random view maps, one an image: a crop, flipped and turned.
 
-    A turned crop whose corners would leave the image is made smaller until it fits, then placed
-    uniformly among the places where all four corners lie inside.
+    A crop whose corners would leave the image, since it is turned or wider than the image, is made
+    smaller until it fits, then placed uniformly among the places where all four corners lie inside.
 
     Args:
         count: Images ``b``.
@@ -64,23 +70,56 @@ def draw_maps(count: int, image_size: tuple[int, int], placement: Placement) -> 
         placement: Ranges and probabilities.
 
     Returns:
-        ``(b, 2, 3)`` float32 maps on the CPU, from the CPU's generator: six numbers an image.
+        ``(b, 2, 3)`` float32 maps on the CPU, from the CPU's generator: six numbers an image, and
+        a seventh for the aspect where the area is drawn.
     """
-    drawn = torch.rand(6, count, dtype=torch.float32, device="cpu")
-    low, high = placement.ratio_range
-    size = drawn.new_tensor(image_size[::-1])  # (width, height), as (x, y)
+    numbers = 6 if placement.area_range is None else 7
+    drawn = torch.rand(numbers, count, dtype=torch.float32, device="cpu")
+    return lay_maps(drawn, drawn.new_tensor(image_size[::-1]), placement)
+
+
+def lay_maps(drawn: Tensor, size: Tensor, placement: Placement) -> Tensor:
+    """The view maps that follow from numbers drawn elsewhere, as `draw_maps` says.
+
+    Args:
+        drawn: ``(6, b)`` float32 numbers of [0, 1), or ``(7, b)`` where the area is drawn.
+        size: ``(2,)`` or ``(b, 2)`` float32 sides of the images, (width, height).
+        placement: Ranges and probabilities.
+
+    Returns:
+        ``(b, 2, 3)`` float32 maps.
+    """
     angle = torch.deg2rad((2 * drawn[3] - 1) * placement.max_rotation)
     turn = torch.stack((angle.cos(), -angle.sin(), angle.sin(), angle.cos()))
     turn = rearrange(turn, "(row column) b -> b row column", row=2)
-    crop = (low + (high - low) * drawn[0])[:, None] * size
+    crop = crop_sides(drawn, size, placement)
     box = (turn.abs() * crop[:, None]).sum(dim=-1)  # the upright box around the turned crop
     shrink = (size / box).amin(dim=-1, keepdim=True).clamp(max=1)
     crop, box = crop * shrink, box * shrink
     centre = box / 2 + rearrange(drawn[1:3], "xy b -> b xy") * (size - box).clamp(min=0)
     probabilities = drawn.new_tensor((placement.prob_hflip, placement.prob_vflip))
-    flipped = rearrange(drawn[4:], "uv b -> b uv") < probabilities
+    flipped = rearrange(drawn[4:6], "uv b -> b uv") < probabilities
     linear = turn * torch.where(flipped, -crop, crop)[:, None]  # columns: across u, down v
     return torch.cat((linear, (centre - linear.sum(dim=-1) / 2)[..., None]), dim=-1)
+
+
+def crop_sides(drawn: Tensor, size: Tensor, placement: Placement) -> Tensor:
+    """The sides ``(b, 2)`` of the crops in pixels, (width, height), before they are made to fit.
+
+    Args:
+        drawn: ``(6 or 7, b)`` numbers from 0 to 1; the first is the crop's size, the last its
+            aspect where the area is drawn.
+        size: ``(2,)`` or ``(b, 2)``, the images' width and height.
+        placement: Ranges.
+    """
+    if placement.area_range is None:
+        low, high = placement.ratio_range
+        return (low + (high - low) * drawn[0])[:, None] * size
+    low, high = placement.area_range
+    area = (low + (high - low) * drawn[0]) * size.prod(dim=-1)
+    narrow, wide = (log(aspect) for aspect in placement.aspect_range)
+    aspect = torch.exp(narrow + (wide - narrow) * drawn[6])  # even in its logarithm
+    return torch.stack((area * aspect, area / aspect), dim=-1).sqrt()
 
 
 def cut_views(

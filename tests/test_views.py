@@ -20,6 +20,7 @@ from pixel_level_contrastive_learning.views import (
     averaged_down,
     cut_views,
     draw_maps,
+    lay_maps,
     power_below,
     reductions,
 )
@@ -169,6 +170,41 @@ def test_a_crop_may_lie_anywhere_in_its_image_and_nowhere_else() -> None:
     across, down = maps[:, 0, 2], maps[:, 1, 2]
     size = maps[:, 0, 0]
     assert torch.corrcoef(torch.stack((across / (width - size), down)))[0, 1].abs() < 0.15
+
+
+def test_a_crop_may_be_a_share_of_the_area_of_any_aspect() -> None:
+    height, width = 300, 400
+    placement = Placement(area_range=(0.08, 0.5), aspect_range=(3 / 4, 4 / 3))
+    torch.manual_seed(1)
+    maps = draw_maps(4000, (height, width), placement)
+    state = torch.get_rng_state()
+    torch.manual_seed(1)
+    torch.rand(7, 4000)  # seven numbers an image
+    assert torch.equal(state, torch.get_rng_state())
+    across, down = maps[:, 0, 0], maps[:, 1, 1]
+    share, aspect = across * down / (height * width), torch.log(across / down)
+    assert share.min() >= 0.08 - 1e-6
+    assert share.max() <= 0.5 + 1e-6
+    assert abs(share.mean() - 0.29) < 5 * 0.42 / math.sqrt(12 * 4000)  # even
+    assert aspect.abs().max() <= math.log(4 / 3) + 1e-5
+    assert abs(aspect.mean()) < 5 * 2 * math.log(4 / 3) / math.sqrt(12 * 4000)  # even in its log
+    assert torch.corrcoef(torch.stack((share, aspect)))[0, 1].abs() < 5 / math.sqrt(4000)
+
+
+def test_a_crop_that_is_wider_than_its_image_shrinks_and_keeps_its_aspect() -> None:
+    maps = draw_maps(500, (10, 1000), Placement(area_range=(0.5, 1.0), aspect_range=(2.0, 2.0)))
+    assert torch.allclose(maps[:, 0, 0], torch.tensor(20.0))
+    assert torch.allclose(maps[:, 1, 1], torch.tensor(10.0))
+    assert maps[:, 1, 2].abs().max() < 1e-4
+    assert maps[:, 0, 2].max() > 900
+
+
+def test_maps_of_images_of_different_sizes_are_laid_at_once() -> None:
+    drawn = torch.rand(7, 3)
+    sizes = torch.tensor([[90.0, 60], [10, 200], [400, 400]])
+    placement = Placement(area_range=(0.1, 1), prob_hflip=0.5, max_rotation=30)
+    alone = [lay_maps(drawn[:, i : i + 1], sizes[i], placement) for i in range(3)]
+    assert torch.allclose(lay_maps(drawn, sizes, placement), torch.cat(alone))
 
 
 @pytest.mark.parametrize("prob", [0.0, 0.25, 0.5, 1.0])

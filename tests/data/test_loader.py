@@ -1,0 +1,416 @@
+"""Pairs and their loader: a function of seed, epoch and index; broken files; resuming."""
+
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import default_collate
+
+from pixel_level_contrastive_learning.augment import Factors, Photometry, change_colour
+from pixel_level_contrastive_learning.data import pairs as pairs_room
+from pixel_level_contrastive_learning.data.loader import StatefulLoader, build_loader, held_out
+from pixel_level_contrastive_learning.data.pairs import Pairs, TooManyBroken
+from pixel_level_contrastive_learning.data.sources import Chosen, Source, open_source
+from pixel_level_contrastive_learning.data.statistics import Statistics, measure
+from pixel_level_contrastive_learning.geometry import cell_centres
+
+PLAIN = Photometry(prob_jitter=0, prob_gray=0, prob_blur=0)
+HALF_A_PIXEL = 0.5
+
+
+def loader(source: Source, **how: object) -> StatefulLoader:
+    """A loader of small views, with some settings of its own."""
+    usual: dict = {"image_size": (24, 32), "batch_size": 4, "seed": 0, "max_broken": 1.0}
+    return build_loader(source, measure(source), **(usual | how))
+
+
+def flat(pairs: Pairs) -> list[Tensor]:
+    """All tensors of a batch."""
+    *tensors, factors_one, factors_two, index = pairs
+    return [*tensors, *factors_one, *factors_two, index]
+
+
+def same(one: Pairs, two: Pairs) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(flat(one), flat(two), strict=True))
+
+
+def joined(batches: list[Pairs]) -> list[Tensor]:
+    """The samples of several batches as one."""
+    return [torch.cat(parts) for parts in zip(*map(flat, batches), strict=True)]
+
+
+@pytest.fixture
+def pictures() -> Source:
+    """Twelve images in memory, of different sizes."""
+    dice = np.random.default_rng(0)
+    return open_source(
+        [dice.integers(0, 256, (40 + 7 * i, 90 - 3 * i, 3), dtype=np.uint8) for i in range(12)]
+    )
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Twelve PNG files, each of its own gray."""
+    for i in range(12):
+        Image.new("RGB", (60, 50), (20 * i,) * 3).save(tmp_path / f"{i:02d}.png")
+    return tmp_path
+
+
+# What a batch is.
+
+
+def test_convention_shapes_and_types(pictures) -> None:
+    batch = next(iter(loader(pictures)))
+    assert [tensor.shape for tensor in flat(batch)] == [
+        *[(4, 3, 24, 32)] * 2,
+        *[(4, 2, 3)] * 2,
+        *[(4,)] * 13,
+    ]
+    assert batch.one.dtype == batch.two.dtype == torch.uint8
+    assert batch.map_one.dtype == torch.float32
+    assert batch.index.dtype == torch.int64
+    assert type(batch) is Pairs
+    assert type(batch.factors_one) is Factors
+    assert batch.one.is_contiguous(memory_format=torch.channels_last)
+    change_colour(batch.one / 255, batch.factors_one)
+
+
+def test_deep_data_comes_as_floats_of_the_unit_range() -> None:
+    images = [torch.rand(2, 50, 60) * 3000 - 500 for _ in range(5)]
+    batch = next(iter(loader(open_source(images))))
+    assert batch.one.shape == (4, 2, 24, 32)
+    assert batch.one.dtype == torch.float32
+    assert batch.one.min() >= 0
+    assert batch.one.max() <= 1
+    assert batch.one.std() > 0.1
+
+
+def test_default_collating_of_samples_gives_the_batch(pictures) -> None:
+    ours = loader(pictures)
+    places = ours.order.batch(0)
+    dataset = ours.loader.dataset.pairs
+    collated = default_collate([dataset[place] for place in places])
+    assert type(collated) is Pairs
+    assert same(collated, next(iter(ours)))
+
+
+def test_an_image_of_its_own_coordinates_reads_back() -> None:
+    y, x = torch.meshgrid(torch.arange(97) + 0.5, torch.arange(131) + 0.5, indexing="ij")
+    source = open_source([torch.stack((x, y))] * 8)
+    form = Statistics(2, (0, 0), (1, 1), (0.0, 0.0), (200.0, 200.0), (97, 131), (97, 131), 8)
+    for rotation in (0, 30):
+        batches = build_loader(
+            source, form, image_size=(24, 32), batch_size=8, prob_vflip=0.5, max_rotation=rotation
+        )
+        batch = next(iter(batches))
+        for pixels, to_image in ((batch.one, batch.map_one), (batch.two, batch.map_two)):
+            expected = cell_centres(to_image, (24, 32)).mT.unflatten(2, (24, 32))
+            assert (200 * pixels - expected).abs().max() < HALF_A_PIXEL
+            assert len(to_image.flatten(1).unique(dim=0)) == 8
+        assert not torch.equal(batch.map_one, batch.map_two)
+
+
+def test_crops_and_flips_are_drawn_as_asked(pictures) -> None:
+    batches = list(loader(pictures, crop_area=(0.25, 0.25), aspect_ratio=(1, 1), prob_hflip=1.0))
+    for batch in batches:
+        for maps in (batch.map_one, batch.map_two):
+            assert (maps[:, 0, 0] < 0).all()
+            assert (maps[:, 1, 1] > 0).all()
+            for index, to_image in zip(batch.index.tolist(), maps, strict=True):
+                height, width = pictures.open(index).size
+                area = (to_image[0, 0] * to_image[1, 1]).abs() / (height * width)
+                assert area == pytest.approx(0.25, rel=0.06)  # whole pixels
+
+
+def test_only_colour_photographs_are_solarised() -> None:
+    always = Photometry(prob_solarise=1.0)
+    for channels in (1, 3):
+        images = torch.randint(0, 256, (4, channels, 30, 30), dtype=torch.uint8)
+        batch = next(iter(loader(open_source(list(images)), photometry=(PLAIN, always))))
+        assert batch.factors_two.solarise.all() == (channels == 3)
+        assert not batch.factors_one.solarise.any()
+        assert (batch.factors_one.brightness == 1).all()
+
+
+# A function of seed, epoch and index.
+
+
+def test_a_sample_is_the_same_alone_and_in_any_batch(pictures) -> None:
+    ours = loader(pictures)
+    dataset = ours.loader.dataset.pairs
+    for batch_size in (1, 3, 12):
+        others = list(loader(pictures, batch_size=batch_size))
+        samples = joined(others)
+        alone = default_collate([dataset[ours.order.place(i)] for i in range(len(samples[0]))])
+        assert all(torch.equal(a, b) for a, b in zip(flat(alone), samples, strict=True))
+
+
+def test_an_image_is_changed_anew_each_epoch_and_by_each_seed(pictures) -> None:
+    ours = loader(pictures, batch_size=12)
+    first, second = next(iter(ours)), next(iter(ours))
+    other = next(iter(loader(pictures, batch_size=12, seed=1)))
+    for batch in (second, other):
+        assert sorted(batch.index.tolist()) == list(range(12))
+        mine, theirs = first.index.argsort(), batch.index.argsort()
+        assert (first.map_one[mine] != batch.map_one[theirs]).flatten(1).any(dim=1).all()
+        assert (first.factors_one.sigma[mine] != batch.factors_one.sigma[theirs]).all()
+
+
+def test_what_a_sample_goes_through_does_not_hang_on_its_position(pictures) -> None:
+    dataset = loader(pictures).loader.dataset.pairs
+    place = loader(pictures).order.place(5)
+    assert same(dataset[place], dataset[place._replace(position=7)])
+
+
+def test_no_other_generator_is_drawn_from(pictures) -> None:
+    before, numpy_before = torch.get_rng_state(), np.random.get_state()[1].copy()
+    list(loader(pictures))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert (np.random.get_state()[1] == numpy_before).all()
+
+
+def test_workers_give_what_this_process_gives(folder) -> None:
+    source = open_source(folder)
+    alone, shared = loader(source), loader(source, workers=2)
+    for _ in range(2):  # the workers live on
+        batches = list(shared)
+        assert len(batches) == 3
+        for one, two in zip(alone, batches, strict=True):
+            assert same(one, two)
+        assert batches[0].one.is_shared()
+    assert shared.waited > 0
+
+
+def test_processes_see_the_same_samples_with_the_same_changes(pictures) -> None:
+    alone = list(loader(pictures, batch_size=6))
+    ranks = [list(loader(pictures, batch_size=3, rank=r, world=2)) for r in range(2)]
+    for whole, *parts in zip(alone, *ranks, strict=True):
+        shared = zip(flat(whole), joined(parts), strict=True)
+        assert all(torch.equal(one, two) for one, two in shared)
+
+
+@pytest.mark.parametrize(("area", "scale"), [(0.01, 1), (0.06, 2), (0.25, 4), (1.0, 8)])
+def test_a_large_jpeg_is_decoded_as_small_as_its_views_allow(area, scale, tmp_path) -> None:
+    Image.effect_noise((1600, 1600), 50).save(tmp_path / "a.jpg")
+    source = open_source(tmp_path)
+    opened, asked = source.open(0), []
+
+    def load(wanted: int) -> object:
+        asked.append(wanted)
+        return opened.load(wanted)
+
+    source.open = lambda index: replace(opened, load=load)
+    how: dict = {"crop_area": (area, area), "aspect_ratio": (1, 1)}
+    views = loader(source, image_size=(130, 130), batch_size=1, **how)
+    asked.clear()  # of what was looked at for the statistics
+    next(iter(views))
+    assert asked == [scale]  # one decode for both views
+
+
+def test_few_or_many_files_held_at_once_make_no_difference(pictures, monkeypatch) -> None:
+    expected = next(iter(loader(pictures, batch_size=12)))
+    monkeypatch.setattr(pairs_room, "MOST_HELD", 1)
+    assert same(next(iter(loader(pictures, batch_size=12))), expected)
+
+
+# Resuming.
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_loader_goes_on_where_it_stood(folder, workers) -> None:
+    source = open_source(folder)
+    whole = loader(source, batch_size=3)
+    expected = [batch for _ in range(2) for batch in whole]
+    ours = loader(source, batch_size=3, workers=workers)
+    assert len(ours) == 4
+    seen = []
+    for batch in ours:
+        seen.append(batch)
+        if len(seen) == 2:
+            break
+    state = ours.state_dict()
+    assert state == {"samples": 6}  # not what workers have made ahead
+    resumed = loader(source, batch_size=3, workers=workers)
+    resumed.load_state_dict(state)
+    seen += [batch for _ in range(2) for batch in resumed]
+    assert all(same(one, two) for one, two in zip(seen, expected, strict=True))
+    ours.start_at(0)
+    assert same(next(iter(ours)), expected[0])
+
+
+# Broken files.
+
+
+def spoil(folder: Path, *numbers: int) -> None:
+    for number in numbers:
+        (folder / f"{number:02d}.png").write_bytes(b"text" * number)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_next_readable_image_takes_the_place_of_a_broken_one(folder, tmp_path, workers) -> None:
+    source = open_source(folder)
+    before = next(iter(loader(source, batch_size=12)))
+    order = before.index.tolist()
+    spoil(folder, order[2], order[3], order[11])
+    skipped = tmp_path / "skipped.txt"
+    ours = loader(source, batch_size=12, workers=workers, skipped_file=skipped, max_broken=0.25)
+    batch = next(iter(ours))
+    expected = list(order)
+    expected[2] = expected[3] = order[4]
+    expected[11] = order[0]  # the order goes round
+    assert batch.index.tolist() == expected
+    # Of the same size, so the dice of the place give the same map.
+    assert torch.equal(batch.map_one, before.map_one)
+    assert batch.one[2].unique().tolist() == [20 * order[4]]
+    lines = skipped.read_text().splitlines()
+    assert len(lines) == len(ours.broken) == 3
+    assert all(line.split("\t")[0].endswith(".png") for line in lines)
+    assert all("not an image" in line or "0 bytes" in line for line in lines)
+    list(ours)
+    list(ours)
+    assert skipped.read_text().splitlines() == lines  # told once
+    again = loader(source, batch_size=12, skipped_file=skipped)
+    list(again)
+    assert skipped.read_text().splitlines() == lines  # in a resumed run too
+
+
+@pytest.mark.parametrize("damage", ["truncated", "vanished", "deep", "folder"])
+def test_no_damage_is_fatal(folder, damage) -> None:
+    source = open_source(folder)
+    ours = loader(source, batch_size=12)
+    path = folder / "05.png"
+    if damage == "truncated":
+        Image.effect_noise((60, 50), 90).convert("RGB").save(path)
+        path.write_bytes(path.read_bytes()[:900])
+    elif damage == "deep":
+        Image.new("I;16", (60, 50)).save(path)
+    else:
+        path.unlink()
+    if damage == "folder":
+        path.mkdir()
+    batch = next(iter(ours))
+    assert 5 not in batch.index
+    assert list(ours.broken) == [str(path)]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="nothing is forbidden to root")
+def test_a_forbidden_file_is_not_fatal(folder) -> None:
+    ours = loader(open_source(folder), batch_size=12)
+    (folder / "05.png").chmod(0)
+    assert 5 not in next(iter(ours)).index
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_too_many_broken_files_stop_the_run(folder, tmp_path, workers) -> None:
+    source = open_source(folder)
+    form = measure(source)
+    spoil(folder, 1, 2, 3)
+    skipped = tmp_path / "skipped.txt"
+
+    def run(max_broken: float) -> None:
+        how: dict = {"image_size": (8, 8), "batch_size": 3, "seed": 0, "workers": workers}
+        list(build_loader(source, form, max_broken=max_broken, skipped_file=skipped, **how))
+
+    run(0.25)  # 3 of 12 are not more than a quarter
+    assert len(skipped.read_text().splitlines()) == 3
+    with pytest.raises(TooManyBroken) as error:
+        run(0.2)
+    told = str(error.value)
+    assert "3 of 12 images cannot be used, more than the 20.00% that max_broken allows" in told
+    assert "mend or remove them, or raise max_broken" in told
+    assert "not an image that can be read" in told
+    spoil(folder, *range(12))
+    with pytest.raises(TooManyBroken, match=r"no image can be read any more"):
+        run(1.0)
+
+
+def test_a_name_cannot_break_the_list(tmp_path) -> None:
+    for name in ("a\nb\tc.png", "d.png"):
+        Image.new("L", (9, 9)).save(tmp_path / name)
+    ours = loader(open_source(tmp_path), batch_size=2, skipped_file=tmp_path / "skipped.txt")
+    (tmp_path / "a\nb\tc.png").write_bytes(b"")
+    list(ours)
+    (line,) = (tmp_path / "skipped.txt").read_text().splitlines()
+    assert line.split("\t")[0].endswith("a\\nb\\tc.png")
+
+
+def test_a_worker_lives_through_ctrl_c(folder) -> None:
+    ours = loader(open_source(folder), workers=1, prefetch=1)
+    batches = iter(ours)
+    next(batches)
+    for worker in ours.loader._iterator._workers:
+        os.kill(worker.pid, signal.SIGINT)
+    assert len(list(batches)) == 2
+
+
+# The rest.
+
+
+def test_settings_out_of_range_are_refused_together(pictures) -> None:
+    with pytest.raises(ValueError) as error:
+        loader(pictures, crop_area=(0.5, 0.2), workers=-1, prob_hflip=2, max_broken=-1, prefetch=0)
+    told = [line.split(" is ")[0] for line in str(error.value).splitlines()]
+    assert told == ["crop_area", "workers", "prefetch", "prob_hflip", "max_broken"]
+
+
+def test_few_images_are_held_out_and_none_of_a_small_set() -> None:
+    for count, few in ((1, 0), (199, 0), (200, 4), (999, 19), (100_000, 256)):
+        source = Chosen(open_source([0]), torch.zeros(count, dtype=torch.int64))
+        training, held = held_out(source, seed=3)
+        assert len(held) == few
+        assert torch.equal(torch.cat((training, held)).sort().values, torch.arange(count))
+        assert torch.equal(held_out(source, seed=3)[1], held)
+    assert not torch.equal(held_out(source, seed=4)[1], held)
+
+
+def test_the_loader_loads_neither_kornia_nor_a_decoder() -> None:
+    heavy = "('kornia', 'tifffile', 'webdataset', 'torchvision', 'PIL')"
+    code = (
+        "import sys, pixel_level_contrastive_learning.data.loader; "
+        f"print([name for name in {heavy} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_a_strip_a_speck_and_a_giant_make_a_batch(tmp_path) -> None:
+    Image.new("RGB", (10000, 1), (50, 50, 50)).save(tmp_path / "strip.png")
+    Image.new("RGB", (1, 10000), (50, 50, 50)).save(tmp_path / "tower.png")
+    Image.new("RGB", (2, 2), (50, 50, 50)).save(tmp_path / "speck.png")
+    Image.new("L", (20000, 20000), 50).save(tmp_path / "giant.jpg")
+    batch = next(iter(loader(open_source(tmp_path))))
+    assert sorted(batch.index.tolist()) == [0, 1, 2, 3]
+    for views in (batch.one, batch.two):
+        assert views.unique().tolist() == [50]
+
+
+# Real images.
+
+
+@pytest.mark.parametrize(
+    ("name", "channels", "deep", "count"),
+    [("camvid", 3, False, 367), ("nuclei", 3, False, 220), ("hippocampus16", 1, True, 1206)],
+)
+def test_real_folders_need_nothing_but_their_name(streets, name, channels, deep, count) -> None:
+    folder = streets.parent / name / "images" / "train"
+    if not folder.is_dir():
+        pytest.skip(f"no real images at {folder}")
+    source = open_source(folder)
+    assert len(source) == count
+    form = measure(source, sample=50)
+    assert form.channels == channels
+    assert (form.low is not None) == deep
+    ours = build_loader(source, form, image_size=(64, 64), batch_size=16, max_broken=0.0)
+    batch = next(iter(ours))
+    pixels = batch.one if deep else batch.one / 255
+    assert pixels.shape == (16, channels, 64, 64)
+    assert 0 <= pixels.min() < pixels.max() <= 1
+    assert pixels.mean(dim=(0, 2, 3)).sub(torch.tensor(form.mean)).abs().max() < 0.2

@@ -1,0 +1,252 @@
+"""Any folder, list, sequence or shard is counted, named and opened by index."""
+
+import io
+import os
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import TensorDataset
+from webdataset import TarWriter
+
+from pixel_level_contrastive_learning.data import shards as shards_room
+from pixel_level_contrastive_learning.data.raster import Unreadable, upright
+from pixel_level_contrastive_learning.data.shards import Shards
+from pixel_level_contrastive_learning.data.sources import Chosen, Source, open_source
+
+
+def paint(path: Path, value: int = 0) -> Path:
+    """A PNG of one value."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("L", (4, 3), value).save(path)
+    return path
+
+
+def values(source: Source) -> list[float]:
+    """The first value of each image."""
+    opened = [source.open(index) for index in range(len(source))]
+    return [float(upright(one.raster().pixels, one.orientation)[0, 0, 0]) for one in opened]
+
+
+def names(source: Source, folder: Path) -> list[str]:
+    return [os.path.relpath(source.name(index), folder) for index in range(len(source))]
+
+
+def test_a_folder_is_searched_through(tmp_path) -> None:
+    placed = "b.PNG", "a/é ü.png", "a/b/c/日本.png", ".hidden.png", "x/.y/z.png"
+    for value, name in enumerate(placed):
+        paint(tmp_path / name, value)
+    (tmp_path / "notes.txt").write_text("no image")
+    paint(tmp_path.parent / f"{tmp_path.name}-other" / "linked.png", 9)
+    (tmp_path / "link").symlink_to(tmp_path.parent / f"{tmp_path.name}-other")
+    (tmp_path / "a" / "loop").symlink_to(tmp_path)
+    for place in (tmp_path, str(tmp_path)):
+        source = open_source(place)
+        assert names(source, tmp_path) == [
+            "a/b/c/日本.png",
+            "a/é ü.png",
+            "b.PNG",
+            "link/linked.png",
+        ]
+        assert values(source) == [2, 1, 0, 9]
+
+
+def test_a_name_that_is_no_text_can_be_read(tmp_path) -> None:
+    paint(tmp_path / "a.png", 7).rename(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.png"))
+    assert values(open_source(tmp_path)) == [7]
+
+
+def test_a_list_names_paths_beside_it(tmp_path) -> None:
+    paint(tmp_path / "images" / "a.png", 1)
+    other = paint(tmp_path / "b.png", 2)
+    (tmp_path / "list.txt").write_text(f"images/a.png\n\n {other} \n", encoding="utf-8")
+    assert values(open_source(tmp_path / "list.txt")) == [1, 2]
+
+
+def test_several_places_are_joined(tmp_path) -> None:
+    for value, name in enumerate(("one/a.png", "one/b.png", "two/c.png")):
+        paint(tmp_path / name, value)
+    source = open_source([tmp_path / "two", str(tmp_path / "one"), tmp_path / "one" / "b.png"])
+    assert values(source) == [2, 0, 1, 1]
+    assert Path(source.name(2)).name == "b.png"
+    assert values(Chosen(source, torch.tensor([3, 0]))) == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        torch.full((3, 4, 5), 7, dtype=torch.uint8),
+        torch.full((4, 5), 7.0),
+        np.full((4, 5, 3), 7, np.uint8),
+        np.full((4, 5), 7, np.uint16),
+        Image.new("RGB", (5, 4), (7, 7, 7)),
+        Image.new("I;16", (5, 4), 7),
+        (torch.full((1, 4, 5), 7, dtype=torch.uint8), "a label"),
+    ],
+)
+def test_items_may_be_tensors_arrays_or_pictures(item) -> None:
+    source = open_source([item, item])
+    assert len(source) == 2
+    assert source.name(1) == "item 1"
+    opened = source.open(1)
+    pixels = opened.raster().pixels
+    assert opened.size == (4, 5)
+    assert opened.channels == len(pixels)
+    assert pixels.dtype == (torch.float32 if opened.deep else torch.uint8)
+    assert pixels.unique().tolist() == [7]
+
+
+def test_a_torch_dataset_is_a_source() -> None:
+    source = open_source(TensorDataset(torch.arange(6, dtype=torch.uint8).view(3, 1, 1, 2)))
+    assert values(source) == [0, 2, 4]
+
+
+def test_the_channels_of_a_tensor_stand_first_whatever_the_sides() -> None:
+    assert open_source([torch.zeros(9, 4, 5)]).open(0).channels == 9
+
+
+def test_items_that_cannot_be_used_say_why() -> None:
+    class Rotten(torch.utils.data.Dataset):
+        def __len__(self) -> int:
+            return 2
+
+        def __getitem__(self, index: int) -> object:
+            if index:
+                raise KeyError("gone")
+            return "text"
+
+    source = open_source(Rotten())
+    with pytest.raises(Unreadable, match=r"^an item is a str; it must be a tensor"):
+        source.open(0)
+    with pytest.raises(Unreadable, match=r"^KeyError: 'gone'"):
+        source.open(1)
+
+
+def test_a_file_that_vanished_or_is_forbidden_is_unreadable(tmp_path) -> None:
+    paint(tmp_path / "a.png")
+    (tmp_path / "b.png").symlink_to(tmp_path / "nowhere.png")
+    (tmp_path / "c.png").mkdir()
+    paint(tmp_path / "c.png" / "d.png")
+    source = open_source(tmp_path)
+    assert len(source) == 3
+    with pytest.raises(Unreadable, match=r"^No such file or directory$"):
+        source.open(1)
+    (tmp_path / "a.png").unlink()
+    with pytest.raises(Unreadable, match=r"^No such file or directory$"):
+        source.open(0)
+
+
+def test_nothing_usable_is_told_at_once(tmp_path) -> None:
+    with pytest.raises(
+        ValueError, match=r"no image in .*: looked in it and below for files that end"
+    ):
+        open_source(tmp_path)
+    for name in ("a.doc", "b.doc", "sub/c.csv", "noending"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("text")
+    with pytest.raises(ValueError) as error:
+        open_source(tmp_path)
+    assert ".avif, .bmp, .gif, .jfif, .jpeg, .jpg, .npy" in str(error.value)
+    assert "found 4 other files, by ending: 2 .doc, " in str(error.value)
+    for data, text in {
+        str(tmp_path / "gone"): "which does not exist; name a folder of images",
+        (): "data is empty",
+        7: "data is a int; it must be a folder",
+    }.items():
+        with pytest.raises(ValueError, match=text):
+            open_source(data)
+    with pytest.raises(ValueError, match=r"data is a generator; .* pass list\(...\) of it"):
+        open_source(image for image in ())
+    (tmp_path / "empty.txt").write_text("\n\n")
+    with pytest.raises(ValueError, match=r"a list without paths"):
+        open_source(tmp_path / "empty.txt")
+    (tmp_path / "bytes.bin").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match=r"neither an image by its ending nor a text file"):
+        open_source(tmp_path / "bytes.bin")
+
+
+# Shards.
+
+
+def png(value: int) -> bytes:
+    stream = io.BytesIO()
+    Image.new("L", (4, 3), value).save(stream, "PNG")
+    return stream.getvalue()
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Three shards of two images each, of the values 0 to 5."""
+    for shard in range(3):
+        with TarWriter(str(tmp_path / f"part-{shard:02d}.tar")) as writer:
+            for i in (2 * shard, 2 * shard + 1):
+                writer.write({"__key__": f"sub/{i}", "png": png(i), "json": b"{}", "cls": b"3"})
+    return tmp_path
+
+
+def test_shards_are_read_in_any_order(folder) -> None:
+    source = open_source(str(folder / "part-{00..02}.tar"))
+    assert values(source) == [0, 1, 2, 3, 4, 5]
+    assert source.name(3) == f"{folder}/part-01.tar:sub/3.png"
+    assert values(Chosen(source, torch.tensor([5, 0, 3]))) == [5, 0, 3]
+    assert len(open_source(str(folder / "part-01.tar"))) == 2
+
+
+def test_a_folder_of_shards_needs_no_pattern(folder) -> None:
+    assert values(open_source(folder)) == [0, 1, 2, 3, 4, 5]
+
+
+def test_shards_named_by_url_are_fetched_once(folder, tmp_path, monkeypatch) -> None:
+    url = f"pipe:cat {folder}/part-{{00..02}}.tar"
+    cache = tmp_path / "cache"
+    assert values(open_source(url, cache=cache)) == [0, 1, 2, 3, 4, 5]
+    assert len(list(cache.iterdir())) == 3
+    (folder / "part-00.tar").unlink()
+    assert len(open_source(url, cache=cache)) == 6
+    with pytest.raises(ValueError, match=r"cannot fetch the shard 'pipe:cat /nowhere/x.tar'"):
+        open_source("pipe:cat /nowhere/x.tar", cache=cache)
+    for length in (4000, 6144, 6244):  # in a sample, after the first, in a header
+        with pytest.raises(ValueError, match=r"cannot fetch the shard .pipe:head"):
+            open_source(f"pipe:head -c {length} {folder}/part-01.tar", cache=cache)
+    assert len(list(cache.iterdir())) == 3  # nothing half fetched is left
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    open_source(f"pipe:cat {folder}/part-01.tar")
+    assert len(list((tmp_path / "home" / "pixelcl" / "shards").iterdir())) == 1
+
+
+def test_shards_that_are_cut_off_give_what_they_have(folder, caplog) -> None:
+    path = folder / "part-00.tar"
+    _, start, length = Shards([str(path)]).where[0].tolist()
+    with path.open("r+b") as file:
+        file.truncate(start + length + 700)
+    source = Shards([str(path)])
+    assert len(source) == 1
+    assert "is cut off after 1 images" in caplog.text
+    with path.open("r+b") as file:
+        file.truncate(int(source.where[-1, 1]) + 10)
+    with pytest.raises(Unreadable, match=r"^the shard ends after 10 of"):
+        source.open(len(source) - 1)
+    path.unlink()
+    with pytest.raises(Unreadable, match=r"^No such file or directory$"):
+        source.open(0)
+
+
+def test_what_is_no_shard_is_refused(tmp_path) -> None:
+    (tmp_path / "text.tar").write_text("no tar at all")
+    with tarfile.open(tmp_path / "packed.tar", "w:gz") as tar:
+        tar.addfile(tarfile.TarInfo("a.png"), io.BytesIO())
+    with tarfile.open(tmp_path / "empty.tar", "w"):
+        pass
+    for name, text in {
+        "text.tar": "is not a tar file that can be read",
+        "packed.tar": "shards must be whole and not compressed",
+        "empty.tar": "no image in 1 shards",
+        "gone.tar": r"no shard at .*; a pattern looks like name-\{0000..0099\}.tar",
+    }.items():
+        with pytest.raises(ValueError, match=text):
+            open_source(str(tmp_path / name))
+    assert shards_room.is_shards("https://example.org/x-{000..009}.tar")
+    assert not shards_room.is_shards("images")

@@ -1,0 +1,165 @@
+"""What a sample of the images tells: channels, ranges, mean and deviation, sizes."""
+
+import io
+import warnings
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+from PIL import Image
+
+from pixel_level_contrastive_learning.augment import IMAGENET_MEAN, IMAGENET_STD
+from pixel_level_contrastive_learning.data.decode import open_image
+from pixel_level_contrastive_learning.data.raster import Unreadable
+from pixel_level_contrastive_learning.data.sources import open_source
+from pixel_level_contrastive_learning.data.statistics import Statistics, measure
+
+
+def gray(value: int) -> torch.Tensor:
+    return torch.full((1, 8, 8), value, dtype=torch.uint8)
+
+
+def test_eight_bit_colour_takes_imagenets_figures() -> None:
+    images = [torch.zeros(3, h, w, dtype=torch.uint8) for h, w in ((4, 9), (6, 5), (8, 7))]
+    found = measure(open_source(images))
+    assert found == Statistics(3, IMAGENET_MEAN, IMAGENET_STD, None, None, (4, 5), (6, 7), 3)
+
+
+def test_the_pixels_of_eight_bit_colour_are_not_decoded(tmp_path) -> None:
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    whole = (tmp_path / "a.png").read_bytes()
+    (tmp_path / "a.png").write_bytes(whole[:60])  # the header alone
+    assert measure(open_source(tmp_path)).sampled == 1
+
+
+def test_gray_images_are_measured() -> None:
+    found = measure(open_source([gray(51), gray(153)]))
+    assert found.channels == 1
+    assert found.mean == pytest.approx((0.4,))
+    assert found.std == pytest.approx((0.2,))
+    assert found.low is None
+    assert measure(open_source([gray(51)])).std == pytest.approx((1 / 255,))  # never 0
+
+
+def test_gray_among_colour_becomes_colour() -> None:
+    found = measure(open_source([gray(255), torch.zeros(3, 8, 8, dtype=torch.uint8)]))
+    assert found.channels == 3
+    assert found.mean == pytest.approx((0.5,) * 3)
+    assert found.std == pytest.approx((0.5,) * 3)
+
+
+def test_deep_data_is_scaled_by_its_percentiles() -> None:
+    values = torch.arange(10_001, dtype=torch.float32).view(1, 73, 137)
+    both = torch.cat((values, -3 * values + 7))
+    found = measure(open_source([both]))
+    assert found.low == pytest.approx((10, 7 - 3 * 9990), rel=1e-3, abs=4)
+    assert found.high == pytest.approx((9990, 7 - 30), rel=1e-3, abs=4)
+    assert found.mean == pytest.approx((0.5, 0.5), abs=1e-3)
+    assert found.std == pytest.approx((12**-0.5,) * 2, rel=0.01)  # of what is even on [0, 1]
+    form = found.form(torch.tensor([[[10.0, 5000, 9990, 0, 20000]]]).repeat(2, 1, 1))
+    assert form[0, 0].tolist() == pytest.approx([0, 0.5, 1, 0, 1], abs=1e-3)
+    constant = measure(open_source([torch.full((1, 4, 4), 5.0)]))
+    assert constant.high[0] - constant.low[0] == 1
+
+
+def test_a_fourth_band_of_two_values_is_a_mask() -> None:
+    image = torch.randint(0, 256, (4, 8, 8), dtype=torch.uint8)
+    assert measure(open_source([image])).channels == 4
+    image[3] = 255
+    image[3, 0] = 0
+    assert measure(open_source([image])).channels == 3
+    assert measure(open_source([image]), channels=4).channels == 4
+
+
+@pytest.mark.parametrize(
+    ("kinds", "channels"),
+    [((1, 1), 1), ((3, 1), 3), ((7, 7, 2), 7), ((3, 4, 4), 3), ((2, 2, 5), 2)],
+)
+def test_convention_which_channels_a_mixture_has(kinds, channels) -> None:
+    images = [torch.randint(0, 256, (c, 8, 8), dtype=torch.uint8) for c in kinds]
+    found = measure(open_source(images))
+    assert found.channels == channels
+    assert len(found.mean) == len(found.std) == channels
+
+
+def test_channels_may_be_asked_for() -> None:
+    colour = torch.stack([torch.full((8, 8), value, dtype=torch.uint8) for value in (255, 0, 0)])
+    found = measure(open_source([colour]), channels=1)
+    assert found.channels == 1
+    assert found.mean == pytest.approx((0.299,), abs=0.002)
+    assert measure(open_source([gray(255)]), channels=3).mean == pytest.approx((1, 1, 1))
+    with pytest.raises(ValueError, match=r"^channels is 5, but the images have 3; leave it out"):
+        measure(open_source([colour]), channels=5)
+
+
+def test_a_sample_is_a_function_of_the_seed() -> None:
+    source = open_source([gray(value) for value in range(200)])
+    assert measure(source, seed=1, sample=5) == measure(source, seed=1, sample=5)
+    assert measure(source, seed=1, sample=5) != measure(source, seed=2, sample=5)
+    assert measure(source, sample=5).sampled == 5
+
+
+def test_broken_images_are_passed_over_unless_all_are(tmp_path) -> None:
+    (tmp_path / "a.png").write_text("text")
+    (tmp_path / "b.png").write_bytes(b"")
+    with pytest.raises(ValueError) as error:
+        measure(open_source(tmp_path))
+    assert str(error.value).startswith(
+        "none of the 2 images looked at (of 2) can be used; the first of them:\n  "
+    )
+    assert "b.png: the file is empty (0 bytes)" in str(error.value)
+    Image.new("L", (3, 3)).save(tmp_path / "c.png")
+    assert measure(open_source(tmp_path)).sampled == 1
+
+
+def test_four_band_tiffs_are_measured(tmp_path) -> None:
+    rng = np.random.default_rng(0)
+    for i in range(3):
+        bands = rng.integers(0, 4000, (20, 30, 4), dtype=np.uint16)
+        tifffile.imwrite(tmp_path / f"{i}.tif", bands, photometric="rgb")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = measure(open_source(tmp_path))
+    assert found.channels == 4
+    assert all(low < 20 for low in found.low)
+    assert all(3980 < high < 4000 for high in found.high)
+    assert found.median_size == (20, 30)
+
+
+# Bringing images to one form.
+
+
+def opened(image: Image.Image) -> object:
+    stream = io.BytesIO()
+    image.save(stream, "PNG")
+    return open_image(stream.getvalue())
+
+
+def test_images_of_another_kind_are_not_accepted() -> None:
+    plain = Statistics(3, (), (), None, None, (1, 1), (1, 1), 1)
+    plain.accepts(opened(Image.new("L", (4, 4))))
+    plain.accepts(opened(Image.new("RGB", (4, 4))))
+    with pytest.raises(
+        Unreadable, match=r"^it is 16-bit or float, where the images looked at were"
+    ):
+        plain.accepts(opened(Image.new("I;16", (4, 4))))
+    seven = Statistics(7, (), (), None, None, (1, 1), (1, 1), 1)
+    with pytest.raises(Unreadable, match=r"^it has 3 channels where the others have 7; keep"):
+        seven.accepts(opened(Image.new("RGB", (4, 4))))
+
+
+def test_convention_pixels_in_the_form_of_the_run() -> None:
+    colour = torch.tensor([255, 0, 0], dtype=torch.uint8).view(3, 1, 1)
+
+    def form(channels: int, pixels: torch.Tensor, deep: bool = False) -> torch.Tensor:
+        low, high = ((0.0,) * channels, (1000.0,) * channels) if deep else (None, None)
+        plain = Statistics(channels, (), (), low, high, (1, 1), (1, 1), 1)
+        return plain.form(pixels).flatten()
+
+    assert form(3, colour).tolist() == [255, 0, 0]
+    assert form(1, colour).tolist() == [76]  # 0.299 * 255 = 76.2
+    assert form(3, colour[:1]).tolist() == [255, 255, 255]
+    assert form(3, torch.cat((colour, colour[:1]))).tolist() == [255, 0, 0]
+    assert form(3, colour, deep=True).tolist() == [1, 0, 0]  # 8-bit among deep data
+    assert form(3, torch.full((1, 1, 1), 250.0), deep=True).tolist() == [0.25] * 3
