@@ -1,0 +1,1 @@
+"""Evaluation: whether it worked, with labels and without."""

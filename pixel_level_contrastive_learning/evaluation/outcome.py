@@ -1,0 +1,183 @@
+"""The outcome of an evaluation: figures of several networks, as a table, a sentence and a file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from io import StringIO
+from math import isnan, nan
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any, Self
+
+from ..weights import write_atomically
+
+FILE = "evaluation.json"
+TABLE_WIDTH = 110
+"""Columns of text that a table takes, at most."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one network reached.
+
+    Attributes:
+        name: Which.
+        scores: Each figure, the mean over the seeds.
+        deviations: Its standard deviation over the seeds; 0 of a single one.
+        classes: IoU of each class, mean over the seeds; NaN of one that is nowhere.
+        seeds: The figures for each seed.
+    """
+
+    name: str
+    scores: dict[str, float]
+    deviations: dict[str, float] = field(default_factory=dict)
+    classes: dict[str, float] = field(default_factory=dict)
+    seeds: tuple[dict[str, float], ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        seeds: Sequence[Mapping[str, float]],
+        classes: Sequence[Mapping[str, float]] = (),
+    ) -> Self:
+        """Of the figures for each seed."""
+        figures = {key: [own[key] for own in seeds] for key in seeds[0]}
+        return cls(
+            name,
+            {key: fmean(values) for key, values in figures.items()},
+            {key: stdev(values) if len(values) > 1 else 0.0 for key, values in figures.items()},
+            {
+                key: known_mean([own[key] for own in classes])
+                for key in (classes[0] if classes else ())
+            },
+            tuple(dict(own) for own in seeds),
+        )
+
+
+def known_mean(values: Sequence[float]) -> float:
+    """The mean of the values that are not NaN; NaN where all are."""
+    known = [value for value in values if not isnan(value)]
+    return fmean(known) if known else nan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What an evaluation found.
+
+    Attributes:
+        weights: What was evaluated.
+        data: On which images.
+        protocol: ``linear``, ``knn``, ``finetune`` or ``correspondence``.
+        settings: All else that decided the figures.
+        rows: A row for each network: random weights first, those asked for last.
+        sentence: What the figures mean.
+        notes: What else the reader should know.
+    """
+
+    weights: str
+    data: str
+    protocol: str
+    settings: dict[str, Any]
+    rows: tuple[Row, ...]
+    sentence: str
+    notes: tuple[str, ...] = ()
+
+    @property
+    def ours(self) -> Row:
+        """The row of the weights that were asked for."""
+        return self.rows[-1]
+
+    def table(self, width: int = TABLE_WIDTH) -> str:
+        """The figures as text: a column for each network, a line for each figure.
+
+        Args:
+            width: Characters a line, at most.
+        """
+        from rich.box import SIMPLE_HEAD
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(box=SIMPLE_HEAD, title=Text(self.title), title_justify="left")
+        table.add_column("")
+        for row in self.rows:
+            table.add_column(Text(row.name, overflow="fold"), justify="right")
+        for key in self.rows[0].scores:
+            table.add_row(
+                key, *(shown(row.scores[key], row.deviations.get(key, 0)) for row in self.rows)
+            )
+        base = self.rows[0].scores.get("mIoU")
+        if base:
+            ratios = (f"{row.scores['mIoU'] / base:.2f}" for row in self.rows)
+            table.add_row("mIoU, times random", *ratios)
+        if self.ours.classes:
+            table.add_section()
+        for key in self.ours.classes:
+            cells = (shown(row.classes[key], 0) for row in self.rows)
+            table.add_row(Text(f"IoU {key}"), *cells)
+        text = StringIO()
+        Console(file=text, width=width, no_color=True, highlight=False).print(table)
+        lines = (line.rstrip() for line in text.getvalue().splitlines())
+        return "\n".join([*lines, *self.notes])
+
+    @property
+    def title(self) -> str:
+        """What the table shows."""
+        settings = ", ".join(f"{key} {in_short(value)}" for key, value in self.settings.items())
+        return f"{self.protocol} on {self.data}: {settings}"
+
+    def to_json(self) -> str:
+        """As JSON text; NaN becomes null."""
+        return json.dumps(without_nan(asdict(self)), indent=2, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """What `to_json` wrote."""
+        held = json.loads(text)
+        rows = [
+            Row(
+                name=row["name"],
+                scores=with_nan(row["scores"]),
+                deviations=with_nan(row["deviations"]),
+                classes=with_nan(row["classes"]),
+                seeds=tuple(with_nan(own) for own in row["seeds"]),
+            )
+            for row in held["rows"]
+        ]
+        return cls(**held | {"rows": tuple(rows), "notes": tuple(held["notes"])})
+
+    def write(self, out: str | Path) -> Path:
+        """Write ``evaluation.json`` into a folder, made where there is none; where it is."""
+        path = Path(out).expanduser() / FILE
+        write_atomically(path, self.to_json().encode())
+        return path
+
+
+def in_short(value: object) -> str:
+    """A setting for people."""
+    return " + ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def shown(value: float, deviation: float) -> str:
+    """A figure for people, with its spread over the seeds."""
+    if isnan(value):
+        return "-"
+    digits = 3 if abs(value) < 2 else 1
+    return f"{value:.{digits}f}" + (f" ± {deviation:.{digits}f}" if deviation else "")
+
+
+def without_nan(held: Any) -> Any:
+    """The same with None for NaN, which JSON does not have."""
+    if isinstance(held, float) and isnan(held):
+        return None
+    if isinstance(held, dict):
+        return {key: without_nan(own) for key, own in held.items()}
+    return [without_nan(own) for own in held] if isinstance(held, (list, tuple)) else held
+
+
+def with_nan(held: Mapping[str, float | None]) -> dict[str, float]:
+    """The same with NaN for None."""
+    return {key: nan if own is None else own for key, own in held.items()}

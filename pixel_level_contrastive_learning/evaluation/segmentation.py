@@ -1,0 +1,261 @@
+"""Segmentation: class scores from frozen features, cell by cell.
+
+Features are read once and kept, as many as a stated bound allows. Two judges: one linear layer,
+fitted until it has converged, and the neighbours among the cells, which need no fitting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from einops import rearrange
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from .features import Reader
+from .labelled import IGNORED, Labelled
+from .preparation import Preparation
+from .regression import Curvature, affine, fitted
+from .scoring import Predict, Scored, feed, score
+
+MOST_BYTES = 2**29
+"""Features of training images that are kept: 512 MiB. Beyond it each image gives an equal share of
+its cells, drawn by a seed."""
+STRENGTHS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
+"""L2 strengths that the linear layer is tried with, strongest first."""
+FEW_STRENGTH = 1e-2
+"""The strength where there is one image, and so nothing to choose it by."""
+CHOOSING_TOLERANCE = 2e-5
+"""How far the fits go among which the strength is chosen; more steps change no IoU by 0.003."""
+STRETCHES = 4
+"""Stretches of the training images whose last fifth chooses the strength."""
+NEIGHBOURS = 20
+TEMPERATURE = 0.07
+"""Cosines are divided by it before neighbours are weighed by their exponential, as in
+arXiv:2104.14294."""
+BANK_CELLS = 2**15
+"""Training cells that neighbours are looked for among, at most."""
+TABLE_ENTRIES = 2**23
+"""Cosines of cells that are held at a time: 32 MiB."""
+
+
+def class_shares(mask: Tensor, grid: tuple[int, int], classes: int) -> Tensor:
+    """What part of each cell each class covers: the mask, averaged over the cells' areas.
+
+    Args:
+        mask: ``(height, width)`` uint8 class ids; `IGNORED` counts for no class.
+        grid: Cells ``(h, w)``. A pixel belongs to the cell that holds its centre.
+        classes: How many there are.
+
+    Returns:
+        ``(h * w, classes)`` float32, rows that sum to the part of the cell that is not ignored.
+    """
+    rows, columns = (
+        ((torch.arange(side) + 0.5) * cells / side).long()
+        for side, cells in zip(mask.shape, grid, strict=True)
+    )
+    cell = (rows[:, None] * grid[1] + columns).flatten()
+    cells = grid[0] * grid[1]
+    ids = mask.flatten().long()
+    known = ids != IGNORED
+    places = cell[known] * classes + ids[known]
+    counts = torch.bincount(places, minlength=cells * classes).view(cells, classes).float()
+    return counts / torch.bincount(cell, minlength=cells).clamp(min=1)[:, None]
+
+
+class Bank(NamedTuple):
+    """Cells of training images that are kept.
+
+    Attributes:
+        cells: ``(n, c)`` float32 features.
+        shares: ``(n, classes)`` float32, see `class_shares`; no row is all zero.
+        images: ``(images,)`` int64, after how many rows each image ends, in the order read.
+    """
+
+    cells: Tensor
+    shares: Tensor
+    ends: Tensor
+
+
+def gather(
+    reader: Reader,
+    split: Labelled,
+    prepare: Preparation,
+    *,
+    seed: int = 0,
+    most_bytes: int = MOST_BYTES,
+) -> Bank:
+    """Features of a split's cells with what they show, within a bound of memory.
+
+    Args:
+        reader: Reads the network.
+        split: Images with masks.
+        prepare: What is done to the images first.
+        seed: Decides which cells are kept where not all can be.
+        most_bytes: What the features may take.
+
+    Raises:
+        ValueError: All pixels are ignored.
+    """
+    each = max(1, most_bytes // (4 * reader.channels * len(split)))
+    dice = torch.Generator().manual_seed(seed)
+    cells = torch.empty(0, reader.channels)
+    shares: list[Tensor] = []
+    ends: list[int] = []
+    filled = 0
+    for fed in feed(split, prepare):
+        maps = reader(fed.pixels).cpu()
+        grid = maps.shape[-2], maps.shape[-1]
+        if cells.shape[0] < filled + len(maps) * min(each, grid[0] * grid[1]):
+            # One block from the start, since parts and whole would be held both; it grows only
+            # where later images have more cells than the first.
+            rows = min(each, grid[0] * grid[1]) * (len(split) - fed.indices[0])
+            cells.resize_(filled + rows, reader.channels)
+        for own, mask in zip(rearrange(maps, "b c h w -> b (h w) c"), fed.masks, strict=True):
+            share = class_shares(mask, grid, len(split.classes))
+            known = share.sum(dim=1).nonzero().flatten()
+            if len(known) > each:
+                known = known[torch.randperm(len(known), generator=dice)[:each]]
+            cells[filled : filled + len(known)] = own[known]
+            shares.append(share[known])
+            filled += len(known)
+            ends.append(filled)
+    if filled == 0:
+        raise ValueError(
+            f"all pixels of the {len(split)} masks beside {split.folder} are {IGNORED}, which is "
+            "ignored; give masks that name classes"
+        )
+    return Bank(cells[:filled], torch.cat(shares), torch.tensor(ends))
+
+
+Judge = Callable[[Tensor], Tensor]
+"""Cells ``(n, c)`` to class scores ``(n, classes)``, the largest meaning the likeliest."""
+
+
+def held_out_last(count: int) -> tuple[list[int], int]:
+    """An order of images that ends with those that choose the strength, and where these begin.
+
+    They are whole stretches, since neighbours in a film look alike: the last fifth of each quarter.
+    """
+    held = [i for i in range(count) if 5 * (STRETCHES * i % count) >= 4 * count]
+    held = held or list(range(count))[1:][-1:]
+    rest = sorted(set(range(count)) - set(held))
+    return rest + held, len(rest)
+
+
+def linear_judge(bank: Bank, first_held: int) -> Judge:
+    """One 1x1 convolution on standardised features: a multinomial logistic regression, converged.
+
+    Fitted to the shares of classes in each cell by L-BFGS, with no learning rate and no seed. The
+    L2 strength is chosen by the mean IoU of held-out images' cells; then all are fitted.
+
+    Args:
+        bank: Training cells. They are standardised in place.
+        first_held: Where the images that choose the strength begin, in the bank's order.
+    """
+    mean, std = bank.cells.mean(dim=0), bank.cells.std(dim=0, correction=0).clamp(min=1e-6)
+    cells = bank.cells.sub_(mean).div_(std)
+    curvature = Curvature.of(cells)
+    weights = torch.zeros(cells.shape[1] + 1, bank.shares.shape[1])
+    weights[-1] = bank.shares.mean(dim=0).clamp(min=1e-6).log()  # each class as often as it is
+    strength = FEW_STRENGTH
+    if 0 < first_held < len(bank.ends):
+        cut = int(bank.ends[first_held - 1])
+        tried: list[tuple[float, float, Tensor]] = []
+        for one in STRENGTHS:
+            weights = fitted(
+                cells[:cut], bank.shares[:cut], one, weights, curvature, CHOOSING_TOLERANCE
+            )
+            iou = cell_iou(affine(cells[cut:], weights), bank.shares[cut:])
+            tried.append((iou, one, weights))
+        _, strength, weights = max(tried, key=lambda own: own[:2])
+    weights = fitted(cells, bank.shares, strength, weights, curvature)
+    # The standardisation is folded in, so that whoever judges need not know of it.
+    weights = torch.cat([weights[:-1] / std[:, None], weights[-1:]])
+    weights[-1] -= mean @ weights[:-1]
+    return lambda own: affine(own, weights)
+
+
+def cell_iou(scores: Tensor, shares: Tensor) -> float:
+    """Mean IoU of cells by their shares, over classes that are there or were given."""
+    weight = shares.sum(dim=1)
+    found = scores.argmax(dim=1)
+    table = torch.zeros(shares.shape[1], shares.shape[1], dtype=torch.float64)
+    table.index_add_(0, found, shares.double())
+    both = table.sum(dim=0) + table.sum(dim=1) - table.diag()
+    assert weight.min() > 0
+    return float((table.diag() / both)[both > 0].mean())
+
+
+def neighbour_judge(bank: Bank, seed: int = 0) -> Judge:
+    """The votes of the `NEIGHBOURS` most similar training cells: nothing is trained.
+
+    Likeness is the cosine of features from which the training cells' mean is taken out; votes are
+    class shares, weighed by ``exp(cosine / TEMPERATURE)``. Of more than `BANK_CELLS` training cells
+    that many are drawn. Costs a cosine for each pair of cells, made in blocks.
+
+    Args:
+        bank: Training cells.
+        seed: Decides which are drawn.
+    """
+    cells, shares = bank.cells, bank.shares
+    if len(cells) > BANK_CELLS:
+        dice = torch.Generator().manual_seed(seed)
+        drawn = torch.randperm(len(cells), generator=dice)[:BANK_CELLS]
+        cells, shares = cells[drawn], shares[drawn]
+    mean = cells.mean(dim=0)
+    known = normalize(cells - mean, dim=1)
+    count = min(NEIGHBOURS, len(known))
+
+    def judge(own: Tensor) -> Tensor:
+        asked = normalize(own - mean, dim=1)
+        votes = []
+        rows = max(1, TABLE_ENTRIES // len(known))
+        for first in range(0, len(asked), rows):
+            cosines, nearest = (asked[first : first + rows] @ known.mT).topk(count, dim=1)
+            weights = torch.softmax(cosines / TEMPERATURE, dim=1)
+            votes.append((weights[..., None] * shares[nearest]).sum(dim=1))
+        return torch.cat(votes)
+
+    return judge
+
+
+def by_cells(reader: Reader, judge: Judge) -> Predict:
+    """A predictor out of a reader of features and a judge of cells."""
+
+    def predict(pixels: Tensor) -> Tensor:
+        maps = reader(pixels).cpu()
+        scores = judge(rearrange(maps, "b c h w -> (b h w) c"))
+        h, w = maps.shape[-2:]
+        return rearrange(scores, "(b h w) k -> b k h w", h=h, w=w)
+
+    return predict
+
+
+def probed(
+    reader: Reader,
+    train: Labelled,
+    judged: Labelled,
+    prepare: Preparation,
+    *,
+    protocol: str = "linear",
+    seed: int = 0,
+    keep: Sequence[int] = (),
+) -> Scored:
+    """How well frozen features tell classes apart.
+
+    Args:
+        reader: Reads the network.
+        train: What is learnt from.
+        judged: What is scored.
+        prepare: What is done to images first.
+        protocol: ``linear`` or ``knn``.
+        seed: Decides which cells are kept where not all can be; nothing else is drawn.
+        keep: Images whose predictions are to be kept, by their place in ``judged``.
+    """
+    order, first_held = held_out_last(len(train))
+    bank = gather(reader, train.chosen(order), prepare, seed=seed)
+    judge = linear_judge(bank, first_held) if protocol == "linear" else neighbour_judge(bank, seed)
+    return score(by_cells(reader, judge), judged, prepare, keep)

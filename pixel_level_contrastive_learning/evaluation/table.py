@@ -1,0 +1,238 @@
+"""The table: what weights are worth beside random ones, with labels or without."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..checks import above, one_of, raise_together, size_pair, whole, within
+from ..data.sources import Files
+from ..weights import BackboneCard
+from .contenders import Contender, Field, line_up
+from .features import Reader
+from .finetuning import STEPS, finetuned
+from .labelled import Labelled, open_labelled
+from .outcome import Evaluation, Row
+from .panels import write_panels
+from .preparation import Preparation, Size
+from .scoring import Scored, Scores
+from .segmentation import probed
+from .unlabelled import CLEAR, without_labels
+
+log = logging.getLogger(__name__)
+
+PROTOCOLS = ("linear", "knn", "finetune")
+FINETUNE_SEEDS = 3
+"""Seeds of fine-tuning unless a number is given; the other protocols take one."""
+PICTURES = 8
+"""Images of which predictions are drawn, spread evenly over the split."""
+
+
+def evaluate(
+    weights: str | Path,
+    *,
+    data: str | Path | None = None,
+    images: str | Path | None = None,
+    protocol: str = "linear",
+    layers: Sequence[str] | None = None,
+    fraction: float = 1.0,
+    seeds: int | None = None,
+    seed: int = 0,
+    size: int | Size | None = None,
+    split: str = "val",
+    steps: int = STEPS,
+    out: str | Path | None = None,
+    device: str | None = None,
+) -> Evaluation:
+    """What weights are worth: the same network with random weights stands beside them.
+
+    Where training did not start from random weights, those it started from stand there too.
+
+    With labels, ``linear`` fits one linear layer to frozen features, ``knn`` lets the nearest
+    training cells vote, and ``finetune`` trains the whole network with a U-Net-like decoder. Mean
+    IoU counts the classes that are in the masks or were predicted. Without labels, cells of one
+    view of an image look for their spot in another, and the features' health is measured.
+
+    Args:
+        weights: A run directory, a file of `save_backbone` or `export`, ``torchvision/NAME``,
+            ``timm/NAME``, or ``random:MODEL``.
+        data: Folder with ``images/{train,val}`` and ``masks/{train,val}``, see `open_labelled`.
+        images: Images without labels instead, best ones that were not trained on.
+        protocol: ``linear``, ``knn`` or ``finetune``.
+        layers: Layers whose features are judged, several stacked. Default: the one that was
+            trained, else the deepest map. Fine-tuning reads a map of each stride in any case.
+        fraction: Share of the training images whose masks are used, above 0, at most 1.
+        seeds: How often to repeat, each time with the next seed: other random weights, another
+            share of the masks, another start of the decoder. Default: 3 for fine-tuning, else 1.
+        seed: The first seed.
+        size: What images are fed at: the shorter side in pixels, or exactly ``(height, width)``.
+            Default: 1.4 times the views of the training, the scale it saw. Masks keep their size.
+        split: Which images to judge by.
+        steps: Updates of fine-tuning.
+        out: Folder for ``evaluation.json`` and pictures.
+        device: Where to compute; default: a GPU if there is one.
+
+    Raises:
+        ValueError: Values out of range (all at once), weights or layers that are not there, or
+            masks that are wrong, with the files' names.
+    """
+    raise_together(
+        one_of("protocol", protocol, PROTOCOLS),
+        within("fraction", fraction, 0, 1) or above("fraction", fraction, 0),
+        None if seeds is None else whole("seeds", seeds, 1),
+        whole("seed", seed, 0),
+        None if size is None else size_pair("size", size),
+        whole("steps", steps, 1),
+        data_or_images(data, images),
+    )
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if data is None:
+        assert images is not None
+        found = without_labels(weights, images, layers, range(seed, seed + (seeds or 1)), place)
+    else:
+        train, judged = open_labelled(data, ("train", split))
+        field = line_up(weights, Files([str(path) for path in train.images]))
+        count = seeds or (FINETUNE_SEEDS if protocol == "finetune" else 1)
+        prepare = Preparation.of(field.card, size)
+        repeats = range(seed, seed + count)
+        plan = Plan(train, judged, prepare, protocol, layers, fraction, repeats, steps)
+        found = with_labels(str(weights), str(data), split, field, plan, out, place)
+    if out is not None:
+        found.write(out)
+    return found
+
+
+def data_or_images(data: object, images: object) -> str | None:
+    """The complaint about neither or both."""
+    if (data is None) != (images is None):
+        return None
+    given = "neither" if data is None else "both"
+    return (
+        f"{given} of data and images given; give data (a folder of images and masks) to evaluate "
+        "with labels, or images to evaluate without"
+    )
+
+
+class Plan(NamedTuple):
+    """How networks are judged by labels."""
+
+    train: Labelled
+    judged: Labelled
+    prepare: Preparation
+    protocol: str
+    layers: Sequence[str] | None
+    fraction: float
+    seeds: range
+    steps: int
+
+    def chance(self, contender: Contender) -> bool:
+        """Whether a seed changes what a contender reaches."""
+        return contender.by_seed or self.fraction < 1 or self.protocol == "finetune"
+
+    def run(self, net: nn.Module, card: BackboneCard, seed: int, keep: Sequence[int]) -> Scored:
+        """What a network reaches with a seed."""
+        train = self.train.share(self.fraction, seed) if self.fraction < 1 else self.train
+        if self.protocol == "finetune":
+            return finetuned(
+                net, train, self.judged, self.prepare, steps=self.steps, seed=seed, keep=keep
+            )
+        size = first_size(self.judged, self.prepare)
+        reader = Reader(net, self.layers or [card.pixel_layer], card.channels, size)
+        return probed(
+            reader, train, self.judged, self.prepare, protocol=self.protocol, seed=seed, keep=keep
+        )
+
+
+def first_size(split: Labelled, prepare: Preparation) -> Size:
+    """The ``(height, width)`` at which a split's first image is fed."""
+    mask = split.read(0, prepare.shortest).mask
+    return prepare.fitted((mask.shape[0], mask.shape[1]))
+
+
+def with_labels(
+    weights: str,
+    data: str,
+    split: str,
+    field: Field,
+    plan: Plan,
+    out: str | Path | None,
+    device: torch.device,
+) -> Evaluation:
+    """Judge all networks by labels, and draw what they predict."""
+    keep = [len(plan.judged) * i // PICTURES for i in range(PICTURES)] if out is not None else []
+    rows: list[Row] = []
+    predictions: dict[str, dict[int, Tensor]] = {}
+    for contender in field.contenders:
+        scored = []
+        for seed in plan.seeds if plan.chance(contender) else plan.seeds[:1]:
+            net = contender.build(seed).to(device)
+            scored.append(plan.run(net, field.card, seed, () if scored else keep))
+            log.info("%s, seed %d: mIoU %.3f", contender.name, seed, scored[-1].scores.miou)
+        predictions[contender.name] = scored[0].kept
+        rows.append(
+            labelled_row(contender.name, [own.scores for own in scored], plan.judged.classes)
+        )
+    if out is not None:
+        folder = Path(out).expanduser() / "predictions"
+        write_panels(folder, plan.judged, plan.prepare, predictions)
+    settings: dict[str, Any] = {
+        "split": split,
+        "layers": list(plan.layers or [field.card.pixel_layer]),
+        "fraction": plan.fraction,
+        "seeds": len(plan.seeds),
+        "fed at": fed_at(plan.prepare),
+    }
+    if plan.protocol == "finetune":
+        settings |= {"layers": "one of each stride", "steps": plan.steps}
+    return Evaluation(
+        weights=weights,
+        data=data,
+        protocol=plan.protocol,
+        settings=settings,
+        rows=tuple(rows),
+        sentence=what_it_means(rows, plan.protocol, split),
+        notes=tuple(field.notes),
+    )
+
+
+def labelled_row(name: str, scores: Sequence[Scores], classes: Sequence[str]) -> Row:
+    """The row of a network that was judged by labels, for each seed."""
+    figures = [{"mIoU": own.miou, "pixel accuracy": own.accuracy} for own in scores]
+    return Row.of(name, figures, [dict(zip(classes, own.iou, strict=True)) for own in scores])
+
+
+def fed_at(prepare: Preparation) -> str:
+    """At what size images are fed, in words."""
+    if isinstance(prepare.size, tuple):
+        return "{}x{}".format(*prepare.size)
+    return f"shorter side {prepare.size}"
+
+
+def what_it_means(rows: Sequence[Row], protocol: str, split: str) -> str:
+    """The figures in words: how much is gained over random weights, and whether it is a gain."""
+    ours, random = rows[-1], rows[0]
+    reached, base = ours.scores["mIoU"], random.scores["mIoU"]
+    figure = f"{NAMES[protocol]} reaches {reached:.3f} mIoU on {split}"
+    if len(rows) == 1:
+        return f"{figure} with random weights: what other weights of this network have to beat."
+    beside = f"{figure}, {reached / max(base, 1e-9):.2f} times random weights ({base:.3f})"
+    if len(rows) == 3:
+        start = rows[1].scores["mIoU"]
+        beside += f" and {reached / max(start, 1e-9):.2f} times what it started from ({start:.3f})"
+    noise = 2 * max(row.deviations["mIoU"] for row in (ours, random))
+    if reached < base - noise and reached * CLEAR < base:
+        return (
+            f"{beside}: worse than random. Look at the loss and at the features' health (evaluate "
+            "with images in place of data), and at whether other layers do better."
+        )
+    if reached < max(CLEAR * base, base + noise):
+        return f"{beside}: no clear gain. Train for longer, on more images, or try other layers."
+    return f"{beside}: the weights know more of these classes than random ones do."
+
+
+NAMES = {"linear": "A linear probe", "knn": "A vote of neighbours", "finetune": "Fine-tuning"}

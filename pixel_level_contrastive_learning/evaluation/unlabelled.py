@@ -1,0 +1,160 @@
+"""Unlabelled images: what can be said of weights without masks. Correspondence and health."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from ..data.raster import SCALES, Unreadable, upright
+from ..data.sources import Source, open_source
+from .contenders import line_up
+from .correspondence import Correspondence, ViewPairs, draw_pairs, matched
+from .features import Reader
+from .health import Gauge, gauge, verdict
+from .outcome import Evaluation, Row
+from .preparation import Preparation
+
+log = logging.getLogger(__name__)
+
+MOST_IMAGES = 64
+"""Images that are looked at, spread evenly over all."""
+MOST_CELLS = 4096
+"""Cells that spread and rank are taken of."""
+CLEAR = 1.05
+"""Times random weights from which a gain is called one; less may be chance."""
+HIT, NEAR, CHANCE = "hit@1", "hit within 2 cells", "hit@1 by chance"
+
+
+def without_labels(
+    weights: str | Path,
+    images: str | Path,
+    layers: Sequence[str] | None,
+    seeds: range,
+    device: torch.device,
+) -> Evaluation:
+    """Judge weights and random ones by images alone.
+
+    Args:
+        weights: As for `evaluate`.
+        images: A folder, a list of paths and so on, see `open_source`.
+        layers: Layers whose features are judged; None for the one that was trained.
+        seeds: Each decides the views and the random weights of a repeat.
+        device: Where to compute.
+
+    Raises:
+        ValueError: No image can be read, or they are not for this network.
+    """
+    source = open_source(images)
+    field = line_up(weights, source)
+    card = field.card
+    prepare = Preparation.of(card, card.image_size)
+    seen, refused = some_images(source, prepare)
+    notes = list(field.notes)
+    if refused:
+        notes.append(f"{len(refused)} images could not be read, the first: {refused[0]}")
+    names = list(layers) if layers else [card.pixel_layer]
+    pairs = [draw_pairs(seen, card.image_size, seed) for seed in seeds]
+    rows = []
+    for contender in field.contenders:
+        figures = []
+        for seed, drawn in zip(seeds, pairs, strict=True):
+            net = contender.build(seed).to(device)
+            reader = Reader(net, names, card.channels, card.image_size)
+            figures.append(judged(reader, drawn, prepare))
+            log.info("%s, seed %d: hit@1 %.3f", contender.name, seed, figures[-1][HIT])
+        rows.append(Row.of(contender.name, figures))
+    return Evaluation(
+        weights=str(weights),
+        data=str(images),
+        protocol="correspondence",
+        settings={
+            "images": len(seen),
+            "layers": names,
+            "views": "{}x{}".format(*card.image_size),
+            "seeds": len(seeds),
+        },
+        rows=tuple(rows),
+        sentence=what_it_means(rows),
+        notes=tuple(notes),
+    )
+
+
+def some_images(source: Source, prepare: Preparation) -> tuple[list[Tensor], list[str]]:
+    """Images ``(c, h, w)`` in [0, 1], and what is wrong with those that could not be read.
+
+    Large ones are made smaller, their shorter side at least twice that of the views.
+
+    Raises:
+        ValueError: None can be read.
+    """
+    count = min(MOST_IMAGES, len(source))
+    wanted = 2 * prepare.shortest
+    seen: list[Tensor] = []
+    refused: list[str] = []
+    for index in (len(source) * i // count for i in range(count)):
+        try:
+            opened = source.open(index)
+            fitting = [s for s in SCALES if min(opened.size) >= wanted * s]
+            raster = opened.raster(max(fitting, default=1))
+        except Unreadable as error:
+            refused.append(f"{source.name(index)}: {error}")
+            continue
+        pixels = prepare.in_range(upright(raster.pixels, opened.orientation), source.name(index))
+        shorter = min(pixels.shape[-2:])
+        smaller = Preparation(prepare.statistics, min(wanted, shorter))
+        seen.append(smaller.resized(pixels))
+    if not seen:
+        raise ValueError(
+            f"none of {len(refused)} images could be read, the first because of {refused[0]}; give "
+            "a folder of images that open in a viewer"
+        )
+    return seen, refused
+
+
+def judged(reader: Reader, pairs: ViewPairs, prepare: Preparation) -> dict[str, float]:
+    """The figures of a network on views that were drawn before."""
+    form = prepare.statistics
+    found: Correspondence = matched(reader, pairs, form.mean, form.std)
+    health = health_of(reader, pairs.one, prepare)
+    return {
+        HIT: found.hit1,
+        NEAR: found.hit_near,
+        CHANCE: found.chance,
+        "spread": health.spread,
+        "effective rank": health.effective_rank,
+    }
+
+
+def health_of(reader: Reader, pixels: Tensor, prepare: Preparation, batch: int = 16) -> Gauge:
+    """Spread and rank of some cells of all views ``(n, c, h, w)`` in [0, 1]."""
+    each = max(1, MOST_CELLS // len(pixels))
+    dice = torch.Generator().manual_seed(0)
+    kept = []
+    for first in range(0, len(pixels), batch):
+        maps = reader(prepare.normalised(pixels[first : first + batch])).cpu()
+        for cells in rearrange(maps, "b c h w -> b (h w) c"):
+            kept.append(cells[torch.randperm(len(cells), generator=dice)[:each]])
+    return gauge(torch.cat(kept))
+
+
+def what_it_means(rows: Sequence[Row]) -> str:
+    """The figures in words."""
+    ours, random = rows[-1].scores, rows[0].scores
+    found = (
+        f"A cell finds its own spot in another view of its image in {ours[HIT]:.0%} of cases "
+        f"({random[HIT]:.0%} with random weights, {ours[CHANCE]:.1%} by chance)"
+    )
+    health = str(verdict(ours["spread"], ours["effective rank"]))
+    if len(rows) == 1:
+        return f"{found}. {health}"
+    if ours[HIT] < CLEAR * random[HIT]:
+        return (
+            f"{found}: no clear gain over random weights, which find spots by their colours and "
+            f"edges alone. {health}"
+        )
+    return f"{found}: the weights tell spots apart better than random ones do. {health}"

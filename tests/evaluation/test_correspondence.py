@@ -1,0 +1,156 @@
+"""Correspondence: hits and chance against slow loops and by hand."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cosine_similarity
+
+from pixel_level_contrastive_learning.evaluation.correspondence import (
+    correspondence,
+    draw_pairs,
+    hits,
+    matched,
+)
+from pixel_level_contrastive_learning.evaluation.features import Reader
+from pixel_level_contrastive_learning.geometry import box_to_map, cell_centres, cell_diagonals
+
+MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
+
+
+def maps(*boxes: tuple[float, ...]) -> torch.Tensor:
+    return box_to_map(torch.tensor(boxes), torch.zeros(len(boxes), dtype=torch.bool))
+
+
+def slow_hits(one, two, map_one, map_two) -> list[float]:
+    """The five sums, cell by cell."""
+    sums = [0.0] * 5
+    for image in range(len(one)):
+        a, b = (m[image : image + 1] for m in (map_one, map_two))
+        grids = [tuple(f.shape[-2:]) for f in (one, two)]
+        centres = [cell_centres(m, g)[0] for m, g in zip((a, b), grids, strict=True)]
+        unit = max(cell_diagonals(m, g).item() for m, g in zip((a, b), grids, strict=True))
+        cells = [f[image].flatten(1).T for f in (one, two)]
+        for i, at in enumerate(centres[0]):
+            distances = [math.dist(at, other) / unit for other in centres[1]]
+            if min(distances) >= 0.7:
+                continue
+            likeness = [cosine_similarity(cells[0][i], other, dim=0).item() for other in cells[1]]
+            match = distances[likeness.index(max(likeness))]
+            near = [distance < 1.5 for distance in distances]
+            right = [distance < 0.7 for distance in distances]
+            found = [match < 0.7, match < 1.5, sum(right) / len(right)]
+            found += [sum(near) / len(near), 1]
+            sums = [total + value for total, value in zip(sums, found, strict=True)]
+    return sums
+
+
+def test_hits_equal_the_slow_loop() -> None:
+    one, two = torch.randn(3, 5, 4, 6), torch.randn(3, 5, 3, 5)
+    map_one = maps((0, 0, 60, 40), (5, 5, 50, 35), (0, 0, 20, 20))
+    map_two = maps((10, 0, 60, 40), (0, 8, 40, 30), (40, 40, 60, 60))  # the last see nothing common
+    found = hits(one, two, map_one, map_two)
+    assert found.tolist() == pytest.approx(slow_hits(one, two, map_one, map_two))
+    assert found[4] > 0
+
+
+def test_hits_are_the_same_in_small_blocks(monkeypatch) -> None:
+    one, two = torch.randn(3, 5, 4, 6), torch.randn(3, 5, 3, 5)
+    views = maps((0, 0, 60, 40), (5, 5, 50, 35), (0, 0, 20, 20))
+    whole = hits(one, two, views, views)
+    monkeypatch.setattr("pixel_level_contrastive_learning.blocks.ENTRIES", 17)
+    torch.testing.assert_close(hits(one, two, views, views), whole)
+
+
+def test_one_view_twice_is_always_found() -> None:
+    features = torch.randn(1, 16, 4, 4)
+    hit, near, chance, chance_near, cells = hits(
+        features, features, maps((0, 0, 8, 8)), maps((0, 0, 8, 8))
+    ).tolist()
+    assert hit == near == cells == 16
+    # Within 0.7 diagonals, 0.99 sides, lies the cell alone; within 1.5, 2.1 sides, its neighbours
+    # and those two steps straight on: with itself 6 at corners, 8 at edges, 11 in the middle.
+    assert chance == pytest.approx(16 / 16)
+    assert chance_near == pytest.approx((4 * 6 + 8 * 8 + 4 * 11) / 16)
+
+
+def test_a_match_across_the_view_is_no_hit() -> None:
+    features = torch.eye(16).view(1, 16, 4, 4)
+    found = hits(features, features.flip(-1, -2), maps((0, 0, 8, 8)), maps((0, 0, 8, 8)))
+    # Every cell is found at the opposite place: 1 or 3 cells off, each way. Only the four in the
+    # middle, one cell off both ways, are near.
+    assert found[:2].tolist() == [0, 4]
+
+
+def test_views_are_the_same_for_the_same_seed_and_no_generator_moves() -> None:
+    images = [torch.rand(3, 40, 60), torch.rand(3, 50, 30)]
+    state = torch.get_rng_state()
+    first, again, other = (draw_pairs(images, (32, 32), seed) for seed in (1, 1, 2))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert first.one.shape == (2, 3, 32, 32)
+    assert first.map_two.shape == (2, 2, 3)
+    for one, two in zip(first, again, strict=True):
+        assert torch.equal(one, two)
+    assert not torch.equal(first.map_one, other.map_one)
+    assert not torch.equal(first.map_one, first.map_two)
+
+
+def test_views_lie_inside_their_own_image() -> None:
+    images = [torch.rand(1, 40, 60), torch.rand(1, 50, 30)]
+    views = draw_pairs(images, (8, 8), 0)
+    for at in (views.map_one, views.map_two):
+        x, y = cell_centres(at, (8, 8)).unbind(-1)
+        assert (x.amax(1) < torch.tensor([60, 30])).all()
+        assert (y.amax(1) < torch.tensor([40, 50])).all()
+        assert min(x.min(), y.min()) > 0
+
+
+class Edges(nn.Module):
+    """Gives patches of 4 x 4 pixels as they are: their pattern tells where they are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 48, 4, stride=4, bias=False)
+        self.patches.weight.data = torch.eye(48).view(48, 3, 4, 4)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.patches(pixels)
+
+
+def test_a_network_is_judged_in_eval_mode_by_batches_of_any_size() -> None:
+    images = [torch.rand(3, 8, 8).repeat_interleave(8, 1).repeat_interleave(8, 2) for _ in range(5)]
+    net = Edges()
+    settings = {"size": (32, 32), "mean": MEAN, "std": STD}
+    found = correspondence(net, images, "patches", **settings)
+    assert net.training
+    # Blobs of colour: far more often found than by chance.
+    assert found.hit1 > 2.5 * found.chance
+    assert 0 < found.chance < found.chance_near < 1
+    assert found.hit1 <= found.hit_near <= 1
+    assert found.cells > 100
+    assert correspondence(net, images, "patches", batch=2, **settings) == pytest.approx(found)
+    assert correspondence(net, images, "patches", seed=1, **settings) != found
+    reader = Reader(net, ["patches"], 3, (32, 32))
+    assert matched(reader, draw_pairs(images, (32, 32), 0), MEAN, STD) == found
+
+
+def test_features_that_are_all_alike_do_no_better_than_chance() -> None:
+    net = Edges()
+    nn.init.zeros_(net.patches.weight)
+    images = [torch.rand(3, 40, 60) for _ in range(8)]
+    found = correspondence(net, images, size=(32, 32), mean=MEAN, std=STD)
+    assert found.hit1 < 2 * found.chance
+
+
+def test_no_images_are_refused() -> None:
+    with pytest.raises(ValueError, match="images is empty; give at least one image"):
+        correspondence(Edges(), [], size=(32, 32), mean=MEAN, std=STD)
+
+
+def test_views_without_a_common_cell_are_refused() -> None:
+    images = [torch.rand(3, 64, 64)]
+    views = draw_pairs(images, (32, 32), 0)
+    apart = views._replace(map_one=maps((0, 0, 8, 8)), map_two=maps((40, 40, 48, 48)))
+    with pytest.raises(ValueError, match="no cell of one view lies in the other; give more images"):
+        matched(Reader(Edges(), None, 3, (32, 32)), apart, MEAN, STD)

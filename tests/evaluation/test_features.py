@@ -1,0 +1,111 @@
+"""Dense features: what layers give, as maps, resized and stacked."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import interpolate
+
+from pixel_level_contrastive_learning.augment import IMAGENET_MEAN, IMAGENET_STD, Normalise
+from pixel_level_contrastive_learning.evaluation.features import Reader, dense_features
+
+
+class Tokens(nn.Module):
+    """A class token before a token for each patch of 8 x 8 pixels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 6, 8, stride=8)
+        self.last = nn.Identity()
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        tokens = self.patches(pixels).flatten(2).mT
+        return self.last(torch.cat([tokens[:, :1] * 0, tokens], dim=1))
+
+
+@pytest.fixture
+def net() -> nn.Sequential:
+    layers = {
+        "one": nn.Conv2d(3, 4, 3, stride=2, padding=1),
+        "norm": nn.BatchNorm2d(4),
+        "two": nn.Conv2d(4, 5, 3, stride=2, padding=1),
+        "drop": nn.Dropout(0.9),
+    }
+    net = nn.Sequential()
+    for name, layer in layers.items():
+        net.add_module(name, layer)
+    return net
+
+
+def test_a_layer_gives_what_it_gives_in_eval_mode(net) -> None:
+    images = torch.rand(5, 3, 16, 24)
+    found = dense_features(net, images, ["two"], batch=2)
+    net.eval()
+    ready = Normalise(IMAGENET_MEAN, IMAGENET_STD)(images)
+    torch.testing.assert_close(found, net.two(net.norm(net.one(ready))).detach())
+
+
+def test_layers_are_resized_to_the_finest_and_stacked(net) -> None:
+    images = torch.rand(2, 3, 16, 24)
+    both = dense_features(net, images, ["two", "one"])
+    one, two = (dense_features(net, images, [name]) for name in ("one", "two"))
+    assert both.shape == (2, 9, 8, 12)
+    torch.testing.assert_close(
+        both, torch.cat([interpolate(two, (8, 12), mode="bilinear"), one], 1)
+    )
+
+
+def test_mean_and_deviation_are_taken_out_first(plain) -> None:
+    images = torch.full((1, 3, 8, 8), 0.75)
+    found = dense_features(plain, images, ["patches"], mean=(0.5, 0.5, 0.5), std=(0.5, 0.25, 1.0))
+    assert found.mean((0, 2, 3)).tolist() == pytest.approx([0.5, 1, 0.25])
+
+
+def test_bytes_are_read_as_parts_of_one(plain) -> None:
+    images = torch.randint(256, (2, 3, 16, 16), dtype=torch.uint8)
+    found = dense_features(plain, images, ["patches"])
+    torch.testing.assert_close(found, dense_features(plain, images / 255, ["patches"]))
+
+
+def test_images_may_come_one_by_one(plain) -> None:
+    images = torch.rand(5, 3, 16, 16)
+    found = dense_features(plain, iter(images), batch=2)
+    torch.testing.assert_close(found, dense_features(plain, images))
+
+
+def test_tokens_are_laid_out_as_a_map() -> None:
+    net = Tokens()
+    images = torch.rand(2, 3, 32, 48)
+    found = dense_features(net, images, ["last"])
+    assert found.shape == (2, 6, 4, 6)
+    torch.testing.assert_close(found, dense_features(net, images, ["patches"]))
+
+
+def test_the_network_stays_as_it_was(net) -> None:
+    net.norm.eval()
+    for weight in net.parameters():
+        weight.requires_grad_(False)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    images, state = torch.rand(2, 3, 16, 16), torch.get_rng_state()
+    dense_features(net, images, ["two"])
+    assert [net.training, net.norm.training, net.drop.training] == [True, False, True]
+    assert not any(weight.requires_grad for weight in net.parameters())
+    for name, value in net.state_dict().items():
+        assert torch.equal(value, before[name])
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not any(layer._forward_hooks for layer in net.modules())
+
+
+def test_a_reader_reads_other_sizes_too(net) -> None:
+    reader = Reader(net, ["two"], 3, (16, 16))
+    assert (reader.channels, reader.layers) == (5, ["two"])
+    assert reader(torch.rand(1, 3, 24, 40)).shape == (1, 5, 6, 10)
+
+
+def test_a_layer_that_is_not_there_is_named(net) -> None:
+    with pytest.raises(ValueError, match=r"no layer 'tow'.*perhaps two"):
+        dense_features(net, torch.rand(1, 3, 16, 16), ["tow"])
+
+
+def test_nothing_is_no_images(net) -> None:
+    with pytest.raises(ValueError, match="images is empty; give at least one image"):
+        dense_features(net, [])

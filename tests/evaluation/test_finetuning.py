@@ -1,0 +1,171 @@
+"""Fine-tuning: a decoder for any backbone, crops that match their masks, a network that learns."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torchvision import models
+
+from pixel_level_contrastive_learning.data.statistics import Statistics
+from pixel_level_contrastive_learning.evaluation.finetuning import (
+    Segmenter,
+    crop_side,
+    crops,
+    deepest_maps,
+    finetuned,
+    known_loss,
+    rate,
+)
+from pixel_level_contrastive_learning.evaluation.labelled import open_labelled
+from pixel_level_contrastive_learning.evaluation.preparation import Preparation
+from pixel_level_contrastive_learning.modules.survey import Survey
+
+
+def preparation(size) -> Preparation:
+    return Preparation(Statistics(3, (0.5,) * 3, (0.25,) * 3, None, None, (1, 1), (1, 1), 0), size)
+
+
+class Transformer(nn.Module):
+    """Two blocks on a class token and a token for each patch of 16 x 16 pixels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 8, 16, stride=16)
+        self.blocks = nn.Sequential(
+            *(nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8)) for _ in "ab")
+        )
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        tokens = self.patches(pixels).flatten(2).mT
+        tokens = self.blocks(torch.cat([tokens[:, :1] * 0, tokens], dim=1))
+        return self.head(tokens[:, 0])
+
+
+def small() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=2, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 16, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(16, 16, 3, stride=2, padding=1),
+    )
+
+
+def test_a_residual_network_is_decoded_from_every_stride() -> None:
+    net = models.resnet18()
+    levels = [level.name for level in deepest_maps(Survey(net, 3, (64, 96)))]
+    assert levels == ["layer4", "layer3", "layer2", "layer1"]
+    segmenter = Segmenter(net, 3, (64, 96), 5)
+    assert segmenter.net is net
+    assert segmenter(torch.rand(2, 3, 64, 96)).shape == (2, 5, 16, 24)
+    assert segmenter(torch.rand(2, 3, 80, 70)).shape == (2, 5, 20, 18)
+
+
+def test_a_transformer_gets_a_head_on_its_last_tokens() -> None:
+    net = Transformer()
+    levels = [level.name for level in deepest_maps(Survey(net, 3, (64, 96)))]
+    assert levels == ["blocks"]
+    assert Segmenter(net, 3, (64, 96), 5)(torch.rand(2, 3, 64, 96)).shape == (2, 5, 4, 6)
+
+
+def test_a_network_without_such_maps_is_refused() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    with pytest.raises(ValueError, match="Sequential has no map of a stride of 3 or more"):
+        Segmenter(net, 3, (32, 32), 2)
+
+
+def test_the_rate_goes_up_for_a_tenth_and_down_to_nothing() -> None:
+    rates = [rate(step, 100) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert max(rates) == rates[9] == pytest.approx(0.98, abs=0.01)
+    assert all(later < now for now, later in pairwise(rates[9:]))
+    assert rates[50] == pytest.approx(0.5)
+    assert rates[99] < 0.001
+    assert [rate(0, 1), rate(0, 9)] == [1, 1]
+
+
+def test_ignored_pixels_do_not_count() -> None:
+    scores = torch.randn(2, 3, 4, 4)
+    masks = torch.randint(3, (2, 4, 4))
+    masks[0] = 255
+    assert known_loss(scores, masks).item() == pytest.approx(
+        cross_entropy(scores[1:], masks[1:]).item()
+    )
+    assert known_loss(scores, torch.full_like(masks, 255)).item() == 0
+
+
+@pytest.mark.parametrize(
+    ("size", "side"), [(200, (192, 192)), (20, (32, 32)), (600, (256, 256)), ((48, 64), (48, 64))]
+)
+def test_crops_fit_the_network_and_the_image(labelled, size, side) -> None:
+    assert crop_side(open_labelled(labelled)[0], preparation(size)) == side
+
+
+def test_crops_and_their_masks_are_cut_alike(labelled) -> None:
+    train, _ = open_labelled(labelled)
+    drawn = crops(train, preparation(32), (32, 32), 10)
+    pixels, masks = next(drawn)
+    assert pixels.shape == (10, 3, 32, 32)
+    assert (masks.shape, masks.dtype) == ((10, 32, 32), torch.int64)
+    known = masks != 255
+    assert 0.8 < known.float().mean() < 1
+    # The colours are the classes, but for the blended pixels between them.
+    assert (pixels.argmax(1) == masks)[known].float().mean() > 0.95
+    another, _ = next(drawn)
+    assert not torch.equal(another, pixels)
+
+
+def test_every_image_comes_once_before_any_comes_again(labelled, monkeypatch) -> None:
+    from pixel_level_contrastive_learning.evaluation.labelled import Labelled
+
+    train, _ = open_labelled(labelled)
+    read, seen = Labelled.read, []
+
+    def noted(self, index, shortest=None):
+        seen.append(index)
+        return read(self, index, shortest)
+
+    monkeypatch.setattr(Labelled, "read", noted)
+    drawn = crops(train, preparation(32), (32, 32), 4)
+    for _ in range(5):
+        next(drawn)
+    assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
+
+
+def test_a_network_learns_and_the_one_given_stays_as_it_was(labelled) -> None:
+    train, val = open_labelled(labelled)
+    net = small()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    state = torch.get_rng_state()
+    scored = finetuned(net, train, val, preparation(32), steps=40, batch=4, keep=[1])
+    hardly = finetuned(net, train, val, preparation(32), steps=1, batch=4)
+    assert scored.scores.miou > hardly.scores.miou + 0.2
+    assert scored.kept[1].shape == (32, 48)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert net.training
+    for name, value in net.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_what_is_predicted_for_an_image_does_not_hang_on_the_others(labelled) -> None:
+    train, val = open_labelled(labelled)
+    settings = {"steps": 5, "batch": 2}
+    net = small()
+    together = finetuned(net, train, val, preparation(32), keep=[1, 2], **settings)
+    alone = finetuned(net, train, val.chosen([1]), preparation(32), keep=[0], **settings)
+    assert torch.equal(alone.kept[0], together.kept[1])
+
+
+def test_a_seed_decides_everything(labelled) -> None:
+    train, val = open_labelled(labelled)
+    net = small()
+    first, again, other = (
+        finetuned(net, train, val, preparation(32), steps=2, batch=2, seed=seed).scores
+        for seed in (0, 0, 1)
+    )
+    assert str(first) == str(again)  # NaN equals nothing
+    assert first.accuracy != other.accuracy

@@ -1,0 +1,170 @@
+"""The whole of it: commands as a user gives them, with labels and without."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from pixel_level_contrastive_learning.evaluation.contenders import random_net
+from pixel_level_contrastive_learning.evaluation.outcome import Evaluation, Row
+from pixel_level_contrastive_learning.evaluation.table import evaluate, what_it_means
+from pixel_level_contrastive_learning.evaluation.unlabelled import what_it_means as without
+from pixel_level_contrastive_learning.weights import BackboneCard, save_backbone
+
+
+@pytest.fixture
+def run(model, tmp_path):
+    """A run whose layer gives smoothed colours, as a good one would here."""
+    card = BackboneCard(
+        model=model,
+        channels=3,
+        image_size=(24, 24),
+        mean=(0.5,) * 3,
+        std=(0.25,) * 3,
+        pixel_layer="body",
+        instance_layer="pool",
+    )
+    net = random_net(card, 0)
+    with torch.no_grad():
+        for layer in (net.stem, net.body):
+            layer.weight.zero_()
+            layer.bias.zero_()
+            for channel in range(3):
+                layer.weight[channel, channel] = 1 / 9
+    save_backbone(tmp_path / "run" / "backbone.safetensors", net, card)
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("protocol", ["linear", "knn"])
+def test_a_run_is_judged_beside_random_weights(run, labelled, tmp_path, protocol) -> None:
+    out = tmp_path / "out"
+    found = evaluate(run, data=labelled, protocol=protocol, seeds=2, out=out)
+    assert [row.name for row in found.rows] == ["random weights", str(run)]
+    assert [len(row.seeds) for row in found.rows] == [2, 1]  # its own weights know no chance
+    assert set(found.ours.scores) == {"mIoU", "pixel accuracy"}
+    assert list(found.ours.classes) == ["red", "green", "blue"]
+    assert found.ours.scores["mIoU"] > 0.7
+    assert found.settings["fed at"] == "shorter side 34"
+    assert found.settings["layers"] == ["body"]
+    assert f"{found.ours.scores['mIoU']:.3f}" in found.table()
+    assert " mIoU on val, " in found.sentence
+    assert Evaluation.from_json((out / "evaluation.json").read_text()) == found
+    pictures = sorted(path.name for path in (out / "predictions").iterdir())
+    assert pictures == [f"000{number}_{number}.png" for number in range(4)]
+
+
+def test_the_same_weights_reach_the_same(run, labelled) -> None:
+    torch.manual_seed(1)
+    first = evaluate(run, data=labelled)
+    torch.manual_seed(2)
+    assert evaluate(run, data=labelled).rows == first.rows
+
+
+def test_fine_tuning_takes_a_share_of_the_masks(run, labelled) -> None:
+    settings = {"protocol": "finetune", "fraction": 0.3, "steps": 3}
+    found = evaluate(run, data=labelled, **settings)
+    assert [len(row.seeds) for row in found.rows] == [3, 3]
+    assert found.ours.deviations["mIoU"] > 0
+    assert found.settings["fraction"] == 0.3
+    assert found.settings["steps"] == 3
+    assert found.sentence.startswith("Fine-tuning reaches ")
+
+
+def test_a_share_of_the_masks_makes_a_probe_depend_on_the_seed(run, labelled) -> None:
+    found = evaluate(run, data=labelled, protocol="knn", fraction=0.2, seeds=2)
+    assert [len(row.seeds) for row in found.rows] == [2, 2]
+
+
+def test_layers_and_sizes_may_be_named(run, labelled) -> None:
+    found = evaluate(run, data=labelled, layers=("body", "act"), size=(32, 48))
+    assert found.settings["layers"] == ["body", "act"]
+    assert found.settings["fed at"] == "32x48"
+    with pytest.raises(ValueError, match=r"no layer 'bod'.*perhaps body"):
+        evaluate(run, data=labelled, layers=("bod",))
+
+
+def test_without_labels_views_and_health_are_looked_at(run, labelled, tmp_path) -> None:
+    (labelled / "images/val/broken.png").write_text("no image")
+    found = evaluate(run, images=labelled / "images/val", seeds=2, out=tmp_path)
+    assert found.protocol == "correspondence"
+    assert [len(row.seeds) for row in found.rows] == [2, 2]
+    names = ["hit@1", "hit within 2 cells", "hit@1 by chance", "spread", "effective rank"]
+    assert list(found.ours.scores) == names
+    assert found.rows[0].scores["hit@1 by chance"] == found.ours.scores["hit@1 by chance"]
+    assert found.settings["images"] == 4
+    (note,) = found.notes
+    assert note.startswith("1 images could not be read, the first: ")
+    assert "broken.png" in note
+    assert found.sentence.startswith("A cell finds its own spot in another view of its image in ")
+    assert json.loads((tmp_path / "evaluation.json").read_text())["sentence"] == found.sentence
+
+
+def test_large_images_are_looked_at_smaller(run, tmp_path) -> None:
+    (tmp_path / "photos").mkdir()
+    Image.effect_noise((1600, 1200), 90).convert("RGB").save(tmp_path / "photos/a.jpg")
+    found = evaluate(run, images=tmp_path / "photos")
+    assert found.settings["images"] == 1
+
+
+def test_random_weights_are_what_others_have_to_beat(model, labelled) -> None:
+    found = evaluate(f"random:{model}", data=labelled, protocol="knn")
+    assert [row.name for row in found.rows] == ["random weights"]
+    assert found.sentence.endswith("what other weights of this network have to beat.")
+
+
+def test_all_that_is_wrong_is_said_at_once() -> None:
+    with pytest.raises(ValueError) as error:
+        evaluate("runs/a", protocol="linar", fraction=0, seeds=0, steps=0, size=-1)
+    assert str(error.value).splitlines() == [
+        "protocol is 'linar'; it must be one of 'linear', 'knn', 'finetune' (perhaps 'linear')",
+        "fraction is 0; it must be a number above 0",
+        "seeds is 0; it must be a whole number of at least 1",
+        "size is -1; it must be a whole number of pixels or (height, width), such as 224",
+        "steps is 0; it must be a whole number of at least 1",
+        "neither of data and images given; give data (a folder of images and masks) to evaluate "
+        "with labels, or images to evaluate without",
+    ]
+    with pytest.raises(ValueError, match="both of data and images given"):
+        evaluate("runs/a", data="a", images="b")
+
+
+# What it means.
+
+
+def rows(*figures: float, deviation: float = 0.0) -> list[Row]:
+    return [Row(str(i), {"mIoU": value}, {"mIoU": deviation}) for i, value in enumerate(figures)]
+
+
+@pytest.mark.parametrize(
+    ("figures", "deviation", "words"),
+    [
+        ((0.2, 0.3), 0.0, "1.50 times random weights (0.200): the weights know more"),
+        ((0.2, 0.205), 0.0, "no clear gain"),
+        ((0.2, 0.24), 0.03, "no clear gain"),
+        ((0.2, 0.1), 0.0, "worse than random"),
+        ((0.2, 0.19), 0.03, "no clear gain"),
+        ((0.2, 0.25, 0.3), 0.0, "and 1.20 times what it started from (0.250): the weights know"),
+    ],
+)
+def test_figures_are_put_into_words(figures, deviation, words) -> None:
+    said = what_it_means(rows(*figures, deviation=deviation), "linear", "val")
+    assert said.startswith(f"A linear probe reaches {figures[-1]:.3f} mIoU on val, ")
+    assert words in said
+
+
+def seen(hit: float, spread: float = 0.6) -> Row:
+    scores = {"hit@1": hit, "hit@1 by chance": 0.04, "spread": spread, "effective rank": 20.0}
+    return Row("a", scores)
+
+
+def test_hits_are_put_into_words() -> None:
+    said = without([seen(0.3), seen(0.6)])
+    assert said.startswith(
+        "A cell finds its own spot in another view of its image in 60% of cases (30% with random "
+        "weights, 4.0% by chance): the weights tell spots apart better"
+    )
+    assert "have not collapsed" in said
+    assert "no clear gain over random weights" in without([seen(0.3), seen(0.3)])
+    assert "have collapsed" in without([seen(0.3), seen(0.6, spread=0.01)])
+    assert "with random weights, " in without([seen(0.3)])
