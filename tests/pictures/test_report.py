@@ -1,0 +1,269 @@
+"""The report: it holds everything, loads nothing, and nothing in the data breaks it."""
+
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+from evil_run import EVIL, NAMES, make_images
+
+from pixel_level_contrastive_learning.pictures import page
+from pixel_level_contrastive_learning.pictures.judgement import findings, judgement
+from pixel_level_contrastive_learning.pictures.page import POLICY, as_json, in_short
+from pixel_level_contrastive_learning.pictures.report import visualize
+
+
+class Reader(HTMLParser):
+    """Elements, their attributes, and the text of each kind."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: dict[str, list[str]] = {}
+        self.here = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        self.here = tag
+
+    def handle_data(self, data: str) -> None:
+        self.texts.setdefault(self.here, []).append(data)
+
+
+@pytest.fixture(scope="module")
+def text(report: Path) -> str:
+    return report.read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def read(text: str) -> Reader:
+    return Reader(text)
+
+
+def test_the_page_names_no_place_but_itself(read) -> None:
+    for tag, attributes in read.elements:
+        for name in ("src", "href", "srcset", "action", "data", "poster", "xlink:href"):
+            value = attributes.get(name)
+            assert value is None or value.startswith(("data:", "#")), (tag, value)
+    styles = "".join(read.texts["style"])
+    assert "url(" not in styles
+    assert "@import" not in styles
+
+
+def test_only_the_scripts_of_the_template_are_on_the_page(read) -> None:
+    scripts = [attributes for tag, attributes in read.elements if tag == "script"]
+    assert scripts == [{"type": "application/json", "id": "cargo"}, {}]
+    assert not any(name.startswith("on") for _, held in read.elements for name in held)
+
+
+def test_the_browser_is_told_to_run_nothing_else(read) -> None:
+    policy = next(
+        held["content"] for tag, held in read.elements if tag == "meta" and "http-equiv" in held
+    )
+    assert re.fullmatch(
+        r"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src "
+        r"'sha256-[A-Za-z0-9+/]{43}='; base-uri 'none'; form-action 'none'",
+        policy,
+    )
+    assert POLICY.startswith("default-src 'none'")
+
+
+def test_names_stand_on_the_page_as_they_are(read) -> None:
+    captions = "".join(read.texts["bdi"])
+    for name in NAMES:
+        assert name in captions
+    cargo = json.loads("".join(read.texts["script"][:1]))
+    assert {image["name"] for image in cargo["images"] if image["whole"]} == set(NAMES)
+
+
+def test_settings_and_scores_stand_on_the_page_as_they_are(text, read) -> None:
+    assert EVIL not in text
+    assert EVIL in read.texts["td"]
+    assert "0.375 ± 0.011" in read.texts["td"]
+    assert "0.125" in read.texts["td"]
+    assert any(EVIL in words for words in read.texts["p"])
+
+
+def test_every_picture_has_words_and_every_control_a_label(read) -> None:
+    images = [held for tag, held in read.elements if tag == "img"]
+    assert len(images) > 20
+    assert all(held.get("alt") for held in images)
+    assert {"lang": "en"} in [held for tag, held in read.elements if tag == "html"]
+    charts = [held for _, held in read.elements if held.get("role") == "img"]
+    assert len(charts) == 8
+    assert all("from" in (held["aria-label"] or "") for held in charts)
+
+
+def test_all_parts_are_there(read) -> None:
+    headings = [words.strip() for words in read.texts["h2"] if words.strip()]
+    assert headings == [
+        "The run looks healthy",
+        "Point at a pixel",
+        "What the network sees",
+        "The run",
+        "How good the features are",
+        "Matching cells",
+        "While it learned",
+        "Configuration",
+    ]
+
+
+def test_of_many_pictures_some_are_shown_the_first_and_the_last_included(read) -> None:
+    steps = [words for words in read.texts["figcaption"] if words.startswith("step ")]
+    assert steps[0] == "step 0"
+    assert steps[-1] == "step 800"
+    assert len(steps) == 6
+
+
+def test_the_run_is_judged_in_words(read) -> None:
+    told = "".join(read.texts["li"])
+    assert "rose from" in told
+    assert "40 matching pairs" in told
+    assert "40% of the time goes by waiting for images" in told
+
+
+@pytest.mark.parametrize(
+    ("end", "heading"),
+    [(0.9, "The run looks healthy"), (0.1, "Sound features, little learned")],
+)
+def test_a_run_that_learned_nothing_is_not_called_healthy(end, heading) -> None:
+    held = {"step": [1, 2], "pixel_cosine": [0.2, end], "spread": [0.8], "effective_rank": [9]}
+    assert f"<h2>{heading}</h2>" in judgement(held, [])
+    del held["pixel_cosine"]
+    assert "<h2>The features look sound</h2>" in judgement(held, [])
+
+
+def test_a_quick_loader_is_not_worth_a_word() -> None:
+    assert findings({"step": [1, 2], "waiting": [0.1, 0.1]}) == []
+
+
+def test_a_collapsed_run_is_called_one(run_maker, tmp_path) -> None:
+    run = run_maker("collapsed")
+    lines = [{"step": step, "spread": 0.01, "effective_rank": 1.0} for step in range(9)]
+    (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    page = visualize(run, out=tmp_path / "collapsed.html", count=1).read_text()
+    assert "Something is wrong with this run" in page
+    assert "have collapsed" in page
+
+
+def test_a_backbone_without_a_run_has_a_report_too(run_maker, tmp_path) -> None:
+    run = run_maker("bare")
+    images = tmp_path / "images"
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    for name in ("backbone.safetensors", "backbone.json"):
+        shutil.copy(run / name, alone / name)
+    page = visualize(alone, images=images, out=tmp_path / "new folder" / "page.html", count=1)
+    assert page == tmp_path / "new folder" / "page.html"
+    words = Reader(page.read_text()).texts["h2"]
+    assert "Point at a pixel" in words
+    assert "The run" not in words
+    assert "Configuration" not in words
+
+
+def test_a_report_is_the_same_each_time_and_moves_no_generator(run_maker, tmp_path) -> None:
+    run = run_maker("twice")
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    one = visualize(run, out=tmp_path / "one.html", count=2).read_bytes()
+    assert torch.equal(torch.get_rng_state(), before)
+    assert visualize(run, out=tmp_path / "two.html", count=2).read_bytes() == one
+    assert visualize(run, out=tmp_path / "three.html", count=2, seed=1).read_bytes() != one
+
+
+def test_twelve_images_stay_under_ten_megabytes(run_maker, tmp_path) -> None:
+    run = run_maker("twelve")
+    card = json.loads((run / "backbone.json").read_text())
+    # A stride of two on large views: maps that no page could carry as they are.
+    card |= {"pixel_layer": "0", "image_size": [160, 160]}
+    (run / "backbone.json").write_text(json.dumps(card))
+    noisy = make_images(tmp_path / "twelve", 12)
+    page = visualize(run, images=noisy, out=tmp_path / "large.html")
+    assert page.stat().st_size < 10e6
+    assert page.read_text().count('class="shared"') == 2 * 12
+
+
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        ([], "does not say what it saw"),
+        (["gone/images"], "saw 'gone/images', which is not there"),
+        ("gone", "saw 'gone', which is not there"),
+    ],
+)
+def test_a_run_whose_images_are_not_there_asks_for_some(run_maker, tmp_path, data, why) -> None:
+    run = run_maker("forgetful", data=data)
+    with pytest.raises(ValueError) as error:
+        visualize(run, out=tmp_path / "page.html")
+    assert str(error.value) == (
+        f"images is None and the run {why}; give images, such as a folder of some that were not "
+        "trained on"
+    )
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_values_out_of_range_are_refused_at_once(tmp_path) -> None:
+    with pytest.raises(ValueError) as error:
+        visualize(tmp_path, count=0, seed=-1)
+    assert str(error.value) == (
+        "count is 0; it must be a whole number of at least 1\n"
+        "seed is -1; it must be a whole number of at least 0"
+    )
+
+
+def test_settings_that_are_none_are_refused(run_maker, tmp_path) -> None:
+    run = run_maker("broken")
+    (run / "config.yaml").write_text("- a list\n")
+    with pytest.raises(ValueError) as error:
+        visualize(run, out=tmp_path / "page.html")
+    assert str(error.value) == (
+        f"{run / 'config.yaml'} holds no settings; take the file that the run wrote"
+    )
+
+
+def test_a_broken_evaluation_is_named(run_maker, tmp_path) -> None:
+    run = run_maker("odd")
+    (run / "evaluation.json").write_text("{}")
+    with pytest.raises(ValueError) as error:
+        visualize(run, out=tmp_path / "page.html")
+    assert str(error.value) == (
+        f"{run / 'evaluation.json'} is not what an evaluation writes (KeyError('rows')); evaluate "
+        "again with this folder as out, or take the file away"
+    )
+
+
+# Parts.
+
+
+def test_json_in_a_script_ends_no_script() -> None:
+    held = as_json({"name": "</script><!-- & \u2028 é"})
+    assert not set("<>&\u2028é") & set(held)
+    assert json.loads(held) == {"name": "</script><!-- & \u2028 é"}
+
+
+def test_what_is_filled_in_is_not_filled_in_again() -> None:
+    places = set(re.findall(r"\{\{(\w+)\}\}", page.template()))
+    parts = dict.fromkeys(places, "") | {"name": "{{facts}}", "facts": "secret"}
+    text = page.filled(parts, None)
+    assert text.count("secret") == 1
+    assert "{{facts}}" in text
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (True, "yes"),
+        (None, "none"),
+        (0.00012345, "0.0001234"),
+        (float("nan"), "not finite"),
+        ((0.2, 1), "0.2, 1"),
+        (["a", None], "a, none"),
+        ("text", "text"),
+    ],
+)
+def test_settings_are_shown_in_short(value, words) -> None:
+    assert in_short(value) == words
