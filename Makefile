@@ -1,21 +1,18 @@
 # Two commands do everything on a machine with Python >= 3.11, git and make.
 #   make demo   pretrain a ResNet-18 on drawn scenes and show what it learned
 #   make test   lint, types and tests, as the machine that guards the main branch runs them
+# and a third says whether a change costs time or memory:
+#   make bench  short benchmarks, their ratios beside the last recorded ones
 
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
-DEMO := build/demo
-STEPS ?= 100
+STEPS ?= 150
 
-.PHONY: demo test lint types tests clean
+.PHONY: demo test lint types tests bench clean
 
 demo: $(VENV)/installed
-	rm -rf $(DEMO)
-	$(RUN) -c "from pathlib import Path; from pixel_level_contrastive_learning.scenes import save_scenes; \
-	save_scenes(Path('$(DEMO)'), {'train': 400, 'val': 100})"
-	$(RUN) examples/pretrain_loop.py $(DEMO)/images/train --steps $(STEPS) --out $(DEMO)/improved-resnet.pt
-	$(RUN) benchmarks/transfer.py $(DEMO) $(DEMO)/improved-resnet.pt --size 160 160
+	$(VENV)/bin/pixelcl demo --out build/demo --steps $(STEPS) --overwrite
 
 test: lint types tests
 
@@ -35,6 +32,15 @@ $(VENV)/installed: pyproject.toml
 	$(RUN) -m pip install --upgrade pip
 	$(RUN) -m pip install --editable ".[dev]"
 	touch $@
+
+# The short forms, whose ratios are shown beside the last recorded ones.
+bench: $(VENV)/installed
+	$(RUN) benchmarks/step.py --size 128 --batch 8 --rounds 3 --steps 2
+	$(RUN) benchmarks/step.py --size 128 --batch 8 --rounds 3 --steps 2 --precision bfloat16 --channels-last
+	$(RUN) benchmarks/memory.py --sides 32 64
+	$(RUN) benchmarks/blocks.py --sides 16 32 --rounds 3
+	$(RUN) benchmarks/startup.py --rounds 3
+	$(RUN) benchmarks/scaling.py --check
 
 clean:
 	rm -rf build $(VENV) *.egg-info

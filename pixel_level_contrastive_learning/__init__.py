@@ -4,13 +4,36 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .evaluation.table import evaluate
+    from .exports import export
     from .modules.ppm import PPM
+    from .pictures.report import visualize
     from .pixel_cl import PixelCL
+    from .trainer.run import pretrain
     from .views import View
+    from .weights import load_backbone
 
-__all__ = ["PPM", "PixelCL", "View"]
+__all__ = [
+    "PPM",
+    "PixelCL",
+    "View",
+    "evaluate",
+    "export",
+    "load_backbone",
+    "pretrain",
+    "visualize",
+]
 
-ROOMS = {"PPM": ".modules.ppm", "PixelCL": ".pixel_cl", "View": ".views"}
+ROOMS = {
+    "PPM": ".modules.ppm",
+    "PixelCL": ".pixel_cl",
+    "View": ".views",
+    "evaluate": ".evaluation.table",
+    "export": ".exports",
+    "load_backbone": ".weights",
+    "pretrain": ".trainer.run",
+    "visualize": ".pictures.report",
+}
 
 
 def __getattr__(name: str) -> object:

@@ -1,0 +1,212 @@
+"""The command line: each command parses, calls one function and prints what came back."""
+
+from __future__ import annotations
+
+import sys
+from argparse import ArgumentParser
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from .trainer.config import PretrainConfig
+from .trainer.settings import configured, settings_of
+
+OPTIONS = (tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes)
+
+
+def pretrain(config: PretrainConfig) -> None:
+    """Pretrain a backbone on images without labels."""
+    from .trainer.run import run
+
+    result = run(config)
+    if config.dry_run:
+        for name, value in result.metrics.items():
+            print(f"{name}: {value:.4g}")
+    if result.backbone is not None:  # on the one process that writes
+        print(f"run: {result.run_dir}")
+
+
+def evaluate(
+    weights: tyro.conf.Positional[str],
+    data: str | None = None,
+    images: str | None = None,
+    protocol: Literal["linear", "knn", "finetune"] = "linear",
+    layers: tuple[str, ...] | None = None,
+    fraction: float = 1.0,
+    seeds: int | None = None,
+    seed: int = 0,
+    size: int | tuple[int, int] | None = None,
+    split: str = "val",
+    out: str | None = None,
+) -> None:
+    """Say what weights are worth, beside random ones: with labels or without.
+
+    Args:
+        weights: A run, an exported file, torchvision/NAME, timm/NAME or random:MODEL.
+        data: Folder with images/{train,val} and masks/{train,val}.
+        images: Folder of images without labels.
+        protocol: How to probe.
+        layers: Layers to probe; the one that was trained where none is named.
+        fraction: Share of the masks to use.
+        seeds: How often to repeat, each time with the next seed; 3 for finetune, else 1.
+        seed: The first seed.
+        size: What images are fed at: the shorter side, or height and width.
+        split: Which images to judge by.
+        out: Folder for evaluation.json and pictures.
+    """
+    from .evaluation.table import evaluate as evaluated
+
+    found = evaluated(
+        weights,
+        data=data,
+        images=images,
+        protocol=protocol,
+        layers=layers,
+        fraction=fraction,
+        seeds=seeds,
+        seed=seed,
+        size=size,
+        split=split,
+        out=out,
+    )
+    print(found.table())
+    print(found.sentence)
+
+
+def visualize(
+    run: tyro.conf.Positional[str], images: str | None = None, out: str = "report.html"
+) -> None:
+    """Write one page that shows what a run learned.
+
+    Args:
+        run: Folder of the run.
+        images: Folder of images to show; those of the run where none is named.
+        out: The page.
+    """
+    from .pictures.report import visualize as visualized
+
+    print(f"report: {visualized(run, images=images, out=out)}")
+
+
+def export(
+    run: tyro.conf.Positional[str],
+    format: Literal[  # noqa: A002
+        "torchvision", "timm", "safetensors", "state-dict", "smp", "mmseg", "detectron2"
+    ] = "torchvision",
+    out: str | None = None,
+) -> None:
+    """Write a run's backbone for another library.
+
+    Args:
+        run: Folder of the run, or its backbone.safetensors.
+        format: Who is to read it.
+        out: The file; beside the backbone where none is named.
+    """
+    from .exports import export as exported
+
+    print(exported(run, format, out))
+
+
+def layers(
+    model: tyro.conf.Positional[str], image_size: tuple[int, int] = (224, 224), channels: int = 3
+) -> None:
+    """List the layers of a model that can be tapped, with stride and channels.
+
+    Args:
+        model: torchvision/NAME, timm/NAME, or your own path/to/file.py:function.
+        image_size: Height and width of the views.
+        channels: Channels of the images.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from .backbones import build_backbone, tappable_layers
+
+    net = build_backbone(model, channels=channels, image_size=image_size)
+    table = Table("layer", "type", "stride", "channels", "cells")
+    for layer in tappable_layers(net, channels, image_size):
+        cells = f"{layer.grid[0]}x{layer.grid[1]}"
+        table.add_row(layer.name, layer.type_name, f"{layer.stride:g}", str(layer.channels), cells)
+    Console().print(table)
+
+
+def demo(out: str = "runs/demo", steps: int = 400, overwrite: bool = False) -> None:
+    """Draw scenes, pretrain a ResNet-18 on them, evaluate it and write the report.
+
+    Args:
+        out: Folder for all of it.
+        steps: Steps of pretraining.
+        overwrite: Replace what an earlier demo left there.
+    """
+    from .trainer.demonstration import demonstrate
+
+    shown = demonstrate(Path(out), steps=steps, overwrite=overwrite)
+    print(shown.evaluation.table())
+    print(shown.evaluation.sentence)
+    print(f"report: {shown.report}")
+
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    command.__name__: command for command in (pretrain, evaluate, visualize, export, layers, demo)
+}
+
+
+def starting_point(arguments: Sequence[str]) -> PretrainConfig:
+    """The settings that flags add to: the defaults, a recipe, a file, the run that is resumed.
+
+    Raises:
+        ValueError: A file or recipe that there is not, or values out of range in it.
+    """
+    first = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for flag in ("--out", "--config", "--recipe"):
+        first.add_argument(flag)
+    first.add_argument("--resume", action="store_true")
+    named = vars(first.parse_known_args(list(arguments))[0])
+    return configured(settings_of({name: value for name, value in named.items() if value}))
+
+
+def chosen(arguments: Sequence[str]) -> PretrainConfig:
+    """The settings that flags, files and recipes come to."""
+    base = replace(starting_point(arguments), resume=False)  # or its flag would be --no-resume
+    parsed = tyro.cli(
+        PretrainConfig,
+        prog="pixelcl pretrain",
+        description=pretrain.__doc__,
+        args=list(arguments),
+        default=base,
+        config=OPTIONS,
+    )
+    before, now = asdict(base), asdict(parsed)
+    given = {name: value for name, value in now.items() if value != before[name]}
+    starts = ("out", "config", "recipe", "resume")
+    return configured(settings_of({name: now[name] for name in starts if now[name]} | given))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; the exit code.
+
+    Args:
+        arguments: What follows the name of the program; default: what it was started with.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        if given[:1] == ["pretrain"]:
+            pretrain(chosen(given[1:]))
+        else:
+            tyro.extras.subcommand_cli_from_dict(
+                COMMANDS,
+                prog="pixelcl",
+                description="Pretrain a backbone at pixel level on your own images.",
+                args=given,
+                config=OPTIONS,
+            )
+    except ValueError as error:  # the user's mistake
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (RuntimeError, OSError, MemoryError) as error:  # what went wrong on the way
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0

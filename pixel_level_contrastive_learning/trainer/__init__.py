@@ -1,0 +1,1 @@
+"""The trainer: from a folder of images to a backbone."""

@@ -1,0 +1,207 @@
+"""From settings to parts: the images, the backbone, the learner, the task."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import asdict, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from ..augment import Normalise
+from ..backbones import build_backbone
+from ..data.loader import held_out
+from ..data.sources import Chosen, Source, open_source
+from ..data.statistics import Statistics, measure
+from ..keys import load_weights
+from ..pixel_cl import PixelCL
+from ..weights import BackboneCard
+from .config import PretrainConfig
+from .directory import RunDirectory, write_whole
+from .machine import Devices, cores, native_bfloat16
+from .plan import Clock, Facts, peak_lr
+from .schedules import LearningRate, TargetMomentum
+from .task import Practice, PretrainTask
+
+LOG = logging.getLogger("pixel_level_contrastive_learning")
+STATISTICS_FILE = "statistics.json"
+PRETRAINED = "pretrained"
+"""What `weights` is where the library's own are meant."""
+
+
+class Images(NamedTuple):
+    """What a run learns from.
+
+    Attributes:
+        training: The images that are trained on.
+        held_out: A few that are only looked at; none of few images.
+        statistics: What was measured of them.
+    """
+
+    training: Source
+    held_out: Source
+    statistics: Statistics
+
+
+def images_of(data: Any, config: PretrainConfig, directory: RunDirectory | None) -> Images:
+    """The images, looked at: how many, how large, how bright.
+
+    A run that is resumed keeps what it measured when it began.
+
+    Args:
+        data: Folders and the like, or a Python sequence or data set.
+        config: The settings.
+        directory: The run to go on with; None for a new one.
+    """
+    source = open_source(data)
+    stored = None if directory is None else directory.path / STATISTICS_FILE
+    if stored is not None and stored.exists():
+        held = json.loads(stored.read_text(encoding="utf-8"))
+        plain: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in held.items()}
+        statistics = Statistics(**plain)
+    else:
+        channels = None if config.channels == "auto" else config.channels
+        statistics = measure(source, channels=channels, seed=config.seed)
+    training, kept = held_out(source, config.seed)
+    return Images(Chosen(source, training), Chosen(source, kept), statistics)
+
+
+def facts_of(images: Images, devices: Devices) -> Facts:
+    """What decides the settings that are `auto`."""
+    return Facts(
+        images=len(images.training),
+        typical_size=images.statistics.median_size,
+        channels=images.statistics.channels,
+        device=devices.kind,
+        native_bfloat16=native_bfloat16(devices.kind),
+        processes=devices.processes,
+        cores=max(1, cores() // devices.each_node),
+    )
+
+
+def view_size(config: PretrainConfig) -> tuple[int, int]:
+    """The ``(height, width)`` of the views, once it is decided."""
+    assert config.image_size != "auto"
+    size = config.image_size
+    return size if isinstance(size, tuple) else (size, size)
+
+
+def backbone_of(config: PretrainConfig, channels: int) -> nn.Module:
+    """The backbone with the weights it starts from.
+
+    Raises:
+        ValueError: An unknown model, or weights that do not fit.
+    """
+    net = build_backbone(
+        config.model,
+        channels=channels,
+        image_size=view_size(config),
+        pretrained=config.weights == PRETRAINED,
+    )
+    if config.zero_init_residual and config.weights is None:
+        zero_last_norms(net)
+    if config.weights not in (None, PRETRAINED):
+        LOG.info("weights from %s:\n%s", config.weights, load_weights(net, config.weights))
+    return net
+
+
+def zero_last_norms(net: nn.Module) -> None:
+    """Set the last batch norm of each residual block to 0, so that blocks begin as identities."""
+    for block in net.modules():
+        if hasattr(block, "zero_init_last"):  # timm
+            block.zero_init_last()  # type: ignore[operator]  # whatever has that name
+            continue
+        for name in ("bn3", "bn2"):  # torchvision: bottlenecks, then basic blocks
+            norm = getattr(block, name, None)
+            if hasattr(block, "conv1") and isinstance(norm, nn.BatchNorm2d):
+                nn.init.zeros_(norm.weight)
+                break
+
+
+def learner_of(config: PretrainConfig, net: nn.Module, channels: int) -> PixelCL:
+    """The learner around a backbone, in the memory layout that convolutions are fastest in.
+
+    Raises:
+        ValueError: A layer that cannot be tapped.
+    """
+    learner = PixelCL(
+        net,
+        view_size(config),
+        hidden_layer_pixel=layer(config.pixel_layer),
+        hidden_layer_instance=layer(config.instance_layer),
+        projection_size=config.projection_size,
+        projection_hidden_size=config.projection_hidden_size,
+        moving_average_decay=config.target_momentum,
+        ppm_num_layers=config.ppm_num_layers,
+        ppm_gamma=config.ppm_gamma,
+        distance_thres=config.distance_thres,
+        similarity_temperature=config.similarity_temperature,
+        alpha=config.alpha,
+        use_pixpro=config.loss == "pixpro",
+        channels=channels,
+        instance_weight=config.instance_weight,
+    )
+    return learner.to(memory_format=torch.channels_last)
+
+
+def layer(name: str) -> str | int | None:
+    """A layer as the learner takes it: a name, an index, or None for its own choice."""
+    if name == "auto":
+        return None
+    return int(name) if name.removeprefix("-").isdecimal() and "." not in name else name
+
+
+def with_layers(config: PretrainConfig, learner: PixelCL) -> PretrainConfig:
+    """The settings with the layers that were taken."""
+    encoder = learner.online_encoder
+    return replace(
+        config, pixel_layer=encoder.pixel_tap.name, instance_layer=encoder.instance_tap.name
+    )
+
+
+def practice_of(config: PretrainConfig, clock: Clock) -> Practice:
+    """How the learner is trained."""
+    rate = LearningRate(peak_lr(config), clock.steps, clock.warmup, config.final_lr)
+    return Practice(
+        lr=rate,
+        momentum=TargetMomentum(config.target_momentum, clock.steps),
+        optimizer=config.optimizer,
+        weight_decay=config.weight_decay,
+        clip_grad=config.clip_grad,
+        accumulate=1 if config.accumulate == "auto" else config.accumulate,
+        seed=config.seed,
+        largest_sigma=config.blur_sigma[1],
+    )
+
+
+def card_of(config: PretrainConfig, statistics: Statistics) -> BackboneCard:
+    """What is needed to use the backbone."""
+    return BackboneCard(
+        model=config.model,
+        channels=statistics.channels,
+        image_size=view_size(config),
+        mean=statistics.mean,
+        std=statistics.std,
+        low=statistics.low,
+        high=statistics.high,
+        pixel_layer=config.pixel_layer,
+        instance_layer=config.instance_layer,
+        start=config.weights or "random",
+        seed=config.seed,
+    )
+
+
+def task_of(
+    config: PretrainConfig, learner: PixelCL, statistics: Statistics, clock: Clock
+) -> PretrainTask:
+    """The learner and how it is trained."""
+    normalise = Normalise(statistics.mean, statistics.std)
+    return PretrainTask(learner, normalise, practice_of(config, clock))
+
+
+def save_statistics(statistics: Statistics, directory: RunDirectory) -> None:
+    """Keep what was measured of the images with the run."""
+    text = json.dumps(asdict(statistics), indent=2).encode()
+    write_whole(directory.path / STATISTICS_FILE, lambda file: file.write(text))

@@ -1,0 +1,49 @@
+"""The demo: drawn scenes, a ResNet-18 pretrained on them, a table and a report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+from ..evaluation.outcome import Evaluation
+from ..evaluation.table import evaluate
+from ..pictures.report import visualize
+from ..scenes import save_scenes
+from .run import pretrain
+
+SCENES = {"train": 400, "val": 100}
+
+
+class Demonstration(NamedTuple):
+    """What the demo has to show."""
+
+    evaluation: Evaluation
+    report: Path
+
+
+def demonstrate(out: Path, *, steps: int, overwrite: bool = False) -> Demonstration:
+    """Draw scenes, pretrain on them, evaluate and write the report.
+
+    Args:
+        out: Folder for all of it.
+        steps: Steps of pretraining.
+        overwrite: Whether to replace the run of an earlier demo; its scenes are used again.
+
+    Raises:
+        ValueError: The folder is in use.
+    """
+    scenes, run, report = out / "scenes", out / "run", out / "report.html"
+    if not (overwrite and scenes.is_dir()):
+        save_scenes(scenes, SCENES)
+    images = scenes / "images"
+    pretrain(
+        images / "train",
+        run,
+        model="torchvision/resnet18",
+        image_size=128,
+        batch_size=24,
+        steps=steps,
+        overwrite=overwrite,
+    )
+    evaluation = evaluate(run, data=scenes, out=run)
+    return Demonstration(evaluation, visualize(run, images=images / "val", out=report))

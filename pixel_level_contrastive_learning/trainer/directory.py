@@ -1,0 +1,290 @@
+"""The folder of a run: who may write there, what stands in it, and how a file comes into it whole.
+
+Whatever a run writes is written beside its place, synced and moved there, so that a full disk or a
+killed process leaves what was there before.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
+
+from .settings import CONFIG_FILE
+
+LOG = logging.getLogger("pixel_level_contrastive_learning")
+METRICS_FILE = "metrics.jsonl"
+PROBE_FILE = "probe.jsonl"
+LOG_FILE = "train.log"
+PREVIEW = "preview"
+OURS = (
+    CONFIG_FILE,
+    METRICS_FILE,
+    LOG_FILE,
+    "statistics.json",
+    "skipped.txt",
+    "checkpoints",
+    PREVIEW,
+    "pictures",
+    "backbone.safetensors",
+    "backbone.json",
+    "bad_batch.pt",
+    "evaluation.json",
+    PROBE_FILE,
+    "lightning_logs",
+    "tensorboard",
+    "csv",
+    "wandb",
+    "mlflow",
+)
+"""What a run writes, and so what replacing it removes; nothing else in the folder is touched."""
+
+
+class CannotWriteError(OSError):
+    """A file of the run could not be written; what was there before is still there."""
+
+
+class RunDirectory:
+    """The folder of a run.
+
+    Args:
+        path: The folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+
+    def check(self, *, resume: bool, overwrite: bool) -> None:
+        """Find out whether a run may be written here, without writing anything.
+
+        Raises:
+            ValueError: It is a file, or there is something in it and neither is asked for.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"out is {self.path}, which is a file; name a folder")
+        used = self.path.is_dir() and any(
+            path.name != PREVIEW
+            for path in self.path.iterdir()  # all that a dry run leaves
+        )
+        if used and not resume and not overwrite:
+            raise ValueError(
+                f"out is {self.path}, which is not empty; go on with the run in it (--resume), "
+                "replace it (--overwrite), or name another folder"
+            )
+
+    def prepare(self, *, overwrite: bool) -> None:
+        """Make the folder, and remove the run in it if it is to be replaced.
+
+        Raises:
+            ValueError: It cannot be made.
+        """
+        if overwrite:
+            self.remove_run()
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(
+                f"out is {self.path}, where nothing can be written ({error.strerror}); name a "
+                "folder that you may write to"
+            ) from error
+
+    def remove_run(self) -> None:
+        """Remove what runs write, and nothing else."""
+        for name in OURS:
+            path = self.path / name
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+    def write_config(self, text: str) -> None:
+        """Write `config.yaml`."""
+        write_whole(self.path / CONFIG_FILE, lambda file: file.write(text.encode()))
+
+    def cut_metrics(self, step: int) -> int:
+        """Drop the lines of metrics after a step (all of them at 0); how many those were.
+
+        A last line that a killed run left unfinished is dropped too.
+        """
+        return sum(self.cut(self.path / name, step) for name in (METRICS_FILE, PROBE_FILE))
+
+    def cut(self, path: Path, step: int) -> int:
+        """Drop the lines of a file after a step; how many those were."""
+        if not path.exists():
+            return 0
+        lines = path.read_bytes().splitlines(keepends=True)
+        kept = [line for line in lines if 0 < step_of(line) <= step]
+        if len(kept) < len(lines):
+            write_whole(path, lambda file: file.writelines(kept))
+        return len(lines) - len(kept)
+
+    def checkpoint_path(self, step: int) -> Path:
+        """Where the checkpoint of a step stands."""
+        return self.checkpoints / f"step-{step:08d}.ckpt"
+
+    def checkpoint_paths(self) -> list[Path]:
+        """The checkpoints, newest first, and the link to one of them after all others."""
+        numbered = sorted(self.checkpoints.glob("step-*.ckpt"), reverse=True)
+        return [*numbered, *self.checkpoints.glob("last.ckpt")]
+
+    def newest_checkpoint(self) -> tuple[Path, int] | None:
+        """The newest checkpoint that can be read and its step, or None.
+
+        One that cannot be read, such as one cut off by a full disk, is named in a warning.
+        """
+        for path in self.checkpoint_paths():
+            try:
+                step = read_checkpoint(path)["steps_done"]
+            except Exception as error:  # whatever a broken file makes the reader raise
+                LOG.warning(
+                    "the checkpoint %s cannot be read (%s: %s); taking the one before it",
+                    path,
+                    type(error).__name__,
+                    str(error).splitlines()[0] if str(error) else "",
+                )
+            else:
+                return path, int(step)
+        return None
+
+    def point_last_at(self, path: Path) -> None:
+        """Make ``last.ckpt`` the same file as ``path``; a copy where there are no hard links."""
+        last = self.checkpoints / "last.ckpt"
+        beside = last.with_suffix(".tmp")
+        beside.unlink(missing_ok=True)
+        try:
+            os.link(path, beside)
+        except OSError:
+            shutil.copyfile(path, beside)
+        beside.replace(last)
+
+    def prune(self, keep: int) -> None:
+        """Remove all but the ``keep`` newest numbered checkpoints."""
+        for path in sorted(self.checkpoints.glob("step-*.ckpt"), reverse=True)[keep:]:
+            path.unlink()
+
+    def forget_after(self, step: int) -> None:
+        """Remove checkpoints of later steps, and those that were cut off in writing."""
+        for path in self.checkpoints.glob("step-*.ckpt"):
+            if int(path.stem.removeprefix("step-")) > step:
+                path.unlink()
+        for path in self.checkpoints.glob("*.tmp"):
+            path.unlink()
+
+
+def step_of(line: bytes) -> int:
+    """The step of a line of metrics; 0 where it cannot be read."""
+    with suppress(ValueError, KeyError, TypeError):
+        return int(json.loads(line)["step"])
+    return 0
+
+
+def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Write a file beside its place, sync it and move it there.
+
+    Raises:
+        CannotWriteError: The disk is full or the like; the file that was there is as it was.
+    """
+    beside = path.with_name(f"{path.name}.tmp")
+    try:
+        with beside.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+        sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:  # torch's writer tells a full disk as RuntimeError
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
+        full = getattr(error, "errno", None) == errno.ENOSPC
+        free = shutil.disk_usage(path.parent).free / 2**20
+        reason = "the disk is full" if full else str(error).splitlines()[0]
+        raise CannotWriteError(
+            f"{path} could not be written: {reason} ({free:.0f} MiB free); nothing that existed is "
+            "lost: make room and go on with --resume"
+        ) from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the moving of a file last, where the system can."""
+    with suppress(OSError):  # some network and Windows file systems cannot
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint's contents, on the CPU; only tensors and plain values are ever loaded."""
+    read: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    return read
+
+
+class WholeCheckpoints(CheckpointIO):
+    """Checkpoints that are either whole or not there.
+
+    Lightning's own are moved from a temporary folder, which is no single act across disks.
+    """
+
+    def save_checkpoint(
+        self,
+        checkpoint: dict[str, Any],
+        path: str | os.PathLike[str],
+        storage_options: Any = None,  # noqa: ARG002  # named by Lightning
+    ) -> None:
+        """Write a checkpoint.
+
+        Raises:
+            CannotWriteError: It could not be written.
+        """
+        write_whole(Path(path), lambda file: torch.save(checkpoint, file))
+
+    def load_checkpoint(
+        self,
+        path: str | os.PathLike[str],
+        map_location: Any = None,  # noqa: ARG002
+        weights_only: bool | None = None,  # noqa: ARG002
+    ) -> dict[str, Any]:
+        """Read a checkpoint."""
+        return read_checkpoint(Path(path))
+
+    def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
+        """Remove a checkpoint."""
+        Path(path).unlink(missing_ok=True)
+
+
+class MetricsFile:
+    """`metrics.jsonl`: one line of figures a step.
+
+    Args:
+        path: The file, appended to.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def append(self, lines: Sequence[Mapping[str, object]]) -> None:
+        """Append lines.
+
+        Raises:
+            CannotWriteError: The disk is full or the like.
+        """
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(text)
+        except OSError as error:
+            raise CannotWriteError(
+                f"{self.path} could not be written: {error.strerror}; nothing that existed is "
+                "lost: make room and go on with --resume"
+            ) from error

@@ -1,0 +1,139 @@
+"""What the machine is: its devices, its processes, its memory."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from .config import PretrainConfig
+
+RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")
+"""Where launchers tell a process its place; the one that writes is 0 in all of them."""
+LIBRARIES = (
+    "torch",
+    "torchvision",
+    "lightning",
+    "timm",
+    "kornia",
+    "pixel-level-contrastive-learning",
+)
+UNLIMITED = 2**60
+"""Limits of memory from here on are none, in bytes."""
+
+
+class Devices(NamedTuple):
+    """What a run computes on.
+
+    Attributes:
+        kind: ``cuda``, ``cpu`` or ``mps``.
+        each_node: Devices, and so processes, on each machine.
+        nodes: Machines.
+    """
+
+    kind: str
+    each_node: int
+    nodes: int
+
+    @property
+    def processes(self) -> int:
+        """Processes of the run."""
+        return self.each_node * self.nodes
+
+
+def devices(config: PretrainConfig) -> Devices:
+    """The devices that the settings and the launcher ask for.
+
+    Raises:
+        ValueError: There are fewer.
+    """
+    has_gpu = torch.cuda.is_available()
+    has_mps = torch.backends.mps.is_available()
+    kind = {"gpu": "cuda", "auto": "cuda" if has_gpu else "mps" if has_mps else "cpu"}.get(
+        config.accelerator, config.accelerator
+    )
+    there = {"cuda": torch.cuda.device_count() if has_gpu else 0, "mps": int(has_mps)}
+    nodes = config.num_nodes
+    if "LOCAL_WORLD_SIZE" in os.environ:  # torchrun has started the processes already
+        each = int(os.environ["LOCAL_WORLD_SIZE"])
+        nodes = int(os.environ.get("WORLD_SIZE", each)) // each
+    elif config.devices == "auto":
+        each = there.get(kind, 1)
+    else:
+        each = config.devices
+    if each > there.get(kind, each) or each == 0:
+        raise ValueError(
+            f"devices is {config.devices!r} with accelerator {config.accelerator!r}; here are "
+            f"{there.get(kind, 0)} of kind {kind}: give fewer, or accelerator cpu"
+        )
+    return Devices(kind, each, nodes)
+
+
+def native_bfloat16(kind: str) -> bool:
+    """Whether a kind of device has instructions of its own for bfloat16."""
+    if kind == "cuda":
+        return torch.cuda.get_device_capability() >= (8, 0)
+    if kind != "cpu":
+        return False
+    asked = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")  # not public in torch
+    return any(bool(getattr(torch.cpu, name, lambda: False)()) for name in asked)
+
+
+def is_writer() -> bool:
+    """Whether this process is the one of the run that writes."""
+    return all(os.environ.get(name, "0") == "0" for name in RANKS)
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that may still be taken on a device; on a CPU, within the limits of a container."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    bounds = [UNLIMITED]
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        bounds.append(int(lines["MemAvailable"].split()[0]) * 1024)
+    group = Path("/sys/fs/cgroup")
+    most, used = group / "memory.max", group / "memory.current"
+    if most.exists() and used.exists() and most.read_text().strip() != "max":
+        bounds.append(int(most.read_text()) - int(used.read_text()))
+    return max(0, min(bounds))
+
+
+def described(found: Devices) -> str:
+    """The system and the versions, for the log."""
+    name = torch.cuda.get_device_name() if found.kind == "cuda" else processor()
+    libraries = ", ".join(f"{library} {installed(library)}" for library in LIBRARIES)
+    return (
+        f"{platform.system()} {platform.release()}, Python {platform.python_version()}, "
+        f"{libraries}; {found.processes} x {found.kind} ({name}), {cores()} cores"
+    )
+
+
+def processor() -> str:
+    """The name of the CPU."""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def installed(library: str) -> str:
+    """The version of a library."""
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return "?"

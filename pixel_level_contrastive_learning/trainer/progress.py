@@ -1,0 +1,69 @@
+"""The progress bar, and figures as a line of text."""
+
+from __future__ import annotations
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+def as_line(line: dict[str, float]) -> str:
+    """The figures of a step as one line of the log."""
+    chosen = ("loss", "pixel_cosine", "instance_cosine", "positive_pairs", "spread", "grad_norm")
+    shown = ", ".join(f"{name} {line[name]:.4g}" for name in chosen if name in line)
+    return (
+        f"step {line['step']:.0f}: {shown}, lr {line['lr']:.3g}, "
+        f"{line['images_per_second']:.4g} images/s, {line['waiting']:.0%} waiting for data"
+    )
+
+
+class Bar:
+    """The progress bar: figures, speed, waiting, memory and time left. None but on a terminal.
+
+    Args:
+        steps: Steps of the run.
+    """
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+        self.console = Console(stderr=True)
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(compact=True),
+            TextColumn("{task.fields[figures]}"),
+            console=self.console,
+            disable=not self.console.is_terminal,
+            refresh_per_second=2,
+        )
+
+    def start(self, done: int) -> None:
+        """Show the bar."""
+        self.task = self.progress.add_task("pretrain", total=self.steps, completed=done, figures="")
+        self.progress.start()
+
+    def show(self, line: dict[str, float]) -> None:
+        """Show the figures of a step."""
+        if self.progress.disable:
+            return
+        used = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resident()
+        figures = (
+            f"loss {line['loss']:.3f}  pixel_cosine {line['pixel_cosine']:.3f}  "
+            f"{line['images_per_second']:.0f} images/s  waiting {line['waiting']:.0%}  "
+            f"{used / 2**30:.1f} GiB"
+        )
+        self.progress.update(self.task, completed=line["step"], figures=figures)
+
+    def stop(self) -> None:
+        """Take the bar away, leaving its last line."""
+        self.progress.stop()
+
+
+def resident() -> float:
+    """Memory of this process in bytes: the most it ever had."""
+    try:
+        import resource
+    except ImportError:  # no such thing on Windows
+        return 0.0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0

@@ -1,0 +1,233 @@
+"""Looking at the network while it learns: correspondence, a probe, pictures of what it sees.
+
+All of it is done by the process that writes, in eval mode, on images that never change, and leaves
+the network and its training as they were.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from torch import Tensor
+
+from ..data.raster import SCALES, Unreadable, upright
+from ..data.sources import Source
+from ..data.statistics import Statistics
+from ..evaluation.correspondence import ViewPairs, draw_pairs, matched
+from ..evaluation.features import Reader
+from ..evaluation.labelled import open_labelled
+from ..evaluation.preparation import Preparation
+from ..evaluation.segmentation import probed
+from ..geometry import box_to_map
+from ..pictures.maps import aligned_colours, colours_picture, pca_colours
+from ..views import cut_views
+from ..weights import BackboneCard
+from .callbacks import Checkpoints
+from .directory import PROBE_FILE, RunDirectory
+from .figures import Figures
+from .preview import rgb
+from .task import PretrainTask
+
+if TYPE_CHECKING:
+    from ..evaluation.labelled import Labelled
+
+LOG = logging.getLogger("pixel_level_contrastive_learning")
+PICTURED = 4
+"""Images that are drawn."""
+COMPARED = 32
+"""Held-out images, at most, whose views are compared."""
+BEST = "best.ckpt"
+
+
+class Watching(Callback):
+    """Draws what the network sees of some images, and asks whether cells find their spot.
+
+    Before the first step, every so many steps, and after the last. The figures ``hit1`` and
+    ``hit_near`` stand in the lines of `metrics.jsonl` until they are measured anew.
+
+    Args:
+        directory: The folder of the run.
+        figures: Where the figures go.
+        card: How images are brought to the network.
+        images: Images to look at.
+        held_out: Whether these are kept from training, so that correspondence means something.
+        statistics: The form images are brought to.
+        every: Steps between pictures.
+    """
+
+    def __init__(
+        self,
+        directory: RunDirectory,
+        figures: Figures,
+        card: BackboneCard,
+        images: Source,
+        *,
+        held_out: bool,
+        statistics: Statistics,
+        every: int,
+    ) -> None:
+        self.folder = directory.path / "pictures"
+        self.figures = figures
+        self.card = card
+        self.every = every
+        seen = whole_images(images, statistics, card.image_size, COMPARED if held_out else PICTURED)
+        self.pictured = seen[:PICTURED]
+        self.pairs: ViewPairs | None = None
+        if held_out and len(seen):
+            self.pairs = draw_pairs(list(seen), card.image_size, seed=0)
+        self.reader: Reader | None = None
+        self.colours: Tensor | None = None
+        self.looked_at = -1
+
+    def on_train_start(self, trainer: Trainer, task: Any) -> None:
+        if trainer.is_global_zero and len(self.pictured):
+            layer = [self.card.pixel_layer]
+            self.reader = Reader(task.learner.net, layer, self.card.channels, self.card.image_size)
+            self.look(task)
+
+    def on_train_batch_end(self, _: Trainer, task: Any, *__: Any) -> None:
+        if task.done % self.every == 0:
+            self.look(task)
+
+    def on_train_end(self, _: Trainer, task: Any) -> None:
+        self.look(task)
+
+    def look(self, task: PretrainTask) -> None:
+        """Look now, once a step."""
+        if self.reader is None or self.looked_at == task.done:
+            return
+        self.looked_at = task.done
+        if self.pairs is not None:
+            found = matched(self.reader, self.pairs, self.card.mean, self.card.std)
+            self.figures.health |= {"hit1": found.hit1, "hit_near": found.hit_near}
+            LOG.info(
+                "step %d: %.1f %% of cells find their spot in another view (%.1f %% by chance)",
+                task.done,
+                100 * found.hit1,
+                100 * found.chance,
+            )
+        normalise = task.normalise
+        device = task.device
+        features = self.reader(normalise(self.pictured.to(device))).cpu()
+        if self.colours is None:
+            self.colours, _ = pca_colours(features)
+        else:
+            self.colours, _ = aligned_colours(features, self.colours)
+        self.folder.mkdir(exist_ok=True)
+        picture = colours_picture(rgb(self.pictured), self.colours)
+        picture.save(self.folder / f"step-{task.done:08d}.png")
+
+
+def whole_images(
+    source: Source, statistics: Statistics, size: tuple[int, int], count: int
+) -> Tensor:
+    """Some images ``(n, c, *size)``, float32 in [0, 1]: the largest middle part of this shape.
+
+    Those that cannot be read are left out.
+    """
+    h, w = size
+    found: list[Tensor] = []
+    for index in range(len(source)):
+        if len(found) == count:
+            break
+        try:
+            opened = source.open(index)
+            statistics.accepts(opened)
+            height, width = opened.size
+            scale = max(s for s in SCALES if s == 1 or (height >= h * s and width >= w * s))
+            pixels = upright(opened.raster(scale).pixels, opened.orientation)
+        except Unreadable:
+            continue
+        formed = statistics.form(pixels)
+        unit = formed.float() / 255 if formed.dtype == torch.uint8 else formed
+        height, width = unit.shape[-2:]
+        zoom = min(height / h, width / w)
+        left, top = (width - w * zoom) / 2, (height - h * zoom) / 2
+        box = torch.tensor([[left, top, left + w * zoom, top + h * zoom]])
+        found.append(cut_views(unit[None], box_to_map(box, torch.tensor([False])), size)[0])
+    return torch.stack(found) if found else torch.empty(0, statistics.channels, h, w)
+
+
+class Probe(Callback):
+    """Fits a probe to the frozen features every so many steps, and keeps the best checkpoint.
+
+    Args:
+        directory: The folder of the run.
+        figures: Where the figure goes, as ``probe_miou``.
+        checkpoints: Saves at every probe.
+        card: How images are brought to the network.
+        labelled: Folder of images and masks.
+        protocol: ``linear`` or ``knn``.
+        every: Steps between probes.
+
+    Raises:
+        ValueError: The folder holds no such images, or wrong masks.
+    """
+
+    def __init__(
+        self,
+        directory: RunDirectory,
+        figures: Figures,
+        checkpoints: Checkpoints,
+        card: BackboneCard,
+        labelled: str,
+        *,
+        protocol: str,
+        every: int,
+    ) -> None:
+        self.directory = directory
+        self.figures = figures
+        self.checkpoints = checkpoints
+        self.card = card
+        self.protocol = protocol
+        self.every = every
+        self.train: Labelled
+        self.judged: Labelled
+        self.train, self.judged = open_labelled(labelled, ("train", "val"))
+        self.prepare = Preparation.of(card)
+        self.file = directory.path / PROBE_FILE
+
+    def on_train_batch_end(self, trainer: Trainer, task: Any, *_: Any) -> None:
+        if task.done % self.every:
+            return
+        self.checkpoints.save(trainer, task)
+        if trainer.is_global_zero:
+            self.probe(task)
+        trainer.strategy.barrier()
+
+    def probe(self, task: PretrainTask) -> None:
+        """Probe now, and keep the checkpoint if it is the best so far."""
+        reader = Reader(
+            task.learner.net, [self.card.pixel_layer], self.card.channels, self.card.image_size
+        )
+        scored = probed(reader, self.train, self.judged, self.prepare, protocol=self.protocol)
+        miou = float(scored.scores.miou)
+        best = max(self.scores(), default=-1.0)
+        with self.file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": task.done, "miou": miou}) + "\n")
+        self.figures.health |= {"probe_miou": miou}
+        LOG.info(
+            "step %d: mean IoU of the probe %.4f%s", task.done, miou, " (best)" * (miou > best)
+        )
+        if miou > best:
+            keep(self.directory.checkpoint_path(task.done), self.directory.checkpoints / BEST)
+
+    def scores(self) -> list[float]:
+        """The figures of earlier probes."""
+        if not self.file.exists():
+            return []
+        return [json.loads(line)["miou"] for line in self.file.read_text().splitlines()]
+
+
+def keep(path: Path, name: Path) -> None:
+    """Keep a file under another name, in one act."""
+    beside = name.with_suffix(".tmp")
+    beside.unlink(missing_ok=True)
+    os.link(path, beside)
+    beside.replace(name)

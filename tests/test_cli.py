@@ -1,0 +1,211 @@
+"""The command line: its flags, its help without torch, its refusals and exit codes."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+from pixel_level_contrastive_learning import cli
+from pixel_level_contrastive_learning.trainer.config import PretrainConfig
+
+PACKAGE = "pixel_level_contrastive_learning"
+FLAGS = [
+    "--out",
+    "--config",
+    "--recipe",
+    "--resume",
+    "--overwrite",
+    "--dry-run",
+    "--model",
+    "--weights",
+    "--channels",
+    "--pixel-layer",
+    "--instance-layer",
+    "--zero-init-residual",
+    "--image-size",
+    "--crop-area",
+    "--aspect-ratio",
+    "--prob-hflip",
+    "--prob-vflip",
+    "--max-rotation",
+    "--jitter",
+    "--prob-jitter",
+    "--prob-gray",
+    "--prob-blur",
+    "--blur-sigma",
+    "--prob-solarise",
+    "--loss",
+    "--alpha",
+    "--instance-weight",
+    "--projection-size",
+    "--projection-hidden-size",
+    "--ppm-num-layers",
+    "--ppm-gamma",
+    "--distance-thres",
+    "--similarity-temperature",
+    "--batch-size",
+    "--accumulate",
+    "--epochs",
+    "--steps",
+    "--optimizer",
+    "--lr",
+    "--weight-decay",
+    "--warmup-epochs",
+    "--final-lr",
+    "--target-momentum",
+    "--clip-grad",
+    "--seed",
+    "--precision",
+    "--workers",
+    "--accelerator",
+    "--devices",
+    "--num-nodes",
+    "--strategy",
+    "--checkpoint-every",
+    "--keep-checkpoints",
+    "--max-broken",
+    "--loggers",
+    "--picture-every",
+    "--probe",
+    "--probe-protocol",
+    "--probe-every",
+]
+
+
+def help_of(*arguments: str, capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as done:
+        cli.main([*arguments, "--help"])
+    assert done.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_the_flags_are_frozen() -> None:
+    """A name here is in somebody's script: add to the list, never take away."""
+    import dataclasses
+
+    names = [field.name for field in dataclasses.fields(PretrainConfig)]
+    assert ["data", *(flag[2:].replace("-", "_") for flag in FLAGS)] == names
+
+
+def test_help_names_every_flag(capsys) -> None:
+    text = help_of("pretrain", capsys=capsys)
+    assert [flag for flag in FLAGS if f"{flag} " not in text] == []
+
+
+def test_help_names_every_command(capsys) -> None:
+    text = help_of(capsys=capsys)
+    for command in ("pretrain", "evaluate", "visualize", "export", "layers", "demo"):
+        assert command in text
+
+
+def test_help_comes_without_torch_and_soon() -> None:
+    code = (
+        f"import sys; from {PACKAGE}.cli import main\n"
+        "try: main(['pretrain', '--help'])\nexcept SystemExit: pass\n"
+        "print([n for n in ('torch', 'lightning', 'kornia', 'numpy') if n in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+    began = time.process_time(), time.perf_counter()
+    subprocess.run([sys.executable, "-c", "pass"], check=True)
+    bare = time.perf_counter() - began[1]
+    began = time.process_time(), time.perf_counter()
+    subprocess.run([sys.executable, "-m", PACKAGE, "--help"], check=True, capture_output=True)
+    assert time.perf_counter() - began[1] < bare + 2.0  # 0.2 on an idle machine
+
+
+def chosen(*arguments: str) -> PretrainConfig:
+    return cli.chosen(arguments)
+
+
+def test_flags_become_settings() -> None:
+    config = chosen(
+        *("a", "b", "--out", "run", "--crop-area", "0.1", "0.5", "--image-size", "96", "128"),
+        *("--batch-size", "auto", "--epochs", "7", "--max-broken", "0.5", "--dry-run"),
+        *("--pixel-layer", "layer3", "--checkpoint-every", "5", "--loggers", "csv", "tensorboard"),
+    )
+    assert config == PretrainConfig(
+        data=("a", "b"),
+        out="run",
+        crop_area=(0.1, 0.5),
+        image_size=(96, 128),
+        epochs=7,
+        max_broken=0.5,
+        dry_run=True,
+        pixel_layer="layer3",
+        checkpoint_every=5,
+        loggers=("csv", "tensorboard"),
+    )
+
+
+def test_flags_count_more_than_the_file_and_the_recipe(tmp_path) -> None:
+    (tmp_path / "mine.yaml").write_text("data: [x]\nsteps: 300\nlr: 1e-4\nbatch_size: 8\n")
+    config = chosen("--config", str(tmp_path / "mine.yaml"), "--epochs", "3", "--out=run")
+    assert (config.data, config.steps, config.epochs) == (("x",), None, 3)
+    assert (config.lr, config.batch_size) == (1e-4, 8)
+    config = chosen("a", "--recipe", "pixpro-100ep", "--batch-size", "64")
+    assert (config.optimizer, config.batch_size, config.epochs) == ("lars", 64, 100)
+
+
+def test_resuming_takes_the_settings_of_the_run(tmp_path) -> None:
+    (tmp_path / "config.yaml").write_text("data: [x]\nsteps: 30\nmodel: torchvision/resnet18\n")
+    config = chosen("--out", str(tmp_path), "--resume", "--steps", "40")
+    assert (config.resume, config.steps, config.model) == (True, 40, "torchvision/resnet18")
+
+
+def exit_code(arguments: tuple[str, ...]) -> object:
+    """The code a command ends with, whoever ends it."""
+    try:
+        return cli.main(list(arguments))
+    except SystemExit as done:
+        return done.code
+
+
+def refusal(*arguments: str, capsys: pytest.CaptureFixture[str]) -> str:
+    """What a refused command says, its exit code being 2."""
+    assert exit_code(arguments) == 2
+    said = capsys.readouterr().err
+    return " ".join(word for word in said.split() if word.strip("│╭╮╰╯─"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--epohs", "3"], "--epochs"),
+        (["--pixel-layr", "layer3"], "--pixel-layer"),
+        (["--epochs", "0", "--seed", "-1"], "epochs is 0; it must be a whole number"),
+        (["--epochs", "many"], "many"),
+        (["--config", "/nowhere/x.yaml"], "cannot be read"),
+        (["--recipe", "pixpro-200ep"], "must be one of 'pixpro-100ep', 'pixpro-400ep' (perhaps"),
+    ],
+)
+def test_mistakes_in_flags_are_refused_with_the_way_out(arguments, told, capsys) -> None:
+    assert told in refusal("pretrain", "x", "--out", "y", *arguments, capsys=capsys)
+
+
+def test_both_mistakes_are_told(capsys) -> None:
+    said = refusal("pretrain", "x", "--epochs", "0", "--lr", "0", capsys=capsys)
+    assert "epochs is 0" in said
+    assert "lr is 0" in said
+
+
+def test_unknown_commands_are_refused_with_the_known_ones(capsys) -> None:
+    assert "pretrain" in refusal("pretrian", "x", capsys=capsys)
+
+
+def test_out_and_data_are_asked_for(capsys) -> None:
+    assert "out is not given" in refusal("pretrain", "x", capsys=capsys)
+    assert "data is not given" in refusal("pretrain", "--out", "y", capsys=capsys)
+
+
+def test_layers_are_listed(capsys) -> None:
+    assert cli.main(["layers", "torchvision/resnet18", "--image-size", "64", "64"]) == 0
+    [row] = [line for line in capsys.readouterr().out.splitlines() if " layer3 " in line]
+    assert [cell.strip() for cell in row.strip("│ ").split("│")] == [
+        "layer3",
+        "Sequential",
+        "16",
+        "256",
+        "4x4",
+    ]

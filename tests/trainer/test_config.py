@@ -1,0 +1,133 @@
+"""The one list of knobs: ranges, sources, file, and what is told of mistakes."""
+
+from dataclasses import fields
+from itertools import pairwise
+
+import pytest
+import yaml
+
+from pixel_level_contrastive_learning.trainer.config import PretrainConfig
+from pixel_level_contrastive_learning.trainer.settings import (
+    as_yaml,
+    configured,
+    differences,
+    read_settings,
+    settings_of,
+)
+
+
+def test_defaults_are_in_range() -> None:
+    assert PretrainConfig().batch_size == "auto"
+
+
+def test_every_setting_has_its_help() -> None:
+    import ast
+    from inspect import getsource
+
+    body = ast.parse(getsource(PretrainConfig)).body[0].body[1:]
+    named = [node.target.id for node in body if isinstance(node, ast.AnnAssign)]
+    helped = [
+        before.target.id
+        for before, after in pairwise(body)
+        if isinstance(before, ast.AnnAssign)
+        and isinstance(after, ast.Expr)
+        and isinstance(after.value, ast.Constant)
+    ]
+    assert named == helped == [field.name for field in fields(PretrainConfig)]
+
+
+def test_everything_out_of_range_is_told_at_once() -> None:
+    with pytest.raises(ValueError) as error:
+        PretrainConfig(epochs=0, lr=-1.0, crop_area=(0.9, 0.1), precision="half", seed=-1)
+    assert str(error.value).splitlines() == [
+        "crop_area is (0.9, 0.1); it must be (low, high) with 0 < low <= high <= 1; swap the two: "
+        "(0.1, 0.9)",
+        "epochs is 0; it must be a whole number of at least 1, or 'auto'",
+        "lr is -1.0; it must be a number above 0, or 'auto'",
+        "seed is -1; it must be a whole number of at least 0",
+        "precision is 'half'; it must be one of 'auto', 'float32', '32', '32-true', 'fp32', "
+        "'bfloat16', 'bf16', 'bf16-mixed'",
+    ]
+
+
+@pytest.mark.parametrize("field", [f.name for f in fields(PretrainConfig)])
+def test_no_setting_takes_just_anything(field) -> None:
+    with pytest.raises(ValueError, match=field):
+        PretrainConfig(**{field: object()})
+
+
+def test_resume_and_overwrite_exclude_each_other() -> None:
+    with pytest.raises(ValueError, match="keep the run"):
+        PretrainConfig(resume=True, overwrite=True)
+
+
+def test_an_unknown_setting_names_the_nearest() -> None:
+    with pytest.raises(ValueError, match="'epohs' is no setting; perhaps epochs"):
+        settings_of({"epohs": 3})
+
+
+def test_an_unknown_key_in_a_file_names_file_and_nearest(tmp_path) -> None:
+    (tmp_path / "mine.yaml").write_text("bach-size: 3\n")
+    with pytest.raises(ValueError, match=r"mine\.yaml: 'bach-size' is no setting; perhaps batch_"):
+        settings_of({"config": str(tmp_path / "mine.yaml")})
+
+
+@pytest.mark.parametrize("text", ["- 1\n- 2\n", "just words", "a: [", None])
+def test_a_file_without_settings_is_refused(tmp_path, text) -> None:
+    path = tmp_path / "mine.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ValueError, match="epochs: 100"):
+        read_settings(path)
+
+
+def test_later_sources_count_more(tmp_path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text("epochs: 3\nlr: 1e-3\nseed: 7\nmodel: torchvision/resnet18\n")
+    (tmp_path / "file.yaml").write_text("lr: 0.5\nrecipe: pixpro-100ep\nepochs: 5\n")
+    found = settings_of(
+        {"out": str(run), "resume": True, "config": str(tmp_path / "file.yaml"), "seed": 9}
+    )
+    assert (found["epochs"], found["lr"], found["seed"]) == (5, 0.5, 9)
+    assert found["model"] == "torchvision/resnet50"  # the file's recipe over the run's
+    assert found["optimizer"] == "lars"
+
+
+def test_a_recipe_that_is_given_counts_more_than_a_file(tmp_path) -> None:
+    (tmp_path / "file.yaml").write_text("epochs: 5\nseed: 4\n")
+    found = settings_of({"config": str(tmp_path / "file.yaml"), "recipe": "pixpro-400ep"})
+    assert (found["epochs"], found["seed"]) == (400, 4)
+
+
+def test_steps_take_the_place_of_epochs_and_back(tmp_path) -> None:
+    (tmp_path / "a.yaml").write_text("steps: 300\nbatch_size: 8\naccumulate: 4\n")
+    found = settings_of({"config": str(tmp_path / "a.yaml"), "epochs": 2, "batch_size": 16})
+    assert (found["steps"], found["epochs"], found["accumulate"]) == (None, 2, "auto")
+    found = settings_of({"config": str(tmp_path / "a.yaml")})
+    assert (found["steps"], found["accumulate"]) == (300, 4)
+
+
+def test_numbers_with_exponents_are_numbers_in_a_file(tmp_path) -> None:
+    (tmp_path / "a.yaml").write_text("lr: 1e-3\nfinal_lr: 1.5E-6\nout: e3\n")
+    assert read_settings(tmp_path / "a.yaml") == {"lr": 0.001, "final_lr": 1.5e-6, "out": "e3"}
+
+
+def test_the_file_holds_what_repeats_a_run(tmp_path) -> None:
+    config = configured({"data": [str(tmp_path)], "out": str(tmp_path / "run"), "lr": 1e-4})
+    text = as_yaml(config)
+    assert not {"resume", "overwrite", "dry_run", "config"} & set(yaml.safe_load(text))
+    (tmp_path / "config.yaml").write_text(text)
+    assert configured(read_settings(tmp_path / "config.yaml")) == config
+
+
+def test_places_in_the_file_are_absolute_and_urls_stay(tmp_path, monkeypatch) -> None:
+    (tmp_path / "images").mkdir()
+    monkeypatch.chdir(tmp_path)
+    held = yaml.safe_load(as_yaml(configured({"data": ["images", "https://x/a-{00..99}.tar"]})))
+    assert held["data"] == [str(tmp_path / "images"), "https://x/a-{00..99}.tar"]
+
+
+def test_differences_are_named() -> None:
+    old = {"epochs": 3, "crop_area": (0.2, 1.0), "out": "a", "resume": True}
+    assert differences(old, configured({"epochs": 4, "out": "b"})) == {"epochs": (3, 4)}

@@ -1,0 +1,331 @@
+"""Whole runs of a tiny network, in this process."""
+
+import json
+import math
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from pixel_level_contrastive_learning import pretrain
+from pixel_level_contrastive_learning.trainer.directory import CannotWriteError
+from pixel_level_contrastive_learning.trainer.interruption import Interrupted
+from pixel_level_contrastive_learning.trainer.schedules import LearningRate, TargetMomentum
+from pixel_level_contrastive_learning.trainer.task import NotFiniteError, PretrainTask
+from pixel_level_contrastive_learning.weights import read_backbone
+
+FIGURES = [
+    "step",
+    "loss",
+    "pixel_loss",
+    "instance_loss",
+    "pixel_cosine",
+    "instance_cosine",
+    "positive_pairs",
+    "images_without_pairs",
+    "grad_norm",
+    "images_per_second",
+    "waiting",
+    "spread",
+    "effective_rank",
+    "lr",
+    "target_momentum",
+]
+
+
+def metrics(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return read_backbone(run).net.state_dict()
+
+
+def equal(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_run_leaves_what_is_needed(tmp_path, settings) -> None:
+    result = pretrain(**settings(loggers=("tensorboard", "csv"), picture_every=3))
+    run = tmp_path / "run"
+    assert result.run_dir == run
+    names = {path.name for path in run.iterdir()}
+    assert names == {
+        *("config.yaml", "train.log", "metrics.jsonl", "statistics.json", "checkpoints"),
+        *("backbone.safetensors", "backbone.json", "preview", "pictures", "tensorboard", "csv"),
+    }
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {
+        *("last.ckpt", "step-00000002.ckpt", "step-00000004.ckpt", "step-00000006.ckpt")
+    }
+    assert [path.stem for path in sorted((run / "pictures").iterdir())] == [
+        *("step-00000000", "step-00000003", "step-00000006")
+    ]
+    assert len(list((run / "preview").iterdir())) == 4
+    assert any((run / "tensorboard").glob("events*"))
+    lines = metrics(run)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert all(list(line) == FIGURES for line in lines)
+    assert result.metrics == lines[-1]
+    log = (run / "train.log").read_text()
+    assert "torch 2." in log
+    assert "projection_hidden_size: 16" in log
+    card = json.loads((run / "backbone.json").read_text())
+    assert (card["pixel_layer"], card["channels"], card["start"]) == ("6", 3, "random")
+    assert equal(result.backbone.state_dict(), weights(run))
+
+
+def test_figures_are_in_their_bounds_and_schedules_in_their_places(tmp_path, settings) -> None:
+    pretrain(**settings(lr=0.5, batch_size=4, optimizer="sgd"))
+    rate, momentum = LearningRate(0.5 * 4 / 256, 6, 1, 1e-6), TargetMomentum(0.99, 6)
+    for line in metrics(tmp_path / "run"):
+        assert 0 <= line["pixel_loss"] <= 8
+        assert 0 <= line["instance_loss"] <= 8
+        assert line["loss"] == pytest.approx(line["pixel_loss"] + line["instance_loss"])
+        assert -1 <= line["pixel_cosine"] <= 1
+        assert 0 <= line["images_without_pairs"] <= 4
+        assert line["positive_pairs"] > 0
+        assert 0 <= line["waiting"] <= 1
+        assert line["lr"] == pytest.approx(rate(int(line["step"]) - 1))
+        assert line["target_momentum"] == pytest.approx(momentum(int(line["step"]) - 1))
+
+
+def test_the_backbone_has_learned_and_differs_from_its_start(tmp_path, settings) -> None:
+    from pixel_level_contrastive_learning.backbones import build_backbone
+
+    given = settings()
+    pretrain(**given)
+    torch.manual_seed(0)
+    start = build_backbone(given["model"]).state_dict()
+    assert not equal(start, weights(tmp_path / "run"))
+
+
+def test_config_repeats_the_run(tmp_path, settings) -> None:
+    pretrain(**settings())
+    pretrain(config=str(tmp_path / "run" / "config.yaml"), out=tmp_path / "again")
+    assert equal(weights(tmp_path / "run"), weights(tmp_path / "again"))
+
+
+def test_a_run_resumed_in_the_middle_ends_the_same(tmp_path, settings) -> None:
+    pretrain(**settings(workers=0))
+    run = tmp_path / "run"
+    whole, losses = weights(run), [line["loss"] for line in metrics(run)]
+    (run / "checkpoints" / "step-00000006.ckpt").unlink()
+    (run / "checkpoints" / "last.ckpt").unlink()
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "lo')  # cut off in writing
+    pretrain(out=run, resume=True)
+    assert equal(whole, weights(run))
+    assert [line["loss"] for line in metrics(run)] == losses
+
+
+def test_a_truncated_checkpoint_is_passed_over_with_a_warning(tmp_path, settings) -> None:
+    pretrain(**settings())
+    run = tmp_path / "run"
+    whole = weights(run)
+    last = run / "checkpoints" / "last.ckpt"
+    last.write_bytes(last.read_bytes()[:1000])  # and with it the newest, the same file
+    pretrain(out=run, resume=True)
+    log = (run / "train.log").read_text()
+    assert "WARNING the checkpoint" in log
+    assert "step-00000006.ckpt cannot be read" in log
+    assert "going on at step 4" in log
+    assert equal(whole, weights(run))
+
+
+def test_resuming_without_a_checkpoint_starts_at_0_and_says_so(tmp_path, settings) -> None:
+    pretrain(**settings(resume=True))
+    assert "starting at step 0" in (tmp_path / "run" / "train.log").read_text()
+    assert len(metrics(tmp_path / "run")) == 6
+
+
+def test_a_finished_run_resumed_writes_its_backbone_again(tmp_path, settings) -> None:
+    pretrain(**settings())
+    whole = weights(tmp_path / "run")
+    (tmp_path / "run" / "backbone.safetensors").unlink()
+    pretrain(out=tmp_path / "run", resume=True)
+    assert equal(whole, weights(tmp_path / "run"))
+
+
+def test_more_steps_may_be_asked_for_and_the_difference_is_told(tmp_path, settings) -> None:
+    pretrain(**settings())
+    pretrain(out=tmp_path / "run", resume=True, steps=8, lr=1e-3)
+    log = (tmp_path / "run" / "train.log").read_text()
+    assert "changed: steps was 6 and is now 8" in log
+    assert "changed: lr was 0.003 and is now 0.001" in log
+    assert [line["step"] for line in metrics(tmp_path / "run")] == list(range(1, 9))
+
+
+def test_another_batch_goes_on_after_as_many_images(tmp_path, settings) -> None:
+    given = settings(epochs=2)
+    del given["steps"]
+    pretrain(**given)  # 6 steps of 4
+    pretrain(out=tmp_path / "run", resume=True, batch_size=2, epochs=3)
+    log = (tmp_path / "run" / "train.log").read_text()
+    assert "going on at step 12" in log
+    assert metrics(tmp_path / "run")[-1]["step"] == 18
+
+
+def test_other_weights_cannot_be_resumed(tmp_path, settings) -> None:
+    pretrain(**settings())
+    with pytest.raises(ValueError, match="projection_size from 16 to 32; leave these as they were"):
+        pretrain(out=tmp_path / "run", resume=True, projection_size=32)
+
+
+def test_a_folder_in_use_is_refused_with_both_ways_out(tmp_path, settings) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "mine.txt").write_text("keep me")
+    with pytest.raises(ValueError, match=r"not empty; .* \(--resume\), replace it \(--overwrite\)"):
+        pretrain(**settings())
+    pretrain(**settings(overwrite=True))
+    assert (tmp_path / "run" / "mine.txt").read_text() == "keep me"
+
+
+def test_what_is_refused_leaves_no_trace(tmp_path, settings) -> None:
+    for wrong in ({"data": str(tmp_path / "none")}, {"model": "torchvision/resnet19"}):
+        with pytest.raises(ValueError, match=r"none|resnet18"):
+            pretrain(**settings(**wrong))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_tells_and_draws_and_does_not_stand_in_the_way(tmp_path, settings) -> None:
+    result = pretrain(**settings(dry_run=True))
+    assert result.backbone is None
+    assert set(result.metrics) == {"positive_pairs", "images_without_pairs", "memory_mib"}
+    assert [p.name for p in (tmp_path / "run").rglob("*")] == ["preview", "pairs-0.png"]
+    with Image.open(tmp_path / "run" / "preview" / "pairs-0.png") as drawn:
+        assert drawn.width > 64
+    pretrain(**settings(steps=1))
+
+
+def test_taking_a_batch_in_parts_changes_no_gradient(tmp_path, settings) -> None:
+    frozen = settings()["model"].replace(":tiny", ":frozen")  # no batch norm, no dropout
+    kept = {"model": frozen, "instance_weight": 0.0, "steps": 1, "projection_hidden_size": 16}
+    losses = []
+    for parts in (1, 2, 4):
+        pretrain(**settings(**kept, out=str(tmp_path / f"run{parts}"), accumulate=parts))
+        losses.append(metrics(tmp_path / f"run{parts}")[0])
+    # The projector has batch norm, which sees parts: figures are near, counts the same.
+    for other in losses[1:]:
+        assert other["positive_pairs"] == losses[0]["positive_pairs"]
+        assert other["images_without_pairs"] == losses[0]["images_without_pairs"]
+        assert other["loss"] == pytest.approx(losses[0]["loss"], rel=0.1)
+
+
+def test_a_nan_stops_the_run_and_keeps_what_was_good(tmp_path, settings, monkeypatch) -> None:
+    gradients = PretrainTask.gradients
+
+    def poisoned(task: PretrainTask, batch: object) -> torch.Tensor:
+        figures = gradients(task, batch)
+        return figures * math.nan if task.done == 4 else figures
+
+    monkeypatch.setattr(PretrainTask, "gradients", poisoned)
+    with pytest.raises(NotFiniteError, match=r"step 5 .* the last good checkpoint is kept"):
+        pretrain(**settings())
+    run = tmp_path / "run"
+    assert not (run / "backbone.safetensors").exists()
+    held = torch.load(run / "bad_batch.pt", weights_only=True)
+    assert held["one"].shape == (4, 3, 32, 32)
+    assert "factors_one.hue" in held
+    saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    assert saved["steps_done"] == 4
+    assert all(tensor.isfinite().all() for tensor in saved["state_dict"].values())
+    assert len(metrics(run)) == 4
+    monkeypatch.undo()
+    pretrain(out=run, resume=True)
+    assert len(metrics(run)) == 6
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_step_saves_and_leaves(
+    tmp_path, settings, monkeypatch, number, code
+) -> None:
+    step = PretrainTask.training_step
+
+    def signalled(task: PretrainTask, batch: object, index: int) -> None:
+        if task.done == 2:
+            signal.raise_signal(number)
+        step(task, batch, index)
+
+    monkeypatch.setattr(PretrainTask, "training_step", signalled)
+    before = signal.getsignal(number)
+    with pytest.raises(Interrupted) as left:
+        pretrain(**settings(checkpoint_every=100))
+    assert left.value.code == code
+    assert signal.getsignal(number) is before
+    assert torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["steps_done"] == 3
+    assert "stopped at step 3 of 6 as told" in (tmp_path / "run" / "train.log").read_text()
+    monkeypatch.undo()
+    pretrain(out=tmp_path / "run", resume=True)
+    pretrain(**settings(out=str(tmp_path / "whole")))
+    assert equal(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+
+
+def test_a_full_disk_is_told_and_loses_nothing(tmp_path, settings, monkeypatch) -> None:
+    pretrain(**settings())
+    run = tmp_path / "run"
+    import errno
+
+    real = torch.save
+
+    def full(what: object, file: object) -> None:
+        file.write(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(CannotWriteError, match=r"the disk is full .* nothing that existed is lost"):
+        pretrain(out=run, resume=True, steps=9)
+    monkeypatch.setattr(torch, "save", real)
+    assert not list((run / "checkpoints").glob("*.tmp"))
+    pretrain(out=run, resume=True, steps=9)
+    assert metrics(run)[-1]["step"] == 9
+
+
+def test_images_may_be_a_sequence_of_tensors(tmp_path, settings) -> None:
+    given = settings()
+    del given["data"]
+    pretrain([torch.rand(1, 40, 50) for _ in range(5)], **given)
+    card = json.loads((tmp_path / "run" / "backbone.json").read_text())
+    assert card["channels"] == 1
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["data"] == []
+
+
+def test_the_signature_names_every_setting() -> None:
+    from dataclasses import fields
+    from inspect import signature
+
+    from pixel_level_contrastive_learning.trainer.config import PretrainConfig
+
+    assert set(signature(pretrain).parameters) == {field.name for field in fields(PretrainConfig)}
+
+
+def test_an_unknown_optimiser_names_the_nearest(tmp_path, settings) -> None:
+    with pytest.raises(ValueError, match="perhaps adamw"):
+        pretrain(**settings(optimizer="adamww", lr=1.0))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "lars", "sgd", "lamb"])
+def test_vectors_have_no_decay_and_the_target_no_optimiser(settings, optimizer) -> None:
+    from torchvision.models import resnet18
+
+    from pixel_level_contrastive_learning import PixelCL
+    from pixel_level_contrastive_learning.trainer.task import Practice, optimizer_of
+
+    learner = PixelCL(resnet18(), 64, projection_size=8, projection_hidden_size=8)
+    practice = Practice(
+        LearningRate(0.1, 9, 1, 0), TargetMomentum(0.9, 9), optimizer, 1e-3, 0, 1, 0, 2.0
+    )
+    matrices, vectors = optimizer_of(learner, practice).param_groups
+    assert (matrices["weight_decay"], vectors["weight_decay"]) == (1e-3, 0.0)
+    assert all(p.ndim > 1 for p in matrices["params"])
+    assert all(p.ndim == 1 for p in vectors["params"])
+    ours = {id(p) for p in (*matrices["params"], *vectors["params"])}
+    reached = [
+        p
+        for n, p in learner.named_parameters()
+        if not n.startswith("target_encoder") and n not in learner.unreached_parameters()
+    ]
+    assert ours == {id(p) for p in reached}
+    assert id(learner.net.fc.weight) not in ours
