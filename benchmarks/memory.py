@@ -1,11 +1,15 @@
-"""Memory of a whole training step against the size of the map, each point in a process of its own.
+"""Memory against the size of the map, each point in a process of its own.
 
-python benchmarks/memory.py                       # this package
-python benchmarks/memory.py --peer PEER/bin/python  # and the published one, from its environment
+python benchmarks/memory.py                          # a whole step and the losses, this package
+python benchmarks/memory.py --peer PEER/bin/python   # and the published one, from its environment
+python benchmarks/memory.py --part losses --batch 4 --channels 256 --sides 128
+python benchmarks/memory.py --part step --batch 4 --channels 256 --hidden 256 --sides 128
 
-A step is forward, backward, Adam and the target's update, on a network whose map has as many cells
-as its images have pixels. Counted is the peak of the process over what it holds after the imports
-and one tiny step.
+A ``step`` is forward, backward, Adam and the target's update, on a network whose map has as many
+cells as its images have pixels. ``losses`` are pixel propagation and both pixel losses of one
+direction on given maps, forward and backward; of the published package, whose losses cannot be
+called, it is propagation alone. Counted is the peak of the process over what it holds after the
+imports and one tiny run. A process may take ``--limit`` GiB of data and ``--timeout`` seconds.
 """
 
 import argparse
@@ -13,23 +17,18 @@ import json
 import resource
 import subprocess
 import sys
-from pathlib import Path
+from math import log
 
 import torch
+from measure import Figures, machine, report, resident_peak
 from torch import nn
 
-
-def peak() -> float:
-    """The largest resident size of this process so far, in MiB.
-
-    Of Linux: getrusage would count what the parent held when it forked.
-    """
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
+OVER = "over the limit"
+LATE = "over the time"
 
 
 def step(side: int, batch: int, channels: int, hidden: int) -> None:
-    """One step on a map of ``side`` x ``side`` cells."""
+    """One step on a map of ``side`` x ``side`` cells; of either package."""
     from pixel_level_contrastive_learning import PixelCL
 
     layers = nn.Conv2d(3, channels, 3, padding=1), nn.BatchNorm2d(channels), nn.ReLU()
@@ -48,48 +47,121 @@ def step(side: int, batch: int, channels: int, hidden: int) -> None:
     learner.update_moving_average()
 
 
-def child(side: int, batch: int, channels: int, hidden: int, limit: int) -> None:
+def losses(side: int, batch: int, channels: int, hidden: int) -> None:  # noqa: ARG001  # as `step`
+    """Propagation and both pixel losses on maps of ``side`` x ``side`` cells; of either package."""
+    from pixel_level_contrastive_learning import PPM
+
+    online = torch.randn(batch, channels, side, side, requires_grad=True)
+    propagated = PPM(chan=channels)(online)
+    try:
+        from pixel_level_contrastive_learning import geometry
+        from pixel_level_contrastive_learning import losses as ours
+    except ImportError:  # the published package: nothing more can be called
+        propagated.square().mean().backward()
+        return
+    boxes = torch.tensor([[0.0, 0, 80, 80], [20, 20, 100, 100]])
+    one, two = geometry.box_to_map(boxes, torch.tensor([False, False])).split(1)
+    maps = one.expand(batch, 2, 3), two.expand(batch, 2, 3)
+    positives = geometry.Positives(*maps, (side, side), (side, side), 0.7)
+    target = torch.randn(batch, channels, side * side)
+    loss = ours.pixpro_loss(propagated.flatten(2), target, positives)
+    (loss + ours.pixcontrast_loss(online.flatten(2), target, positives, 0.3)).backward()
+
+
+PARTS = {"step": step, "losses": losses}
+
+
+def child(part: str, side: int, batch: int, channels: int, hidden: int, limit: int) -> None:
     """Print the peak of one point; dies of the limit where that is too little."""
-    step(4, 2, 4, 4)
-    before = peak()
+    PARTS[part](4, 2, 4, 4)
+    before = resident_peak()
     resource.setrlimit(resource.RLIMIT_DATA, (limit * 2**30, limit * 2**30))
-    step(side, batch, channels, hidden)
-    print(json.dumps({"mib": peak() - before}))
+    PARTS[part](side, batch, channels, hidden)
+    print(json.dumps({"mib": resident_peak() - before}))
 
 
-def measure(python: str, flags: list[str]) -> str:
-    """One point in a process of its own: MiB, or that it did not fit."""
-    command = [python, __file__, "--child", *flags]
-    done = subprocess.run(command, capture_output=True, text=True)
+def point(python: str, part: str, side: int, args: argparse.Namespace) -> float | str:
+    """One point in a process of its own: MiB, or why there is none."""
+    flags = {"part": part, "sides": side, "batch": args.batch, "channels": args.channels}
+    flags |= {"hidden": args.hidden, "limit": args.limit}
+    command = [python, __file__, "--child"]
+    command += [text for name, value in flags.items() for text in (f"--{name}", str(value))]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=args.timeout)
+    except subprocess.TimeoutExpired:
+        return LATE
     if done.returncode:
-        short = "alloc" in done.stderr or "MemoryError" in done.stderr
-        return "over the limit" if short else done.stderr.strip().splitlines()[-1]
-    return f"{json.loads(done.stdout.splitlines()[-1])['mib']:.0f} MiB"
+        short = any(word in done.stderr for word in ("alloc", "MemoryError"))
+        killed = done.returncode < 0  # by the system, which was out of memory before the limit
+        return OVER if short or killed else done.stderr.strip().splitlines()[-1]
+    return float(json.loads(done.stdout.splitlines()[-1])["mib"])
+
+
+def slope(peaks: dict[int, float], sides: list[int]) -> float | None:
+    """Growth of log memory over log cells between the two largest sides that are 2 to 1."""
+    pairs = [(side // 2, side) for side in sides if side // 2 in peaks and side in peaks]
+    if not pairs:
+        return None
+    half, whole = pairs[-1]
+    return log(peaks[whole] / peaks[half]) / log((whole / half) ** 2)
+
+
+def sweep(part: str, args: argparse.Namespace) -> None:
+    """Measure every side of one part, ours and the peer's; print the table and the slope."""
+    pythons = {"this package": sys.executable}
+    pythons |= {"published package": args.peer} if args.peer else {}
+    print(f"\n| cells, {part} | {' | '.join(pythons)} |\n{'|---' * (1 + len(pythons))}|")
+    found: dict[str, dict[int, float | str]] = {name: {} for name in pythons}
+    for side in args.sides:
+        row = []
+        for name, python in pythons.items():
+            failed = any(peak in (OVER, LATE) for peak in found[name].values())
+            # A larger map would not fit either, and would take ever longer to say so.
+            peak = "not tried" if failed else point(python, part, side, args)
+            found[name][side] = peak
+            row.append(f"{peak:.0f} MiB" if isinstance(peak, float) else peak)
+        print(f"| {side} x {side} | {' | '.join(row)} |", flush=True)
+    peaks = {
+        side: peak  # none at all where the tiny run took as much
+        for side, peak in found["this package"].items()
+        if isinstance(peak, float) and peak > 0
+    }
+    ratios: Figures = {f"GiB at {side} x {side}": mib / 1024 for side, mib in peaks.items()}
+    growth = slope(peaks, args.sides)
+    if growth is not None:
+        ratios["slope of log memory over log cells"] = growth
+    theirs = found.get("published package", {})
+    ratios |= {
+        f"published / ours at {side} x {side}": peak / peaks[side]
+        for side, peak in theirs.items()
+        if isinstance(peak, float) and side in peaks
+    }
+    setting = f"{part}, batch {args.batch}, {args.channels} channels, hidden {args.hidden}"
+    report("memory", setting, ratios, found, where=machine(), save=args.save)
 
 
 def main() -> None:
-    """Measure every side, ours and the peer's, and print a table in Markdown."""
-    flags = argparse.ArgumentParser(description=__doc__)
+    """Measure both parts, or one point as a child."""
+    flags = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    flags.add_argument("--part", choices=PARTS, help="default: both")
     flags.add_argument("--sides", type=int, nargs="+", default=[8, 16, 32, 64, 96, 128])
     flags.add_argument("--batch", type=int, default=2)
     flags.add_argument("--channels", type=int, default=64)
     flags.add_argument("--hidden", type=int, default=2048)
     flags.add_argument("--limit", type=int, default=20, help="GiB a process may take")
+    flags.add_argument("--timeout", type=float, default=900, help="seconds a process may take")
     flags.add_argument("--peer", help="a Python that has the published package installed")
+    flags.add_argument("--save", action="store_true", help="record the figures")
     flags.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = flags.parse_args()
     if args.child:
-        child(args.sides[0], args.batch, args.channels, args.hidden, args.limit)
+        sizes = args.sides[0], args.batch, args.channels, args.hidden
+        child(args.part or "step", *sizes, args.limit)
         return
-    pythons = [sys.executable, *([args.peer] if args.peer else [])]
-    print("| cells | this package |" + (" published package |" if args.peer else ""))
-    print("|---" * (1 + len(pythons)) + "|")
-    for side in args.sides:
-        point = {"sides": side, "batch": args.batch, "channels": args.channels}
-        point |= {"hidden": args.hidden, "limit": args.limit}
-        flags_of = [part for name, value in point.items() for part in (f"--{name}", str(value))]
-        row = [measure(python, flags_of) for python in pythons]
-        print(f"| {side} x {side} | {' | '.join(row)} |", flush=True)
+    for part in [args.part] if args.part else PARTS:
+        sweep(part, args)
 
 
 if __name__ == "__main__":

@@ -1,114 +1,121 @@
-"""How much a backbone knows about segmentation: a frozen linear probe on labelled images.
+"""What pretraining is worth on labelled images, against random weights and the published package.
 
-python benchmarks/transfer.py DATA improved-resnet.pt
+python benchmarks/transfer.py DATA --peer PEER/bin/python --seeds 3 --steps 500 --save
 
-DATA holds ``images/{train,val}`` and ``masks/{train,val}`` (PNG of class ids, 255 ignored). The
-same network with random weights stands beside every file given.
+DATA holds ``images/{train,val,test}`` and ``masks/...``. Each method trains the same ResNet-18 for
+as many steps of as many views of the unlabelled images of ``train``, with the same optimiser; its
+features are then judged by `evaluate`: linearly, and fine-tuned on a tenth of the masks.
 """
 
 import argparse
-import copy
+import subprocess
+import sys
+import tempfile
+import time
 from pathlib import Path
-from typing import NamedTuple
+from statistics import fmean, stdev
+from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
-from rich.console import Console
-from rich.table import Table
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, interpolate
-from torchmetrics.classification import MulticlassJaccardIndex
+from measure import machine, report
 from torchvision import models
 
-from pixel_level_contrastive_learning.augment import IMAGENET_MEAN, IMAGENET_STD, Normalise
+from pixel_level_contrastive_learning import evaluate, pretrain
 
-IGNORED = 255
-
-
-class Labelled(NamedTuple):
-    """Images ``(n, 3, h, w)`` uint8 and their masks ``(n, h, w)`` uint8."""
-
-    images: Tensor
-    masks: Tensor
-
-
-def load(data: Path, split: str, size: tuple[int, int]) -> Labelled:
-    """A split of a labelled folder, resized to ``size`` (masks to the nearest pixel)."""
-    h, w = size
-    images, masks = [], []
-    for file in sorted((data / "images" / split).iterdir()):
-        mask = Image.open(data / "masks" / split / f"{file.stem}.png")
-        image = Image.open(file).convert("RGB").resize((w, h), Image.Resampling.BILINEAR)
-        images.append(torch.from_numpy(np.array(image)).permute(2, 0, 1))
-        masks.append(torch.from_numpy(np.array(mask.resize((w, h), Image.Resampling.NEAREST))))
-    return Labelled(torch.stack(images), torch.stack(masks))
+OURS: dict[str, dict[str, Any]] = {
+    "instance only": {"alpha": 0.0},
+    "PixPro only": {"instance_weight": 0.0},
+    "PixContrast only": {"loss": "pixcontrast", "instance_weight": 0.0},
+    "PixPro + instance": {},
+}
+RANDOM, PUBLISHED = "random weights", "published package"
+PROTOCOLS: dict[str, dict[str, Any]] = {
+    "linear": {"protocol": "linear"},
+    "finetune 10 %": {"protocol": "finetune", "fraction": 0.1},
+}
 
 
-@torch.no_grad()
-def features(net: nn.Module, layer: str, images: Tensor) -> Tensor:
-    """What ``layer`` gives for each image, ``(n, c, h, w)``, the network in eval mode."""
-    caught: list[Tensor] = []
-    net = copy.deepcopy(net).eval()
-    net.get_submodule(layer).register_forward_hook(lambda _, __, output: caught.append(output))
-    normalise = Normalise(IMAGENET_MEAN, IMAGENET_STD)
-    for batch in images.split(16):
-        net(normalise(batch.float() / 255))
-    return torch.cat(caught)
+def trained(method: str, seed: int, args: argparse.Namespace, folder: Path) -> tuple[Path, float]:
+    """The weights that a method comes to, and the seconds it took."""
+    out, start = folder / f"{method}-{seed}", time.perf_counter()
+    images = args.data / "images/train"
+    if method == RANDOM:
+        torch.manual_seed(seed)
+        out = out.with_suffix(".pt")
+        torch.save(models.resnet18(weights=None).state_dict(), out)
+    elif method == PUBLISHED:
+        out = out.with_suffix(".pt")
+        script = Path(__file__).with_name("published.py")
+        command = [args.peer, script, images, "--out", out, "--steps", args.steps]
+        command += ["--seed", seed, "--batch", args.batch, "--size", args.size]
+        subprocess.run([str(word) for word in command], check=True)
+    else:
+        pretrain(
+            images,
+            out,
+            model="torchvision/resnet18",
+            image_size=args.size,
+            batch_size=args.batch,
+            steps=args.steps,
+            seed=seed,
+            **OURS[method],
+        )
+    return out, time.perf_counter() - start
 
 
-def linear_probe(
-    net: nn.Module, layer: str, train: Labelled, val: Labelled, epochs: int, seed: int
-) -> float:
-    """Mean IoU on ``val`` of one 1x1 convolution on frozen, standardised features."""
-    torch.manual_seed(seed)
-    known, unseen = features(net, layer, train.images), features(net, layer, val.images)
-    mean, std = known.mean((0, 2, 3), keepdim=True), known.std((0, 2, 3), keepdim=True)
-    known, unseen = ((x - mean) / std.clamp(min=1e-6) for x in (known, unseen))
-    classes = int(train.masks[train.masks != IGNORED].max()) + 1
-    head = nn.Conv2d(known.shape[1], classes, 1)
-    batches = [index for _ in range(epochs) for index in torch.randperm(len(known)).split(16)]
-    optimiser = torch.optim.Adam(head.parameters(), 3e-3, weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, len(batches))
-    for index in batches:
-        scores = interpolate(head(known[index]), train.masks.shape[1:], mode="bilinear")
-        loss = cross_entropy(scores, train.masks[index].long(), ignore_index=IGNORED)
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-        schedule.step()
-    iou = MulticlassJaccardIndex(classes, average=None, ignore_index=IGNORED)
-    with torch.no_grad():
-        for x, masks in zip(unseen.split(16), val.masks.split(16), strict=True):
-            scores = interpolate(head(x), masks.shape[1:], mode="bilinear")
-            iou.update(scores.argmax(1), masks.long())
-    present = torch.bincount(val.masks.flatten().long(), minlength=256)[:classes] > 0
-    return float(iou.compute()[present].mean())
+def judged(weights: Path, protocol: dict[str, Any], seed: int, args: argparse.Namespace) -> float:
+    """Mean IoU on the split that is reported."""
+    settings: dict[str, Any] = {"layers": ["layer4"], "size": tuple(args.input), "seeds": 1}
+    settings |= {"split": args.split, "seed": seed}
+    found = evaluate(weights, data=args.data, **settings, **protocol)
+    return found.ours.scores["mIoU"]
 
 
 def main() -> None:
-    """Probe random weights and every file given, and print the table."""
+    """Train and judge every method with every seed, and print the table."""
     flags = argparse.ArgumentParser(description=__doc__)
     flags.add_argument("data", type=Path)
-    flags.add_argument("weights", type=Path, nargs="+", help="backbones saved with torch.save(net)")
-    flags.add_argument("--model", default="resnet18", help="their architecture, of torchvision")
-    flags.add_argument("--layer", default="layer4")
-    flags.add_argument("--size", type=int, nargs=2, default=(180, 240), metavar=("H", "W"))
-    flags.add_argument("--split", default="val", help="what is reported; training is on train")
-    flags.add_argument("--epochs", type=int, default=30)
-    flags.add_argument("--seed", type=int, default=0)
+    flags.add_argument("--methods", nargs="+", default=[RANDOM, PUBLISHED, *OURS])
+    flags.add_argument("--protocols", nargs="+", default=list(PROTOCOLS), choices=list(PROTOCOLS))
+    flags.add_argument("--peer", help="interpreter with the published package, version 0.1.1")
+    flags.add_argument("--seeds", type=int, default=3)
+    flags.add_argument("--steps", type=int, default=500)
+    flags.add_argument("--batch", type=int, default=24)
+    flags.add_argument("--size", type=int, default=128, help="side of the views")
+    flags.add_argument("--input", type=int, nargs=2, default=(180, 240), metavar=("H", "W"))
+    flags.add_argument("--split", default="test", help="what is reported")
+    flags.add_argument("--save", action="store_true", help="record the figures")
     args = flags.parse_args()
-    train, val = (load(args.data, split, tuple(args.size)) for split in ("train", args.split))
-    probe = args.layer, train, val, args.epochs, args.seed
-    nets = {str(file): torch.load(file, weights_only=False) for file in args.weights}
-    torch.manual_seed(args.seed)
-    random = linear_probe(getattr(models, args.model)(weights=None), *probe)
-    table = Table("backbone", f"mIoU on {args.split}", "x random")
-    table.add_row("random weights", f"{random:.3f}", "1.00")
-    for name, net in nets.items():
-        score = linear_probe(net, *probe)
-        table.add_row(name, f"{score:.3f}", f"{score / random:.2f}")
-    Console().print(table)
+    unknown = set(args.methods) - {RANDOM, PUBLISHED, *OURS}
+    if unknown:
+        sys.exit(f"unknown methods {sorted(unknown)}; there are {[RANDOM, PUBLISHED, *OURS]}")
+    if PUBLISHED in args.methods and args.peer is None:
+        sys.exit(
+            f"--peer is not given; name its interpreter, or leave {PUBLISHED!r} out of --methods"
+        )
+    found: dict[str, dict[str, list[float]]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for method in args.methods:
+            columns = found[method] = {name: [] for name in (*args.protocols, "minutes")}
+            for seed in range(args.seeds):
+                weights, seconds = trained(method, seed, args, Path(folder))
+                columns["minutes"].append(seconds / 60)
+                for name in args.protocols:
+                    columns[name].append(judged(weights, PROTOCOLS[name], seed, args))
+                print(method, seed, {k: round(v[-1], 4) for k, v in columns.items()}, flush=True)
+    print(f"\n| method | {' | '.join(args.protocols)} | minutes |\n|---|" + "---|" * 3)
+    for method, columns in found.items():
+        cells = [f"{fmean(v):.3f} ± {stdev(v) if len(v) > 1 else 0:.3f}" for v in columns.values()]
+        print(f"| {method} | {' | '.join(cells)} |")
+    if RANDOM in found:
+        name = args.protocols[0]
+        floor = fmean(found[RANDOM][name])
+        ratios = {m: fmean(c[name]) / floor for m, c in found.items() if m != RANDOM}
+        setting = (
+            f"{args.data.name}, {args.split}, {name}: times random weights, {args.steps} steps of "
+            f"{args.batch} views of {args.size} px, {args.seeds} seeds"
+        )
+        report("transfer", setting, ratios, found, where=machine(), save=args.save)
 
 
 if __name__ == "__main__":

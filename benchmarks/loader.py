@@ -1,0 +1,136 @@
+"""The loader against a plain pipeline that does the same: decode, two random resized crops.
+
+python benchmarks/loader.py STREETS              # a folder of street scenes
+python benchmarks/loader.py STREETS --size 128
+
+Both run in this process on one thread, in turns, and are counted in images per second of processor
+time, that is: per core, whatever else the machine is doing. The plain pipeline is torchvision's
+transforms v2 on Pillow images in torch's DataLoader. Ours does more: flips, maps, colour factors.
+JPEGs of 12 megapixels are made from the street scenes, with the grain of a sensor.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
+
+from pixel_level_contrastive_learning.data.loader import build_loader
+from pixel_level_contrastive_learning.data.raster import tensor_of
+from pixel_level_contrastive_learning.data.sources import open_source
+from pixel_level_contrastive_learning.data.statistics import measure
+
+BATCH = 16
+AREA = (0.08, 1.0)
+
+
+class Plain(Dataset[tuple[Tensor, Tensor]]):
+    """Two random resized crops of each image, as one writes it with torchvision."""
+
+    def __init__(self, paths: list[Path], size: int) -> None:
+        self.paths = paths
+        self.crop = v2.Compose([v2.RandomResizedCrop(size, AREA, antialias=True), v2.PILToTensor()])
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        image = Image.open(self.paths[index]).convert("RGB")
+        return self.crop(image), self.crop(image)
+
+
+def grainy(path: Path, place: Path, seed: int) -> None:
+    """Write a scene as a JPEG of 4000 x 3000 with noise, about as large as a camera's."""
+    image = Image.open(path).convert("RGB").resize((4000, 3000), Image.Resampling.BICUBIC)
+    noise = np.random.default_rng(seed).normal(0, 4, (3000, 4000, 1))
+    pixels = (np.asarray(image) + noise).clip(0, 255).astype(np.uint8)
+    Image.fromarray(pixels).save(place / f"{seed:02d}.jpg", quality=90)
+
+
+def passes(loader: DataLoader[tuple[Tensor, Tensor]]) -> Iterator[int]:
+    """Batch after batch without end: how many images each has."""
+    while True:
+        for one, _ in loader:
+            yield len(one)
+
+
+def ours(folder: Path, size: int) -> Iterator[int]:
+    """Batch after batch of this package's loader."""
+    source = open_source(folder)
+    loader = build_loader(source, measure(source), image_size=(size, size), batch_size=BATCH)
+    while True:
+        for pairs in loader:
+            yield len(pairs.one)
+
+
+def rate(batches: Iterator[int], images: int) -> float:
+    """Images per second of processor time."""
+    start, done = time.process_time(), 0
+    while done < images:
+        done += next(batches)
+    return done / (time.process_time() - start)
+
+
+def parts(paths: list[Path], size: int) -> dict[str, float]:
+    """Milliseconds that the steps of the plain way take for one image, by median."""
+    crop = v2.RandomResizedCrop(size, AREA, antialias=True)
+    spent: dict[str, list[float]] = {}
+
+    def timed(name: str, work: Callable[[], object]) -> object:
+        start = time.process_time()
+        result = work()
+        spent.setdefault(name, []).append(1000 * (time.process_time() - start))
+        return result
+
+    for path in paths:
+        timed("read", path.read_bytes)
+        image = timed("decode", lambda path=path: Image.open(path).convert("RGB"))
+        assert isinstance(image, Image.Image)
+        views = timed("crop and resize twice", lambda image=image: (crop(image), crop(image)))
+        assert isinstance(views, tuple)
+        timed("copy", lambda views=views: [tensor_of(view) for view in views])
+    return {name: statistics.median(values) for name, values in spent.items()}
+
+
+def compare(name: str, folder: Path, size: int, images: int, rounds: int) -> None:
+    """Print one row: both rates, and their ratio by median."""
+    paths = sorted(folder.rglob("*.jpg"))
+    plain = passes(DataLoader(Plain(paths, size), BATCH, shuffle=True, drop_last=True))
+    here = ours(folder, size)
+    next(plain), next(here)  # imports, caches
+    rates = [(rate(plain, images), rate(here, images)) for _ in range(rounds)]
+    theirs, mine = (statistics.median(column) for column in zip(*rates, strict=True))
+    ratio = statistics.median(b / a for a, b in rates)
+    where = ", ".join(f"{part} {ms:.1f}" for part, ms in parts(paths[:32], size).items())
+    print(f"| {name} | {size} | {theirs:.0f} | {mine:.0f} | {ratio:.2f} | {where} |")
+
+
+def main() -> None:
+    """Compare on street scenes and on 12-megapixel JPEGs, and print a table in Markdown."""
+    flags = argparse.ArgumentParser(description=__doc__)
+    flags.add_argument("streets", type=Path)
+    flags.add_argument("--size", type=int, nargs="+", default=[128, 224])
+    flags.add_argument("--rounds", type=int, default=5)
+    args = flags.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    print("| images | view | plain, images/s | ours, images/s | ratio | plain, ms an image |")
+    print("|---|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as place:
+        for seed, path in enumerate(sorted(args.streets.rglob("*.jpg"))[::20][:16]):
+            grainy(path, Path(place), seed)
+        for size in args.size:
+            compare("street scenes", args.streets, size, 160, args.rounds)
+            compare("12 megapixels", Path(place), size, 16, args.rounds)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""Pretraining with the published package, run by the interpreter of its own environment.
+
+PEER/bin/python benchmarks/published.py IMAGES --out net.pt --steps 500 --seed 0
+
+Its own defaults for views, colour and losses; its layers are named, since its default pixel layer
+gives no map. Batches, optimiser, learning rate, warm-up and target momentum are those of
+``transfer.py``. Imports nothing of this package.
+"""
+
+import argparse
+import warnings
+from math import cos, pi
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torchvision import models
+from torchvision.transforms.functional import pil_to_tensor
+
+from pixel_level_contrastive_learning import PixelCL
+
+
+def schedule(step: int, steps: int, warmup: int) -> float:
+    """Share of the peak learning rate: linear warm-up, then half a cosine."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return (1 + cos(pi * (step - warmup) / (steps - warmup))) / 2
+
+
+def main() -> None:
+    """Train, and save the backbone's weights."""
+    flags = argparse.ArgumentParser(description=__doc__)
+    flags.add_argument("images", type=Path)
+    flags.add_argument("--out", type=Path, required=True)
+    flags.add_argument("--steps", type=int, default=500)
+    flags.add_argument("--batch", type=int, default=24)
+    flags.add_argument("--size", type=int, default=128)
+    flags.add_argument("--optimiser", choices=("adamw", "sgd"), default="sgd")
+    flags.add_argument("--lr", type=float, default=0.1)
+    flags.add_argument("--seed", type=int, default=0)
+    args = flags.parse_args()
+    warnings.simplefilter("ignore")
+    torch.manual_seed(args.seed)
+    # Its views have the size of its images, and its images must be square.
+    images = torch.stack(
+        [
+            pil_to_tensor(Image.open(file).convert("RGB").resize((args.size, args.size)))
+            for file in sorted(args.images.iterdir())
+        ]
+    )
+    net = models.resnet18(weights=None)
+    learner = PixelCL(
+        net, image_size=args.size, hidden_layer_pixel="layer4", hidden_layer_instance=-2
+    )
+    if args.optimiser == "sgd":
+        optimiser: torch.optim.Optimizer = torch.optim.SGD(
+            learner.parameters(), args.lr, momentum=0.9, nesterov=True, weight_decay=1e-4
+        )
+    else:
+        optimiser = torch.optim.AdamW(learner.parameters(), args.lr, weight_decay=1e-4)
+    for step in range(args.steps):
+        for group in optimiser.param_groups:
+            group["lr"] = args.lr * schedule(step, args.steps, max(1, args.steps // 10))
+        batch = images[torch.randint(len(images), (args.batch,))].float() / 255
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = learner(batch)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        learner.update_moving_average()
+    torch.save(net.state_dict(), args.out)
+
+
+if __name__ == "__main__":
+    main()

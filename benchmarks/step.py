@@ -1,0 +1,280 @@
+"""A whole training step against the bare backbone and against the published package.
+
+python benchmarks/step.py --model resnet50 --size 256 --batch 8
+python benchmarks/step.py --model resnet50 --size 256 --batch 8 --precision bfloat16 --channels-last
+python benchmarks/step.py --peer PEER/bin/python   # its interpreter, with version 0.1.1 installed
+python benchmarks/step.py --profile                # where the time of our step goes
+
+Ours is ``learner(images)`` with drawing, colour, losses, backward, optimiser and target update.
+The floor is the least that the method can do: the same backbone up to its last map, the same
+heads and optimiser on two ready-made views in the same precision, two forward and backward passes
+and two passes of the target without gradient. The peer runs with its defaults, in float32. Each
+contender is a process of its own, and they take turns.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
+from copy import deepcopy
+from pathlib import Path
+
+import torch
+from measure import (
+    Contender,
+    Figures,
+    in_turns,
+    machine,
+    median,
+    ratio,
+    report,
+    resident_peak,
+    serve,
+)
+from stopwatch import Stopwatch, wait
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision import models
+from torchvision.models.feature_extraction import create_feature_extractor
+
+PIXEL_LAYER, INSTANCE_LAYER = "layer4", "avgpool"  # of torchvision's ResNets
+HIDDEN, OUT = 2048, 256  # of the heads, as both packages have them by default
+OPTIMISER_LR = 1e-4
+
+Step = Callable[[], None]
+"""One training step, from images to an updated target."""
+
+
+def precision(args: argparse.Namespace) -> torch.autocast:
+    """The context that a forward pass runs in."""
+    return torch.autocast(args.device, torch.bfloat16, enabled=args.precision == "bfloat16")
+
+
+def placed(module: nn.Module, args: argparse.Namespace) -> nn.Module:
+    """A module on the device, in the memory format asked for."""
+    format_ = torch.channels_last if args.channels_last else torch.preserve_format
+    return module.to(args.device, memory_format=format_)
+
+
+class Plain(nn.Module):
+    """The backbone up to its last map, with a projector on the map and one on its average.
+
+    Args:
+        net: A ResNet of torchvision.
+    """
+
+    def __init__(self, net: models.ResNet) -> None:
+        super().__init__()
+        from pixel_level_contrastive_learning.modules.heads import map_projector, vector_projector
+
+        width = net.fc.in_features
+        self.body = create_feature_extractor(net, {PIXEL_LAYER: "map"})
+        self.pixel = map_projector(width, HIDDEN, OUT)
+        self.instance = vector_projector(width, HIDDEN, OUT)
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        found = self.body(pixels)["map"]
+        return self.pixel(found), self.instance(found.mean((2, 3)))
+
+
+def floor(args: argparse.Namespace) -> Step:
+    """The least that a step can do."""
+    from pixel_level_contrastive_learning.modules.heads import predictor
+
+    online = placed(Plain(getattr(models, args.model)(weights=None)), args)
+    target = deepcopy(online).requires_grad_(False)
+    head = placed(predictor(OUT, HIDDEN), args)
+    optimiser = torch.optim.Adam([*online.parameters(), *head.parameters()], OPTIMISER_LR)
+    views = [torch.randn(args.batch, 3, args.size, args.size, device=args.device) for _ in "12"]
+    if args.channels_last:
+        views = [view.contiguous(memory_format=torch.channels_last) for view in views]
+
+    def step() -> None:
+        loss = torch.zeros((), device=args.device)
+        with precision(args):
+            for view in views:
+                pixel, instance = online(view)
+                loss = loss + pixel.relu().mean() + head(instance).relu().mean()
+            with torch.no_grad():
+                for view in views:
+                    target(view)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+
+    return step
+
+
+def ours(args: argparse.Namespace, watch: Stopwatch | None = None) -> Step:
+    """A step of this package; ``watch`` is told when each part begins and ends."""
+    from pixel_level_contrastive_learning import PixelCL
+
+    net = getattr(models, args.model)(weights=None)
+    learner = placed(PixelCL(net, args.size, PIXEL_LAYER, INSTANCE_LAYER), args)
+    optimiser = torch.optim.Adam(learner.parameters(), OPTIMISER_LR)
+    images = torch.rand(args.batch, 3, args.size, args.size, device=args.device)
+    if watch is not None:
+        watch.follow(learner)
+    part = nullcontext if watch is None else watch.part
+    called = torch.compile(learner) if args.serve == "ours, compiled" else learner
+
+    def step() -> None:
+        with precision(args):
+            loss = called(images)
+        with part("backward"):
+            optimiser.zero_grad()
+            loss.backward()
+        with part("optimiser"):
+            optimiser.step()
+        with part("target update"):
+            learner.update_moving_average()
+
+    return step
+
+
+def peer(args: argparse.Namespace) -> Step:
+    """A step of the published package, with its defaults and in its precision."""
+    import pixel_level_contrastive_learning as package
+
+    if Path(package.__file__).resolve().is_relative_to(Path(__file__).resolve().parents[1]):
+        raise SystemExit(
+            f"--peer runs this package ({package.__file__}); pass the Python of an environment of "
+            "its own, with pixel-level-contrastive-learning==0.1.1 installed"
+        )
+    net = getattr(models, args.model)(weights=None).to(args.device)
+    learner = package.PixelCL(net, args.size, PIXEL_LAYER, INSTANCE_LAYER)
+    optimiser = torch.optim.Adam(learner.parameters(), OPTIMISER_LR)
+    images = torch.rand(args.batch, 3, args.size, args.size, device=args.device)
+
+    def step() -> None:
+        loss = learner(images)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        learner.update_moving_average()
+
+    return step
+
+
+STEPS = {"floor": floor, "ours": ours, "ours, compiled": ours, "published": peer}
+
+
+def contend(args: argparse.Namespace) -> None:
+    """The contender's process: warm up, then measure whenever asked."""
+    begin = time.perf_counter()
+    step = STEPS[args.serve](args)
+    with FlopCounterMode(display=False) if args.serve == "floor" else nullcontext() as counter:
+        step()
+    wait(args.device)
+    first = time.perf_counter() - begin
+    step()
+    flops = counter.get_total_flops() if isinstance(counter, FlopCounterMode) else 0
+
+    def measure() -> Figures:
+        wait(args.device)
+        start = time.perf_counter()
+        for _ in range(args.steps):
+            step()
+        wait(args.device)
+        seconds = (time.perf_counter() - start) / args.steps
+        peak = resident_peak()
+        if args.device == "cuda":
+            peak = torch.cuda.max_memory_allocated() / 2**20
+            torch.cuda.empty_cache()  # the others live on the same card
+        return {"seconds": seconds, "peak_mib": peak, "first": first, "flops": flops}
+
+    serve(measure)
+
+
+def profile(args: argparse.Namespace) -> None:
+    """Print where the time of our step goes."""
+    watch = Stopwatch(args.device)
+    step = ours(args, watch)
+    step()
+    watch.spent.clear()
+    for _ in range(args.steps * args.rounds):
+        step()
+    total = sum(watch.spent.values())
+    print(f"\nOur step, {setting(args)}\n\n| part | ms | share |\n|---|---|---|")
+    for name, seconds in sorted(watch.spent.items(), key=lambda item: -item[1]):
+        milliseconds = 1000 * seconds / (args.steps * args.rounds)
+        print(f"| {name} | {milliseconds:.1f} | {seconds / total:.1%} |")
+
+
+def setting(args: argparse.Namespace) -> str:
+    """What is measured, in words."""
+    layout = ", channels last" if args.channels_last else ""
+    return (
+        f"{args.model} at {args.size} px, batch {args.batch}, {args.precision}{layout}, "
+        f"{args.device}"
+    )
+
+
+def compare(args: argparse.Namespace) -> None:
+    """Run all contenders in turns and print their table and ratios."""
+    pythons = {"floor": sys.executable, "ours": sys.executable}
+    pythons |= {"ours, compiled": sys.executable} if args.compile else {}
+    pythons |= {"published": args.peer} if args.peer else {}
+    with ExitStack() as stack:
+        contenders = {
+            name: stack.enter_context(Contender([python, *sys.argv, "--serve", name]))
+            for name, python in pythons.items()
+        }
+        found = in_turns(contenders, args.rounds)
+    print("| step | ms | images/s | x floor | peak MiB | first step, s |\n|---" + "|---" * 5 + "|")
+    asked = ("model", "size", "batch", "precision", "channels_last", "device", "threads")
+    details: Figures = {"asked": {name: getattr(args, name) for name in asked}}
+    for name, figures in found.items():
+        seconds, peak = median(figures, "seconds"), median(figures, "peak_mib")
+        details[name] = {"seconds": seconds, "images_per_second": args.batch / seconds}
+        details[name] |= {"peak_mib": peak, "first_step_seconds": figures[0]["first"]}
+        times = ratio(figures, found["floor"])
+        print(
+            f"| {name} | {1000 * seconds:.1f} | {args.batch / seconds:.1f} | {times:.2f} | "
+            f"{peak:.0f} | {figures[0]['first']:.1f} |"
+        )
+    ratios = {f"{name} / floor": ratio(found[name], found["floor"]) for name in list(found)[1:]}
+    if args.peer:
+        ratios["published / ours"] = ratio(found["published"], found["ours"])
+    if args.peak_tflops:
+        rate = found["floor"][0]["flops"] / details["ours"]["seconds"]
+        ratios["share of the matrix rate"] = rate / (args.peak_tflops * 1e12)
+    where = machine(args.device)
+    report("step", setting(args), ratios, details, where=where, save=args.save)
+
+
+def main() -> None:
+    """Compare the contenders, or be one."""
+    flags = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    flags.add_argument("--model", default="resnet18", help="a ResNet of torchvision")
+    flags.add_argument("--size", type=int, default=128, help="of images and views, in pixels")
+    flags.add_argument("--batch", type=int, default=16)
+    flags.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
+    flags.add_argument("--channels-last", action="store_true")
+    flags.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    flags.add_argument("--rounds", type=int, default=5)
+    flags.add_argument("--steps", type=int, default=3, help="steps a contender takes in a turn")
+    flags.add_argument("--threads", type=int, help="of each process; default: torch's choice")
+    flags.add_argument("--compile", action="store_true", help="and torch.compile(learner)")
+    flags.add_argument("--peer", help="a Python that has the published package installed")
+    flags.add_argument("--peak-tflops", type=float, help="of the device; H100 in bfloat16: 989")
+    flags.add_argument("--profile", action="store_true", help="only show where our time goes")
+    flags.add_argument("--save", action="store_true", help="record the ratios")
+    flags.add_argument("--serve", choices=STEPS, help=argparse.SUPPRESS)
+    args = flags.parse_args()
+    torch.manual_seed(0)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.serve:
+        contend(args)
+    elif args.profile:
+        profile(args)
+    else:
+        compare(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,179 @@
+"""The benchmarks still run, in their tiniest forms, and count what they say they count."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+SCRIPTS = sorted(file.stem for file in BENCHMARKS.glob("*.py"))
+
+
+@pytest.fixture(autouse=True)
+def _on_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+
+def load(name: str) -> ModuleType:
+    """A room of the benchmarks, as its neighbours import it."""
+    return importlib.import_module(name)
+
+
+def run(script: str, *arguments: str) -> str:
+    """What a script prints, run in a process of its own."""
+    command = [sys.executable, str(BENCHMARKS / f"{script}.py"), *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_script_loads_and_says_what_it_is_for(script: str) -> None:
+    module = load(script)
+    assert module.__doc__
+    assert not hasattr(module, "main") or f"python benchmarks/{script}.py" in module.__doc__
+
+
+def test_a_step_is_measured_against_the_floor() -> None:
+    tiny = "--size", "64", "--batch", "2", "--rounds", "1", "--steps", "1", "--threads", "1"
+    out = run("step", *tiny)
+    assert "resnet18 at 64 px, batch 2, float32, cpu" in out
+    assert "| ours / floor |" in out
+
+
+def test_the_peer_must_not_be_this_package() -> None:
+    with pytest.raises(AssertionError, match="an environment of its own"):
+        run("step", "--size", "64", "--batch", "2", "--serve", "published")
+
+
+def test_memory_of_the_losses_is_the_peak_of_a_process_of_its_own() -> None:
+    small = "--batch", "1", "--channels", "8", "--hidden", "8", "--limit", "8"
+    out = run("memory", "--child", "--part", "losses", "--sides", "32", *small)
+    # A float32 table of 32 x 32 cells against as many has 4 MiB; maps have a hundredth of that.
+    assert 1 < json.loads(out)["mib"] < 400
+
+
+def test_memory_over_the_limit_is_said_and_no_larger_map_tried() -> None:
+    small = "--batch", "2", "--channels", "64", "--hidden", "8", "--limit", "0"
+    out = run("memory", "--part", "losses", "--sides", "32", "64", *small)
+    assert "| 32 x 32 | over the limit |" in out
+    assert "| 64 x 64 | not tried |" in out
+
+
+def test_the_slope_is_of_the_two_largest_sides_that_double() -> None:
+    memory = load("memory")
+    assert memory.slope({32: 1.0, 64: 4.0, 96: 9.0, 128: 16.0}, [32, 64, 96, 128]) == 1
+    assert memory.slope({64: 1.0, 128: 16.0}, [64, 128]) == 2
+    assert memory.slope({64: 1.0}, [64, 128]) is None
+
+
+def test_blocks_and_plain_form_do_the_same_work() -> None:
+    grads: list[Tensor] = []
+    for both in load("blocks").forms(6, 2, 8).values():
+        for work in both.values():
+            work()
+            online = work.args[0].__closure__  # what forward reads, the map with the gradient
+            grads += [
+                cell.cell_contents.grad.clone()
+                for cell in online
+                if isinstance(cell.cell_contents, Tensor) and cell.cell_contents.requires_grad
+            ]
+    assert len(grads) == 6
+    for blocks, plain in zip(grads[::2], grads[1::2], strict=True):
+        assert blocks.abs().max() > 0
+        torch.testing.assert_close(blocks, plain)
+
+
+def test_ratios_are_medians_of_rounds() -> None:
+    measure = load("measure")
+    ours = [{"seconds": s} for s in (2.0, 3.0, 40.0)]
+    base = [{"seconds": s} for s in (1.0, 1.0, 10.0)]
+    assert measure.ratio(ours, base) == 3
+
+
+def test_contenders_take_turns_after_a_round_that_is_forgotten() -> None:
+    calls: list[str] = []
+
+    def contender(name: str) -> dict[str, int]:
+        calls.append(name)
+        return {"turn": len(calls)}
+
+    contenders = {name: lambda name=name: contender(name) for name in "ab"}
+    found = load("measure").in_turns(contenders, 2)
+    assert "".join(calls) == "ababab"
+    assert found == {"a": [{"turn": 3}, {"turn": 5}], "b": [{"turn": 4}, {"turn": 6}]}
+
+
+def test_a_dead_contender_tells_its_last_words() -> None:
+    measure = load("measure")
+    with (
+        measure.Contender([sys.executable, "-c", "raise SystemExit('no such card')"]) as dead,
+        pytest.raises(RuntimeError, match="no such card"),
+    ):
+        dead()
+
+
+def test_records_are_replaced_by_setting_and_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measure = load("measure")
+    monkeypatch.setattr(measure, "RESULTS", tmp_path)
+    for value, where in ((1.5, "here"), (1.25, "here"), (2.0, "there")):
+        measure.report("step", "small", {"x": value}, {}, where=where, save=True)
+    entries = json.loads((tmp_path / "step.json").read_text())
+    assert [(e["machine"], e["ratios"]["x"]) for e in entries] == [("here", 1.25), ("there", 2.0)]
+    assert "| x | 1.250 | 1.500 |" in capsys.readouterr().out
+
+
+def test_counts_of_a_resnet_are_what_hand_arithmetic_says() -> None:
+    counts = load("counts")
+    step = counts.count("resnet18", 64, 2, counts.Hardware())
+    # At 224 px a ResNet-18 takes 1.814 G multiply-adds an image without its classifier, and those
+    # of each layer grow with its map: (64 / 224) ** 2 of it at 64 px. Four passes of two images.
+    backbone = 4 * 2 * 2 * 1.814e9 * (64 / 224) ** 2
+    assert backbone < step.forward.flops < 1.2 * backbone
+    # Two of the passes go back, by two products each, but none to the images.
+    assert step.backward.flops == pytest.approx(step.forward.flops, rel=0.05)
+    assert step.norms == (20 + 2 * 2 + 1, 20 + 2 * 2)  # the backbone's, the heads', the predictor's
+
+
+def test_depthwise_convolutions_go_back_at_twice_their_price() -> None:
+    counts = load("counts")
+    net = torch.nn.Conv2d(16, 16, 3, padding=1, groups=16)
+    x = torch.randn(1, 16, 8, 8, requires_grad=True)
+    with counts.Roofline(counts.Hardware()) as forward:
+        y = net(x).sum()
+    with counts.Roofline(counts.Hardware()) as backward:
+        y.backward()
+    assert forward.work.flops == 2 * 9 * 16 * 8 * 8
+    assert backward.work.flops == 2 * forward.work.flops
+
+
+def test_wires_by_hand() -> None:
+    hardware = load("counts").Hardware(wire_share=1)
+    assert hardware.gather(8e9, 1) == 0
+    assert hardware.gather(8e9, 8) == pytest.approx(7e9 / 450e9)
+    assert hardware.gather(8e9, 16) == pytest.approx(7e9 / 450e9 + 0.5e9 / 50e9)
+    assert hardware.roundtrip(1) == 0
+    assert hardware.roundtrip(32) == pytest.approx(40e-6)
+
+
+def test_growth_is_told_between_the_marks_of_a_page(tmp_path: Path) -> None:
+    scaling = load("scaling")
+    page = tmp_path / "scaling.md"
+    page.write_text(f"before\n{scaling.MARKS[0]}\nold\n{scaling.MARKS[1]}\nafter\n")
+    run("scaling", "--models", "resnet18", "--size", "64", "--write", str(page))
+    text = page.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert "old" not in text
+    assert "| 512 | 16384 | 32 | 1 | DDP |" in text
+    assert "--peak 989 --bandwidth 3.35" in text
