@@ -110,6 +110,44 @@ def export(
     print(exported(run, format, out))
 
 
+def prepare(
+    data: tyro.conf.Positional[tuple[str, ...]],
+    out: str,
+    max_side: int = 640,
+    quality: int = 90,
+    images_each: int = 1000,
+    max_broken: float = 0.01,
+    workers: int | None = None,
+) -> None:
+    """Write images into shards once, large ones made smaller, so that training decodes less.
+
+    Call it again to go on with what was cut off.
+
+    Args:
+        data: Folders of images, text files of paths, or shards.
+        out: Folder of the shards; give it to `pixelcl pretrain` afterwards.
+        max_side: Longer side of the images in the shards, in pixels; smaller ones are kept as are.
+        quality: Of the JPEGs written, 1 to 95.
+        images_each: Images a shard.
+        max_broken: Share of images that may be unreadable before it stops.
+        workers: Threads; one for each core where none is given.
+    """
+    from .data.packing import pack
+    from .trainer.messages import logged
+
+    with logged(to_terminal=True):
+        packed = pack(
+            data,
+            out,
+            max_side=max_side,
+            quality=quality,
+            images_each=images_each,
+            max_broken=max_broken,
+            workers=workers,
+        )
+    print(packed)
+
+
 def layers(
     model: tyro.conf.Positional[str], image_size: tuple[int, int] = (224, 224), channels: int = 3
 ) -> None:
@@ -150,7 +188,8 @@ def demo(out: str = "runs/demo", steps: int = 400, overwrite: bool = False) -> N
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
-    command.__name__: command for command in (pretrain, evaluate, visualize, export, layers, demo)
+    command.__name__: command
+    for command in (pretrain, prepare, evaluate, visualize, export, layers, demo)
 }
 
 

@@ -1,17 +1,21 @@
-"""What every test stands on: seeds, one thread a worker, the real images if they are there."""
+"""What every test stands on: seeds, one thread a worker, labelled images, real ones if any."""
 
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+from PIL import Image
 
 settings.register_profile("fixed", derandomize=True, deadline=None, max_examples=30)
 settings.load_profile("fixed")
 torch.set_num_threads(1)  # the suite runs two workers on two cores
 
 SHARED = Path(os.environ.get("PIXELCL_SHARED", Path(__file__).parents[2] / "shared"))
+
+COLOURS = np.array([[200, 40, 40], [40, 200, 40], [40, 40, 200]])
 
 
 @pytest.fixture(autouse=True)
@@ -25,4 +29,25 @@ def streets() -> Path:
     folder = SHARED / "data" / "camvid"
     if not folder.is_dir():
         pytest.skip(f"no real images at {folder}; set PIXELCL_SHARED to where they are")
+    return folder
+
+
+def save(path: Path, pixels: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels.astype(np.uint8)).save(path)
+
+
+@pytest.fixture
+def labelled(tmp_path) -> Path:
+    """Ten and four images of 32 x 48 pixels whose three classes are three colours and noise."""
+    dice = np.random.default_rng(0)
+    folder = tmp_path / "labelled"
+    for split, count in (("train", 10), ("val", 4)):
+        for number in range(count):
+            mask = np.kron(dice.integers(0, 3, (4, 6)), np.ones((8, 8), int))
+            image = COLOURS[mask] + dice.integers(-20, 20, (32, 48, 3))
+            mask[:2] = 255
+            save(folder / "images" / split / f"{number}.png", image)
+            save(folder / "masks" / split / f"{number}.png", mask)
+    (folder / "classes.txt").write_text("0 red\n1 green\n2 blue\n")
     return folder

@@ -42,6 +42,7 @@ ROOMS = (
     "data.crops",
     "data.order",
     "data.pairs",
+    "data.packing",
     "data.loader",
     "scenes",
     "evaluation.preparation",

@@ -105,7 +105,7 @@ class StatefulLoader:
     def list_skipped(self, new: list[Broken]) -> None:
         """Add images to the file, unless a run that was resumed has listed them already."""
         assert self.skipped_file is not None
-        lines = [f"{one_line(image.name)}\t{one_line(image.reason)}\n" for image in new]
+        lines = [image.line for image in new]
         there = self.skipped_file
         known = there.read_text(encoding="utf-8").splitlines(True) if there.exists() else []
         with there.open("a", encoding="utf-8") as file:
@@ -232,11 +232,6 @@ def leave_ctrl_c_to_the_run(_: int) -> None:
     that leaves in a hurry ends its workers.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def one_line(text: str) -> str:
-    """Text that keeps to its line and its column."""
-    return text.replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r").replace("\t", "\\t")
 
 
 def held_out(source: Source, seed: int) -> tuple[Tensor, Tensor]:

@@ -52,11 +52,19 @@ class Pairs(NamedTuple):
     index: Tensor  # type: ignore[assignment]  # hides a method of tuples that nobody wants
 
 
+ONE_LINE = str.maketrans({"\\": "\\\\", "\n": "\\n", "\r": "\\r", "\t": "\\t"})
+
+
 class Broken(NamedTuple):
     """An image that could not be used."""
 
     name: str
     reason: str
+
+    @property
+    def line(self) -> str:
+        """A line of a list of such images, which keeps to its line and its columns."""
+        return "\t".join(part.translate(ONE_LINE) for part in self) + "\n"
 
 
 class TooManyBroken(RuntimeError):  # noqa: N818  # reads as what it says

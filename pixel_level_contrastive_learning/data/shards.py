@@ -79,11 +79,11 @@ class Shards:
         start, end = self.ends[index : index + 2].tolist()
         return f"{self.paths[int(self.where[index, 0])]}:{os.fsdecode(self.block[start:end])}"
 
-    def open(self, index: int) -> Opened:
-        """Look at an image.
+    def content(self, index: int) -> bytes:
+        """The bytes of an image.
 
         Raises:
-            Unreadable: It, or its shard, is damaged.
+            Unreadable: Its shard is damaged.
         """
         shard, offset, length = self.where[index].tolist()
         try:
@@ -94,7 +94,15 @@ class Shards:
             raise Unreadable(error.strerror or type(error).__name__) from error
         if len(content) < length:
             raise Unreadable(f"the shard ends after {len(content)} of {length} bytes")
-        return open_image(content)
+        return content
+
+    def open(self, index: int) -> Opened:
+        """Look at an image.
+
+        Raises:
+            Unreadable: It, or its shard, is damaged.
+        """
+        return open_image(self.content(index))
 
 
 def images_in(path: str) -> list[tuple[int, int, bytes]]:

@@ -36,6 +36,13 @@ class Source(Protocol):
             Unreadable: It cannot be used.
         """
 
+    def content(self, index: int) -> bytes:
+        """The bytes of the image's file.
+
+        Raises:
+            Unreadable: They cannot be read, or the image is in no file.
+        """
+
     def name(self, index: int) -> str:
         """What the image is called, for people."""
 
@@ -62,13 +69,15 @@ class Files:
         start, end = self.ends[index : index + 2].tolist()
         return os.fsdecode(self.block[start:end])
 
-    def open(self, index: int) -> Opened:
+    def content(self, index: int) -> bytes:
         try:
             with open(self.name(index), "rb") as file:
-                content = file.read()
+                return file.read()
         except OSError as error:
             raise Unreadable(error.strerror or type(error).__name__) from error
-        return open_image(content)
+
+    def open(self, index: int) -> Opened:
+        return open_image(self.content(index))
 
 
 class Items:
@@ -86,6 +95,9 @@ class Items:
 
     def name(self, index: int) -> str:
         return f"item {index}"
+
+    def content(self, index: int) -> bytes:
+        raise Unreadable(f"{self.name(index)} is an object in memory and not in a file")
 
     def open(self, index: int) -> Opened:
         try:
@@ -116,6 +128,10 @@ class Joined:
         part, index = self.place(index)
         return part.name(index)
 
+    def content(self, index: int) -> bytes:
+        part, index = self.place(index)
+        return part.content(index)
+
     def open(self, index: int) -> Opened:
         part, index = self.place(index)
         return part.open(index)
@@ -138,6 +154,9 @@ class Chosen:
 
     def name(self, index: int) -> str:
         return self.source.name(int(self.indices[index]))
+
+    def content(self, index: int) -> bytes:
+        return self.source.content(int(self.indices[index]))
 
     def open(self, index: int) -> Opened:
         return self.source.open(int(self.indices[index]))

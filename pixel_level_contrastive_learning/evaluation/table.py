@@ -168,7 +168,7 @@ def with_labels(
     rows: list[Row] = []
     predictions: dict[str, dict[int, Tensor]] = {}
     for contender in field.contenders:
-        scored = []
+        scored: list[Scored] = []
         for seed in plan.seeds if plan.chance(contender) else plan.seeds[:1]:
             net = contender.build(seed).to(device)
             scored.append(plan.run(net, field.card, seed, () if scored else keep))

@@ -13,6 +13,7 @@ from lightning.pytorch import Callback
 from torch import nn
 
 from ..backbones import build_backbone
+from ..evaluation.labelled import open_labelled
 from ..weights import load_backbone, save_backbone
 from . import assembly, engine
 from .callbacks import Checkpoints, StopWhenAsked
@@ -84,6 +85,7 @@ class Run:
         LOG.info("%s", described(self.devices))
         data = objects if objects is not None else config.data
         self.images = assembly.images_of(data, config, directory if config.resume else None)
+        self.labelled = open_labelled(config.probe) if config.probe is not None else None
         self.facts = assembly.facts_of(self.images, self.devices)
         config = decided(config, self.facts)
         self.clock = clock_of(config, self.facts.images)
@@ -272,7 +274,7 @@ class Run:
                     every=c.picture_every,
                 )
             )
-        if c.probe is not None:
+        if self.labelled is not None:
             assert isinstance(c.probe_every, int)
             every = c.probe_every * self.clock.steps_per_epoch
             wanted.append(
@@ -281,7 +283,7 @@ class Run:
                     figures,
                     checkpoints,
                     card,
-                    c.probe,
+                    self.labelled,
                     protocol=c.probe_protocol,
                     every=every,
                 )

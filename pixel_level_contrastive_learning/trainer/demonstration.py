@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,14 +28,19 @@ def demonstrate(out: Path, *, steps: int, overwrite: bool = False) -> Demonstrat
     Args:
         out: Folder for all of it.
         steps: Steps of pretraining.
-        overwrite: Whether to replace the run of an earlier demo; its scenes are used again.
+        overwrite: Whether to replace an earlier demo.
 
     Raises:
         ValueError: The folder is in use.
     """
     scenes, run, report = out / "scenes", out / "run", out / "report.html"
-    if not (overwrite and scenes.is_dir()):
-        save_scenes(scenes, SCENES)
+    if out.exists() and any(out.iterdir()) and not overwrite:
+        raise ValueError(
+            f"out is {str(out)!r}, which is not empty; replace the demo in it (--overwrite), or "
+            "name another folder"
+        )
+    shutil.rmtree(scenes, ignore_errors=True)  # those of a demo that was cut off may be half drawn
+    save_scenes(scenes, SCENES)
     images = scenes / "images"
     pretrain(
         images / "train",

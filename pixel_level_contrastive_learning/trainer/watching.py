@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,6 @@ from ..data.sources import Source
 from ..data.statistics import Statistics
 from ..evaluation.correspondence import ViewPairs, draw_pairs, matched
 from ..evaluation.features import Reader
-from ..evaluation.labelled import open_labelled
 from ..evaluation.preparation import Preparation
 from ..evaluation.segmentation import probed
 from ..geometry import box_to_map
@@ -162,12 +162,9 @@ class Probe(Callback):
         figures: Where the figure goes, as ``probe_miou``.
         checkpoints: Saves at every probe.
         card: How images are brought to the network.
-        labelled: Folder of images and masks.
+        labelled: Images and masks to learn from, and those to judge by.
         protocol: ``linear`` or ``knn``.
         every: Steps between probes.
-
-    Raises:
-        ValueError: The folder holds no such images, or wrong masks.
     """
 
     def __init__(
@@ -176,7 +173,7 @@ class Probe(Callback):
         figures: Figures,
         checkpoints: Checkpoints,
         card: BackboneCard,
-        labelled: str,
+        labelled: Sequence[Labelled],
         *,
         protocol: str,
         every: int,
@@ -187,9 +184,7 @@ class Probe(Callback):
         self.card = card
         self.protocol = protocol
         self.every = every
-        self.train: Labelled
-        self.judged: Labelled
-        self.train, self.judged = open_labelled(labelled, ("train", "val"))
+        self.train, self.judged = labelled
         self.prepare = Preparation.of(card)
         self.file = directory.path / PROBE_FILE
 

@@ -1,14 +1,9 @@
-"""A labelled folder and a network, both small enough to be evaluated in a second."""
+"""Networks small enough to be evaluated in a second."""
 
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import nn
 
-COLOURS = np.array([[200, 40, 40], [40, 200, 40], [40, 40, 200]])
 NETWORK = """
 from torch import nn
 
@@ -37,11 +32,6 @@ class Plain(nn.Module):
         return self.patches(pixels)
 
 
-def save(path: Path, pixels: np.ndarray) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels.astype(np.uint8)).save(path)
-
-
 @pytest.fixture
 def plain() -> Plain:
     return Plain()
@@ -54,19 +44,3 @@ def model(tmp_path) -> str:
     path.parent.mkdir(parents=True)
     path.write_text(NETWORK)
     return f"{path}:small"
-
-
-@pytest.fixture
-def labelled(tmp_path) -> Path:
-    """Ten and four images of 32 x 48 pixels whose three classes are three colours and noise."""
-    dice = np.random.default_rng(0)
-    folder = tmp_path / "labelled"
-    for split, count in (("train", 10), ("val", 4)):
-        for number in range(count):
-            mask = np.kron(dice.integers(0, 3, (4, 6)), np.ones((8, 8), int))
-            image = COLOURS[mask] + dice.integers(-20, 20, (32, 48, 3))
-            mask[:2] = 255
-            save(folder / "images" / split / f"{number}.png", image)
-            save(folder / "masks" / split / f"{number}.png", mask)
-    (folder / "classes.txt").write_text("0 red\n1 green\n2 blue\n")
-    return folder

@@ -1,0 +1,58 @@
+"""From settings to parts: the weights a run starts from, and how it begins."""
+
+import pytest
+import torch
+from torch import nn
+
+from pixel_level_contrastive_learning import load_backbone, pretrain
+from pixel_level_contrastive_learning.backbones import build_backbone
+from pixel_level_contrastive_learning.trainer.assembly import layer, zero_last_norms
+from pixel_level_contrastive_learning.weights import read_backbone
+
+
+def test_a_run_starts_from_the_weights_of_a_file(tmp_path, settings) -> None:
+    first = settings(out=str(tmp_path / "first"))
+    pretrain(**first)
+    held = tmp_path / "first" / "backbone.safetensors"
+    still = {"weights": str(held), "lr": 1e-12, "final_lr": 0.0, "steps": 1}
+    pretrain(**settings(**still))
+    start, end = (load_backbone(tmp_path / run).state_dict() for run in ("first", "run"))
+    weights = [name for name in start if "running" not in name and "tracked" not in name]
+    assert all(torch.allclose(start[name], end[name], atol=1e-6) for name in weights)
+    assert read_backbone(tmp_path / "run").card.start == str(held)
+    assert "matched 14 of 14 keys" in (tmp_path / "run" / "train.log").read_text()
+
+
+def test_weights_that_fit_nowhere_are_refused_without_a_trace(tmp_path, settings) -> None:
+    torch.save({"other.weight": torch.ones(3, 3)}, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match=r"nothing in .*other.pt fits Sequential"):
+        pretrain(**settings(weights=str(tmp_path / "other.pt")))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("model", "norm"),
+    [
+        ("torchvision/resnet18", "bn2"),
+        ("torchvision/resnet50", "bn3"),
+        ("timm/resnet18", "bn2"),
+        ("timm/resnet50", "bn3"),
+    ],
+)
+def test_blocks_begin_as_identities_where_asked(model, norm) -> None:
+    net = build_backbone(model)
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.ones_(module.weight)
+    zero_last_norms(net)
+    zeroed = {name for name, p in net.named_parameters() if p.ndim == 1 and not p.any()}
+    scales = {name for name in zeroed if name.endswith(".weight")}
+    blocks = [name for name, _ in net.named_modules() if name.endswith(f".{norm}")]
+    assert scales == {f"{name}.weight" for name in blocks}
+    assert len(scales) in (8, 16)
+
+
+def test_layers_are_names_indices_or_left_to_the_learner() -> None:
+    assert [layer(name) for name in ("auto", "layer4", "-2", "6", "stages.3")] == [
+        *(None, "layer4", -2, 6, "stages.3")
+    ]

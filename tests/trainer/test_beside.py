@@ -1,0 +1,82 @@
+"""What happens beside the steps of a real run: loggers, warnings, the bar, parts of a batch."""
+
+import csv
+import io
+import logging
+
+import pytest
+import torch
+from rich.console import Console
+
+from pixel_level_contrastive_learning import PixelCL, pretrain
+from pixel_level_contrastive_learning.trainer import course, figures, progress
+
+
+def test_figures_go_to_the_loggers_every_ten_steps(tmp_path, settings) -> None:
+    pretrain(**settings(steps=21, loggers=("csv",)))
+    with (tmp_path / "run" / "csv" / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows] == ["10", "20"]
+    assert all(0 < float(row["loss"]) < 16 for row in rows)
+
+
+def test_a_run_that_collapses_says_so_in_words(tmp_path, settings, monkeypatch) -> None:
+    monkeypatch.setattr(figures, "spread", lambda _: torch.tensor(0.01))
+    pretrain(**settings())
+    told = [
+        line for line in (tmp_path / "run" / "train.log").read_text().splitlines() if "WARN" in line
+    ]
+    assert len(told) == 1  # once, though it stays so
+    assert "step 1: the features collapse: their spread is 0.01, under 0.1" in told[0]
+
+
+def test_lines_of_figures_come_every_half_minute_and_at_both_ends(tmp_path, settings) -> None:
+    pretrain(**settings())
+    log = (tmp_path / "run" / "train.log").read_text()
+    assert [n for n in range(1, 7) if f"INFO step {n}: loss" in log] == [1, 6]
+
+
+def test_a_terminal_sees_a_bar_and_a_file_does_not(tmp_path, settings, monkeypatch) -> None:
+    screen = io.StringIO()
+    made = Console(file=screen, force_terminal=True, width=160)
+    monkeypatch.setattr(progress, "Console", lambda **_: made)
+    pretrain(**settings())
+    for word in ("pretrain", "6/6", "loss ", "pixel_cosine", "images/s", "waiting", "GiB"):
+        assert word in screen.getvalue()
+    silent = io.StringIO()
+    made = Console(file=silent, force_terminal=False)
+    pretrain(**settings(out=str(tmp_path / "again")))
+    assert silent.getvalue() == ""
+
+
+def test_a_batch_too_large_for_memory_is_taken_in_parts(
+    tmp_path, settings, monkeypatch, caplog
+) -> None:
+    forward = PixelCL.forward
+
+    def limited(learner, views, *given, **named):
+        if len(views[0].pixels) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(learner, views, *given, **named)
+
+    monkeypatch.setattr(course, "estimate", lambda *_: None)  # as on a GPU, where it is tried
+    monkeypatch.setattr(PixelCL, "forward", limited)
+    with caplog.at_level(logging.INFO):
+        pretrain(**settings(batch_size=8))
+    assert "8 images at a time do not fit into memory: trying half" in caplog.text
+    assert "each device takes 8 images a step, 2 at a time (accumulate 4)" in caplog.text
+    monkeypatch.undo()
+    assert (tmp_path / "run" / "backbone.safetensors").exists()
+    pretrain(out=tmp_path / "run", resume=True, steps=8)  # keeps its parts, and needs no trial
+    saved = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert saved["parts"] == [4, 8]
+
+
+def test_an_image_that_fits_nowhere_ends_the_run_in_words(settings, monkeypatch) -> None:
+    def never(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(course, "estimate", lambda *_: None)
+    monkeypatch.setattr(PixelCL, "forward", never)
+    with pytest.raises(MemoryError, match="2 images do not fit into memory; give a smaller image"):
+        pretrain(**settings())

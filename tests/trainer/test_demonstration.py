@@ -1,0 +1,27 @@
+"""The demo, made small: scenes, a run, a table and a report."""
+
+import pytest
+
+from pixel_level_contrastive_learning import cli
+from pixel_level_contrastive_learning.trainer import demonstration
+
+
+@pytest.fixture(autouse=True)
+def _few(monkeypatch) -> None:
+    monkeypatch.setattr(demonstration, "SCENES", {"train": 24, "val": 4})
+
+
+def test_the_demo_ends_with_a_table_and_where_the_report_is(tmp_path, capsys) -> None:
+    out = tmp_path / "demo"
+    assert cli.main(["demo", "--out", str(out), "--steps", "1"]) == 0
+    said = capsys.readouterr().out
+    assert "mIoU" in said
+    assert said.splitlines()[-1] == f"report: {out / 'report.html'}"
+    page = (out / "report.html").read_text()
+    assert "How good the features are" in page
+    assert (out / "run" / "evaluation.json").exists()
+    assert cli.main(["demo", "--out", str(out), "--steps", "1"]) == 2
+    assert "not empty" in capsys.readouterr().err
+    (out / "notes.txt").write_text("mine")
+    assert cli.main(["demo", "--out", str(out), "--steps", "1", "--overwrite"]) == 0
+    assert (out / "notes.txt").read_text() == "mine"

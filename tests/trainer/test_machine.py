@@ -1,0 +1,86 @@
+"""What the machine is: processes counted as launchers say, memory as containers say."""
+
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import torch
+
+from pixel_level_contrastive_learning.trainer import machine
+from pixel_level_contrastive_learning.trainer.config import PretrainConfig
+from pixel_level_contrastive_learning.trainer.machine import Devices, devices
+
+
+@pytest.fixture(autouse=True)
+def _no_gpu(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    for name in (*machine.RANKS, "LOCAL_WORLD_SIZE", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_a_cpu_is_one_device_unless_more_are_asked_for() -> None:
+    assert devices(PretrainConfig()) == Devices("cpu", 1, 1)
+    assert devices(PretrainConfig(devices=3, num_nodes=2)).processes == 6
+
+
+def test_gpus_are_all_taken_unless_fewer_are_asked_for(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert devices(PretrainConfig()) == Devices("cuda", 4, 1)
+    assert devices(PretrainConfig(devices=2)) == Devices("cuda", 2, 1)
+    assert devices(PretrainConfig(accelerator="cpu")) == Devices("cpu", 1, 1)
+    with pytest.raises(ValueError, match=r"devices is 5 .*; here are 4 of kind cuda: give fewer"):
+        devices(PretrainConfig(devices=5))
+
+
+def test_a_gpu_that_is_not_there_is_refused() -> None:
+    with pytest.raises(ValueError, match="here are 0 of kind cuda: give fewer, or accelerator cpu"):
+        devices(PretrainConfig(accelerator="gpu"))
+
+
+def test_what_torchrun_started_counts(monkeypatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert devices(PretrainConfig()) == Devices("cpu", 2, 4)
+
+
+@pytest.mark.parametrize("rank", machine.RANKS)
+def test_only_the_first_process_writes(monkeypatch, rank) -> None:
+    assert machine.is_writer()
+    monkeypatch.setenv(rank, "0")
+    assert machine.is_writer()
+    monkeypatch.setenv(rank, "1")
+    assert not machine.is_writer()
+
+
+def test_free_memory_is_what_the_container_leaves(monkeypatch) -> None:
+    held = {
+        "/proc/meminfo": "MemTotal: 9 kB\nMemAvailable:    4096 kB\n",
+        "/sys/fs/cgroup/memory.max": "3000000\n",
+        "/sys/fs/cgroup/memory.current": "1000000\n",
+    }
+    monkeypatch.setattr(Path, "exists", lambda path: str(path) in held)
+    monkeypatch.setattr(Path, "read_text", lambda path, **_: held[str(path)])
+    cpu = torch.device("cpu")
+    assert machine.free_memory(cpu) == 2_000_000
+    held["/sys/fs/cgroup/memory.max"] = "max\n"
+    assert machine.free_memory(cpu) == 4096 * 1024
+
+
+def test_bfloat16_is_native_where_the_processor_says_so(monkeypatch) -> None:
+    for amx, avx in ((True, False), (False, True), (False, False)):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda avx=avx: avx)
+        assert machine.native_bfloat16("cpu") is (amx or avx)
+    assert not machine.native_bfloat16("mps")
+    for capability, native in (((7, 5), False), ((8, 0), True), ((9, 0), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda c=capability: c)
+        assert machine.native_bfloat16("cuda") is native
+
+
+def test_the_machine_is_told_in_words() -> None:
+    said = machine.described(Devices("cpu", 2, 1))
+    assert f"torch {version('torch')}, torchvision" in said
+    assert "2 x cpu (" in said
+    assert machine.installed("no-such-library") == "?"

@@ -1,0 +1,97 @@
+"""Looking at the network while it learns: what is drawn and measured, and that it harms nothing."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from pixel_level_contrastive_learning import pretrain
+from pixel_level_contrastive_learning.data.sources import open_source
+from pixel_level_contrastive_learning.data.statistics import measure
+from pixel_level_contrastive_learning.trainer.watching import whole_images
+from pixel_level_contrastive_learning.weights import read_backbone
+
+
+def lines(path: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return read_backbone(run).net.state_dict()
+
+
+@pytest.fixture(scope="module")
+def many() -> list[torch.Tensor]:
+    """Two hundred images, from which four are held out."""
+    dice = torch.Generator().manual_seed(0)
+    coarse = torch.rand(200, 3, 6, 6, generator=dice)
+    return list(torch.nn.functional.interpolate(coarse, (40, 48), mode="bilinear"))
+
+
+def test_correspondence_and_pictures_change_no_weight(tmp_path, settings, many) -> None:
+    given = settings(steps=4)
+    del given["data"]
+    pretrain(many, **given | {"out": str(tmp_path / "blind")})
+    pretrain(many, **given | {"out": str(tmp_path / "seen"), "picture_every": 2})
+    blind, seen = weights(tmp_path / "blind"), weights(tmp_path / "seen")
+    assert all(torch.equal(blind[name], seen[name]) for name in blind)
+    figures = lines(tmp_path / "seen" / "metrics.jsonl")
+    for line in figures:
+        assert 0 <= line["hit1"] <= line["hit_near"] <= 1
+    # Measured before the first step and after the second, the figures hold until the next time.
+    assert figures[0]["hit1"] == figures[1]["hit1"]
+    assert "hit1" not in lines(tmp_path / "blind" / "metrics.jsonl")[0]
+    log = (tmp_path / "seen" / "train.log").read_text()
+    assert "196 images to train on, 4 held out" in log
+    assert "step 4: " in log
+    assert "% of cells find their spot in another view" in log
+    drawn = sorted((tmp_path / "seen" / "pictures").iterdir())
+    assert [path.stem for path in drawn] == ["step-00000000", "step-00000002", "step-00000004"]
+    with Image.open(drawn[-1]) as picture:
+        assert picture.size == (4 * 160 + 3 * 4, 2 * 160 + 4)  # four images, and their colours
+
+
+def test_a_probe_is_noted_and_the_best_checkpoint_kept(tmp_path, settings, labelled) -> None:
+    pretrain(**settings(probe=str(labelled), probe_every=1, keep_checkpoints=1))
+    run = tmp_path / "run"
+    probed = lines(run / "probe.jsonl")
+    assert [line["step"] for line in probed] == [3, 6]  # twelve images in batches of four
+    assert all(0 < line["miou"] <= 1 for line in probed)
+    best = max(probed, key=lambda line: line["miou"])
+    kept = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)
+    assert kept["steps_done"] == best["step"]
+    figures = lines(run / "metrics.jsonl")
+    assert "probe_miou" not in figures[2]
+    assert figures[3]["probe_miou"] == probed[0]["miou"]
+    assert (
+        f"mean IoU of the probe {probed[0]['miou']:.4f} (best)" in (run / "train.log").read_text()
+    )
+
+
+def test_probing_changes_no_weight(tmp_path, settings, labelled) -> None:
+    pretrain(**settings(out=str(tmp_path / "blind")))
+    for protocol in ("linear", "knn"):
+        out = tmp_path / protocol
+        pretrain(**settings(out=str(out), probe=str(labelled), probe_protocol=protocol))
+        blind, seen = weights(tmp_path / "blind"), weights(out)
+        assert all(torch.equal(blind[name], seen[name]) for name in blind)
+
+
+def test_wrong_masks_are_refused_before_anything_is_written(tmp_path, settings, labelled) -> None:
+    (labelled / "masks" / "val" / "0.png").unlink()
+    with pytest.raises(ValueError, match=r"0.png is not there; 1 of 4 images have no mask"):
+        pretrain(**settings(probe=str(labelled)))
+    assert not (tmp_path / "run").exists()
+
+
+def test_images_to_look_at_are_middle_parts_and_broken_ones_are_left_out(tmp_path) -> None:
+    wide = Image.new("RGB", (90, 30), (255, 0, 0))
+    wide.paste((0, 0, 255), (30, 0, 60, 30))
+    wide.save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes(b"no image")
+    source = open_source(tmp_path)
+    [seen] = whole_images(source, measure(source), (20, 20), 5)
+    assert seen.shape == (3, 20, 20)
+    assert torch.allclose(seen, torch.tensor([0.0, 0, 1])[:, None, None].expand(3, 20, 20))
