@@ -3,13 +3,16 @@
 python benchmarks/step.py --model resnet50 --size 256 --batch 8
 python benchmarks/step.py --model resnet50 --size 256 --batch 8 --precision bfloat16 --channels-last
 python benchmarks/step.py --peer PEER/bin/python   # its interpreter, with version 0.1.1 installed
+python benchmarks/step.py --densecl PEER/bin/python  # one that has lightly installed
 python benchmarks/step.py --profile                # where the time of our step goes
 
 Ours is ``learner(images)`` with drawing, colour, losses, backward, optimiser and target update.
 The floor is the least that the method can do: the same backbone up to its last map, the same
 heads and optimiser on two ready-made views in the same precision, two forward and backward passes
-and two passes of the target without gradient. The peer runs with its defaults, in float32. Each
-contender is a process of its own, and they take turns.
+and two passes of the target without gradient. The published package runs with its defaults, in
+float32; DenseCL, put together of lightly's blocks with its own transforms, in the precision asked
+for. It trains on one of the two views only, half the passes of all others: compare images a second,
+not ways of learning. Each contender is a process of its own, and they take turns.
 """
 
 import argparse
@@ -37,6 +40,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import models
 from torchvision.models.feature_extraction import create_feature_extractor
+from torchvision.transforms.functional import to_pil_image
 
 PIXEL_LAYER, INSTANCE_LAYER = "layer4", "avgpool"  # of torchvision's ResNets
 HIDDEN, OUT = 2048, 256  # of the heads, as both packages have them by default
@@ -157,7 +161,59 @@ def peer(args: argparse.Namespace) -> Step:
     return step
 
 
-STEPS = {"floor": floor, "ours": ours, "ours, compiled": ours, "published": peer}
+def densecl(args: argparse.Namespace) -> Step:
+    """A step of DenseCL as lightly's guide puts it together: transforms, two branches, queues."""
+    from lightly.loss import NTXentLoss
+    from lightly.models.modules import DenseCLProjectionHead
+    from lightly.models.utils import select_most_similar, update_momentum
+    from lightly.transforms import DenseCLTransform
+
+    class Branches(nn.Module):
+        def __init__(self, net: models.ResNet) -> None:
+            super().__init__()
+            width = net.fc.in_features
+            self.body = nn.Sequential(*list(net.children())[:-2])
+            self.whole = DenseCLProjectionHead(width, width, 128)
+            self.dense = DenseCLProjectionHead(width, width, 128)
+
+        def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            found = self.body(pixels)
+            cells = found.flatten(2).transpose(1, 2)
+            return cells, self.whole(found.mean((2, 3))), self.dense(cells)
+
+    online = placed(Branches(getattr(models, args.model)(weights=None)), args)
+    target = deepcopy(online).requires_grad_(False)
+    losses = [NTXentLoss(memory_bank_size=(4096, 128)).to(args.device) for _ in "12"]
+    optimiser = torch.optim.Adam(online.parameters(), OPTIMISER_LR)
+    transform = DenseCLTransform(input_size=args.size)
+    images = (torch.rand(args.batch, 3, args.size, args.size) * 255).to(torch.uint8)
+    pictures = [to_pil_image(image) for image in images]
+
+    def step() -> None:
+        views = [torch.stack(both) for both in zip(*map(transform, pictures), strict=True)]
+        query, key = (view.to(args.device) for view in views)
+        with precision(args):
+            update_momentum(online, target, 0.999)
+            cells, whole, dense = online(query)
+            with torch.no_grad():
+                key_cells, key_whole, key_dense = target(key)
+            key_dense = select_most_similar(cells, key_cells, key_dense)
+            loss = losses[0](whole, key_whole)
+            loss = loss + losses[1](dense.flatten(0, 1), key_dense.flatten(0, 1))
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+
+    return step
+
+
+STEPS = {
+    "floor": floor,
+    "ours": ours,
+    "ours, compiled": ours,
+    "published": peer,
+    "DenseCL (lightly)": densecl,
+}
 
 
 def contend(args: argparse.Namespace) -> None:
@@ -216,6 +272,7 @@ def compare(args: argparse.Namespace) -> None:
     pythons = {"floor": sys.executable, "ours": sys.executable}
     pythons |= {"ours, compiled": sys.executable} if args.compile else {}
     pythons |= {"published": args.peer} if args.peer else {}
+    pythons |= {"DenseCL (lightly)": args.densecl} if args.densecl else {}
     with ExitStack() as stack:
         contenders = {
             name: stack.enter_context(Contender([python, *sys.argv, "--serve", name]))
@@ -260,6 +317,7 @@ def main() -> None:
     flags.add_argument("--threads", type=int, help="of each process; default: torch's choice")
     flags.add_argument("--compile", action="store_true", help="and torch.compile(learner)")
     flags.add_argument("--peer", help="a Python that has the published package installed")
+    flags.add_argument("--densecl", help="a Python that has lightly installed")
     flags.add_argument("--peak-tflops", type=float, help="of the device; H100 in bfloat16: 989")
     flags.add_argument("--profile", action="store_true", help="only show where our time goes")
     flags.add_argument("--save", action="store_true", help="record the ratios")

@@ -1,0 +1,118 @@
+"""What the trainer adds to a step, and how long it waits for images.
+
+python benchmarks/overhead.py STREETS
+python benchmarks/overhead.py STREETS --model torchvision/resnet50 --size 224 --batch 8
+
+The trainer runs as `pixelcl pretrain` does, with its log, its figures and its checkpoints. The
+plain loop takes the same batches from the same loader, through the same learner and optimiser, and
+writes nothing. Both take turns in this process; a step's time is that from one step's end to the
+next one's, the first step left out. What it costs to look at the network (pictures and
+correspondence, ten times a run) is timed by itself.
+"""
+
+import argparse
+import json
+import logging
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from measure import Figures, in_turns, machine, median, ratio, report
+
+from pixel_level_contrastive_learning import pretrain
+from pixel_level_contrastive_learning.trainer import assembly, engine
+from pixel_level_contrastive_learning.trainer.config import PretrainConfig
+from pixel_level_contrastive_learning.trainer.machine import devices
+from pixel_level_contrastive_learning.trainer.plan import clock_of, decided
+from pixel_level_contrastive_learning.trainer.task import optimizer_of
+from pixel_level_contrastive_learning.trainer.watching import Watching
+
+RUN, LOOKS = 500, 11
+"""Steps of a short run, and how often it looks at the network unless told otherwise."""
+
+
+def trained(settings: dict[str, Any]) -> Figures:
+    """The trainer's seconds a step, and its share of time spent waiting."""
+    looks: list[float] = []
+    look = Watching.look
+
+    def timed(watching: Watching, task: Any) -> None:
+        begin = time.perf_counter()
+        look(watching, task)
+        looks.append(time.perf_counter() - begin)
+
+    # Looked at before the first step and after the last, outside of what is timed.
+    with tempfile.TemporaryDirectory() as folder, patch.object(Watching, "look", timed):
+        pretrain(out=folder, picture_every=10**9, **settings)
+        lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").open()][1:]
+    batch = settings["batch_size"]
+    seconds = [batch / line["images_per_second"] for line in lines]
+    waited = sum(s * line["waiting"] for s, line in zip(seconds, lines, strict=True))
+    step = statistics.fmean(seconds)
+    return {"seconds": step, "waiting": waited / sum(seconds), "look": looks[-1]}
+
+
+def looped(settings: dict[str, Any]) -> Figures:
+    """The plain loop's seconds a step."""
+    config = PretrainConfig(**settings | {"data": (str(settings["data"]),)})
+    images = assembly.images_of(config.data, config, None)
+    facts = assembly.facts_of(images, devices(config))
+    config = decided(config, facts)
+    torch.manual_seed(config.seed)
+    net = assembly.backbone_of(config, facts.channels)
+    learner = assembly.learner_of(config, net, facts.channels)
+    task = assembly.task_of(config, learner, images.statistics, clock_of(config, facts.images))
+    optimiser = optimizer_of(learner, task.practice)
+    loader = engine.loader_of(config, images, facts, 0, None)
+    half = torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bfloat16")
+    ends = []
+    assert config.steps is not None
+    while len(ends) < config.steps:
+        for batch in loader:
+            for group in optimiser.param_groups:
+                group["lr"] = task.practice.lr(len(ends))
+            with half:
+                loss = learner(task.views(batch))
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            learner.update_moving_average(task.practice.momentum(len(ends)))
+            ends.append(time.perf_counter())
+            if len(ends) == config.steps:
+                break
+    return {"seconds": (ends[-1] - ends[0]) / (len(ends) - 1)}
+
+
+def main() -> None:
+    """Compare the two."""
+    flags = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    flags.add_argument("images", type=Path)
+    flags.add_argument("--model", default="torchvision/resnet18")
+    flags.add_argument("--size", type=int, default=128)
+    flags.add_argument("--batch", type=int, default=24)
+    flags.add_argument("--steps", type=int, default=60)
+    flags.add_argument("--rounds", type=int, default=5)
+    flags.add_argument("--save", action="store_true", help="record the ratios")
+    args = flags.parse_args()
+    logging.getLogger("pixel_level_contrastive_learning").setLevel(logging.ERROR)
+    settings = {"data": str(args.images), "model": args.model, "image_size": args.size}
+    settings |= {"batch_size": args.batch, "steps": args.steps}
+    found = in_turns(
+        {"plain": lambda: looped(settings), "trainer": lambda: trained(settings)}, args.rounds
+    )
+    ratios = {"trainer / plain loop": ratio(found["trainer"], found["plain"])}
+    ratios["share of time waiting for images"] = median(found["trainer"], "waiting")
+    look, step = (median(found["trainer"], name) for name in ("look", "seconds"))
+    ratios[f"share of {RUN} steps spent looking at the network"] = LOOKS * look / (RUN * step)
+    setting = f"{args.model} at {args.size} px, batch {args.batch}, {args.steps} steps"
+    report("overhead", setting, ratios, found, where=machine(), save=args.save)
+
+
+if __name__ == "__main__":
+    main()
