@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from .backbones import default_image_size, model_name, timm_settings, torchvision_settings
 from .checks import one_of, raise_together
+from .files import write_whole
 from .keys import KeyReport, fill, read_tensors, weights_file
 from .own_models import own_file, own_function, own_settings
 from .stems import stem_of
-from .weights import BackboneCard, clean_state, read_backbone, write_atomically
+from .weights import BackboneCard, clean_state, read_backbone
 
 SUFFIXES = {
     "torchvision": ".pth",
@@ -93,11 +94,11 @@ def export(run: str | Path, format: str, out: str | Path | None = None) -> Expor
     if format in HEADLESS:
         state = {name: held for name, held in state.items() if not name.startswith("fc.")}
     if format == "detectron2":
-        write_atomically(path, detectron2_file(state))
+        write_whole(path, detectron2_file(state))
     else:
         if format not in HEADLESS:
-            write_atomically(path.with_suffix(".json"), card.to_json().encode())
-        write_atomically(path, state_file(state, path.suffix))
+            write_whole(path.with_suffix(".json"), card.to_json().encode())
+        write_whole(path, state_file(state, path.suffix))
         state = read_tensors(path)
     report = fill(net, state, str(path))
     return Exported(path, format, report, how_to(format, net, card, path.resolve()))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from .backbones import build_backbone, default_image_size, default_statistics
 from .card import BackboneCard, read_card
+from .files import write_whole
 from .keys import WEIGHTS, KeyReport, fill, load_weights, read_tensors, weights_file
 from .modules.survey import Survey
 from .modules.taps import plain_name
@@ -29,7 +29,6 @@ __all__ = [
     "load_weights",
     "read_backbone",
     "save_backbone",
-    "write_atomically",
 ]
 
 log = logging.getLogger(__name__)
@@ -62,7 +61,7 @@ def save_backbone(path: str | Path, net: nn.Module, card: BackboneCard) -> None:
 
     Raises:
         ValueError: Another suffix, or a weight that is NaN or infinite.
-        OSError: It cannot be written, such as on a full disk.
+        CannotWriteError: The disk is full or the like.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
@@ -73,8 +72,8 @@ def save_backbone(path: str | Path, net: nn.Module, card: BackboneCard) -> None:
         function = card.model.rpartition(":")[2]
         card = replace(card, model=f"{file.resolve()}:{function}")
     # The card first: whoever finds weights finds a card beside them.
-    write_atomically(path.with_suffix(".json"), card.to_json().encode())
-    write_atomically(path, save(tensors, metadata={"format": "pt"}))
+    write_whole(path.with_suffix(".json"), card.to_json().encode())
+    write_whole(path, save(tensors, metadata={"format": "pt"}))
 
 
 def clean_state(net: nn.Module) -> dict[str, Tensor]:
@@ -97,30 +96,6 @@ def clean_state(net: nn.Module) -> dict[str, Tensor]:
         plain_name(name): held.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, held in state.items()
     }
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that it is there whole or not at all, and still there after a crash.
-
-    Raises:
-        OSError: It cannot be written; what was there before is untouched.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")  # the same disk: a rename, no copy
-    try:
-        with beside.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
-    if os.name == "posix":  # elsewhere a folder cannot be opened
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def read_backbone(

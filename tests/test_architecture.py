@@ -11,6 +11,7 @@ import pytest
 PACKAGE = "pixel_level_contrastive_learning"
 ROOMS = (
     "checks",
+    "files",
     "blocks",
     "geometry",
     "views",

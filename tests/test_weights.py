@@ -17,7 +17,6 @@ from pixel_level_contrastive_learning.weights import (
     load_weights,
     read_backbone,
     save_backbone,
-    write_atomically,
 )
 
 MODEL = "timm/test_resnet"
@@ -123,33 +122,6 @@ def test_a_broken_backbone_is_not_written(net, tmp_path) -> None:
 def test_another_suffix_is_refused(net, tmp_path) -> None:
     with pytest.raises(ValueError, match=r"it must end in \.safetensors"):
         save_backbone(tmp_path / "backbone.pt", net, CARD)
-
-
-# Whole or not at all.
-
-
-def test_a_file_is_replaced_only_when_it_is_whole(tmp_path, monkeypatch) -> None:
-    path = tmp_path / "deep" / "file.txt"
-    write_atomically(path, b"old")
-
-    def full(_: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left on device"):
-        write_atomically(path, b"new, and longer")
-    assert path.read_bytes() == b"old"
-    assert os.listdir(path.parent) == ["file.txt"]
-
-
-def test_the_bytes_are_on_the_disk_before_the_name_is(tmp_path, monkeypatch) -> None:
-    done = []
-    sync, rename = os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda file: (done.append("sync"), sync(file)))
-    monkeypatch.setattr(os, "replace", lambda *paths: (done.append("replace"), rename(*paths)))
-    write_atomically(tmp_path / "file.txt", b"new")
-    assert done == ["sync", "replace", "sync"]
-    assert (tmp_path / "file.txt").read_bytes() == b"new"
 
 
 # Networks of one's own.

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from ..checks import raise_together, whole, within
-from ..weights import write_atomically
+from ..files import write_whole
 from .decode import open_image
 from .pairs import Broken, refuse_too_many
 from .raster import SCALES, Opened, Unreadable, upright
@@ -153,7 +153,7 @@ def pack(
             refuse_too_many(broken, len(names), max_broken)
     if broken:
         lines = "".join(image.line for image in broken.values())
-        write_atomically(folder / SKIPPED, lines.encode("utf-8", "surrogateescape"))
+        write_whole(folder / SKIPPED, lines.encode("utf-8", "surrogateescape"))
     after = sum(held["bytes"] for held in index.shards.values())
     images = len(names) - len(broken)
     return Packed(folder, images, total, kept, len(broken), before, after)
@@ -212,7 +212,7 @@ class Index:
         """Note that a shard is done."""
         self.shards[path.name] = held
         text = json.dumps({"plan": self.plan, "shards": self.shards}, indent=1)
-        write_atomically(self.folder / INDEX, text.encode())
+        write_whole(self.folder / INDEX, text.encode())
 
 
 def common_folder(names: Sequence[str]) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, Self
 
-from ..weights import write_atomically
+from ..files import write_whole
 
 FILE = "evaluation.json"
 TABLE_WIDTH = 110
@@ -152,7 +152,7 @@ class Evaluation:
     def write(self, out: str | Path) -> Path:
         """Write ``evaluation.json`` into a folder, made where there is none; where it is."""
         path = Path(out).expanduser() / FILE
-        write_atomically(path, self.to_json().encode())
+        write_whole(path, self.to_json().encode())
         return path
 
 

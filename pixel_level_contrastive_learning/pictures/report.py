@@ -19,7 +19,8 @@ from ..evaluation.correspondence import draw_pairs
 from ..evaluation.features import Reader
 from ..evaluation.outcome import FILE, Evaluation
 from ..evaluation.preparation import Preparation
-from ..weights import Loaded, read_backbone, write_atomically
+from ..files import write_whole
+from ..weights import Loaded, read_backbone
 from . import page
 from .curves import read_metrics
 from .detail import fine_map
@@ -109,7 +110,7 @@ def visualize(
         ),
     }
     path = Path(out).expanduser()
-    write_atomically(path, page.filled(parts, cargo(samples, seen.maps)).encode())
+    write_whole(path, page.filled(parts, cargo(samples, seen.maps)).encode())
     return path
 
 

@@ -15,11 +15,12 @@ from ..backbones import build_backbone
 from ..data.loader import held_out
 from ..data.sources import Chosen, Source, open_source
 from ..data.statistics import Statistics, measure
+from ..files import write_whole
 from ..keys import load_weights
 from ..pixel_cl import PixelCL
 from ..weights import BackboneCard
 from .config import PretrainConfig
-from .directory import RunDirectory, write_whole
+from .directory import RunDirectory
 from .machine import Devices, cores, native_bfloat16
 from .plan import Clock, Facts, peak_lr
 from .schedules import LearningRate, TargetMomentum
@@ -204,4 +205,4 @@ def task_of(
 def save_statistics(statistics: Statistics, directory: RunDirectory) -> None:
     """Keep what was measured of the images with the run."""
     text = json.dumps(asdict(statistics), indent=2).encode()
-    write_whole(directory.path / STATISTICS_FILE, lambda file: file.write(text))
+    write_whole(directory.path / STATISTICS_FILE, text)

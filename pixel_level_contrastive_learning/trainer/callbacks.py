@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, Trainer
 
-from .directory import RunDirectory
+from .directory import LAST, RunDirectory
 from .figures import Figures
 from .interruption import Interruption
 from .task import PretrainTask
@@ -51,7 +51,7 @@ class Checkpoints(Callback):
         trainer.save_checkpoint(path, weights_only=False)
         self.saved = task.done
         if trainer.is_global_zero:
-            self.directory.point_last_at(path)
+            self.directory.name_also(path, LAST)
             self.directory.prune(self.keep)
 
 

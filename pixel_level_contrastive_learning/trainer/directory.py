@@ -1,24 +1,23 @@
 """The folder of a run: who may write there, what stands in it, and how a file comes into it whole.
 
-Whatever a run writes is written beside its place, synced and moved there, so that a full disk or a
-killed process leaves what was there before.
+What must be whole is written by `files.write_whole`.
 """
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 
+from ..files import cannot_write, write_whole
 from .settings import CONFIG_FILE
 
 LOG = logging.getLogger("pixel_level_contrastive_learning")
@@ -26,6 +25,7 @@ METRICS_FILE = "metrics.jsonl"
 PROBE_FILE = "probe.jsonl"
 LOG_FILE = "train.log"
 PREVIEW = "preview"
+LAST, BEST = "last.ckpt", "best.ckpt"
 OURS = (
     CONFIG_FILE,
     METRICS_FILE,
@@ -47,10 +47,6 @@ OURS = (
     "mlflow",
 )
 """What a run writes, and so what replacing it removes; nothing else in the folder is touched."""
-
-
-class CannotWriteError(OSError):
-    """A file of the run could not be written; what was there before is still there."""
 
 
 class RunDirectory:
@@ -109,7 +105,7 @@ class RunDirectory:
 
     def write_config(self, text: str) -> None:
         """Write `config.yaml`."""
-        write_whole(self.path / CONFIG_FILE, lambda file: file.write(text.encode()))
+        write_whole(self.path / CONFIG_FILE, text.encode())
 
     def cut_metrics(self, step: int) -> int:
         """Drop the lines of metrics after a step (all of them at 0); how many those were.
@@ -125,7 +121,7 @@ class RunDirectory:
         lines = path.read_bytes().splitlines(keepends=True)
         kept = [line for line in lines if 0 < step_of(line) <= step]
         if len(kept) < len(lines):
-            write_whole(path, lambda file: file.writelines(kept))
+            write_whole(path, b"".join(kept))
         return len(lines) - len(kept)
 
     def checkpoint_path(self, step: int) -> Path:
@@ -135,7 +131,7 @@ class RunDirectory:
     def checkpoint_paths(self) -> list[Path]:
         """The checkpoints, newest first, and the link to one of them after all others."""
         numbered = sorted(self.checkpoints.glob("step-*.ckpt"), reverse=True)
-        return [*numbered, *self.checkpoints.glob("last.ckpt")]
+        return [*numbered, *self.checkpoints.glob(LAST)]
 
     def newest_checkpoint(self) -> tuple[Path, int] | None:
         """The newest checkpoint that can be read and its step, or None.
@@ -156,16 +152,15 @@ class RunDirectory:
                 return path, int(step)
         return None
 
-    def point_last_at(self, path: Path) -> None:
-        """Make ``last.ckpt`` the same file as ``path``; a copy where there are no hard links."""
-        last = self.checkpoints / "last.ckpt"
-        beside = last.with_suffix(".tmp")
+    def name_also(self, path: Path, name: str) -> None:
+        """Give a checkpoint a second name, in one act; a copy where there are no hard links."""
+        beside = self.checkpoints / f".{name}.part"
         beside.unlink(missing_ok=True)
         try:
             os.link(path, beside)
         except OSError:
             shutil.copyfile(path, beside)
-        beside.replace(last)
+        beside.replace(self.checkpoints / name)
 
     def prune(self, keep: int) -> None:
         """Remove all but the ``keep`` newest numbered checkpoints."""
@@ -177,7 +172,7 @@ class RunDirectory:
         for path in self.checkpoints.glob("step-*.ckpt"):
             if int(path.stem.removeprefix("step-")) > step:
                 path.unlink()
-        for path in self.checkpoints.glob("*.tmp"):
+        for path in self.checkpoints.glob(".*.part"):
             path.unlink()
 
 
@@ -186,42 +181,6 @@ def step_of(line: bytes) -> int:
     with suppress(ValueError, KeyError, TypeError):
         return int(json.loads(line)["step"])
     return 0
-
-
-def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Write a file beside its place, sync it and move it there.
-
-    Raises:
-        CannotWriteError: The disk is full or the like; the file that was there is as it was.
-    """
-    beside = path.with_name(f"{path.name}.tmp")
-    try:
-        with beside.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-        sync_folder(path.parent)
-    except (OSError, RuntimeError) as error:  # torch's writer tells a full disk as RuntimeError
-        with suppress(OSError):
-            beside.unlink(missing_ok=True)
-        full = getattr(error, "errno", None) == errno.ENOSPC
-        free = shutil.disk_usage(path.parent).free / 2**20
-        reason = "the disk is full" if full else str(error).splitlines()[0]
-        raise CannotWriteError(
-            f"{path} could not be written: {reason} ({free:.0f} MiB free); nothing that existed is "
-            "lost: make room and go on with --resume"
-        ) from error
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the moving of a file last, where the system can."""
-    with suppress(OSError):  # some network and Windows file systems cannot
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -284,7 +243,4 @@ class MetricsFile:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(text)
         except OSError as error:
-            raise CannotWriteError(
-                f"{self.path} could not be written: {error.strerror}; nothing that existed is "
-                "lost: make room and go on with --resume"
-            ) from error
+            raise cannot_write(self.path, error) from error

@@ -13,7 +13,8 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
 from ..evaluation.health import effective_rank, spread
-from .directory import METRICS_FILE, MetricsFile, RunDirectory, write_whole
+from ..files import write_whole
+from .directory import METRICS_FILE, MetricsFile, RunDirectory
 from .progress import Bar, as_line
 from .task import FIGURES, NotFiniteError, Step, not_finite
 from .warning_signs import Watch

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,7 +27,7 @@ from ..pictures.maps import aligned_colours, colours_picture, pca_colours
 from ..views import cut_views
 from ..weights import BackboneCard
 from .callbacks import Checkpoints
-from .directory import PROBE_FILE, RunDirectory
+from .directory import BEST, PROBE_FILE, RunDirectory
 from .figures import Figures
 from .preview import rgb
 from .task import PretrainTask
@@ -42,7 +40,6 @@ PICTURED = 4
 """Images that are drawn."""
 COMPARED = 32
 """Held-out images, at most, whose views are compared."""
-BEST = "best.ckpt"
 
 
 class Watching(Callback):
@@ -211,18 +208,10 @@ class Probe(Callback):
             "step %d: mean IoU of the probe %.4f%s", task.done, miou, " (best)" * (miou > best)
         )
         if miou > best:
-            keep(self.directory.checkpoint_path(task.done), self.directory.checkpoints / BEST)
+            self.directory.name_also(self.directory.checkpoint_path(task.done), BEST)
 
     def scores(self) -> list[float]:
         """The figures of earlier probes."""
         if not self.file.exists():
             return []
         return [json.loads(line)["miou"] for line in self.file.read_text().splitlines()]
-
-
-def keep(path: Path, name: Path) -> None:
-    """Keep a file under another name, in one act."""
-    beside = name.with_suffix(".tmp")
-    beside.unlink(missing_ok=True)
-    os.link(path, beside)
-    beside.replace(name)

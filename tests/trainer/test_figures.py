@@ -10,7 +10,7 @@ from torch import nn
 from pixel_level_contrastive_learning import PixelCL
 from pixel_level_contrastive_learning.evaluation.health import COLLAPSED_RANK, COLLAPSED_SPREAD
 from pixel_level_contrastive_learning.trainer import interruption
-from pixel_level_contrastive_learning.trainer.directory import RunDirectory, write_whole
+from pixel_level_contrastive_learning.trainer.directory import RunDirectory
 from pixel_level_contrastive_learning.trainer.memory import (
     Estimate,
     blank_views,
@@ -143,20 +143,6 @@ def test_forked_processes_leave_ctrl_c_to_their_parent(monkeypatch) -> None:
         assert (stop.signal, left) == (None, [])
         signal.raise_signal(signal.SIGTERM)
     assert left == [143]
-
-
-def test_a_file_is_whole_or_as_it_was(tmp_path) -> None:
-    path = tmp_path / "a"
-    write_whole(path, lambda file: file.write(b"old"))
-
-    def broken(file: object) -> None:
-        file.write(b"ne")
-        raise OSError("unplugged")
-
-    with pytest.raises(OSError, match=r"a could not be written: unplugged .* nothing that existed"):
-        write_whole(path, broken)
-    assert path.read_bytes() == b"old"
-    assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
 def test_metrics_are_cut_back_to_a_step(tmp_path) -> None:

@@ -11,7 +11,7 @@ import yaml
 from PIL import Image
 
 from pixel_level_contrastive_learning import pretrain
-from pixel_level_contrastive_learning.trainer.directory import CannotWriteError
+from pixel_level_contrastive_learning.files import CannotWriteError
 from pixel_level_contrastive_learning.trainer.interruption import Interrupted
 from pixel_level_contrastive_learning.trainer.schedules import LearningRate, TargetMomentum
 from pixel_level_contrastive_learning.trainer.task import NotFiniteError, PretrainTask
@@ -278,7 +278,7 @@ def test_a_full_disk_is_told_and_loses_nothing(tmp_path, settings, monkeypatch) 
     with pytest.raises(CannotWriteError, match=r"the disk is full .* nothing that existed is lost"):
         pretrain(out=run, resume=True, steps=9)
     monkeypatch.setattr(torch, "save", real)
-    assert not list((run / "checkpoints").glob("*.tmp"))
+    assert not list((run / "checkpoints").glob(".*"))
     pretrain(out=run, resume=True, steps=9)
     assert metrics(run)[-1]["step"] == 9
 

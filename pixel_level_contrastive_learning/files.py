@@ -1,0 +1,70 @@
+"""Files that are whole or not there: written beside their place, synced, and moved there.
+
+A full disk or a killed process leaves what was there before.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import IO
+
+
+class CannotWriteError(OSError):
+    """A file could not be written; what was there before is still there."""
+
+
+def write_whole(path: Path, content: bytes | Callable[[IO[bytes]], object]) -> None:
+    """Write a file so that it is there whole or not at all, also after a crash.
+
+    Args:
+        path: Where to; the folder is made where there is none.
+        content: Its bytes, or what writes them into a file that is open.
+
+    Raises:
+        CannotWriteError: The disk is full or the like.
+    """
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")  # the same disk: a rename, no copy
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with beside.open("wb") as file:
+            if isinstance(content, bytes):
+                file.write(content)
+            else:
+                content(file)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+        sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:  # torch's writer tells a full disk as RuntimeError
+        raise cannot_write(path, error) from error
+    finally:
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
+
+
+def cannot_write(path: Path, error: OSError | RuntimeError) -> CannotWriteError:
+    """The complaint about a file that could not be written, with what to do."""
+    full = getattr(error, "errno", None) == errno.ENOSPC
+    reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+    there = next((folder for folder in path.parents if folder.is_dir()), None)
+    free = f" ({shutil.disk_usage(there).free / 2**20:.0f} MiB free)" if there else ""
+    return CannotWriteError(
+        f"{path} could not be written: {'the disk is full' if full else reason}{free}; nothing "
+        "that existed is lost: make room or choose another place, and try again (a run goes on "
+        "with --resume)"
+    )
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the moving of a file last, where the system can."""
+    with suppress(OSError):  # Windows and some network file systems cannot
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
