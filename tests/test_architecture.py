@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -227,3 +228,13 @@ def test_any_other_name_is_refused() -> None:
     with pytest.raises(AttributeError) as error:
         door.PixPro  # noqa: B018
     assert str(error.value) == f"module '{PACKAGE}' has no attribute 'PixPro'"
+
+
+def test_the_guide_names_every_room_in_this_order() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "architecture.md").read_text(encoding="utf-8")
+    block = text.split("```text\n")[1].split("```")[0]
+    tops = list(dict.fromkeys(room.split(".")[0] for room in ROOMS if room != "__main__"))
+    named = [line.split()[0].rstrip("/") for line in block.splitlines() if not line.startswith(" ")]
+    assert named == tops
+    words = set(re.findall(r"\w+", block))
+    assert [room for room in ROOMS[:-1] if room.split(".")[-1] not in words] == []
