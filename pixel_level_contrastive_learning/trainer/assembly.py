@@ -101,7 +101,7 @@ def backbone_of(config: PretrainConfig, channels: int) -> nn.Module:
         image_size=view_size(config),
         pretrained=config.weights == PRETRAINED,
     )
-    if config.zero_init_residual and config.weights is None:
+    if config.zero_init_residual is True and config.weights is None:
         zero_last_norms(net)
     if config.weights not in (None, PRETRAINED):
         LOG.info("weights from %s:\n%s", config.weights, load_weights(net, config.weights))
@@ -164,6 +164,7 @@ def with_layers(config: PretrainConfig, learner: PixelCL) -> PretrainConfig:
 
 def practice_of(config: PretrainConfig, clock: Clock) -> Practice:
     """How the learner is trained."""
+    assert config.blur_sigma != "auto"
     rate = LearningRate(peak_lr(config), clock.steps, clock.warmup, config.final_lr)
     return Practice(
         lr=rate,

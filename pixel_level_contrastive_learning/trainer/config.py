@@ -70,8 +70,9 @@ class PretrainConfig:
     cells and a stride of at most 32."""
     instance_layer: str | Auto = "auto"
     """Layer for the instance level; auto: the pooled vector."""
-    zero_init_residual: bool = False
-    """Begin with the last batch norm of each residual block at 0."""
+    zero_init_residual: bool | Auto = "auto"
+    """Begin with the last batch norm of each residual block at 0; auto: unless there are weights
+    to start from."""
 
     image_size: int | tuple[int, int] | Auto = "auto"
     """Size of the views in pixels, one number or height and width; auto: 224, or what small images
@@ -94,8 +95,9 @@ class PretrainConfig:
     """Share of views that lose their colour."""
     prob_blur: tuple[float, float] = (1.0, 0.1)
     """Share of blurred views, first and second view."""
-    blur_sigma: tuple[float, float] = (0.1, 2.0)
-    """Smallest and largest blur in pixels."""
+    blur_sigma: tuple[float, float] | Auto = "auto"
+    """Smallest and largest blur in pixels; auto: 0.1 and 2 for views of 224 pixels, less of
+    smaller ones."""
     prob_solarise: tuple[float, float] = (0.0, 0.2)
     """Share of solarised views, first and second view (images of three channels only)."""
 
@@ -188,13 +190,14 @@ def problems(config: PretrainConfig) -> Iterable[str | None]:
     """The complaint about each value that is out of range, None for each that will do."""
     c = config
     texts = ("out", "config", "weights", "probe")
-    switches = ("resume", "overwrite", "dry_run", "zero_init_residual")
+    switches = ("resume", "overwrite", "dry_run")
     for name in texts:
         yield text_or_none(name, getattr(c, name))
     for name in ("model", "pixel_layer", "instance_layer", "optimizer"):
         yield text_or_none(name, getattr(c, name) or 0)
     for name in switches:
         yield one_of(name, getattr(c, name), (True, False))
+    yield one_of("zero_init_residual", c.zero_init_residual, (True, False, "auto"))
     yield several_texts("data", c.data)
     yield None if c.recipe is None else one_of("recipe", c.recipe, tuple(RECIPES))
     if c.resume and c.overwrite:
@@ -204,7 +207,8 @@ def problems(config: PretrainConfig) -> Iterable[str | None]:
     yield None if c.image_size == "auto" else size_pair("image_size", c.image_size)
     yield ratio_range("crop_area", c.crop_area)
     yield from low_high("aspect_ratio", c.aspect_ratio, above=0)
-    yield from low_high("blur_sigma", c.blur_sigma, above=0)
+    if c.blur_sigma != "auto":
+        yield from low_high("blur_sigma", c.blur_sigma, above=0)
     for name in ("prob_hflip", "prob_vflip", "prob_jitter", "prob_gray"):
         yield within(name, getattr(c, name), 0, 1)
     for name in ("prob_blur", "prob_solarise"):

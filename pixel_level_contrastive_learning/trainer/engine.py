@@ -34,6 +34,7 @@ def loader_of(
 ) -> StatefulLoader:
     """The loader of this process."""
     assert isinstance(config.batch_size, int)
+    assert config.blur_sigma != "auto"
     photometry = [
         Photometry(
             jitter=config.jitter,

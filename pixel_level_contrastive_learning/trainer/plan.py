@@ -21,6 +21,8 @@ MOST_IMAGES_SEEN = 128_000_000
 """... and many images until this many: a hundred epochs of ImageNet."""
 VIEW_SIDES = (64, 224)
 """Smallest and largest side of the views where nothing is said, in pixels."""
+BLUR = (0.1, 2.0)
+"""The authors' blur, in pixels of views of `VIEW_SIDES`' larger side."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +74,12 @@ def decided(config: PretrainConfig, facts: Facts) -> PretrainConfig:
             learning rate.
     """
     chosen: dict[str, object] = {"channels": facts.channels}
-    if config.image_size == "auto":
-        chosen["image_size"] = view_side(facts.typical_size)
+    size = view_side(facts.typical_size) if config.image_size == "auto" else config.image_size
+    chosen["image_size"] = size
+    if config.blur_sigma == "auto":
+        chosen["blur_sigma"] = blur_of(min(size) if isinstance(size, tuple) else size)
+    if config.zero_init_residual == "auto":
+        chosen["zero_init_residual"] = config.weights is None
     batch = batch_size(facts) if config.batch_size == "auto" else config.batch_size
     chosen["batch_size"] = batch
     if batch % facts.processes or batch < facts.processes:
@@ -145,6 +151,12 @@ def view_side(typical_size: tuple[int, int]) -> int:
     """The side of the views: 224, or the multiple of 32 that small images allow."""
     smallest, largest = VIEW_SIDES
     return min(largest, max(smallest, min(typical_size) // 32 * 32))
+
+
+def blur_of(side: int) -> tuple[float, float]:
+    """Smallest and largest blur in pixels for views of a side: the authors' share of the view."""
+    low, high = (sigma * side / VIEW_SIDES[1] for sigma in BLUR)
+    return low, high
 
 
 def batch_size(facts: Facts) -> int:

@@ -53,6 +53,22 @@ def test_everything_is_decided() -> None:
     assert (config.batch_size, config.precision, config.image_size) == (32, "float32", 224)
 
 
+def test_blur_is_a_share_of_the_view() -> None:
+    def blur(**given: object) -> tuple[float, float]:
+        return decided(PretrainConfig(**given), LAPTOP).blur_sigma
+
+    assert blur(image_size=224) == (0.1, 2.0)
+    assert blur(image_size=(112, 448)) == (0.05, 1.0)
+    assert blur(image_size=112, blur_sigma=(0.3, 0.4)) == (0.3, 0.4)
+
+
+def test_blocks_begin_as_identities_unless_there_are_weights() -> None:
+    for given, zero in (({}, True), ({"weights": "x.pt"}, False)):
+        assert decided(PretrainConfig(**given), LAPTOP).zero_init_residual is zero
+    kept = PretrainConfig(zero_init_residual=False)
+    assert decided(kept, LAPTOP).zero_init_residual is False
+
+
 def test_deciding_twice_changes_nothing() -> None:
     config = decided(PretrainConfig(), LAPTOP)
     assert decided(config, LAPTOP) == config
