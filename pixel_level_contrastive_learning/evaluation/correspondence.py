@@ -52,23 +52,28 @@ class ViewPairs(NamedTuple):
     map_two: Tensor
 
 
-def draw_pairs(images: Sequence[Tensor], size: tuple[int, int], seed: int) -> ViewPairs:
-    """Two views of each image, cut and changed in colour as in training, the same at each call.
+def draw_pairs(
+    images: Sequence[Tensor], size: tuple[int, int], seed: int, *, recoloured: bool = True
+) -> ViewPairs:
+    """Two views of each image, cut as in training, the same at each call.
 
     Args:
         images: ``(c, h, w)`` float in [0, 1], of any sizes, all of the same channels.
         size: ``(height, width)`` of the views.
         seed: Decides the views. No generator outside moves on.
+        recoloured: Whether their colours are changed as in training. Either way they lie in the
+            same places.
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # the CPU's alone
         channels = images[0].shape[0]
-        views, maps = [], []
-        for photometry in (VIEW_ONE, VIEW_TWO):
-            drawn = [draw_maps(1, (own.shape[-2], own.shape[-1]), PLACEMENT) for own in images]
-            cuts = [cut_views(own[None], at, size) for own, at in zip(images, drawn, strict=True)]
-            views.append(changed(torch.cat(cuts), photometry, channels))
-            maps.append(torch.cat(drawn))
+        sizes = [(own.shape[-2], own.shape[-1]) for own in images]
+        maps = [torch.cat([draw_maps(1, own, PLACEMENT) for own in sizes]) for _ in range(2)]
+        views = []
+        for at, photometry in zip(maps, (VIEW_ONE, VIEW_TWO), strict=True):
+            cuts = [cut_views(own[None], at[i : i + 1], size) for i, own in enumerate(images)]
+            cut = torch.cat(cuts)
+            views.append(changed(cut, photometry, channels) if recoloured else cut)
     return ViewPairs(*views, *maps)
 
 

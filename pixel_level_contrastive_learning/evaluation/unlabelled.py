@@ -27,7 +27,12 @@ MOST_CELLS = 4096
 """Cells that spread and rank are taken of."""
 CLEAR = 1.05
 """Times random weights from which a gain is called one; less may be chance."""
-HIT, NEAR, CHANCE = "hit@1", "hit within 2 cells", "hit@1 by chance"
+HIT, KEPT, NEAR = "hit@1", "hit@1, colours kept", "hit within 2 cells"
+CHANCE = "hit@1 by chance"
+BY_COLOUR = 0.7
+"""Share of the hits with colours kept under which, once colours are changed, a network is said to
+go by colour. On street scenes trained ones kept 0.83 to 0.93 of them, one trained without any
+change of colour 0.57, random weights all."""
 
 
 def without_labels(
@@ -58,14 +63,17 @@ def without_labels(
     if refused:
         notes.append(f"{len(refused)} images could not be read, the first: {refused[0]}")
     names = list(layers) if layers else [card.pixel_layer]
-    pairs = [draw_pairs(seen, card.image_size, seed) for seed in seeds]
+    changed, kept = (
+        [draw_pairs(seen, card.image_size, seed, recoloured=new) for seed in seeds]
+        for new in (True, False)
+    )
     rows = []
     for contender in field.contenders:
         figures = []
-        for seed, drawn in zip(seeds, pairs, strict=True):
+        for seed, pairs, plain in zip(seeds, changed, kept, strict=True):
             net = contender.build(seed).to(device)
             reader = Reader(net, names, card.channels, card.image_size)
-            figures.append(judged(reader, drawn, prepare))
+            figures.append(judged(reader, pairs, plain, prepare))
             log.info("%s, seed %d: hit@1 %.3f", contender.name, seed, figures[-1][HIT])
         rows.append(Row.of(contender.name, figures))
     return Evaluation(
@@ -116,13 +124,17 @@ def some_images(source: Source, prepare: Preparation) -> tuple[list[Tensor], lis
     return seen, refused
 
 
-def judged(reader: Reader, pairs: ViewPairs, prepare: Preparation) -> dict[str, float]:
-    """The figures of a network on views that were drawn before."""
+def judged(
+    reader: Reader, pairs: ViewPairs, plain: ViewPairs, prepare: Preparation
+) -> dict[str, float]:
+    """The figures of a network on views drawn before, with colours changed and with them kept."""
     form = prepare.statistics
     found: Correspondence = matched(reader, pairs, form.mean, form.std)
+    kept = matched(reader, plain, form.mean, form.std)
     health = health_of(reader, pairs.one, prepare)
     return {
         HIT: found.hit1,
+        KEPT: kept.hit1,
         NEAR: found.hit_near,
         CHANCE: found.chance,
         "spread": health.spread,
@@ -150,6 +162,11 @@ def what_it_means(rows: Sequence[Row]) -> str:
         f"({random[HIT]:.0%} with random weights, {ours[CHANCE]:.1%} by chance)"
     )
     health = str(verdict(ours["spread"], ours["effective rank"]))
+    if ours[HIT] < BY_COLOUR * ours[KEPT]:
+        health = (
+            f"It goes by colour: with colours left as they are it finds {ours[KEPT]:.0%}. Change "
+            f"colour more in training (--jitter, --prob-gray). {health}"
+        )
     if len(rows) == 1:
         return f"{found}. {health}"
     if ours[HIT] < CLEAR * random[HIT]:

@@ -41,9 +41,9 @@ CHARTS = (
     Chart(
         "Cells that find their spot",
         "share of cells, 0 to 1",
-        (("hit1", "nearest is right"), ("hit_near", "within two cells")),
+        (("hit1", "colours changed"), ("hit1_colours_kept", "colours kept")),
         "In two views of images that were kept from training: how often a cell's most similar "
-        "cell in the other view sees the same spot.",
+        "cell in the other view sees the same spot. Far apart, the network goes by colour.",
         limits=(0, None),
     ),
     Chart(

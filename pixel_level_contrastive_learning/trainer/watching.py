@@ -45,8 +45,9 @@ COMPARED = 32
 class Watching(Callback):
     """Draws what the network sees of some images, and asks whether cells find their spot.
 
-    Before the first step, every so many steps, and after the last. The figures ``hit1`` and
-    ``hit_near`` stand in the lines of `metrics.jsonl` until they are measured anew.
+    Before the first step, every so many steps, and after the last. The figures ``hit1``,
+    ``hit1_colours_kept`` and ``hit_near`` stand in the lines of `metrics.jsonl` until they are
+    measured anew.
 
     Args:
         directory: The folder of the run.
@@ -75,9 +76,12 @@ class Watching(Callback):
         self.every = every
         seen = whole_images(images, statistics, card.image_size, COMPARED if held_out else PICTURED)
         self.pictured = seen[:PICTURED]
-        self.pairs: ViewPairs | None = None
+        self.pairs: list[ViewPairs] = []  # with their colours changed, and with them kept
         if held_out and len(seen):
-            self.pairs = draw_pairs(list(seen), card.image_size, seed=0)
+            self.pairs = [
+                draw_pairs(list(seen), card.image_size, seed=0, recoloured=new)
+                for new in (True, False)
+            ]
         self.reader: Reader | None = None
         self.colours: Tensor | None = None
         self.looked_at = -1
@@ -100,9 +104,15 @@ class Watching(Callback):
         if self.reader is None or self.looked_at == task.done:
             return
         self.looked_at = task.done
-        if self.pairs is not None:
-            found = matched(self.reader, self.pairs, self.card.mean, self.card.std)
-            self.figures.health |= {"hit1": found.hit1, "hit_near": found.hit_near}
+        if self.pairs:
+            found, kept = (
+                matched(self.reader, pairs, self.card.mean, self.card.std) for pairs in self.pairs
+            )
+            self.figures.health |= {
+                "hit1": found.hit1,
+                "hit1_colours_kept": kept.hit1,
+                "hit_near": found.hit_near,
+            }
             LOG.info(
                 "step %d: %.1f %% of cells find their spot in another view (%.1f %% by chance)",
                 task.done,

@@ -15,6 +15,7 @@ from pixel_level_contrastive_learning.evaluation.correspondence import (
 )
 from pixel_level_contrastive_learning.evaluation.features import Reader
 from pixel_level_contrastive_learning.geometry import box_to_map, cell_centres, cell_diagonals
+from pixel_level_contrastive_learning.views import cut_views
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 
@@ -94,6 +95,16 @@ def test_views_are_the_same_for_the_same_seed_and_no_generator_moves() -> None:
         assert torch.equal(one, two)
     assert not torch.equal(first.map_one, other.map_one)
     assert not torch.equal(first.map_one, first.map_two)
+
+
+def test_colours_are_changed_or_kept_in_the_same_places() -> None:
+    images = [torch.rand(3, 40, 60), torch.rand(3, 50, 30)]
+    changed, kept = (draw_pairs(images, (16, 16), 3, recoloured=new) for new in (True, False))
+    assert torch.equal(changed.map_one, kept.map_one)
+    assert torch.equal(changed.map_two, kept.map_two)
+    cut = cut_views(images[1][None], kept.map_two[1:], (16, 16))
+    assert torch.equal(kept.two[1:], cut)
+    assert (changed.two - kept.two).abs().mean() > 0.02
 
 
 def test_views_lie_inside_their_own_image() -> None:

@@ -89,8 +89,8 @@ def test_without_labels_views_and_health_are_looked_at(run, labelled, tmp_path) 
     found = evaluate(run, images=labelled / "images/val", seeds=2, out=tmp_path)
     assert found.protocol == "correspondence"
     assert [len(row.seeds) for row in found.rows] == [2, 2]
-    names = ["hit@1", "hit within 2 cells", "hit@1 by chance", "spread", "effective rank"]
-    assert list(found.ours.scores) == names
+    names = ["hit@1", "hit@1, colours kept", "hit within 2 cells", "hit@1 by chance"]
+    assert list(found.ours.scores) == [*names, "spread", "effective rank"]
     assert found.rows[0].scores["hit@1 by chance"] == found.ours.scores["hit@1 by chance"]
     assert found.settings["images"] == 4
     (note,) = found.notes
@@ -153,9 +153,9 @@ def test_figures_are_put_into_words(figures, deviation, words) -> None:
     assert words in said
 
 
-def seen(hit: float, spread: float = 0.6) -> Row:
-    scores = {"hit@1": hit, "hit@1 by chance": 0.04, "spread": spread, "effective rank": 20.0}
-    return Row("a", scores)
+def seen(hit: float, spread: float = 0.6, kept: float = 0.4) -> Row:
+    scores = {"hit@1": hit, "hit@1, colours kept": kept, "hit@1 by chance": 0.04}
+    return Row("a", scores | {"spread": spread, "effective rank": 20.0})
 
 
 def test_hits_are_put_into_words() -> None:
@@ -168,3 +168,9 @@ def test_hits_are_put_into_words() -> None:
     assert "no clear gain over random weights" in without([seen(0.3), seen(0.3)])
     assert "have collapsed" in without([seen(0.3), seen(0.6, spread=0.01)])
     assert "with random weights, " in without([seen(0.3)])
+
+
+def test_a_network_that_goes_by_colour_is_told_so() -> None:
+    said = without([seen(0.2), seen(0.3, kept=0.6)])
+    assert "It goes by colour: with colours left as they are it finds 60%. Change" in said
+    assert "by colour" not in without([seen(0.2), seen(0.5, kept=0.6)])

@@ -40,6 +40,7 @@ def test_correspondence_and_pictures_change_no_weight(tmp_path, settings, many) 
     figures = lines(tmp_path / "seen" / "metrics.jsonl")
     for line in figures:
         assert 0 <= line["hit1"] <= line["hit_near"] <= 1
+        assert 0 <= line["hit1_colours_kept"] <= 1
     # Measured before the first step and after the second, the figures hold until the next time.
     assert figures[0]["hit1"] == figures[1]["hit1"]
     assert "hit1" not in lines(tmp_path / "blind" / "metrics.jsonl")[0]
