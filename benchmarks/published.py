@@ -3,8 +3,8 @@
 PEER/bin/python benchmarks/published.py IMAGES --out net.pt --steps 500 --seed 0
 
 Its own defaults for views, colour and losses; its layers are named, since its default pixel layer
-gives no map. Batches, optimiser, learning rate, warm-up and target momentum are those of
-``transfer.py``. Imports nothing of this package.
+gives no map. Optimiser, learning rate, warm-up and precision are those that ``transfer.py`` trains
+ours with. Imports nothing of this package.
 """
 
 import argparse
@@ -35,8 +35,7 @@ def main() -> None:
     flags.add_argument("--steps", type=int, default=500)
     flags.add_argument("--batch", type=int, default=24)
     flags.add_argument("--size", type=int, default=128)
-    flags.add_argument("--optimiser", choices=("adamw", "sgd"), default="sgd")
-    flags.add_argument("--lr", type=float, default=0.1)
+    flags.add_argument("--lr", type=float, default=1e-3, help="peak learning rate of AdamW")
     flags.add_argument("--seed", type=int, default=0)
     args = flags.parse_args()
     warnings.simplefilter("ignore")
@@ -52,12 +51,7 @@ def main() -> None:
     learner = PixelCL(
         net, image_size=args.size, hidden_layer_pixel="layer4", hidden_layer_instance=-2
     )
-    if args.optimiser == "sgd":
-        optimiser: torch.optim.Optimizer = torch.optim.SGD(
-            learner.parameters(), args.lr, momentum=0.9, nesterov=True, weight_decay=1e-4
-        )
-    else:
-        optimiser = torch.optim.AdamW(learner.parameters(), args.lr, weight_decay=1e-4)
+    optimiser = torch.optim.AdamW(learner.parameters(), args.lr, weight_decay=1e-4)
     for step in range(args.steps):
         for group in optimiser.param_groups:
             group["lr"] = args.lr * schedule(step, args.steps, max(1, args.steps // 10))

@@ -3,8 +3,10 @@
 python benchmarks/transfer.py DATA --peer PEER/bin/python --seeds 3 --steps 500 --save
 
 DATA holds ``images/{train,val,test}`` and ``masks/...``. Each method trains the same ResNet-18 for
-as many steps of as many views of the unlabelled images of ``train``, with the same optimiser; its
-features are then judged by `evaluate`: linearly, and fine-tuned on a tenth of the masks.
+as many steps of as many views of the unlabelled images of ``train``, with the same optimiser and
+learning rate; its features are then judged by `evaluate`: linearly, and fine-tuned on a tenth of
+the masks. Random weights are torchvision's own. Ours begin with the last batch norm of each block
+at 0, which as such knows less: that start has a row of its own.
 """
 
 import argparse
@@ -20,7 +22,15 @@ import torch
 from measure import machine, report
 from torchvision import models
 
-from pixel_level_contrastive_learning import evaluate, pretrain
+from pixel_level_contrastive_learning import pretrain
+from pixel_level_contrastive_learning.augment import IMAGENET_MEAN, IMAGENET_STD
+from pixel_level_contrastive_learning.evaluation.finetuning import STEPS
+from pixel_level_contrastive_learning.evaluation.labelled import open_labelled
+from pixel_level_contrastive_learning.evaluation.preparation import Preparation
+from pixel_level_contrastive_learning.evaluation.table import Plan
+from pixel_level_contrastive_learning.trainer.config import PretrainConfig
+from pixel_level_contrastive_learning.trainer.plan import base_lr, peak_lr
+from pixel_level_contrastive_learning.weights import BackboneCard, read_backbone, save_backbone
 
 OURS: dict[str, dict[str, Any]] = {
     "instance only": {"alpha": 0.0},
@@ -28,7 +38,8 @@ OURS: dict[str, dict[str, Any]] = {
     "PixContrast only": {"loss": "pixcontrast", "instance_weight": 0.0},
     "PixPro + instance": {},
 }
-RANDOM, PUBLISHED = "random weights", "published package"
+RANDOM, START, PUBLISHED = "random weights", "random, blocks at 0", "published package"
+PEERS = RANDOM, START, PUBLISHED
 PROTOCOLS: dict[str, dict[str, Any]] = {
     "linear": {"protocol": "linear"},
     "finetune 10 %": {"protocol": "finetune", "fraction": 0.1},
@@ -39,16 +50,21 @@ def trained(method: str, seed: int, args: argparse.Namespace, folder: Path) -> t
     """The weights that a method comes to, and the seconds it took."""
     out, start = folder / f"{method}-{seed}", time.perf_counter()
     images = args.data / "images/train"
-    if method == RANDOM:
+    if method in (RANDOM, START):
         torch.manual_seed(seed)
-        out = out.with_suffix(".pt")
-        torch.save(models.resnet18(weights=None).state_dict(), out)
+        out = out.with_suffix(".safetensors")
+        net = models.resnet18(weights=None, zero_init_residual=method == START)
+        save_backbone(out, net, card(args))
     elif method == PUBLISHED:
-        out = out.with_suffix(".pt")
         script = Path(__file__).with_name("published.py")
-        command = [args.peer, script, images, "--out", out, "--steps", args.steps]
-        command += ["--seed", seed, "--batch", args.batch, "--size", args.size]
+        lr = peak_lr(PretrainConfig(lr=base_lr("adamw"), batch_size=args.batch))
+        weights, out = out.with_suffix(".pt"), out.with_suffix(".safetensors")
+        command = [args.peer, script, images, "--out", weights, "--steps", args.steps]
+        command += ["--seed", seed, "--batch", args.batch, "--size", args.size, "--lr", lr]
         subprocess.run([str(word) for word in command], check=True)
+        net = models.resnet18(weights=None)
+        net.load_state_dict(torch.load(weights, weights_only=True))
+        save_backbone(out, net, card(args))
     else:
         pretrain(
             images,
@@ -63,19 +79,36 @@ def trained(method: str, seed: int, args: argparse.Namespace, folder: Path) -> t
     return out, time.perf_counter() - start
 
 
+def card(args: argparse.Namespace) -> BackboneCard:
+    """How the weights are used that no run of ours has written."""
+    return BackboneCard(
+        model="torchvision/resnet18",
+        channels=3,
+        image_size=(args.size, args.size),
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
+        pixel_layer="layer4",
+        instance_layer="avgpool",
+    )
+
+
 def judged(weights: Path, protocol: dict[str, Any], seed: int, args: argparse.Namespace) -> float:
-    """Mean IoU on the split that is reported."""
-    settings: dict[str, Any] = {"layers": ["layer4"], "size": tuple(args.input), "seeds": 1}
-    settings |= {"split": args.split, "seed": seed}
-    found = evaluate(weights, data=args.data, **settings, **protocol)
-    return found.ours.scores["mIoU"]
+    """Mean IoU on the split that is reported, as `evaluate` finds it."""
+    train, split = open_labelled(args.data, ("train", args.split))
+    loaded = read_backbone(weights)
+    prepare = Preparation.of(loaded.card, tuple(args.input))
+    share = protocol.get("fraction", 1.0)
+    plan = Plan(
+        train, split, prepare, protocol["protocol"], ["layer4"], share, range(seed, seed + 1), STEPS
+    )
+    return plan.run(loaded.net, loaded.card, seed, ()).scores.miou
 
 
 def main() -> None:
     """Train and judge every method with every seed, and print the table."""
     flags = argparse.ArgumentParser(description=__doc__)
     flags.add_argument("data", type=Path)
-    flags.add_argument("--methods", nargs="+", default=[RANDOM, PUBLISHED, *OURS])
+    flags.add_argument("--methods", nargs="+", default=[*PEERS, *OURS])
     flags.add_argument("--protocols", nargs="+", default=list(PROTOCOLS), choices=list(PROTOCOLS))
     flags.add_argument("--peer", help="interpreter with the published package, version 0.1.1")
     flags.add_argument("--seeds", type=int, default=3)
@@ -86,9 +119,9 @@ def main() -> None:
     flags.add_argument("--split", default="test", help="what is reported")
     flags.add_argument("--save", action="store_true", help="record the figures")
     args = flags.parse_args()
-    unknown = set(args.methods) - {RANDOM, PUBLISHED, *OURS}
+    unknown = set(args.methods) - {*PEERS, *OURS}
     if unknown:
-        sys.exit(f"unknown methods {sorted(unknown)}; there are {[RANDOM, PUBLISHED, *OURS]}")
+        sys.exit(f"unknown methods {sorted(unknown)}; there are {[*PEERS, *OURS]}")
     if PUBLISHED in args.methods and args.peer is None:
         sys.exit(
             f"--peer is not given; name its interpreter, or leave {PUBLISHED!r} out of --methods"

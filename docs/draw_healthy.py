@@ -1,0 +1,88 @@
+"""Draw the pictures of docs/healthy-run.md: a good run, a collapsed one, one that goes by colour.
+
+python docs/draw_healthy.py GOOD COLLAPSED COLOUR    # three run directories
+
+Curves are the runs' own figures, smoothed as in the report. Colours are the first three principal
+components of the features of one image that was never trained on, step after step, as the runs
+drew them; the image itself is left out.
+"""
+
+import sys
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib import pyplot as plt
+from PIL import Image
+
+from pixel_level_contrastive_learning.evaluation.health import COLLAPSED_RANK, COLLAPSED_SPREAD
+from pixel_level_contrastive_learning.pictures.curves import read_metrics, smoothed, thinned
+
+NAMES = "good", "collapsed", "goes by colour"
+COLOURS = "#2563eb", "#b42318", "#c2570c"
+INK, GRID = "#344054", "#d9dee7"
+PANELS = (
+    ("pixel_cosine", "Mean cosine of matching pixels", None),
+    ("loss", "Loss", None),
+    ("spread", "Spread of the features", COLLAPSED_SPREAD),
+    ("effective_rank", "Effective rank of the features", COLLAPSED_RANK),
+    ("hit1", "Cells that find their spot, colours changed", None),
+    ("hit1_colours_kept", "Cells that find their spot, colours kept", None),
+)
+HERE = Path(__file__).parent
+SHOWN = 6  # steps
+SIDE, GAP = 160, 4  # of a picture in pictures/*.png, and between them
+
+
+def curves(runs: list[Path]) -> None:
+    """Draw the figures of the runs into each other."""
+    metrics = [read_metrics(run) for run in runs]
+    mpl.rcParams["font.size"] = 9
+    figure, axes = plt.subplots(3, 2, figsize=(9.6, 8.4), layout="constrained")
+    for panel, (name, title, bound) in zip(axes.flat, PANELS, strict=True):
+        for label, colour, columns in zip(NAMES, COLOURS, metrics, strict=True):
+            steps, values = thinned(columns["step"], columns.get(name, ()))
+            if name == "pixel_cosine" and not any(values):
+                continue  # its pixel branch was left out
+            panel.plot(steps, smoothed(values), color=colour, label=label, linewidth=1.8)
+        if bound is not None:
+            panel.axhline(bound, color=INK, linewidth=1, linestyle=(0, (4, 3)))
+        panel.set_title(title, loc="left", fontsize=10, fontweight="bold", color=INK)
+        panel.grid(axis="y", color=GRID)
+        panel.spines[["top", "right", "left"]].set_visible(False)
+        panel.tick_params(length=0, labelcolor=INK)
+        low = 0 if name != "pixel_cosine" else None
+        panel.set_ylim(bottom=low)
+    axes[0, 0].legend(frameon=False)
+    for panel in axes[-1]:
+        panel.set_xlabel("step", color=INK)
+    figure.savefig(HERE / "healthy-run.png", dpi=140, facecolor="white")
+
+
+def colours(runs: list[Path]) -> None:
+    """Put the runs' pictures of one image below each other, a row a run."""
+    figure, axes = plt.subplots(len(runs), SHOWN, figsize=(9.6, 5.2), layout="constrained")
+    for row, name, run in zip(axes, NAMES, runs, strict=True):
+        paths = sorted((run / "pictures").glob("step-*.png"))
+        chosen = [paths[(len(paths) - 1) * k // (SHOWN - 1)] for k in range(SHOWN)]
+        for panel, path in zip(row, chosen, strict=True):
+            with Image.open(path) as picture:
+                # The last image's, which lies below it.
+                left = picture.width - SIDE
+                panel.imshow(
+                    np.asarray(picture.crop((left, SIDE + GAP, left + SIDE, 2 * SIDE + GAP)))
+                )
+            panel.set_title(f"step {int(path.stem[5:])}", fontsize=9, color=INK)
+            panel.set_xticks([])
+            panel.set_yticks([])
+            panel.spines[:].set_visible(False)
+        row[0].set_ylabel(name, color=INK, fontweight="bold")
+    figure.savefig(HERE / "healthy-colours.png", dpi=120, facecolor="white")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 4:
+        sys.exit(__doc__)
+    folders = [Path(name) for name in sys.argv[1:]]
+    curves(folders)
+    colours(folders)
