@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..augment import Normalise
 from ..backbones import build_backbone
@@ -22,7 +23,7 @@ from ..weights import BackboneCard
 from .config import PretrainConfig
 from .directory import RunDirectory
 from .machine import Devices, cores, native_bfloat16
-from .plan import Clock, Facts, peak_lr
+from .plan import Clock, Facts, base_lr, peak_lr
 from .schedules import LearningRate, TargetMomentum
 from .task import Practice, PretrainTask
 
@@ -154,11 +155,15 @@ def layer(name: str) -> str | int | None:
     return int(name) if name.removeprefix("-").isdecimal() and "." not in name else name
 
 
-def with_layers(config: PretrainConfig, learner: PixelCL) -> PretrainConfig:
-    """The settings with the layers that were taken."""
+def fitted(config: PretrainConfig, learner: PixelCL) -> PretrainConfig:
+    """The settings with what the network decides: the layers taken and the learning rate."""
     encoder = learner.online_encoder
+    norms = any(isinstance(module, _BatchNorm) for module in learner.net.modules())
     return replace(
-        config, pixel_layer=encoder.pixel_tap.name, instance_layer=encoder.instance_tap.name
+        config,
+        pixel_layer=encoder.pixel_tap.name,
+        instance_layer=encoder.instance_tap.name,
+        lr=base_lr(config.optimizer, batch_norm=norms) if config.lr == "auto" else config.lr,
     )
 
 

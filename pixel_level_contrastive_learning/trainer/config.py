@@ -105,8 +105,9 @@ class PretrainConfig:
     """The pixel loss."""
     alpha: float = 1.0
     """Weight of the pixel loss; 0 skips its branch."""
-    instance_weight: float = 1.0
-    """Weight of the instance loss; 0 skips its branch."""
+    instance_weight: float = 0.1
+    """Weight of the instance loss; 0 skips its branch. At 1, images of few scenes let it drown the
+    pixel loss."""
     projection_size: int = 256
     """Channels of the projections."""
     projection_hidden_size: int = 2048
@@ -132,7 +133,8 @@ class PretrainConfig:
     """Any optimiser of timm by its name, such as adamw, lars, sgd or lamb."""
     lr: float | Auto = "auto"
     """Peak learning rate for a batch of 256 images. It grows with the batch: with its square root
-    for optimisers of the Adam family, in proportion for others."""
+    for optimisers of the Adam family, in proportion for others. auto: by the optimiser's name, less
+    for networks without batch norm."""
     weight_decay: float = 1e-4
     """Weight decay; one-dimensional parameters have none."""
     warmup_epochs: float | Auto = "auto"

@@ -92,7 +92,7 @@ class Run:
         torch.manual_seed(config.seed)
         net = assembly.backbone_of(config, self.facts.channels)
         self.learner = assembly.learner_of(config, net, self.facts.channels)
-        self.config = assembly.with_layers(config, self.learner)
+        self.config = assembly.fitted(config, self.learner)
         self.task = assembly.task_of(self.config, self.learner, self.images.statistics, self.clock)
 
     def done(self) -> PretrainResult:

@@ -122,7 +122,7 @@ class Stream:
                     batch = next(batches)
                 except StopIteration:
                     break
-                except RuntimeError:
+                except (RuntimeError, OSError, EOFError):  # by where the worker was when it died
                     if self.told_to_stop():
                         return
                     raise

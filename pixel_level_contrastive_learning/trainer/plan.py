@@ -9,8 +9,10 @@ from .config import PRECISIONS, PretrainConfig
 
 ADAM_FAMILY = ("adam", "lamb", "lion", "nadam", "radam", "adan", "laprop", "adopt", "muon")
 """Beginnings of the names of optimisers that divide gradients by their size."""
-BASE_LR = {"adam": 3e-3, "lamb": 5e-3, "lars": 1.0, "sgd": 0.1, "momentum": 0.1}
+BASE_LR = {"adam": 9e-3, "lamb": 5e-3, "lars": 1.0, "sgd": 0.1, "momentum": 0.1}
 """Peak learning rate for 256 images by the beginning of an optimiser's name."""
+LR_WITHOUT_BATCH_NORM = 1e-3
+"""The most that Adam's family gets where the backbone has no batch norm to bear more."""
 WARMUP_SHARE = 0.1
 """Share of the run that is warm-up where nothing is said."""
 IMAGES_SEEN = 300_000
@@ -66,8 +68,8 @@ class Clock:
 def decided(config: PretrainConfig, facts: Facts) -> PretrainConfig:
     """The settings with everything decided that data and machine decide.
 
-    Left `auto` are devices and workers, which do not change the result; layers, which the network
-    decides; and the parts that a batch is taken in, which memory decides.
+    Left `auto` are devices and workers, which do not change the result; layers and learning rate,
+    which the network decides; and the parts that a batch is taken in, which memory decides.
 
     Raises:
         ValueError: A batch that does not divide among the processes, an optimiser without a known
@@ -90,7 +92,8 @@ def decided(config: PretrainConfig, facts: Facts) -> PretrainConfig:
         )
     if config.epochs == "auto" and config.steps is None:
         chosen["epochs"] = epochs(facts.images)
-    chosen["lr"] = base_lr(config.optimizer) if config.lr == "auto" else config.lr
+    if config.lr == "auto":
+        base_lr(config.optimizer)  # refuses what it does not know before the network is built
     wanted = PRECISIONS[str(config.precision)]
     native = "bfloat16" if facts.native_bfloat16 else "float32"
     chosen["precision"] = native if wanted == "auto" else wanted
@@ -132,15 +135,19 @@ def is_adaptive(optimizer: str) -> bool:
     return optimizer.lower().startswith(ADAM_FAMILY)
 
 
-def base_lr(optimizer: str) -> float:
+def base_lr(optimizer: str, *, batch_norm: bool = True) -> float:
     """The default peak learning rate of an optimiser for 256 images.
+
+    Args:
+        optimizer: Its name.
+        batch_norm: Whether the backbone has batch norm.
 
     Raises:
         ValueError: There is none.
     """
     for name, lr in BASE_LR.items():
         if optimizer.lower().startswith(name):
-            return lr
+            return lr if batch_norm or name != "adam" else LR_WITHOUT_BATCH_NORM
     raise ValueError(
         f"optimizer is {optimizer!r}, for which no learning rate is known; give one with lr, or "
         f"take one of {', '.join(BASE_LR)}"

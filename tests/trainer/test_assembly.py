@@ -4,9 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from pixel_level_contrastive_learning import load_backbone, pretrain
+from pixel_level_contrastive_learning import PixelCL, load_backbone, pretrain
 from pixel_level_contrastive_learning.backbones import build_backbone
-from pixel_level_contrastive_learning.trainer.assembly import layer, zero_last_norms
+from pixel_level_contrastive_learning.trainer.assembly import fitted, layer, zero_last_norms
+from pixel_level_contrastive_learning.trainer.config import PretrainConfig
+from pixel_level_contrastive_learning.trainer.plan import base_lr
 from pixel_level_contrastive_learning.weights import read_backbone
 
 
@@ -56,3 +58,14 @@ def test_layers_are_names_indices_or_left_to_the_learner() -> None:
     assert [layer(name) for name in ("auto", "layer4", "-2", "6", "stages.3")] == [
         *(None, "layer4", -2, 6, "stages.3")
     ]
+
+
+@pytest.mark.parametrize(
+    ("model", "norms"), [("torchvision/resnet18", True), ("timm/convnext_atto", False)]
+)
+def test_the_network_decides_layers_and_learning_rate(model, norms) -> None:
+    learner = PixelCL(build_backbone(model), image_size=64, projection_hidden_size=16)
+    auto = fitted(PretrainConfig(), learner)
+    assert auto.lr == base_lr("adamw", batch_norm=norms)
+    assert auto.pixel_layer == learner.online_encoder.pixel_tap.name
+    assert fitted(PretrainConfig(lr=0.5), learner).lr == 0.5

@@ -46,10 +46,8 @@ def test_few_images_are_seen_more_often(images, passes) -> None:
 def test_everything_is_decided() -> None:
     config = decided(PretrainConfig(), LAPTOP)
     left = {name for name, value in vars(config).items() if value == "auto"}
-    assert left == {"accumulate", "pixel_layer", "instance_layer", "workers", "devices"} | {
-        "accelerator",
-        "strategy",
-    }
+    by_network = {"lr", "pixel_layer", "instance_layer"}
+    assert left == by_network | {"accumulate", "workers", "devices", "accelerator", "strategy"}
     assert (config.batch_size, config.precision, config.image_size) == (32, "float32", 224)
 
 
@@ -89,6 +87,12 @@ def test_learning_rate_grows_with_the_batch() -> None:
 
     assert [peak("sgd", b) for b in (64, 256, 1024)] == [0.25, 1.0, 4.0]
     assert [peak("adamw", b) for b in (64, 256, 1024)] == [0.5, 1.0, 2.0]
+
+
+def test_adam_is_given_less_where_no_batch_norm_bears_it() -> None:
+    for name in ("adamw", "adam"):
+        assert 0 < base_lr(name, batch_norm=False) < base_lr(name)
+    assert base_lr("lars", batch_norm=False) == base_lr("lars")
 
 
 def test_an_optimiser_without_known_learning_rate_asks_for_one() -> None:
