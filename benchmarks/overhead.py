@@ -65,6 +65,7 @@ def looped(settings: dict[str, Any]) -> Figures:
     torch.manual_seed(config.seed)
     net = assembly.backbone_of(config, facts.channels)
     learner = assembly.learner_of(config, net, facts.channels)
+    config = assembly.fitted(config, learner)
     task = assembly.task_of(config, learner, images.statistics, clock_of(config, facts.images))
     optimiser = optimizer_of(learner, task.practice)
     loader = engine.loader_of(config, images, facts, 0, None)

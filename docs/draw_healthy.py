@@ -4,7 +4,7 @@ python docs/draw_healthy.py GOOD COLLAPSED COLOUR    # three run directories
 
 Curves are the runs' own figures, smoothed as in the report. Colours are the first three principal
 components of the features of one image that was never trained on, step after step, as the runs
-drew them; the image itself is left out.
+drew them. The commands of the three runs are in docs/healthy-run.md.
 """
 
 import sys
@@ -61,23 +61,28 @@ def curves(runs: list[Path]) -> None:
 
 def colours(runs: list[Path]) -> None:
     """Put the runs' pictures of one image below each other, a row a run."""
-    figure, axes = plt.subplots(len(runs), SHOWN, figsize=(9.6, 5.2), layout="constrained")
+    figure, axes = plt.subplots(len(runs), 1 + SHOWN, figsize=(9.6, 4.5), layout="constrained")
     for row, name, run in zip(axes, NAMES, runs, strict=True):
         paths = sorted((run / "pictures").glob("step-*.png"))
         chosen = [paths[(len(paths) - 1) * k // (SHOWN - 1)] for k in range(SHOWN)]
-        for panel, path in zip(row, chosen, strict=True):
-            with Image.open(path) as picture:
-                # The last image's, which lies below it.
-                left = picture.width - SIDE
-                panel.imshow(
-                    np.asarray(picture.crop((left, SIDE + GAP, left + SIDE, 2 * SIDE + GAP)))
-                )
+        row[0].imshow(tile(chosen[0], 0))
+        row[0].set_title("image", fontsize=9, color=INK)
+        for panel, path in zip(row[1:], chosen, strict=True):
+            panel.imshow(tile(path, SIDE + GAP))  # below the image
             panel.set_title(f"step {int(path.stem[5:])}", fontsize=9, color=INK)
+        for panel in row:
             panel.set_xticks([])
             panel.set_yticks([])
             panel.spines[:].set_visible(False)
         row[0].set_ylabel(name, color=INK, fontweight="bold")
     figure.savefig(HERE / "healthy-colours.png", dpi=120, facecolor="white")
+
+
+def tile(path: Path, top: int) -> np.ndarray:
+    """What a run's picture shows of its last image, from a row of pixels on."""
+    with Image.open(path) as picture:
+        left = picture.width - SIDE
+        return np.asarray(picture.crop((left, top, left + SIDE, top + SIDE)))
 
 
 if __name__ == "__main__":
