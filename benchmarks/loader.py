@@ -6,7 +6,8 @@ python benchmarks/loader.py STREETS --size 128
 Both run in this process on one thread, in turns, and are counted in images per second of processor
 time, that is: per core, whatever else the machine is doing. The plain pipeline is torchvision's
 transforms v2 on Pillow images in torch's DataLoader. Ours does more: flips, maps, colour factors.
-JPEGs of 12 megapixels are made from the street scenes, with the grain of a sensor.
+JPEGs of 12 megapixels are made from the street scenes, with the grain of a sensor. "Shards" are
+the same images after `pixelcl prepare --max-side 640`, read by our loader.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from pixel_level_contrastive_learning.data.loader import build_loader
+from pixel_level_contrastive_learning.data.packing import pack
 from pixel_level_contrastive_learning.data.raster import tensor_of
 from pixel_level_contrastive_learning.data.sources import open_source
 from pixel_level_contrastive_learning.data.statistics import measure
@@ -62,7 +64,7 @@ def passes(loader: DataLoader[tuple[Tensor, Tensor]]) -> Iterator[int]:
             yield len(one)
 
 
-def ours(folder: Path, size: int) -> Iterator[int]:
+def ours(folder: Path | list[Path], size: int) -> Iterator[int]:
     """Batch after batch of this package's loader."""
     source = open_source(folder)
     loader = build_loader(source, measure(source), image_size=(size, size), batch_size=BATCH)
@@ -100,17 +102,21 @@ def parts(paths: list[Path], size: int) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in spent.items()}
 
 
-def compare(name: str, folder: Path, size: int, images: int, rounds: int) -> None:
-    """Print one row: both rates, and their ratio by median."""
+def compare(name: str, folder: Path, shards: Path, size: int, images: int, rounds: int) -> None:
+    """Print one row: the three rates, and their ratios to the plain one by median."""
     paths = sorted(folder.rglob("*.jpg"))
     plain = passes(DataLoader(Plain(paths, size), BATCH, shuffle=True, drop_last=True))
-    here = ours(folder, size)
-    next(plain), next(here)  # imports, caches
-    rates = [(rate(plain, images), rate(here, images)) for _ in range(rounds)]
-    theirs, mine = (statistics.median(column) for column in zip(*rates, strict=True))
-    ratio = statistics.median(b / a for a, b in rates)
+    contenders = plain, ours(folder, size), ours(sorted(shards.glob("*.tar")), size)
+    for contender in contenders:
+        next(contender)  # imports, caches
+    rates = [[rate(contender, images) for contender in contenders] for _ in range(rounds)]
+    theirs, mine, packed = (statistics.median(column) for column in zip(*rates, strict=True))
+    ratio, bought = (statistics.median(turn[k] / turn[0] for turn in rates) for k in (1, 2))
     where = ", ".join(f"{part} {ms:.1f}" for part, ms in parts(paths[:32], size).items())
-    print(f"| {name} | {size} | {theirs:.0f} | {mine:.0f} | {ratio:.2f} | {where} |")
+    print(
+        f"| {name} | {size} | {theirs:.0f} | {mine:.0f} | {ratio:.2f} | {packed:.0f} | "
+        f"{bought:.2f} | {where} |"
+    )
 
 
 def main() -> None:
@@ -122,14 +128,18 @@ def main() -> None:
     args = flags.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    print("| images | view | plain, images/s | ours, images/s | ratio | plain, ms an image |")
-    print("|---|---|---|---|---|---|")
-    with tempfile.TemporaryDirectory() as place:
+    print("| images | view | plain, images/s | ours | x plain | shards | x plain | plain, ms |")
+    print("|---|---|---|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as made:
+        large, streets, small = (Path(made) / name for name in ("large", "streets", "small"))
+        large.mkdir()
         for seed, path in enumerate(sorted(args.streets.rglob("*.jpg"))[::20][:16]):
-            grainy(path, Path(place), seed)
+            grainy(path, large, seed)
+        pack(args.streets, streets, max_side=640)
+        pack(large, small, max_side=640)
         for size in args.size:
-            compare("street scenes", args.streets, size, 160, args.rounds)
-            compare("12 megapixels", Path(place), size, 16, args.rounds)
+            compare("street scenes", args.streets, streets, size, 160, args.rounds)
+            compare("12 megapixels", large, small, size, 16, args.rounds)
 
 
 if __name__ == "__main__":
