@@ -26,8 +26,6 @@ PANELS = (
     ("loss", "Loss", None),
     ("spread", "Spread of the features", COLLAPSED_SPREAD),
     ("effective_rank", "Effective rank of the features", COLLAPSED_RANK),
-    ("hit1", "Cells that find their spot, colours changed", None),
-    ("hit1_colours_kept", "Cells that find their spot, colours kept", None),
 )
 HERE = Path(__file__).parent
 SHOWN = 6  # steps
@@ -38,7 +36,7 @@ def curves(runs: list[Path]) -> None:
     """Draw the figures of the runs into each other."""
     metrics = [read_metrics(run) for run in runs]
     mpl.rcParams["font.size"] = 9
-    figure, axes = plt.subplots(3, 2, figsize=(9.6, 8.4), layout="constrained")
+    figure, axes = plt.subplots(2, 2, figsize=(9.6, 5.8), layout="constrained")
     for panel, (name, title, bound) in zip(axes.flat, PANELS, strict=True):
         for label, colour, columns in zip(NAMES, COLOURS, metrics, strict=True):
             steps, values = thinned(columns["step"], columns.get(name, ()))
@@ -61,14 +59,12 @@ def curves(runs: list[Path]) -> None:
 
 def colours(runs: list[Path]) -> None:
     """Put the runs' pictures of one image below each other, a row a run."""
-    figure, axes = plt.subplots(len(runs), 1 + SHOWN, figsize=(9.6, 4.5), layout="constrained")
+    figure, axes = plt.subplots(len(runs), SHOWN, figsize=(9.6, 5.2), layout="constrained")
     for row, name, run in zip(axes, NAMES, runs, strict=True):
         paths = sorted((run / "pictures").glob("step-*.png"))
         chosen = [paths[(len(paths) - 1) * k // (SHOWN - 1)] for k in range(SHOWN)]
-        row[0].imshow(tile(chosen[0], 0))
-        row[0].set_title("image", fontsize=9, color=INK)
-        for panel, path in zip(row[1:], chosen, strict=True):
-            panel.imshow(tile(path, SIDE + GAP))  # below the image
+        for panel, path in zip(row, chosen, strict=True):
+            panel.imshow(tile(path, SIDE + GAP))  # below the image, which is left out
             panel.set_title(f"step {int(path.stem[5:])}", fontsize=9, color=INK)
         for panel in row:
             panel.set_xticks([])
