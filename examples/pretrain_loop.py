@@ -13,7 +13,6 @@ from torchvision.transforms import v2
 
 from pixel_level_contrastive_learning import PixelCL
 
-
 LR = 2.8e-3  # at the peak, for a batch of 24
 
 
