@@ -13,8 +13,6 @@ from torchvision.transforms import v2
 
 from pixel_level_contrastive_learning import PixelCL
 
-LR = 2.8e-3  # at the peak, for a batch of 24
-
 
 class Folder(list[Path]):
     """The images below a folder as squares ``(3, side, side)``, float in [0, 1]."""
@@ -43,8 +41,8 @@ images = Folder(args.images, side=2 * args.size)
 draws = RandomSampler(images, replacement=True, num_samples=args.steps * args.batch)
 resnet = models.resnet18(weights=None, zero_init_residual=True).to(device)
 learner = PixelCL(resnet, args.size, instance_weight=0.1, cutout_ratio_range=(0.45, 1.0))
-opt = torch.optim.AdamW(learner.parameters(), lr=LR)
-schedule = torch.optim.lr_scheduler.OneCycleLR(opt, LR, args.steps, pct_start=0.1)
+opt = torch.optim.AdamW(learner.parameters(), lr=2.8e-3)
+schedule = torch.optim.lr_scheduler.OneCycleLR(opt, 2.8e-3, args.steps, pct_start=0.1)
 
 with Progress() as progress:
     task = progress.add_task("pretraining", total=args.steps)
