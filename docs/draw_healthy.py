@@ -62,9 +62,10 @@ def colours(runs: list[Path]) -> None:
     figure, axes = plt.subplots(len(runs), SHOWN, figsize=(9.6, 5.2), layout="constrained")
     for row, name, run in zip(axes, NAMES, runs, strict=True):
         paths = sorted((run / "pictures").glob("step-*.png"))
-        chosen = [paths[(len(paths) - 1) * k // (SHOWN - 1)] for k in range(SHOWN)]
-        for panel, path in zip(row, chosen, strict=True):
-            panel.imshow(tile(path, SIDE + GAP))  # below the image, which is left out
+        shown = min(SHOWN, len(paths))
+        for k, panel in enumerate(row[:shown]):
+            path = paths[(len(paths) - 1) * k // (shown - 1)]
+            panel.imshow(components(path))
             panel.set_title(f"step {int(path.stem[5:])}", fontsize=9, color=INK)
         for panel in row:
             panel.set_xticks([])
@@ -74,10 +75,10 @@ def colours(runs: list[Path]) -> None:
     figure.savefig(HERE / "healthy-colours.png", dpi=120, facecolor="white")
 
 
-def tile(path: Path, top: int) -> np.ndarray:
-    """What a run's picture shows of its last image, from a row of pixels on."""
+def components(path: Path) -> np.ndarray:
+    """The colours of the last image in a run's picture; they lie below it."""
     with Image.open(path) as picture:
-        left = picture.width - SIDE
+        left, top = picture.width - SIDE, SIDE + GAP
         return np.asarray(picture.crop((left, top, left + SIDE, top + SIDE)))
 
 

@@ -12,7 +12,7 @@ ADAM_FAMILY = ("adam", "lamb", "lion", "nadam", "radam", "adan", "laprop", "adop
 BASE_LR = {"adam": 9e-3, "lamb": 5e-3, "lars": 1.0, "sgd": 0.1, "momentum": 0.1}
 """Peak learning rate for 256 images by the beginning of an optimiser's name."""
 LR_WITHOUT_BATCH_NORM = 1e-3
-"""The most that Adam's family gets where the backbone has no batch norm to bear more."""
+"""What Adam gets instead where the backbone has no batch norm to bear more."""
 WARMUP_SHARE = 0.1
 """Share of the run that is warm-up where nothing is said."""
 IMAGES_SEEN = 300_000
