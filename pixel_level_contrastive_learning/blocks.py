@@ -7,11 +7,11 @@ backward pass instead of being kept, so that memory grows with ``n`` alone.
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
 ENTRIES = 2**21
 """Entries of a table that are held at a time: 8 MiB in float32, which stays in a CPU's cache."""
@@ -41,24 +41,79 @@ def blocks(shape: tuple[int, ...]) -> Iterator[Block]:
             )
 
 
-def by_blocks(table: Callable[[Block], Tensor], shape: tuple[int, ...]) -> Tensor:
-    """What ``table`` gives for each block, put together and recomputed in backward.
+def by_blocks(
+    table: Callable[..., Tensor],
+    shape: tuple[int, ...],
+    *,
+    rows: tuple[Tensor, ...] = (),
+    columns: tuple[Tensor, ...] = (),
+) -> Tensor:
+    """What ``table`` gives for each block, put together and made again in backward.
+
+    A table of one block is simply computed. Of a larger one nothing is kept but what went in and
+    what came out, each in one tensor that is there from the first block on: small results between
+    large blocks would keep the C library from using freed blocks again.
 
     Args:
-        table: Maps a block to a tensor ``(images of the block, rows of the block, ...)``. It is
-            called again in the backward pass and must be a function of its block alone.
+        table: Maps a block and its parts of ``rows`` and of ``columns`` to a tensor ``(images of
+            the block, rows of the block, ...)``. It is called again in the backward pass, without
+            autocast, and must be a function of its arguments alone.
         shape: ``(b, n1, n2)`` of the table, of which no result keeps the columns.
+        rows: Tensors ``(b, n1, ...)``; a block is given its images and rows of them.
+        columns: Tensors ``(b, n2, ...)``; a block is given its images of them.
 
     Returns:
-        ``(b, n1, ...)``, differentiable in whatever ``table`` reads.
+        ``(b, n1, ...)``, differentiable once, in ``rows`` and ``columns``.
     """
-    images_done: list[list[Tensor]] = []
-    for block in blocks(shape):
-        if block.rows.start == 0:
-            images_done.append([])
-        part: Tensor = checkpoint(table, block, use_reentrant=False, preserve_rng_state=False)
-        images_done[-1].append(part)
-    return torch.cat([torch.cat(rows_done, dim=1) for rows_done in images_done])
+    walked = list(blocks(shape))
+    given = *rows, *columns
+    if len(walked) > 1:
+        walk: Callable[..., Tensor] = _ByBlocks.apply
+        return walk(table, walked, len(rows), *given)
+    images, row_count, _ = shape
+    with full_precision(given[0]):
+        return table(Block(slice(0, images), slice(0, row_count)), *given)
+
+
+class _ByBlocks(torch.autograd.Function):
+    """`by_blocks` for more than one block; ``given`` are its rows, then its columns."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, table: Callable[..., Tensor], walked: list[Block], rows: int, *given: Tensor
+    ) -> Tensor:
+        ctx.table, ctx.walked, ctx.rows = table, walked, rows
+        ctx.save_for_backward(*given)
+        last = walked[-1]
+        with full_precision(given[0]):
+            for block in walked:
+                found = table(block, *(part(x, block, i < rows) for i, x in enumerate(given)))
+                if block is walked[0]:
+                    whole = found.new_empty(last.images.stop, last.rows.stop, *found.shape[2:])
+                whole[block.images, block.rows] = found
+        return whole
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        given: tuple[Tensor, ...] = ctx.saved_tensors
+        learning = [i for i, learns in enumerate(ctx.needs_input_grad[3:]) if learns]
+        gradients = {i: torch.zeros_like(given[i]) for i in learning}
+        with full_precision(gradient):
+            for block in ctx.walked:
+                leaves = [part(x, block, i < ctx.rows).detach() for i, x in enumerate(given)]
+                wanted = [leaves[i].requires_grad_() for i in gradients]
+                with torch.enable_grad():
+                    result = ctx.table(block, *leaves)
+                found = torch.autograd.grad(result, wanted, gradient[block.images, block.rows])
+                for i, share in zip(gradients, found, strict=True):
+                    part(gradients[i], block, i < ctx.rows).add_(share)
+        return None, None, None, *(gradients.get(i) for i in range(len(given)))
+
+
+def part(tensor: Tensor, block: Block, of_rows: bool) -> Tensor:
+    """What a block is given of a tensor: its images and, of a tensor of rows, its rows only."""
+    return tensor[block.images, block.rows] if of_rows else tensor[block.images]
 
 
 def full_precision(like: Tensor) -> AbstractContextManager[object]:

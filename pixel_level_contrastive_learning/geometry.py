@@ -142,9 +142,11 @@ class Positives:
     def block(self, block: Block) -> Tensor:
         """The matches ``(images, rows, n2)``, bool, of some cells of view one in some images."""
         one = rearrange(self.one[block.images, block.rows], "b i xy -> xy b i 1")
-        two = rearrange(self.two[block.images], "b j xy -> xy b 1 j")
-        distance_squared = (one[0] - two[0]).square() + (one[1] - two[1]).square()
-        return distance_squared < rearrange(self.reach[block.images], "b -> b 1 1").square()
+        two = rearrange(self.two[block.images], "b j xy -> xy b 1 j").contiguous()
+        x_squared, y_squared = ((o - t).square_() for o, t in zip(one, two, strict=True))
+        reach_squared = rearrange(self.reach[block.images], "b -> b 1 1").square()
+        matches: Tensor = x_squared.add_(y_squared) < reach_squared
+        return matches
 
     def count(self) -> Tensor:
         """Matches per image, ``(b,)`` int64. Costs ``n1 * n2`` comparisons once."""

@@ -6,9 +6,12 @@ Cosines are taken in at least float32, whatever the precision of the tensors tha
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from einops import einsum, rearrange
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .blocks import Block, by_blocks, full_precision
 from .checks import above, raise_together
@@ -27,7 +30,9 @@ def unit(vectors: Tensor, dim: int = -1) -> Tensor:
     vectors = vectors if vectors.dtype == torch.float64 else vectors.float()
     length = torch.linalg.vector_norm(vectors, dim=dim, keepdim=True)
     long = length > EPSILON
-    return torch.where(long, vectors, vectors.detach()) / torch.where(long, length, EPSILON)
+    short = vectors.detach() * torch.where(long, 0, 1 / EPSILON)
+    # Of all this, autograd keeps the vectors and their lengths, but no other map.
+    return torch.addcmul(short, vectors, torch.where(long, length, torch.inf).reciprocal())
 
 
 def pixpro_loss(propagated: Tensor, target: Tensor, positives: Pairs | Tensor) -> Tensor:
@@ -65,10 +70,10 @@ def positive_cosine(online: Tensor, target: Tensor, pairs: Pairs) -> tuple[Tenso
     with full_precision(online):
         x, t = unit(rearrange(online, "b d i -> b i d")), unit(rearrange(target, "b d j -> b j d"))
 
-        def sums(block: Block) -> Tensor:
-            return einsum(pairs.block(block).to(t), t[block.images], "b i j, b j d -> b i d")
+        def sums(block: Block, theirs: Tensor) -> Tensor:
+            return einsum(pairs.block(block).to(theirs), theirs, "b i j, b j d -> b i d")
 
-        total = einsum(x, by_blocks(sums, pairs.shape).to(x), "b i d, b i d -> b")
+        total = einsum(x, by_blocks(sums, pairs.shape, columns=(t,)).to(x), "b i d, b i d -> b")
     count = pairs.count()
     return total / count.clamp(min=1), count > 0
 
@@ -102,18 +107,39 @@ def pixcontrast_loss(
     with full_precision(online):
         x, t = unit(rearrange(online, "b d i -> b i d")), unit(rearrange(target, "b d j -> b j d"))
 
-        def pixel_losses(block: Block) -> Tensor:
-            ours, theirs = x[block.images, block.rows], t[block.images]
-            scores = einsum(ours, theirs, "b i d, b j d -> b i j") / temperature
+        def pixel_losses(block: Block, ours: Tensor, theirs: Tensor) -> Tensor:
+            scores = einsum(ours / temperature, theirs, "b i d, b j d -> b i j")
             positive = pairs.block(block)
-            counted = positive.any(dim=-1, keepdim=True)
-            # Without positives, all count as positive: the loss is 0, and so is its gradient.
-            kept = scores.masked_fill(~positive & counted, -torch.inf)
-            loss = scores.logsumexp(-1) - kept.logsumexp(-1)
-            return torch.stack((loss, counted.squeeze(-1).to(loss)), dim=-1)
+            counted = positive.amax(dim=-1)
+            losses = _NegativeLogShare.apply(scores, positive)
+            return torch.stack((torch.where(counted, losses, 0), counted.to(losses)), dim=-1)
 
-        losses, counted = by_blocks(pixel_losses, pairs.shape).unbind(dim=-1)
+        found = by_blocks(pixel_losses, pairs.shape, rows=(x,), columns=(t,))
+        losses, counted = found.unbind(dim=-1)
     return (losses.sum(dim=-1) / counted.sum(dim=-1).clamp(min=1)).mean()
+
+
+class _NegativeLogShare(torch.autograd.Function):
+    """``-log(sum over positives of exp(score) / sum over all of exp(score))`` along the last axis.
+
+    Maps scores ``(..., n)`` and ``(..., n)`` bool to ``(...)``. Finite at any score, since both
+    sums are taken relative to their largest term; autograd keeps one table in place of seven.
+    Where nothing is positive the result is large, finite and not to be used.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, positive: Tensor) -> Tensor:
+        log_share = scores.log_softmax(-1)
+        of_positives = torch.where(positive, log_share, torch.finfo(scores.dtype).min)
+        share_of_positives = of_positives.softmax(-1)
+        log_sum = of_positives.amax(-1) - share_of_positives.amax(-1).log()
+        ctx.save_for_backward(log_share.exp_().sub_(share_of_positives))
+        return -log_sum.clamp(max=0)  # rounding could make it negative
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient.unsqueeze(-1) * ctx.saved_tensors[0], None
 
 
 def instance_loss(prediction: Tensor, target: Tensor) -> Tensor:

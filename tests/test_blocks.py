@@ -76,52 +76,125 @@ def test_large_tables_are_never_held_whole() -> None:
 @pytest.mark.parametrize("entries", TINY)
 def test_by_blocks_keeps_the_order(entries, monkeypatch) -> None:
     monkeypatch.setattr(room, "ENTRIES", entries)
-    whole = torch.arange(4 * 5 * 6).view(4, 5, 6)
-    assert torch.equal(by_blocks(lambda block: whole[block], (4, 5, 6)), whole)
-    columns_gone = by_blocks(lambda block: whole[block].sum(dim=-1), (4, 5, 6))
+    rows, columns = torch.arange(4 * 5).view(4, 5), torch.arange(4 * 6).view(4, 6)
+
+    def table(_: Block, ours: Tensor, theirs: Tensor) -> Tensor:
+        return 100 * ours.unsqueeze(-1) + theirs.unsqueeze(-2)
+
+    whole = 100 * rows.unsqueeze(-1) + columns.unsqueeze(-2)
+    assert torch.equal(by_blocks(table, (4, 5, 6), rows=(rows,), columns=(columns,)), whole)
+    columns_gone = by_blocks(
+        lambda *given: table(*given).sum(dim=-1), (4, 5, 6), rows=(rows,), columns=(columns,)
+    )
     assert torch.equal(columns_gone, whole.sum(dim=-1))
+    by_block = by_blocks(lambda block, *_: whole[block], (4, 5, 6), rows=(rows,))
+    assert torch.equal(by_block, whole)
+
+
+def attend(_: Block, ours: Tensor, theirs: Tensor, values: Tensor) -> Tensor:
+    """A table whose every input matters in a way of its own."""
+    return (ours @ theirs.mT).softmax(dim=-1) @ values.cos()
 
 
 @pytest.mark.parametrize("entries", TINY)
-def test_by_blocks_gives_the_value_and_gradient_of_the_whole(entries, monkeypatch) -> None:
+@pytest.mark.parametrize("learning", [(0, 1, 2), (0,), (1,), (2,), (0, 2)])
+def test_by_blocks_gives_the_value_and_gradient_of_the_whole(
+    entries, learning, monkeypatch
+) -> None:
     monkeypatch.setattr(room, "ENTRIES", entries)
-
-    def attend(ours: Tensor, theirs: Tensor) -> Tensor:
-        return (ours @ theirs.mT).softmax(dim=-1) @ theirs.cos()
-
-    ours = torch.randn(3, 5, 4, dtype=torch.float64, requires_grad=True)
-    theirs = torch.randn(3, 7, 4, dtype=torch.float64, requires_grad=True)
+    given = [torch.randn(3, n, 4, dtype=torch.float64) for n in (5, 7, 7)]
+    wanted = [given[i].requires_grad_() for i in learning]
     pull = torch.randn(3, 5, 4, dtype=torch.float64)
-    whole = attend(ours, theirs)
-    parts = by_blocks(
-        lambda block: attend(ours[block.images, block.rows], theirs[block.images]), (3, 5, 7)
-    )
-    assert torch.allclose(parts, whole, rtol=0, atol=1e-12)
-    for part, expected in zip(
-        torch.autograd.grad(parts, (ours, theirs), pull),
-        torch.autograd.grad(whole, (ours, theirs), pull),
-        strict=True,
-    ):
+    ours, *others = given
+    found = by_blocks(attend, (3, 5, 7), rows=(ours,), columns=tuple(others))
+    whole = attend(Block(slice(3), slice(5)), *given)
+    assert torch.allclose(found, whole, rtol=0, atol=1e-12)
+    both = [torch.autograd.grad(result, wanted, pull) for result in (found, whole)]
+    for part, expected in zip(*both, strict=True):
         assert torch.allclose(part, expected, rtol=0, atol=1e-12)
 
 
-def test_by_blocks_makes_a_block_again_in_backward_instead_of_keeping_it(monkeypatch) -> None:
+@pytest.mark.parametrize("entries", [10, 10**9])
+def test_what_is_given_twice_gets_both_gradients(entries, monkeypatch) -> None:
+    monkeypatch.setattr(room, "ENTRIES", entries)
+    pixels = torch.randn(2, 5, 3, dtype=torch.float64, requires_grad=True)
+    found = by_blocks(attend, (2, 5, 5), rows=(pixels,), columns=(pixels, pixels))
+    whole = attend(Block(slice(2), slice(5)), pixels, pixels, pixels)
+    both = [torch.autograd.grad(result.square().sum(), pixels)[0] for result in (found, whole)]
+    assert torch.allclose(*both, rtol=0, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's
+def test_compiled_code_walks_the_same_blocks(monkeypatch) -> None:
     monkeypatch.setattr(room, "ENTRIES", 10)
+    torch.compiler.reset()
+
+    def compute(pixels: Tensor) -> Tensor:
+        return by_blocks(attend, (2, 5, 5), rows=(pixels,), columns=(pixels, pixels)).square()
+
+    pixels = torch.randn(2, 5, 3, dtype=torch.float64, requires_grad=True)
+    results = compute(pixels), torch.compile(compute, backend="eager")(pixels)
+    assert torch.equal(*results)
+    assert torch.equal(*[torch.autograd.grad(found.sum(), pixels)[0] for found in results])
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 5), (2, 0, 5), (2, 5, 0)])
+def test_a_table_without_entries_is_empty(shape) -> None:
+    b, rows, columns = shape
+    given = torch.ones(b, rows, 3, requires_grad=True), torch.ones(b, columns, 3)
+    found = by_blocks(
+        lambda _, ours, theirs: (ours @ theirs.mT).sum(dim=-1),
+        shape,
+        rows=given[:1],
+        columns=given[1:],
+    )
+    assert torch.equal(found, torch.zeros(b, rows))
+    found.sum().backward()
+
+
+@pytest.mark.parametrize("entries", [10, 10**9])
+def test_blocks_are_walked_without_autocast_forth_and_back(entries, monkeypatch) -> None:
+    monkeypatch.setattr(room, "ENTRIES", entries)
+    seen = []
+
+    def table(_: Block, ours: Tensor, theirs: Tensor) -> Tensor:
+        product = ours @ theirs.mT
+        seen.append(product.dtype)
+        return product.sum(dim=-1)
+
+    ours, theirs = torch.ones(2, 4, 3, requires_grad=True), torch.ones(2, 5, 3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        by_blocks(table, (2, 4, 5), rows=(ours,), columns=(theirs,)).sum().backward()
+    assert len(seen) == (8 if entries == 10 else 1)
+    assert set(seen) == {torch.float32}
+
+
+def test_by_blocks_makes_a_block_again_in_backward_instead_of_keeping_it(monkeypatch) -> None:
     ours = torch.randn(2, 4, 3, requires_grad=True)
     calls = []
 
-    def table(block: Block) -> Tensor:
+    def table(block: Block, given: Tensor) -> Tensor:
         calls.append(block)
-        return ours[block].exp()
+        return given.exp()
 
-    result = by_blocks(table, (2, 4, 5))
-    forward = list(calls)
-    assert len(forward) == 4
-    result.sum().backward()
-    assert sorted(map(repr, calls[4:])) == sorted(map(repr, forward))
+    def walked(entries: int) -> tuple[list[Block], list[Block]]:
+        """The blocks that were made on the way forth and on the way back."""
+        monkeypatch.setattr(room, "ENTRIES", entries)
+        calls.clear()
+        result = by_blocks(table, (2, 4, 5), rows=(ours,))
+        forth = list(calls)
+        result.sum().backward()
+        return forth, calls[len(forth) :]
+
+    forth, back = walked(10)
+    assert len(forth) == 4
+    assert forth == back
+    forth, back = walked(40)
+    assert len(forth) == 1
+    assert not back
     with torch.no_grad():
-        by_blocks(table, (2, 4, 5))
-    assert len(calls) == 12
+        by_blocks(table, (2, 4, 5), rows=(ours,))
+    assert len(calls) == 2
 
 
 # Those who walk: how much is held at a time shows in nothing they give.

@@ -3,7 +3,7 @@
 from einops import einsum, rearrange
 from torch import Tensor, nn
 
-from ..blocks import Block, by_blocks, full_precision
+from ..blocks import Block, by_blocks
 from ..checks import at_least, one_of, raise_together
 from ..losses import unit
 
@@ -48,12 +48,10 @@ class PPM(nn.Module):
         pixels = unit(rearrange(x, "b c h w -> b (h w) c"))
         values = unit(rearrange(self.transform_net(x), "b c h w -> b (h w) c"))
 
-        def spread(block: Block) -> Tensor:
-            ours, all_pixels = pixels[block.images, block.rows], pixels[block.images]
-            likeness = einsum(ours, all_pixels, "b i c, b j c -> b i j").relu().pow(self.gamma)
-            return einsum(likeness, values[block.images], "b i j, b j c -> b i c")
+        def spread(_: Block, ours: Tensor, theirs: Tensor, values: Tensor) -> Tensor:
+            likeness = einsum(ours, theirs, "b i c, b j c -> b i j").relu().pow(self.gamma)
+            return einsum(likeness, values, "b i j, b j c -> b i c")
 
         b, n, _ = pixels.shape
-        with full_precision(x):
-            propagated = by_blocks(spread, (b, n, n))
+        propagated = by_blocks(spread, (b, n, n), rows=(pixels,), columns=(pixels, values))
         return rearrange(propagated, "b (h w) c -> b c h w", h=x.shape[-2])
