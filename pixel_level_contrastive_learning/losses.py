@@ -30,9 +30,9 @@ def unit(vectors: Tensor, dim: int = -1) -> Tensor:
     vectors = vectors if vectors.dtype == torch.float64 else vectors.float()
     length = torch.linalg.vector_norm(vectors, dim=dim, keepdim=True)
     long = length > EPSILON
-    short = vectors.detach() * torch.where(long, 0, 1 / EPSILON)
+    scaled = vectors.detach() * torch.where(long, 0, 1 / EPSILON)  # the short ones
     # Of all this, autograd keeps the vectors and their lengths, but no other map.
-    return torch.addcmul(short, vectors, torch.where(long, length, torch.inf).reciprocal())
+    return scaled.addcmul_(vectors, torch.where(long, length, torch.inf).reciprocal())
 
 
 def pixpro_loss(propagated: Tensor, target: Tensor, positives: Pairs | Tensor) -> Tensor:
@@ -73,7 +73,8 @@ def positive_cosine(online: Tensor, target: Tensor, pairs: Pairs) -> tuple[Tenso
         def sums(block: Block, theirs: Tensor) -> Tensor:
             return einsum(pairs.block(block).to(theirs), theirs, "b i j, b j d -> b i d")
 
-        total = einsum(x, by_blocks(sums, pairs.shape, columns=(t,)).to(x), "b i d, b i d -> b")
+        # Not by einsum, which would copy both to make a matrix product of it.
+        total = (x * by_blocks(sums, pairs.shape, columns=(t,))).sum(dim=(1, 2))
     count = pairs.count()
     return total / count.clamp(min=1), count > 0
 
@@ -133,7 +134,8 @@ class _NegativeLogShare(torch.autograd.Function):
         of_positives = torch.where(positive, log_share, torch.finfo(scores.dtype).min)
         share_of_positives = of_positives.softmax(-1)
         log_sum = of_positives.amax(-1) - share_of_positives.amax(-1).log()
-        ctx.save_for_backward(log_share.exp_().sub_(share_of_positives))
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(log_share.exp_().sub_(share_of_positives))
         return -log_sum.clamp(max=0)  # rounding could make it negative
 
     @staticmethod
