@@ -17,7 +17,7 @@ from ..augment import VIEW_ONE, VIEW_TWO, Photometry
 from ..checks import raise_together, ratio_range, whole, within
 from ..views import Placement
 from .order import Order, Place
-from .pairs import Broken, Cutting, Made, PairDataset, Pairs, refuse_too_many
+from .pairs import Broken, Cutting, Made, PairDataset, Pairs, TooManyBroken, refuse_too_many
 from .sources import Source
 from .statistics import Statistics
 
@@ -76,12 +76,14 @@ class StatefulLoader:
         batches = iter(self.loader)
         while True:
             try:
-                made: Made = next(batches)
+                made: Made | TooManyBroken = next(batches)
             except StopIteration:
                 return
             finally:
                 self.waited += perf_counter() - begun
-            self.note(made.broken)
+            self.note(list(made.broken))
+            if isinstance(made, TooManyBroken):
+                raise made
             self.order.start_at(self.order.samples + self.order.step)
             yield made.pairs
             begun = perf_counter()
@@ -210,14 +212,21 @@ def build_loader(
     return StatefulLoader(loader, order, max_broken=max_broken, skipped_file=skipped_file)
 
 
-class Batches(Dataset[Made]):
-    """The data set by whole batches, asked for by a list of places."""
+class Batches(Dataset[Made | TooManyBroken]):
+    """The data set by whole batches, asked for by a list of places.
+
+    That too many images are broken is handed on, not raised: what a worker raises, torch tells with
+    the worker's traceback before it.
+    """
 
     def __init__(self, pairs: PairDataset) -> None:
         self.pairs = pairs
 
-    def __getitem__(self, places: list[Place]) -> Made:
-        return self.pairs.batch(places)
+    def __getitem__(self, places: list[Place]) -> Made | TooManyBroken:
+        try:
+            return self.pairs.batch(places)
+        except TooManyBroken as error:
+            return error
 
 
 def as_made(made: Any) -> Any:

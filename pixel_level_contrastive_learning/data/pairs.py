@@ -68,7 +68,13 @@ class Broken(NamedTuple):
 
 
 class TooManyBroken(RuntimeError):  # noqa: N818  # reads as what it says
-    """More images are broken than a run puts up with."""
+    """More images are broken than a run puts up with.
+
+    Attributes:
+        broken: Those that were met, where it is known.
+    """
+
+    broken: tuple[Broken, ...] = ()
 
 
 class Made(NamedTuple):
@@ -265,7 +271,9 @@ def refuse_too_many(broken: dict[str, Broken], count: int, max_broken: float) ->
     if len(broken) <= max_broken * count:
         return
     shown = "".join(f"\n  {name}: {reason}" for name, reason in list(broken.values())[:5])
-    raise TooManyBroken(
+    error = TooManyBroken(
         f"{len(broken)} of {count} images cannot be used, more than the {max_broken:.2%} that "
         f"max_broken allows; mend or remove them, or raise max_broken. Among them:{shown}"
     )
+    error.broken = tuple(broken.values())
+    raise error

@@ -48,10 +48,11 @@ class PPM(nn.Module):
         pixels = unit(rearrange(x, "b c h w -> b (h w) c"))
         values = unit(rearrange(self.transform_net(x), "b c h w -> b (h w) c"))
 
-        def spread(_: Block, ours: Tensor, theirs: Tensor, values: Tensor) -> Tensor:
-            likeness = einsum(ours, theirs, "b i c, b j c -> b i j").relu().pow(self.gamma)
+        def spread(block: Block, pixels: Tensor, values: Tensor) -> Tensor:
+            ours = pixels[:, block.rows]
+            likeness = einsum(ours, pixels, "b i c, b j c -> b i j").relu().pow(self.gamma)
             return einsum(likeness, values, "b i j, b j c -> b i c")
 
         b, n, _ = pixels.shape
-        propagated = by_blocks(spread, (b, n, n), rows=(pixels,), columns=(pixels, values))
+        propagated = by_blocks(spread, (b, n, n), columns=(pixels, values))
         return rearrange(propagated, "b (h w) c -> b c h w", h=x.shape[-2])

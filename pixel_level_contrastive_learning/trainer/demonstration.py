@@ -48,6 +48,7 @@ def demonstrate(out: Path, *, steps: int, overwrite: bool = False) -> Demonstrat
         model="torchvision/resnet18",
         image_size=128,
         batch_size=24,
+        pixel_layer="layer3",  # 8 x 8 cells of a view; layer4 has 4 x 4, larger than the shapes
         steps=steps,
         overwrite=overwrite,
     )

@@ -327,8 +327,13 @@ def test_too_many_broken_files_stop_the_run(folder, tmp_path, workers) -> None:
     assert "3 of 12 images cannot be used, more than the 20.00% that max_broken allows" in told
     assert "mend or remove them, or raise max_broken" in told
     assert "not an image that can be read" in told
+    skipped.unlink()
+    with pytest.raises(TooManyBroken, match=r"^1 of 12 images cannot be used") as error:
+        run(0.0)  # already the worker finds too many
+    assert "Traceback" not in str(error.value)
+    assert len(skipped.read_text().splitlines()) == 1
     spoil(folder, *range(12))
-    with pytest.raises(TooManyBroken, match=r"no image can be read any more"):
+    with pytest.raises(TooManyBroken, match=r"^no image can be read any more"):
         run(1.0)
 
 
