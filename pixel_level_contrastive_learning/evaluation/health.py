@@ -17,9 +17,10 @@ COLLAPSED_SPREAD = 0.1
 (eight architectures, streets and nuclei), trained ones 0.66 to 0.72, a network made to collapse
 0.11 and falling."""
 
-COLLAPSED_RANK = 1.2
+COLLAPSED_RANK = 1.25
 """Effective rank of directions under which features count as collapsed: one line and some noise.
-Random weights gave 1.3 (nearly black images) to 57, trained ones 9 to 79."""
+Random weights gave 1.3 (nearly black images) to 57, trained ones 3 to 79, a network trained at
+thirty times its learning rate 1.21 to 1.25."""
 
 
 class Gauge(NamedTuple):
