@@ -1,6 +1,10 @@
 """What pretraining is worth on labelled images, against random weights and the published package.
 
 python benchmarks/transfer.py DATA --peer PEER/bin/python --seeds 3 --steps 500 --save
+python benchmarks/transfer.py DATA --methods "PixPro + instance" --keep build/transfer
+
+With ``--keep`` weights and figures stay in a folder, and the next call with the same steps, batch,
+size, input and split takes from it what is there: more seeds, methods or protocols, bit by bit.
 
 DATA holds ``images/{train,val,test}`` and ``masks/...``. Each method trains the same ResNet-18 for
 as many steps of as many views of the unlabelled images of ``train``, with the same optimiser and
@@ -10,6 +14,7 @@ at 0, which as such knows less: that start has a row of its own.
 """
 
 import argparse
+import json
 import subprocess
 import sys
 import tempfile
@@ -74,9 +79,28 @@ def trained(method: str, seed: int, args: argparse.Namespace, folder: Path) -> t
             batch_size=args.batch,
             steps=args.steps,
             seed=seed,
+            overwrite=True,  # of a run that was cut off
             **OURS[method],
         )
     return out, time.perf_counter() - start
+
+
+def figures(method: str, seed: int, args: argparse.Namespace, folder: Path) -> dict[str, float]:
+    """Minutes of training and the figure of each protocol; what the folder holds is not redone."""
+    asked = [args.data.name, args.split, args.steps, args.batch, args.size, *args.input]
+    book = folder / f"figures of {method}-{seed}.json"
+    known = json.loads(book.read_text()) if book.exists() else {"asked": asked}
+    if known["asked"] != asked:
+        sys.exit(f"{book} is of {known['asked']}, not of {asked}; name another folder with --keep")
+    if "minutes" not in known:
+        weights, seconds = trained(method, seed, args, folder)
+        known |= {"weights": str(weights), "minutes": seconds / 60}
+        book.write_text(json.dumps(known))
+    for name in args.protocols:
+        if name not in known:
+            known[name] = judged(Path(known["weights"]), PROTOCOLS[name], seed, args)
+            book.write_text(json.dumps(known))
+    return {name: value for name, value in known.items() if isinstance(value, float)}
 
 
 def card(args: argparse.Namespace) -> BackboneCard:
@@ -117,6 +141,7 @@ def main() -> None:
     flags.add_argument("--size", type=int, default=128, help="side of the views")
     flags.add_argument("--input", type=int, nargs=2, default=(180, 240), metavar=("H", "W"))
     flags.add_argument("--split", default="test", help="what is reported")
+    flags.add_argument("--keep", type=Path, help="folder where weights and figures stay")
     flags.add_argument("--save", action="store_true", help="record the figures")
     args = flags.parse_args()
     unknown = set(args.methods) - {*PEERS, *OURS}
@@ -127,14 +152,15 @@ def main() -> None:
             f"--peer is not given; name its interpreter, or leave {PUBLISHED!r} out of --methods"
         )
     found: dict[str, dict[str, list[float]]] = {}
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as passing:
+        folder = args.keep or Path(passing)
+        folder.mkdir(parents=True, exist_ok=True)
         for method in args.methods:
             columns = found[method] = {name: [] for name in (*args.protocols, "minutes")}
             for seed in range(args.seeds):
-                weights, seconds = trained(method, seed, args, Path(folder))
-                columns["minutes"].append(seconds / 60)
-                for name in args.protocols:
-                    columns[name].append(judged(weights, PROTOCOLS[name], seed, args))
+                one = figures(method, seed, args, folder)
+                for name, column in columns.items():
+                    column.append(one[name])
                 print(method, seed, {k: round(v[-1], 4) for k, v in columns.items()}, flush=True)
     print(f"\n| method | {' | '.join(args.protocols)} | minutes |\n|---|" + "---|" * 3)
     for method, columns in found.items():
