@@ -5,6 +5,8 @@ import sys
 import time
 
 import pytest
+import torch
+from torchvision import models
 
 from pixel_level_contrastive_learning import cli
 from pixel_level_contrastive_learning.trainer.config import PretrainConfig
@@ -209,3 +211,33 @@ def test_layers_are_listed(capsys) -> None:
         "256",
         "4x4",
     ]
+
+
+@pytest.mark.slow
+def test_each_command_takes_what_the_one_before_it_left(labelled, tmp_path, capsys) -> None:
+    """A folder, shards, a run, figures, a page, a file that plain torchvision reads."""
+    images, shards, run = labelled / "images" / "train", tmp_path / "shards", tmp_path / "run"
+    page, weights = tmp_path / "report.html", tmp_path / "resnet.pth"
+
+    def said(*words: object) -> str:
+        assert cli.main([str(word) for word in words]) == 0
+        return capsys.readouterr().out
+
+    assert "10 images in 1 shards" in said("prepare", images, "--out", shards)
+    small = "--model", "torchvision/resnet18", "--image-size", 32, "--projection-hidden-size", 8
+    short = "--steps", 2, "--batch-size", 4, "--workers", 0
+    assert f"run: {run}" in said("pretrain", shards, "--out", run, *small, *short)
+    table = said("evaluate", run, "--data", labelled, "--protocol", "knn", "--out", run)
+    assert "random weights" in table
+    assert "mIoU" in table
+    assert (run / "evaluation.json").exists()
+    assert "hit@1" in said("evaluate", run, "--images", images)
+    assert f"report: {page}" in said("visualize", run, "--images", images, "--out", page)
+    assert "random weights" in page.read_text()
+    assert "matched 122 of 122 keys" in said(
+        "export", run, "--format", "torchvision", "--out", weights
+    )
+    net = models.get_model("resnet18", weights=None)
+    before = net.layer4[0].conv1.weight.clone()
+    net.load_state_dict(torch.load(weights, weights_only=True))
+    assert not torch.equal(net.layer4[0].conv1.weight, before)
