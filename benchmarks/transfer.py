@@ -3,8 +3,9 @@
 python benchmarks/transfer.py DATA --peer PEER/bin/python --seeds 3 --steps 500 --save
 python benchmarks/transfer.py DATA --methods "PixPro + instance" --keep build/transfer
 
-With ``--keep`` weights and figures stay in a folder, and the next call with the same steps, batch,
-size, input and split takes from it what is there: more seeds, methods or protocols, bit by bit.
+With ``--keep`` weights and figures stay in a folder, and the next call with the same settings takes
+from it what is there: more seeds, methods or protocols, bit by bit. After a change of the code name
+another folder.
 
 DATA holds ``images/{train,val,test}`` and ``masks/...``. Each method trains the same ResNet-18 for
 as many steps of as many views of the unlabelled images of ``train``, with the same optimiser and
@@ -33,6 +34,7 @@ from pixel_level_contrastive_learning.evaluation.finetuning import STEPS
 from pixel_level_contrastive_learning.evaluation.labelled import open_labelled
 from pixel_level_contrastive_learning.evaluation.preparation import Preparation
 from pixel_level_contrastive_learning.evaluation.table import Plan
+from pixel_level_contrastive_learning.files import write_whole
 from pixel_level_contrastive_learning.trainer.config import PretrainConfig
 from pixel_level_contrastive_learning.trainer.plan import base_lr, peak_lr
 from pixel_level_contrastive_learning.weights import BackboneCard, read_backbone, save_backbone
@@ -87,7 +89,8 @@ def trained(method: str, seed: int, args: argparse.Namespace, folder: Path) -> t
 
 def figures(method: str, seed: int, args: argparse.Namespace, folder: Path) -> dict[str, float]:
     """Minutes of training and the figure of each protocol; what the folder holds is not redone."""
-    asked = [args.data.name, args.split, args.steps, args.batch, args.size, *args.input]
+    asked = [str(args.data.resolve()), args.split, args.steps, args.batch, args.size, *args.input]
+    asked.append(OURS.get(method))
     book = folder / f"figures of {method}-{seed}.json"
     known = json.loads(book.read_text()) if book.exists() else {"asked": asked}
     if known["asked"] != asked:
@@ -95,11 +98,11 @@ def figures(method: str, seed: int, args: argparse.Namespace, folder: Path) -> d
     if "minutes" not in known:
         weights, seconds = trained(method, seed, args, folder)
         known |= {"weights": str(weights), "minutes": seconds / 60}
-        book.write_text(json.dumps(known))
+        write_whole(book, json.dumps(known).encode())
     for name in args.protocols:
         if name not in known:
             known[name] = judged(Path(known["weights"]), PROTOCOLS[name], seed, args)
-            book.write_text(json.dumps(known))
+            write_whole(book, json.dumps(known).encode())
     return {name: value for name, value in known.items() if isinstance(value, float)}
 
 
@@ -153,7 +156,7 @@ def main() -> None:
         )
     found: dict[str, dict[str, list[float]]] = {}
     with tempfile.TemporaryDirectory() as passing:
-        folder = args.keep or Path(passing)
+        folder = (args.keep or Path(passing)).resolve()
         folder.mkdir(parents=True, exist_ok=True)
         for method in args.methods:
             columns = found[method] = {name: [] for name in (*args.protocols, "minutes")}

@@ -1,8 +1,9 @@
-"""Tables of every cell against every cell, walked in blocks and never held whole.
+"""Tables of every cell against every cell, walked in blocks and not held whole.
 
 A map of ``n`` cells has ``n * n`` pairs an image: 16 million at 64 x 64. Whatever is summed over
 pairs is therefore made block by block, and a block that a gradient needs is made again in the
-backward pass instead of being kept, so that memory grows with ``n`` alone.
+backward pass instead of being kept, so that memory grows with ``n`` alone. A table that is no
+larger than a block is computed and kept as any other tensor.
 """
 
 from collections.abc import Callable, Iterator
@@ -68,15 +69,25 @@ def by_blocks(
     walked = list(blocks(shape))
     given = *rows, *columns
     if len(walked) > 1:
-        walk: Callable[..., Tensor] = _ByBlocks.apply
-        return walk(table, walked, len(rows), *given)
+        found: Tensor = block_after_block(table, walked, len(rows), *given)
+        return found
     images, row_count, _ = shape
     with full_precision(given[0]):
         return table(Block(slice(0, images), slice(0, row_count)), *given)
 
 
-class _ByBlocks(torch.autograd.Function):
+# Compiled code leaves off here: a gradient that is taken within a backward pass cannot be traced.
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # untyped in torch
+def block_after_block(
+    table: Callable[..., Tensor], walked: list[Block], rows: int, *given: Tensor
+) -> Tensor:
     """`by_blocks` for more than one block; ``given`` are its rows, then its columns."""
+    whole: Tensor = _ByBlocks.apply(table, walked, rows, *given)
+    return whole
+
+
+class _ByBlocks(torch.autograd.Function):
+    """The work of `block_after_block`."""
 
     @staticmethod
     def forward(

@@ -30,8 +30,8 @@ def unit(vectors: Tensor, dim: int = -1) -> Tensor:
     vectors = vectors if vectors.dtype == torch.float64 else vectors.float()
     length = torch.linalg.vector_norm(vectors, dim=dim, keepdim=True)
     long = length > EPSILON
-    scaled = vectors.detach() * torch.where(long, 0, 1 / EPSILON)  # the short ones
-    # Of all this, autograd keeps the vectors and their lengths, but no other map.
+    scaled = vectors.detach() * torch.where(long, torch.zeros_like(length), 1 / EPSILON)
+    # The short ones are there; autograd keeps the vectors and their lengths, but no other map.
     return scaled.addcmul_(vectors, torch.where(long, length, torch.inf).reciprocal())
 
 
@@ -101,7 +101,7 @@ def pixcontrast_loss(
         ValueError: The shapes do not belong together, the table is not bool, or the temperature is
             not above 0.
 
-    Time grows with ``n1 * n2``, memory with ``n1 + n2``.
+    Time grows with ``n1 * n2``, memory with ``n1 + n2``; differentiable once.
     """
     raise_together(above("temperature", temperature, 0))
     pairs = matching_pairs(online, target, positives)

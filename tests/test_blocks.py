@@ -7,6 +7,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from pixel_level_contrastive_learning import blocks as room
 from pixel_level_contrastive_learning.blocks import Block, blocks, by_blocks, full_precision
@@ -133,7 +134,9 @@ def test_compiled_code_walks_the_same_blocks(monkeypatch) -> None:
         return by_blocks(attend, (2, 5, 5), rows=(pixels,), columns=(pixels, pixels)).square()
 
     pixels = torch.randn(2, 5, 3, dtype=torch.float64, requires_grad=True)
+    graphs = counters["stats"]["unique_graphs"]
     results = compute(pixels), torch.compile(compute, backend="eager")(pixels)
+    assert counters["stats"]["unique_graphs"] > graphs
     assert torch.equal(*results)
     assert torch.equal(*[torch.autograd.grad(found.sum(), pixels)[0] for found in results])
 

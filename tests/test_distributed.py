@@ -12,7 +12,7 @@ from timm.models.resnet import BasicBlock, ResNet
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pixel_level_contrastive_learning import PixelCL, View
+from pixel_level_contrastive_learning import PixelCL, View, blocks
 from pixel_level_contrastive_learning.geometry import box_to_map
 
 PROCESSES, IMAGES = 2, 2
@@ -64,6 +64,7 @@ def learn(learner: PixelCL, forward: nn.Module, batch: tuple[View, View]) -> dic
 def work(rank: int, folder: Path) -> None:
     """One process's part of every case, the results in files."""
     torch.set_num_threads(1)
+    blocks.ENTRIES = 20  # the one process that is compared has tables of one block
     distributed.init_process_group(
         "gloo",
         init_method=f"file://{folder}/meeting",

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from pixel_level_contrastive_learning import PixelCL, View
+from pixel_level_contrastive_learning import PixelCL, View, blocks
 from pixel_level_contrastive_learning.geometry import box_to_map
 
 pytestmark = [
@@ -47,6 +47,12 @@ def views(device: str) -> tuple[View, View]:
     maps = box_to_map(boxes, torch.tensor([False, True]))[:, None].expand(2, 4, 2, 3)
     one, two = (View(*pair) for pair in zip(pixels.to(device), maps.to(device), strict=True))
     return one, two
+
+
+@pytest.fixture(params=[20, blocks.ENTRIES], ids=["several blocks", "one block"], autouse=True)
+def _blocks(request, monkeypatch) -> None:
+    """Tables of cells in several blocks and in one."""
+    monkeypatch.setattr(blocks, "ENTRIES", request.param)
 
 
 @pytest.fixture

@@ -405,6 +405,18 @@ def test_no_matrix_of_all_pairs_is_kept_for_backward(loss, plain, monkeypatch) -
     assert kept_elements(lambda: loss(online, target, Positives(*views))) < n * n
 
 
+@both_losses
+def test_the_default_dtype_has_no_say(loss) -> None:
+    online, target = noise(2, 4, 5), noise(2, 4, 6, seed=1)
+    mask = scattered(2, 5, 6, share=0.5)
+    expected = loss(online, target, mask)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert loss(online, target, mask).dtype == expected.dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 # Errors.
 
 

@@ -15,7 +15,7 @@ from torch._dynamo.utils import counters
 from torch.utils.data import default_collate
 from torchvision import models
 
-from pixel_level_contrastive_learning import PixelCL, View
+from pixel_level_contrastive_learning import PixelCL, View, blocks
 from pixel_level_contrastive_learning.geometry import box_to_map
 
 
@@ -499,7 +499,11 @@ def test_unreached_parameters_are_those_that_get_no_gradient(settings, idle) -> 
 
 @pytest.mark.parametrize("use_pixpro", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_autocast_gives_a_float32_loss_near_that_of_float32(dtype, use_pixpro) -> None:
+@pytest.mark.parametrize("entries", [20, blocks.ENTRIES])
+def test_autocast_gives_a_float32_loss_near_that_of_float32(
+    dtype, use_pixpro, entries, monkeypatch
+) -> None:
+    monkeypatch.setattr(blocks, "ENTRIES", entries)
     learner, views = small_learner(use_pixpro=use_pixpro).eval(), even_views()
     expected = learner(views, return_terms=True)
     with torch.autocast("cpu", dtype=dtype):
@@ -572,13 +576,18 @@ def steps(learner: PixelCL, forward: Any, count: int) -> list[Tensor]:
 @pytest.mark.usefixtures("dynamo")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's
 @pytest.mark.parametrize(
-    ("backend", "settings"),
+    ("backend", "settings", "entries"),
     [
-        ("eager", {}),
-        pytest.param("aot_eager", {"use_pixpro": False}, marks=pytest.mark.slow),
+        ("eager", {}, blocks.ENTRIES),
+        ("eager", {}, 20),
+        ("eager", {"use_pixpro": False}, 20),
+        pytest.param("aot_eager", {"use_pixpro": False}, blocks.ENTRIES, marks=pytest.mark.slow),
     ],
 )
-def test_a_compiled_learner_learns_the_same_and_is_compiled_once(backend, settings) -> None:
+def test_a_compiled_learner_learns_the_same_and_is_compiled_once(
+    backend, settings, entries, monkeypatch
+) -> None:
+    monkeypatch.setattr(blocks, "ENTRIES", entries)
     plain, learner = small_learner(**settings), small_learner(**settings)
     compiled = torch.compile(learner, backend=backend)
     torch.manual_seed(1)
@@ -590,8 +599,9 @@ def test_a_compiled_learner_learns_the_same_and_is_compiled_once(backend, settin
     assert counters["stats"]["unique_graphs"] == graphs > 0
     torch.testing.assert_close(losses, expected)
     for ours, theirs in zip(learner.parameters(), plain.parameters(), strict=True):
-        # Batch norm is rounded otherwise where it is compiled, and three steps add to that.
-        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+        # Taken apart into other operations, a step is rounded otherwise, and three add to that.
+        rtol, atol = (1e-4, 1e-6) if backend == "eager" else (1e-3, 1e-5)
+        torch.testing.assert_close(ours, theirs, rtol=rtol, atol=atol)
 
 
 # The loop that users of the published package have.

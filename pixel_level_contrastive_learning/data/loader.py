@@ -81,7 +81,7 @@ class StatefulLoader:
                 return
             finally:
                 self.waited += perf_counter() - begun
-            self.note(list(made.broken))
+            self.note(made.broken)
             if isinstance(made, TooManyBroken):
                 raise made
             self.order.start_at(self.order.samples + self.order.step)

@@ -6,7 +6,7 @@ the CPU, by the worker that cuts it; colour itself is changed later, on the devi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -70,11 +70,14 @@ class Broken(NamedTuple):
 class TooManyBroken(RuntimeError):  # noqa: N818  # reads as what it says
     """More images are broken than a run puts up with.
 
-    Attributes:
-        broken: Those that were met, where it is known.
+    Args:
+        message: What is told.
+        broken: Those that were met.
     """
 
-    broken: tuple[Broken, ...] = ()
+    def __init__(self, message: str, broken: Iterable[Broken] = ()) -> None:
+        super().__init__(message)
+        self.broken = list(broken)
 
 
 class Made(NamedTuple):
@@ -208,7 +211,9 @@ class PairDataset(Dataset[Pairs]):
                 self.pass_over(index, error, room)
             else:
                 return Look(slot, place, further, index, opened)
-        raise TooManyBroken("no image can be read any more; is the data still there?")
+        raise TooManyBroken(
+            "no image can be read any more; is the data still there?", room.broken.values()
+        )
 
     def cut(self, looks: Sequence[Look], room: Room) -> None:
         """Lay the views of some images all at once, decode the images one by one, and cut."""
@@ -271,9 +276,8 @@ def refuse_too_many(broken: dict[str, Broken], count: int, max_broken: float) ->
     if len(broken) <= max_broken * count:
         return
     shown = "".join(f"\n  {name}: {reason}" for name, reason in list(broken.values())[:5])
-    error = TooManyBroken(
+    raise TooManyBroken(
         f"{len(broken)} of {count} images cannot be used, more than the {max_broken:.2%} that "
-        f"max_broken allows; mend or remove them, or raise max_broken. Among them:{shown}"
+        f"max_broken allows; mend or remove them, or raise max_broken. Among them:{shown}",
+        broken.values(),
     )
-    error.broken = tuple(broken.values())
-    raise error

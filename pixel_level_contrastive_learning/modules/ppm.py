@@ -24,7 +24,8 @@ class PPM(nn.Module):
 
     ``y_i = sum_j relu(cos(x_i, x_j)) ** gamma * g(x_j)`` (arXiv:2011.10043, sec. 3.2), ``g`` scaled
     to length 1 as in the authors' code. Maps ``(b, c, h, w)`` to the same shape, in at least
-    float32. Time grows with ``(h * w) ** 2``, memory with ``h * w``.
+    float32. Time grows with ``(h * w) ** 2``, memory with ``h * w``;
+    differentiable once.
 
     Args:
         chan: Channels ``c``.

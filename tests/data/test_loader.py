@@ -335,6 +335,7 @@ def test_too_many_broken_files_stop_the_run(folder, tmp_path, workers) -> None:
     spoil(folder, *range(12))
     with pytest.raises(TooManyBroken, match=r"^no image can be read any more"):
         run(1.0)
+    assert len(skipped.read_text().splitlines()) == 12
 
 
 def test_a_name_cannot_break_the_list(tmp_path) -> None:
