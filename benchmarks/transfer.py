@@ -89,8 +89,8 @@ def trained(method: str, seed: int, args: argparse.Namespace, folder: Path) -> t
 
 def figures(method: str, seed: int, args: argparse.Namespace, folder: Path) -> dict[str, float]:
     """Minutes of training and the figure of each protocol; what the folder holds is not redone."""
-    asked = [str(args.data.resolve()), args.split, args.steps, args.batch, args.size, *args.input]
-    asked.append(OURS.get(method))
+    sizes = [args.steps, args.batch, args.size, *args.input]
+    asked = [str(args.data.resolve()), args.split, *sizes, OURS.get(method)]
     book = folder / f"figures of {method}-{seed}.json"
     known = json.loads(book.read_text()) if book.exists() else {"asked": asked}
     if known["asked"] != asked:

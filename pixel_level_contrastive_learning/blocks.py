@@ -42,13 +42,7 @@ def blocks(shape: tuple[int, ...]) -> Iterator[Block]:
             )
 
 
-def by_blocks(
-    table: Callable[..., Tensor],
-    shape: tuple[int, ...],
-    *,
-    rows: tuple[Tensor, ...] = (),
-    columns: tuple[Tensor, ...] = (),
-) -> Tensor:
+def by_blocks(table: Callable[..., Tensor], shape: tuple[int, ...], *given: Tensor) -> Tensor:
     """What ``table`` gives for each block, put together and made again in backward.
 
     A table of one block is simply computed. Of a larger one nothing is kept but what went in and
@@ -56,33 +50,29 @@ def by_blocks(
     large blocks would keep the C library from using freed blocks again.
 
     Args:
-        table: Maps a block and its parts of ``rows`` and of ``columns`` to a tensor ``(images of
-            the block, rows of the block, ...)``. It is called again in the backward pass, without
-            autocast, and must be a function of its arguments alone.
+        table: Maps a block and its images of what is given to a tensor ``(images of the block, rows
+            of the block, ...)``. It is called again in the backward pass, without autocast, and
+            must be a function of its arguments alone.
         shape: ``(b, n1, n2)`` of the table, of which no result keeps the columns.
-        rows: Tensors ``(b, n1, ...)``; a block is given its images and rows of them.
-        columns: Tensors ``(b, n2, ...)``; a block is given its images of them.
+        given: Tensors ``(b, ...)``.
 
     Returns:
-        ``(b, n1, ...)``, differentiable once, in ``rows`` and ``columns``.
+        ``(b, n1, ...)``, differentiable once, in what is given.
     """
     walked = list(blocks(shape))
-    given = *rows, *columns
     if len(walked) > 1:
-        found: Tensor = block_after_block(table, walked, len(rows), *given)
+        found: Tensor = block_after_block(table, walked, *given)
         return found
-    images, row_count, _ = shape
+    images, rows, _ = shape
     with full_precision(given[0]):
-        return table(Block(slice(0, images), slice(0, row_count)), *given)
+        return table(Block(slice(0, images), slice(0, rows)), *given)
 
 
 # Compiled code leaves off here: a gradient that is taken within a backward pass cannot be traced.
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # untyped in torch
-def block_after_block(
-    table: Callable[..., Tensor], walked: list[Block], rows: int, *given: Tensor
-) -> Tensor:
-    """`by_blocks` for more than one block; ``given`` are its rows, then its columns."""
-    whole: Tensor = _ByBlocks.apply(table, walked, rows, *given)
+def block_after_block(table: Callable[..., Tensor], walked: list[Block], *given: Tensor) -> Tensor:
+    """`by_blocks` for more than one block."""
+    whole: Tensor = _ByBlocks.apply(table, walked, *given)
     return whole
 
 
@@ -91,14 +81,14 @@ class _ByBlocks(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, table: Callable[..., Tensor], walked: list[Block], rows: int, *given: Tensor
+        ctx: Any, table: Callable[..., Tensor], walked: list[Block], *given: Tensor
     ) -> Tensor:
-        ctx.table, ctx.walked, ctx.rows = table, walked, rows
+        ctx.table, ctx.walked = table, walked
         ctx.save_for_backward(*given)
         last = walked[-1]
         with full_precision(given[0]):
             for block in walked:
-                found = table(block, *(part(x, block, i < rows) for i, x in enumerate(given)))
+                found = table(block, *(tensor[block.images] for tensor in given))
                 if block is walked[0]:
                     whole = found.new_empty(last.images.stop, last.rows.stop, *found.shape[2:])
                 whole[block.images, block.rows] = found
@@ -108,23 +98,18 @@ class _ByBlocks(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         given: tuple[Tensor, ...] = ctx.saved_tensors
-        learning = [i for i, learns in enumerate(ctx.needs_input_grad[3:]) if learns]
+        learning = [i for i, learns in enumerate(ctx.needs_input_grad[2:]) if learns]
         gradients = {i: torch.zeros_like(given[i]) for i in learning}
         with full_precision(gradient):
             for block in ctx.walked:
-                leaves = [part(x, block, i < ctx.rows).detach() for i, x in enumerate(given)]
-                wanted = [leaves[i].requires_grad_() for i in gradients]
+                leaves = [tensor[block.images].detach() for tensor in given]
+                wanted = [leaves[i].requires_grad_() for i in learning]
                 with torch.enable_grad():
                     result = ctx.table(block, *leaves)
                 found = torch.autograd.grad(result, wanted, gradient[block.images, block.rows])
-                for i, share in zip(gradients, found, strict=True):
-                    part(gradients[i], block, i < ctx.rows).add_(share)
-        return None, None, None, *(gradients.get(i) for i in range(len(given)))
-
-
-def part(tensor: Tensor, block: Block, of_rows: bool) -> Tensor:
-    """What a block is given of a tensor: its images and, of a tensor of rows, its rows only."""
-    return tensor[block.images, block.rows] if of_rows else tensor[block.images]
+                for i, share in zip(learning, found, strict=True):
+                    gradients[i][block.images] += share
+        return None, None, *(gradients.get(i) for i in range(len(given)))
 
 
 def full_precision(like: Tensor) -> AbstractContextManager[object]:

@@ -13,7 +13,7 @@ from einops import einsum, rearrange
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .blocks import Block, by_blocks, full_precision
+from .blocks import Block, by_blocks
 from .checks import above, raise_together
 from .geometry import HeldPairs, Pairs
 
@@ -67,14 +67,13 @@ def positive_cosine(online: Tensor, target: Tensor, pairs: Pairs) -> tuple[Tenso
     the sum of the target vectors over the positives of ``i``: one product a block, and no graph
     where the target has no gradient. 0 for an image without pairs.
     """
-    with full_precision(online):
-        x, t = unit(rearrange(online, "b d i -> b i d")), unit(rearrange(target, "b d j -> b j d"))
+    x, t = unit(rearrange(online, "b d i -> b i d")), unit(rearrange(target, "b d j -> b j d"))
 
-        def sums(block: Block, theirs: Tensor) -> Tensor:
-            return einsum(pairs.block(block).to(theirs), theirs, "b i j, b j d -> b i d")
+    def sums(block: Block, theirs: Tensor) -> Tensor:
+        return einsum(pairs.block(block).to(theirs), theirs, "b i j, b j d -> b i d")
 
-        # Not by einsum, which would copy both to make a matrix product of it.
-        total = (x * by_blocks(sums, pairs.shape, columns=(t,))).sum(dim=(1, 2))
+    # Not by einsum, which would copy both to make a matrix product of it.
+    total = (x * by_blocks(sums, pairs.shape, t)).sum(dim=(1, 2))
     count = pairs.count()
     return total / count.clamp(min=1), count > 0
 
@@ -105,18 +104,17 @@ def pixcontrast_loss(
     """
     raise_together(above("temperature", temperature, 0))
     pairs = matching_pairs(online, target, positives)
-    with full_precision(online):
-        x, t = unit(rearrange(online, "b d i -> b i d")), unit(rearrange(target, "b d j -> b j d"))
+    x, t = unit(rearrange(online, "b d i -> b i d")), unit(rearrange(target, "b d j -> b j d"))
 
-        def pixel_losses(block: Block, ours: Tensor, theirs: Tensor) -> Tensor:
-            scores = einsum(ours / temperature, theirs, "b i d, b j d -> b i j")
-            positive = pairs.block(block)
-            counted = positive.amax(dim=-1)
-            losses = _NegativeLogShare.apply(scores, positive)
-            return torch.stack((torch.where(counted, losses, 0), counted.to(losses)), dim=-1)
+    def pixel_losses(block: Block, ours: Tensor, theirs: Tensor) -> Tensor:
+        rows = ours[:, block.rows] / temperature
+        scores = einsum(rows, theirs, "b i d, b j d -> b i j")
+        positive = pairs.block(block)
+        counted = positive.amax(dim=-1)
+        losses = _NegativeLogShare.apply(scores, positive)
+        return torch.stack((torch.where(counted, losses, 0), counted.to(losses)), dim=-1)
 
-        found = by_blocks(pixel_losses, pairs.shape, rows=(x,), columns=(t,))
-        losses, counted = found.unbind(dim=-1)
+    losses, counted = by_blocks(pixel_losses, pairs.shape, x, t).unbind(dim=-1)
     return (losses.sum(dim=-1) / counted.sum(dim=-1).clamp(min=1)).mean()
 
 

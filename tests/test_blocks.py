@@ -79,22 +79,20 @@ def test_by_blocks_keeps_the_order(entries, monkeypatch) -> None:
     monkeypatch.setattr(room, "ENTRIES", entries)
     rows, columns = torch.arange(4 * 5).view(4, 5), torch.arange(4 * 6).view(4, 6)
 
-    def table(_: Block, ours: Tensor, theirs: Tensor) -> Tensor:
-        return 100 * ours.unsqueeze(-1) + theirs.unsqueeze(-2)
+    def table(block: Block, ours: Tensor, theirs: Tensor) -> Tensor:
+        return 100 * ours[:, block.rows].unsqueeze(-1) + theirs.unsqueeze(-2)
 
     whole = 100 * rows.unsqueeze(-1) + columns.unsqueeze(-2)
-    assert torch.equal(by_blocks(table, (4, 5, 6), rows=(rows,), columns=(columns,)), whole)
-    columns_gone = by_blocks(
-        lambda *given: table(*given).sum(dim=-1), (4, 5, 6), rows=(rows,), columns=(columns,)
-    )
+    assert torch.equal(by_blocks(table, (4, 5, 6), rows, columns), whole)
+    columns_gone = by_blocks(lambda *given: table(*given).sum(dim=-1), (4, 5, 6), rows, columns)
     assert torch.equal(columns_gone, whole.sum(dim=-1))
-    by_block = by_blocks(lambda block, *_: whole[block], (4, 5, 6), rows=(rows,))
+    by_block = by_blocks(lambda block, *_: whole[block], (4, 5, 6), rows)
     assert torch.equal(by_block, whole)
 
 
-def attend(_: Block, ours: Tensor, theirs: Tensor, values: Tensor) -> Tensor:
+def attend(block: Block, ours: Tensor, theirs: Tensor, values: Tensor) -> Tensor:
     """A table whose every input matters in a way of its own."""
-    return (ours @ theirs.mT).softmax(dim=-1) @ values.cos()
+    return (ours[:, block.rows] @ theirs.mT).softmax(dim=-1) @ values.cos()
 
 
 @pytest.mark.parametrize("entries", TINY)
@@ -106,8 +104,7 @@ def test_by_blocks_gives_the_value_and_gradient_of_the_whole(
     given = [torch.randn(3, n, 4, dtype=torch.float64) for n in (5, 7, 7)]
     wanted = [given[i].requires_grad_() for i in learning]
     pull = torch.randn(3, 5, 4, dtype=torch.float64)
-    ours, *others = given
-    found = by_blocks(attend, (3, 5, 7), rows=(ours,), columns=tuple(others))
+    found = by_blocks(attend, (3, 5, 7), *given)
     whole = attend(Block(slice(3), slice(5)), *given)
     assert torch.allclose(found, whole, rtol=0, atol=1e-12)
     both = [torch.autograd.grad(result, wanted, pull) for result in (found, whole)]
@@ -119,7 +116,7 @@ def test_by_blocks_gives_the_value_and_gradient_of_the_whole(
 def test_what_is_given_twice_gets_both_gradients(entries, monkeypatch) -> None:
     monkeypatch.setattr(room, "ENTRIES", entries)
     pixels = torch.randn(2, 5, 3, dtype=torch.float64, requires_grad=True)
-    found = by_blocks(attend, (2, 5, 5), rows=(pixels,), columns=(pixels, pixels))
+    found = by_blocks(attend, (2, 5, 5), pixels, pixels, pixels)
     whole = attend(Block(slice(2), slice(5)), pixels, pixels, pixels)
     both = [torch.autograd.grad(result.square().sum(), pixels)[0] for result in (found, whole)]
     assert torch.allclose(*both, rtol=0, atol=1e-12)
@@ -131,7 +128,7 @@ def test_compiled_code_walks_the_same_blocks(monkeypatch) -> None:
     torch.compiler.reset()
 
     def compute(pixels: Tensor) -> Tensor:
-        return by_blocks(attend, (2, 5, 5), rows=(pixels,), columns=(pixels, pixels)).square()
+        return by_blocks(attend, (2, 5, 5), pixels, pixels, pixels).square()
 
     pixels = torch.randn(2, 5, 3, dtype=torch.float64, requires_grad=True)
     graphs = counters["stats"]["unique_graphs"]
@@ -148,8 +145,7 @@ def test_a_table_without_entries_is_empty(shape) -> None:
     found = by_blocks(
         lambda _, ours, theirs: (ours @ theirs.mT).sum(dim=-1),
         shape,
-        rows=given[:1],
-        columns=given[1:],
+        *given,
     )
     assert torch.equal(found, torch.zeros(b, rows))
     found.sum().backward()
@@ -160,14 +156,14 @@ def test_blocks_are_walked_without_autocast_forth_and_back(entries, monkeypatch)
     monkeypatch.setattr(room, "ENTRIES", entries)
     seen = []
 
-    def table(_: Block, ours: Tensor, theirs: Tensor) -> Tensor:
-        product = ours @ theirs.mT
+    def table(block: Block, ours: Tensor, theirs: Tensor) -> Tensor:
+        product = ours[:, block.rows] @ theirs.mT
         seen.append(product.dtype)
         return product.sum(dim=-1)
 
     ours, theirs = torch.ones(2, 4, 3, requires_grad=True), torch.ones(2, 5, 3)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        by_blocks(table, (2, 4, 5), rows=(ours,), columns=(theirs,)).sum().backward()
+        by_blocks(table, (2, 4, 5), ours, theirs).sum().backward()
     assert len(seen) == (8 if entries == 10 else 1)
     assert set(seen) == {torch.float32}
 
@@ -178,13 +174,13 @@ def test_by_blocks_makes_a_block_again_in_backward_instead_of_keeping_it(monkeyp
 
     def table(block: Block, given: Tensor) -> Tensor:
         calls.append(block)
-        return given.exp()
+        return given[:, block.rows].exp()
 
     def walked(entries: int) -> tuple[list[Block], list[Block]]:
         """The blocks that were made on the way forth and on the way back."""
         monkeypatch.setattr(room, "ENTRIES", entries)
         calls.clear()
-        result = by_blocks(table, (2, 4, 5), rows=(ours,))
+        result = by_blocks(table, (2, 4, 5), ours)
         forth = list(calls)
         result.sum().backward()
         return forth, calls[len(forth) :]
@@ -196,7 +192,7 @@ def test_by_blocks_makes_a_block_again_in_backward_instead_of_keeping_it(monkeyp
     assert len(forth) == 1
     assert not back
     with torch.no_grad():
-        by_blocks(table, (2, 4, 5), rows=(ours,))
+        by_blocks(table, (2, 4, 5), ours)
     assert len(calls) == 2
 
 

@@ -24,8 +24,8 @@ class PPM(nn.Module):
 
     ``y_i = sum_j relu(cos(x_i, x_j)) ** gamma * g(x_j)`` (arXiv:2011.10043, sec. 3.2), ``g`` scaled
     to length 1 as in the authors' code. Maps ``(b, c, h, w)`` to the same shape, in at least
-    float32. Time grows with ``(h * w) ** 2``, memory with ``h * w``;
-    differentiable once.
+    float32. Time grows with ``(h * w) ** 2``, memory with ``h * w``; it can be
+    differentiated once.
 
     Args:
         chan: Channels ``c``.
@@ -55,5 +55,5 @@ class PPM(nn.Module):
             return einsum(likeness, values, "b i j, b j c -> b i c")
 
         b, n, _ = pixels.shape
-        propagated = by_blocks(spread, (b, n, n), columns=(pixels, values))
+        propagated = by_blocks(spread, (b, n, n), pixels, values)
         return rearrange(propagated, "b (h w) c -> b c h w", h=x.shape[-2])
