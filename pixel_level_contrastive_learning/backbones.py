@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from torch import nn
-from torchvision import models  # type: ignore[import-untyped]
+from torchvision import models
 
 from .augment import IMAGENET_MEAN, IMAGENET_STD
 from .checks import raise_together, size_pair, whole

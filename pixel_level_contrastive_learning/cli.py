@@ -93,7 +93,7 @@ def visualize(
 
 def export(
     run: tyro.conf.Positional[str],
-    format: Literal[  # noqa: A002
+    format: Literal[  # noqa: A002  # it names the flag
         "torchvision", "timm", "safetensors", "state-dict", "smp", "mmseg", "detectron2"
     ] = "torchvision",
     out: str | None = None,

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torchvision.models import VisionTransformer  # type: ignore[import-untyped]
-from torchvision.models.vision_transformer import (  # type: ignore[import-untyped]
+from torchvision.models import VisionTransformer
+from torchvision.models.vision_transformer import (
     interpolate_embeddings,
 )
 

@@ -18,7 +18,7 @@ from einops import rearrange, repeat
 from torch import Generator, Tensor
 from torch.nn import functional
 from torch.utils.data import Dataset
-from torchvision.transforms.functional import to_pil_image  # type: ignore[import-untyped]
+from torchvision.transforms.functional import to_pil_image
 
 from .checks import one_of, raise_together, whole
 

@@ -113,7 +113,7 @@ def open_jpeg(content: bytes) -> Opened:
         raise Unreadable(too_large(height, width))  # all its coefficients are held at once
 
     def load(scale: int) -> Raster:
-        from torchvision.io import decode_jpeg  # type: ignore[import-untyped]
+        from torchvision.io import decode_jpeg
 
         if height * width <= SMALL:
             scale = 1

@@ -277,7 +277,7 @@ def write_shard(
     Raises:
         OSError: It cannot be written, or reads back otherwise.
     """
-    from webdataset import TarWriter  # type: ignore[import-untyped]
+    from webdataset import TarWriter
 
     skipped = [(names[i], str(own)) for i, own in samples.items() if isinstance(own, Unreadable)]
     good = {i: own for i, own in samples.items() if isinstance(own, Sample)}
@@ -291,8 +291,10 @@ def write_shard(
         writer = TarWriter(file, mtime=0)
         for index, own in good.items():
             name = os.path.relpath(names[index], shared) if shared else names[index]
-            about = {"name": Path(os.fsencode(name).decode(errors="replace")).as_posix()}
-            about |= {"height": own.size[0], "width": own.size[1]}  # type: ignore[dict-item]
+            about: dict[str, Any] = {
+                "name": Path(os.fsencode(name).decode(errors="replace")).as_posix()
+            }
+            about |= {"height": own.size[0], "width": own.size[1]}
             writer.write(
                 {"__key__": f"{index:09d}", own.suffix: own.content, "json": json.dumps(about)}
             )

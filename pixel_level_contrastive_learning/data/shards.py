@@ -67,7 +67,7 @@ class Shards:
         """
         places = [place]
         if any(mark in place for mark in ("{", "::")):
-            from webdataset.shardlists import expand_urls  # type: ignore[import-untyped]
+            from webdataset.shardlists import expand_urls
 
             places = expand_urls(place)
         return cls([fetched(one, cache) if is_remote(one) else local(one) for one in places])
@@ -157,7 +157,7 @@ def fetched(url: str, cache: Path | None) -> str:
     Raises:
         ValueError: It cannot be fetched.
     """
-    from webdataset import gopen  # type: ignore[import-untyped]
+    from webdataset import gopen
 
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     folder = (cache or Path(base, "pixelcl", "shards")).expanduser()

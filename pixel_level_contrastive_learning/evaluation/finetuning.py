@@ -10,8 +10,8 @@ from math import cos, log2, pi
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torchvision import tv_tensors  # type: ignore[import-untyped]
-from torchvision.transforms import v2  # type: ignore[import-untyped]
+from torchvision import tv_tensors
+from torchvision.transforms import v2
 
 from ..modules.survey import Layer, Survey
 from .features import Reader, device_of, resized
@@ -51,8 +51,8 @@ class Segmenter(nn.Module):
     """
 
     def __init__(self, net: nn.Module, channels: int, size: tuple[int, int], classes: int) -> None:
-        from segmentation_models_pytorch.base import SegmentationHead  # type: ignore[import-untyped]
-        from segmentation_models_pytorch.decoders.unet.decoder import UnetDecoderBlock  # type: ignore[import-untyped]
+        from segmentation_models_pytorch.base import SegmentationHead
+        from segmentation_models_pytorch.decoders.unet.decoder import UnetDecoderBlock
 
         super().__init__()
         net.requires_grad_(True)
