@@ -10,8 +10,7 @@ another folder.
 DATA holds ``images/{train,val,test}`` and ``masks/...``. Each method trains the same ResNet-18 for
 as many steps of as many views of the unlabelled images of ``train``, with the same optimiser and
 learning rate; its features are then judged by `evaluate`: linearly, and fine-tuned on a tenth of
-the masks. Random weights are torchvision's own. Ours begin with the last batch norm of each block
-at 0, which as such knows less: that start has a row of its own.
+the masks. All start from torchvision's own random weights.
 """
 
 import argparse
@@ -45,8 +44,8 @@ OURS: dict[str, dict[str, Any]] = {
     "PixContrast only": {"loss": "pixcontrast", "instance_weight": 0.0},
     "PixPro + instance": {},
 }
-RANDOM, START, PUBLISHED = "random weights", "random, blocks at 0", "published package"
-PEERS = RANDOM, START, PUBLISHED
+RANDOM, PUBLISHED = "random weights", "published package"
+PEERS = RANDOM, PUBLISHED
 PROTOCOLS: dict[str, dict[str, Any]] = {
     "linear": {"protocol": "linear"},
     "finetune 10 %": {"protocol": "finetune", "fraction": 0.1},
@@ -57,11 +56,10 @@ def trained(method: str, seed: int, args: argparse.Namespace, folder: Path) -> t
     """The weights that a method comes to, and the seconds it took."""
     out, start = folder / f"{method}-{seed}", time.perf_counter()
     images = args.data / "images/train"
-    if method in (RANDOM, START):
+    if method == RANDOM:
         torch.manual_seed(seed)
         out = out.with_suffix(".safetensors")
-        net = models.resnet18(weights=None, zero_init_residual=method == START)
-        save_backbone(out, net, card(args))
+        save_backbone(out, models.resnet18(weights=None), card(args))
     elif method == PUBLISHED:
         script = Path(__file__).with_name("published.py")
         lr = peak_lr(PretrainConfig(lr=base_lr("adamw"), batch_size=args.batch))

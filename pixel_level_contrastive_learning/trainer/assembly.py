@@ -102,8 +102,10 @@ def backbone_of(config: PretrainConfig, channels: int) -> nn.Module:
         image_size=view_size(config),
         pretrained=config.weights == PRETRAINED,
     )
-    if config.zero_init_residual is True and config.weights is None:
+    if config.weights is None and config.zero_init_residual:
         zero_last_norms(net)
+    elif config.weights is None and config.model.startswith("timm/"):
+        begin_norms_at_one(net)
     if config.weights not in (None, PRETRAINED):
         LOG.info("weights from %s:\n%s", config.weights, load_weights(net, config.weights))
     return net
@@ -120,6 +122,13 @@ def zero_last_norms(net: nn.Module) -> None:
             if hasattr(block, "conv1") and isinstance(norm, nn.BatchNorm2d):
                 nn.init.zeros_(norm.weight)
                 break
+
+
+def begin_norms_at_one(net: nn.Module) -> None:
+    """Set batch norms that begin at 0, as timm has it in its residual networks, to 1."""
+    for norm in net.modules():
+        if isinstance(norm, nn.BatchNorm2d) and norm.affine and not norm.weight.any():
+            nn.init.ones_(norm.weight)
 
 
 def learner_of(config: PretrainConfig, net: nn.Module, channels: int) -> PixelCL:

@@ -70,9 +70,9 @@ class PretrainConfig:
     cells and a stride of at most 32."""
     instance_layer: str | Auto = "auto"
     """Layer for the instance level; auto: the pooled vector."""
-    zero_init_residual: bool | Auto = "auto"
-    """Begin with the last batch norm of each residual block at 0; auto: unless there are weights
-    to start from."""
+    zero_init_residual: bool = False
+    """Begin with the last batch norm of each residual block at 0, unless there are weights to start
+    from. For long runs: the blocks of a short one hardly leave it."""
 
     image_size: int | tuple[int, int] | Auto = "auto"
     """Size of the views in pixels, one number or height and width; auto: 224, or what small images
@@ -87,18 +87,18 @@ class PretrainConfig:
     """Share of views flipped upside down."""
     max_rotation: float = 0.0
     """Largest turn of a view in degrees, either way."""
-    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
+    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.0)
     """Strength of the change in brightness, contrast, saturation and hue."""
     prob_jitter: float = 0.8
     """Share of views changed in these."""
     prob_gray: float = 0.2
     """Share of views that lose their colour."""
-    prob_blur: tuple[float, float] = (1.0, 0.1)
+    prob_blur: tuple[float, float] = (0.5, 0.5)
     """Share of blurred views, first and second view."""
     blur_sigma: tuple[float, float] | Auto = "auto"
     """Smallest and largest blur in pixels; auto: 0.1 and 2 for views of 224 pixels, less of
     smaller ones."""
-    prob_solarise: tuple[float, float] = (0.0, 0.2)
+    prob_solarise: tuple[float, float] = (0.0, 0.0)
     """Share of solarised views, first and second view (images of three channels only)."""
 
     loss: Literal["pixpro", "pixcontrast"] = "pixpro"
@@ -192,14 +192,13 @@ def problems(config: PretrainConfig) -> Iterable[str | None]:
     """The complaint about each value that is out of range, None for each that will do."""
     c = config
     texts = ("out", "config", "weights", "probe")
-    switches = ("resume", "overwrite", "dry_run")
+    switches = ("resume", "overwrite", "dry_run", "zero_init_residual")
     for name in texts:
         yield text_or_none(name, getattr(c, name))
     for name in ("model", "pixel_layer", "instance_layer", "optimizer"):
         yield text_or_none(name, getattr(c, name) or 0)
     for name in switches:
         yield one_of(name, getattr(c, name), (True, False))
-    yield one_of("zero_init_residual", c.zero_init_residual, (True, False, "auto"))
     yield several_texts("data", c.data)
     yield None if c.recipe is None else one_of("recipe", c.recipe, tuple(RECIPES))
     if c.resume and c.overwrite:

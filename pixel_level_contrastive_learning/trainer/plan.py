@@ -9,7 +9,7 @@ from .config import PRECISIONS, PretrainConfig
 
 ADAM_FAMILY = ("adam", "lamb", "lion", "nadam", "radam", "adan", "laprop", "adopt", "muon")
 """Beginnings of the names of optimisers that divide gradients by their size."""
-BASE_LR = {"adam": 9e-3, "lamb": 5e-3, "lars": 1.0, "sgd": 0.1, "momentum": 0.1}
+BASE_LR = {"adam": 2e-3, "lamb": 5e-3, "lars": 1.0, "sgd": 0.1, "momentum": 0.1}
 """Peak learning rate for 256 images by the beginning of an optimiser's name."""
 LR_WITHOUT_BATCH_NORM = 1e-3
 """What Adam gets instead where the backbone has no batch norm to bear more."""
@@ -80,8 +80,6 @@ def decided(config: PretrainConfig, facts: Facts) -> PretrainConfig:
     chosen["image_size"] = size
     if config.blur_sigma == "auto":
         chosen["blur_sigma"] = blur_of(min(size) if isinstance(size, tuple) else size)
-    if config.zero_init_residual == "auto":
-        chosen["zero_init_residual"] = config.weights is None
     batch = batch_size(facts) if config.batch_size == "auto" else config.batch_size
     chosen["batch_size"] = batch
     if batch % facts.processes or batch < facts.processes:

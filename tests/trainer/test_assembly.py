@@ -6,7 +6,7 @@ from torch import nn
 
 from pixel_level_contrastive_learning import PixelCL, load_backbone, pretrain
 from pixel_level_contrastive_learning.backbones import build_backbone
-from pixel_level_contrastive_learning.trainer.assembly import fitted, layer, zero_last_norms
+from pixel_level_contrastive_learning.trainer.assembly import backbone_of, fitted, layer, zero_last_norms
 from pixel_level_contrastive_learning.trainer.config import PretrainConfig
 from pixel_level_contrastive_learning.trainer.plan import base_lr
 from pixel_level_contrastive_learning.weights import read_backbone
@@ -52,6 +52,17 @@ def test_blocks_begin_as_identities_where_asked(model, norm) -> None:
     blocks = [name for name, _ in net.named_modules() if name.endswith(f".{norm}")]
     assert scales == {f"{name}.weight" for name in blocks}
     assert len(scales) in (8, 16)
+
+
+@pytest.mark.parametrize("model", ["torchvision/resnet18", "timm/resnet18", "timm/regnety_002"])
+def test_no_block_begins_as_an_identity_unless_asked(model) -> None:
+    def zeros(**given: object) -> int:
+        net = backbone_of(PretrainConfig(model=model, image_size=64, **given), 3)
+        norms = [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)]
+        return sum(not norm.weight.any() for norm in norms)
+
+    assert zeros() == 0
+    assert zeros(zero_init_residual=True) > 4
 
 
 def test_layers_are_names_indices_or_left_to_the_learner() -> None:

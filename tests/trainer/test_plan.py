@@ -60,13 +60,6 @@ def test_blur_is_a_share_of_the_view() -> None:
     assert blur(image_size=112, blur_sigma=(0.3, 0.4)) == (0.3, 0.4)
 
 
-def test_blocks_begin_as_identities_unless_there_are_weights() -> None:
-    for given, zero in (({}, True), ({"weights": "x.pt"}, False)):
-        assert decided(PretrainConfig(**given), LAPTOP).zero_init_residual is zero
-    kept = PretrainConfig(zero_init_residual=False)
-    assert decided(kept, LAPTOP).zero_init_residual is False
-
-
 def test_deciding_twice_changes_nothing() -> None:
     config = decided(PretrainConfig(), LAPTOP)
     assert decided(config, LAPTOP) == config

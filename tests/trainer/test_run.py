@@ -154,7 +154,7 @@ def test_more_steps_may_be_asked_for_and_the_difference_is_told(tmp_path, settin
     pretrain(out=tmp_path / "run", resume=True, steps=8, lr=1e-3)
     log = (tmp_path / "run" / "train.log").read_text()
     assert "changed: steps was 6 and is now 8" in log
-    assert "changed: lr was 0.009 and is now 0.001" in log
+    assert "changed: lr was 0.002 and is now 0.001" in log
     assert [line["step"] for line in metrics(tmp_path / "run")] == list(range(1, 9))
 
 
