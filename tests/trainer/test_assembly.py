@@ -6,7 +6,12 @@ from torch import nn
 
 from pixel_level_contrastive_learning import PixelCL, load_backbone, pretrain
 from pixel_level_contrastive_learning.backbones import build_backbone
-from pixel_level_contrastive_learning.trainer.assembly import backbone_of, fitted, layer, zero_last_norms
+from pixel_level_contrastive_learning.trainer.assembly import (
+    backbone_of,
+    fitted,
+    layer,
+    zero_last_norms,
+)
 from pixel_level_contrastive_learning.trainer.config import PretrainConfig
 from pixel_level_contrastive_learning.trainer.plan import base_lr
 from pixel_level_contrastive_learning.weights import read_backbone
