@@ -39,10 +39,10 @@ torch.manual_seed(0)
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 images = Folder(args.images, side=2 * args.size)
 draws = RandomSampler(images, replacement=True, num_samples=args.steps * args.batch)
-resnet = models.resnet18(weights=None).to(device)
+resnet = models.resnet18(weights=None, zero_init_residual=True).to(device)
 learner = PixelCL(resnet, args.size, instance_weight=0.1, cutout_ratio_range=(0.45, 1.0))
-opt = torch.optim.AdamW(learner.parameters(), lr=6e-4)
-schedule = torch.optim.lr_scheduler.OneCycleLR(opt, 6e-4, args.steps, pct_start=0.1)
+opt = torch.optim.AdamW(learner.parameters(), lr=2.8e-3)
+schedule = torch.optim.lr_scheduler.OneCycleLR(opt, 2.8e-3, args.steps, pct_start=0.1)
 
 with Progress() as progress:
     task = progress.add_task("pretraining", total=args.steps)
