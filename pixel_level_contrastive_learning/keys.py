@@ -13,9 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.models import VisionTransformer
-from torchvision.models.vision_transformer import (
-    interpolate_embeddings,
-)
+from torchvision.models.vision_transformer import interpolate_embeddings
 
 from .modules.taps import plain_name
 from .stems import spread_kernels, stem_of

@@ -102,11 +102,12 @@ def backbone_of(config: PretrainConfig, channels: int) -> nn.Module:
         image_size=view_size(config),
         pretrained=config.weights == PRETRAINED,
     )
-    if config.weights is None and config.zero_init_residual:
-        zero_last_norms(net)
-    elif config.weights is None and config.model.startswith("timm/"):
-        begin_norms_at_one(net)
-    if config.weights not in (None, PRETRAINED):
+    if config.weights is None:
+        if config.zero_init_residual:
+            zero_last_norms(net)
+        elif config.model.startswith("timm/"):
+            begin_norms_at_one(net)
+    elif config.weights != PRETRAINED:
         LOG.info("weights from %s:\n%s", config.weights, load_weights(net, config.weights))
     return net
 
