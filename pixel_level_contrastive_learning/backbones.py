@@ -107,7 +107,8 @@ def build_backbone(
 ) -> nn.Module:
     """A network by its name, ready for images of this many channels and this size.
 
-    It is what its library builds, classifier and all, so that its weights go back there. A function
+    It is what its library builds, classifier and all, so that its weights go back there; only where
+    timm's residual blocks would begin as identities, they begin open, as torchvision's. A function
     of one's own is called with those of ``channels=``, ``image_size=`` and ``pretrained=`` that
     its signature takes.
 
@@ -194,7 +195,21 @@ def timm_net(name: str, channels: int, image_size: Size | None, pretrained: bool
     with building(model, image_size):
         settings = timm_settings(name, channels, image_size)
         net: nn.Module = timm().create_model(name, pretrained=pretrained, **settings)
+    if not pretrained:
+        begin_norms_at_one(net)
     return net
+
+
+def begin_norms_at_one(net: nn.Module) -> None:
+    """Set batch norms that begin at 0, as timm has it in its residual networks, to 1.
+
+    So random weights are alike in both libraries, and every block takes part from the first step.
+    """
+    for norm in net.modules():
+        if not isinstance(norm, nn.BatchNorm2d) or not norm.affine or norm.weight.is_meta:
+            continue
+        if not norm.weight.any():
+            nn.init.ones_(norm.weight)
 
 
 @contextmanager

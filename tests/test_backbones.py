@@ -21,13 +21,19 @@ from pixel_level_contrastive_learning.stems import spread_kernels
 # Names.
 
 
+def open_test_resnet() -> nn.Module:
+    """timm's network, with the start that ours begins with."""
+    net: nn.Module = timm.create_model("test_resnet", zero_init_last=False)
+    return net
+
+
 @pytest.mark.parametrize(
     ("model", "plain"),
     [
         ("torchvision/resnet18", models.resnet18),
         ("torchvision/mobilenet_v3_small", models.mobilenet_v3_small),
-        ("timm/test_resnet", lambda: timm.create_model("test_resnet")),
-        ("timm/test_resnet.r160_in1k", lambda: timm.create_model("test_resnet")),
+        ("timm/test_resnet", open_test_resnet),
+        ("timm/test_resnet.r160_in1k", open_test_resnet),
     ],
 )
 def test_a_network_is_what_its_library_builds(model, plain) -> None:
@@ -115,6 +121,16 @@ def test_images_of_any_channels_are_taken(model, channels) -> None:
 def test_random_kernels_are_not_repeated() -> None:
     stem = build_backbone("torchvision/mobilenet_v3_small", channels=6).features[0][0].weight
     assert not torch.equal(stem[:, 0], stem[:, 3])
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "regnety_002"])
+def test_random_blocks_of_timm_begin_open(name) -> None:
+    def shut(net: nn.Module) -> int:
+        norms = [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)]
+        return sum(not norm.weight.any() for norm in norms)
+
+    assert shut(build_backbone(f"timm/{name}")) == 0
+    assert shut(timm.create_model(name)) > 0
 
 
 @pytest.mark.parametrize("model", ["timm/test_vit", "timm/test_maxvit", "timm/test_coatnet"])

@@ -105,8 +105,6 @@ def backbone_of(config: PretrainConfig, channels: int) -> nn.Module:
     if config.weights is None:
         if config.zero_init_residual:
             zero_last_norms(net)
-        elif config.model.startswith("timm/"):
-            begin_norms_at_one(net)
     elif config.weights != PRETRAINED:
         LOG.info("weights from %s:\n%s", config.weights, load_weights(net, config.weights))
     return net
@@ -123,13 +121,6 @@ def zero_last_norms(net: nn.Module) -> None:
             if hasattr(block, "conv1") and isinstance(norm, nn.BatchNorm2d):
                 nn.init.zeros_(norm.weight)
                 break
-
-
-def begin_norms_at_one(net: nn.Module) -> None:
-    """Set batch norms that begin at 0, as timm has it in its residual networks, to 1."""
-    for norm in net.modules():
-        if isinstance(norm, nn.BatchNorm2d) and norm.affine and not norm.weight.any():
-            nn.init.ones_(norm.weight)
 
 
 def learner_of(config: PretrainConfig, net: nn.Module, channels: int) -> PixelCL:
