@@ -8,7 +8,8 @@ from math import isfinite
 from einops import rearrange
 from torch import Tensor, cat
 
-from ..evaluation.health import Verdict, effective_rank, spread, verdict
+from ..evaluation.health import Verdict, gauge, verdict
+from ..evaluation.unlabelled import BY_COLOUR, CLEAR
 from .curves import smoothed, thinned
 from .page import verdict_card
 
@@ -22,16 +23,38 @@ def judgement(metrics: Mapping[str, Sequence[float]], maps: Sequence[Tensor]) ->
     """The verdict on the run's last steps; on the features of the shown images, if it has none."""
     figures = [latest(metrics, name) for name in ("spread", "effective_rank")]
     if None in figures:
-        cells = cat([rearrange(own, "c h w -> (h w) c") for own in maps])
-        figures = [float(spread(cells)), float(effective_rank(cells))]
+        figures = list(gauge(cat([rearrange(own, "c h w -> (h w) c") for own in maps])))
     said: Verdict = verdict(*(figure for figure in figures if figure is not None))
-    heading = "Something is wrong with this run"
-    if said.healthy:
-        heading = "The features look sound"
-        if (way := course(metrics)) is not None:
-            rose = way[1] > way[0]
-            heading = "The run looks healthy" if rose else "Sound features, little learned"
-    return verdict_card(said.healthy, heading, said.sentence, findings(metrics))
+    well, heading = ruling(metrics) if said.healthy else (False, "Something is wrong with this run")
+    return verdict_card(well, heading, said.sentence, findings(metrics))
+
+
+def ruling(metrics: Mapping[str, Sequence[float]]) -> tuple[bool, str]:
+    """Whether a run whose features have not collapsed did well, and that in a few words.
+
+    Correspondence decides where it was measured: features may spread, and the likeness of pairs
+    rise, while cells are told apart no better than before, or by their colour alone.
+    """
+    way, found, kept = course(metrics), hits(metrics), latest(metrics, "hit1_colours_kept")
+    if found is not None:
+        begin, end = found
+        if kept is not None and end < BY_COLOUR * kept:
+            return False, "It goes by colour"
+        if end * CLEAR < begin:
+            return False, "Worse than at the start"
+        if end < begin * CLEAR:
+            return True, "Sound features, little learned"
+    if way is None:
+        return True, "The features look sound"
+    return True, "The run looks healthy" if way[1] > way[0] else "Sound features, little learned"
+
+
+def hits(metrics: Mapping[str, Sequence[float]]) -> tuple[float, float] | None:
+    """How often cells found their spot before the first step and at the end; None if not known."""
+    end = latest(metrics, "hit1")
+    if end is None:
+        return None
+    return next(value for value in metrics["hit1"] if isfinite(value)), end
 
 
 def course(metrics: Mapping[str, Sequence[float]]) -> tuple[float, float] | None:
@@ -56,6 +79,17 @@ def findings(metrics: Mapping[str, Sequence[float]]) -> list[str]:
         told.append(
             f"The likeness of cells that see the same spot {'rose' if end > begin else 'fell'} "
             f"from {begin:.2f} to {end:.2f} (mean cosine; 1 is perfect)."
+        )
+    if (found := hits(metrics)) is not None:
+        told.append(
+            f"A cell finds its own spot in another view in {found[1]:.0%} of cases, {found[0]:.0%} "
+            f"before the first step."
+        )
+    kept = latest(metrics, "hit1_colours_kept")
+    if found is not None and kept is not None and found[1] < BY_COLOUR * kept:
+        told.append(
+            f"With colours left as they are it finds {kept:.0%}: change colour more in training "
+            "(--jitter, --prob-gray)."
         )
     matched = latest(metrics, "positive_pairs")
     if matched is not None:

@@ -1,0 +1,51 @@
+"""The judgement on a run: good ones, and the ways in which one goes wrong."""
+
+import pytest
+
+from pixel_level_contrastive_learning.pictures.judgement import findings, judgement
+
+
+def run(cosine: float, rank: float, spread: float, kept: float, hit1: float) -> dict[str, list]:
+    """The figures of a run whose cells found their spot in 48 % of cases before the first step."""
+    return {
+        "step": [1, 2],
+        "pixel_cosine": [0.1, cosine],
+        "effective_rank": [60, rank],
+        "spread": [0.8, spread],
+        "hit1_colours_kept": [0.47, kept],
+        "hit1": [0.48, hit1],
+    }
+
+
+@pytest.mark.parametrize(
+    ("figures", "well", "heading"),
+    [
+        # The runs of docs/healthy-run.md.
+        (run(0.78, 6.2, 0.74, 0.58, 0.54), True, "The run looks healthy"),
+        (run(0.87, 2.5, 0.46, 0.50, 0.43), False, "Worse than at the start"),
+        (run(0.82, 21, 0.78, 0.63, 0.41), False, "It goes by colour"),
+        # Variations.
+        (run(0.82, 21, 0.78, 0.50, 0.49), True, "Sound features, little learned"),
+        (run(0.05, 21, 0.78, 0.58, 0.54), True, "Sound features, little learned"),
+        (run(0.87, 1.1, 0.46, 0.58, 0.54), False, "Something is wrong with this run"),
+    ],
+)
+def test_what_a_run_is_called(figures, well, heading) -> None:
+    card = judgement(figures, [])
+    assert f"<h2>{heading}</h2>" in card
+    assert ("verdict healthy" in card) == well
+
+
+def test_what_is_said_of_correspondence() -> None:
+    good, colour = run(0.8, 9, 0.7, 0.58, 0.54), run(0.8, 21, 0.7, 0.63, 0.41)
+    assert (
+        "A cell finds its own spot in another view in 54% of cases, 48% before the first step."
+        in findings(good)
+    )
+    assert not any("change colour more" in told for told in findings(good))
+    assert any("left as they are it finds 63%: change colour more" in t for t in findings(colour))
+
+
+def test_a_run_that_was_never_looked_at_is_judged_by_its_features() -> None:
+    held = {"step": [1, 2], "spread": [0.8], "effective_rank": [9], "hit1": [float("nan")]}
+    assert "<h2>The features look sound</h2>" in judgement(held, [])
