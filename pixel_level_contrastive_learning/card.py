@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Self
 
 from .checks import per_channel, raise_together, size_pair, whole
+from .keys import WEIGHTS, home
 from .own_models import own_file
 
 
@@ -97,10 +98,14 @@ class BackboneCard:
 def read_card(weights: Path) -> BackboneCard:
     """The card beside a file of weights; a model's file that has moved is looked for there, too.
 
+    A checkpoint's is that of its run.
+
     Raises:
         ValueError: There is none, or it is wrong.
     """
-    path = weights.with_suffix(".json")
+    folder = home(weights)
+    beside = weights if folder == weights.parent else folder / WEIGHTS
+    path = beside.with_suffix(".json")
     if not path.is_file():
         raise ValueError(
             f"{weights} has no card {path.name} beside it, so nobody knows which network it is of; "
@@ -113,10 +118,10 @@ def read_card(weights: Path) -> BackboneCard:
     file = own_file(card.model)
     if file is None or file.is_file():
         return card
-    beside = weights.parent / file.name
-    if not beside.is_file():
+    moved = folder / file.name
+    if not moved.is_file():
         raise ValueError(
             f"{path} names {file}, which is not there; put the file beside the card, or set "
             '"model" in the card to where it is now'
         )
-    return replace(card, model=f"{beside}:{card.model.rpartition(':')[2]}")
+    return replace(card, model=f"{moved}:{card.model.rpartition(':')[2]}")

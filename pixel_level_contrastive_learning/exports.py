@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .backbones import default_image_size, model_name, timm_settings, torchvision_settings
 from .checks import one_of, raise_together
 from .files import write_whole
-from .keys import KeyReport, fill, read_tensors, weights_file
+from .keys import KeyReport, fill, home, read_tensors, weights_file
 from .own_models import own_file, own_function, own_settings
 from .stems import stem_of
 from .weights import BackboneCard, clean_state, read_backbone
@@ -86,7 +86,7 @@ def export(run: str | Path, format: str, out: str | Path | None = None) -> Expor
     source = weights_file(run)
     net, card, _ = read_backbone(source)
     card = replace(card, model=model_there(card.model, format))
-    beside = source.with_name(f"backbone-{format}{SUFFIXES[format]}")
+    beside = home(source) / f"backbone-{format}{SUFFIXES[format]}"
     path = beside if out is None else Path(out).expanduser()
     if path.suffix != SUFFIXES[format]:
         raise ValueError(f"out is {str(path)!r}; for {format} it must end in {SUFFIXES[format]}")

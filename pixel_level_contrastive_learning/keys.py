@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -20,10 +21,13 @@ from .stems import spread_kernels, stem_of
 
 WEIGHTS = "backbone.safetensors"
 """What the weights are called in a run directory."""
+CHECKPOINTS = "checkpoints"
+LAST_CHECKPOINT = f"{CHECKPOINTS}/last.ckpt"
 SHOWN = 5
 """Names of each kind that a report shows."""
 
 Shape = tuple[int, ...]
+log = logging.getLogger(__name__)
 
 
 class KeyReport(NamedTuple):
@@ -99,22 +103,34 @@ def load_weights(net: nn.Module, source: str | Path) -> KeyReport:
 def weights_file(source: str | Path) -> Path:
     """The file of weights that is meant: itself, or the one in a run directory.
 
+    Of a run that has not ended it is the last checkpoint.
+
     Raises:
         ValueError: There is no such file.
     """
     path = Path(source).expanduser()
     if path.is_dir():
-        if not (path / WEIGHTS).is_file():
-            raise ValueError(
-                f"{path} has no {WEIGHTS}; give a run directory that has one, or a file of weights"
-            )
-        return path / WEIGHTS
+        last = path / LAST_CHECKPOINT
+        if (path / WEIGHTS).is_file():
+            return path / WEIGHTS
+        if last.is_file():
+            log.warning("%s has no %s yet: taking its last checkpoint", path, WEIGHTS)
+            return last
+        raise ValueError(
+            f"{path} has no {WEIGHTS} and no {LAST_CHECKPOINT}; give the directory of a run that "
+            "has saved, or a file of weights"
+        )
     if not path.is_file():
         raise ValueError(
             f"there are no weights at {path}; give a run directory or a .safetensors, .pt or .pth "
             "file"
         )
     return path
+
+
+def home(weights: Path) -> Path:
+    """The folder that a file of weights belongs to: of a checkpoint, that of its run."""
+    return weights.parent.parent if weights.parent.name == CHECKPOINTS else weights.parent
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

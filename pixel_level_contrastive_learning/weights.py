@@ -67,13 +67,17 @@ def save_backbone(path: str | Path, net: nn.Module, card: BackboneCard) -> None:
     if path.suffix != ".safetensors":
         raise ValueError(f"path is {str(path)!r}; it must end in .safetensors")
     tensors = clean_state(net)
+    save_card(path, card)  # first: whoever finds weights finds a card beside them
+    write_whole(path, save(tensors, metadata={"format": "pt"}))
+
+
+def save_card(path: Path, card: BackboneCard) -> None:
+    """Write the card of the weights in a file, which may not be there yet."""
     file = own_file(card.model)
     if file is not None:
         function = card.model.rpartition(":")[2]
         card = replace(card, model=f"{file.resolve()}:{function}")
-    # The card first: whoever finds weights finds a card beside them.
     write_whole(path.with_suffix(".json"), card.to_json().encode())
-    write_whole(path, save(tensors, metadata={"format": "pt"}))
 
 
 def clean_state(net: nn.Module) -> dict[str, Tensor]:
@@ -107,7 +111,8 @@ def read_backbone(
     whose origin you trust.
 
     Args:
-        source: A run directory, a file written by `save_backbone` or `export` (its card beside it),
+        source: A run directory (of a run that has not ended, its last checkpoint), a checkpoint in
+            one, a file written by `save_backbone` or `export` (its card beside it),
             ``torchvision/NAME`` or ``timm/NAME`` for the library's weights, or ``random:MODEL`` for
             random ones.
         channels: Channels of the images. Pretrained and random backbones are built for them

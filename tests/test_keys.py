@@ -241,5 +241,5 @@ def test_where_there_is_nothing_is_said(tmp_path) -> None:
         f"there are no weights at {tmp_path / 'no.pt'}; give a run directory or a .safetensors, "
         ".pt or .pth file"
     )
-    with pytest.raises(ValueError, match=r"has no backbone\.safetensors; give a run directory"):
+    with pytest.raises(ValueError, match=r"has no backbone\.safetensors and no checkpoints"):
         load_weights(small(), tmp_path)

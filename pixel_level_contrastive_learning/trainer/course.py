@@ -14,7 +14,8 @@ from torch import nn
 
 from ..backbones import build_backbone
 from ..evaluation.labelled import open_labelled
-from ..weights import load_backbone, save_backbone
+from ..keys import WEIGHTS
+from ..weights import load_backbone, save_backbone, save_card
 from . import assembly, engine
 from .callbacks import Checkpoints, StopWhenAsked
 from .config import PretrainConfig
@@ -31,7 +32,6 @@ from .watching import Probe, Watching
 LOG = logging.getLogger("pixel_level_contrastive_learning")
 IN_TASK = "learner.online_encoder.net."
 """How the names of the backbone's weights begin in a checkpoint."""
-BACKBONE_FILE = "backbone.safetensors"
 FIXED = (
     "model",
     "channels",
@@ -166,6 +166,9 @@ class Run:
             self.directory.forget_after(step)
             self.directory.write_config(as_yaml(self.config))
             assembly.save_statistics(self.images.statistics, self.directory)
+            # Now, not at the end: with it the checkpoints can be evaluated while the run goes on.
+            card = assembly.card_of(self.config, self.images.statistics)
+            save_card(self.directory.path / WEIGHTS, card)
         return found[0] if found else None
 
     def compare(self) -> None:
@@ -286,6 +289,7 @@ class Run:
                     self.labelled,
                     protocol=c.probe_protocol,
                     every=every,
+                    steps=self.clock.steps,
                 )
             )
         return wanted
@@ -294,7 +298,7 @@ class Run:
         """Write the backbone, and read it as whoever uses it will."""
         if not is_writer():
             return None
-        path = self.directory.path / BACKBONE_FILE
+        path = self.directory.path / WEIGHTS
         net = self.whole_backbone() if self.task.sharded else self.learner.net
         save_backbone(path, net, assembly.card_of(self.config, self.images.statistics))
         LOG.info("the backbone is in %s", path)

@@ -11,7 +11,9 @@ import yaml
 from PIL import Image
 
 from pixel_level_contrastive_learning import pretrain
+from pixel_level_contrastive_learning.exports import export
 from pixel_level_contrastive_learning.files import CannotWriteError
+from pixel_level_contrastive_learning.trainer.course import Run
 from pixel_level_contrastive_learning.trainer.interruption import Interrupted
 from pixel_level_contrastive_learning.trainer.schedules import LearningRate, TargetMomentum
 from pixel_level_contrastive_learning.trainer.task import NotFiniteError, PretrainTask
@@ -329,3 +331,27 @@ def test_vectors_have_no_decay_and_the_target_no_optimiser(settings, optimizer) 
     ]
     assert ours == {id(p) for p in reached}
     assert id(learner.net.fc.weight) not in ours
+
+
+def test_a_run_that_did_not_end_can_be_read(tmp_path, settings, monkeypatch, caplog) -> None:
+    def cut_off(_: Run) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Run, "exported", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(**settings())
+    run = tmp_path / "run"
+    assert not (run / "backbone.safetensors").exists()
+    last, middle = (read_backbone(run / part) for part in ("", "checkpoints/step-00000004.ckpt"))
+    assert f"{run} has no backbone.safetensors yet: taking its last checkpoint" in caplog.text
+    for loaded, name in ((last, "last"), (middle, "step-00000004")):
+        held = torch.load(run / "checkpoints" / f"{name}.ckpt", weights_only=True)["state_dict"]
+        assert loaded.report is not None
+        assert loaded.report.whole
+        assert loaded.card.pixel_layer != "auto"
+        for key, tensor in loaded.net.state_dict().items():
+            assert torch.equal(tensor, held[f"learner.online_encoder.net.{key}"])
+    parameter = next(iter(last.net.state_dict()))
+    assert not torch.equal(last.net.state_dict()[parameter], middle.net.state_dict()[parameter])
+    written = export(run / "checkpoints" / "step-00000004.ckpt", "safetensors")
+    assert written.path == run / "backbone-safetensors.safetensors"
