@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from ..augment import Normalise
@@ -14,6 +14,7 @@ from ..backbones import default_image_size
 from ..checks import raise_together, size_pair
 from ..data.statistics import Statistics, fits
 from ..weights import BackboneCard
+from .features import device_of, evaluating
 
 WHOLE_IMAGE = 1.4
 """Sides of a view that the shorter side of a whole image is fed with, unless a size is given: the
@@ -37,16 +38,20 @@ class Preparation:
     size: int | Size
 
     @classmethod
-    def of(cls, card: BackboneCard, size: int | Size | None = None) -> Self:
+    def of(
+        cls, card: BackboneCard, size: int | Size | None = None, net: nn.Module | None = None
+    ) -> Self:
         """As a backbone's card says.
 
         Args:
             card: Of the backbone.
-            size: See above. Default: `WHOLE_IMAGE` times the views it was trained on; the input
-                size of networks that have a fixed one.
+            size: See above. Default: `WHOLE_IMAGE` times the views it was trained on; the size of
+                these views for networks that take no other.
+            net: The backbone, which is asked whether it takes the default: networks of one's own
+                say nowhere else that they have a fixed input size.
 
         Raises:
-            ValueError: The size is none, or not that of a network of a fixed input size.
+            ValueError: The size is none, or one that the network does not take.
         """
         raise_together(None if size is None else size_pair("size", size))
         if default_image_size(card.model) is not None:
@@ -57,8 +62,16 @@ class Preparation:
                     f"no others; leave size out"
                 )
             size = card.image_size
-        if size is None:
+        elif size is None:
             size = round(WHOLE_IMAGE * min(card.image_size))
+            if net is not None and not takes(net, card.channels, size):
+                size = card.image_size
+        elif net is not None and not takes(net, card.channels, size):
+            h, w = card.image_size
+            raise ValueError(
+                f"size is {size!r}, which {card.model} refuses; give the {h} and {w} pixels of the "
+                "views it was trained on, or leave size out"
+            )
         form = card.channels, card.mean, card.std, card.low, card.high
         return cls(Statistics(*form, card.image_size, card.image_size, 0), size)
 
@@ -119,3 +132,20 @@ class Preparation:
         """Pixels ``(..., c, h, w)`` in [0, 1], each channel's mean and deviation taken out."""
         normal: Tensor = Normalise(self.statistics.mean, self.statistics.std)(pixels)
         return normal
+
+
+def takes(net: nn.Module, channels: int, size: int | Size) -> bool:
+    """Whether a network takes images of a size; of a shorter side, whether lying or upright."""
+    longer = (1, WHOLE_IMAGE), (WHOLE_IMAGE, 1)
+    shapes = (
+        [size]
+        if isinstance(size, tuple)
+        else [(round(size * high), round(size * wide)) for high, wide in longer]
+    )
+    try:
+        with torch.no_grad(), evaluating(net):
+            for shape in shapes:
+                net(torch.zeros(1, channels, *shape, device=device_of(net)))
+    except Exception:  # whatever a network says: assertions, too
+        return False
+    return True

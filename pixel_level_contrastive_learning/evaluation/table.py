@@ -98,7 +98,7 @@ def evaluate(
         train, judged = open_labelled(data, ("train", split))
         field = line_up(weights, Files([str(path) for path in train.images]))
         count = seeds or (FINETUNE_SEEDS if protocol == "finetune" else 1)
-        prepare = Preparation.of(field.card, size)
+        prepare = Preparation.of(field.card, size, field.contenders[-1].build(seed))
         repeats = range(seed, seed + count)
         plan = Plan(train, judged, prepare, protocol, layers, fraction, repeats, steps)
         found = with_labels(str(weights), str(data), split, field, plan, out, place)

@@ -119,7 +119,7 @@ class RunDirectory:
         if not path.exists():
             return 0
         lines = path.read_bytes().splitlines(keepends=True)
-        kept = [line for line in lines if 0 < step_of(line) <= step]
+        kept = [line for line in lines if step and 0 <= step_of(line) <= step]
         if len(kept) < len(lines):
             write_whole(path, b"".join(kept))
         return len(lines) - len(kept)
@@ -177,10 +177,10 @@ class RunDirectory:
 
 
 def step_of(line: bytes) -> int:
-    """The step of a line of metrics; 0 where it cannot be read."""
+    """The step of a line of metrics; -1 where it cannot be read."""
     with suppress(ValueError, KeyError, TypeError):
         return int(json.loads(line)["step"])
-    return 0
+    return -1
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

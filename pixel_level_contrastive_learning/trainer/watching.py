@@ -162,7 +162,10 @@ def whole_images(
 
 
 class Probe(Callback):
-    """Fits a probe to the frozen features every so many steps, and keeps the best checkpoint.
+    """Fits a probe to the frozen features, and keeps the best checkpoint.
+
+    Before the first step, to have something to compare with and to find out at once whether it can
+    be done; every so many steps; and after the last.
 
     Args:
         directory: The folder of the run.
@@ -172,6 +175,7 @@ class Probe(Callback):
         labelled: Images and masks to learn from, and those to judge by.
         protocol: ``linear`` or ``knn``.
         every: Steps between probes.
+        steps: Steps of the run.
     """
 
     def __init__(
@@ -184,6 +188,7 @@ class Probe(Callback):
         *,
         protocol: str,
         every: int,
+        steps: int,
     ) -> None:
         self.directory = directory
         self.figures = figures
@@ -191,12 +196,18 @@ class Probe(Callback):
         self.card = card
         self.protocol = protocol
         self.every = every
+        self.steps = steps
         self.train, self.judged = labelled
-        self.prepare = Preparation.of(card)
         self.file = directory.path / PROBE_FILE
 
+    def on_train_start(self, trainer: Trainer, task: Any) -> None:
+        if task.done == 0:
+            if trainer.is_global_zero:
+                self.probe(task)
+            trainer.strategy.barrier()
+
     def on_train_batch_end(self, trainer: Trainer, task: Any, *_: Any) -> None:
-        if task.done % self.every:
+        if task.done % self.every and task.done != self.steps:
             return
         self.checkpoints.save(trainer, task)
         if trainer.is_global_zero:
@@ -204,24 +215,24 @@ class Probe(Callback):
         trainer.strategy.barrier()
 
     def probe(self, task: PretrainTask) -> None:
-        """Probe now, and keep the checkpoint if it is the best so far."""
-        reader = Reader(
-            task.learner.net, [self.card.pixel_layer], self.card.channels, self.card.image_size
-        )
-        scored = probed(reader, self.train, self.judged, self.prepare, protocol=self.protocol)
+        """Probe now, and keep the checkpoint of this step if it is the best so far."""
+        net, card = task.learner.net, self.card
+        reader = Reader(net, [card.pixel_layer], card.channels, card.image_size)
+        prepare = Preparation.of(card, net=net)
+        scored = probed(reader, self.train, self.judged, prepare, protocol=self.protocol)
         miou = float(scored.scores.miou)
         best = max(self.scores(), default=-1.0)
         with self.file.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": task.done, "miou": miou}) + "\n")
         self.figures.health |= {"probe_miou": miou}
-        LOG.info(
-            "step %d: mean IoU of the probe %.4f%s", task.done, miou, " (best)" * (miou > best)
-        )
-        if miou > best:
+        is_best = task.done > 0 and miou > best
+        LOG.info("step %d: mean IoU of the probe %.4f%s", task.done, miou, " (best)" * is_best)
+        if is_best:
             self.directory.name_also(self.directory.checkpoint_path(task.done), BEST)
 
     def scores(self) -> list[float]:
-        """The figures of earlier probes."""
+        """The figures of earlier probes after the first step."""
         if not self.file.exists():
             return []
-        return [json.loads(line)["miou"] for line in self.file.read_text().splitlines()]
+        held = [json.loads(line) for line in self.file.read_text().splitlines()]
+        return [line["miou"] for line in held if line["step"] > 0]

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from pixel_level_contrastive_learning.evaluation.preparation import Preparation
 from pixel_level_contrastive_learning.weights import BackboneCard
@@ -49,6 +50,35 @@ def test_networks_of_a_fixed_size_get_it() -> None:
         "size is 128, but torchvision/vit_b_16 was built for images of 96x96 and takes no others; "
         "leave size out"
     )
+
+
+class Picky(nn.Module):
+    """A network that takes images of one size, or of sides that are multiples of 32."""
+
+    def __init__(self, only: tuple[int, int] | None) -> None:
+        super().__init__()
+        self.only = only
+
+    def forward(self, images: Tensor) -> Tensor:
+        shape = tuple(images.shape[-2:])
+        assert shape == self.only if self.only else all(side % 32 == 0 for side in shape)
+        return images
+
+
+def test_networks_that_refuse_whole_images_get_them_at_the_size_of_the_views() -> None:
+    own = card(model="nets.py:picky", image_size=(96, 64))
+    for net in (Picky((96, 64)), Picky(None)):
+        assert Preparation.of(own, net=net).size == (96, 64)
+        assert net.training
+    assert Preparation.of(own, net=nn.Identity()).size == round(1.4 * 64)
+
+
+@pytest.mark.parametrize("size", [65, (64, 96)])
+def test_a_size_that_the_network_refuses_is_named(size) -> None:
+    own = card(model="nets.py:picky", image_size=(96, 64))
+    with pytest.raises(ValueError, match=r"which nets.py:picky refuses; give the 96 and 64 pixels"):
+        Preparation.of(own, size, Picky((96, 64)))
+    assert Preparation.of(own, (96, 64), Picky((96, 64))).size == (96, 64)
 
 
 def test_a_size_of_nothing_is_refused() -> None:

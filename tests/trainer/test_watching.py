@@ -10,6 +10,7 @@ from PIL import Image
 from pixel_level_contrastive_learning import pretrain
 from pixel_level_contrastive_learning.data.sources import open_source
 from pixel_level_contrastive_learning.data.statistics import measure
+from pixel_level_contrastive_learning.evaluation.table import evaluate
 from pixel_level_contrastive_learning.trainer.watching import whole_images
 from pixel_level_contrastive_learning.weights import read_backbone
 
@@ -58,17 +59,60 @@ def test_a_probe_is_noted_and_the_best_checkpoint_kept(tmp_path, settings, label
     pretrain(**settings(probe=str(labelled), probe_every=1, keep_checkpoints=1))
     run = tmp_path / "run"
     probed = lines(run / "probe.jsonl")
-    assert [line["step"] for line in probed] == [3, 6]  # twelve images in batches of four
+    assert [line["step"] for line in probed] == [0, 3, 6]  # twelve images in batches of four
     assert all(0 < line["miou"] <= 1 for line in probed)
-    best = max(probed, key=lambda line: line["miou"])
+    best = max(probed[1:], key=lambda line: line["miou"])
     kept = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)
     assert kept["steps_done"] == best["step"]
     figures = lines(run / "metrics.jsonl")
-    assert "probe_miou" not in figures[2]
-    assert figures[3]["probe_miou"] == probed[0]["miou"]
-    assert (
-        f"mean IoU of the probe {probed[0]['miou']:.4f} (best)" in (run / "train.log").read_text()
+    assert [line["probe_miou"] for line in figures] == [
+        *[probed[0]["miou"]] * 3,
+        *[probed[1]["miou"]] * 3,
+    ]
+    log = (run / "train.log").read_text()
+    assert f"step 0: mean IoU of the probe {probed[0]['miou']:.4f}\n" in log
+    assert f"step 3: mean IoU of the probe {probed[1]['miou']:.4f} (best)\n" in log
+
+
+def test_a_run_shorter_than_an_epoch_is_probed_at_both_ends(tmp_path, settings, labelled) -> None:
+    pretrain(**settings(probe=str(labelled), steps=2))
+    run = tmp_path / "run"
+    assert [line["step"] for line in lines(run / "probe.jsonl")] == [0, 2]
+    assert torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)["steps_done"] == 2
+    pretrain(out=run, resume=True, steps=5)  # goes on with what was noted
+    assert [line["step"] for line in lines(run / "probe.jsonl")] == [0, 2, 3, 5]
+
+
+FIXED = """
+from torch import nn
+from torchvision.models import VisionTransformer
+
+def vit(channels=3):
+    return VisionTransformer(
+        image_size=32, patch_size=8, num_layers=1, num_heads=2, hidden_dim=16, mlp_dim=16
     )
+"""
+
+
+def test_a_network_of_ones_own_with_a_fixed_size_is_probed(tmp_path, settings, labelled) -> None:
+    (tmp_path / "fixed.py").write_text(FIXED)
+    model = f"{tmp_path / 'fixed.py'}:vit"
+    pretrain(**settings(model=model, probe=str(labelled), steps=2))
+    run = tmp_path / "run"
+    found = evaluate(run, data=labelled, protocol="knn")
+    probed = lines(run / "probe.jsonl")
+    assert found.settings["fed at"] == "32x32"
+    assert found.rows[-1].scores["mIoU"] == pytest.approx(probed[-1]["miou"])
+
+
+def test_a_probe_that_cannot_be_done_ends_the_run_before_its_first_step(
+    tmp_path, settings, labelled
+) -> None:
+    path = labelled / "images" / "val" / "0.png"
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(ValueError, match=r"0\.png"):
+        pretrain(**settings(probe=str(labelled)))
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_probing_changes_no_weight(tmp_path, settings, labelled) -> None:
