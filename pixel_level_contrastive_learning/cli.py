@@ -58,20 +58,22 @@ def evaluate(
         out: Folder for evaluation.json and pictures.
     """
     from .evaluation.table import evaluate as evaluated
+    from .trainer.messages import logged
 
-    found = evaluated(
-        weights,
-        data=data,
-        images=images,
-        protocol=protocol,
-        layers=layers,
-        fraction=fraction,
-        seeds=seeds,
-        seed=seed,
-        size=size,
-        split=split,
-        out=out,
-    )
+    with logged(to_terminal=True):  # fine-tuning takes a while: each network's figure as it comes
+        found = evaluated(
+            weights,
+            data=data,
+            images=images,
+            protocol=protocol,
+            layers=layers,
+            fraction=fraction,
+            seeds=seeds,
+            seed=seed,
+            size=size,
+            split=split,
+            out=out,
+        )
     print(found.table())
     print(found.sentence)
 

@@ -55,14 +55,14 @@ class ViewPairs(NamedTuple):
 def draw_pairs(
     images: Sequence[Tensor], size: tuple[int, int], seed: int, *, recoloured: bool = True
 ) -> ViewPairs:
-    """Two views of each image, cut as in training, the same at each call.
+    """Two views of each image, the same at each call and for every run.
 
     Args:
         images: ``(c, h, w)`` float in [0, 1], of any sizes, all of the same channels.
         size: ``(height, width)`` of the views.
         seed: Decides the views. No generator outside moves on.
-        recoloured: Whether their colours are changed as in training. Either way they lie in the
-            same places.
+        recoloured: Whether their colours are changed, as much as in the authors' code. Either way
+            they lie in the same places.
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # the CPU's alone
