@@ -89,6 +89,14 @@ VIEW_ONE = Photometry()
 """The authors' first view: always blurred, never solarised."""
 VIEW_TWO = Photometry(prob_blur=0.1, prob_solarise=0.2)
 """The authors' second view: seldom blurred, sometimes solarised."""
+AUTHORS_SIDE = 224
+"""Side of the authors' views, whose blur is in pixels of these."""
+
+
+def blur_of(side: int) -> tuple[float, float]:
+    """Smallest and largest blur in pixels for views of a side: the authors' share of the view."""
+    low, high = (sigma * side / AUTHORS_SIDE for sigma in VIEW_ONE.sigma)
+    return low, high
 
 
 def change_colour(pixels: Tensor, factors: Factors, largest_sigma: float = 2.0) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from ..augment import VIEW_ONE, VIEW_TWO, Colour, Normalise, Photometry
+from ..augment import VIEW_ONE, VIEW_TWO, Colour, Normalise, Photometry, blur_of
 from ..blocks import Block, blocks
 from ..checks import raise_together, whole
 from ..geometry import Positives
@@ -61,8 +62,8 @@ def draw_pairs(
         images: ``(c, h, w)`` float in [0, 1], of any sizes, all of the same channels.
         size: ``(height, width)`` of the views.
         seed: Decides the views. No generator outside moves on.
-        recoloured: Whether their colours are changed, as much as in the authors' code. Either way
-            they lie in the same places.
+        recoloured: Whether their colours are changed, as much as in the authors' code, whose blur
+            is scaled to the views. Either way they lie in the same places.
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # the CPU's alone
@@ -70,7 +71,9 @@ def draw_pairs(
         sizes = [(own.shape[-2], own.shape[-1]) for own in images]
         maps = [torch.cat([draw_maps(1, own, PLACEMENT) for own in sizes]) for _ in range(2)]
         views = []
-        for at, photometry in zip(maps, (VIEW_ONE, VIEW_TWO), strict=True):
+        sharpness = blur_of(min(size))
+        for at, authors in zip(maps, (VIEW_ONE, VIEW_TWO), strict=True):
+            photometry = replace(authors, sigma=sharpness)
             cuts = [cut_views(own[None], at[i : i + 1], size) for i, own in enumerate(images)]
             cut = torch.cat(cuts)
             views.append(changed(cut, photometry, channels) if recoloured else cut)

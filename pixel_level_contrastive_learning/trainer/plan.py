@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from math import sqrt
 
+from ..augment import blur_of
 from .config import PRECISIONS, PretrainConfig
 
 ADAM_FAMILY = ("adam", "lamb", "lion", "nadam", "radam", "adan", "laprop", "adopt", "muon")
@@ -23,8 +24,6 @@ MOST_IMAGES_SEEN = 128_000_000
 """... and many images until this many: a hundred epochs of ImageNet."""
 VIEW_SIDES = (64, 224)
 """Smallest and largest side of the views where nothing is said, in pixels."""
-BLUR = (0.1, 2.0)
-"""The authors' blur, in pixels of views of `VIEW_SIDES`' larger side."""
 
 
 @dataclass(frozen=True)
@@ -156,12 +155,6 @@ def view_side(typical_size: tuple[int, int]) -> int:
     """The side of the views: 224, or the multiple of 32 that small images allow."""
     smallest, largest = VIEW_SIDES
     return min(largest, max(smallest, min(typical_size) // 32 * 32))
-
-
-def blur_of(side: int) -> tuple[float, float]:
-    """Smallest and largest blur in pixels for views of a side: the authors' share of the view."""
-    low, high = (sigma * side / VIEW_SIDES[1] for sigma in BLUR)
-    return low, high
 
 
 def batch_size(facts: Facts) -> int:

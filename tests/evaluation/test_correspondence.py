@@ -107,6 +107,18 @@ def test_colours_are_changed_or_kept_in_the_same_places() -> None:
     assert (changed.two - kept.two).abs().mean() > 0.02
 
 
+def test_the_blur_is_a_share_of_the_view() -> None:
+    """What small views show is not wiped out by a blur that is meant for large ones."""
+    left = []
+    for side in (56, 224):
+        squares = torch.arange(side) * 14 // side % 2
+        board = (squares[:, None] + squares) % 2
+        images = [board.float().expand(3, -1, -1)] * 40
+        changed, kept = (draw_pairs(images, (side, side), 0, recoloured=new) for new in (1, 0))
+        left.append(float(changed.one.std() / kept.one.std()))
+    assert left[0] == pytest.approx(left[1], abs=0.1)
+
+
 def test_views_lie_inside_their_own_image() -> None:
     images = [torch.rand(1, 40, 60), torch.rand(1, 50, 30)]
     views = draw_pairs(images, (8, 8), 0)
