@@ -5,6 +5,7 @@ Neither a learning rate nor a seed decides what comes out: the problem is convex
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple, Self
 
 import torch
@@ -12,11 +13,19 @@ from torch import Tensor
 
 TOLERANCE = 2e-6
 """A fit has converged when a step lowers the loss by less."""
+BLOCK_ENTRIES = 2**18
+"""Scores of cells that are held at a time: 1 MiB in a table, of which a fit needs three."""
 
 
 def affine(cells: Tensor, weights: Tensor) -> Tensor:
     """Scores of cells ``(n, c)`` by weights ``(c + 1, classes)``, the last row added to all."""
     return torch.addmm(weights[-1], cells, weights[:-1])
+
+
+def blocks(cells: Tensor, shares: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Cells ``(n, c)`` and their shares ``(n, classes)``, `BLOCK_ENTRIES` shares at a time."""
+    rows = max(1, BLOCK_ENTRIES // shares.shape[1])
+    return zip(torch.split(cells, rows), torch.split(shares, rows), strict=True)
 
 
 class Curvature(NamedTuple):
@@ -55,6 +64,9 @@ def fitted(
 ) -> Tensor:
     """The weights that minimise cross-entropy plus ``strength / 2`` times their squared sum.
 
+    Beside its arguments it holds tables of a block's scores, some fifty of the weights' size and
+    two of ``(c, c)``.
+
     Args:
         cells: ``(n, c)`` standardised features.
         shares: ``(n, classes)``; a cell counts as much as its shares sum to.
@@ -79,13 +91,21 @@ def fitted(
     def weights() -> Tensor:
         return torch.cat([back @ even[:-1], even[-1:]])
 
+    def terms(now: Tensor) -> Iterator[Tensor]:
+        yield strength / 2 * now[:-1].square().sum()
+        for own, part in blocks(cells, shares):
+            yield -(part * torch.log_softmax(affine(own, now), dim=1)).sum() / whole
+
     def closure() -> float:
         optimiser.zero_grad()
         now = weights()
-        likelihood = torch.log_softmax(affine(cells, now), dim=1)
-        loss = -(shares * likelihood).sum() / whole + strength / 2 * now[:-1].square().sum()
-        loss.backward()  # type: ignore[no-untyped-call]  # untyped in torch
-        return loss.item()
+        leaf = now.detach().requires_grad_()  # adds up the slopes of all terms
+        loss = 0.0
+        for term in terms(leaf):
+            term.backward()  # type: ignore[no-untyped-call]  # untyped in torch
+            loss += term.item()
+        now.backward(leaf.grad)  # type: ignore[no-untyped-call]
+        return loss
 
     with torch.enable_grad():
         optimiser.step(closure)  # type: ignore[no-untyped-call]

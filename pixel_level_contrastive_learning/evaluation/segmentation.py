@@ -17,16 +17,16 @@ from torch.nn.functional import normalize
 from .features import Reader
 from .labelled import IGNORED, Labelled
 from .preparation import Preparation
-from .regression import Curvature, affine, fitted
+from .regression import Curvature, affine, blocks, fitted
 from .scoring import Predict, Scored, feed, score
 
 MOST_BYTES = 2**29
-"""Features of training images that are kept: 512 MiB. Beyond it each image gives an equal share of
-its cells, drawn by a seed."""
+"""Features and class shares of training cells that are kept: 512 MiB. Beyond it each image gives an
+equal share of its cells, drawn by a seed."""
 STRENGTHS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
 """L2 strengths that the linear layer is tried with, strongest first."""
 FEW_STRENGTH = 1e-2
-"""The strength where there is one image, and so nothing to choose it by."""
+"""The strength where there is one image, and so no other to choose it by."""
 CHOOSING_TOLERANCE = 2e-5
 """How far the fits go among which the strength is chosen; more steps change no IoU by 0.003."""
 STRETCHES = 4
@@ -38,7 +38,7 @@ arXiv:2104.14294."""
 BANK_CELLS = 2**15
 """Training cells that neighbours are looked for among, at most."""
 TABLE_ENTRIES = 2**23
-"""Cosines of cells that are held at a time: 32 MiB."""
+"""Cosines of cells, and votes, that are held at a time: 32 MiB in a table."""
 
 
 def class_shares(mask: Tensor, grid: tuple[int, int], classes: int) -> Tensor:
@@ -71,12 +71,12 @@ class Bank(NamedTuple):
     Attributes:
         cells: ``(n, c)`` float32 features.
         shares: ``(n, classes)`` float32, see `class_shares`; no row is all zero.
-        images: ``(images,)`` int64, after how many rows each image ends, in the order read.
+        first_held: The row where the images begin that choose the strength, see `held_out_last`.
     """
 
     cells: Tensor
     shares: Tensor
-    ends: Tensor
+    first_held: int
 
 
 def gather(
@@ -89,45 +89,38 @@ def gather(
 ) -> Bank:
     """Features of a split's cells with what they show, within a bound of memory.
 
+    Where not even a cell of each image can be kept, images are left out evenly. Beside the bank
+    stand the network and a batch of images with their features.
+
     Args:
         reader: Reads the network.
         split: Images with masks.
         prepare: What is done to the images first.
         seed: Decides which cells are kept where not all can be.
-        most_bytes: What the features may take.
-
-    Raises:
-        ValueError: All pixels are ignored.
+        most_bytes: What the bank may take, a cell of it at least.
     """
-    each = max(1, most_bytes // (4 * reader.channels * len(split)))
+    classes = len(split.classes)
+    most = most_bytes // (4 * (reader.channels + classes))
+    count = min(len(split), most)
+    order, first_held = held_out_last(count)
+    chosen = split.chosen([len(split) * i // count for i in order])
+    # The whole bound at once: pages that are never written take no memory, growing would copy.
+    cells, shares = torch.empty(most, reader.channels), torch.empty(most, classes)
+    each = most // count
     dice = torch.Generator().manual_seed(seed)
-    cells = torch.empty(0, reader.channels)
-    shares: list[Tensor] = []
-    ends: list[int] = []
-    filled = 0
-    for fed in feed(split, prepare):
+    ends = [0]
+    for fed in feed(chosen, prepare):
         maps = reader(fed.pixels).cpu()
         grid = maps.shape[-2], maps.shape[-1]
-        if cells.shape[0] < filled + len(maps) * min(each, grid[0] * grid[1]):
-            # One block from the start, since parts and whole would be held both; it grows only
-            # where later images have more cells than the first.
-            rows = min(each, grid[0] * grid[1]) * (len(split) - fed.indices[0])
-            cells.resize_(filled + rows, reader.channels)
         for own, mask in zip(rearrange(maps, "b c h w -> b (h w) c"), fed.masks, strict=True):
-            share = class_shares(mask, grid, len(split.classes))
+            share = class_shares(mask, grid, classes)
             known = share.sum(dim=1).nonzero().flatten()
             if len(known) > each:
                 known = known[torch.randperm(len(known), generator=dice)[:each]]
-            cells[filled : filled + len(known)] = own[known]
-            shares.append(share[known])
-            filled += len(known)
-            ends.append(filled)
-    if filled == 0:
-        raise ValueError(
-            f"all pixels of the {len(split)} masks beside {split.folder} are {IGNORED}, which is "
-            "ignored; give masks that name classes"
-        )
-    return Bank(cells[:filled], torch.cat(shares), torch.tensor(ends))
+            rows = slice(ends[-1], ends[-1] + len(known))
+            cells[rows], shares[rows] = own[known], share[known]
+            ends.append(rows.stop)
+    return Bank(cells[: ends[-1]], shares[: ends[-1]], ends[first_held])
 
 
 Judge = Callable[[Tensor], Tensor]
@@ -145,7 +138,7 @@ def held_out_last(count: int) -> tuple[list[int], int]:
     return rest + held, len(rest)
 
 
-def linear_judge(bank: Bank, first_held: int) -> Judge:
+def linear_judge(bank: Bank) -> Judge:
     """One 1x1 convolution on standardised features: a multinomial logistic regression, converged.
 
     Fitted to the shares of classes in each cell by L-BFGS, with no learning rate and no seed. The
@@ -153,7 +146,6 @@ def linear_judge(bank: Bank, first_held: int) -> Judge:
 
     Args:
         bank: Training cells. They are standardised in place.
-        first_held: Where the images that choose the strength begin, in the bank's order.
     """
     mean, std = bank.cells.mean(dim=0), bank.cells.std(dim=0, correction=0).clamp(min=1e-6)
     cells = bank.cells.sub_(mean).div_(std)
@@ -161,14 +153,14 @@ def linear_judge(bank: Bank, first_held: int) -> Judge:
     weights = torch.zeros(cells.shape[1] + 1, bank.shares.shape[1])
     weights[-1] = bank.shares.mean(dim=0).clamp(min=1e-6).log()  # each class as often as it is
     strength = FEW_STRENGTH
-    if 0 < first_held < len(bank.ends):
-        cut = int(bank.ends[first_held - 1])
+    cut = bank.first_held
+    if 0 < cut < len(cells):
         tried: list[tuple[float, float, Tensor]] = []
         for one in STRENGTHS:
             weights = fitted(
                 cells[:cut], bank.shares[:cut], one, weights, curvature, CHOOSING_TOLERANCE
             )
-            iou = cell_iou(affine(cells[cut:], weights), bank.shares[cut:])
+            iou = cell_iou(weights, cells[cut:], bank.shares[cut:])
             tried.append((iou, one, weights))
         _, strength, weights = max(tried, key=lambda own: own[:2])
     weights = fitted(cells, bank.shares, strength, weights, curvature)
@@ -178,14 +170,12 @@ def linear_judge(bank: Bank, first_held: int) -> Judge:
     return lambda own: affine(own, weights)
 
 
-def cell_iou(scores: Tensor, shares: Tensor) -> float:
+def cell_iou(weights: Tensor, cells: Tensor, shares: Tensor) -> float:
     """Mean IoU of cells by their shares, over classes that are there or were given."""
-    weight = shares.sum(dim=1)
-    found = scores.argmax(dim=1)
     table = torch.zeros(shares.shape[1], shares.shape[1], dtype=torch.float64)
-    table.index_add_(0, found, shares.double())
+    for own, part in blocks(cells, shares):
+        table.index_add_(0, affine(own, weights).argmax(dim=1), part.double())
     both = table.sum(dim=0) + table.sum(dim=1) - table.diag()
-    assert weight.min() > 0
     return float((table.diag() / both)[both > 0].mean())
 
 
@@ -194,10 +184,10 @@ def neighbour_judge(bank: Bank, seed: int = 0) -> Judge:
 
     Likeness is the cosine of features from which the training cells' mean is taken out; votes are
     class shares, weighed by ``exp(cosine / TEMPERATURE)``. Of more than `BANK_CELLS` training cells
-    that many are drawn. Costs a cosine for each pair of cells, made in blocks.
+    that many are drawn, and copied. Costs a cosine for each pair of cells, made in blocks.
 
     Args:
-        bank: Training cells.
+        bank: Training cells. They, or the copies, are scaled to length 1 in place.
         seed: Decides which are drawn.
     """
     cells, shares = bank.cells, bank.shares
@@ -206,13 +196,13 @@ def neighbour_judge(bank: Bank, seed: int = 0) -> Judge:
         drawn = torch.randperm(len(cells), generator=dice)[:BANK_CELLS]
         cells, shares = cells[drawn], shares[drawn]
     mean = cells.mean(dim=0)
-    known = normalize(cells - mean, dim=1)
+    known = normalize(cells.sub_(mean), dim=1, out=cells)
     count = min(NEIGHBOURS, len(known))
 
     def judge(own: Tensor) -> Tensor:
         asked = normalize(own - mean, dim=1)
         votes = []
-        rows = max(1, TABLE_ENTRIES // len(known))
+        rows = max(1, TABLE_ENTRIES // max(len(known), count * shares.shape[1]))
         for first in range(0, len(asked), rows):
             cosines, nearest = (asked[first : first + rows] @ known.mT).topk(count, dim=1)
             weights = torch.softmax(cosines / TEMPERATURE, dim=1)
@@ -255,7 +245,6 @@ def probed(
         seed: Decides which cells are kept where not all can be; nothing else is drawn.
         keep: Images whose predictions are to be kept, by their place in ``judged``.
     """
-    order, first_held = held_out_last(len(train))
-    bank = gather(reader, train.chosen(order), prepare, seed=seed)
-    judge = linear_judge(bank, first_held) if protocol == "linear" else neighbour_judge(bank, seed)
+    bank = gather(reader, train, prepare, seed=seed)
+    judge = linear_judge(bank) if protocol == "linear" else neighbour_judge(bank, seed)
     return score(by_cells(reader, judge), judged, prepare, keep)

@@ -88,7 +88,7 @@ def test_without_names_classes_are_numbered(labelled) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["sky\nsign post\n", "0 sky\n1 sign post\n", "\n0\tsky\n 1 sign post"]
+    "text", ["sky\nsign post\n", "0 sky\n1 sign post\n", "0\tsky\n 1 sign post\n\n \n"]
 )
 def test_names_may_follow_their_ids(tmp_path, text) -> None:
     path = tmp_path / "classes.txt"
@@ -105,6 +105,76 @@ def test_ids_out_of_order_are_refused(tmp_path) -> None:
         f"{path} has id 1 in line 1, where 0 must stand: one class a line in the order of "
         "ids, from 0"
     )
+
+
+def test_a_byte_order_mark_is_no_part_of_a_name(tmp_path) -> None:
+    path = tmp_path / "classes.txt"
+    path.write_bytes(b"\xef\xbb\xbf0 sky\r\n1 stra\xc3\x9fe\r\n")
+    assert read_classes(path) == ("sky", "straße")
+
+
+@pytest.mark.parametrize(("coding", "line"), [("latin-1", 2), ("utf-16", 1)])
+def test_another_coding_is_refused(tmp_path, coding, line) -> None:
+    path = tmp_path / "classes.txt"
+    path.write_text("sky\nstraße\n", encoding=coding)
+    with pytest.raises(ValueError) as error:
+        read_classes(path)
+    assert str(error.value) == f"{path} is not UTF-8 (line {line}); save it as UTF-8"
+
+
+@pytest.mark.parametrize("text", ["sky\n\nroad\n", "0 sky\n \n1 road\n"])
+def test_a_blank_line_between_names_is_refused(tmp_path, text) -> None:
+    path = tmp_path / "classes.txt"
+    path.write_text(text)
+    with pytest.raises(ValueError) as error:
+        read_classes(path)
+    assert str(error.value) == (
+        f"{path} has nothing in line 2, where the class of id 1 must stand; name it, or remove the "
+        "line if the next name is that class"
+    )
+
+
+@pytest.mark.parametrize("text", ["sky\nvoid\nroad\nvoid", "0 sky\n1 void\n2 road\n3 void"])
+def test_a_name_of_two_classes_is_refused(tmp_path, text) -> None:
+    path = tmp_path / "classes.txt"
+    path.write_text(text)
+    with pytest.raises(ValueError) as error:
+        read_classes(path)
+    assert str(error.value) == (
+        f"{path} names two classes 'void' (ids 1 and 3); scores are listed by name, so give each "
+        "class its own"
+    )
+
+
+def recoded(folder, ids) -> None:
+    """Write other ids in place of 0, 1 and 2, and take the names away."""
+    (folder / "classes.txt").unlink(missing_ok=True)
+    for path in (folder / "masks").rglob("*.png"):
+        with Image.open(path) as image:
+            mask = np.array(image)
+        write(path, np.select([mask == i for i in range(3)], ids, 255).astype(np.uint8))
+
+
+def test_colours_turned_to_gray_are_refused_unless_they_are_named(labelled) -> None:
+    recoded(labelled, (0, 76, 150))
+    names = labelled / "classes.txt"
+    assert refusal(labelled) == (
+        f"the masks in {labelled / 'masks'} hold only 3 of the ids up to 150, such as 0, 76, "
+        "150, like colours turned to gray; number the classes 0, 1, 2 and so on, or name all "
+        f"151 in {names} if these are their ids"
+    )
+    names.write_text("\n".join(f"kind {label}" for label in range(151)))
+    assert len(opened(labelled)[0].classes) == 151
+
+
+def test_classes_that_are_missing_are_not_refused(labelled) -> None:
+    recoded(labelled, (0, 15, 63))  # a few classes of a small set
+    assert len(opened(labelled)[0].classes) == 64
+    # Some photos of a large set: 38 of 150 classes, a little more than a quarter.
+    some = np.array([*range(0, 148, 4), 149], np.uint8)
+    for path in (labelled / "masks").rglob("*.png"):
+        write(path, np.resize(some, (32, 48)))
+    assert len(opened(labelled)[0].classes) == 150
 
 
 def test_an_empty_list_of_classes_is_refused(tmp_path) -> None:
@@ -211,6 +281,27 @@ def test_masks_of_nothing_and_all_are_explained(labelled) -> None:
         f"the masks in {labelled / 'masks/train'} hold 0 and 255 alone, and 255 means ignored, so "
         "only class 0 is left; write 1 in place of 255 if it is your second class"
     )
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_split_without_a_known_pixel_is_refused(labelled, split) -> None:
+    for path in (labelled / "masks" / split).iterdir():
+        write(path, np.full((32, 48), 255, np.uint8))
+    assert refusal(labelled) == (
+        f"all pixels of the masks in {labelled / 'masks' / split} are 255, which means ignored, so "
+        "there is nothing to learn or to judge by; name a split that has labels, or write class ids"
+    )
+
+
+def test_images_without_a_known_pixel_are_left_out(labelled) -> None:
+    for number in (0, 7):
+        write(labelled / f"masks/train/{number}.png", np.full((32, 48), 255, np.uint8))
+    train, val = opened(labelled)
+    assert [path.stem for path in train.images] == [path.stem for path in train.masks]
+    assert [train.name(i) for i in range(len(train))] == [
+        f"{i}.png" for i in (1, 2, 3, 4, 5, 6, 8, 9)
+    ]
+    assert len(val) == 4
 
 
 def test_a_single_class_is_refused(labelled) -> None:

@@ -50,6 +50,16 @@ def test_where_a_fit_starts_does_not_matter() -> None:
     assert ends[0].item() == pytest.approx(ends[1].item(), abs=2e-4)
 
 
+@pytest.mark.parametrize("rows", [1, 70, 299])
+def test_a_fit_in_blocks_is_the_fit_at_once(monkeypatch, rows) -> None:
+    cells, shares = (own.double() for own in problem())
+    curvature, start = Curvature.of(cells), torch.zeros(13, 3, dtype=torch.float64)
+    at_once = fitted(cells, shares, 1e-2, start, curvature)
+    monkeypatch.setattr(regression, "BLOCK_ENTRIES", 3 * rows + 2)
+    in_blocks = fitted(cells, shares, 1e-2, start, curvature)
+    torch.testing.assert_close(in_blocks, at_once, rtol=0, atol=1e-9)
+
+
 def test_curvature_to_powers_that_cancel() -> None:
     cells, _ = problem()
     curvature = Curvature.of(cells)

@@ -1,10 +1,15 @@
 """Segmentation: shares, bounds and judges against hand arithmetic and slow loops."""
 
+import json
 import math
+from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.nn.functional import cosine_similarity, one_hot
+from torch.profiler import ProfilerActivity, profile
 
 from pixel_level_contrastive_learning.data.statistics import Statistics
 from pixel_level_contrastive_learning.evaluation import regression, segmentation
@@ -48,14 +53,20 @@ def test_cells_without_pixels_show_nothing() -> None:
     assert shares.tolist() == [[0, 0], [0, 0], [0, 0], [1, 0]]
 
 
-def test_iou_of_cells_by_hand() -> None:
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_iou_of_cells_by_hand(monkeypatch, rows) -> None:
+    monkeypatch.setattr(regression, "BLOCK_ENTRIES", 3 * rows)
     shares = torch.tensor([[1.0, 0, 0], [0.5, 0.5, 0], [0, 1, 0]])
-    scores = one_hot(torch.tensor([0, 0, 1]), 3).float()
+    cells = one_hot(torch.tensor([0, 0, 1]), 3).float()
+    as_they_are = torch.cat([torch.eye(3), torch.zeros(1, 3)])
     # Class 0: 1.5 of 2; class 1: 1 of 1.5; class 2 is nowhere.
-    assert cell_iou(scores, shares) == pytest.approx((1.5 / 2 + 1 / 1.5) / 2)
+    assert cell_iou(as_they_are, cells, shares) == pytest.approx((1.5 / 2 + 1 / 1.5) / 2)
 
 
 # What is kept.
+
+ORDER = [0, 1, 3, 4, 5, 6, 8, 9, 2, 7]
+"""Of ten images: the last fifths of the stretches come last."""
 
 
 def test_all_cells_are_kept_with_what_they_show(labelled, plain) -> None:
@@ -64,13 +75,16 @@ def test_all_cells_are_kept_with_what_they_show(labelled, plain) -> None:
     bank = gather(reader, train, preparation(32))
     # Maps of 8 x 12 cells; of each first row half the pixels are ignored.
     assert bank.cells.shape == (960, 3)
-    assert bank.ends.tolist() == list(range(96, 961, 96))
+    assert bank.first_held == 8 * 96
     assert bank.shares.sum(1)[:13].tolist() == [0.5] * 12 + [1]
     assert torch.equal(bank.cells.argmax(1), bank.shares.argmax(1))  # colours are classes
-    third = train.read(2)
-    ready = preparation(32).normalised(third.pixels[None] / 255)
-    expected = reader(ready)[0].flatten(1).T
-    torch.testing.assert_close(bank.cells[192:288], expected)
+    torch.testing.assert_close(bank.cells, torch.cat(own_cells(reader, train, ORDER)))
+
+
+def own_cells(reader, split, order) -> list[torch.Tensor]:
+    """All cells of each image, one image at a time."""
+    ready = [preparation(32).normalised(split.read(i).pixels[None] / 255) for i in order]
+    return [reader(own)[0].flatten(1).T for own in ready]
 
 
 def test_cells_all_ignored_are_left_out(labelled, plain) -> None:
@@ -81,30 +95,115 @@ def test_cells_all_ignored_are_left_out(labelled, plain) -> None:
     assert bank.shares.sum(1).min() == 1
 
 
-def test_memory_is_bounded_and_every_image_gives_its_share(labelled, plain) -> None:
+def of_one(rows: torch.Tensor, cells: torch.Tensor) -> bool:
+    """Whether all rows are among the cells."""
+    return bool((torch.cdist(rows, cells, p=1).min(1).values < 1e-5).all())
+
+
+@pytest.mark.parametrize("each", [1, 20])
+def test_memory_is_bounded_and_every_image_gives_its_share(labelled, plain, each) -> None:
     train, _ = open_labelled(labelled)
     reader = Reader(plain, ["patches"], 3, (32, 48))
+    most = 4 * (3 + 3) * (10 * each + 9)  # a cell more of each would not fit
     banks = [
-        gather(reader, train, preparation(32), seed=seed, most_bytes=10 * 20 * 3 * 4)
-        for seed in (0, 0, 1)
+        gather(reader, train, preparation(32), seed=seed, most_bytes=most) for seed in (0, 0, 1)
     ]
-    assert banks[0].cells.shape == (200, 3)
-    assert banks[0].ends.tolist() == list(range(20, 201, 20))
+    assert banks[0].cells.shape == banks[0].shares.shape == (10 * each, 3)
+    assert banks[0].first_held == 8 * each
+    cells = own_cells(reader, train, ORDER)
+    assert all(map(of_one, banks[0].cells.split(each), cells))
     assert torch.equal(banks[0].cells, banks[1].cells)
     assert not torch.equal(banks[0].cells, banks[2].cells)
     assert torch.equal(banks[2].cells.argmax(1), banks[2].shares.argmax(1))
 
 
-def test_images_of_many_sizes_are_kept(labelled, plain) -> None:
-    from PIL import Image
+@pytest.mark.parametrize(("most", "given", "held"), [(4, [0, 2, 5, 7], 1), (1, [0], 0)])
+def test_images_are_left_out_evenly_where_a_cell_of_each_is_too_many(
+    labelled, plain, most, given, held
+) -> None:
+    train, _ = open_labelled(labelled)
+    reader = Reader(plain, ["patches"], 3, (32, 48))
+    bank = gather(reader, train, preparation(32), most_bytes=4 * (3 + 3) * most + 23)
+    assert bank.cells.shape == bank.shares.shape == (most, 3)
+    assert bank.first_held == most - held
+    assert all(map(of_one, bank.cells.split(1), own_cells(reader, train, given)))
+    assert linear_judge(bank)(bank.cells).isfinite().all()
 
+
+def peak(call, folder) -> int:
+    """The most bytes that torch holds during a call beyond those it held before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watch:
+        torch.empty(1)
+        call()
+    watch.export_chrome_trace(str(folder / "trace.json"))
+    events = json.loads((folder / "trace.json").read_text())["traceEvents"]
+    held = [own["args"] for own in events if own["name"] == "[memory]"]
+    return max(own["Total Allocated"] for own in held) - held[0]["Total Allocated"]
+
+
+class Wide(NamedTuple):
+    """Reads features of as many channels as wanted, one cell for 4 x 4 pixels."""
+
+    channels: int
+
+    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
+        b, _, h, w = pixels.shape
+        return torch.ones(b, self.channels, h // 4, w // 4)
+
+
+@pytest.mark.parametrize(("channels", "classes"), [(64, 3), (3, 150)])
+def test_a_bank_stays_within_its_bound_while_it_grows(
+    labelled, tmp_path, channels, classes
+) -> None:
+    names = "\n".join(f"kind {label}" for label in range(classes))
+    (labelled / "classes.txt").write_text(names)
+    for number in range(1, 10):  # the first has the fewest cells
+        widen(labelled, number, 48 + 24 * number)
+    train, _ = open_labelled(labelled)
+    many = train.chosen(list(range(10)) * 16)
+    banks, most = [], 2**23
+    taken = peak(
+        lambda: banks.append(gather(Wide(channels), many, preparation(32), most_bytes=most)),
+        tmp_path,
+    )
+    assert 0.8 * most < len(banks[0].cells) * 4 * (channels + classes) <= most
+    assert taken < most + 2**21  # beside it stands one image with its features
+
+
+def test_the_tables_of_a_linear_judge_are_small(monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(regression, "BLOCK_ENTRIES", 2**13)
+    cells, shares = torch.randn(8000, 4), torch.rand(8000, 40)
+    bank = Bank(cells, shares, 6000)
+    taken = peak(lambda: linear_judge(bank), tmp_path)
+    # Blocks of 32 KiB, weights of 800 bytes, against a bank of 1.4 MB.
+    assert taken < 6 * 4 * 2**13 + 80 * 800
+
+
+def test_the_tables_of_neighbours_are_small(monkeypatch, tmp_path) -> None:
+    judges, bank = [], Bank(torch.randn(20000, 16), torch.rand(20000, 3), 20000)
+    taken = peak(lambda: judges.append(neighbour_judge(bank)), tmp_path)
+    assert taken < 4 * bank.cells.numel() / 4
+    few = neighbour_judge(Bank(torch.randn(30, 4), torch.rand(30, 40), 30))
+    monkeypatch.setattr(segmentation, "TABLE_ENTRIES", 2**13)
+    taken = peak(lambda: few(torch.ones(8000, 4)), tmp_path)
+    # The cells that ask, and votes in parts and as a whole, beside tables of 32 KiB.
+    assert taken < 4 * 8000 * (3 * 4 + 2 * 40) + 6 * 4 * 2**13
+
+
+def widen(folder, number, width) -> None:
+    """Stretch a training image and its mask."""
     for kind in ("images", "masks"):
-        path = labelled / kind / "train" / "5.png"
+        path = folder / kind / "train" / f"{number}.png"
         with Image.open(path) as image:
-            image.resize((96, 32), Image.Resampling.NEAREST).save(path)
+            wide = image.resize((width, 32), Image.Resampling.NEAREST)
+        wide.save(path)
+
+
+def test_images_of_many_sizes_are_kept(labelled, plain) -> None:
+    widen(labelled, 5, 96)
     train, _ = open_labelled(labelled)
     bank = gather(Reader(plain, ["patches"], 3, (32, 48)), train, preparation(32))
-    assert bank.ends.diff().tolist() == [96] * 4 + [192] + [96] * 4
+    assert len(bank.cells) == 9 * 96 + 192
     assert torch.equal(bank.cells.argmax(1), bank.shares.argmax(1))
 
 
@@ -137,21 +236,19 @@ def coloured(count: int) -> Bank:
     """Cells of three classes around three points, on an odd scale, and what they show."""
     shown = torch.arange(count) % 3
     cells = torch.eye(3)[shown] * 50 + torch.randn(count, 3) + torch.tensor([1000.0, 0, -7])
-    return Bank(cells, one_hot(shown, 3).float(), torch.arange(10, count + 1, 10))
+    return Bank(cells, one_hot(shown, 3).float(), 8 * count // 10)
 
 
-@pytest.mark.parametrize("first_held", [8, 10])
-def test_a_linear_judge_tells_classes_apart(first_held) -> None:
-    bank = coloured(100)
+def test_a_linear_judge_tells_classes_apart() -> None:
     own = coloured(60)
-    judge = linear_judge(bank, first_held)
+    judge = linear_judge(coloured(100))
     assert torch.equal(judge(own.cells).argmax(1), own.shares.argmax(1))
 
 
 def test_a_linear_judge_stands_a_channel_that_is_always_the_same() -> None:
     bank, own = coloured(100), coloured(60)
     constant = bank._replace(cells=torch.cat([bank.cells, torch.full((100, 1), 3.0)], 1))
-    judge = linear_judge(constant, 8)
+    judge = linear_judge(constant)
     scores = judge(torch.cat([own.cells, torch.full((60, 1), 3.0)], 1))
     assert scores.isfinite().all()
     assert torch.equal(scores.argmax(1), own.shares.argmax(1))
@@ -160,27 +257,43 @@ def test_a_linear_judge_stands_a_channel_that_is_always_the_same() -> None:
 def test_a_class_that_is_not_among_the_training_cells_is_never_chosen() -> None:
     bank = coloured(100)
     more = bank._replace(shares=torch.cat([bank.shares, torch.zeros(100, 1)], 1))
-    assert linear_judge(more, 8)(coloured(60).cells).argmax(1).max() == 2
+    assert linear_judge(more)(coloured(60).cells).argmax(1).max() == 2
 
 
 @pytest.mark.parametrize(
     ("ious", "chosen"), [((1, 2, 3, 2, 1), 1e-3), ((3, 1, 1, 1, 3), 1e-1), ((1, 1, 1, 1, 2), 1e-5)]
 )
 def test_the_strength_that_serves_held_out_images_best_is_taken(monkeypatch, ious, chosen) -> None:
-    waiting, fits = iter(ious), []
+    waiting = iter(ious)
 
-    def counted(scores, shares):
-        assert len(shares) == 20  # the last two of ten images
+    def counted(weights, cells, shares):
+        assert len(cells) == len(shares) == 20  # the last two of ten images
         return next(waiting)
+
+    monkeypatch.setattr(segmentation, "cell_iou", counted)
+    fits = noted_fits(monkeypatch)
+    linear_judge(coloured(100))
+    assert fits == [(80, strength) for strength in (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)] + [(100, chosen)]
+
+
+@pytest.mark.parametrize("first_held", [0, 100])
+def test_nothing_is_chosen_where_one_side_has_no_cells(monkeypatch, first_held) -> None:
+    fits, own = noted_fits(monkeypatch), coloured(60)
+    judge = linear_judge(coloured(100)._replace(first_held=first_held))
+    assert fits == [(100, 1e-2)]
+    assert torch.equal(judge(own.cells).argmax(1), own.shares.argmax(1))
+
+
+def noted_fits(monkeypatch) -> list[tuple[int, float]]:
+    """Cells and strength of each fit from now on."""
+    fits = []
 
     def noted(cells, shares, strength, *others):
         fits.append((len(cells), strength))
         return regression.fitted(cells, shares, strength, *others)
 
-    monkeypatch.setattr(segmentation, "cell_iou", counted)
     monkeypatch.setattr(segmentation, "fitted", noted)
-    linear_judge(coloured(100), 8)
-    assert fits == [(80, strength) for strength in (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)] + [(100, chosen)]
+    return fits
 
 
 def slow_votes(bank: Bank, own: torch.Tensor) -> torch.Tensor:
@@ -196,17 +309,19 @@ def slow_votes(bank: Bank, own: torch.Tensor) -> torch.Tensor:
 
 
 def test_neighbours_vote_as_in_the_slow_loop(monkeypatch) -> None:
-    bank = Bank(torch.randn(70, 5), torch.rand(70, 3), torch.tensor([70]))
+    bank = Bank(torch.randn(70, 5), torch.rand(70, 3), 70)
     own = torch.randn(33, 5)
     expected = slow_votes(bank, own)
-    torch.testing.assert_close(neighbour_judge(bank)(own), expected)
+    judge = neighbour_judge(bank)
+    torch.testing.assert_close(judge(own), expected)
     monkeypatch.setattr(segmentation, "TABLE_ENTRIES", 70 * 4)
-    torch.testing.assert_close(neighbour_judge(bank)(own), expected)
+    torch.testing.assert_close(judge(own), expected)
 
 
 def test_few_neighbours_are_enough() -> None:
-    bank = Bank(torch.randn(3, 5), torch.eye(3), torch.tensor([3]))
-    assert neighbour_judge(bank)(bank.cells).argmax(1).tolist() == [0, 1, 2]
+    cells = torch.randn(3, 5)
+    judge = neighbour_judge(Bank(cells.clone(), torch.eye(3), 3))
+    assert judge(cells).argmax(1).tolist() == [0, 1, 2]
 
 
 def test_neighbours_are_drawn_where_there_are_too_many(monkeypatch) -> None:
@@ -239,3 +354,18 @@ def test_classes_that_are_colours_are_found(labelled, plain, protocol) -> None:
     assert scored.kept[2].shape == (32, 48)
     again = probed(reader, train, val, preparation(32), protocol=protocol)
     assert again.scores == scored.scores
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("protocol", ["linear", "knn"])
+def test_a_few_images_may_be_annotated(labelled, plain, protocol, first) -> None:
+    # Either none of those at the end of a stretch, or none but those.
+    blank = (2, 7) if first else (0, 1, 3, 4, 5, 6, 8, 9)
+    for number in blank:
+        path = labelled / f"masks/train/{number}.png"
+        Image.fromarray(np.full((32, 48), 255, np.uint8)).save(path)
+    train, val = open_labelled(labelled)
+    reader = Reader(plain, ["patches"], 3, (32, 48))
+    bank = gather(reader, train, preparation(32))
+    assert 0 < bank.first_held < len(bank.cells)  # the strength is chosen all the same
+    assert probed(reader, train, val, preparation(32), protocol=protocol).scores.miou > 0.9
