@@ -40,7 +40,12 @@ def __getattr__(name: str) -> object:
     """The public name, loaded when first asked for: importing the package loads no torch."""
     if name not in ROOMS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value: object = getattr(import_module(ROOMS[name], __name__), name)
+    try:
+        value: object = getattr(import_module(ROOMS[name], __name__), name)
+    except ModuleNotFoundError as error:
+        from .checks import not_installed
+
+        raise ModuleNotFoundError(not_installed(error.name), name=error.name) from error
     globals()[name] = value
     return value
 

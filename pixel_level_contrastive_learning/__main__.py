@@ -2,7 +2,18 @@
 
 import sys
 
-from .cli import main
+from .checks import not_installed
+
+
+def main() -> int:
+    """Run a command; the exit code."""
+    try:
+        from .cli import main as command
+    except ModuleNotFoundError as error:
+        print(f"error: {not_installed(error.name)}", file=sys.stderr)
+        return 1
+    return command()
+
 
 if __name__ == "__main__":
     sys.exit(main())

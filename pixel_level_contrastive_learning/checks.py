@@ -38,6 +38,14 @@ def above(name: str, value: object, low: float) -> str | None:
     return f"{name} is {value!r}; it must be a number above {low}"
 
 
+def not_installed(library: str | None) -> str:
+    """The complaint about a library that comes with the extras."""
+    return (
+        f"{library} is not installed; everything beside PixelCL itself needs the extras: "
+        "pip install 'pixel-level-contrastive-learning[train]'"
+    )
+
+
 def within(name: str, value: object, low: float, high: float) -> str | None:
     """The complaint about a number outside ``[low, high]``."""
     if is_number(value) and low <= value <= high:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
 import tyro
 
+from .checks import not_installed
 from .trainer.config import PretrainConfig
 from .trainer.settings import configured, settings_of
 
@@ -131,7 +132,7 @@ def prepare(
         max_side: Longer side of the images in the shards, in pixels; smaller ones are kept as are.
         quality: Of the JPEGs written, 1 to 95.
         images_each: Images a shard.
-        max_broken: Share of images that may be unreadable before it stops.
+        max_broken: Share of images that may be unreadable before it stops; unless it is 0, one may.
         workers: Threads; one for each core where none is given.
     """
     from .data.packing import pack
@@ -151,23 +152,26 @@ def prepare(
 
 
 def layers(
-    model: tyro.conf.Positional[str], image_size: tuple[int, int] = (224, 224), channels: int = 3
+    model: tyro.conf.Positional[str],
+    image_size: int | tuple[int, int] = 224,
+    channels: int = 3,
 ) -> None:
     """List the layers of a model that can be tapped, with stride and channels.
 
     Args:
         model: torchvision/NAME, timm/NAME, or your own path/to/file.py:function.
-        image_size: Height and width of the views.
+        image_size: Side of the views in pixels, or height and width.
         channels: Channels of the images.
     """
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from .backbones import build_backbone, tappable_layers
 
-    net = build_backbone(model, channels=channels, image_size=image_size)
-    table = Table("layer", "type", "stride", "channels", "cells")
-    for layer in tappable_layers(net, channels, image_size):
+    size = (image_size, image_size) if isinstance(image_size, int) else image_size
+    net = build_backbone(model, channels=channels, image_size=size)
+    table = Table(Column("layer", overflow="fold"), "type", "stride", "channels", "cells")
+    for layer in tappable_layers(net, channels, size):
         cells = f"{layer.grid[0]}x{layer.grid[1]}"
         table.add_row(layer.name, layer.type_name, f"{layer.stride:g}", str(layer.channels), cells)
     Console().print(table)
@@ -211,14 +215,15 @@ def starting_point(arguments: Sequence[str]) -> PretrainConfig:
 
 def chosen(arguments: Sequence[str]) -> PretrainConfig:
     """The settings that flags, files and recipes come to."""
-    base = replace(starting_point(arguments), resume=False)  # or its flag would be --no-resume
+    base = starting_point(arguments)
     parsed = tyro.cli(
         PretrainConfig,
         prog="pixelcl pretrain",
         description=pretrain.__doc__,
         args=list(arguments),
         default=base,
-        config=OPTIONS,
+        # With both forms of each switch: a recipe or a run may have turned on what a flag repeats.
+        config=(tyro.conf.OmitArgPrefixes,),
     )
     before, now = asdict(base), asdict(parsed)
     given = {name: value for name, value in now.items() if value != before[name]}
@@ -247,6 +252,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:  # the user's mistake
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except ModuleNotFoundError as error:
+        print(f"error: {not_installed(error.name)}", file=sys.stderr)
+        return 1
     except (RuntimeError, OSError, MemoryError) as error:  # what went wrong on the way
         print(f"error: {error}", file=sys.stderr)
         return 1

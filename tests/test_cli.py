@@ -1,5 +1,6 @@
 """The command line: its flags, its help without torch, its refusals and exit codes."""
 
+import re
 import subprocess
 import sys
 import time
@@ -92,7 +93,7 @@ def test_the_flags_are_frozen() -> None:
 
 def test_help_names_every_flag(capsys) -> None:
     text = help_of("pretrain", capsys=capsys)
-    assert [flag for flag in FLAGS if f"{flag} " not in text] == []
+    assert [flag for flag in FLAGS if not re.search(f"{flag}[ ,]", text)] == []
 
 
 def test_help_names_every_command(capsys) -> None:
@@ -156,6 +157,33 @@ def test_resuming_takes_the_settings_of_the_run(tmp_path) -> None:
     assert (config.resume, config.steps, config.model) == (True, 40, "torchvision/resnet18")
 
 
+def test_a_switch_that_is_on_already_may_be_given_or_turned_off(tmp_path) -> None:
+    (tmp_path / "config.yaml").write_text("data: [x]\nsteps: 3\nzero_init_residual: true\n")
+    for start in (
+        ("a", "--recipe", "pixpro-100ep"),
+        ("--config", str(tmp_path / "config.yaml")),
+        ("--out", str(tmp_path), "--resume"),
+    ):
+        assert chosen(*start).zero_init_residual
+        assert chosen(*start, "--zero-init-residual").zero_init_residual
+        assert not chosen(*start, "--no-zero-init-residual").zero_init_residual
+
+
+@pytest.mark.parametrize(
+    "code", ["from {0}.__main__ import main; main()", "from {0} import pretrain"]
+)
+def test_without_the_extras_one_is_told_how_to_get_them(code) -> None:
+    block = "import sys; sys.modules |= dict.fromkeys(('tyro', 'yaml', 'lightning'))\n"
+    done = subprocess.run(
+        [sys.executable, "-c", block + code.format(PACKAGE)], capture_output=True, text=True
+    )
+    told = done.stderr.splitlines()[-1]
+    assert told.endswith(
+        " is not installed; everything beside PixelCL itself needs the extras: pip install "
+        "'pixel-level-contrastive-learning[train]'"
+    )
+
+
 def exit_code(arguments: tuple[str, ...]) -> object:
     """The code a command ends with, whoever ends it."""
     try:
@@ -202,7 +230,7 @@ def test_out_and_data_are_asked_for(capsys) -> None:
 
 
 def test_layers_are_listed(capsys) -> None:
-    assert cli.main(["layers", "torchvision/resnet18", "--image-size", "64", "64"]) == 0
+    assert cli.main(["layers", "torchvision/resnet18", "--image-size", "64"]) == 0
     [row] = [line for line in capsys.readouterr().out.splitlines() if " layer3 " in line]
     assert [cell.strip() for cell in row.strip("│ ").split("│")] == [
         "layer3",
@@ -211,6 +239,15 @@ def test_layers_are_listed(capsys) -> None:
         "256",
         "4x4",
     ]
+
+
+def test_long_names_of_layers_are_shown_whole(capsys, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    assert cli.main(["layers", "torchvision/vit_b_16", "--image-size", "32", "32"]) == 0
+    cells = [
+        line.strip("│ ").split("│")[0].strip() for line in capsys.readouterr().out.splitlines()
+    ]
+    assert "encoder.layers.encoder_layer_0.mlp" in "".join(cells)
 
 
 @pytest.mark.slow

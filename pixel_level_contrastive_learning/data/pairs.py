@@ -268,16 +268,18 @@ def first_of(pairs: Pairs) -> Pairs:
 
 
 def refuse_too_many(broken: dict[str, Broken], count: int, max_broken: float) -> None:
-    """Stop where more images are broken than allowed.
+    """Stop where more images are broken than allowed: that share of them, or one of a few.
 
     Raises:
         TooManyBroken: With the first reasons and the ways out.
     """
-    if len(broken) <= max_broken * count:
+    allowed = max(1, max_broken * count) if max_broken > 0 else 0
+    if len(broken) <= allowed:
         return
     shown = "".join(f"\n  {name}: {reason}" for name, reason in list(broken.values())[:5])
     raise TooManyBroken(
         f"{len(broken)} of {count} images cannot be used, more than the {max_broken:.2%} that "
-        f"max_broken allows; mend or remove them, or raise max_broken. Among them:{shown}",
+        "max_broken allows; mend or remove them, or go on with a larger max_broken. Among "
+        f"them:{shown}",
         broken.values(),
     )

@@ -166,7 +166,7 @@ class PretrainConfig:
     keep_checkpoints: int = 3
     """How many of them to keep."""
     max_broken: float = 0.01
-    """Share of images that may be broken before the run stops."""
+    """Share of images that may be broken before the run stops; unless it is 0, one always may."""
     loggers: tuple[Literal["tensorboard", "csv", "wandb", "mlflow"], ...] = ("tensorboard",)
     """Where figures go besides metrics.jsonl (Lightning's loggers)."""
     picture_every: int | Auto = "auto"

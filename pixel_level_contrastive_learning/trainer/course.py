@@ -82,7 +82,10 @@ class Run:
         self.directory = directory
         self.interruption = interruption
         self.devices = devices(config)
+        engine.check_loggers(config)
         LOG.info("%s", described(self.devices))
+        if config.resume:
+            self.compare(config)
         data = objects if objects is not None else config.data
         self.images = assembly.images_of(data, config, directory if config.resume else None)
         self.labelled = open_labelled(config.probe) if config.probe is not None else None
@@ -151,7 +154,8 @@ class Run:
         """Prepare the folder for the first step; the checkpoint to go on from, if there is one."""
         found = None
         if self.config.resume:
-            self.compare()
+            for name, (old, new) in self.compare(self.config).items():
+                LOG.warning("changed: %s was %r and is now %r", name, old, new)
             found = self.directory.newest_checkpoint()
             if found is None:
                 LOG.warning("no checkpoint in %s: starting at step 0", self.directory.checkpoints)
@@ -171,25 +175,24 @@ class Run:
             save_card(self.directory.path / WEIGHTS, card)
         return found[0] if found else None
 
-    def compare(self) -> None:
-        """Say what differs from the run that is resumed.
+    def compare(self, config: PretrainConfig) -> dict[str, tuple[Any, Any]]:
+        """What differs from the run that is resumed, by name: old and new.
 
         Raises:
             ValueError: Something that its weights depend on.
         """
         path = self.directory.path / CONFIG_FILE
         if not path.is_file():
-            return
-        changed = differences(read_settings(path), self.config)
-        wrong = [name for name in FIXED if name in changed]
+            return {}
+        changed = differences(read_settings(path), config)
+        wrong = [name for name in FIXED if name in changed and changed[name][1] != "auto"]
         if wrong:
             listed = ", ".join(f"{n} from {changed[n][0]!r} to {changed[n][1]!r}" for n in wrong)
             raise ValueError(
                 f"a run cannot go on with other weights: {listed}; leave these as they were, or "
                 "start a new run in another folder with --weights"
             )
-        for name, (old, new) in changed.items():
-            LOG.warning("changed: %s was %r and is now %r", name, old, new)
+        return changed
 
     def clock_at(self, checkpoint: Path) -> tuple[int, int]:
         """Step and samples to go on at; where the batch changed, a run in epochs counts samples."""

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
+from ..checks import raise_together, whole
 from ..evaluation.outcome import Evaluation
 from ..evaluation.table import evaluate
 from ..pictures.report import visualize
@@ -31,9 +32,10 @@ def demonstrate(out: Path, *, steps: int, overwrite: bool = False) -> Demonstrat
         overwrite: Whether to replace an earlier demo.
 
     Raises:
-        ValueError: The folder is in use.
+        ValueError: No steps, or the folder is in use.
     """
     scenes, run, report = out / "scenes", out / "run", out / "report.html"
+    raise_together(whole("steps", steps, 1))
     if out.exists() and any(out.iterdir()) and not overwrite:
         raise ValueError(
             f"out is {str(out)!r}, which is not empty; replace the demo in it (--overwrite), or "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +157,20 @@ def strategy_of(config: PretrainConfig, devices: Devices) -> Strategy | str:
     return DDPStrategy(
         find_unused_parameters=False, broadcast_buffers=False, gradient_as_bucket_view=True
     )
+
+
+def check_loggers(config: PretrainConfig) -> None:
+    """Find out whether the loggers that are asked for are installed.
+
+    Raises:
+        ValueError: One is not.
+    """
+    for name in ("wandb", "mlflow"):
+        if name in config.loggers and find_spec(name) is None:
+            raise ValueError(
+                f"loggers names {name!r}, which is not installed; pip install {name}, or take csv: "
+                "metrics.jsonl is written in any case"
+            )
 
 
 def loggers_of(config: PretrainConfig, folder: Path) -> list[Logger]:

@@ -70,6 +70,11 @@ def devices(config: PretrainConfig) -> Devices:
             f"devices is {config.devices!r} with accelerator {config.accelerator!r}; here are "
             f"{there.get(kind, 0)} of kind {kind}: give fewer, or accelerator cpu"
         )
+    if kind == "cpu" and config.devices != "auto" and each > cores():
+        raise ValueError(
+            f"devices is {each} processes on the CPU, which has {cores()} cores; give as many at "
+            "most, or leave it: one process uses all cores"
+        )
     return Devices(kind, each, nodes)
 
 

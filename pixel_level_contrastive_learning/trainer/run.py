@@ -17,7 +17,7 @@ from .directory import LOG_FILE, RunDirectory
 from .interruption import Interruption
 from .machine import is_writer
 from .messages import logged
-from .settings import configured, settings_of
+from .settings import CONFIG_FILE, configured, settings_of
 
 LOG = logging.getLogger("pixel_level_contrastive_learning")
 
@@ -81,9 +81,14 @@ def run(config: PretrainConfig, objects: Any = None) -> PretrainResult:
     """
     if config.out is None:
         raise ValueError("out is not given; name the folder of the run, such as --out runs/mine")
-    if not config.data and objects is None:
-        raise ValueError("data is not given; name a folder of images")
     directory = RunDirectory(Path(config.out).expanduser().absolute())
+    if not config.data and objects is None:
+        if config.resume and not (directory.path / CONFIG_FILE).is_file():
+            raise ValueError(
+                f"out is {config.out!r}, where no run is to go on with; name the folder of one, or "
+                "name images to begin a new one"
+            )
+        raise ValueError("data is not given; name a folder of images")
     if is_writer():
         directory.check(resume=config.resume, overwrite=config.overwrite)
     with (

@@ -308,6 +308,19 @@ def test_a_forbidden_file_is_not_fatal(folder) -> None:
     assert 5 not in next(iter(ours)).index
 
 
+def test_one_broken_file_of_a_few_does_not_stop_the_run(folder, tmp_path) -> None:
+    source = open_source(folder)
+    form = measure(source)
+    spoil(folder, 5)
+    how: dict = {"image_size": (8, 8), "batch_size": 3, "seed": 0, "workers": 0}
+    assert len(list(build_loader(source, form, **how))) == 4
+    spoil(folder, 6)
+    with pytest.raises(
+        TooManyBroken, match=r"^2 of 12 images cannot be used, more than the 1\.00%"
+    ):
+        list(build_loader(source, form, **how))
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_too_many_broken_files_stop_the_run(folder, tmp_path, workers) -> None:
     source = open_source(folder)
@@ -325,7 +338,7 @@ def test_too_many_broken_files_stop_the_run(folder, tmp_path, workers) -> None:
         run(0.2)
     told = str(error.value)
     assert "3 of 12 images cannot be used, more than the 20.00% that max_broken allows" in told
-    assert "mend or remove them, or raise max_broken" in told
+    assert "mend or remove them, or go on with a larger max_broken" in told
     assert "not an image that can be read" in told
     skipped.unlink()
     with pytest.raises(TooManyBroken, match=r"^1 of 12 images cannot be used") as error:

@@ -25,3 +25,10 @@ def test_the_demo_ends_with_a_table_and_where_the_report_is(tmp_path, capsys) ->
     (out / "notes.txt").write_text("mine")
     assert cli.main(["demo", "--out", str(out), "--steps", "1", "--overwrite"]) == 0
     assert (out / "notes.txt").read_text() == "mine"
+
+
+def test_no_steps_are_refused_before_a_scene_is_drawn(tmp_path, capsys) -> None:
+    out = tmp_path / "demo"
+    assert cli.main(["demo", "--out", str(out), "--steps", "0"]) == 2
+    assert "steps is 0" in capsys.readouterr().err
+    assert not out.exists()

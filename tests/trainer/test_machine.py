@@ -21,7 +21,14 @@ def _no_gpu(monkeypatch) -> None:
 
 def test_a_cpu_is_one_device_unless_more_are_asked_for() -> None:
     assert devices(PretrainConfig()) == Devices("cpu", 1, 1)
+    assert devices(PretrainConfig(devices=1, num_nodes=2)).processes == 2
+
+
+def test_more_processes_than_cores_are_refused(monkeypatch) -> None:
+    monkeypatch.setattr(machine, "cores", lambda: 3)
     assert devices(PretrainConfig(devices=3, num_nodes=2)).processes == 6
+    with pytest.raises(ValueError, match="devices is 4 processes on the CPU, which has 3 cores"):
+        devices(PretrainConfig(devices=4))
 
 
 def test_gpus_are_all_taken_unless_fewer_are_asked_for(monkeypatch) -> None:

@@ -13,6 +13,7 @@ from PIL import Image
 from pixel_level_contrastive_learning import pretrain
 from pixel_level_contrastive_learning.exports import export
 from pixel_level_contrastive_learning.files import CannotWriteError
+from pixel_level_contrastive_learning.trainer import engine
 from pixel_level_contrastive_learning.trainer.course import Run
 from pixel_level_contrastive_learning.trainer.interruption import Interrupted
 from pixel_level_contrastive_learning.trainer.schedules import LearningRate, TargetMomentum
@@ -174,6 +175,27 @@ def test_other_weights_cannot_be_resumed(tmp_path, settings) -> None:
     pretrain(**settings())
     with pytest.raises(ValueError, match="projection_size from 16 to 32; leave these as they were"):
         pretrain(out=tmp_path / "run", resume=True, projection_size=32)
+
+
+def test_another_network_is_refused_before_it_is_built(tmp_path, settings) -> None:
+    pretrain(**settings())
+    with pytest.raises(ValueError, match=r"model from '.*nets.py:tiny' to 'torchvision/resnet18'"):
+        pretrain(out=tmp_path / "run", resume=True, model="torchvision/resnet18")
+    pretrain(out=tmp_path / "run", resume=True, pixel_layer="auto")  # decided as before
+
+
+def test_where_there_is_no_run_to_go_on_with_is_said(tmp_path) -> None:
+    with pytest.raises(ValueError, match=r"out is .*nowhere', where no run is to go on with"):
+        pretrain(out=tmp_path / "nowhere", resume=True)
+
+
+def test_a_logger_that_is_not_installed_is_refused_without_a_trace(
+    tmp_path, settings, monkeypatch
+) -> None:
+    monkeypatch.setattr(engine, "find_spec", lambda _: None)
+    with pytest.raises(ValueError, match=r"'wandb', which is not installed; pip install wandb"):
+        pretrain(**settings(loggers=("csv", "wandb")))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_folder_in_use_is_refused_with_both_ways_out(tmp_path, settings) -> None:
