@@ -10,8 +10,7 @@ def main() -> int:
     try:
         from .cli import main as command
     except ModuleNotFoundError as error:
-        print(f"error: {not_installed(error.name)}", file=sys.stderr)
-        return 1
+        sys.exit(f"error: {not_installed(error.name)}")
     return command()
 
 

@@ -56,7 +56,7 @@ def evaluate(
         seed: The first seed.
         size: What images are fed at: the shorter side, or height and width.
         split: Which images to judge by.
-        out: Folder for evaluation.json and pictures.
+        out: Folder for evaluation.json, without labels correspondence.json, and pictures.
     """
     from .evaluation.table import evaluate as evaluated
     from .trainer.messages import logged

@@ -13,7 +13,8 @@ from typing import Any, Self
 
 from ..files import write_whole
 
-FILE = "evaluation.json"
+LABELLED_FILE, UNLABELLED_FILE = "evaluation.json", "correspondence.json"
+"""What evaluations with labels and without are written to, so that neither replaces the other."""
 TABLE_WIDTH = 110
 """Columns of text that a table takes, at most."""
 
@@ -149,9 +150,17 @@ class Evaluation:
         ]
         return cls(**held | {"rows": tuple(rows), "notes": tuple(held["notes"])})
 
+    @property
+    def labelled(self) -> bool:
+        """Whether the figures are about masks."""
+        return self.protocol != "correspondence"
+
     def write(self, out: str | Path) -> Path:
-        """Write ``evaluation.json`` into a folder, made where there is none; where it is."""
-        path = Path(out).expanduser() / FILE
+        """Write the file into a folder, made where there is none; where it is.
+
+        With labels it is ``evaluation.json``, without ``correspondence.json``.
+        """
+        path = Path(out).expanduser() / (LABELLED_FILE if self.labelled else UNLABELLED_FILE)
         write_whole(path, self.to_json().encode())
         return path
 

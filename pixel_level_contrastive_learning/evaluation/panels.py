@@ -20,6 +20,8 @@ SIDE = 3.2
 DPI = 100
 MOST_NAMED = 30
 """Classes that a legend names, at most."""
+MARK = "a panel of pixel_level_contrastive_learning"
+"""What stands in a panel's file as the software that wrote it, and tells it from a stranger's."""
 
 
 def class_colours(count: int) -> Tensor:
@@ -51,7 +53,7 @@ def write_panels(
     prepare: Preparation,
     predictions: Mapping[str, Mapping[int, Tensor]],
 ) -> list[Path]:
-    """Write a PNG for each image that predictions were kept of.
+    """Write a PNG for each image that predictions were kept of, in place of earlier panels.
 
     Args:
         folder: Where to, made where there is none.
@@ -64,6 +66,8 @@ def write_panels(
         The files, in the order of the images.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    for path in filter(is_panel, folder.glob("*.png")):
+        path.unlink()
     colours = class_colours(len(split.classes))
     written = []
     for index in sorted(set().union(*predictions.values())):
@@ -83,6 +87,11 @@ def write_panels(
         draw(path, pictures, classes, (example.mask.shape[0], example.mask.shape[1]))
         written.append(path)
     return written
+
+
+def is_panel(path: Path) -> bool:
+    """Whether a file was written by `draw`."""
+    return path.is_file() and MARK.encode() in path.read_bytes()[:1000]
 
 
 def draw(
@@ -112,4 +121,4 @@ def draw(
         text.set_parse_math(False)  # a name may hold dollars
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # a box in place of a letter is no harm
-        figure.savefig(path)
+        figure.savefig(path, metadata={"Software": MARK})

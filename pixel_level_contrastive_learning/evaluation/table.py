@@ -74,7 +74,7 @@ def evaluate(
             Default: 1.4 times the views of the training, the scale it saw. Masks keep their size.
         split: Which images to judge by.
         steps: Updates of fine-tuning.
-        out: Folder for ``evaluation.json`` and pictures.
+        out: Folder for ``evaluation.json``, without labels ``correspondence.json``, and pictures.
         device: Where to compute; default: a GPU if there is one.
 
     Raises:

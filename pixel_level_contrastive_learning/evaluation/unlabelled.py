@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 
 MOST_IMAGES = 64
 """Images that are looked at, spread evenly over all."""
+SHOWN = 5
+"""Images left out that are named; the others are counted."""
 MOST_CELLS = 4096
 """Cells that spread and rank are taken of."""
 CLEAR = 1.05
@@ -52,7 +54,7 @@ def without_labels(
         device: Where to compute.
 
     Raises:
-        ValueError: No image can be read, or they are not for this network.
+        ValueError: No image can be read and is for this network.
     """
     source = open_source(images)
     field = line_up(weights, source)
@@ -60,8 +62,9 @@ def without_labels(
     prepare = Preparation.of(card, card.image_size)
     seen, refused = some_images(source, prepare)
     notes = list(field.notes)
-    if refused:
-        notes.append(f"{len(refused)} images could not be read, the first: {refused[0]}")
+    for note in left_out(refused):
+        log.warning(note)
+        notes.append(note)
     names = list(layers) if layers else [card.pixel_layer]
     changed, kept = (
         [draw_pairs(seen, card.image_size, seed, recoloured=new) for seed in seeds]
@@ -93,20 +96,20 @@ def without_labels(
 
 
 def some_images(source: Source, prepare: Preparation) -> tuple[list[Tensor], list[str]]:
-    """Images ``(c, h, w)`` in [0, 1], and what is wrong with those that could not be read.
+    """Images ``(c, h, w)`` in [0, 1], and what is wrong with those that cannot be used.
 
     Large ones are made smaller, their shorter side at least twice that of the views.
 
     Raises:
-        ValueError: None can be read.
+        ValueError: None can be used.
     """
-    count = min(MOST_IMAGES, len(source))
     wanted = 2 * prepare.shortest
     seen: list[Tensor] = []
     refused: list[str] = []
-    for index in (len(source) * i // count for i in range(count)):
+    for index in evenly(len(source), MOST_IMAGES):
         try:
             opened = source.open(index)
+            prepare.statistics.accepts(opened)
             fitting = [s for s in SCALES if min(opened.size) >= wanted * s]
             raster = opened.raster(max(fitting, default=1))
         except Unreadable as error:
@@ -116,12 +119,34 @@ def some_images(source: Source, prepare: Preparation) -> tuple[list[Tensor], lis
         shorter = min(pixels.shape[-2:])
         smaller = Preparation(prepare.statistics, min(wanted, shorter))
         seen.append(smaller.resized(pixels))
+        if len(seen) == MOST_IMAGES:
+            break
     if not seen:
-        raise ValueError(
-            f"none of {len(refused)} images could be read, the first because of {refused[0]}; give "
-            "a folder of images that open in a viewer"
-        )
+        raise ValueError(none_left(refused, prepare))
     return seen, refused
+
+
+def evenly(length: int, count: int) -> list[int]:
+    """All numbers below ``length``: first ``count`` evenly spread, then the others."""
+    first = [length * k // count for k in range(min(count, length))] if length > count else []
+    return list(dict.fromkeys([*first, *range(length)]))
+
+
+def left_out(refused: Sequence[str]) -> list[str]:
+    """What is to be said of images that cannot be used."""
+    more = len(refused) - SHOWN
+    rest = [f"left out {more} more images"] if more > 0 else []
+    return [*(f"left out {own}" for own in refused[:SHOWN]), *rest]
+
+
+def none_left(refused: Sequence[str], prepare: Preparation) -> str:
+    """The complaint about images none of which can be used."""
+    form = prepare.statistics
+    return (
+        f"none of {len(refused)} images can be used, the first because of {refused[0]}; give a "
+        "folder of images that open in a viewer and are as the network knows them: "
+        f"{form.channels} channels{', 8-bit' if form.low is None else ''}"
+    )
 
 
 def judged(

@@ -252,7 +252,8 @@ def score_table(found: Evaluation) -> str:
         f'<p class="soft small">{escape(note)}</p>' for note in (found.title, *found.notes)
     )
     body = table(scores) + notes + (folded if classes else "")
-    return section("How good the features are", escape(found.sentence), body)
+    title = "How good the features are" if found.labelled else "Whether spots are found again"
+    return section(title, escape(found.sentence), body)
 
 
 def own_column(ours: bool) -> str:

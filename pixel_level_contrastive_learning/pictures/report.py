@@ -12,15 +12,15 @@ import torch
 from einops import rearrange
 from torch import Tensor, cat, nn
 
-from ..backbones import default_image_size
 from ..checks import raise_together, whole
 from ..data.shards import is_shards
+from ..evaluation.contenders import random_net
 from ..evaluation.correspondence import draw_pairs
 from ..evaluation.features import Reader
-from ..evaluation.outcome import FILE, Evaluation
+from ..evaluation.outcome import LABELLED_FILE, UNLABELLED_FILE, Evaluation
 from ..evaluation.preparation import Preparation
 from ..files import write_whole
-from ..weights import Loaded, read_backbone
+from ..weights import BackboneCard, Loaded, read_backbone
 from . import page
 from .curves import read_metrics
 from .detail import fine_map
@@ -83,13 +83,14 @@ def visualize(
     settings = read_settings(folder)
     with torch.random.fork_rng(devices=[]):  # building a network draws its weights first
         loaded = read_backbone(run)
-    prepare = Preparation.of(loaded.card)
+    prepare = Preparation.of(loaded.card, net=loaded.net)
     wholes = read_samples(training_images(settings) if images is None else images, prepare, count)
     samples = wholes + [other_view(sample, seed + k) for k, sample in enumerate(wholes)]
-    scores = evaluation(folder)
+    scores = evaluations(folder)
     metrics_file = folder / "metrics.jsonl"
     metrics = read_metrics(metrics_file) if metrics_file.is_file() else {}
-    seen = look(loaded, [fed(sample, prepare) for sample in samples])
+    inputs = [fed(sample, prepare) for sample in samples]
+    seen = look(loaded, inputs, fixed=isinstance(prepare.size, tuple))
 
     name = folder.resolve().name or str(run)
     parts = {
@@ -152,28 +153,50 @@ def training_images(settings: Mapping[str, Any]) -> list[str]:
     return places
 
 
-def look(loaded: Loaded, inputs: Sequence[Tensor]) -> Seen:
+def look(loaded: Loaded, inputs: Sequence[Tensor], *, fixed: bool) -> Seen:
     """The maps of the pixel layer, by random weights and by the run's.
 
     Args:
         loaded: The run's backbone and its card.
         inputs: ``(c, h, w)`` each, normalised.
+        fixed: Whether the network takes images of no other size.
     """
     card = loaded.card
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(card.seed)
-        chosen = f"random:{card.model}"
-        fresh = read_backbone(chosen, channels=card.channels, image_size=card.image_size)
-    fixed = default_image_size(card.model) is not None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    networks: dict[str, nn.Module] = {RANDOM: fresh.net, TRAINED: loaded.net}
+    networks: dict[str, nn.Module] = {RANDOM: random_net(card, card.seed), TRAINED: loaded.net}
     maps, grid = {}, (1, 1)
     for name, net in networks.items():
         reader = Reader(net.to(device), [card.pixel_layer], card.channels, card.image_size)
         grid = reader.readings[reader.layers[0]].grid
-        stride = None if fixed else round(card.image_size[0] / grid[0])
+        stride = None if fixed else stride_of(reader, card)
         maps[name] = [fine_map(reader, pixels, stride) for pixels in inputs]
     return Seen(maps, grid)
+
+
+def stride_of(reader: Reader, card: BackboneCard) -> int | None:
+    """Pixels from one row of cells to the next; None where every image has as many as a view.
+
+    The view's height over its rows is only near it where the last row sticks out or leaves a rest.
+    The view is made so much higher here that a row more or less does not matter.
+
+    Args:
+        reader: Reads the layer.
+        card: Says how large a view is.
+    """
+    height, width = card.image_size
+
+    def rows(side: int) -> int:
+        return reader(torch.zeros(1, card.channels, side, width)).shape[-2]
+
+    seen = rows(height)
+    near = round(height / seen)
+    more = 4 * near**2
+    gained = rows(height + more) - seen
+    if gained == 0:
+        return None
+    stride = round(more / gained)
+    # Where nothing is padded, rows are missing, and a border of larger cells makes up for them.
+    return stride if rows(stride * (seen + 1)) == seen + 1 else near
 
 
 # The parts of the page.
@@ -262,28 +285,33 @@ def steps(folder: Path) -> str:
     return page.picture_grid("While it learned", introduction, tiles, "steps")
 
 
-def evaluation(folder: Path) -> str:
-    """The table of scores and what the networks predicted; nothing without an evaluation.
+def evaluations(folder: Path) -> str:
+    """The tables of scores and what the networks predicted; nothing without an evaluation.
 
     Raises:
-        ValueError: The file of the evaluation is broken.
+        ValueError: The file of an evaluation is broken.
     """
-    path = folder / FILE
-    if not path.is_file():
-        return ""
-    try:
-        found = Evaluation.from_json(path.read_text(encoding="utf-8"))
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(
-            f"{path} is not what an evaluation writes ({error!r}); evaluate again with this folder "
-            "as out, or take the file away"
-        ) from error
-    table = page.score_table(found)
-    tiles = drawn(folder / "predictions", "Image, truth, and what each network made of it")
     introduction = (
         "Images that the figures are about, their masks, and what each network predicted."
     )
-    return table + page.picture_grid("What they predict", introduction, tiles, "predictions")
+    parts = []
+    for name in (LABELLED_FILE, UNLABELLED_FILE):
+        path = folder / name
+        if not path.is_file():
+            continue
+        try:
+            found = Evaluation.from_json(path.read_text(encoding="utf-8"))
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(
+                f"{path} is not what an evaluation writes ({error!r}); evaluate again with this "
+                "folder as out, or take the file away"
+            ) from error
+        parts.append(page.score_table(found))
+        if found.labelled:
+            tiles = drawn(folder / "predictions", "Image, truth, and what each network made of it")
+            shown = page.picture_grid("What they predict", introduction, tiles, "predictions")
+            parts.append(shown)
+    return "".join(parts)
 
 
 def drawn(folder: Path, words: str) -> list[Tile]:

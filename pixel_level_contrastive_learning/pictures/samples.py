@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,10 @@ from ..augment import Colour, Photometry
 from ..data.raster import SCALES, Unreadable, upright
 from ..data.sources import Source, open_source
 from ..evaluation.preparation import Preparation
+from ..evaluation.unlabelled import evenly, left_out, none_left
 from ..views import Placement, cut_views, draw_maps
+
+log = logging.getLogger(__name__)
 
 SHOWN_SIDE = 480
 """Pixels of the longer side of an image on the page."""
@@ -65,14 +69,14 @@ def read_samples(images: Any, prepare: Preparation, count: int) -> list[Sample]:
         count: How many, at most.
 
     Raises:
-        ValueError: There is no image that can be read, or one is not for this network.
+        ValueError: There is no image that can be read and is for this network.
     """
     source = open_source(images)
     chosen: list[tuple[int, Tensor]] = []
     refused: list[str] = []
     for index in evenly(len(source), count):
         try:
-            pixels = read(source, index)
+            pixels = read(source, index, prepare)
         except Unreadable as error:
             refused.append(f"{source.name(index)}: {error}")
             continue
@@ -80,10 +84,9 @@ def read_samples(images: Any, prepare: Preparation, count: int) -> list[Sample]:
         if len(chosen) == count:
             break
     if not chosen:
-        raise ValueError(
-            f"none of {len(refused)} images could be read, the first because of {refused[0]}; name "
-            "a folder of images that open in a viewer"
-        )
+        raise ValueError(none_left(refused, prepare))
+    for note in left_out(refused):
+        log.warning(note)
     names = short_names([source.name(index) for index, _ in chosen])
     return [
         Sample(name, fitted(pixels), number, WHOLE)
@@ -91,19 +94,14 @@ def read_samples(images: Any, prepare: Preparation, count: int) -> list[Sample]:
     ]
 
 
-def evenly(length: int, count: int) -> list[int]:
-    """All numbers below ``length``: first ``count`` evenly spread, then the others."""
-    first = [length * k // count for k in range(min(count, length))] if length > count else []
-    return list(dict.fromkeys([*first, *range(length)]))
-
-
-def read(source: Source, index: int) -> Tensor:
+def read(source: Source, index: int, prepare: Preparation) -> Tensor:
     """The upright pixels ``(c, h, w)`` of an image, decoded no larger than is needed.
 
     Raises:
-        Unreadable: It is no image.
+        Unreadable: It is no image, or none for this network.
     """
     opened = source.open(index)
+    prepare.statistics.accepts(opened)
     scale = max(s for s in SCALES if s == 1 or min(opened.size) >= SHOWN_SIDE * s)
     pixels = upright(opened.raster(scale).pixels, opened.orientation)
     return middle_part(pixels)
@@ -126,10 +124,14 @@ def fitted(pixels: Tensor) -> Tensor:
 
 def short_names(names: Sequence[str]) -> list[str]:
     """Names without the folder that they share, so that a page tells nothing of the machine."""
-    if not all(os.path.isabs(name) or os.sep in name for name in names):
+    if not any(os.path.isabs(name) or os.sep in name for name in names):
         return [readable(name) for name in names]
-    folder = os.path.commonpath([os.path.dirname(name) for name in names])
-    return [readable(Path(os.path.relpath(name, folder or os.curdir)).as_posix()) for name in names]
+    paths = [os.path.abspath(name) for name in names]
+    try:
+        folder = os.path.commonpath([os.path.dirname(path) for path in paths])
+    except ValueError:  # on drives of their own
+        return [readable(Path(path).name) for path in paths]
+    return [readable(Path(os.path.relpath(path, folder)).as_posix()) for path in paths]
 
 
 def readable(name: str) -> str:

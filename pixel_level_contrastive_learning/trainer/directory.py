@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 
+from ..evaluation.outcome import LABELLED_FILE, UNLABELLED_FILE
 from ..files import cannot_write, write_whole
 from .settings import CONFIG_FILE
 
@@ -38,7 +39,9 @@ OURS = (
     "backbone.safetensors",
     "backbone.json",
     "bad_batch.pt",
-    "evaluation.json",
+    LABELLED_FILE,
+    UNLABELLED_FILE,
+    "predictions",
     PROBE_FILE,
     "lightning_logs",
     "tensorboard",

@@ -86,6 +86,12 @@ class Watching(Callback):
         self.colours: Tensor | None = None
         self.looked_at = -1
 
+    def on_save_checkpoint(self, _: Trainer, __: Any, checkpoint: dict[str, Any]) -> None:
+        checkpoint["colours"] = self.colours
+
+    def on_load_checkpoint(self, _: Trainer, __: Any, checkpoint: dict[str, Any]) -> None:
+        self.colours = checkpoint.get("colours")
+
     def on_train_start(self, trainer: Trainer, task: Any) -> None:
         if trainer.is_global_zero and len(self.pictured):
             layer = [self.card.pixel_layer]
@@ -122,7 +128,9 @@ class Watching(Callback):
         normalise = task.normalise
         device = task.device
         features = self.reader(normalise(self.pictured.to(device))).cpu()
-        if self.colours is None:
+        n, _, h, w = features.shape
+        # A resumed run may look at other images than before, or at other sizes.
+        if self.colours is None or self.colours.shape != (n, 3, h, w):
             self.colours, _ = pca_colours(features)
         else:
             self.colours, _ = aligned_colours(features, self.colours)

@@ -68,3 +68,11 @@ def test_an_outcome_is_written_and_read(tmp_path) -> None:
 def test_whole_figures_are_shown_with_one_digit() -> None:
     row = Row.of("a", [{"effective rank": 22.94}, {"effective rank": 24.0}])
     assert "23.5 ± 0.7" in outcome(rows=(row,)).table()
+
+
+def test_figures_without_labels_leave_those_with_labels_where_they_are(tmp_path) -> None:
+    first = outcome().write(tmp_path)
+    second = outcome(protocol="correspondence").write(tmp_path)
+    assert (first.name, second.name) == ("evaluation.json", "correspondence.json")
+    assert Evaluation.from_json(first.read_text()).labelled
+    assert not Evaluation.from_json(second.read_text()).labelled

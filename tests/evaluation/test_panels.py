@@ -47,3 +47,15 @@ def test_panels_show_truth_and_predictions(labelled, tmp_path) -> None:
     middle = pixels[int(height * 0.45)]
     for number, label in ((2, 1), (3, 2)):
         assert middle[int(width * (number + 0.5) / 4)].tolist() == colours[label].tolist()
+
+
+def test_panels_take_the_place_of_earlier_ones_and_of_nothing_else(labelled, tmp_path) -> None:
+    _, val = open_labelled(labelled)
+    kept = {index: torch.zeros(32, 48, dtype=torch.uint8) for index in range(4)}
+    write_panels(tmp_path / "out", val, PREPARE, {"earlier": kept})
+    strangers = {"0001_mine.png", "empty.png", "folder.png"}
+    Image.new("RGB", (4, 4)).save(tmp_path / "out" / "0001_mine.png")
+    (tmp_path / "out" / "empty.png").touch()
+    (tmp_path / "out" / "folder.png").mkdir()
+    write_panels(tmp_path / "out", val, PREPARE, {"later": {3: kept[3]}})
+    assert {path.name for path in (tmp_path / "out").iterdir()} == strangers | {"0003_3.png"}

@@ -94,10 +94,10 @@ def test_without_labels_views_and_health_are_looked_at(run, labelled, tmp_path) 
     assert found.rows[0].scores["hit@1 by chance"] == found.ours.scores["hit@1 by chance"]
     assert found.settings["images"] == 4
     (note,) = found.notes
-    assert note.startswith("1 images could not be read, the first: ")
+    assert note.startswith("left out ")
     assert "broken.png" in note
     assert found.sentence.startswith("A cell finds its own spot in another view of its image in ")
-    assert json.loads((tmp_path / "evaluation.json").read_text())["sentence"] == found.sentence
+    assert json.loads((tmp_path / "correspondence.json").read_text())["sentence"] == found.sentence
 
 
 def test_large_images_are_looked_at_smaller(run, tmp_path) -> None:

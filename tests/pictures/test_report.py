@@ -9,14 +9,24 @@ from pathlib import Path
 import pytest
 import torch
 from evil_run import EVIL, NAMES, make_images
+from PIL import Image
 
+from pixel_level_contrastive_learning.backbones import build_backbone
+from pixel_level_contrastive_learning.evaluation.features import Reader
+from pixel_level_contrastive_learning.evaluation.outcome import Evaluation, Row
 from pixel_level_contrastive_learning.pictures import page
 from pixel_level_contrastive_learning.pictures.judgement import findings, judgement
 from pixel_level_contrastive_learning.pictures.page import POLICY, as_json, in_short
-from pixel_level_contrastive_learning.pictures.report import visualize
+from pixel_level_contrastive_learning.pictures.report import (
+    TRAINED,
+    look,
+    stride_of,
+    visualize,
+)
+from pixel_level_contrastive_learning.weights import BackboneCard, Loaded, save_backbone
 
 
-class Reader(HTMLParser):
+class Elements(HTMLParser):
     """Elements, their attributes, and the text of each kind."""
 
     def __init__(self, text: str) -> None:
@@ -40,8 +50,8 @@ def text(report: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def read(text: str) -> Reader:
-    return Reader(text)
+def read(text: str) -> Elements:
+    return Elements(text)
 
 
 def test_the_page_names_no_place_but_itself(read) -> None:
@@ -159,7 +169,7 @@ def test_a_backbone_without_a_run_has_a_report_too(run_maker, tmp_path) -> None:
         shutil.copy(run / name, alone / name)
     page = visualize(alone, images=images, out=tmp_path / "new folder" / "page.html", count=1)
     assert page == tmp_path / "new folder" / "page.html"
-    words = Reader(page.read_text()).texts["h2"]
+    words = Elements(page.read_text()).texts["h2"]
     assert "Point at a pixel" in words
     assert "The run" not in words
     assert "Configuration" not in words
@@ -225,6 +235,29 @@ def test_settings_that_are_none_are_refused(run_maker, tmp_path) -> None:
     )
 
 
+def scores(protocol: str, sentence: str) -> Evaluation:
+    row = Row("random weights", {"figure": 0.25})
+    given = {"weights": "a", "data": "b", "settings": {}, "rows": (row,)}
+    return Evaluation(protocol=protocol, sentence=sentence, **given)
+
+
+def test_figures_with_labels_and_without_are_both_shown(run_maker, tmp_path) -> None:
+    run = run_maker("judged")
+    (run / "predictions").mkdir()
+    Image.new("RGB", (8, 4)).save(run / "predictions" / "0000_a.png")
+    scores("correspondence", "Spots were found.").write(run)
+    text = visualize(run, out=tmp_path / "page.html", count=1).read_text()
+    assert "Spots were found." in text
+    assert "What they predict" not in text  # which these figures are not about
+    scores("linear", "Classes were found.").write(run)
+    text = visualize(run, out=tmp_path / "page.html", count=1).read_text()
+    told = ("Classes were found.", "What they predict", "Spots were found.")
+    places = [text.index(words) for words in told]
+    assert places == sorted(places)
+    assert text.count('id="how-good-the-features-are"') == 1
+    assert text.count('id="whether-spots-are-found-again"') == 1
+
+
 def test_a_broken_evaluation_is_named(run_maker, tmp_path) -> None:
     run = run_maker("odd")
     (run / "evaluation.json").write_text("{}")
@@ -234,6 +267,92 @@ def test_a_broken_evaluation_is_named(run_maker, tmp_path) -> None:
         f"{run / 'evaluation.json'} is not what an evaluation writes (KeyError('rows')); evaluate "
         "again with this folder as out, or take the file away"
     )
+
+
+# Where things lie.
+
+AVERAGES = """
+from torch import nn
+
+def averages(channels=3):
+    net = nn.Sequential(nn.Conv2d(channels, channels, 8, 8, bias=False, groups=channels))
+    nn.init.constant_(net[0].weight, 1 / 64)
+    return net.append(nn.AdaptiveAvgPool2d(1))
+
+def padded(channels=3):
+    halves = (nn.Conv2d(channels if k == 0 else 4, 4, 3, 2, 1) for k in range(3))
+    return nn.Sequential(nn.Sequential(*halves), nn.AdaptiveAvgPool2d(1))
+
+def unpadded(channels=3):
+    halves = (nn.Conv2d(channels if k == 0 else 4, 4, 3, 2) for k in range(3))
+    return nn.Sequential(nn.Sequential(*halves), nn.AdaptiveAvgPool2d(1))
+
+def pooled(channels=3):
+    net = nn.Sequential(nn.Conv2d(channels, 4, 1), nn.AdaptiveAvgPool2d(5))
+    return nn.Sequential(net, nn.AdaptiveAvgPool2d(1))
+
+class Fixed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.patches = nn.Conv2d(3, 4, 8, 8)
+        self.norm = nn.LayerNorm([4, 4, 4])
+
+    def forward(self, x):
+        return self.norm(self.patches(x)).mean((2, 3))
+"""
+
+
+def loaded(folder: Path, function: str, side: int) -> Loaded:
+    """One of these networks."""
+    (folder / "averages.py").write_text(AVERAGES)
+    card = BackboneCard(
+        model=f"{folder / 'averages.py'}:{function}",
+        channels=3,
+        image_size=(side, side),
+        mean=(0.5,) * 3,
+        std=(0.5,) * 3,
+        pixel_layer="patches" if function == "Fixed" else "0",
+        instance_layer="1",
+    )
+    return Loaded(build_backbone(card.model, channels=3, image_size=(side, side)), card, None)
+
+
+@pytest.mark.parametrize("side", [28, 32, 35])
+def test_a_spot_of_the_map_lies_where_it_is_in_the_image(tmp_path, side) -> None:
+    ramp = torch.linspace(0, 1, 104).expand(3, 80, 104)
+    seen = look(loaded(tmp_path, "averages", side), [ramp], fixed=False)
+    (found,) = seen.maps[TRAINED]
+    width = found.shape[-1]
+    expected = (torch.arange(width) + 0.5) / width
+    # But for the outermost ones, which see some of the mirror image.
+    torch.testing.assert_close(found[0, 0, 2:-2], expected[2:-2], atol=0.01, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("function", "side", "stride"),
+    [
+        ("averages", 28, 8),  # three cells and a rest
+        ("padded", 36, 8),  # five cells, of which the last sticks out
+        ("padded", 32, 8),
+        ("unpadded", 32, 11),  # three cells: as before, since true ones would leave the rim out
+        ("pooled", 32, None),
+    ],
+)
+def test_a_stride_is_that_of_the_network_and_not_of_the_view(
+    tmp_path, function, side, stride
+) -> None:
+    own = loaded(tmp_path, function, side)
+    reader = Reader(own.net, [own.card.pixel_layer], 3, own.card.image_size)
+    assert stride_of(reader, own.card) == stride
+
+
+def test_a_network_of_ones_own_that_takes_one_size_only_is_shown(tmp_path) -> None:
+    own = loaded(tmp_path, "Fixed", 32)
+    save_backbone(tmp_path / "run" / "backbone.safetensors", own.net, own.card)
+    page = visualize(
+        tmp_path / "run", images=make_images(tmp_path / "images", 1), out=tmp_path / "page.html"
+    )
+    assert page.exists()
 
 
 # Parts.

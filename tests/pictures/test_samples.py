@@ -2,7 +2,9 @@
 
 import os
 
+import numpy as np
 import pytest
+import tifffile
 import torch
 from PIL import Image
 
@@ -15,7 +17,6 @@ from pixel_level_contrastive_learning.pictures.samples import (
     SHOWN_SIDE,
     WHOLE,
     Sample,
-    evenly,
     fed,
     middle_part,
     other_view,
@@ -29,12 +30,6 @@ from pixel_level_contrastive_learning.pictures.samples import (
 def prepare() -> Preparation:
     statistics = Statistics(3, (0.5,) * 3, (0.25,) * 3, None, None, (64, 64), (64, 64), 0)
     return Preparation(statistics, 48)
-
-
-def test_images_are_spread_evenly_and_the_others_wait() -> None:
-    assert evenly(12, 3)[:3] == [0, 4, 8]
-    assert sorted(evenly(12, 3)) == list(range(12))
-    assert evenly(2, 5) == [0, 1]
 
 
 def test_images_are_read_and_broken_ones_replaced(tmp_path, prepare) -> None:
@@ -56,9 +51,27 @@ def test_a_folder_of_nothing_but_broken_images_is_refused(tmp_path, prepare) -> 
     with pytest.raises(ValueError) as error:
         read_samples(tmp_path, prepare, 2)
     assert str(error.value) == (
-        f"none of 1 images could be read, the first because of {tmp_path}/a.png: the file is empty "
-        "(0 bytes); name a folder of images that open in a viewer"
+        f"none of 1 images can be used, the first because of {tmp_path}/a.png: the file is empty "
+        "(0 bytes); give a folder of images that open in a viewer and are as the network knows "
+        "them: 3 channels, 8-bit"
     )
+
+
+@pytest.mark.parametrize(
+    ("odd", "why"),
+    [
+        (np.zeros((30, 40), np.uint16), "it is 16-bit"),
+        (np.zeros((30, 40, 5), np.uint8), "it has 5 channels"),
+    ],
+)
+def test_an_image_that_is_not_for_this_network_is_named_and_left_out(
+    tmp_path, prepare, caplog, odd, why
+) -> None:
+    tifffile.imwrite(tmp_path / "a.tif", odd)
+    Image.new("RGB", (40, 30)).save(tmp_path / "b.png")
+    assert [sample.name for sample in read_samples(tmp_path, prepare, 2)] == ["b.png"]
+    (told,) = caplog.messages
+    assert told.startswith(f"left out {tmp_path}/a.tif: {why}")
 
 
 def test_of_a_strip_the_middle_is_shown() -> None:
@@ -72,6 +85,22 @@ def test_names_do_not_tell_where_the_folder_is() -> None:
     assert short_names(["/x/train/a.png", "/x/val/a.png"]) == ["train/a.png", "val/a.png"]
     assert short_names(["item 0", "item 7"]) == ["item 0", "item 7"]
     assert short_names(["only.png"]) == ["only.png"]
+
+
+def test_names_from_here_and_from_elsewhere_are_cut_alike(tmp_path, monkeypatch) -> None:
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    here, elsewhere = "more/b.png", str(tmp_path / "a" / "c.png")
+    assert short_names([elsewhere, here]) == ["a/c.png", "work/more/b.png"]
+    assert short_names([elsewhere, "b.png"]) == ["a/c.png", "work/b.png"]
+
+
+def test_of_names_on_several_drives_the_last_part_is_left(monkeypatch) -> None:
+    def refuse(_: list[str]) -> str:
+        raise ValueError("Paths don't have the same drive")
+
+    monkeypatch.setattr(os.path, "commonpath", refuse)
+    assert short_names(["/c/home/me/a.png", "/d/b.png"]) == ["a.png", "b.png"]
 
 
 def test_names_that_are_no_text_can_be_written() -> None:

@@ -55,6 +55,15 @@ def test_correspondence_and_pictures_change_no_weight(tmp_path, settings, many) 
         assert picture.size == (4 * 160 + 3 * 4, 2 * 160 + 4)  # four images, and their colours
 
 
+def test_a_resumed_run_goes_on_with_its_colours(tmp_path, settings) -> None:
+    pretrain(**settings(steps=4, picture_every=2))
+    last = tmp_path / "run" / "pictures" / "step-00000004.png"
+    drawn = last.read_bytes()
+    pretrain(out=tmp_path / "run", resume=True, steps=5)  # draws step 4 once more
+    assert last.read_bytes() == drawn
+    pretrain(out=tmp_path / "run", resume=True, steps=6, image_size=40)  # maps of another size
+
+
 def test_a_probe_is_noted_and_the_best_checkpoint_kept(tmp_path, settings, labelled) -> None:
     pretrain(**settings(probe=str(labelled), probe_every=1, keep_checkpoints=1))
     run = tmp_path / "run"
