@@ -53,6 +53,13 @@ def within(name: str, value: object, low: float, high: float) -> str | None:
     return f"{name} is {value!r}; it must be a number from {low} to {high}"
 
 
+def share(name: str, value: object) -> str | None:
+    """The complaint about anything but a share above 0."""
+    if is_number(value) and 0 < value <= 1:
+        return None
+    return f"{name} is {value!r}; it must be a number above 0, at most 1"
+
+
 def whole(name: str, value: object, low: int) -> str | None:
     """The complaint about anything but a whole number of at least ``low``."""
     if isinstance(value, int) and not isinstance(value, bool) and value >= low:

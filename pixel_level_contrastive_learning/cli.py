@@ -54,7 +54,8 @@ def evaluate(
         fraction: Share of the masks to use.
         seeds: How often to repeat, each time with the next seed; 3 for finetune, else 1.
         seed: The first seed.
-        size: What images are fed at: the shorter side, or height and width.
+        size: What images are fed at: the shorter side, or height and width; without labels the
+            size of the views.
         split: Which images to judge by.
         out: Folder for evaluation.json, without labels correspondence.json, and pictures.
     """

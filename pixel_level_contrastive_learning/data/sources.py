@@ -204,7 +204,7 @@ def open_place(place: str, cache: Path | None) -> Source:
             return Joined([Shards.find(str(shard), cache) for shard in sorted(path.rglob("*.tar"))])
         raise ValueError(nothing_in(path, others))
     if not path.exists():
-        raise ValueError(f"data is {place!r}, which does not exist; name a folder of images")
+        raise ValueError(f"{place!r} does not exist; name a folder of images")
     if path.suffix.lower() in SUFFIXES:
         return Files([str(path)])
     return Files(listed(path))

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..checks import above, one_of, raise_together, size_pair, whole, within
+from ..checks import one_of, raise_together, share, size_pair, whole
 from ..data.sources import Files
 from ..weights import BackboneCard
 from .contenders import Contender, Field, line_up
@@ -72,6 +72,7 @@ def evaluate(
         seed: The first seed.
         size: What images are fed at: the shorter side in pixels, or exactly ``(height, width)``.
             Default: 1.4 times the views of the training, the scale it saw. Masks keep their size.
+            Without labels the size of the views, by default that of the training.
         split: Which images to judge by.
         steps: Updates of fine-tuning.
         out: Folder for ``evaluation.json``, without labels ``correspondence.json``, and pictures.
@@ -83,17 +84,28 @@ def evaluate(
     """
     raise_together(
         one_of("protocol", protocol, PROTOCOLS),
-        within("fraction", fraction, 0, 1) or above("fraction", fraction, 0),
+        share("fraction", fraction),
         None if seeds is None else whole("seeds", seeds, 1),
         whole("seed", seed, 0),
         None if size is None else size_pair("size", size),
         whole("steps", steps, 1),
         data_or_images(data, images),
+        *(
+            needs_labels(name, value, usual)
+            for name, value, usual in (
+                ("protocol", protocol, "linear"),
+                ("fraction", fraction, 1.0),
+                ("split", split, "val"),
+                ("steps", steps, STEPS),
+            )
+            if data is None and images is not None
+        ),
     )
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if data is None:
         assert images is not None
-        found = without_labels(weights, images, layers, range(seed, seed + (seeds or 1)), place)
+        repeats = range(seed, seed + (seeds or 1))
+        found = without_labels(weights, images, layers, size, repeats, place)
     else:
         train, judged = open_labelled(data, ("train", split))
         field = line_up(weights, Files([str(path) for path in train.images]))
@@ -116,6 +128,13 @@ def data_or_images(data: object, images: object) -> str | None:
         f"{given} of data and images given; give data (a folder of images and masks) to evaluate "
         "with labels, or images to evaluate without"
     )
+
+
+def needs_labels(name: str, value: object, usual: object) -> str | None:
+    """The complaint about a setting that means nothing where there are no labels."""
+    if value == usual:
+        return None
+    return f"{name} is {value!r}, which is about labels; give data, or leave it out with images"
 
 
 class Plan(NamedTuple):

@@ -17,7 +17,7 @@ from .correspondence import Correspondence, ViewPairs, draw_pairs, matched
 from .features import Reader
 from .health import Gauge, gauge, verdict
 from .outcome import Evaluation, Row
-from .preparation import Preparation
+from .preparation import Preparation, Size
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ MOST_CELLS = 4096
 CLEAR = 1.05
 """Times random weights from which a gain is called one; less may be chance."""
 HIT, KEPT, NEAR = "hit@1", "hit@1, colours kept", "hit within 2 cells"
-CHANCE = "hit@1 by chance"
+CHANCE, NEAR_CHANCE = "hit@1 by chance", "within 2 cells by chance"
 BY_COLOUR = 0.7
 """Share of the hits with colours kept under which, once colours are changed, a network is said to
 go by colour. On street scenes trained ones kept 0.83 to 0.93 of them, one trained without any
@@ -41,6 +41,7 @@ def without_labels(
     weights: str | Path,
     images: str | Path,
     layers: Sequence[str] | None,
+    size: int | Size | None,
     seeds: range,
     device: torch.device,
 ) -> Evaluation:
@@ -50,6 +51,7 @@ def without_labels(
         weights: As for `evaluate`.
         images: A folder, a list of paths and so on, see `open_source`.
         layers: Layers whose features are judged; None for the one that was trained.
+        size: Pixels a side of the views, or ``(height, width)``; None for those of the training.
         seeds: Each decides the views and the random weights of a repeat.
         device: Where to compute.
 
@@ -59,7 +61,8 @@ def without_labels(
     source = open_source(images)
     field = line_up(weights, source)
     card = field.card
-    prepare = Preparation.of(card, card.image_size)
+    views = (size, size) if isinstance(size, int) else size or card.image_size
+    prepare = Preparation.of(card, views, field.contenders[-1].build(seeds[0]))
     seen, refused = some_images(source, prepare)
     notes = list(field.notes)
     for note in left_out(refused):
@@ -67,7 +70,7 @@ def without_labels(
         notes.append(note)
     names = list(layers) if layers else [card.pixel_layer]
     changed, kept = (
-        [draw_pairs(seen, card.image_size, seed, recoloured=new) for seed in seeds]
+        [draw_pairs(seen, views, seed, recoloured=new) for seed in seeds]
         for new in (True, False)
     )
     rows = []
@@ -75,7 +78,7 @@ def without_labels(
         figures = []
         for seed, pairs, plain in zip(seeds, changed, kept, strict=True):
             net = contender.build(seed).to(device)
-            reader = Reader(net, names, card.channels, card.image_size)
+            reader = Reader(net, names, card.channels, views)
             figures.append(judged(reader, pairs, plain, prepare))
             log.info("%s, seed %d: hit@1 %.3f", contender.name, seed, figures[-1][HIT])
         rows.append(Row.of(contender.name, figures))
@@ -86,7 +89,7 @@ def without_labels(
         settings={
             "images": len(seen),
             "layers": names,
-            "views": "{}x{}".format(*card.image_size),
+            "views": "{}x{}".format(*views),
             "seeds": len(seeds),
         },
         rows=tuple(rows),
@@ -162,6 +165,7 @@ def judged(
         KEPT: kept.hit1,
         NEAR: found.hit_near,
         CHANCE: found.chance,
+        NEAR_CHANCE: found.chance_near,
         "spread": health.spread,
         "effective rank": health.effective_rank,
     }

@@ -152,7 +152,7 @@ def test_nothing_usable_is_told_at_once(tmp_path) -> None:
     assert ".avif, .bmp, .gif, .jfif, .jpeg, .jpg, .npy" in str(error.value)
     assert "found 4 other files, by ending: 2 .doc, " in str(error.value)
     for data, text in {
-        str(tmp_path / "gone"): "which does not exist; name a folder of images",
+        str(tmp_path / "gone"): "does not exist; name a folder of images",
         (): "data is empty",
         7: "data is a int; it must be a folder",
     }.items():

@@ -89,8 +89,10 @@ def test_without_labels_views_and_health_are_looked_at(run, labelled, tmp_path) 
     found = evaluate(run, images=labelled / "images/val", seeds=2, out=tmp_path)
     assert found.protocol == "correspondence"
     assert [len(row.seeds) for row in found.rows] == [2, 2]
-    names = ["hit@1", "hit@1, colours kept", "hit within 2 cells", "hit@1 by chance"]
-    assert list(found.ours.scores) == [*names, "spread", "effective rank"]
+    names = ["hit@1", "hit@1, colours kept", "hit within 2 cells"]
+    chances = ["hit@1 by chance", "within 2 cells by chance"]
+    assert list(found.ours.scores) == [*names, *chances, "spread", "effective rank"]
+    assert 0 < found.ours.scores[chances[0]] < found.ours.scores[chances[1]] < 1
     assert found.rows[0].scores["hit@1 by chance"] == found.ours.scores["hit@1 by chance"]
     assert found.settings["images"] == 4
     (note,) = found.notes
@@ -98,6 +100,22 @@ def test_without_labels_views_and_health_are_looked_at(run, labelled, tmp_path) 
     assert "broken.png" in note
     assert found.sentence.startswith("A cell finds its own spot in another view of its image in ")
     assert json.loads((tmp_path / "correspondence.json").read_text())["sentence"] == found.sentence
+
+
+def test_without_labels_the_size_is_that_of_the_views(run, labelled) -> None:
+    found = evaluate(run, images=labelled / "images/val", size=(48, 64))
+    assert found.settings["views"] == "48x64"
+    assert evaluate(run, images=labelled / "images/val", size=48).settings["views"] == "48x48"
+
+
+def test_settings_about_labels_are_refused_without_any() -> None:
+    with pytest.raises(ValueError) as error:
+        evaluate("runs/a", images="b", protocol="knn", fraction=0.5, split="test", steps=9)
+    told = str(error.value).splitlines()
+    assert [line.split()[0] for line in told] == ["protocol", "fraction", "split", "steps"]
+    assert told[0] == (
+        "protocol is 'knn', which is about labels; give data, or leave it out with images"
+    )
 
 
 def test_large_images_are_looked_at_smaller(run, tmp_path) -> None:
@@ -118,7 +136,7 @@ def test_all_that_is_wrong_is_said_at_once() -> None:
         evaluate("runs/a", protocol="linar", fraction=0, seeds=0, steps=0, size=-1)
     assert str(error.value).splitlines() == [
         "protocol is 'linar'; it must be one of 'linear', 'knn', 'finetune' (perhaps 'linear')",
-        "fraction is 0; it must be a number above 0",
+        "fraction is 0; it must be a number above 0, at most 1",
         "seeds is 0; it must be a whole number of at least 1",
         "size is -1; it must be a whole number of pixels or (height, width), such as 224",
         "steps is 0; it must be a whole number of at least 1",
