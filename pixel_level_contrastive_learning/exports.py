@@ -1,4 +1,4 @@
-"""Exports: a run's backbone as a file for other libraries, and the lines that load it there."""
+"""Exports: a run's backbone as a file for other libraries, and the lines that use it there."""
 
 from __future__ import annotations
 
@@ -52,7 +52,8 @@ class Exported(NamedTuple):
         format: One of `SUFFIXES`.
         report: What of the file, read again, fits the backbone; a classifier is missing where the
             format has none.
-        how_to: What loads it without this package: Python; for detectron2 a configuration.
+        how_to: What loads it without this package and brings images to it: Python; for detectron2 a
+            configuration.
     """
 
     path: Path
@@ -65,7 +66,7 @@ class Exported(NamedTuple):
 
 
 def export(run: str | Path, format: str, out: str | Path | None = None) -> Exported:  # noqa: A002
-    """Write a run's backbone for another library, and how to load it there.
+    """Write a run's backbone for another library, and how to load and feed it there.
 
     ``torchvision`` and ``timm`` hold every weight under the library's names, as do ``safetensors``
     and ``state-dict`` for any model. ``smp`` is an encoder of segmentation-models-pytorch,
@@ -162,13 +163,18 @@ def detectron2_name(name: str) -> str:
 
 
 def how_to(format: str, net: nn.Module, card: BackboneCard, path: Path) -> str:  # noqa: A002
-    """What loads an exported file where this package is not installed."""
+    """What loads an exported file, and feeds its network, where this package is not installed."""
     file, name = str(path), model_name(card.model).name
-    if format in ("mmseg", "detectron2"):
+    if format in ("mmseg", "detectron2"):  # these scale and normalise as they are configured
         return configuration(format, name, card, file)
+    return f"import torch\n{loading(format, net, card, path)}\n{feeding(card)}"
+
+
+def loading(format: str, net: nn.Module, card: BackboneCard, path: Path) -> str:  # noqa: A002
+    """The lines that load an exported file, once torch is imported."""
+    file, name = str(path), model_name(card.model).name
     if format == "smp" and card.model.startswith("torchvision/"):
         return dedent(f"""\
-            import torch
             import segmentation_models_pytorch as smp
 
             net = smp.Unet({name!r}, encoder_weights=None, in_channels={card.channels})
@@ -191,11 +197,31 @@ def how_to(format: str, net: nn.Module, card: BackboneCard, path: Path) -> str: 
 
             net = timm.create_model({name!r}{settings}, checkpoint_path={file!r})
             """)
-    reading, state = "from safetensors.torch import load_file", f"load_file({file!r})"
+    reading, state = ["from safetensors.torch import load_file"], f"load_file({file!r})"
     if path.suffix != ".safetensors":
-        reading, state = "import torch", f"torch.load({file!r}, weights_only=True)"
-    lines = (reading, *built(net, card), f"net.load_state_dict({state})")
-    return "\n".join(dict.fromkeys(lines)) + "\n"  # each import once
+        reading, state = [], f"torch.load({file!r}, weights_only=True)"
+    return "\n".join([*reading, *built(net, card), f"net.load_state_dict({state})", ""])
+
+
+def feeding(card: BackboneCard) -> str:
+    """The lines that make of images what the network was trained on, with its own numbers."""
+    numbers = {"low": card.low, "high": card.high, "mean": card.mean, "std": card.std}
+    kind, scaled = "8-bit", "x.float() / 255"
+    if card.low is not None:
+        kind, scaled = "16-bit or float", "((x.float() - low) / (high - low)).clamp(0, 1)"
+    order = ", red green blue" if card.channels == 3 else ""
+    lines = [
+        f"{name} = torch.tensor({list(values)}).view(-1, 1, 1)"
+        for name, values in numbers.items()
+        if values is not None
+    ]
+    return "\n".join(lines) + dedent(f"""
+
+
+        def prepared(x):  # (b, {card.channels}, h, w), {kind} values{order}: net(prepared(x))
+            x = {scaled}
+            return (x - mean) / std
+        """)
 
 
 def configuration(format: str, name: str, card: BackboneCard, file: str) -> str:  # noqa: A002
@@ -226,7 +252,7 @@ def configuration(format: str, name: str, card: BackboneCard, file: str) -> str:
 
 
 def built(net: nn.Module, card: BackboneCard) -> list[str]:
-    """The lines that build a network as it was built here."""
+    """The lines that build a network as it was built here, once torch is imported."""
     library, name = model_name(card.model)
     settings: Mapping[str, Any]
     if library == "timm":
@@ -248,7 +274,6 @@ def built(net: nn.Module, card: BackboneCard) -> list[str]:
         # Its library knows of red, green and blue only.
         name, conv = stem
         kernels = conv.extra_repr()  # type: ignore[no-untyped-call]  # untyped in torch
-        lines = ["import torch", *lines]
         lines.append(f"net.set_submodule({name!r}, torch.nn.Conv2d({kernels}))")
     return lines
 

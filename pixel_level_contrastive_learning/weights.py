@@ -6,13 +6,13 @@ import logging
 import warnings
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from .backbones import build_backbone, default_image_size, default_statistics
+from .backbones import build_backbone, default_image_size, default_statistics, model_name
 from .card import BackboneCard, read_card
 from .files import write_whole
 from .keys import WEIGHTS, KeyReport, fill, load_weights, read_tensors, weights_file
@@ -20,15 +20,20 @@ from .modules.survey import Survey
 from .modules.taps import plain_name
 from .own_models import own_file
 
+if TYPE_CHECKING:
+    from .pixel_cl import PixelCL
+
 __all__ = [
     "WEIGHTS",
     "BackboneCard",
     "KeyReport",
     "Loaded",
+    "card_of",
     "load_backbone",
     "load_weights",
     "read_backbone",
     "save_backbone",
+    "save_card",
 ]
 
 log = logging.getLogger(__name__)
@@ -71,13 +76,59 @@ def save_backbone(path: str | Path, net: nn.Module, card: BackboneCard) -> None:
     write_whole(path, save(tensors, metadata={"format": "pt"}))
 
 
-def save_card(path: Path, card: BackboneCard) -> None:
-    """Write the card of the weights in a file, which may not be there yet."""
+def save_card(path: str | Path, card: BackboneCard) -> None:
+    """Write the card of the weights in a file, which may not be there yet: ``X.json`` for ``X.pt``.
+
+    Args:
+        path: The file of weights.
+        card: How to use them. Where the model is a file of one's own, its path is made absolute.
+
+    Raises:
+        CannotWriteError: The disk is full or the like.
+    """
     file = own_file(card.model)
     if file is not None:
         function = card.model.rpartition(":")[2]
         card = replace(card, model=f"{file.resolve()}:{function}")
-    write_whole(path.with_suffix(".json"), card.to_json().encode())
+    write_whole(Path(path).with_suffix(".json"), card.to_json().encode())
+
+
+def card_of(learner: PixelCL, model: str, **fields: Any) -> BackboneCard:
+    """The card of what a loop of one's own trains: what the learner knows, and what it is told.
+
+    Args:
+        learner: Size and channels of its views, its layers, its mean and standard deviation.
+        model: The name that its backbone is built by, see `build_backbone`.
+        **fields: Other fields of `BackboneCard`, or others than the learner's: ``low`` and ``high``
+            where the loop scales 16-bit or float values, ``start`` where it does not start from
+            random weights, ``mean`` and ``std`` where it normalises the views itself.
+
+    Raises:
+        ValueError: An unknown model, a field out of range, or a learner with an ``augment_fn`` of
+            its own, which knows no mean and standard deviation, and none are given.
+    """
+    model_name(model)  # an unknown one is refused here, not where the card is read
+    encoder, normalise = learner.online_encoder, learner.views.augment_one.normalise
+    known: dict[str, Any] = {
+        "model": model,
+        "channels": learner.views.channels,
+        "image_size": learner.views.size,
+        "pixel_layer": encoder.pixel_tap.name,
+        "instance_layer": encoder.instance_tap.name,
+    }
+    if normalise is not None:
+        known |= {"mean": written(normalise.mean), "std": written(normalise.std)}
+    elif not {"mean", "std"} <= fields.keys():
+        raise ValueError(
+            "the learner's augment_fn normalises by itself, so nobody knows by which mean and std; "
+            "give both to card_of, for values in [0, 1]"
+        )
+    return BackboneCard(**(known | fields))
+
+
+def written(values: Tensor) -> tuple[float, ...]:
+    """Float32 values in the seven digits that they were given with: 0.485, not 0.48500001."""
+    return tuple(float(f"{value:.7g}") for value in values.flatten().tolist())
 
 
 def clean_state(net: nn.Module) -> dict[str, Tensor]:
@@ -112,7 +163,7 @@ def read_backbone(
 
     Args:
         source: A run directory (of a run that has not ended, its last checkpoint), a checkpoint in
-            one, a file written by `save_backbone` or `export` (its card beside it),
+            one, a file of weights with its card beside it (`save_backbone`, `save_card`, `export`),
             ``torchvision/NAME`` or ``timm/NAME`` for the library's weights, or ``random:MODEL`` for
             random ones.
         channels: Channels of the images. Pretrained and random backbones are built for them

@@ -1,46 +1,163 @@
-"""The examples run as a reader would run them, and leave behind what they promise."""
+"""The examples and the README's loop run as for a reader, and leave behind what they promise."""
 
+import inspect
 import os
 import subprocess
 import sys
+import tomllib
+from collections.abc import Callable
+from importlib.metadata import packages_distributions
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torchvision import models
 
+from pixel_level_contrastive_learning import PixelCL, cli
+from pixel_level_contrastive_learning.geometry import Positives
 from pixel_level_contrastive_learning.scenes import save_scenes
+from pixel_level_contrastive_learning.views import Placement, draw_maps
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SHORT = "--size", "64", "--batch", "2", "--steps", "2", "--out", "net.pt"
+WITHOUT = """
+import runpy, sys
+sys.modules.update(dict.fromkeys(sys.argv[1].split(",")))  # None: it cannot be imported
+del sys.argv[:2]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
-def run(script: str, *arguments: str, cwd: Path) -> str:
-    """What an example prints, run in a process of its own with warnings as errors."""
-    command = [sys.executable, "-W", "error", str(EXAMPLES / script), *arguments]
+def started(script: str, *arguments: str, cwd: Path, without: str = "") -> Any:
+    """An example that was run in a process of its own with warnings as errors.
+
+    ``without`` names modules, by commas, that are not there.
+    """
+    command = [sys.executable, "-W", "error", "-c", WITHOUT, without or "nothing"]
+    command += [str(EXAMPLES / script), *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+
+
+def run(script: str, *arguments: str, cwd: Path, without: str = "") -> str:
+    """What an example prints."""
+    done = started(script, *arguments, cwd=cwd, without=without)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-def test_the_loop_pretrains_a_resnet_on_a_folder(tmp_path: Path) -> None:
+@pytest.fixture
+def scenes(tmp_path: Path) -> Path:
     save_scenes(tmp_path / "scenes", {"train": 4, "val": 1}, size=(96, 120))
-    flags = "--size", "64", "--batch", "2", "--steps", "2", "--out", "net.pt"
-    out = run("pretrain_loop.py", "scenes/images/train", *flags, cwd=tmp_path)
-    assert "pixel_cosine" in out
-    trained = torch.load(tmp_path / "net.pt", weights_only=False)
-    assert type(trained) is models.ResNet
+    return tmp_path / "scenes"
+
+
+@pytest.fixture
+def said(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """What a command of pixelcl prints."""
+
+    def answer(*words: object) -> str:
+        status = cli.main([str(word) for word in words])
+        told = capsys.readouterr()
+        assert status == 0, told.err
+        return told.out
+
+    return answer
+
+
+def test_the_loop_pretrains_a_resnet_on_a_folder(scenes, said, tmp_path) -> None:
+    """What it writes is taken by torch, and by whatever takes weights here."""
+    out = run("pretrain_loop.py", "scenes/images/train", *SHORT, cwd=tmp_path)
+    assert out.count("pixel_cosine") == 2
+    weights = tmp_path / "net.pt"
     torch.manual_seed(0)
-    fresh = models.resnet18(weights=None)
-    assert trained.state_dict().keys() == fresh.state_dict().keys()
-    assert not torch.equal(trained.conv1.weight, fresh.conv1.weight)
+    net = models.resnet18(weights=None)
+    before = net.conv1.weight.clone()
+    net.load_state_dict(torch.load(weights))
+    assert not torch.equal(net.conv1.weight, before)
+
+    assert str(weights) in said("evaluate", weights, "--data", scenes, "--protocol", "knn")
+    assert "hit@1" in said("evaluate", weights, "--images", scenes / "images" / "val")
+    assert "matched 122 of 122 keys" in said("export", weights, "--format", "timm")
+    small = "--model", "torchvision/resnet18", "--image-size", 32, "--projection-hidden-size", 8
+    short = "--steps", 1, "--batch-size", 4, "--workers", 0, "--weights", weights
+    assert "run:" in said("pretrain", scenes / "images", "--out", tmp_path / "run", *small, *short)
+
+
+def test_the_loop_needs_nothing_but_the_four_dependencies(scenes, tmp_path) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extra = {line.partition(">")[0] for line in project["optional-dependencies"]["train"]}
+    extra -= {"pillow"}  # torchvision brings it
+    modules = [
+        module
+        for module, names in packages_distributions().items()
+        if extra & {name.lower().replace("_", "-") for name in names}
+    ]
+    assert {"rich", "safetensors", "timm"} <= set(modules)
+    out = run("pretrain_loop.py", "scenes", *SHORT, cwd=tmp_path, without=",".join(modules))
+    assert "pixel_cosine" in out
+    assert len(torch.load(tmp_path / "net.pt")) == 122
+    assert not (tmp_path / "net.json").exists()
+
+
+@pytest.mark.parametrize("folder", ["empty", "nowhere"])
+def test_the_loop_says_where_it_finds_no_image(folder, tmp_path) -> None:
+    (tmp_path / "empty").mkdir()
+    done = started("pretrain_loop.py", folder, *SHORT, cwd=tmp_path)
+    assert done.returncode == 2
+    assert f"there is no image below {folder}; give a folder of JPEGs" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_the_loop_takes_real_photographs(streets: Path, tmp_path: Path) -> None:
-    flags = "--size", "64", "--batch", "2", "--steps", "1", "--out", "net.pt"
-    out = run("pretrain_loop.py", str(streets / "images" / "val"), *flags, cwd=tmp_path)
-    assert "positive_pairs" in out
+    out = run("pretrain_loop.py", str(streets / "images" / "val"), *SHORT, cwd=tmp_path)
+    assert "pixel_cosine" in out
     assert (tmp_path / "net.pt").stat().st_size > 0
+
+
+# The README.
+
+
+def part(title: str) -> str:
+    """A section of the README."""
+    return README.split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+def test_the_loop_in_the_readme_leaves_weights_that_pixelcl_takes(
+    scenes, said, tmp_path, monkeypatch
+) -> None:
+    loop, card, *_ = (block.split("```")[0] for block in part("The loop").split("```python\n")[1:])
+    names: dict[str, Any] = {"loader": [torch.rand(2, 3, 80, 80)] * 2}
+    monkeypatch.chdir(tmp_path)
+    for lines in (loop, card):
+        for large, small in (("resnet50", "resnet18"), ("256", "128"), ("2048", "16")):
+            lines = lines.replace(large, small)
+        exec(lines, names)
+    loaded = models.resnet18()
+    loaded.load_state_dict(torch.load("improved-resnet.pt"))
+    assert torch.equal(loaded.conv1.weight, names["resnet"].conv1.weight)
+    weights = "improved-resnet.pt"
+    assert weights in said("evaluate", weights, "--data", scenes, "--protocol", "knn")
+
+
+def test_crops_of_small_sides_leave_images_without_pairs() -> None:
+    """What the README says to do then is the way that helps."""
+
+    def without_pairs(*sides: float) -> float:
+        crops = Placement(ratio_range=sides)
+        one, two = (draw_maps(640, (480, 640), crops) for _ in range(2))
+        pairs = Positives(one, two, (8, 8), (8, 8), threshold=0.7).count()
+        return (pairs == 0).float().mean().item()
+
+    default = inspect.signature(PixelCL).parameters["cutout_ratio_range"].default
+    assert without_pairs(*default) == without_pairs(0.5, 1.0) == 0
+    assert 0 < without_pairs(0.3, 1.0) < without_pairs(0.05, 1.0) < without_pairs(0.05, 0.8)
+    advice = " ".join(part("Is it working?").split())
+    assert "raise the lower bound of `cutout_ratio_range` (or `--crop-area`)" in advice
+    assert "effective rank of the features falls in every run at first" in advice
 
 
 def test_a_network_of_ones_own_on_five_channels(tmp_path: Path) -> None:

@@ -13,12 +13,14 @@ from torch import nn
 from torchvision import models
 
 from pixel_level_contrastive_learning.backbones import build_backbone
+from pixel_level_contrastive_learning.evaluation.preparation import Preparation
 from pixel_level_contrastive_learning.exports import (
     ALIKE,
     SUFFIXES,
     Exported,
     detectron2_name,
     export,
+    feeding,
     how_to,
 )
 from pixel_level_contrastive_learning.stems import adapt_channels
@@ -69,7 +71,8 @@ for case in json.loads(sys.argv[1]):
     else:
         net.eval()
         same = torch.equal(net(expected["images"]), expected["output"])
-    answers.append(same)
+    fed = torch.equal(names["prepared"](expected["raw"]), expected["images"])
+    answers.append([same, fed])
 print(json.dumps([answers, [name for name in sys.modules if name.startswith("pixel_level")]]))
 """
 """Runs what each export says, in a process that has never heard of this package."""
@@ -80,17 +83,24 @@ def save(folder: Path, model: str, channels: int, size: tuple[int, int]) -> nn.M
     net = build_backbone(model, channels=channels, image_size=size)
     with torch.no_grad():
         net.train()(torch.rand(4, channels, *size))
-    card = BackboneCard(
+    save_backbone(folder / "backbone.safetensors", net, card_for(model, channels, size))
+    return net.eval()
+
+
+def card_for(model: str, channels: int, size: tuple[int, int]) -> BackboneCard:
+    """A card with statistics that no two channels share; four channels are 16-bit ones."""
+    deep = channels == 4
+    return BackboneCard(
         model=model,
         channels=channels,
         image_size=size,
-        mean=(0.25,) * channels,
-        std=(0.5,) * channels,
+        mean=tuple(0.25 + i / 64 for i in range(channels)),
+        std=tuple(0.5 + i / 64 for i in range(channels)),
+        low=tuple(100.0 + i for i in range(channels)) if deep else None,
+        high=tuple(4000.0 + i for i in range(channels)) if deep else None,
         pixel_layer="any",
         instance_layer="any",
     )
-    save_backbone(folder / "backbone.safetensors", net, card)
-    return net.eval()
 
 
 def deepest(net: nn.Module, images: torch.Tensor) -> torch.Tensor:
@@ -114,8 +124,14 @@ def prepare(folder: Path, model: str, form: str, channels: int, size: tuple[int,
     if model == "own":
         (folder / "mine.py").write_text(SOURCE)
         model = f"{folder / 'mine.py'}:build"
-    net, images = save(folder, model, channels, size), torch.rand(2, channels, *size)
-    expected = {"images": images}
+    net, raw = save(folder, model, channels, size), torch.randint(0, 256, (2, channels, *size))
+    raw = (raw * 20).to(torch.uint16) if channels == 4 else raw.to(torch.uint8)
+    fed = Preparation.of(card_for(model, channels, size))  # as images are fed here
+    images = torch.stack(
+        [fed.in_range(one if channels != 4 else one.float(), "any") for one in raw]
+    )
+    images = fed.normalised(images)
+    expected = {"raw": raw, "images": images}
     with torch.no_grad():
         expected["output"] = net(images)
         if form == "smp":
@@ -145,8 +161,14 @@ def fresh(exports, tmp_path_factory) -> list[Any]:
 @pytest.mark.parametrize("index", range(len(CASES)), ids=[" ".join(map(str, c)) for c in CASES])
 def test_an_export_loads_where_this_package_is_not(index, fresh) -> None:
     answers, ours = fresh
-    assert answers[index]
+    assert answers[index][0]
     assert ours == []
+
+
+@pytest.mark.parametrize("index", range(len(CASES)), ids=[" ".join(map(str, c)) for c in CASES])
+def test_images_are_fed_there_as_here(index, fresh) -> None:
+    answers, _ = fresh
+    assert answers[index][1]
 
 
 def test_every_key_is_accounted_for(exports) -> None:
@@ -168,6 +190,14 @@ def test_an_adapted_stem_is_said(exports) -> None:
         "net.set_submodule('conv1', torch.nn.Conv2d(5, 64, kernel_size=(7, 7), stride=(2, 2), "
         "padding=(3, 3), bias=False))\n"
         f"net.load_state_dict(torch.load({str(said.path)!r}, weights_only=True))\n"
+        "\n"
+        "mean = torch.tensor([0.25, 0.265625, 0.28125, 0.296875, 0.3125]).view(-1, 1, 1)\n"
+        "std = torch.tensor([0.5, 0.515625, 0.53125, 0.546875, 0.5625]).view(-1, 1, 1)\n"
+        "\n"
+        "\n"
+        "def prepared(x):  # (b, 5, h, w), 8-bit values: net(prepared(x))\n"
+        "    x = x.float() / 255\n"
+        "    return (x - mean) / std\n"
     )
     plain = exports[CASES.index(("torchvision/squeezenet1_1", "torchvision", 3, (64, 64)))]
     assert "Conv2d" not in plain.how_to
@@ -200,10 +230,39 @@ def test_an_export_prints_what_a_user_needs(exports) -> None:
         f"{one.path}\n"
         f"matched {count} of {count} keys\nmissing 0\nmismatched 0\n"
         "\n"
+        "import torch\n"
         "import timm\n"
         "\n"
-        f"net = timm.create_model('test_resnet', checkpoint_path={str(one.path)!r})"
+        f"net = timm.create_model('test_resnet', checkpoint_path={str(one.path)!r})\n"
+        "\n"
+        "mean = torch.tensor([0.25, 0.265625, 0.28125]).view(-1, 1, 1)\n"
+        "std = torch.tensor([0.5, 0.515625, 0.53125]).view(-1, 1, 1)\n"
+        "\n"
+        "\n"
+        "def prepared(x):  # (b, 3, h, w), 8-bit values, red green blue: net(prepared(x))\n"
+        "    x = x.float() / 255\n"
+        "    return (x - mean) / std"
     )
+
+
+def test_deep_values_are_fed_by_their_own_scale() -> None:
+    card = BackboneCard(
+        model="any",
+        channels=2,
+        image_size=(64, 64),
+        mean=(0.25, 0.5),
+        std=(0.5, 0.25),
+        low=(0, 100),
+        high=(1000, 300),
+        pixel_layer="any",
+        instance_layer="any",
+    )
+    names: dict[str, Any] = {"torch": torch}
+    exec(feeding(card), names)
+    raw = torch.tensor([[250, 1000, 2000], [100, 200, 0]], dtype=torch.uint16)  # beyond: clipped
+    fed = names["prepared"](raw.view(1, 2, 1, 3))
+    assert fed.tolist() == [[[[0, 1.5, 1.5]], [[-2, 0, -2]]]]
+    assert "# (b, 2, h, w), 16-bit or float values: net(prepared(x))" in feeding(card)
 
 
 def test_an_export_is_read_here_as_well(exports) -> None:
@@ -259,8 +318,8 @@ def test_a_resnet_goes_to_detectron2(tmp_path) -> None:
     assert done.how_to == (
         "MODEL:\n"
         f"  WEIGHTS: {str(done.path)!r}\n"
-        "  PIXEL_MEAN: [63.75, 63.75, 63.75]\n"
-        "  PIXEL_STD: [127.5, 127.5, 127.5]\n"
+        "  PIXEL_MEAN: [63.75, 67.7344, 71.7188]\n"
+        "  PIXEL_STD: [127.5, 131.4844, 135.4688]\n"
         "  RESNETS: {DEPTH: 18, STRIDE_IN_1X1: False, RES2_OUT_CHANNELS: 64}\n"
         "INPUT: {FORMAT: RGB}\n"
     )
@@ -279,9 +338,9 @@ def test_a_resnet_goes_to_mmseg(tmp_path) -> None:
     exec(done.how_to, names)
     assert names["backbone"]["in_channels"] == 2
     assert names["backbone"]["init_cfg"]["checkpoint"] == str(done.path)
-    # 0.25 of the way from low to high, and half of that way.
-    assert names["data_preprocessor"]["mean"] == [250, 150]
-    assert names["data_preprocessor"]["std"] == [500, 100]
+    # 16 and 17 of 64 parts of the way from low to high, and 32 and 33 of that way.
+    assert names["data_preprocessor"]["mean"] == [250, 153.125]
+    assert names["data_preprocessor"]["std"] == [500, 103.125]
 
 
 # Refusals.

@@ -4,19 +4,25 @@ import json
 import logging
 import os
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from pixel_level_contrastive_learning import PixelCL
+from pixel_level_contrastive_learning.augment import IMAGENET_MEAN, IMAGENET_STD
 from pixel_level_contrastive_learning.backbones import build_backbone
 from pixel_level_contrastive_learning.weights import (
     BackboneCard,
+    card_of,
     load_backbone,
     load_weights,
     read_backbone,
     save_backbone,
+    save_card,
 )
 
 MODEL = "timm/test_resnet"
@@ -122,6 +128,64 @@ def test_a_broken_backbone_is_not_written(net, tmp_path) -> None:
 def test_another_suffix_is_refused(net, tmp_path) -> None:
     with pytest.raises(ValueError, match=r"it must end in \.safetensors"):
         save_backbone(tmp_path / "backbone.pt", net, CARD)
+
+
+# What a loop of one's own has trained.
+
+
+def learner_of(net: nn.Module, **settings: Any) -> PixelCL:
+    return PixelCL(net, (64, 96), projection_size=8, projection_hidden_size=8, **settings)
+
+
+def test_a_learner_knows_the_card_of_its_backbone() -> None:
+    card = card_of(learner_of(build_backbone(MODEL), hidden_layer_pixel="layer3"), MODEL)
+    assert card == BackboneCard(
+        model=MODEL,
+        channels=3,
+        image_size=(64, 96),
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
+        pixel_layer="layer3",
+        instance_layer="global_pool",
+    )
+
+
+def test_a_card_is_told_what_its_learner_cannot_know(net) -> None:
+    learner = learner_of(net, channels=2, mean=(0.1, 0.2), std=(0.3, 1e-4))
+    card = card_of(learner, MODEL, low=(0, 5), high=(65535, 4095), start="pretrained")
+    assert (card.mean, card.std) == ((0.1, 0.2), (0.3, 1e-4))
+    assert (card.low, card.high, card.start) == ((0, 5), (65535, 4095), "pretrained")
+    assert card_of(learner, MODEL, std=(0.5, 0.6)).std == (0.5, 0.6)
+    with pytest.raises(ValueError, match=r"low is \(0,\); it must be 2 numbers"):
+        card_of(learner, MODEL, low=(0,))
+    with pytest.raises(ValueError, match="timm has no such network: perhaps timm/test_resnet"):
+        card_of(learner, "timm/test_resnett")
+
+
+def test_statistics_that_nobody_knows_are_asked_for(net) -> None:
+    own = learner_of(net, channels=2, augment_fn=nn.Identity())
+    for given in ({}, {"mean": (0.1, 0.2)}):
+        with pytest.raises(ValueError) as error:
+            card_of(own, MODEL, **given)
+        assert str(error.value) == (
+            "the learner's augment_fn normalises by itself, so nobody knows by which mean and std; "
+            "give both to card_of, for values in [0, 1]"
+        )
+    card = card_of(own, MODEL, mean=(0.1, 0.2), std=(0.3, 0.4))
+    assert (card.mean, card.std) == ((0.1, 0.2), (0.3, 0.4))
+    both = learner_of(net, channels=2, augment_fn=nn.Identity(), mean=(0.1, 0.2), std=(0.3, 0.4))
+    assert card_of(both, MODEL) == card
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_card_beside_a_state_dict_is_enough(net, tmp_path, kind) -> None:
+    path = tmp_path / "net.pt"
+    torch.save(net.state_dict(), path)
+    save_card(kind(path), CARD)
+    loaded = read_backbone(path)
+    assert loaded.card == CARD
+    assert same(state_of(loaded.net), state_of(net))
+    assert sorted(os.listdir(tmp_path)) == ["net.json", "net.pt"]
 
 
 # Networks of one's own.

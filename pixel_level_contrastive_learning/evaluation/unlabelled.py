@@ -70,8 +70,7 @@ def without_labels(
         notes.append(note)
     names = list(layers) if layers else [card.pixel_layer]
     changed, kept = (
-        [draw_pairs(seen, views, seed, recoloured=new) for seed in seeds]
-        for new in (True, False)
+        [draw_pairs(seen, views, seed, recoloured=new) for seed in seeds] for new in (True, False)
     )
     rows = []
     for contender in field.contenders:

@@ -5,10 +5,16 @@ from dataclasses import replace
 import pytest
 import torch
 
+from pixel_level_contrastive_learning import PixelCL
 from pixel_level_contrastive_learning.backbones import build_backbone
 from pixel_level_contrastive_learning.data.sources import open_source
 from pixel_level_contrastive_learning.evaluation.contenders import line_up, random_net
-from pixel_level_contrastive_learning.weights import BackboneCard, save_backbone
+from pixel_level_contrastive_learning.weights import (
+    BackboneCard,
+    card_of,
+    save_backbone,
+    save_card,
+)
 
 
 def card(model: str, **settings) -> BackboneCard:
@@ -59,6 +65,20 @@ def test_a_run_from_random_weights_stands_beside_others(labelled, model, tmp_pat
     torch.testing.assert_close(ours, random + 1)
     assert field.card == card(model)
     assert field.notes == []
+
+
+def test_what_a_loop_of_ones_own_has_saved_stands_beside_others(labelled, model, tmp_path) -> None:
+    net = random_net(card(model), 0)
+    learner = PixelCL(net, 32, projection_size=8, projection_hidden_size=8)
+    with torch.no_grad():
+        learner.net.body.bias += 1
+    path = tmp_path / "net.pt"
+    torch.save(net.state_dict(), path)
+    save_card(path, card_of(learner, model))
+    field = line_up(path, open_source(str(labelled / "images")))
+    assert [contender.name for contender in field.contenders] == ["random weights", str(path)]
+    random, ours = biases(field)
+    torch.testing.assert_close(ours, random + 1)
 
 
 def test_weights_that_a_run_started_from_stand_between(labelled, model, tmp_path) -> None:
