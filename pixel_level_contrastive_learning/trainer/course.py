@@ -19,7 +19,7 @@ from ..weights import load_backbone, save_backbone, save_card
 from . import assembly, engine
 from .callbacks import Checkpoints, StopWhenAsked
 from .config import PretrainConfig
-from .directory import PREVIEW, RunDirectory, read_checkpoint
+from .directory import LAST, PREVIEW, RunDirectory, read_checkpoint
 from .figures import Figures
 from .interruption import Interrupted, Interruption
 from .machine import described, devices, free_memory, is_writer
@@ -35,6 +35,7 @@ IN_TASK = "learner.online_encoder.net."
 FIXED = (
     "model",
     "channels",
+    "loss",
     "pixel_layer",
     "instance_layer",
     "projection_size",
@@ -162,17 +163,22 @@ class Run:
             else:
                 self.task.done, self.task.samples = self.clock_at(found[0])
                 LOG.info("going on at step %d, from %s", self.task.done, found[0])
+        step = found[1] if found else 0
+        counted_otherwise = found is not None and self.task.done != step
         if is_writer():
-            step = found[1] if found else 0
             dropped = self.directory.cut_metrics(step)
             if dropped:
                 LOG.info("dropped %d lines of metrics after step %d", dropped, step)
             self.directory.forget_after(step)
+            if found and counted_otherwise:
+                self.directory.renumber(found[0], step, self.task.done)
             self.directory.write_config(as_yaml(self.config))
             assembly.save_statistics(self.images.statistics, self.directory)
             # Now, not at the end: with it the checkpoints can be evaluated while the run goes on.
             card = assembly.card_of(self.config, self.images.statistics)
             save_card(self.directory.path / WEIGHTS, card)
+        if counted_otherwise:
+            return self.directory.checkpoints / LAST  # the others may have moved meanwhile
         return found[0] if found else None
 
     def compare(self, config: PretrainConfig) -> dict[str, tuple[Any, Any]]:
@@ -186,6 +192,8 @@ class Run:
             return {}
         changed = differences(read_settings(path), config)
         wrong = [name for name in FIXED if name in changed and changed[name][1] != "auto"]
+        # What weighs nothing is not trained, and the optimiser does not know it.
+        wrong += [n for n in ("alpha", "instance_weight") if n in changed and 0 in changed[n]]
         if wrong:
             listed = ", ".join(f"{n} from {changed[n][0]!r} to {changed[n][1]!r}" for n in wrong)
             raise ValueError(

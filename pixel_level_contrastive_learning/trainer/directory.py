@@ -71,6 +71,13 @@ class RunDirectory:
         """
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"out is {self.path}, which is a file; name a folder")
+        if overwrite and not self.holds_run():
+            foreign = [name for name in OURS if (self.path / name).exists() and name != PREVIEW]
+            if foreign:
+                raise ValueError(
+                    f"out is {self.path}, which holds no run but has {foreign[0]}, which a run "
+                    "would replace; name another folder"
+                )
         used = self.path.is_dir() and any(
             path.name != PREVIEW
             for path in self.path.iterdir()  # all that a dry run leaves
@@ -80,6 +87,25 @@ class RunDirectory:
                 f"out is {self.path}, which is not empty; go on with the run in it (--resume), "
                 "replace it (--overwrite), or name another folder"
             )
+
+    def holds_run(self) -> bool:
+        """Whether a run has begun here."""
+        return (self.path / CONFIG_FILE).is_file() or self.checkpoints.is_dir()
+
+    def refuse_within(self, places: Sequence[str]) -> None:
+        """Find out whether replacing the run here would remove what it is to learn from.
+
+        Raises:
+            ValueError: One of the places lies in a folder of the run.
+        """
+        for place in places:
+            path = Path(place).expanduser().absolute()
+            for name in OURS:
+                if path.is_relative_to(self.path / name):
+                    raise ValueError(
+                        f"{place!r} lies in {self.path / name}, which --overwrite would remove; "
+                        "name another out"
+                    )
 
     def prepare(self, *, overwrite: bool) -> None:
         """Make the folder, and remove the run in it if it is to be replaced.
@@ -140,10 +166,19 @@ class RunDirectory:
         """The newest checkpoint that can be read and its step, or None.
 
         One that cannot be read, such as one cut off by a full disk, is named in a warning.
+
+        Raises:
+            ValueError: There are some, and none can be read.
+            OSError: The disk does not answer.
         """
-        for path in self.checkpoint_paths():
+        paths = self.checkpoint_paths()
+        for path in paths:
             try:
                 step = read_checkpoint(path)["steps_done"]
+            except FileNotFoundError:  # renumbered by another process
+                continue
+            except (OSError, MemoryError):  # another time it may be read
+                raise
             except Exception as error:  # whatever a broken file makes the reader raise
                 LOG.warning(
                     "the checkpoint %s cannot be read (%s: %s); taking the one before it",
@@ -152,8 +187,37 @@ class RunDirectory:
                     str(error).splitlines()[0] if str(error) else "",
                 )
             else:
-                return path, int(step)
+                return path, int(step) if path.name == LAST else step_in(path)
+        if paths:
+            raise ValueError(
+                f"none of the {len(paths)} checkpoints in {self.checkpoints} can be read; nothing "
+                "was removed: look at the disk, or begin anew with --overwrite"
+            )
         return None
+
+    def renumber(self, checkpoint: Path, step: int, now: int) -> None:
+        """Count the steps up to a checkpoint otherwise, since batches are of another size from it.
+
+        Lines of metrics and the checkpoint, which becomes the last, get the new numbers; other
+        checkpoints go.
+
+        Args:
+            checkpoint: The one to go on from.
+            step: The step it was saved at.
+            now: What this step is called from now on.
+        """
+        for name in (METRICS_FILE, PROBE_FILE):
+            path = self.path / name
+            if path.exists():
+                held = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+                lines = {line["step"] * now // step: line for line in held}  # of equals the last
+                text = "".join(json.dumps(lines[n] | {"step": n}) + "\n" for n in lines)
+                write_whole(path, text.encode())
+        self.name_also(checkpoint, LAST)
+        moved = checkpoint.replace(self.checkpoint_path(now))
+        for path in self.checkpoints.glob("step-*.ckpt"):
+            if path != moved:
+                path.unlink()
 
     def name_also(self, path: Path, name: str) -> None:
         """Give a checkpoint a second name, in one act; a copy where there are no hard links."""
@@ -171,12 +235,17 @@ class RunDirectory:
             path.unlink()
 
     def forget_after(self, step: int) -> None:
-        """Remove checkpoints of later steps, and those that were cut off in writing."""
+        """Put aside checkpoints of later steps, which could not be read; remove unfinished ones."""
         for path in self.checkpoints.glob("step-*.ckpt"):
-            if int(path.stem.removeprefix("step-")) > step:
-                path.unlink()
+            if step_in(path) > step:
+                path.replace(path.with_suffix(".broken"))
         for path in self.checkpoints.glob(".*.part"):
             path.unlink()
+
+
+def step_in(checkpoint: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(checkpoint.stem.removeprefix("step-"))
 
 
 def step_of(line: bytes) -> int:

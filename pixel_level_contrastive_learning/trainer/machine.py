@@ -110,9 +110,12 @@ def free_memory(device: torch.device) -> int:
         lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
         bounds.append(int(lines["MemAvailable"].split()[0]) * 1024)
     group = Path("/sys/fs/cgroup")
-    most, used = group / "memory.max", group / "memory.current"
+    most, used, stat = (group / f"memory.{name}" for name in ("max", "current", "stat"))
     if most.exists() and used.exists() and most.read_text().strip() != "max":
-        bounds.append(int(most.read_text()) - int(used.read_text()))
+        # Pages of files count as used, but are given back when memory is asked for.
+        held = dict(line.split() for line in stat.read_text().splitlines()) if stat.exists() else {}
+        used_up = int(used.read_text()) - int(held.get("inactive_file", 0))
+        bounds.append(int(most.read_text()) - used_up)
     return max(0, min(bounds))
 
 

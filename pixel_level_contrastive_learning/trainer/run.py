@@ -91,6 +91,8 @@ def run(config: PretrainConfig, objects: Any = None) -> PretrainResult:
         raise ValueError("data is not given; name a folder of images")
     if is_writer():
         directory.check(resume=config.resume, overwrite=config.overwrite)
+        if config.overwrite:
+            directory.refuse_within([*config.data, *([config.probe] if config.probe else [])])
     with (
         logged(to_terminal=is_writer()) as log,
         quiet_lightning(),

@@ -52,9 +52,10 @@ def settings_of(given: Mapping[str, Any]) -> dict[str, Any]:
     """
     raise_together(*unknown(given, "settings"))
     sources: list[Mapping[str, Any]] = []
-    out = given.get("out")
-    if given.get("resume") and out is not None and (Path(out) / CONFIG_FILE).is_file():
-        sources.append(read_settings(Path(out) / CONFIG_FILE))
+    if given.get("resume") and given.get("out") is not None:
+        held = Path(given["out"]).expanduser() / CONFIG_FILE
+        if held.is_file():
+            sources.append(read_settings(held))
     if given.get("config") is not None:
         file = read_settings(Path(given["config"]).expanduser())
         sources += [*recipe_of(file), file]
@@ -125,6 +126,7 @@ def as_yaml(config: PretrainConfig) -> str:
         for name, value in asdict(config).items()
         if name not in HOW_TO_START
     }
+    plain["model"] = from_anywhere(config.model)
     plain["data"] = [absolute(place) for place in config.data]
     for name in PLACES[1:]:
         plain[name] = plain[name] and absolute(plain[name])
@@ -139,9 +141,16 @@ def absolute(place: str) -> str:
     )
 
 
+def from_anywhere(model: str) -> str:
+    """A model's name wherever it is read: one in a file has the file's whole path."""
+    file, colon, function = model.rpartition(":")
+    found = colon and file.endswith(".py") and Path(file).expanduser().is_file()
+    return f"{Path(file).expanduser().absolute()}:{function}" if found else model
+
+
 def differences(old: Mapping[str, Any], new: PretrainConfig) -> dict[str, tuple[Any, Any]]:
     """Settings whose value changed: name -> (old, new)."""
-    now = asdict(new)
+    now = asdict(new) | {"model": from_anywhere(new.model)}
     return {
         name: (old[name], now[name])
         for name in NAMES

@@ -322,10 +322,14 @@ def step_seed(seed: int, step: int, rank: int) -> int:
 
 
 def split(batch: Pairs, parts: int) -> Iterator[Pairs]:
-    """The batch in equal parts, or fewer where there are not enough images."""
-    size = -(-len(batch.one) // parts)
-    for start in range(0, len(batch.one), size):
-        yield cut(batch, slice(start, start + size))
+    """The batch in parts whose sizes differ by one at most, and are two at least.
+
+    A part of one image would have no batch statistics; there are fewer parts instead.
+    """
+    images = len(batch.one)
+    parts = max(1, min(parts, images // 2))
+    for part in range(parts):
+        yield cut(batch, slice(images * part // parts, images * (part + 1) // parts))
 
 
 def cut(batch: Any, part: slice) -> Any:

@@ -8,5 +8,6 @@ def test_what_an_evaluation_left_goes_with_the_run_that_it_is_about(tmp_path) ->
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
         path.touch()
+    (tmp_path / "config.yaml").touch()
     RunDirectory(tmp_path).prepare(overwrite=True)
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoints", "mine.txt"}

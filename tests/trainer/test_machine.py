@@ -71,6 +71,8 @@ def test_free_memory_is_what_the_container_leaves(monkeypatch) -> None:
     monkeypatch.setattr(Path, "read_text", lambda path, **_: held[str(path)])
     cpu = torch.device("cpu")
     assert machine.free_memory(cpu) == 2_000_000
+    held["/sys/fs/cgroup/memory.stat"] = "anon 700000\ninactive_file 300000\n"
+    assert machine.free_memory(cpu) == 2_300_000  # files that were read give way
     held["/sys/fs/cgroup/memory.max"] = "max\n"
     assert machine.free_memory(cpu) == 4096 * 1024
 

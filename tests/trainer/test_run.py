@@ -171,6 +171,69 @@ def test_another_batch_goes_on_after_as_many_images(tmp_path, settings) -> None:
     assert metrics(tmp_path / "run")[-1]["step"] == 18
 
 
+def test_a_larger_batch_counts_its_steps_anew_and_loses_nothing(tmp_path, settings) -> None:
+    given = settings(epochs=2, batch_size=2, checkpoint_every=2)
+    del given["steps"]
+    pretrain(**given)  # 12 steps of 2
+    run = tmp_path / "run"
+    pretrain(out=run, resume=True, batch_size=4, epochs=3)  # 6 steps of 4 are done, of 9
+    assert "going on at step 6" in (run / "train.log").read_text()
+    assert [line["step"] for line in metrics(run)] == list(range(10))
+    names = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert names == ["last.ckpt", "step-00000006.ckpt", "step-00000008.ckpt", "step-00000009.ckpt"]
+    pretrain(out=run, resume=True, epochs=4)
+    assert [line["step"] for line in metrics(run)] == list(range(13))
+
+
+def test_a_run_goes_on_only_with_what_it_trained(tmp_path, settings) -> None:
+    pretrain(**settings())
+    for change in ({"alpha": 0.0}, {"instance_weight": 0.0}, {"loss": "pixcontrast"}):
+        with pytest.raises(ValueError, match=f"with other weights: {next(iter(change))} from"):
+            pretrain(out=tmp_path / "run", resume=True, **change)
+    pretrain(out=tmp_path / "run", resume=True, steps=7, alpha=0.5)
+
+
+def test_where_no_checkpoint_can_be_read_nothing_is_removed(tmp_path, settings) -> None:
+    pretrain(**settings())
+    held = tmp_path / "run" / "checkpoints"
+    for path in held.iterdir():
+        path.write_bytes(path.read_bytes()[:99])
+    before = sorted(held.iterdir()), (tmp_path / "run" / "metrics.jsonl").read_text()
+    with pytest.raises(ValueError, match=r"none of the 4 checkpoints in .* can be read; nothing"):
+        pretrain(out=tmp_path / "run", resume=True, steps=9)
+    assert (sorted(held.iterdir()), (tmp_path / "run" / "metrics.jsonl").read_text()) == before
+
+
+def test_replacing_a_run_never_removes_its_images(tmp_path, settings, images) -> None:
+    mine = tmp_path / "mine"
+    images.rename(tmp_path / "pictures")
+    (mine / "notes").mkdir(parents=True)
+    (tmp_path / "pictures").rename(mine / "pictures")
+    given = settings(data=(str(mine / "pictures"),), out=str(mine))
+    with pytest.raises(
+        ValueError, match="holds no run but has pictures, which a run would replace"
+    ):
+        pretrain(**given, overwrite=True)
+    (mine / "config.yaml").write_text("steps: 3")
+    with pytest.raises(ValueError, match="pictures, which --overwrite would remove; name another"):
+        pretrain(**given, overwrite=True)
+    assert len(list((mine / "pictures").iterdir())) == 12
+
+
+def test_a_run_may_be_named_from_home_and_resumed_from_anywhere(
+    tmp_path, settings, monkeypatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    pretrain(**settings(out="~/run", model="nets.py:tiny"))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    pretrain(out="~/run", resume=True, steps=7)
+    assert metrics(tmp_path / "run")[-1]["step"] == 7
+    monkeypatch.chdir(tmp_path)
+    pretrain(out="~/run", resume=True, steps=8, model="nets.py:tiny")
+
+
 def test_other_weights_cannot_be_resumed(tmp_path, settings) -> None:
     pretrain(**settings())
     with pytest.raises(ValueError, match="projection_size from 16 to 32; leave these as they were"):
