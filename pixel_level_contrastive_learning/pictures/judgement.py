@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from math import isfinite
+from math import isfinite, sqrt
 
 from einops import rearrange
 from torch import Tensor, cat
@@ -33,16 +33,18 @@ def ruling(metrics: Mapping[str, Sequence[float]]) -> tuple[bool, str]:
     """Whether a run whose features have not collapsed did well, and that in a few words.
 
     Correspondence decides where it was measured: features may spread, and the likeness of pairs
-    rise, while cells are told apart no better than before, or by their colour alone.
+    rise, while cells are told apart no better than before, or by their colour alone. Differences
+    that chance would give so few cells count for nothing.
     """
-    way, found, kept = course(metrics), hits(metrics), latest(metrics, "hit1_colours_kept")
+    way, found = course(metrics), hits(metrics)
     if found is not None:
-        begin, end = found
-        if kept is not None and end < BY_COLOUR * kept:
+        if goes_by_colour(metrics):
             return False, "It goes by colour"
-        if end * CLEAR < begin:
+        begin, end = found
+        chance = deviation(metrics)
+        if max(end * CLEAR, end + 2 * chance) < begin:
             return False, "Worse than at the start"
-        if end < begin * CLEAR:
+        if end < max(begin * CLEAR, begin + chance):
             return True, "Sound features, little learned"
     if way is None:
         return True, "The features look sound"
@@ -55,6 +57,20 @@ def hits(metrics: Mapping[str, Sequence[float]]) -> tuple[float, float] | None:
     if end is None:
         return None
     return next(value for value in metrics["hit1"] if isfinite(value)), end
+
+
+def goes_by_colour(metrics: Mapping[str, Sequence[float]]) -> bool:
+    """Whether cells find their spot much less often once colours are changed."""
+    found, kept = hits(metrics), latest(metrics, "hit1_colours_kept")
+    if found is None or kept is None:
+        return False
+    return found[1] + deviation(metrics) < BY_COLOUR * kept
+
+
+def deviation(metrics: Mapping[str, Sequence[float]]) -> float:
+    """The standard deviation of how often cells find their spot; 0 if their number is not known."""
+    share, cells = latest(metrics, "hit1"), latest(metrics, "hit_cells")
+    return sqrt(share * (1 - share) / cells) if share is not None and cells else 0.0
 
 
 def course(metrics: Mapping[str, Sequence[float]]) -> tuple[float, float] | None:
@@ -85,11 +101,10 @@ def findings(metrics: Mapping[str, Sequence[float]]) -> list[str]:
             f"A cell finds its own spot in another view in {found[1]:.0%} of cases, {found[0]:.0%} "
             f"before the first step."
         )
-    kept = latest(metrics, "hit1_colours_kept")
-    if found is not None and kept is not None and found[1] < BY_COLOUR * kept:
+    if goes_by_colour(metrics):
         told.append(
-            f"With colours left as they are it finds {kept:.0%}: change colour more in training "
-            "(--jitter, --prob-gray)."
+            f"With colours left as they are it finds {latest(metrics, 'hit1_colours_kept'):.0%}: "
+            "change colour more in training (--jitter, --prob-gray)."
         )
     matched = latest(metrics, "positive_pairs")
     if matched is not None:

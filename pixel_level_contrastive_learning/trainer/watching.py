@@ -39,15 +39,16 @@ LOG = logging.getLogger("pixel_level_contrastive_learning")
 PICTURED = 4
 """Images that are drawn."""
 COMPARED = 32
-"""Held-out images, at most, whose views are compared."""
+"""Pairs of views of held-out images that are compared: of few images several each, for a share of a
+hundred cells goes up and down by chance."""
 
 
 class Watching(Callback):
     """Draws what the network sees of some images, and asks whether cells find their spot.
 
     Before the first step, every so many steps, and after the last. The figures ``hit1``,
-    ``hit1_colours_kept`` and ``hit_near`` stand in the lines of `metrics.jsonl` until they are
-    measured anew.
+    ``hit1_colours_kept`` and ``hit_near``, and ``hit_cells`` that they are shares of, stand in the
+    lines of `metrics.jsonl` until they are measured anew.
 
     Args:
         directory: The folder of the run.
@@ -78,8 +79,9 @@ class Watching(Callback):
         self.pictured = seen[:PICTURED]
         self.pairs: list[ViewPairs] = []  # with their colours changed, and with them kept
         if held_out and len(seen):
+            repeated = list(seen) * (COMPARED // len(seen))
             self.pairs = [
-                draw_pairs(list(seen), card.image_size, seed=0, recoloured=new)
+                draw_pairs(repeated, card.image_size, seed=0, recoloured=new)
                 for new in (True, False)
             ]
         self.reader: Reader | None = None
@@ -118,6 +120,7 @@ class Watching(Callback):
                 "hit1": found.hit1,
                 "hit1_colours_kept": kept.hit1,
                 "hit_near": found.hit_near,
+                "hit_cells": found.cells,
             }
             LOG.info(
                 "step %d: %.1f %% of cells find their spot in another view (%.1f %% by chance)",

@@ -36,6 +36,21 @@ def test_what_a_run_is_called(figures, well, heading) -> None:
     assert ("verdict healthy" in card) == well
 
 
+@pytest.mark.parametrize(
+    ("hit1", "cells", "heading"),
+    [
+        (0.43, 50, "Sound features, little learned"),  # a deviation is 0.07
+        (0.43, 5000, "Worse than at the start"),
+        (0.54, 50, "Sound features, little learned"),
+        (0.54, 5000, "The run looks healthy"),
+        (0.33, 50, "Worse than at the start"),
+    ],
+)
+def test_chance_is_not_taken_for_learning(hit1, cells, heading) -> None:
+    figures = run(0.8, 9, 0.7, 0.5, hit1) | {"hit_cells": [cells, cells]}
+    assert f"<h2>{heading}</h2>" in judgement(figures, [])
+
+
 def test_what_is_said_of_correspondence() -> None:
     good, colour = run(0.8, 9, 0.7, 0.58, 0.54), run(0.8, 21, 0.7, 0.63, 0.41)
     assert (
