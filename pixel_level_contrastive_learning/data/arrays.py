@@ -28,7 +28,7 @@ def open_npy(content: bytes) -> Opened:
 
 
 def as_pixels(array: Any, axes: str = "") -> Tensor:
-    """A NumPy array as pixels ``(c, h, w)``: uint8, or float32 raw values.
+    """A NumPy array as pixels ``(c, h, w)``: uint8, or float32 raw values, which may be NaN.
 
     Raises:
         Unreadable: It has no shape or values that an image has.
@@ -41,25 +41,10 @@ def as_pixels(array: Any, axes: str = "") -> Tensor:
     if array.dtype.kind not in "uif":
         raise Unreadable(f"values of type {array.dtype}; they must be whole numbers or floats")
     kept = np.uint8 if array.dtype == np.uint8 else np.float32
-    pixels = finite(torch.from_numpy(np.array(array, dtype=kept, order="C")))
+    pixels = torch.from_numpy(np.array(array, dtype=kept, order="C"))
     if pixels.ndim == 2:
         return pixels[None]
     return rearrange(pixels, "h w c -> c h w") if channels_last(array.shape, axes) else pixels
-
-
-def finite(pixels: Tensor) -> Tensor:
-    """Pixels whose NaNs, where nothing was measured, are the lowest value; infinities the extremes.
-
-    Raises:
-        Unreadable: There is no number among them.
-    """
-    numbers = pixels.isfinite()
-    if numbers.all():
-        return pixels
-    if not numbers.any():
-        raise Unreadable("not one of its values is a finite number")
-    low, high = (bound.item() for bound in pixels[numbers].aminmax())
-    return pixels.nan_to_num(nan=low, posinf=high, neginf=low)
 
 
 def layout(shape: tuple[int, ...], axes: str) -> tuple[int, int, int]:

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import re
 import warnings
+from contextlib import suppress
 from io import BytesIO
+from math import isnan, nan
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .arrays import EIGHT_BIT, as_pixels, finite, layout, open_npy
+from .arrays import EIGHT_BIT, as_pixels, layout, open_npy
 from .raster import (
     MOST_BYTES,
     ORIENTATION_TAG,
@@ -47,14 +49,17 @@ GRAY_MODES = ("1", "L", "LA", "La")
 DEEP_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N", "F")
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 """How a TIFF begins: both byte orders, classic and big."""
+NODATA_TAG = 42113
+"""GDAL's: the value, as text, that stands where nothing was measured."""
 
 
 def decode(content: bytes, name: str = "", *, shortest: int | None = None) -> Tensor:
     """The upright pixels of an encoded image.
 
     Transparent images are laid over black, palettes and CMYK become RGB. All bands of a TIFF are
-    kept, and what is not 8-bit keeps its values. A file that has to be decoded whole (any format
-    but JPEG) takes at most `MOST_BYTES` on the way.
+    kept, and what is not 8-bit keeps its values; what was not measured (NaN, or GDAL's nodata)
+    becomes the lowest of its channel. A file that has to be decoded whole (any format but JPEG)
+    takes at most `MOST_BYTES` on the way.
 
     Args:
         content: The bytes of the file.
@@ -183,13 +188,14 @@ def open_tiff(content: bytes) -> Opened:
         colours = 1 if axes == "YX" else page.samplesperpixel if "S" in axes else 0
         photometric = getattr(page.photometric, "name", "")
         tag = page.tags.get(ORIENTATION_TAG)
+        missing = nodata(page)
     if photometric in ("YCBCR", "SEPARATED", "CIELAB") or (not deep and colours in (1, 3)):
         return open_picture(content)  # Pillow knows colours, and more compressions
 
     def load(_: int) -> Raster:
         try:
             with TiffFile(BytesIO(content)) as file:
-                return Raster(as_pixels(held(file).asarray(), axes), 1)
+                return Raster(measured(as_pixels(held(file).asarray(), axes)), 1)
         except (KeyError, ValueError) as error:
             if "imagecodecs" not in str(error):
                 raise
@@ -197,13 +203,28 @@ def open_tiff(content: bytes) -> Opened:
                 raise Unreadable(f"{error.args[0]}: pip install imagecodecs") from error
         from PIL import Image
 
-        return Raster(raw(Image.open(BytesIO(content))), 1)
+        return Raster(measured(raw(Image.open(BytesIO(content)))), 1)
+
+    def measured(pixels: Tensor) -> Tensor:
+        """Raw values, NaN where the file says that nothing was measured."""
+        if not deep or isnan(missing):
+            return pixels
+        rounded = torch.tensor(missing, dtype=pixels.dtype)  # as they are
+        return pixels.masked_fill_(pixels == rounded, torch.nan)
 
     channels, height, width = layout(shape, axes)
     allowed(height, width, channels * (dtype.itemsize + 4 * deep), len(content))
     orientation = ORIENTATIONS.get(int(tag.value) if tag else 1, UPRIGHT)
     size = (width, height) if orientation.swapped else (height, width)
     return Opened(size, channels, deep, orientation, False, load)
+
+
+def nodata(page: Any) -> float:
+    """What stands in a TIFF where nothing was measured; NaN where it names no number."""
+    tag = page.tags.get(NODATA_TAG)
+    with suppress(TypeError, ValueError):
+        return float(tag.value) if tag else nan
+    return nan
 
 
 def turned(image: Image.Image) -> tuple[tuple[int, int], Orientation]:
@@ -247,4 +268,4 @@ def raw(image: Image.Image) -> Tensor:
     """The values ``(1, h, w)`` float32 of a 16-bit, 32-bit or float Pillow image."""
     import numpy as np
 
-    return finite(torch.from_numpy(np.array(image, dtype=np.float32)))[None]
+    return torch.from_numpy(np.array(image, dtype=np.float32))[None]

@@ -57,6 +57,7 @@ class StatefulLoader:
         self.max_broken, self.skipped_file = max_broken, skipped_file
         self.waited = 0.0
         self.broken: dict[str, Broken] = {}
+        self.under_way: Iterator[Made | TooManyBroken] | None = None
 
     def __len__(self) -> int:
         return len(self.order)
@@ -72,21 +73,19 @@ class StatefulLoader:
         return self.order.samples
 
     def __iter__(self) -> Iterator[Pairs]:
-        begun = perf_counter()  # starting the workers is waiting too
-        batches = iter(self.loader)
-        while True:
+        for _ in range(self.order.left):
+            begun = perf_counter()  # starting the workers is waiting too
             try:
-                made: Made | TooManyBroken = next(batches)
-            except StopIteration:
-                return
+                batches, self.under_way = self.under_way or iter(self.loader), None
+                made = next(batches)
             finally:
                 self.waited += perf_counter() - begun
             self.note(made.broken)
             if isinstance(made, TooManyBroken):
                 raise made
             self.order.start_at(self.order.samples + self.order.step)
+            self.under_way = batches  # in step with the clock again
             yield made.pairs
-            begun = perf_counter()
 
     def note(self, broken: list[Broken]) -> None:
         """Count and list broken images that were not met before.
@@ -107,14 +106,15 @@ class StatefulLoader:
     def list_skipped(self, new: list[Broken]) -> None:
         """Add images to the file, unless a run that was resumed has listed them already."""
         assert self.skipped_file is not None
-        lines = [image.line for image in new]
-        there = self.skipped_file
-        known = there.read_text(encoding="utf-8").splitlines(True) if there.exists() else []
-        with there.open("a", encoding="utf-8") as file:
-            file.writelines(line for line in lines if line not in set(known))
+        # A file's name may be no text: its bytes are kept as they are.
+        with self.skipped_file.open("a+", encoding="utf-8", errors="surrogateescape") as file:
+            file.seek(0)
+            known = set(file)
+            file.writelines(image.line for image in new if image.line not in known)
 
     def start_at(self, samples: int) -> None:
         """Set the clock: this many samples have been used, by all processes together."""
+        self.under_way = None
         self.order.start_at(samples)
 
     def state_dict(self) -> dict[str, Any]:
@@ -123,6 +123,7 @@ class StatefulLoader:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Set the clock to where it stood."""
+        self.under_way = None
         self.order.load_state_dict(state)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from functools import lru_cache
+from itertools import count
 from typing import NamedTuple
 
 import torch
@@ -102,12 +103,19 @@ class Order(Sampler[list[Place]]):
         first = start + self.rank * self.batch_size
         return [self.place(sample) for sample in range(first, first + self.batch_size)]
 
+    @property
+    def left(self) -> int:
+        """Batches from where the clock stands to the end of the loader's epoch."""
+        return len(self) - self.samples // self.step % len(self)
+
     def __iter__(self) -> Iterator[list[Place]]:
-        """The batches from where the clock stands to the end of the loader's epoch."""
-        start = self.samples  # the clock goes on while batches are made ahead
-        done = start // self.step % len(self)
-        for ahead in range(len(self) - done):
-            yield self.batch(start + ahead * self.step)
+        """The batches from where the clock stands on, without end.
+
+        What is made ahead then reaches over the ends of epochs, which may be a single batch.
+        """
+        # The clock goes on while batches are made ahead.
+        for start in count(self.samples, self.step):
+            yield self.batch(start)
 
     def start_at(self, samples: int) -> None:
         """Set the clock: this many samples of the stream have been used, by all processes."""

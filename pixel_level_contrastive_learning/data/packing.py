@@ -25,7 +25,7 @@ from torch.nn.functional import interpolate
 
 from ..checks import raise_together, whole, within
 from ..files import write_whole
-from .decode import open_image
+from .decode import SUFFIXES, TIFF, open_image
 from .pairs import Broken, refuse_too_many
 from .raster import SCALES, Opened, Unreadable, upright
 from .shards import Shards
@@ -36,6 +36,15 @@ log = logging.getLogger(__name__)
 INDEX = "shards.json"
 """What was packed, how, and the digest of each shard that is done."""
 SKIPPED = "skipped.txt"
+STARTS = {
+    b"\xff\xd8\xff": "jpg",
+    b"\x89PNG": "png",
+    b"RIFF": "webp",
+    b"GIF8": "gif",
+    b"BM": "bmp",
+    b"\x93NUMPY": "npy",
+} | dict.fromkeys(TIFF, "tif")
+"""How files begin, and the suffix of their kind."""
 
 
 class Packed(NamedTuple):
@@ -227,9 +236,9 @@ def packed(source: Source, index: int, max_side: int, quality: int) -> Sample | 
     try:
         content = source.content(index)
         opened = open_image(content)
-        if max(opened.size) <= max_side:
+        suffix = ending(source.name(index), content)
+        if max(opened.size) <= max_side and suffix:
             opened.raster()  # a damaged file is found now, and not in training
-            suffix = Path(source.name(index)).suffix.lower().removeprefix(".")
             return Sample(suffix, content, opened.size, len(content))
         pixels = made_smaller(opened, max_side)
     except Unreadable as error:
@@ -238,9 +247,18 @@ def packed(source: Source, index: int, max_side: int, quality: int) -> Sample | 
     return Sample(suffix, written, opened.size, len(content))
 
 
+def ending(name: str, content: bytes) -> str:
+    """The file's suffix, or else what its content begins as; empty where it cannot be told."""
+    suffix = Path(name).suffix.lower()
+    if suffix in SUFFIXES:
+        return suffix.removeprefix(".")
+    return next((kind for start, kind in STARTS.items() if content.startswith(start)), "")
+
+
 def made_smaller(opened: Opened, max_side: int) -> Tensor:
-    """Upright pixels ``(c, h, w)`` whose longer side is ``max_side``, without aliasing."""
+    """Upright pixels ``(c, h, w)`` of a longer side of ``max_side`` at most, without aliasing."""
     longer = max(opened.size)
+    max_side = min(max_side, longer)
     h, w = (max(1, round(side * max_side / longer)) for side in opened.size)
     scale = max(s for s in SCALES if s == 1 or longer >= max_side * s)
     pixels = upright(opened.raster(scale).pixels, opened.orientation)

@@ -54,10 +54,12 @@ class Raster(NamedTuple):
     Attributes:
         pixels: ``(c, h, w)`` uint8, or float32 raw values; or an 8-bit Pillow image, L or RGB.
         scale: Source pixels a pixel, each way; the last row and column may stand for fewer.
+        known: ``(c, h, w)`` bool, which values were measured; None where all were.
     """
 
     pixels: Tensor | Image.Image
     scale: int
+    known: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ class Opened:
         orientation: How to turn the stored image upright.
         scaled: Whether it can be decoded at `SCALES`; else it is always decoded whole.
         load: Decodes at a scale. May return a smaller scale than asked for, and a larger one where
-            memory would not do.
+            memory would not do. What was not measured is NaN.
     """
 
     size: tuple[int, int]
@@ -92,19 +94,41 @@ class Opened:
         return self.size[::-1] if self.orientation.swapped else self.size
 
     def raster(self, scale: int = 1) -> Raster:
-        """The pixels at a scale.
+        """The pixels at a scale, all of them finite.
 
         Raises:
-            Unreadable: The file is damaged.
+            Unreadable: The file is damaged, or there is no number in it.
         """
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # a decoder's remarks on a file help nobody
-                return self.load(scale)
+                return filled(self.load(scale))
         except Unreadable:
             raise
         except Exception as error:  # rotten bytes make decoders raise anything at all
             raise Unreadable(reason(error)) from error
+
+
+def filled(raster: Raster) -> Raster:
+    """Pixels whose NaNs are their channel's lowest value; infinities the extremes.
+
+    A channel without any number becomes 0.
+
+    Raises:
+        Unreadable: There is no number in any channel.
+    """
+    pixels = raster.pixels
+    if not isinstance(pixels, Tensor) or not pixels.is_floating_point():
+        return raster
+    known = pixels.isfinite()
+    if known.all():
+        return raster
+    if not known.any():
+        raise Unreadable("not one of its values is a finite number")
+    low = pixels.where(known, torch.inf).amin((1, 2), keepdim=True)
+    high = pixels.where(known, -torch.inf).amax((1, 2), keepdim=True)
+    within = pixels.where(~pixels.isnan(), low).clamp(low, high)
+    return raster._replace(pixels=within.where(low <= high, 0), known=known)
 
 
 def upright(pixels: Tensor | Image.Image, orientation: Orientation) -> Tensor:

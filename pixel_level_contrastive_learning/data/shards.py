@@ -48,6 +48,8 @@ class Shards:
                 f"no image in {len(paths)} shards ({paths[0]!r}, ...); looked for members that "
                 f"end in {', '.join(sorted(SUFFIXES))}"
             )
+        for empty in set(range(len(paths))) - {shard for shard, *_ in members}:
+            log.warning("%s holds no image and is left out", paths[empty])
         # Tensors and one block of bytes: lists would be copied into every worker.
         self.where = torch.tensor([member[:3] for member in members], dtype=torch.int64)
         names = [name for *_, name in members]

@@ -23,6 +23,9 @@ from .shards import Shards, is_shards
 
 log = logging.getLogger(__name__)
 
+RUN_FILE, RUN_FOLDER = "config.yaml", "checkpoints"
+"""By what the folder of a run is known."""
+
 
 class Source(Protocol):
     """Images that are counted and opened by index."""
@@ -201,7 +204,7 @@ def open_place(place: str, cache: Path | None) -> Source:
         if paths:
             return Files(paths)
         if others[".tar"]:
-            return Joined([Shards.find(str(shard), cache) for shard in sorted(path.rglob("*.tar"))])
+            return Shards(list(map(str, sorted(path.rglob("*.tar")))))
         raise ValueError(nothing_in(path, others))
     if not path.exists():
         raise ValueError(f"{place!r} does not exist; name a folder of images")
@@ -213,7 +216,8 @@ def open_place(place: str, cache: Path | None) -> Source:
 def search(folder: Path) -> tuple[list[str], Counter[str]]:
     """All images under a folder in the order of their names, and how many files there are else.
 
-    Links are followed, each folder is entered once, and what begins with a dot is left alone.
+    Links are followed, each folder is entered once, and what begins with a dot is left alone. So
+    is a run below the folder: else its pictures would be among the images when it is resumed.
     """
     found: list[str] = []
     others: Counter[str] = Counter()
@@ -228,6 +232,10 @@ def search(folder: Path) -> tuple[list[str], Counter[str]]:
             folders.clear()
             continue
         entered.add((here.st_dev, here.st_ino))
+        if place != os.fspath(folder) and RUN_FILE in files and RUN_FOLDER in folders:
+            log.info("%s holds a run and is not searched", place)
+            folders.clear()
+            continue
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in files:
             suffix = os.path.splitext(name)[1].lower()

@@ -158,17 +158,20 @@ def usual_channels(counts: Counter[int]) -> int:
 
 
 def looked_at(source: Source, index: int, refused: list[str]) -> tuple[Tensor, bool] | None:
-    """Some values ``(c, n)`` of an image, and whether it is deep; None where it is damaged."""
+    """Some values ``(c, n)`` of an image, and whether it is deep; None where it is damaged.
+
+    What was not measured is NaN.
+    """
     try:
         opened = source.open(index)
         scale = max((s for s in SCALES if min(opened.size) >= 256 * s), default=1)
-        pixels = opened.raster(scale).pixels
+        pixels, _, known = opened.raster(scale)
     except Unreadable as error:
         refused.append(f"{source.name(index)}: {error}")
         return None
-    values = rearrange(
-        pixels if isinstance(pixels, Tensor) else tensor_of(pixels), "c h w -> c (h w)"
-    )
+    pixels = pixels if isinstance(pixels, Tensor) else tensor_of(pixels)
+    pixels = pixels if known is None else pixels.where(known, torch.nan)
+    values = rearrange(pixels, "c h w -> c (h w)")
     step = -(-values.numel() // MOST_VALUES) | 1  # odd, so that it does not keep to one column
     return values[:, ::step].clone(), opened.deep
 
@@ -195,20 +198,32 @@ def spread(
 ) -> tuple[
     tuple[float, ...], tuple[float, ...], tuple[float, ...] | None, tuple[float, ...] | None
 ]:
-    """Mean, standard deviation, and the raw values that become 0 and 1, of each channel."""
+    """Mean, standard deviation, and the raw values that become 0 and 1, of each channel.
+
+    All of what was measured: NaNs are left out.
+    """
     deep = [values for values, is_deep in looked if is_deep]
     shallow = [values / 255 for values, is_deep in looked if not is_deep]
     low = high = None
     if deep:
         values = torch.cat(deep, dim=1).double()
-        ends = torch.from_numpy(percentile(values.numpy(), PERCENTILES, axis=1))
+        both = [percentile(numbers_of(channel).numpy(), PERCENTILES) for channel in values]
+        ends = torch.stack(list(map(torch.from_numpy, both)), dim=1)
         ends[1] = torch.where(ends[1] > ends[0], ends[1], ends[0] + 1)  # constant: no range
         low, high = (tuple(end.tolist()) for end in ends)
         start, stop = rearrange(ends, "end c -> end c 1")
         shallow.append(((values - start) / (stop - start)).clamp(0, 1))
     unit = torch.cat([values.double() for values in shallow], dim=1)
-    mean, std = unit.mean(dim=1), unit.std(dim=1, correction=0).clamp(min=1 / 255)
-    return tuple(mean.tolist()), tuple(std.tolist()), low, high
+    channels = [numbers_of(channel) for channel in unit]
+    mean = tuple(channel.mean().item() for channel in channels)
+    std = tuple(channel.std(correction=0).clamp(min=1 / 255).item() for channel in channels)
+    return mean, std, low, high
+
+
+def numbers_of(values: Tensor) -> Tensor:
+    """Those of some values ``(n,)`` that are numbers; a 0 where none is."""
+    numbers = values[~values.isnan()]
+    return numbers if len(numbers) else values.new_zeros(1)
 
 
 def unusable(source: Source, refused: list[str], kinds: list[Opened], wanted: int) -> str:

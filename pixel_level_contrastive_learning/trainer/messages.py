@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 LOG = logging.getLogger("pixel_level_contrastive_learning")
+ESCAPED = "backslashreplace"
+"""How the bytes of a file's name that are no text are told."""
 
 
 class Terminal(logging.Handler):
@@ -16,7 +18,8 @@ class Terminal(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.levelno >= logging.INFO and not getattr(record, "file_only", False):
-            sys.stderr.write(f"{self.format(record)}\n")
+            text = self.format(record).encode(errors=ESCAPED).decode()
+            sys.stderr.write(f"{text}\n")
 
 
 class RunLog(logging.Handler):
@@ -36,7 +39,7 @@ class RunLog(logging.Handler):
 
     def open(self, path: Path) -> None:
         """Append to a file from now on, beginning with what was held."""
-        self.file = logging.FileHandler(path, encoding="utf-8")
+        self.file = logging.FileHandler(path, encoding="utf-8", errors=ESCAPED)
         self.file.setFormatter(self.formatter)
         for record in self.held:
             self.file.handle(record)

@@ -189,6 +189,47 @@ def test_what_is_no_number_becomes_the_lowest() -> None:
         decode(stream.getvalue())
 
 
+def test_what_is_no_number_becomes_the_lowest_of_its_channel() -> None:
+    nan, inf = np.nan, np.inf
+    bands = np.array([[[nan, 0, 1, inf]], [[280, 300, nan, -inf]], [[nan, nan, inf, nan]]])
+    stream = io.BytesIO()
+    np.save(stream, bands.astype(np.float32).repeat(4, axis=1))
+    filled = [[0, 0, 1, 1], [280, 300, 280, 280], [0, 0, 0, 0]]
+    assert decode(stream.getvalue())[:, 0].tolist() == filled
+    known = [[0, 1, 1, 0], [1, 1, 0, 0], [0, 0, 0, 0]]
+    assert open_image(stream.getvalue()).raster().known[:, 0].tolist() == known
+
+
+@pytest.mark.parametrize(
+    ("dtype", "text", "value"),
+    [
+        (np.float32, "-9999", -9999),
+        (np.float32, "0.1 ", np.float32(0.1)),
+        (np.float32, "-3.4028235e+38", np.finfo(np.float32).min),
+        (np.float64, "-1.7976931348623157e+308", np.finfo(np.float64).min),
+        (np.uint16, "0", 0),
+        (np.int16, "-32768", -32768),
+    ],
+)
+@pytest.mark.parametrize("compression", [None, "zlib"])
+def test_what_a_geotiff_says_was_not_measured_is_filled(dtype, text, value, compression) -> None:
+    bands = np.arange(7, 31).reshape(2, 3, 4).astype(dtype)
+    bands[:, 1] = value
+    how = {"photometric": "minisblack", "planarconfig": "separate", "compression": compression}
+    content = saved(bands, extratags=[(room.NODATA_TAG, 2, 0, text, True)], **how)
+    raster = open_image(content).raster()
+    assert raster.known.all(dim=2).tolist() == [[True, False, True]] * 2
+    bands[0, 1], bands[1, 1] = 7, 19
+    assert raster.pixels.tolist() == bands.tolist()
+
+
+@pytest.mark.parametrize(("dtype", "text"), [(np.float32, "none"), (np.uint8, "0")])
+def test_a_tag_without_a_number_and_8_bit_data_are_taken_as_they_are(dtype, text) -> None:
+    ramp = np.arange(12, dtype=dtype).reshape(3, 4)
+    raster = open_image(saved(ramp, extratags=[(room.NODATA_TAG, 2, 0, text, True)])).raster()
+    assert raster.known is None
+
+
 # Orientation.
 
 

@@ -21,6 +21,7 @@ from pixel_level_contrastive_learning.data.pairs import Pairs, TooManyBroken
 from pixel_level_contrastive_learning.data.sources import Chosen, Source, open_source
 from pixel_level_contrastive_learning.data.statistics import Statistics, measure
 from pixel_level_contrastive_learning.geometry import cell_centres
+from pixel_level_contrastive_learning.trainer.messages import logged
 
 PLAIN = Photometry(prob_jitter=0, prob_gray=0, prob_blur=0)
 HALF_A_PIXEL = 0.5
@@ -246,6 +247,23 @@ def test_a_loader_goes_on_where_it_stood(folder, workers) -> None:
     assert same(next(iter(ours)), expected[0])
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_are_made_ahead_over_the_ends_of_epochs(folder, workers) -> None:
+    alone = loader(open_source(folder), batch_size=1)
+    ours = loader(open_source(folder), batch_size=12, workers=workers)
+    first = list(ours)
+    assert (under_way := ours.under_way) is not None
+    for epoch in range(1, 4):  # of one batch each
+        assert ours.state_dict() == {"samples": 12 * epoch}
+        first += list(ours)
+        assert ours.under_way is under_way
+    assert [batch.index.tolist() for batch in first] == [
+        [batch.index.item() for batch in alone] for _ in range(4)
+    ]
+    ours.load_state_dict({"samples": 12})
+    assert same(next(iter(ours)), first[1])
+
+
 # Broken files.
 
 
@@ -359,6 +377,23 @@ def test_a_name_cannot_break_the_list(tmp_path) -> None:
     list(ours)
     (line,) = (tmp_path / "skipped.txt").read_text().splitlines()
     assert line.split("\t")[0].endswith("a\\nb\\tc.png")
+
+
+def test_a_name_that_is_no_text_is_listed_once_by_its_bytes(tmp_path, capsys) -> None:
+    name = os.fsencode(tmp_path) + b"/\xff\xc2\x85.png"  # the end is a line break in Unicode
+    for path in (os.fsdecode(name), tmp_path / "d.png"):
+        Image.new("L", (9, 9)).save(path)
+    source = open_source(tmp_path)
+    form = measure(source)
+    Path(os.fsdecode(name)).write_bytes(b"")
+    skipped = tmp_path / "skipped.txt"
+    with logged(to_terminal=True) as log:
+        log.open(tmp_path / "train.log")
+        for _ in range(2):  # and once more by a run that goes on
+            list(build_loader(source, form, image_size=(8, 8), batch_size=2, skipped_file=skipped))
+    assert skipped.read_bytes() == name + b"\tthe file is empty (0 bytes)\n"
+    for told in ((tmp_path / "train.log").read_text(encoding="utf-8"), capsys.readouterr().err):
+        assert "/\\udcff\x85.png: the file is empty (0 bytes)" in told
 
 
 def test_a_worker_lives_through_ctrl_c(folder) -> None:

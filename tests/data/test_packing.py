@@ -144,3 +144,21 @@ def test_shards_may_be_packed_again(images, tmp_path) -> None:
     pack(images, tmp_path / "large")
     pack([tmp_path / "large"], tmp_path / "small", max_side=100)
     assert [open_source(tmp_path / "small").open(i).size for i in range(2)] == [(67, 100)] * 2
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "NPY"])
+@pytest.mark.parametrize("name", ["bare", "image.bin"])
+def test_a_file_without_a_known_suffix_takes_it_from_its_content(tmp_path, kind, name) -> None:
+    pixels = np.arange(12, dtype=np.uint8).reshape(3, 4)
+    stream = io.BytesIO()
+    if kind == "NPY":
+        np.save(stream, pixels)
+    else:
+        Image.fromarray(pixels).save(stream, kind)
+    (tmp_path / name).write_bytes(stream.getvalue())
+    (tmp_path / "list.txt").write_text(name)
+    assert pack(tmp_path / "list.txt", tmp_path / "out").images == 1
+    suffix = {"JPEG": "jpg", "TIFF": "tif", "PPM": "jpg"}.get(kind, kind.lower())
+    held = members(tmp_path / "out" / "shards-000000.tar")[f"000000000.{suffix}"]
+    assert (held == stream.getvalue()) == (kind != "PPM")  # not told apart, and written anew
+    assert open_source(tmp_path / "out").open(0).size == (3, 4)

@@ -54,6 +54,19 @@ def test_a_folder_is_searched_through(tmp_path) -> None:
         assert values(source) == [2, 1, 0, 9]
 
 
+def test_runs_below_a_folder_are_not_searched(tmp_path) -> None:
+    run = tmp_path / "slides" / "run"
+    for value, name in enumerate(("a.png", "checkpoints/b.png", "run/pictures/c.png")):
+        paint(tmp_path / "slides" / name, value)
+    (tmp_path / "slides" / "config.yaml").touch()  # named itself, it is searched
+    assert values(open_source(tmp_path / "slides")) == [0, 1, 2]
+    (run / "checkpoints").mkdir()
+    assert values(open_source(tmp_path / "slides")) == [0, 1, 2]  # no run yet
+    (run / "config.yaml").touch()
+    assert values(open_source(tmp_path / "slides")) == [0, 1]
+    assert values(open_source(run / "pictures")) == values(open_source(run)) == [2]
+
+
 def test_a_name_that_is_no_text_can_be_read(tmp_path) -> None:
     paint(tmp_path / "a.png", 7).rename(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.png"))
     assert values(open_source(tmp_path)) == [7]
@@ -197,6 +210,19 @@ def test_shards_are_read_in_any_order(folder) -> None:
 
 def test_a_folder_of_shards_needs_no_pattern(folder) -> None:
     assert values(open_source(folder)) == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_shard_of_labels_among_those_of_images_is_left_out(folder, caplog) -> None:
+    with TarWriter(str(folder / "labels.tar")) as writer:
+        writer.write({"__key__": "0", "cls": b"3"})
+    source = open_source(folder)
+    assert values(source) == [0, 1, 2, 3, 4, 5]
+    assert source.name(3) == f"{folder}/part-01.tar:sub/3.png"
+    assert f"{folder}/labels.tar holds no image and is left out" in caplog.text
+    for shard in folder.glob("part-*.tar"):
+        shard.unlink()
+    with pytest.raises(ValueError, match="no image in 1 shards"):
+        open_source(folder)
 
 
 def test_shards_named_by_url_are_fetched_once(folder, tmp_path, monkeypatch) -> None:

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from pixel_level_contrastive_learning.augment import IMAGENET_MEAN, IMAGENET_STD
-from pixel_level_contrastive_learning.data.decode import open_image
+from pixel_level_contrastive_learning.data.decode import NODATA_TAG, open_image
 from pixel_level_contrastive_learning.data.raster import Unreadable
 from pixel_level_contrastive_learning.data.sources import open_source
 from pixel_level_contrastive_learning.data.statistics import Statistics, measure
@@ -61,6 +61,32 @@ def test_deep_data_is_scaled_by_its_percentiles() -> None:
     assert form[0, 0].tolist() == pytest.approx([0, 0.5, 1, 0, 1], abs=1e-3)
     constant = measure(open_source([torch.full((1, 4, 4), 5.0)]))
     assert constant.high[0] - constant.low[0] == 1
+
+
+def test_what_was_not_measured_does_not_count() -> None:
+    ramp = torch.linspace(0, 1, 100 * 99).view(100, 99)
+    whole = torch.stack((ramp, 280 + 20 * ramp, 5 * ramp))
+    holes = whole.clone()
+    holes[:, :, ::8] = torch.nan
+    holes[:, :, 1::16] = torch.inf
+    holes[2] = torch.nan  # a band without any number
+    expected, found = measure(open_source([whole])), measure(open_source([holes]))
+    for name in ("low", "high", "mean", "std"):
+        near = pytest.approx(getattr(expected, name)[:2], rel=0.03, abs=0.003)
+        assert getattr(found, name)[:2] == near, name
+    assert (found.low[2], found.high[2], found.mean[2]) == (0, 1, 0)
+    with pytest.raises(ValueError, match="not one of its values is a finite number"):
+        measure(open_source([torch.full((1, 4, 4), torch.nan)]))
+
+
+def test_nodata_of_a_geotiff_does_not_count(tmp_path) -> None:
+    heights = np.random.default_rng(0).uniform(280, 300, (80, 90)).astype(np.float32)
+    heights[:5] = -9999  # 6 % of it
+    tag = (NODATA_TAG, 2, 0, "-9999", True)
+    tifffile.imwrite(tmp_path / "a.tif", heights, extratags=[tag])
+    found = measure(open_source(tmp_path))
+    assert found.low == pytest.approx((280,), abs=0.1)
+    assert found.mean == pytest.approx((0.5,), abs=0.02)
 
 
 def test_a_fourth_band_of_two_values_is_a_mask() -> None:
