@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from math import ceil
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
@@ -223,6 +223,16 @@ class PixelCL(nn.Module):
         """The backbone: the very object handed in, better with every step."""
         return self.online_encoder.net
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # A module would be filed as a part of its own, which nothing reads, behind the property.
+        if name == "net":
+            raise AttributeError(
+                "learner.net cannot be replaced: taps, heads and target were made for this one; "
+                "build a new PixelCL with the other one, or change this one in place "
+                "(learner.net.compile() compiles it)"
+            )
+        super().__setattr__(name, value)
+
     def forward(
         self,
         images: Tensor | tuple[View, View],
@@ -375,7 +385,8 @@ class PixelCL(nn.Module):
         ):
             if not used:
                 idle |= {name for name, _ in self.named_parameters() if name.startswith(prefix)}
-        return sorted(idle)
+        trainable = {name for name, own in self.named_parameters() if own.requires_grad}
+        return sorted(idle & trainable)
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:

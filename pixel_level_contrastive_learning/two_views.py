@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .augment import VIEW_ONE, VIEW_TWO, Augmentation, Change, Colour, Normalise, statistics
+from .blocks import full_precision
 from .inputs import ValueWatch, check_images, check_views
 from .views import Placement, View, cut_views, draw_maps, to_device
 
@@ -78,5 +79,6 @@ class TwoViews(nn.Module):
     def draw(self, images: Tensor, augment: Augmentation) -> View:
         """A random view of each image; all random numbers come from torch's CPU generator."""
         to_image = draw_maps(len(images), (images.shape[2], images.shape[3]), self.placement)
-        pixels = augment(cut_views(images, to_image, self.size, self.mode))
+        with full_precision(images):  # autocast would round what the blur's convolution gives
+            pixels = augment(cut_views(images, to_image, self.size, self.mode))
         return View(pixels, to_device(to_image, images.device))

@@ -112,6 +112,17 @@ def test_autocast_gives_a_float32_loss_near_that_of_float32(dtype) -> None:
     assert all(grad.isfinite().all() for grad in grads)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_images_are_taken_under_autocast(dtype) -> None:
+    learner = small_learner().cuda()
+    images = torch.rand(16, 3, 80, 100, device="cuda")  # some blurred in the second view, some not
+    with torch.autocast("cuda", dtype=dtype):
+        views, loss = learner.views(images), learner(images)
+    assert [view.pixels.dtype for view in views] == [torch.float32] * 2
+    assert loss.dtype == torch.float32
+    assert loss.isfinite()
+
+
 @pytest.mark.parametrize(
     ("value", "text"), [(torch.nan, "NaN or infinite"), (300.0, "values from")], ids=["NaN", "300"]
 )

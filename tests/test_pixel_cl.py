@@ -494,6 +494,32 @@ def test_unreached_parameters_are_those_that_get_no_gradient(settings, idle) -> 
     assert all(any(name.startswith(prefix) for name in without) for prefix in idle)
 
 
+def test_a_layer_that_is_thawed_later_is_unreached_from_then_on() -> None:
+    net = SmallNet()
+    net[0].requires_grad_(False)
+    net[6].requires_grad_(False)
+    learner = PixelCL(net, 64, projection_size=8, projection_hidden_size=16)
+    assert learner.unreached_parameters() == []
+    net.requires_grad_(True)
+    head = [f"online_encoder.net.6.{name}" for name in ("bias", "weight")]
+    assert learner.unreached_parameters() == head
+
+
+def test_the_network_of_a_learner_is_not_replaced_unnoticed() -> None:
+    learner = small_learner()
+    with pytest.raises(AttributeError, match=r"(?s)(?=.*new PixelCL)(?=.*net\.compile\(\))"):
+        learner.net = SmallNet()
+    assert not any(name.startswith("net.") for name in learner.state_dict())
+
+
+def test_a_network_of_lazy_layers_is_taken_once_it_has_run() -> None:
+    net = nn.Sequential(nn.LazyConv2d(8, 8, 8), nn.ReLU())
+    with pytest.raises(ValueError, match=r"lazy layers.*run it once"):
+        PixelCL(net, 64)
+    net(torch.rand(2, 3, 64, 64))
+    assert PixelCL(net, 64)(even_views()).isfinite()
+
+
 # Precision, memory layout, accumulation.
 
 
@@ -515,6 +541,17 @@ def test_autocast_gives_a_float32_loss_near_that_of_float32(
         term = getattr(terms, name)
         assert term.dtype == value.dtype
         torch.testing.assert_close(term, value, rtol=0, atol=off, msg=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_leaves_views_as_they_are(dtype) -> None:
+    learner, images = small_learner(), torch.rand(8, 3, 80, 100)
+    torch.manual_seed(1)
+    expected = learner.views(images)
+    torch.manual_seed(1)
+    with torch.autocast("cpu", dtype=dtype):
+        found = learner.views(images)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)  # dtypes as well
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)

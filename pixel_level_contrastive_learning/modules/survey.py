@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 from torch.utils.hooks import RemovableHandle
 
 from .layouts import Reading, read_output
-from .taps import Tap, find_layer, plain_name
+from .taps import Tap, plain_name
 
 
 class Layer(NamedTuple):
@@ -26,7 +27,7 @@ class Layer(NamedTuple):
         reading: How that can be read, or None.
         stride: Pixels of the image a cell covers, along the longer way.
         output_id: The same number for layers that give the very same tensor.
-        overwritten: Whether a later layer changed the output in place.
+        overwritten: Whether a later layer changes the output in place, be it in training alone.
         carries_gradient: Whether a loss on the output would reach weights.
     """
 
@@ -70,7 +71,7 @@ class Survey:
         training: Whether to look in train mode instead.
 
     Raises:
-        ValueError: The backbone refuses images of this size.
+        ValueError: The backbone refuses images of this size, or to be copied.
     """
 
     def __init__(
@@ -82,52 +83,61 @@ class Survey:
         self.names = [plain_name(name) for name, _ in net.named_modules() if name]
         self.layers: list[Layer] = []
         self.outputs: dict[str, object] = {}
-        copied = copy.deepcopy(net).train(training)
-        weight = next(copied.parameters(), torch.empty(0))
-        images = torch.zeros(2, channels, *size, device=weight.device, dtype=weight.dtype)
-        devices = [weight.device] if weight.device.type == "cuda" else []
-        with torch.random.fork_rng(devices), torch.enable_grad():
-            self.look(copied, images)
-        self.parameters = dict(copied.named_parameters())
+        self.net = duplicate(net).train(training)
+        weight = next(self.net.parameters(), torch.empty(0))
+        self.images = torch.zeros(2, channels, *size, device=weight.device, dtype=weight.dtype)
+        for name, (module, output, overwritten) in self.look().items():
+            shown, grows = type(output).__name__, False
+            if isinstance(output, Tensor):
+                shown, grows = str(tuple(output.shape)), output.requires_grad
+            stride, reading = 0.0, read_output(output, size, len(self.images))
+            if reading is not None:
+                stride = max(side / cells for side, cells in zip(size, reading.grid, strict=True))
+            seen = stride, id(output), overwritten, grows
+            self.layers.append(Layer(name, type(module).__name__, shown, reading, *seen))
+            self.outputs[name] = output
 
-    def look(self, net: nn.Module, images: Tensor) -> None:
-        """Run the network with a hook on every layer, and note what each gave last, in order."""
-        fired: dict[str, tuple[str, object, int]] = {}
+    def look(self) -> dict[str, tuple[nn.Module, object, bool]]:
+        """Run the copy: every layer, what it gave last, and whether that is changed later on."""
+        fired: dict[str, tuple[nn.Module, object, int]] = {}
+        changed: set[str] = set()
 
-        def note(name: str) -> RemovableHandle:
-            def hook(module: nn.Module, _: object, output: object) -> None:
+        def note(name: str, layer: nn.Module) -> Iterator[RemovableHandle]:
+            def gave(module: nn.Module, _: object, output: object) -> None:
                 version = output._version if isinstance(output, Tensor) else 0
-                fired.pop(plain, None)  # a layer that runs again moves to the end
-                fired[plain] = type(module).__name__, output, version
+                fired.pop(name, None)  # a layer that runs again moves to the end
+                changed.discard(name)
+                fired[name] = module, output, version
 
-            plain = plain_name(name)
-            return find_layer(net, name).register_forward_hook(hook)
+            # Dropout in place, which is idle here, changes in training what it is given.
+            def takes(_: nn.Module, inputs: tuple[object, ...]) -> None:
+                taken = {memory(given) for given in inputs if isinstance(given, Tensor)}
+                held = ((n, out) for n, (_, out, _) in fired.items() if isinstance(out, Tensor))
+                changed.update(n for n, out in held if memory(out) in taken)
 
-        handles = [note(name) for name, _ in net.named_modules() if name]
+            yield layer.register_forward_hook(gave)
+            if getattr(layer, "inplace", False):
+                yield layer.register_forward_pre_hook(takes)
+
+        named = ((plain_name(name), layer) for name, layer in self.net.named_modules() if name)
+        handles = [handle for name, layer in named for handle in note(name, layer)]
+        devices = [self.images.device] if self.images.device.type == "cuda" else []
         try:
-            net(images)
+            with torch.random.fork_rng(devices), torch.enable_grad():
+                self.net(self.images)
         except Exception as error:
             raise ValueError(
-                f"{self.net_type} cannot take images of shape {tuple(images.shape)}: {error}; give "
-                "PixelCL the image_size and channels that the network is built for, or build the "
-                "network for these"
+                f"{self.net_type} cannot take images of shape {tuple(self.images.shape)}: {error}; "
+                "give PixelCL the image_size and channels that the network is built for, or build "
+                "the network for these"
             ) from error
         finally:
             for handle in handles:
                 handle.remove()
-        for name, (type_name, output, version) in fired.items():
-            shown, overwritten, grows = type(output).__name__, False, False
-            if isinstance(output, Tensor):
-                shown = str(tuple(output.shape))
-                overwritten, grows = output._version != version, output.requires_grad
-            stride, reading = 0.0, read_output(output, self.size, len(images))
-            if reading is not None:
-                stride = max(
-                    side / cells for side, cells in zip(self.size, reading.grid, strict=True)
-                )
-            seen = stride, id(output), overwritten, grows
-            self.layers.append(Layer(name, type_name, shown, reading, *seen))
-            self.outputs[name] = output
+        for name, (_, output, version) in fired.items():
+            if isinstance(output, Tensor) and output._version != version:
+                changed.add(name)
+        return {name: (layer, out, name in changed) for name, (layer, out, _) in fired.items()}
 
     def tap(self, wanted: str | int, *, pixel: bool) -> Tap:
         """The tap on a layer, once it was found to give what pixels or instances need.
@@ -219,14 +229,17 @@ class Survey:
     def default_instance(self, pixel: str) -> str:
         """The pooled vector, which follows the last map; the pixel layer where there is none.
 
-        What the last layer gives is taken for the network's answer, not for its features.
+        What the last layer gives is taken for the network's answer, not for its features, and
+        dropout zeroes a share of them.
         """
         last_map = max(index for index, layer in enumerate(self.layers) if layer.is_map)
         answer = self.layers[-1].output_id
         vectors = [
             layer
             for layer in self.layers[last_map + 1 :]
-            if layer.reading is not None and layer.output_id != answer
+            if layer.reading is not None
+            and layer.output_id != answer
+            and not layer.type_name.startswith("Dropout")
         ]
         pools = [layer.name for layer in vectors if "Pool" in layer.type_name]
         names = pools[-1:] or [layer.name for layer in vectors[:1]]
@@ -249,22 +262,50 @@ class Survey:
         names = [pooled, *names] if pooled else names
         return f"layers that would do: {', '.join(names) or 'none at this image size'}"
 
-    def unreached(self, *taps: Tap) -> list[str]:
-        """The names of trainable parameters that no tap's output depends on."""
-        outputs = [self.outputs[tap.name] for tap in taps]
-        reached = set(leaves([out for out in outputs if isinstance(out, Tensor)]))
-        trainable = ((n, p) for n, p in self.parameters.items() if p.requires_grad)
-        return [name for name, parameter in trainable if id(parameter) not in reached]
+    def unreached(self, tap: Tap) -> list[str]:
+        """The names of parameters, frozen ones too, that the tap's output does not depend on."""
+        parameters = dict(self.net.named_parameters())
+        frozen = [p for p in parameters.values() if not p.requires_grad and p.is_floating_point()]
+        if frozen:  # they may be thawed later
+            for parameter in frozen:
+                parameter.requires_grad_()
+            self.outputs = {name: output for name, (_, output, _) in self.look().items()}
+        walked = list(graph(self.outputs[tap.name]))
+        reached = {id(node.variable) for node in walked if hasattr(node, "variable")}
+        if any(isinstance(node, BackwardCFunction) for node in walked):
+            # What re-entrant checkpointing or a function of one's own does inside shows only when
+            # it runs.
+            self.net.zero_grad()
+            output: Any = self.look()[tap.name][1]
+            output.sum().backward()
+            reached = {id(own) for own in parameters.values() if own.grad is not None}
+        return [name for name, parameter in parameters.items() if id(parameter) not in reached]
 
 
-def leaves(tensors: list[Tensor]) -> Iterator[int]:
-    """The ids of the leaf tensors that a gradient of ``tensors`` would reach."""
-    waiting: list[Any] = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
+def duplicate(net: nn.Module) -> nn.Module:
+    """A copy of a network, or what to do where it cannot be copied."""
+    try:
+        return copy.deepcopy(net)
+    except Exception as error:
+        raise ValueError(
+            f"{type(net).__name__} cannot be copied, as the target must be: {error}; in place of "
+            "torch.nn.utils.spectral_norm or weight_norm use torch.nn.utils.parametrizations, and "
+            "keep nothing in the network that copy.deepcopy refuses"
+        ) from error
+
+
+def memory(tensor: Tensor) -> int:
+    """Where a tensor's values lie: the same number for all that share them."""
+    return tensor.untyped_storage().data_ptr()
+
+
+def graph(output: Any) -> Iterator[Any]:
+    """Every step that a gradient of ``output`` takes, down to the leaves."""
+    waiting: list[Any] = [output.grad_fn] if output.grad_fn is not None else []
     seen = set(waiting)
     while waiting:
         node = waiting.pop()
-        if hasattr(node, "variable"):
-            yield id(node.variable)
+        yield node
         for following, _ in node.next_functions:
             if following is not None and following not in seen:
                 seen.add(following)

@@ -9,6 +9,7 @@ from typing import Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from ..checks import raise_together, within
 from .encoder import BOTH, Branches, Encoder, Projections
@@ -25,9 +26,17 @@ class Target(Encoder):
 
     Args:
         online: The encoder to follow; the target begins as its copy.
+
+    Raises:
+        ValueError: Lazy layers have no weights yet.
     """
 
     def __init__(self, online: Encoder) -> None:
+        if any(is_lazy(parameter) for parameter in online.parameters()):
+            raise ValueError(
+                f"{type(online.net).__name__} has lazy layers without weights yet: run it once on "
+                "an image before handing it in"
+            )
         super().__init__(
             copy.deepcopy(online.net),
             online.pixel_tap,

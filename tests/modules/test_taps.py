@@ -208,6 +208,7 @@ def vit() -> nn.Module:
         (models.resnet50, 128, "layer4", 4, "avgpool"),
         (small_net, 64, "deep", 4, "pool"),
         (vit, 64, "encoder", 4, "encoder"),
+        (models.mobilenet_v2, 128, "features", 4, "features"),  # its dropout is no pooled vector
     ],
 )
 def test_convention_the_default_is_the_deepest_map_of_four_by_four_and_the_pooled_vector(
@@ -254,6 +255,24 @@ def test_a_layer_that_runs_twice_is_read_as_it_is_caught() -> None:
 )
 def test_layers_changed_in_place_are_noticed(layer, overwritten) -> None:
     assert Survey(small_net(), 3, (64, 64)).tap(layer, pixel=True).overwritten is overwritten
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        {"flat": nn.Flatten(), "drop": nn.Dropout(0.5, inplace=True), "head": nn.Linear(8, 5)},
+        {"drop": nn.Dropout2d(0.5, inplace=True)},
+    ],
+    ids=["of a view", "of the whole"],
+)
+def test_dropout_in_place_is_noticed_though_it_is_idle_in_a_survey(layers) -> None:
+    net = chain(stem=nn.Conv2d(3, 8, 8, 8), pool=nn.AdaptiveAvgPool2d(1), **layers)
+    survey, x = Survey(net, 3, (64, 64)), torch.rand(8, 3, 64, 64)
+    assert not survey.tap("stem", pixel=True).overwritten
+    assert not survey.tap("drop", pixel=False).overwritten
+    tap = survey.tap("pool", pixel=False)
+    assert tap.overwritten
+    assert torch.equal(Taps(tap).run(net.train(), x)["pool"], net.pool(net.stem(x)))
 
 
 # What a survey must leave alone.
@@ -356,6 +375,19 @@ def test_a_network_that_refuses_the_images_is_reported(channels) -> None:
         Survey(small_net(), channels, (64, 64))
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated:FutureWarning")
+@pytest.mark.parametrize("norm", [nn.utils.spectral_norm, nn.utils.weight_norm])
+def test_a_network_that_cannot_be_copied_is_refused_with_what_to_do(norm) -> None:
+    net = chain(stem=norm(nn.Conv2d(3, 8, 8, 8)))
+    net(torch.rand(2, 3, 64, 64))
+    with pytest.raises(ValueError, match=r"Sequential cannot be copied.*utils\.parametrizations"):
+        Survey(net, 3, (64, 64))
+    better = getattr(nn.utils.parametrizations, norm.__name__)
+    net = chain(stem=better(nn.Conv2d(3, 8, 8, 8)))
+    net(torch.rand(2, 3, 64, 64))
+    assert Survey(net, 3, (64, 64)).default_pixel() == "stem"
+
+
 # Parameters that a loss on a tap would never reach.
 
 
@@ -371,9 +403,50 @@ def test_parameters_behind_a_tap_are_unreached(layer, idle) -> None:
     assert survey.unreached(survey.tap(layer, pixel=False)) == idle
 
 
-def test_frozen_parameters_are_not_counted_as_unreached() -> None:
+def test_frozen_parameters_are_surveyed_as_if_they_learned() -> None:
     net = small_net()
     net.stem.requires_grad_(False)
-    net.head.bias.requires_grad_(False)
+    net.head.requires_grad_(False)
     survey = Survey(net, 3, (64, 64))
-    assert survey.unreached(survey.tap("pool", pixel=False)) == ["head.weight"]
+    assert survey.unreached(survey.tap("pool", pixel=False)) == ["head.weight", "head.bias"]
+    assert not any(own.requires_grad for own in (*net.stem.parameters(), *net.head.parameters()))
+
+
+class Closed(torch.autograd.Function):
+    """A function that says nothing of the weights it uses and leaves gradients in them itself."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, block: nn.Module) -> Tensor:
+        ctx.x, ctx.block = x.detach(), block
+        return block(x)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, None]:
+        x = ctx.x.requires_grad_()
+        with torch.enable_grad():
+            ctx.block(x).backward(gradient)
+        return x.grad, None
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [checkpointed, lambda own, x: own.after(Closed.apply(own.stem(x), own.block))],
+    ids=["re-entrant checkpoint", "a function of one's own"],
+)
+@pytest.mark.parametrize("frozen", [False, True])
+def test_parameters_that_the_graph_does_not_show_are_reached(forward, frozen) -> None:
+    parts = {
+        "stem": nn.Conv2d(3, 8, 8, 8),
+        "block": nn.Conv2d(8, 8, 1),
+        "after": nn.Conv2d(8, 4, 1),
+        "head": nn.Conv2d(4, 2, 1),
+    }
+    net = Calls(lambda own, x: own.head(forward(own, x)), **parts)
+    net.block.requires_grad_(not frozen)
+    survey = Survey(net, 3, (64, 64))
+    taps = [survey.tap(name, pixel=True) for name in ("after", "stem")]
+    behind = ["head.weight", "head.bias"]
+    assert survey.unreached(taps[0]) == behind
+    inside = ["block.weight", "block.bias", "after.weight", "after.bias"]
+    assert survey.unreached(taps[1]) == inside + behind
+    assert all(own.grad is None for own in net.parameters())
