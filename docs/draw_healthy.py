@@ -26,6 +26,8 @@ PANELS = (
     ("loss", "Loss", None),
     ("spread", "Spread of the features", COLLAPSED_SPREAD),
     ("effective_rank", "Effective rank of the features", COLLAPSED_RANK),
+    ("hit1", "Cells that find their spot, colours changed", None),
+    ("hit1_colours_kept", "Cells that find their spot, colours kept", None),
 )
 HERE = Path(__file__).parent
 SHOWN = 6  # steps
@@ -36,7 +38,7 @@ def curves(runs: list[Path]) -> None:
     """Draw the figures of the runs into each other."""
     metrics = [read_metrics(run) for run in runs]
     mpl.rcParams["font.size"] = 9
-    figure, axes = plt.subplots(2, 2, figsize=(9.6, 5.8), layout="constrained")
+    figure, axes = plt.subplots(3, 2, figsize=(9.6, 8.4), layout="constrained")
     for panel, (name, title, bound) in zip(axes.flat, PANELS, strict=True):
         for label, colour, columns in zip(NAMES, COLOURS, metrics, strict=True):
             steps, values = thinned(columns["step"], columns.get(name, ()))

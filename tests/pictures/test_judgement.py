@@ -6,14 +6,14 @@ from pixel_level_contrastive_learning.pictures.judgement import findings, judgem
 
 
 def run(cosine: float, rank: float, spread: float, kept: float, hit1: float) -> dict[str, list]:
-    """The figures of a run whose cells found their spot in 48 % of cases before the first step."""
+    """The figures of a run whose cells found their spot in 47 % of cases before the first step."""
     return {
         "step": [1, 2],
         "pixel_cosine": [0.1, cosine],
         "effective_rank": [60, rank],
         "spread": [0.8, spread],
         "hit1_colours_kept": [0.47, kept],
-        "hit1": [0.48, hit1],
+        "hit1": [0.475, hit1],
     }
 
 
@@ -21,11 +21,12 @@ def run(cosine: float, rank: float, spread: float, kept: float, hit1: float) -> 
     ("figures", "well", "heading"),
     [
         # The runs of docs/healthy-run.md.
-        (run(0.78, 6.2, 0.74, 0.58, 0.54), True, "The run looks healthy"),
-        (run(0.87, 2.5, 0.46, 0.50, 0.43), False, "Worse than at the start"),
-        (run(0.82, 21, 0.78, 0.63, 0.41), False, "It goes by colour"),
+        (run(0.75, 11, 0.75, 0.63, 0.59), True, "The run looks healthy"),
+        (run(0.76, 1.6, 0.56, 0.48, 0.36), False, "The features are collapsing"),
+        (run(0.80, 17, 0.65, 0.60, 0.45), False, "It goes by colour"),
         # Variations.
         (run(0.82, 21, 0.78, 0.50, 0.49), True, "Sound features, little learned"),
+        (run(0.87, 2.5, 0.46, 0.50, 0.43), False, "Worse than at the start"),
         (run(0.05, 21, 0.78, 0.58, 0.54), True, "Sound features, little learned"),
         (run(0.87, 1.1, 0.46, 0.58, 0.54), False, "Something is wrong with this run"),
     ],
@@ -43,7 +44,7 @@ def test_what_a_run_is_called(figures, well, heading) -> None:
         (0.43, 5000, "Worse than at the start"),
         (0.54, 50, "Sound features, little learned"),
         (0.54, 5000, "The run looks healthy"),
-        (0.33, 50, "Worse than at the start"),
+        (0.335, 50, "Worse than at the start"),
     ],
 )
 def test_chance_is_not_taken_for_learning(hit1, cells, heading) -> None:
