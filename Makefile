@@ -7,7 +7,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
-STEPS ?= 250
+STEPS ?= 150
 
 .PHONY: demo test lint types tests bench clean
 

@@ -178,7 +178,7 @@ def layers(
     Console().print(table)
 
 
-def demo(out: str = "runs/demo", steps: int = 250, overwrite: bool = False) -> None:
+def demo(out: str = "runs/demo", steps: int = 150, overwrite: bool = False) -> None:
     """Draw scenes, pretrain a ResNet-18 on them, evaluate it and write the report.
 
     Args:

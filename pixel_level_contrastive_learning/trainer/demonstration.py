@@ -14,6 +14,9 @@ from ..scenes import save_scenes
 from .run import pretrain
 
 SCENES = {"train": 400, "val": 100}
+FED_AT = 180
+"""Side in pixels at which scenes of 160 are judged: the scale at which views show them, on
+average."""
 
 
 class Demonstration(NamedTuple):
@@ -48,13 +51,14 @@ def demonstrate(out: Path, *, steps: int, overwrite: bool = False) -> Demonstrat
         images / "train",
         run,
         model="torchvision/resnet18",
-        image_size=128,
+        image_size=96,
+        crop_area=(0.3, 0.75),  # what is shown of a scene is as large as in whole views of 128
         batch_size=24,
-        pixel_layer="layer3",  # 8 x 8 cells of a view; layer4 has 4 x 4, larger than the shapes
+        pixel_layer="layer3",  # 6 x 6 cells of a view; layer4 has 3 x 3, larger than the shapes
         lr=9e-3,  # more than by default, and blocks that begin shut: a linear probe gains by both,
         zero_init_residual=True,  # fine-tuning loses (docs/decisions.md)
         steps=steps,
         overwrite=overwrite,
     )
-    evaluation = evaluate(run, data=scenes, out=run)
+    evaluation = evaluate(run, data=scenes, size=FED_AT, out=run)
     return Demonstration(evaluation, visualize(run, images=images / "val", out=report))
