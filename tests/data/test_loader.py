@@ -1,5 +1,6 @@
 """Pairs and their loader: a function of seed, epoch and index; broken files; resuming."""
 
+import logging
 import os
 import signal
 import subprocess
@@ -379,7 +380,9 @@ def test_a_name_cannot_break_the_list(tmp_path) -> None:
     assert line.split("\t")[0].endswith("a\\nb\\tc.png")
 
 
-def test_a_name_that_is_no_text_is_listed_once_by_its_bytes(tmp_path, capsys) -> None:
+def test_a_name_that_is_no_text_is_listed_once_by_its_bytes(tmp_path, capsys, monkeypatch) -> None:
+    # What pytest catches of the log it sends to other processes, as text.
+    monkeypatch.setattr(logging.getLogger("pixel_level_contrastive_learning"), "propagate", False)
     name = os.fsencode(tmp_path) + b"/\xff\xc2\x85.png"  # the end is a line break in Unicode
     for path in (os.fsdecode(name), tmp_path / "d.png"):
         Image.new("L", (9, 9)).save(path)
