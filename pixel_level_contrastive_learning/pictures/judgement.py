@@ -65,11 +65,12 @@ def hits(metrics: Mapping[str, Sequence[float]]) -> tuple[float, float] | None:
 
 
 def goes_by_colour(metrics: Mapping[str, Sequence[float]]) -> bool:
-    """Whether cells find their spot much less often once colours are changed."""
+    """Whether cells find their spot by colour alone: once it is changed no better than before."""
     found, kept = hits(metrics), latest(metrics, "hit1_colours_kept")
     if found is None or kept is None:
         return False
-    return found[1] + deviation(metrics) < BY_COLOUR * kept
+    begin, end = found
+    return end < CLEAR * begin and end + deviation(metrics) < BY_COLOUR * kept
 
 
 def deviation(metrics: Mapping[str, Sequence[float]]) -> float:

@@ -25,6 +25,7 @@ def run(cosine: float, rank: float, spread: float, kept: float, hit1: float) -> 
         (run(0.76, 1.6, 0.56, 0.48, 0.36), False, "The features are collapsing"),
         (run(0.80, 17, 0.65, 0.60, 0.45), False, "It goes by colour"),
         # Variations.
+        (run(0.80, 17, 0.65, 0.90, 0.60), True, "The run looks healthy"),  # not alone
         (run(0.82, 21, 0.78, 0.50, 0.49), True, "Sound features, little learned"),
         (run(0.87, 2.5, 0.46, 0.50, 0.43), False, "Worse than at the start"),
         (run(0.05, 21, 0.78, 0.58, 0.54), True, "Sound features, little learned"),
