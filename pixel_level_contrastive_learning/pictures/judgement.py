@@ -40,7 +40,7 @@ def ruling(metrics: Mapping[str, Sequence[float]]) -> tuple[bool, str]:
     that chance would give so few cells count for nothing.
     """
     way, found, rank = course(metrics), hits(metrics), latest(metrics, "effective_rank")
-    if rank is not None and rank < NARROW_RANK < max(metrics["effective_rank"]):
+    if rank is not None and rank < NARROW_RANK < max(known(metrics, "effective_rank")):
         return False, "The features are collapsing"
     if found is not None:
         if goes_by_colour(metrics):
@@ -59,9 +59,7 @@ def ruling(metrics: Mapping[str, Sequence[float]]) -> tuple[bool, str]:
 def hits(metrics: Mapping[str, Sequence[float]]) -> tuple[float, float] | None:
     """How often cells found their spot before the first step and at the end; None if not known."""
     end = latest(metrics, "hit1")
-    if end is None:
-        return None
-    return next(value for value in metrics["hit1"] if isfinite(value)), end
+    return None if end is None else (known(metrics, "hit1")[0], end)
 
 
 def goes_by_colour(metrics: Mapping[str, Sequence[float]]) -> bool:
@@ -86,9 +84,14 @@ def course(metrics: Mapping[str, Sequence[float]]) -> tuple[float, float] | None
     return (line[0], line[-1]) if len(line) > 1 else None
 
 
+def known(metrics: Mapping[str, Sequence[float]], name: str) -> list[float]:
+    """A figure of the steps that have it."""
+    return [value for value in metrics.get(name, ()) if isfinite(value)]
+
+
 def latest(metrics: Mapping[str, Sequence[float]], name: str) -> float | None:
     """The mean of a figure over the last steps that have it."""
-    values = [value for value in metrics.get(name, ()) if isfinite(value)]
+    values = known(metrics, name)
     last = values[-max(1, len(values) // LATEST) :]
     return sum(last) / len(last) if last else None
 
@@ -105,7 +108,7 @@ def findings(metrics: Mapping[str, Sequence[float]]) -> list[str]:
     if (found := hits(metrics)) is not None:
         told.append(
             f"A cell finds its own spot in another view in {found[1]:.0%} of cases, {found[0]:.0%} "
-            f"before the first step."
+            "before the first step."
         )
     if goes_by_colour(metrics):
         told.append(

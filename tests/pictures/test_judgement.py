@@ -63,6 +63,12 @@ def test_what_is_said_of_correspondence() -> None:
     assert any("left as they are it finds 63%: change colour more" in t for t in findings(colour))
 
 
+def test_steps_without_a_rank_hide_no_collapse() -> None:
+    figures = run(0.76, 1.6, 0.56, 0.48, 0.36)
+    figures |= {"effective_rank": [float("nan"), 60, 1.6]}
+    assert "<h2>The features are collapsing</h2>" in judgement(figures, [])
+
+
 def test_a_run_that_was_never_looked_at_is_judged_by_its_features() -> None:
     held = {"step": [1, 2], "spread": [0.8], "effective_rank": [9], "hit1": [float("nan")]}
     assert "<h2>The features look sound</h2>" in judgement(held, [])
