@@ -21,8 +21,8 @@ from .stems import spread_kernels, stem_of
 
 WEIGHTS = "backbone.safetensors"
 """What the weights are called in a run directory."""
-CHECKPOINTS = "checkpoints"
-LAST_CHECKPOINT = f"{CHECKPOINTS}/last.ckpt"
+CHECKPOINTS, LAST = "checkpoints", "last.ckpt"
+"""The folder of a run's checkpoints, and the second name of the last of them."""
 SHOWN = 5
 """Names of each kind that a report shows."""
 
@@ -110,15 +110,15 @@ def weights_file(source: str | Path) -> Path:
     """
     path = Path(source).expanduser()
     if path.is_dir():
-        last = path / LAST_CHECKPOINT
+        last = path / CHECKPOINTS / LAST
         if (path / WEIGHTS).is_file():
             return path / WEIGHTS
         if last.is_file():
             log.warning("%s has no %s yet: taking its last checkpoint", path, WEIGHTS)
             return last
         raise ValueError(
-            f"{path} has no {WEIGHTS} and no {LAST_CHECKPOINT}; give the directory of a run that "
-            "has saved, or a file of weights"
+            f"{path} has no {WEIGHTS} and no {CHECKPOINTS}/{LAST}; give the directory of a run "
+            "that has saved, or a file of weights"
         )
     if not path.is_file():
         raise ValueError(

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, Trainer
 
-from .directory import LAST, RunDirectory
+from ..keys import LAST
+from .directory import RunDirectory
 from .figures import Figures
 from .interruption import Interruption
 from .task import PretrainTask

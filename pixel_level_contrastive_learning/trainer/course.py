@@ -14,12 +14,12 @@ from torch import nn
 
 from ..backbones import build_backbone
 from ..evaluation.labelled import open_labelled
-from ..keys import WEIGHTS
+from ..keys import LAST, WEIGHTS
 from ..weights import load_backbone, save_backbone, save_card
 from . import assembly, engine
 from .callbacks import Checkpoints, StopWhenAsked
 from .config import PretrainConfig
-from .directory import LAST, PREVIEW, RunDirectory, read_checkpoint
+from .directory import PREVIEW, RunDirectory, read_checkpoint
 from .figures import Figures
 from .interruption import Interrupted, Interruption
 from .machine import described, devices, free_memory, is_writer

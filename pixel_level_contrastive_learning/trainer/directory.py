@@ -19,6 +19,7 @@ from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 
 from ..evaluation.outcome import LABELLED_FILE, UNLABELLED_FILE
 from ..files import cannot_write, write_whole
+from ..keys import CHECKPOINTS, LAST, WEIGHTS
 from .settings import CONFIG_FILE
 
 LOG = logging.getLogger("pixel_level_contrastive_learning")
@@ -26,17 +27,17 @@ METRICS_FILE = "metrics.jsonl"
 PROBE_FILE = "probe.jsonl"
 LOG_FILE = "train.log"
 PREVIEW = "preview"
-LAST, BEST = "last.ckpt", "best.ckpt"
+BEST = "best.ckpt"
 OURS = (
     CONFIG_FILE,
     METRICS_FILE,
     LOG_FILE,
     "statistics.json",
     "skipped.txt",
-    "checkpoints",
+    CHECKPOINTS,
     PREVIEW,
     "pictures",
-    "backbone.safetensors",
+    WEIGHTS,
     "backbone.json",
     "bad_batch.pt",
     LABELLED_FILE,
@@ -61,7 +62,7 @@ class RunDirectory:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.checkpoints = path / "checkpoints"
+        self.checkpoints = path / CHECKPOINTS
 
     def check(self, *, resume: bool, overwrite: bool) -> None:
         """Find out whether a run may be written here, without writing anything.
