@@ -23,6 +23,7 @@ ROOMS = (
     "modules.heads",
     "modules.ppm",
     "modules.layouts",
+    "modules.layers",
     "modules.taps",
     "modules.survey",
     "modules.encoder",

@@ -13,7 +13,8 @@ from torch.nn.functional import cross_entropy
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from ..modules.survey import Layer, Survey
+from ..modules.layers import Layer, features
+from ..modules.survey import Survey
 from .features import Reader, device_of, resized
 from .labelled import IGNORED, Labelled
 from .preparation import Preparation
@@ -83,21 +84,14 @@ def deepest_maps(survey: Survey) -> list[Layer]:
     Raises:
         ValueError: There is none.
     """
-    found: dict[int, Layer] = {}
-    for layer in survey.layers:
-        fit = layer.is_map and layer.is_square and layer.carries_gradient
-        if fit and layer.stride >= FINEST_STRIDE and not layer.type_name.startswith(NO_FEATURES):
-            found[round(log2(layer.stride))] = layer
+    fit = [own for own in survey.layers if own.carries_gradient and own.stride >= FINEST_STRIDE]
+    found = {round(log2(layer.stride)): layer for layer in features(fit)}
     if not found:
         raise ValueError(
             f"{survey.net_type} has no map of a stride of {FINEST_STRIDE} or more that could be "
             f"decoded; {survey.advice(pixel=True)}"
         )
     return [layer for _, layer in sorted(found.items(), reverse=True)]
-
-
-NO_FEATURES = ("Dropout", "Softmax")
-"""Layers whose maps are attention, or features with holes."""
 
 
 def finetuned(
@@ -111,10 +105,7 @@ def finetuned(
     seed: int = 0,
     keep: Sequence[int] = (),
 ) -> Scored:
-    """How well a copy of the network segments after it was trained on masks.
-
-    AdamW with a tenth of the steps to warm up and a cosine down, random resized crops and flips;
-    the same for whatever weights it starts from.
+    """How well a copy of the network segments after it was trained on masks, see `trained`.
 
     Args:
         net: The network, on whatever device. It is copied and stays as it is.
@@ -125,6 +116,25 @@ def finetuned(
         batch: Crops an update.
         seed: Decides the decoder's start, the crops and their order.
         keep: Images whose predictions are to be kept, by their place in ``judged``.
+    """
+    device = device_of(net)
+    segmenter = trained(net, train, prepare, steps=steps, batch=batch, seed=seed)
+    return score(lambda pixels: segmenter(pixels.to(device)).float().cpu(), judged, prepare, keep)
+
+
+def trained(
+    net: nn.Module,
+    train: Labelled,
+    prepare: Preparation,
+    *,
+    steps: int = STEPS,
+    batch: int = BATCH,
+    seed: int = 0,
+) -> Segmenter:
+    """A copy of the network with a decoder, trained on masks and in eval mode.
+
+    AdamW with a tenth of the steps to warm up and a cosine down, random resized crops and flips;
+    the same for whatever weights it starts from. Takes what `finetuned` does.
     """
     device = device_of(net)
     devices = [device] if device.type == "cuda" else []
@@ -151,10 +161,7 @@ def finetuned(
             loss.backward()  # type: ignore[no-untyped-call]
             optimiser.step()
             schedule.step()
-        segmenter.eval()
-        return score(
-            lambda pixels: segmenter(pixels.to(device)).float().cpu(), judged, prepare, keep
-        )
+        return segmenter.eval()
 
 
 def rate(step: int, steps: int) -> float:

@@ -5,57 +5,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from difflib import get_close_matches
-from math import log
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 from torch.utils.hooks import RemovableHandle
 
+from .layers import SAME_STRIDE, Layer, features, halves, stride
 from .layouts import Reading, read_output
 from .taps import Tap, plain_name
-
-
-class Layer(NamedTuple):
-    """What a layer of a backbone gave when it was looked at.
-
-    Attributes:
-        name: Its name in the backbone, such as ``layer4``.
-        type_name: The name of its class.
-        output: What it gives: a shape, or the type where it is no tensor.
-        reading: How that can be read, or None.
-        stride: Pixels of the image a cell covers, along the longer way.
-        output_id: The same number for layers that give the very same tensor.
-        overwritten: Whether a later layer changes the output in place, be it in training alone.
-        carries_gradient: Whether a loss on the output would reach weights.
-    """
-
-    name: str
-    type_name: str
-    output: str
-    reading: Reading | None
-    stride: float
-    output_id: int
-    overwritten: bool
-    carries_gradient: bool
-
-    @property
-    def is_map(self) -> bool:
-        """Whether it has more than one cell, so that there is something to compare."""
-        return self.reading is not None and max(self.reading.grid) > 1
-
-    @property
-    def is_square(self) -> bool:
-        """Whether its cells are near enough to square to be taken without being named."""
-        return self.reading is not None and self.reading.distortion < log(1.5)
-
-    def __str__(self) -> str:
-        reading = self.reading
-        if reading is None or not self.is_map:
-            return f"{self.name} {self.output}"
-        h, w = reading.grid
-        return f"{self.name} ({reading.channels} channels, {h}x{w} cells)"
 
 
 class Survey:
@@ -86,33 +45,41 @@ class Survey:
         self.net = duplicate(net).train(training)
         weight = next(self.net.parameters(), torch.empty(0))
         self.images = torch.zeros(2, channels, *size, device=weight.device, dtype=weight.dtype)
-        for name, (module, output, overwritten) in self.look().items():
+        seen = self.look()
+        readings = {name: self.read(output) for name, (*_, output, _) in seen.items()}
+        strides = {
+            name: (given, stride(readings[name], size)) for name, (_, given, *_) in seen.items()
+        }
+        half = halves(strides)
+        for name, (module, _, output, overwritten) in seen.items():
             shown, grows = type(output).__name__, False
             if isinstance(output, Tensor):
                 shown, grows = str(tuple(output.shape)), output.requires_grad
-            stride, reading = 0.0, read_output(output, size, len(self.images))
-            if reading is not None:
-                stride = max(side / cells for side, cells in zip(size, reading.grid, strict=True))
-            seen = stride, id(output), overwritten, grows
-            self.layers.append(Layer(name, type(module).__name__, shown, reading, *seen))
+            known = readings[name], strides[name][1], name in half, id(output), overwritten, grows
+            self.layers.append(Layer(name, type(module).__name__, shown, *known))
             self.outputs[name] = output
 
-    def look(self) -> dict[str, tuple[nn.Module, object, bool]]:
-        """Run the copy: every layer, what it gave last, and whether that is changed later on."""
-        fired: dict[str, tuple[nn.Module, object, int]] = {}
+    def read(self, output: object) -> Reading | None:
+        """How what a layer gave, or was given, can be read."""
+        return read_output(output, self.size, len(self.images))
+
+    def look(self) -> dict[str, tuple[nn.Module, float, object, bool]]:
+        """Run the copy: every layer, the stride it was given, its last output, if that changes."""
+        fired: dict[str, tuple[nn.Module, float, object, int]] = {}
         changed: set[str] = set()
 
         def note(name: str, layer: nn.Module) -> Iterator[RemovableHandle]:
-            def gave(module: nn.Module, _: object, output: object) -> None:
+            def gave(module: nn.Module, inputs: tuple[object, ...], output: object) -> None:
                 version = output._version if isinstance(output, Tensor) else 0
+                given = stride(self.read(inputs[0]) if inputs else None, self.size)
                 fired.pop(name, None)  # a layer that runs again moves to the end
                 changed.discard(name)
-                fired[name] = module, output, version
+                fired[name] = module, given, output, version
 
             # Dropout in place, which is idle here, changes in training what it is given.
             def takes(_: nn.Module, inputs: tuple[object, ...]) -> None:
                 taken = {memory(given) for given in inputs if isinstance(given, Tensor)}
-                held = ((n, out) for n, (_, out, _) in fired.items() if isinstance(out, Tensor))
+                held = ((n, out) for n, (*_, out, _) in fired.items() if isinstance(out, Tensor))
                 changed.update(n for n, out in held if memory(out) in taken)
 
             yield layer.register_forward_hook(gave)
@@ -134,10 +101,13 @@ class Survey:
         finally:
             for handle in handles:
                 handle.remove()
-        for name, (_, output, version) in fired.items():
+        for name, (*_, output, version) in fired.items():
             if isinstance(output, Tensor) and output._version != version:
                 changed.add(name)
-        return {name: (layer, out, name in changed) for name, (layer, out, _) in fired.items()}
+        return {
+            name: (layer, given, out, name in changed)
+            for name, (layer, given, out, _) in fired.items()
+        }
 
     def tap(self, wanted: str | int, *, pixel: bool) -> Tap:
         """The tap on a layer, once it was found to give what pixels or instances need.
@@ -202,29 +172,28 @@ class Survey:
     def default_pixel(self) -> str:
         """The deepest map of at least 4 x 4 cells and a stride of at most 32.
 
-        Deepest is the largest stride; among equals, the last to run.
+        Deepest is the largest stride; among equals, the last to run. What a block gives before it
+        makes the map coarser is left out, see `features`.
 
         Raises:
             ValueError: There is none.
         """
-        maps = [
+        fit = [
             layer
             for layer in self.layers
             if layer.reading is not None
-            and layer.is_square
-            and not layer.type_name.startswith(("Dropout", "Softmax"))  # attention weights
             and min(layer.reading.grid) >= 4
             and layer.stride <= 32.5  # images that 32 does not divide
         ]
+        maps = features(fit)
         if not maps:
             h, w = self.size
             raise ValueError(
                 f"{self.net_type} has no map of at least 4x4 cells for images of {h}x{w}; use "
                 f"larger images, or name a layer; {self.advice(pixel=True)}"
             )
-        # Strides within a factor of 1.5 are equals: borders make a map a cell larger or smaller.
         largest = max(layer.stride for layer in maps)
-        return [layer for layer in maps if layer.stride > largest / 1.5][-1].name
+        return [layer for layer in maps if layer.stride > largest / SAME_STRIDE][-1].name
 
     def default_instance(self, pixel: str) -> str:
         """The pooled vector, which follows the last map; the pixel layer where there is none.
@@ -254,9 +223,8 @@ class Survey:
     def advice(self, pixel: bool) -> str:
         """The layers that would do: a map for each stride; for an instance a pooled vector too."""
         would_do: dict[float, Layer] = {}
-        for layer in self.layers:
-            if layer.is_map and layer.is_square:
-                would_do[round(layer.stride)] = layer
+        for layer in features(self.layers):
+            would_do[round(layer.stride)] = layer
         names = [str(layer) for _, layer in sorted(would_do.items())]
         pooled = self.default_instance(pixel="") if would_do and not pixel else ""
         names = [pooled, *names] if pooled else names
@@ -269,14 +237,14 @@ class Survey:
         if frozen:  # they may be thawed later
             for parameter in frozen:
                 parameter.requires_grad_()
-            self.outputs = {name: output for name, (_, output, _) in self.look().items()}
+            self.outputs = {name: output for name, (*_, output, _) in self.look().items()}
         walked = list(graph(self.outputs[tap.name]))
         reached = {id(node.variable) for node in walked if hasattr(node, "variable")}
         if any(isinstance(node, BackwardCFunction) for node in walked):
             # What re-entrant checkpointing or a function of one's own does inside shows only when
             # it runs.
             self.net.zero_grad()
-            output: Any = self.look()[tap.name][1]
+            output: Any = self.look()[tap.name][2]
             output.sum().backward()
             reached = {id(own) for own in parameters.values() if own.grad is not None}
         return [name for name, parameter in parameters.items() if id(parameter) not in reached]

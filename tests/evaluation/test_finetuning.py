@@ -65,6 +65,22 @@ def test_a_residual_network_is_decoded_from_every_stride() -> None:
     assert segmenter(torch.rand(2, 3, 80, 70)).shape == (2, 5, 20, 18)
 
 
+@pytest.mark.parametrize(
+    ("build", "expected"),
+    [
+        (models.resnet50, {"layer4": 2048, "layer3": 1024, "layer2": 512, "layer1": 256}),
+        (
+            models.efficientnet_b0,
+            {"features": 1280, "features.5": 112, "features.3": 40, "features.2": 24},
+        ),
+    ],
+)
+def test_the_decoder_is_given_what_stages_give(build, expected) -> None:
+    """Blocks of both begin at the stride of the stage before, and are not read there."""
+    levels = deepest_maps(Survey(build(), 3, (64, 96)))
+    assert {own.name: own.reading.channels for own in levels if own.reading} == expected
+
+
 def test_a_transformer_gets_a_head_on_its_last_tokens() -> None:
     net = Transformer()
     levels = [level.name for level in deepest_maps(Survey(net, 3, (64, 96)))]

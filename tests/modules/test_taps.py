@@ -206,6 +206,7 @@ def vit() -> nn.Module:
         (models.resnet18, 128, "layer4", 4, "avgpool"),
         (models.resnet18, 224, "layer4", 7, "avgpool"),
         (models.resnet50, 128, "layer4", 4, "avgpool"),
+        (models.resnet50, 64, "layer3", 4, "avgpool"),  # not what layer4 begins with
         (small_net, 64, "deep", 4, "pool"),
         (vit, 64, "encoder", 4, "encoder"),
         (models.mobilenet_v2, 128, "features", 4, "features"),  # its dropout is no pooled vector
@@ -220,11 +221,22 @@ def test_convention_the_default_is_the_deepest_map_of_four_by_four_and_the_poole
     assert survey.tap(pixel, pixel=True).reading.grid == (cells, cells)
 
 
-@pytest.mark.parametrize("build", [models.resnet18, models.resnet50, models.mobilenet_v3_small])
-def test_the_default_has_four_by_four_cells_where_layers_run_more_than_once(build) -> None:
-    """The bottleneck of a ResNet calls its one ReLU at two sizes: read is what comes last."""
+@pytest.mark.parametrize(
+    ("build", "pixel"),
+    [
+        (models.mobilenet_v3_small, "features.8"),
+        (models.efficientnet_b0, "features.5"),
+        (models.regnet_y_400mf, "trunk_output.block3"),
+        (models.convnext_tiny, "features.5"),
+        (models.densenet121, "features.denseblock3"),
+    ],
+)
+def test_the_default_is_what_a_stage_gives_and_not_how_the_next_begins(build, pixel) -> None:
+    """All of these expand, normalise or mix at the finer stride before they go coarser."""
     survey = Survey(build(), 3, (64, 64))
-    assert min(survey.tap(survey.default_pixel(), pixel=True).reading.grid) >= 4
+    assert survey.default_pixel() == pixel
+    assert survey.tap(pixel, pixel=True).reading.grid == (4, 4)
+    assert f" {pixel} (" in survey.advice(pixel=True)
 
 
 def test_no_stride_above_32_is_taken_unasked() -> None:
