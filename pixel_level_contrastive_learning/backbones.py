@@ -25,6 +25,7 @@ __all__ = [
     "adapt_channels",
     "build_backbone",
     "default_image_size",
+    "default_layers",
     "tappable_layers",
 ]
 
@@ -302,3 +303,15 @@ def tappable_layers(net: nn.Module, channels: int, image_size: Size) -> list[Tap
                 layer.name, layer.type_name, layer.stride, reading.channels, reading.grid
             )
     return list(listed.values())
+
+
+def default_layers(net: nn.Module, channels: int, image_size: Size) -> tuple[str, str]:
+    """The layers that are tapped where none is named: for the pixel and for the instance level.
+
+    Raises:
+        ValueError: The network refuses images of this size and channels, or has no map for them of
+            at least 4x4 cells.
+    """
+    survey = Survey(net, channels, image_size)
+    pixel = survey.default_pixel()
+    return pixel, survey.default_instance(pixel)

@@ -157,7 +157,7 @@ def layers(
     image_size: int | tuple[int, int] = 224,
     channels: int = 3,
 ) -> None:
-    """List the layers of a model that can be tapped, with stride and channels.
+    """List the layers of a model that can be tapped, and which are where none is named.
 
     Args:
         model: torchvision/NAME, timm/NAME, or your own path/to/file.py:function.
@@ -167,7 +167,7 @@ def layers(
     from rich.console import Console
     from rich.table import Column, Table
 
-    from .backbones import build_backbone, tappable_layers
+    from .backbones import build_backbone, default_layers, tappable_layers
 
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
     net = build_backbone(model, channels=channels, image_size=size)
@@ -176,6 +176,13 @@ def layers(
         cells = f"{layer.grid[0]}x{layer.grid[1]}"
         table.add_row(layer.name, layer.type_name, f"{layer.stride:g}", str(layer.channels), cells)
     Console().print(table)
+    try:
+        pixel, instance = default_layers(net, channels, size)
+        print(
+            f"where none is named: {pixel} for the pixel level, {instance} for the instance level"
+        )
+    except ValueError as error:
+        print(f"where none is named: {error}")
 
 
 def demo(out: str = "runs/demo", steps: int = 150, overwrite: bool = False) -> None:

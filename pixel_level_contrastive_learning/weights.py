@@ -12,11 +12,16 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from .backbones import build_backbone, default_image_size, default_statistics, model_name
+from .backbones import (
+    build_backbone,
+    default_image_size,
+    default_layers,
+    default_statistics,
+    model_name,
+)
 from .card import BackboneCard, read_card
 from .files import write_whole
 from .keys import WEIGHTS, KeyReport, fill, load_weights, read_tensors, weights_file
-from .modules.survey import Survey
 from .modules.taps import plain_name
 from .own_models import own_file
 
@@ -217,8 +222,7 @@ def fresh(
     channels = 3 if channels is None else channels
     size = image_size or default_image_size(model) or (224, 224)
     net = build_backbone(model, channels=channels, image_size=size, pretrained=pretrained)
-    survey = Survey(net, channels, size)
-    pixel = survey.default_pixel()
+    pixel, instance = default_layers(net, channels, size)
     mean, std = default_statistics(model, channels)
     card = BackboneCard(
         model=model,
@@ -227,7 +231,7 @@ def fresh(
         mean=mean,
         std=std,
         pixel_layer=pixel,
-        instance_layer=survey.default_instance(pixel),
+        instance_layer=instance,
         start="pretrained" if pretrained else "random",
     )
     return Loaded(net, card, None)

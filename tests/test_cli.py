@@ -231,7 +231,8 @@ def test_out_and_data_are_asked_for(capsys) -> None:
 
 def test_layers_are_listed(capsys) -> None:
     assert cli.main(["layers", "torchvision/resnet18", "--image-size", "64"]) == 0
-    [row] = [line for line in capsys.readouterr().out.splitlines() if " layer3 " in line]
+    *table, last = capsys.readouterr().out.splitlines()
+    [row] = [line for line in table if " layer3 " in line]
     assert [cell.strip() for cell in row.strip("│ ").split("│")] == [
         "layer3",
         "Sequential",
@@ -239,14 +240,19 @@ def test_layers_are_listed(capsys) -> None:
         "256",
         "4x4",
     ]
+    assert last == (
+        "where none is named: layer3 for the pixel level, avgpool for the instance level"
+    )
 
 
-def test_long_names_of_layers_are_shown_whole(capsys, monkeypatch) -> None:
+def test_long_names_of_layers_are_shown_whole_also_where_no_layer_is_the_default(
+    capsys, monkeypatch
+) -> None:
     monkeypatch.setenv("COLUMNS", "60")
     assert cli.main(["layers", "torchvision/vit_b_16", "--image-size", "32", "32"]) == 0
-    cells = [
-        line.strip("│ ").split("│")[0].strip() for line in capsys.readouterr().out.splitlines()
-    ]
+    *table, last = capsys.readouterr().out.splitlines()
+    cells = [line.strip("│ ").split("│")[0].strip() for line in table]
+    assert last.startswith("where none is named: VisionTransformer has no map of at least 4x4")
     assert "encoder.layers.encoder_layer_0.mlp" in "".join(cells)
 
 
