@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
@@ -13,7 +12,7 @@ from torch.nn.functional import interpolate
 
 from ..augment import Normalise, statistics
 from ..modules.layouts import as_map
-from ..modules.survey import Survey
+from ..modules.survey import Survey, duplicate
 from ..modules.taps import Taps
 
 
@@ -42,7 +41,7 @@ class Reader:
         size: tuple[int, int],
     ) -> None:
         # Frozen weights may be read as well as others, but a survey refuses taps without gradient.
-        survey = Survey(copy.deepcopy(net).requires_grad_(True), channels, size)
+        survey = Survey(duplicate(net).requires_grad_(True), channels, size)
         names = list(layers) if layers else [survey.default_pixel()]
         taps = [survey.tap(name, pixel=True) for name in dict.fromkeys(names)]
         self.net = net

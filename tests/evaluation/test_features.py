@@ -106,6 +106,13 @@ def test_a_layer_that_is_not_there_is_named(net) -> None:
         dense_features(net, torch.rand(1, 3, 16, 16), ["tow"])
 
 
+def test_a_network_that_cannot_be_copied_is_refused_in_words() -> None:
+    net = nn.utils.spectral_norm(nn.Conv2d(3, 4, 3))
+    net(torch.rand(2, 3, 8, 8))  # leaves a weight that is no leaf, which deepcopy refuses
+    with pytest.raises(ValueError, match=r"Conv2d cannot be copied.*utils\.parametrizations"):
+        Reader(net, None, 3, (8, 8))
+
+
 def test_nothing_is_no_images(net) -> None:
     with pytest.raises(ValueError, match="images is empty; give at least one image"):
         dense_features(net, [])
