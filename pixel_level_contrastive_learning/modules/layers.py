@@ -23,7 +23,8 @@ class Layer(NamedTuple):
         output: What it gives: a shape, or the type where it is no tensor.
         reading: How that can be read, or None.
         stride: Pixels of the image a cell covers, along the longer way.
-        half: Whether it lies in a block that makes the map coarser, before that is done.
+        whole: Whether it is worth a tap that nobody asked for: neither what a block has worked out
+            by half, see `halves`, nor scores of classes.
         output_id: The same number for layers that give the very same tensor.
         overwritten: Whether a later layer changes the output in place, be it in training alone.
         carries_gradient: Whether a loss on the output would reach weights.
@@ -34,7 +35,7 @@ class Layer(NamedTuple):
     output: str
     reading: Reading | None
     stride: float
-    half: bool
+    whole: bool
     output_id: int
     overwritten: bool
     carries_gradient: bool
@@ -60,8 +61,8 @@ class Layer(NamedTuple):
 def features(layers: Sequence[Layer]) -> list[Layer]:
     """The maps among layers that may be taken without being named.
 
-    They are square, and neither attention nor full of holes. What a block has worked out by half is
-    left out where there is anything else.
+    They are square, and neither attention nor full of holes. What is not whole is left out where
+    there is anything else.
     """
     maps = [
         layer
@@ -70,7 +71,7 @@ def features(layers: Sequence[Layer]) -> list[Layer]:
         and layer.is_square
         and not layer.type_name.startswith(("Dropout", "Softmax"))
     ]
-    return [layer for layer in maps if not layer.half] or maps
+    return [layer for layer in maps if layer.whole] or maps
 
 
 def halves(strides: Mapping[str, tuple[float, float]]) -> set[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,31 @@ from torch.utils.hooks import RemovableHandle
 from .layers import SAME_STRIDE, Layer, features, halves, stride
 from .layouts import Reading, read_output
 from .taps import Tap, plain_name
+
+
+class Seen(NamedTuple):
+    """A layer as it ran.
+
+    Attributes:
+        module: The layer.
+        given: The stride of the map it was given; 0 if that was none.
+        output: What it gave.
+        overwritten: Whether that is changed in place later on, be it in training alone.
+        used: Whether a layer with weights of its own was given it.
+    """
+
+    module: nn.Module
+    given: float
+    output: object
+    overwritten: bool = False
+    used: bool = False
+
+    @property
+    def is_score(self) -> bool:
+        """Whether it is an answer: a convolution to fewer channels, after which no weights come."""
+        own = self.module
+        narrows = isinstance(own, nn.Conv2d) and own.out_channels < own.in_channels
+        return narrows and not self.used
 
 
 class Survey:
@@ -46,41 +71,47 @@ class Survey:
         weight = next(self.net.parameters(), torch.empty(0))
         self.images = torch.zeros(2, channels, *size, device=weight.device, dtype=weight.dtype)
         seen = self.look()
-        readings = {name: self.read(output) for name, (*_, output, _) in seen.items()}
-        strides = {
-            name: (given, stride(readings[name], size)) for name, (_, given, *_) in seen.items()
-        }
-        half = halves(strides)
-        for name, (module, _, output, overwritten) in seen.items():
-            shown, grows = type(output).__name__, False
+        readings = {name: self.read(own.output) for name, own in seen.items()}
+        strides = {name: stride(reading, size) for name, reading in readings.items()}
+        half = halves({name: (own.given, strides[name]) for name, own in seen.items()})
+        scores = {id(own.output) for own in seen.values() if own.is_score}
+        for name, own in seen.items():
+            output, shown, grows = own.output, type(own.output).__name__, False
             if isinstance(output, Tensor):
                 shown, grows = str(tuple(output.shape)), output.requires_grad
-            known = readings[name], strides[name][1], name in half, id(output), overwritten, grows
-            self.layers.append(Layer(name, type(module).__name__, shown, *known))
+            whole = name not in half and id(output) not in scores
+            known = readings[name], strides[name], whole, id(output), own.overwritten, grows
+            self.layers.append(Layer(name, type(own.module).__name__, shown, *known))
             self.outputs[name] = output
 
     def read(self, output: object) -> Reading | None:
         """How what a layer gave, or was given, can be read."""
         return read_output(output, self.size, len(self.images))
 
-    def look(self) -> dict[str, tuple[nn.Module, float, object, bool]]:
-        """Run the copy: every layer, the stride it was given, its last output, if that changes."""
-        fired: dict[str, tuple[nn.Module, float, object, int]] = {}
+    def look(self) -> dict[str, Seen]:
+        """Run the copy: what each layer gave when it last ran, in the order of that."""
+        fired: dict[str, tuple[Seen, int]] = {}
         changed: set[str] = set()
+        used: set[int] = set()  # outputs that a layer with weights of its own was given
 
         def note(name: str, layer: nn.Module) -> Iterator[RemovableHandle]:
             def gave(module: nn.Module, inputs: tuple[object, ...], output: object) -> None:
                 version = output._version if isinstance(output, Tensor) else 0
                 given = stride(self.read(inputs[0]) if inputs else None, self.size)
+                if next(module.parameters(recurse=False), None) is not None:
+                    used.update(map(id, inputs))
+                    used.discard(id(output))  # it may lie where a tensor lay that is gone
                 fired.pop(name, None)  # a layer that runs again moves to the end
                 changed.discard(name)
-                fired[name] = module, given, output, version
+                fired[name] = Seen(module, given, output), version
 
             # Dropout in place, which is idle here, changes in training what it is given.
             def takes(_: nn.Module, inputs: tuple[object, ...]) -> None:
                 taken = {memory(given) for given in inputs if isinstance(given, Tensor)}
-                held = ((n, out) for n, (*_, out, _) in fired.items() if isinstance(out, Tensor))
-                changed.update(n for n, out in held if memory(out) in taken)
+                held = ((n, seen.output) for n, (seen, _) in fired.items())
+                changed.update(
+                    n for n, out in held if isinstance(out, Tensor) and memory(out) in taken
+                )
 
             yield layer.register_forward_hook(gave)
             if getattr(layer, "inplace", False):
@@ -101,12 +132,12 @@ class Survey:
         finally:
             for handle in handles:
                 handle.remove()
-        for name, (*_, output, version) in fired.items():
-            if isinstance(output, Tensor) and output._version != version:
+        for name, (seen, version) in fired.items():
+            if isinstance(seen.output, Tensor) and seen.output._version != version:
                 changed.add(name)
         return {
-            name: (layer, given, out, name in changed)
-            for name, (layer, given, out, _) in fired.items()
+            name: seen._replace(overwritten=name in changed, used=id(seen.output) in used)
+            for name, (seen, _) in fired.items()
         }
 
     def tap(self, wanted: str | int, *, pixel: bool) -> Tap:
@@ -173,7 +204,7 @@ class Survey:
         """The deepest map of at least 4 x 4 cells and a stride of at most 32.
 
         Deepest is the largest stride; among equals, the last to run. What a block gives before it
-        makes the map coarser is left out, see `features`.
+        makes the map coarser is left out, and so are class scores, see `features`.
 
         Raises:
             ValueError: There is none.
@@ -237,14 +268,14 @@ class Survey:
         if frozen:  # they may be thawed later
             for parameter in frozen:
                 parameter.requires_grad_()
-            self.outputs = {name: output for name, (*_, output, _) in self.look().items()}
+            self.outputs = {name: own.output for name, own in self.look().items()}
         walked = list(graph(self.outputs[tap.name]))
         reached = {id(node.variable) for node in walked if hasattr(node, "variable")}
         if any(isinstance(node, BackwardCFunction) for node in walked):
             # What re-entrant checkpointing or a function of one's own does inside shows only when
             # it runs.
             self.net.zero_grad()
-            output: Any = self.look()[tap.name][2]
+            output: Any = self.look()[tap.name].output
             output.sum().backward()
             reached = {id(own) for own in parameters.values() if own.grad is not None}
         return [name for name, parameter in parameters.items() if id(parameter) not in reached]

@@ -32,10 +32,10 @@ def test_halves_are_taken_where_there_is_nothing_else() -> None:
     block = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, 2, 1))
     net = nn.Sequential(block, nn.AdaptiveAvgPool2d(1))
     layers = Survey(net, 3, (8, 8)).layers
-    assert [(layer.name, layer.half) for layer in layers if layer.is_map] == [
-        ("0.0", True),
-        ("0.1", False),
-        ("0", False),
+    assert [(layer.name, layer.whole) for layer in layers if layer.is_map] == [
+        ("0.0", False),
+        ("0.1", True),
+        ("0", True),
     ]
     assert [layer.name for layer in features(layers)] == ["0.1", "0"]
     assert [layer.name for layer in features(layers[:1])] == ["0.0"]

@@ -239,6 +239,40 @@ def test_the_default_is_what_a_stage_gives_and_not_how_the_next_begins(build, pi
     assert f" {pixel} (" in survey.advice(pixel=True)
 
 
+def head(*layers: nn.Module) -> nn.Sequential:
+    """A network whose maps have one stride, with layers that end it."""
+    body = nn.Sequential(nn.Conv2d(3, 8, 8, 8), nn.BatchNorm2d(8), nn.ReLU())
+    return chain(body=body, head=nn.Sequential(*layers))
+
+
+@pytest.mark.parametrize(
+    ("net", "expected"),
+    [
+        (head(nn.Conv2d(8, 5, 1)), "body"),
+        (head(nn.Conv2d(8, 5, 1), nn.Identity()), "body"),
+        (head(nn.Conv2d(8, 5, 1), nn.BatchNorm2d(5)), "head"),  # a narrow end, not scores
+        (head(nn.Conv2d(8, 8, 1)), "head"),
+        (head(nn.Conv2d(8, 5, 1), nn.Conv2d(5, 8, 1)), "head"),
+        (head(nn.Conv2d(8, 9, 1), nn.Conv2d(9, 4, 1)), "head.0"),
+    ],
+)
+def test_class_scores_are_not_taken_unasked(net, expected) -> None:
+    assert Survey(net, 3, (64, 64)).default_pixel() == expected
+
+
+def test_the_answer_of_a_segmentation_network_is_not_taken_unasked() -> None:
+    """Its head runs at the stride of the backbone, and ends in dropout and scores."""
+    net = models.segmentation.fcn_resnet50(weights=None, weights_backbone=None)
+    survey = Survey(net, 3, (64, 64))
+    assert survey.called("classifier").stride == survey.called("backbone.layer4").stride == 8
+    assert survey.default_pixel() == "classifier.2"
+
+
+def test_scores_alone_are_better_than_nothing() -> None:
+    net = chain(scores=nn.Conv2d(3, 2, 8, 8))
+    assert Survey(net, 3, (64, 64)).default_pixel() == "scores"
+
+
 def test_no_stride_above_32_is_taken_unasked() -> None:
     net = chain(fine=nn.Conv2d(3, 8, 32, 32), coarse=nn.Conv2d(8, 8, 2, 2))
     assert Survey(net, 3, (256, 256)).default_pixel() == "fine"
