@@ -178,11 +178,10 @@ def layers(
     Console().print(table)
     try:
         pixel, instance = default_layers(net, channels, size)
-        print(
-            f"where none is named: {pixel} for the pixel level, {instance} for the instance level"
-        )
+        taken = f"{pixel} for the pixel level, {instance} for the instance level"
     except ValueError as error:
-        print(f"where none is named: {error}")
+        taken = str(error)
+    print(f"where none is named: {taken}")
 
 
 def demo(out: str = "runs/demo", steps: int = 150, overwrite: bool = False) -> None:
