@@ -22,6 +22,7 @@ from unittest.mock import patch
 
 import torch
 from measure import Figures, in_turns, machine, median, ratio, report
+from stopwatch import wait
 
 from pixel_level_contrastive_learning import pretrain
 from pixel_level_contrastive_learning.trainer import assembly, engine
@@ -66,10 +67,12 @@ def looped(settings: dict[str, Any]) -> Figures:
     net = assembly.backbone_of(config, facts.channels)
     learner = assembly.learner_of(config, net, facts.channels)
     config = assembly.fitted(config, learner)
+    device = torch.device(facts.device)
+    learner.to(device)
     task = assembly.task_of(config, learner, images.statistics, clock_of(config, facts.images))
     optimiser = optimizer_of(learner, task.practice)
     loader = engine.loader_of(config, images, facts, 0, None)
-    half = torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bfloat16")
+    half = torch.autocast(facts.device, torch.bfloat16, enabled=config.precision == "bfloat16")
     ends = []
     assert config.steps is not None
     while len(ends) < config.steps:
@@ -77,7 +80,7 @@ def looped(settings: dict[str, Any]) -> Figures:
             for group in optimiser.param_groups:
                 group["lr"] = task.practice.lr(len(ends))
             with half:
-                loss = learner(task.views(batch))
+                loss = learner(task.views(task.transfer_batch_to_device(batch, device, 0)))
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
@@ -85,6 +88,8 @@ def looped(settings: dict[str, Any]) -> Figures:
             ends.append(time.perf_counter())
             if len(ends) == config.steps:
                 break
+    wait(facts.device)
+    ends[-1] = time.perf_counter()
     return {"seconds": (ends[-1] - ends[0]) / (len(ends) - 1)}
 
 
@@ -112,7 +117,8 @@ def main() -> None:
     look, step = (median(found["trainer"], name) for name in ("look", "seconds"))
     ratios[f"share of {RUN} steps spent looking at the network"] = LOOKS * look / (RUN * step)
     setting = f"{args.model} at {args.size} px, batch {args.batch}, {args.steps} steps"
-    report("overhead", setting, ratios, found, where=machine(), save=args.save)
+    where = machine(devices(PretrainConfig()).kind)
+    report("overhead", setting, ratios, found, where=where, save=args.save)
 
 
 if __name__ == "__main__":

@@ -47,7 +47,9 @@ def main() -> None:
             for file in sorted(args.images.iterdir())
         ]
     )
-    net = models.resnet18(weights=None)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    net = models.resnet18(weights=None).to(device)
+    images = images.to(device)
     learner = PixelCL(
         net, image_size=args.size, hidden_layer_pixel="layer4", hidden_layer_instance=-2
     )
@@ -56,13 +58,13 @@ def main() -> None:
         for group in optimiser.param_groups:
             group["lr"] = args.lr * schedule(step, args.steps, max(1, args.steps // 10))
         batch = images[torch.randint(len(images), (args.batch,))].float() / 255
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(device, torch.bfloat16):
             loss = learner(batch)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
         learner.update_moving_average()
-    torch.save(net.state_dict(), args.out)
+    torch.save(net.cpu().state_dict(), args.out)
 
 
 if __name__ == "__main__":

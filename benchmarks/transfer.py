@@ -47,6 +47,7 @@ OURS: dict[str, dict[str, Any]] = {
     "PixContrast only": {"loss": "pixcontrast", "instance_weight": 0.0},
     "PixPro + instance": {},
 }
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RANDOM, PUBLISHED, SUPERVISED = "random weights", "published package", "trained on all masks"
 PEERS = RANDOM, PUBLISHED
 PROTOCOLS: dict[str, dict[str, Any]] = {
@@ -66,11 +67,11 @@ def trained(method: str, seed: int, args: argparse.Namespace, folder: Path) -> t
     elif method == SUPERVISED:
         torch.manual_seed(seed)
         out = out.with_suffix(".safetensors")
-        net, own = models.resnet18(weights=None), card(args)
+        net, own = models.resnet18(weights=None).to(DEVICE), card(args)
         [train] = open_labelled(args.data, ("train",))
         prepare = Preparation.of(own, tuple(args.input))
         done = finetuning.trained(net, train, prepare, steps=args.steps, seed=seed)
-        save_backbone(out, done.net, own)
+        save_backbone(out, done.net.cpu(), own)
     elif method == PUBLISHED:
         script = Path(__file__).with_name("published.py")
         lr = peak_lr(PretrainConfig(lr=base_lr("adamw"), batch_size=args.batch))
@@ -136,7 +137,7 @@ def judged(weights: Path, protocol: dict[str, Any], seed: int, args: argparse.Na
     share = protocol.get("fraction", 1.0)
     seeds, steps = range(seed, seed + 1), finetuning.STEPS
     plan = Plan(train, split, prepare, protocol["protocol"], ["layer4"], share, seeds, steps)
-    return plan.run(loaded.net, loaded.card, seed, ()).scores.miou
+    return plan.run(loaded.net.to(DEVICE), loaded.card, seed, ()).scores.miou
 
 
 def main() -> None:
@@ -186,7 +187,7 @@ def main() -> None:
             f"{args.data.name}, {args.split}, {name}: times random weights, {args.steps} steps of "
             f"{args.batch} views of {args.size} px, {args.seeds} seeds"
         )
-        report("transfer", setting, ratios, found, where=machine(), save=args.save)
+        report("transfer", setting, ratios, found, where=machine(DEVICE), save=args.save)
 
 
 if __name__ == "__main__":

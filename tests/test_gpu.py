@@ -9,6 +9,12 @@ import torch
 from torch import nn
 
 from pixel_level_contrastive_learning import PixelCL, View, blocks
+from pixel_level_contrastive_learning.data.statistics import Statistics
+from pixel_level_contrastive_learning.evaluation.features import Reader
+from pixel_level_contrastive_learning.evaluation.finetuning import finetuned
+from pixel_level_contrastive_learning.evaluation.labelled import open_labelled
+from pixel_level_contrastive_learning.evaluation.preparation import Preparation
+from pixel_level_contrastive_learning.evaluation.segmentation import probed
 from pixel_level_contrastive_learning.geometry import box_to_map
 
 pytestmark = [
@@ -23,6 +29,8 @@ SETTINGS: list[dict[str, Any]] = [
     {"instance_weight": 0},
     {"ppm_num_layers": 2, "max_rotation": 30, "cutout_ratio_range": (0.1, 1.0)},
 ]
+
+PREPARE = Preparation(Statistics(3, (0.5,) * 3, (0.25,) * 3, None, None, (1, 1), (1, 1), 0), 32)
 
 
 def small_learner(**settings: Any) -> PixelCL:
@@ -145,3 +153,28 @@ def test_a_learner_can_be_copied_while_values_are_under_way() -> None:
     images = torch.rand(4, 3, 80, 80, device="cuda")
     learner(images)
     assert copy.deepcopy(learner)(images).isfinite()
+
+
+@pytest.mark.usefixtures("_full_float32")
+@pytest.mark.parametrize("protocol", ["linear", "knn"])
+def test_probes_judge_as_on_the_cpu(labelled, protocol) -> None:
+    train, val = open_labelled(labelled)
+    rows = []
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Conv2d(3, 8, 8, 8), nn.Conv2d(8, 4, 1)).to(device)
+        reader = Reader(net, ["0"], 3, (32, 48))
+        scored = probed(reader, train, val, PREPARE, protocol=protocol, keep=[1])
+        rows.append((scored.scores.miou, scored.kept[1]))
+    (expected, known), (found, predicted) = rows
+    assert predicted.device.type == "cpu"
+    assert found == pytest.approx(expected, abs=0.01)
+    assert (predicted == known).float().mean() > 0.99
+
+
+def test_fine_tuning_runs_where_the_network_is(labelled) -> None:
+    train, val = open_labelled(labelled)
+    net = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.ReLU(), nn.Conv2d(8, 16, 2, 2)).cuda()
+    scored = finetuned(net, train, val, PREPARE, steps=60, batch=4)
+    assert scored.scores.miou > 0.6
+    assert next(net.parameters()).device.type == "cuda"

@@ -7,14 +7,14 @@ fitted until it has converged, and the neighbours among the cells, which need no
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from einops import rearrange
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from .features import Reader
+from .features import Reader, device_of
 from .labelled import IGNORED, Labelled
 from .preparation import Preparation
 from .regression import Curvature, affine, blocks, fitted
@@ -78,6 +78,10 @@ class Bank(NamedTuple):
     shares: Tensor
     first_held: int
 
+    def to(self, device: torch.device) -> Self:
+        """The bank on another device, where it is judged by."""
+        return self._replace(cells=self.cells.to(device), shares=self.shares.to(device))
+
 
 def gather(
     reader: Reader,
@@ -124,7 +128,8 @@ def gather(
 
 
 Judge = Callable[[Tensor], Tensor]
-"""Cells ``(n, c)`` to class scores ``(n, classes)``, the largest meaning the likeliest."""
+"""Cells ``(n, c)`` to class scores ``(n, classes)``, the largest meaning the likeliest; both on the
+device of the bank that it was made of."""
 
 
 def held_out_last(count: int) -> tuple[list[int], int]:
@@ -150,7 +155,7 @@ def linear_judge(bank: Bank) -> Judge:
     mean, std = bank.cells.mean(dim=0), bank.cells.std(dim=0, correction=0).clamp(min=1e-6)
     cells = bank.cells.sub_(mean).div_(std)
     curvature = Curvature.of(cells)
-    weights = torch.zeros(cells.shape[1] + 1, bank.shares.shape[1])
+    weights = cells.new_zeros(cells.shape[1] + 1, bank.shares.shape[1])
     weights[-1] = bank.shares.mean(dim=0).clamp(min=1e-6).log()  # each class as often as it is
     strength = FEW_STRENGTH
     cut = bank.first_held
@@ -172,7 +177,7 @@ def linear_judge(bank: Bank) -> Judge:
 
 def cell_iou(weights: Tensor, cells: Tensor, shares: Tensor) -> float:
     """Mean IoU of cells by their shares, over classes that are there or were given."""
-    table = torch.zeros(shares.shape[1], shares.shape[1], dtype=torch.float64)
+    table = shares.new_zeros(shares.shape[1], shares.shape[1], dtype=torch.float64)
     for own, part in blocks(cells, shares):
         table.index_add_(0, affine(own, weights).argmax(dim=1), part.double())
     both = table.sum(dim=0) + table.sum(dim=1) - table.diag()
@@ -212,12 +217,12 @@ def neighbour_judge(bank: Bank, seed: int = 0) -> Judge:
     return judge
 
 
-def by_cells(reader: Reader, judge: Judge) -> Predict:
-    """A predictor out of a reader of features and a judge of cells."""
+def by_cells(reader: Reader, judge: Judge, device: torch.device | str = "cpu") -> Predict:
+    """A predictor out of a reader of features and a judge of cells, which works on a device."""
 
     def predict(pixels: Tensor) -> Tensor:
-        maps = reader(pixels).cpu()
-        scores = judge(rearrange(maps, "b c h w -> (b h w) c"))
+        maps = reader(pixels).to(device)
+        scores = judge(rearrange(maps, "b c h w -> (b h w) c")).cpu()
         h, w = maps.shape[-2:]
         return rearrange(scores, "(b h w) k -> b k h w", h=h, w=w)
 
@@ -245,6 +250,9 @@ def probed(
         seed: Decides which cells are kept where not all can be; nothing else is drawn.
         keep: Images whose predictions are to be kept, by their place in ``judged``.
     """
-    bank = gather(reader, train, prepare, seed=seed)
+    device = device_of(reader.net)
+    if device.type != "cuda":  # MPS knows neither eigenvectors nor float64
+        device = torch.device("cpu")
+    bank = gather(reader, train, prepare, seed=seed).to(device)
     judge = linear_judge(bank) if protocol == "linear" else neighbour_judge(bank, seed)
-    return score(by_cells(reader, judge), judged, prepare, keep)
+    return score(by_cells(reader, judge, device), judged, prepare, keep)
