@@ -39,6 +39,15 @@ class Factors(NamedTuple):
     """Bool: whether values from 0.5 up are inverted."""
 
 
+def joined(one: Factors, two: Factors) -> Factors:
+    """The factors of two batches as those of one.
+
+    Both views change colour together: a GPU is done with an operation before the host has started
+    the next one, and one batch takes half as many.
+    """
+    return Factors(*(torch.cat(both) for both in zip(one, two, strict=True)))
+
+
 @dataclass(frozen=True)
 class Photometry:
     """How strongly and how often colour is changed.
@@ -163,10 +172,14 @@ class Colour(nn.Module):
         self.channels = channels
 
     def forward(self, pixels: Tensor) -> Tensor:
-        factors = self.photometry.draw(len(pixels))
+        return change_colour(pixels, self.draw(len(pixels)), self.photometry.sigma[1])
+
+    def draw(self, count: int) -> Factors:
+        """Factors for ``count`` samples, see `Photometry.draw`."""
+        factors = self.photometry.draw(count)
         if self.channels != 3:
             factors = factors._replace(solarise=torch.zeros_like(factors.solarise))
-        return change_colour(pixels, factors, self.photometry.sigma[1])
+        return factors
 
 
 def statistics(
@@ -230,3 +243,25 @@ class Augmentation(nn.Module):
                 "geometry by cutout_ratio_range, prob_rand_hflip, prob_rand_vflip and max_rotation"
             )
         return changed if self.normalise is None else self.normalise(changed)
+
+
+def both_changed(
+    augment: tuple[Augmentation, Augmentation], one: Tensor, two: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Two views ``(b, c, h, w)``, each changed by its own augmentation; as one batch if they agree.
+
+    They do where both change colour by factors, with the same kernels, and normalise alike.
+    """
+    first, second = augment
+    ways = first.change, second.change
+    if (
+        isinstance(ways[0], Colour)
+        and isinstance(ways[1], Colour)
+        and ways[0].photometry.sigma == ways[1].photometry.sigma
+        and first.normalise is second.normalise
+    ):
+        factors = joined(ways[0].draw(len(one)), ways[1].draw(len(two)))
+        changed = change_colour(torch.cat((one, two)), factors, ways[0].photometry.sigma[1])
+        done = changed if first.normalise is None else first.normalise(changed)
+        return done[: len(one)], done[len(one) :]
+    return first(one), second(two)

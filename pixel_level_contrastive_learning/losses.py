@@ -22,17 +22,39 @@ EPSILON = 1e-6
 
 
 def unit(vectors: Tensor, dim: int = -1) -> Tensor:
-    """The vectors along ``dim`` scaled to length 1, in at least float32.
+    """The vectors along ``dim`` scaled to length 1, in at least float32; differentiable once.
 
     A vector shorter than `EPSILON` is divided by `EPSILON` instead and gets no gradient, which
     would otherwise be a million times its share: zero vectors stay zero and blow nothing up.
     """
-    vectors = vectors if vectors.dtype == torch.float64 else vectors.float()
-    length = torch.linalg.vector_norm(vectors, dim=dim, keepdim=True)
-    long = length > EPSILON
-    scaled = vectors.detach() * torch.where(long, torch.zeros_like(length), 1 / EPSILON)
-    # The short ones are there; autograd keeps the vectors and their lengths, but no other map.
-    return scaled.addcmul_(vectors, torch.where(long, length, torch.inf).reciprocal())
+    scaled: Tensor = _Unit.apply(vectors, dim)
+    return scaled
+
+
+class _Unit(torch.autograd.Function):
+    """`unit`, in a third of the operations that its parts and their gradients would take.
+
+    A GPU is done with each before the host has started the next one.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, vectors: Tensor, dim: int) -> Tensor:
+        wide = vectors if vectors.dtype == torch.float64 else vectors.float()
+        length = torch.linalg.vector_norm(wide, dim=dim, keepdim=True)
+        scaled: Tensor = wide / length.clamp_min(EPSILON)
+        if ctx.needs_input_grad[0]:
+            ctx.dim, ctx.dtype = dim, vectors.dtype
+            ctx.save_for_backward(scaled, length)
+        return scaled
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        scaled, length = ctx.saved_tensors
+        along = (gradient * scaled).sum(dim=ctx.dim, keepdim=True)
+        across = torch.addcmul(gradient, scaled, along, value=-1)
+        slope = across.div_(length.masked_fill(length <= EPSILON, torch.inf))
+        return slope.to(ctx.dtype), None
 
 
 def pixpro_loss(propagated: Tensor, target: Tensor, positives: Pairs | Tensor) -> Tensor:

@@ -7,7 +7,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .augment import VIEW_ONE, VIEW_TWO, Augmentation, Change, Colour, Normalise, statistics
+from .augment import (
+    VIEW_ONE,
+    VIEW_TWO,
+    Augmentation,
+    Change,
+    Colour,
+    Normalise,
+    both_changed,
+    statistics,
+)
 from .blocks import full_precision
 from .inputs import ValueWatch, check_images, check_views
 from .views import Placement, View, cut_views, draw_maps, to_device
@@ -59,7 +68,7 @@ class TwoViews(nn.Module):
     # Random, and different from batch to batch: nothing here is worth compiling.
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # untyped in torch
     def forward(self, images: Tensor | Sequence[View]) -> tuple[View, View]:
-        """The two views.
+        """The two views; all random numbers come from torch's CPU generator.
 
         Args:
             images: ``(b, channels, height, width)`` float in [0, 1], or two views.
@@ -74,11 +83,13 @@ class TwoViews(nn.Module):
             return one, two
         images = check_images(images, self.channels, self.smallest)
         self.watch(images, in_unit_range=True)
-        return self.draw(images, self.augment_one), self.draw(images, self.augment_two)
-
-    def draw(self, images: Tensor, augment: Augmentation) -> View:
-        """A random view of each image; all random numbers come from torch's CPU generator."""
-        to_image = draw_maps(len(images), (images.shape[2], images.shape[3]), self.placement)
+        shape = images.shape[2], images.shape[3]
+        maps = [draw_maps(len(images), shape, self.placement) for _ in "12"]
         with full_precision(images):  # autocast would round what the blur's convolution gives
-            pixels = augment(cut_views(images, to_image, self.size, self.mode))
-        return View(pixels, to_device(to_image, images.device))
+            cut = [cut_views(images, to_image, self.size, self.mode) for to_image in maps]
+            changed = both_changed((self.augment_one, self.augment_two), *cut)
+        one, two = (
+            View(pixels, to_device(to_image, images.device))
+            for pixels, to_image in zip(changed, maps, strict=True)
+        )
+        return one, two

@@ -80,9 +80,11 @@ def test_loss_and_gradients_are_those_of_the_cpu(settings) -> None:
         terms.loss.backward()
         found = (*terms, *(own.grad for own in learner.parameters() if own.grad is not None))
         runs.append([tensor.detach().cpu() for tensor in found])
-    torch.testing.assert_close(*runs, rtol=1e-3, atol=1e-5)
+    # Biases before a batch norm have no gradient but rounding, beside others of about 1.
+    torch.testing.assert_close(*runs, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")  # a prototype, torch says
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("ready", [True, False], ids=["views", "images"])
 def test_a_step_never_waits_for_the_device(settings, ready) -> None:

@@ -13,7 +13,7 @@ from timm.optim import create_optimizer_v2, list_optimizers  # type: ignore[attr
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..augment import Factors, Normalise, change_colour
+from ..augment import Normalise, change_colour, joined
 from ..blocks import full_precision
 from ..pixel_cl import PixelCL, Terms
 from ..views import View, to_device
@@ -204,21 +204,20 @@ class PretrainTask(LightningModule):
         total[-1] = whole_tensor(norm)
         return total
 
-    def views(self, batch: Pairs) -> tuple[View, View]:
-        """The two views, changed in colour and normalised on the device."""
-        return (
-            self.view(batch.one, batch.map_one, batch.factors_one),
-            self.view(batch.two, batch.map_two, batch.factors_two),
-        )
-
     @torch.no_grad()
-    def view(self, pixels: Tensor, to_image: Tensor, factors: Factors) -> View:
-        """One view: pixels ``(b, c, h, w)`` uint8, or float in [0, 1], made ready."""
+    def views(self, batch: Pairs) -> tuple[View, View]:
+        """The two views, ready: changed in colour and normalised on the device, as one batch.
+
+        Their pixels are ``(b, c, h, w)`` uint8, or float in [0, 1].
+        """
+        factors = joined(batch.factors_one, batch.factors_two)
+        pixels = torch.cat((batch.one, batch.two))
         with full_precision(pixels):
             pixels = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels.float()
             pixels = change_colour(pixels, factors, self.practice.largest_sigma)
             pixels = self.normalise(pixels).contiguous(memory_format=torch.channels_last)
-        return View(pixels, to_image)
+        one, two = pixels.chunk(2)
+        return View(one, batch.map_one), View(two, batch.map_two)
 
     def synchronise(self, last: bool) -> None:
         """Let processes exchange gradients only with the last part of a batch."""
