@@ -37,6 +37,7 @@ def main() -> None:
     flags.add_argument("--size", type=int, default=128)
     flags.add_argument("--lr", type=float, default=1e-3, help="peak learning rate of AdamW")
     flags.add_argument("--seed", type=int, default=0)
+    flags.add_argument("--bfloat16", action="store_true", help="autocast")
     args = flags.parse_args()
     warnings.simplefilter("ignore")
     torch.manual_seed(args.seed)
@@ -58,7 +59,7 @@ def main() -> None:
         for group in optimiser.param_groups:
             group["lr"] = args.lr * schedule(step, args.steps, max(1, args.steps // 10))
         batch = images[torch.randint(len(images), (args.batch,))].float() / 255
-        with torch.autocast(device, torch.bfloat16):
+        with torch.autocast(device, torch.bfloat16, enabled=args.bfloat16):
             loss = learner(batch)
         optimiser.zero_grad()
         loss.backward()

@@ -38,6 +38,7 @@ from pixel_level_contrastive_learning.evaluation.preparation import Preparation
 from pixel_level_contrastive_learning.evaluation.table import Plan
 from pixel_level_contrastive_learning.files import write_whole
 from pixel_level_contrastive_learning.trainer.config import PretrainConfig
+from pixel_level_contrastive_learning.trainer.machine import native_bfloat16
 from pixel_level_contrastive_learning.trainer.plan import base_lr, peak_lr
 from pixel_level_contrastive_learning.weights import BackboneCard, read_backbone, save_backbone
 
@@ -78,6 +79,7 @@ def trained(method: str, seed: int, args: argparse.Namespace, folder: Path) -> t
         weights, out = out.with_suffix(".pt"), out.with_suffix(".safetensors")
         command = [args.peer, script, images, "--out", weights, "--steps", args.steps]
         command += ["--seed", seed, "--batch", args.batch, "--size", args.size, "--lr", lr]
+        command += ["--bfloat16"] if native_bfloat16(DEVICE) else []
         subprocess.run([str(word) for word in command], check=True)
         net = models.resnet18(weights=None)
         net.load_state_dict(torch.load(weights, weights_only=True))
@@ -91,6 +93,7 @@ def trained(method: str, seed: int, args: argparse.Namespace, folder: Path) -> t
             batch_size=args.batch,
             steps=args.steps,
             seed=seed,
+            checkpoint_every=args.steps,  # on a GPU more would take their time
             overwrite=True,  # of a run that was cut off
             **OURS[method],
         )

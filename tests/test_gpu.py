@@ -84,10 +84,9 @@ def test_loss_and_gradients_are_those_of_the_cpu(settings) -> None:
     torch.testing.assert_close(*runs, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode")  # a prototype, torch says
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("ready", [True, False], ids=["views", "images"])
-def test_a_step_never_waits_for_the_device(settings, ready) -> None:
+def test_a_step_never_waits_for_the_device(settings, ready, no_waiting) -> None:
     learner = small_learner(**settings).cuda()
     opt = torch.optim.AdamW(learner.parameters(), lr=1e-3)
     images: Any = views("cuda") if ready else torch.rand(4, 3, 300, 200, device="cuda")
@@ -100,12 +99,9 @@ def test_a_step_never_waits_for_the_device(settings, ready) -> None:
         learner.update_moving_average()
 
     step()  # what is loaded and allocated at first may wait
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         for _ in range(3):
             step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

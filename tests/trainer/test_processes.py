@@ -72,7 +72,7 @@ def same(one: dict[str, Any], two: dict[str, Any]) -> bool:
 )
 def test_killed_runs_end_as_an_undisturbed_one(tmp_path, flags, workers, times) -> None:
     length = 15 * (times + 1)
-    kept = {"workers": workers, "steps": length, "checkpoint_every": 4}
+    kept = {"workers": workers, "steps": length, "checkpoint_every": 4, "accelerator": "cpu"}
     whole, run = tmp_path / "whole", tmp_path / "run"
     done(flags(**kept, out=str(whole)))
     dice = random.Random(workers)

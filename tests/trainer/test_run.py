@@ -430,7 +430,9 @@ def test_a_run_that_did_not_end_can_be_read(tmp_path, settings, monkeypatch, cap
     last, middle = (read_backbone(run / part) for part in ("", "checkpoints/step-00000004.ckpt"))
     assert f"{run} has no backbone.safetensors yet: taking its last checkpoint" in caplog.text
     for loaded, name in ((last, "last"), (middle, "step-00000004")):
-        held = torch.load(run / "checkpoints" / f"{name}.ckpt", weights_only=True)["state_dict"]
+        held = torch.load(
+            run / "checkpoints" / f"{name}.ckpt", weights_only=True, map_location="cpu"
+        )["state_dict"]
         assert loaded.report is not None
         assert loaded.report.whole
         assert loaded.card.pixel_layer != "auto"
