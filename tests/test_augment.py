@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as torchvision
 
+from pixel_level_contrastive_learning import augment
 from pixel_level_contrastive_learning.augment import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -18,6 +19,7 @@ from pixel_level_contrastive_learning.augment import (
     Factors,
     Normalise,
     Photometry,
+    both_changed,
     change_colour,
     statistics,
 )
@@ -535,3 +537,31 @@ def test_augmenting_must_not_move_pixels() -> None:
         "place of every pixel: change colour there, and set geometry by cutout_ratio_range, "
         "prob_rand_hflip, prob_rand_vflip and max_rotation"
     )
+
+
+USUAL = Normalise((0.5,) * 3, (0.25,) * 3)
+
+
+@pytest.mark.parametrize(
+    ("second", "passes"),
+    [
+        (Augmentation(Colour(VIEW_TWO, 3), USUAL), 1),
+        (Augmentation(Colour(Photometry(sigma=(0.1, 1.0)), 3), USUAL), 2),
+        (Augmentation(Colour(VIEW_TWO, 3), None), 2),
+        (Augmentation(lambda pixels: pixels / 2, USUAL), 1),
+    ],
+    ids=["alike", "other kernels", "other statistics", "one's own"],
+)
+def test_both_views_become_what_each_would_alone(second, passes, monkeypatch) -> None:
+    first = Augmentation(Colour(VIEW_ONE, 3), USUAL)
+    one, two = images(5, 3, 24, 20), images(5, 3, 24, 20).flip(0)
+    torch.manual_seed(3)
+    alone = first(one), second(two)
+    made = []
+    monkeypatch.setattr(
+        augment, "change_colour", lambda *asked: made.append(asked) or change_colour(*asked)
+    )
+    torch.manual_seed(3)
+    together = both_changed((first, second), one, two)
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
+    assert len(made) == passes
