@@ -295,7 +295,9 @@ def tappable_layers(net: nn.Module, channels: int, image_size: Size) -> list[Tap
     listed: dict[int, TappableLayer] = {}
     for layer in survey.layers:
         reading = layer.reading
-        if reading is None or not layer.carries_gradient or (layer.is_map and not layer.is_square):
+        if reading is None or not layer.carries_gradient:
+            continue
+        if layer.is_map and not reading.is_square:
             continue
         seen = listed.get(layer.output_id)
         if seen is None or layer.name.count(".") < seen.name.count("."):

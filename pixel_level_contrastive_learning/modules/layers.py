@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from math import log
 from typing import NamedTuple
 
 from .layouts import Reading
@@ -45,11 +44,6 @@ class Layer(NamedTuple):
         """Whether it has more than one cell, so that there is something to compare."""
         return self.reading is not None and max(self.reading.grid) > 1
 
-    @property
-    def is_square(self) -> bool:
-        """Whether its cells are near enough to square to be taken without being named."""
-        return self.reading is not None and self.reading.distortion < log(1.5)
-
     def __str__(self) -> str:
         reading = self.reading
         if reading is None or not self.is_map:
@@ -68,7 +62,8 @@ def features(layers: Sequence[Layer]) -> list[Layer]:
         layer
         for layer in layers
         if layer.is_map
-        and layer.is_square
+        and layer.reading is not None
+        and layer.reading.is_square
         and not layer.type_name.startswith(("Dropout", "Softmax"))
     ]
     return [layer for layer in maps if layer.whole] or maps

@@ -10,6 +10,8 @@ from torch import Tensor
 
 LARGEST_PREFIX = 16
 """Class and register tokens that a sequence of patch tokens may begin with, at most."""
+SQUARE = log(1.5)
+"""Distortion from which on cells are no longer taken for square."""
 
 
 class Reading(NamedTuple):
@@ -29,6 +31,11 @@ class Reading(NamedTuple):
     grid: tuple[int, int]
     prefix: int = 0
     distortion: float = 0.0
+
+    @property
+    def is_square(self) -> bool:
+        """Whether cells are near enough to square to be taken without being named."""
+        return self.distortion < SQUARE
 
 
 def read_output(output: object, size: tuple[int, int], batch: int) -> Reading | None:
@@ -63,7 +70,7 @@ def read_tokens(tokens: int, channels: int, size: tuple[int, int]) -> Reading | 
         for grid in [token_grid(tokens - prefix, size)]
     ]
     best = min(readings, key=lambda reading: (reading.distortion, reading.prefix))
-    return best if best.distortion < log(1.5) else None
+    return best if best.is_square else None
 
 
 def token_grid(tokens: int, size: tuple[int, int]) -> tuple[int, int]:
