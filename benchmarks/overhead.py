@@ -68,8 +68,8 @@ def looped(settings: dict[str, Any]) -> Figures:
     learner = assembly.learner_of(config, net, facts.channels)
     config = assembly.fitted(config, learner)
     device = torch.device(facts.device)
-    learner.to(device)
     task = assembly.task_of(config, learner, images.statistics, clock_of(config, facts.images))
+    task.to(device)
     optimiser = optimizer_of(learner, task.practice)
     loader = engine.loader_of(config, images, facts, 0, None)
     half = torch.autocast(facts.device, torch.bfloat16, enabled=config.precision == "bfloat16")
@@ -85,6 +85,8 @@ def looped(settings: dict[str, Any]) -> Figures:
             loss.backward()
             optimiser.step()
             learner.update_moving_average(task.practice.momentum(len(ends)))
+            if not ends:
+                wait(facts.device)
             ends.append(time.perf_counter())
             if len(ends) == config.steps:
                 break

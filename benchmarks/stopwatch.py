@@ -59,8 +59,7 @@ class Stopwatch:
         parts = {
             "": "losses",  # what is left of the learner's forward when its modules are taken away
             "views": "views",
-            "views.augment_one": "colour",
-            "views.augment_two": "colour",
+            "views.augment": "colour",
             "online_encoder": "online",
             "online_predictor": "online",
             "propagate_pixels": "propagation",

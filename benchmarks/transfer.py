@@ -12,8 +12,9 @@ as many steps of as many views of the unlabelled images of ``train``, with the s
 learning rate; its features are then judged by `evaluate`: linearly, and fine-tuned on a tenth of
 the masks. All start from torchvision's own random weights.
 
-"trained on all masks", left out unless it is named, shows how far there is to go: the network
-trained for as many steps of 8 crops on every mask of ``train`` by `evaluate`'s fine-tuning.
+Other settings of ours and "trained on all masks" are left out unless they are named. The latter
+shows how far there is to go: the network trained for as many steps of 8 crops on every mask of
+``train`` by `evaluate`'s fine-tuning.
 """
 
 import argparse
@@ -48,11 +49,19 @@ OURS: dict[str, dict[str, Any]] = {
     "PixContrast only": {"loss": "pixcontrast", "instance_weight": 0.0},
     "PixPro + instance": {},
 }
+COMPARED = list(OURS)
+OURS |= {
+    f"{name}, {key} {value}": {**OURS[name], key: value}
+    for key, value in (("pixel_layer", "layer3"), ("lr", 9e-3))
+    for name in ("PixPro only", "PixContrast only")
+}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RANDOM, PUBLISHED, SUPERVISED = "random weights", "published package", "trained on all masks"
 PEERS = RANDOM, PUBLISHED
+USUAL = ["linear", "finetune 10 %"]
 PROTOCOLS: dict[str, dict[str, Any]] = {
     "linear": {"protocol": "linear"},
+    "linear, layer3": {"protocol": "linear", "layer": "layer3"},
     "finetune 10 %": {"protocol": "finetune", "fraction": 0.1},
 }
 
@@ -139,7 +148,8 @@ def judged(weights: Path, protocol: dict[str, Any], seed: int, args: argparse.Na
     prepare = Preparation.of(loaded.card, tuple(args.input))
     share = protocol.get("fraction", 1.0)
     seeds, steps = range(seed, seed + 1), finetuning.STEPS
-    plan = Plan(train, split, prepare, protocol["protocol"], ["layer4"], share, seeds, steps)
+    layers = [protocol.get("layer", "layer4")]
+    plan = Plan(train, split, prepare, protocol["protocol"], layers, share, seeds, steps)
     return plan.run(loaded.net.to(DEVICE), loaded.card, seed, ()).scores.miou
 
 
@@ -147,8 +157,8 @@ def main() -> None:
     """Train and judge every method with every seed, and print the table."""
     flags = argparse.ArgumentParser(description=__doc__)
     flags.add_argument("data", type=Path)
-    flags.add_argument("--methods", nargs="+", default=[*PEERS, *OURS])
-    flags.add_argument("--protocols", nargs="+", default=list(PROTOCOLS), choices=list(PROTOCOLS))
+    flags.add_argument("--methods", nargs="+", default=[*PEERS, *COMPARED])
+    flags.add_argument("--protocols", nargs="+", default=USUAL, choices=list(PROTOCOLS))
     flags.add_argument("--peer", help="interpreter with the published package, version 0.1.1")
     flags.add_argument("--seeds", type=int, default=3)
     flags.add_argument("--steps", type=int, default=500)

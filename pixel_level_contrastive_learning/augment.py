@@ -245,23 +245,32 @@ class Augmentation(nn.Module):
         return changed if self.normalise is None else self.normalise(changed)
 
 
-def both_changed(
-    augment: tuple[Augmentation, Augmentation], one: Tensor, two: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Two views ``(b, c, h, w)``, each changed by its own augmentation; as one batch if they agree.
+class BothAugmentations(nn.Module):
+    """What happens to the values of both views: in one batch where both change alike.
 
-    They do where both change colour by factors, with the same kernels, and normalise alike.
+    They do where each has the default colour, with the same kernels, and the same normalisation.
+
+    Args:
+        one: Of the first view.
+        two: Of the second view.
     """
-    first, second = augment
-    ways = first.change, second.change
-    if (
-        isinstance(ways[0], Colour)
-        and isinstance(ways[1], Colour)
-        and ways[0].photometry.sigma == ways[1].photometry.sigma
-        and first.normalise is second.normalise
-    ):
-        factors = joined(ways[0].draw(len(one)), ways[1].draw(len(two)))
-        changed = change_colour(torch.cat((one, two)), factors, ways[0].photometry.sigma[1])
-        done = changed if first.normalise is None else first.normalise(changed)
+
+    def __init__(self, one: Augmentation, two: Augmentation) -> None:
+        super().__init__()
+        self.one = one
+        self.two = two
+        colours = [own.change for own in (one, two) if type(own.change) is Colour]
+        alike = len({colour.photometry.sigma for colour in colours}) == 1
+        self.as_one = len(colours) == 2 and alike and one.normalise is two.normalise
+
+    def forward(self, one: Tensor, two: Tensor) -> tuple[Tensor, Tensor]:
+        """Both views ``(b, c, h, w)``, changed; float in [0, 1]."""
+        if not self.as_one:
+            return self.one(one), self.two(two)
+        first, second = self.one.change, self.two.change
+        assert isinstance(first, Colour)
+        assert isinstance(second, Colour)
+        factors = joined(first.draw(len(one)), second.draw(len(two)))
+        pixels = change_colour(torch.cat((one, two)), factors, first.photometry.sigma[1])
+        done = pixels if self.one.normalise is None else self.one.normalise(pixels)
         return done[: len(one)], done[len(one) :]
-    return first(one), second(two)

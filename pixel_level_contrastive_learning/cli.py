@@ -41,6 +41,7 @@ def evaluate(
     seed: int = 0,
     size: int | tuple[int, int] | None = None,
     split: str = "val",
+    steps: int = 200,
     out: str | None = None,
 ) -> None:
     """Say what weights are worth, beside random ones: with labels or without.
@@ -57,6 +58,7 @@ def evaluate(
         size: What images are fed at: the shorter side, or height and width; without labels the
             size of the views.
         split: Which images to judge by.
+        steps: Updates of fine-tuning.
         out: Folder for evaluation.json, without labels correspondence.json, and pictures.
     """
     from .evaluation.table import evaluate as evaluated
@@ -74,6 +76,7 @@ def evaluate(
             seed=seed,
             size=size,
             split=split,
+            steps=steps,
             out=out,
         )
     print(found.table())

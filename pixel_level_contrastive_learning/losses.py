@@ -62,7 +62,7 @@ def pixpro_loss(propagated: Tensor, target: Tensor, positives: Pairs | Tensor) -
 
     Per image ``2 - 2 * mean cosine over its positive pairs`` and exactly 0, with a connected
     graph, for an image without pairs; then the mean over the batch (sec. 3.2, Eq. 5, shifted by 2
-    an image so that it is never negative; gradients equal the authors' code).
+    an image so that it is never negative; gradients equal the authors' code). Differentiable once.
 
     Args:
         propagated: ``(b, d, n1)`` float pixels of one view after the propagation module.
@@ -165,7 +165,7 @@ class _NegativeLogShare(torch.autograd.Function):
 
 
 def instance_loss(prediction: Tensor, target: Tensor) -> Tensor:
-    """The instance-level loss of one direction: the mean of ``2 - 2 cos``.
+    """The instance-level loss of one direction: the mean of ``2 - 2 cos``; differentiable once.
 
     Args:
         prediction: ``(b, d)`` float predictions of the online network for one view.

@@ -11,10 +11,10 @@ from .augment import (
     VIEW_ONE,
     VIEW_TWO,
     Augmentation,
+    BothAugmentations,
     Change,
     Colour,
     Normalise,
-    both_changed,
     statistics,
 )
 from .blocks import full_precision
@@ -58,11 +58,13 @@ class TwoViews(nn.Module):
         normalise = Normalise(*statistics(channels, mean, std))
         # A function of the user's is taken to normalise by itself unless statistics are given.
         after_own = None if mean is None and std is None else normalise
-        self.augment_one, self.augment_two = (
-            Augmentation(Colour(default, channels), normalise)
-            if change is None
-            else Augmentation(change, after_own)
-            for change, default in zip(changes, (VIEW_ONE, VIEW_TWO), strict=True)
+        self.augment = BothAugmentations(
+            *(
+                Augmentation(Colour(default, channels), normalise)
+                if change is None
+                else Augmentation(change, after_own)
+                for change, default in zip(changes, (VIEW_ONE, VIEW_TWO), strict=True)
+            )
         )
 
     # Random, and different from batch to batch: nothing here is worth compiling.
@@ -87,7 +89,7 @@ class TwoViews(nn.Module):
         maps = [draw_maps(len(images), shape, self.placement) for _ in "12"]
         with full_precision(images):  # autocast would round what the blur's convolution gives
             cut = [cut_views(images, to_image, self.size, self.mode) for to_image in maps]
-            changed = both_changed((self.augment_one, self.augment_two), *cut)
+            changed = self.augment(*cut)
         one, two = (
             View(pixels, to_device(to_image, images.device))
             for pixels, to_image in zip(changed, maps, strict=True)

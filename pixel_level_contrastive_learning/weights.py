@@ -113,7 +113,7 @@ def card_of(learner: PixelCL, model: str, **fields: Any) -> BackboneCard:
             its own, which knows no mean and standard deviation, and none are given.
     """
     model_name(model)  # an unknown one is refused here, not where the card is read
-    encoder, normalise = learner.online_encoder, learner.views.augment_one.normalise
+    encoder, normalise = learner.online_encoder, learner.views.augment.one.normalise
     known: dict[str, Any] = {
         "model": model,
         "channels": learner.views.channels,

@@ -15,11 +15,11 @@ from pixel_level_contrastive_learning.augment import (
     VIEW_ONE,
     VIEW_TWO,
     Augmentation,
+    BothAugmentations,
     Colour,
     Factors,
     Normalise,
     Photometry,
-    both_changed,
     change_colour,
     statistics,
 )
@@ -542,6 +542,11 @@ def test_augmenting_must_not_move_pixels() -> None:
 USUAL = Normalise((0.5,) * 3, (0.25,) * 3)
 
 
+class Darker(Colour):
+    def forward(self, pixels: Tensor) -> Tensor:
+        return super().forward(pixels) / 2
+
+
 @pytest.mark.parametrize(
     ("second", "passes"),
     [
@@ -549,8 +554,9 @@ USUAL = Normalise((0.5,) * 3, (0.25,) * 3)
         (Augmentation(Colour(Photometry(sigma=(0.1, 1.0)), 3), USUAL), 2),
         (Augmentation(Colour(VIEW_TWO, 3), None), 2),
         (Augmentation(lambda pixels: pixels / 2, USUAL), 1),
+        (Augmentation(Darker(VIEW_TWO, 3), USUAL), 2),
     ],
-    ids=["alike", "other kernels", "other statistics", "one's own"],
+    ids=["alike", "other kernels", "other statistics", "one's own", "made of ours"],
 )
 def test_both_views_become_what_each_would_alone(second, passes, monkeypatch) -> None:
     first = Augmentation(Colour(VIEW_ONE, 3), USUAL)
@@ -562,6 +568,6 @@ def test_both_views_become_what_each_would_alone(second, passes, monkeypatch) ->
         augment, "change_colour", lambda *asked: made.append(asked) or change_colour(*asked)
     )
     torch.manual_seed(3)
-    together = both_changed((first, second), one, two)
+    together = BothAugmentations(first, second)(one, two)
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
     assert len(made) == passes

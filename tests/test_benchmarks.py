@@ -11,6 +11,9 @@ from types import ModuleType
 import pytest
 import torch
 from torch import Tensor
+from torchvision.models import resnet18
+
+from pixel_level_contrastive_learning import PixelCL
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SCRIPTS = sorted(file.stem for file in BENCHMARKS.glob("*.py"))
@@ -52,6 +55,16 @@ def test_a_step_is_measured_against_the_floor() -> None:
 def test_the_peer_must_not_be_this_package() -> None:
     with pytest.raises(AssertionError, match="an environment of its own"):
         run("step", "--size", "64", "--batch", "2", "--serve", "published")
+
+
+def test_every_part_of_a_step_is_timed_once() -> None:
+    learner = PixelCL(resnet18(), 64, projection_size=8, projection_hidden_size=8)
+    watch = load("stopwatch").Stopwatch("cpu")
+    watch.follow(learner)
+    learner(torch.rand(2, 3, 64, 64))
+    assert set(watch.spent) == {"views", "colour", "online", "target", "propagation", "losses"}
+    assert min(watch.spent.values()) > 0
+    assert watch.open == []
 
 
 def test_memory_of_the_losses_is_the_peak_of_a_process_of_its_own() -> None:

@@ -10,6 +10,7 @@ import torch
 from torchvision import models
 
 from pixel_level_contrastive_learning import cli, load_backbone
+from pixel_level_contrastive_learning.evaluation import finetuning, table
 from pixel_level_contrastive_learning.trainer.config import PretrainConfig
 
 PACKAGE = "pixel_level_contrastive_learning"
@@ -227,6 +228,20 @@ def test_unknown_commands_are_refused_with_the_known_ones(capsys) -> None:
 def test_out_and_data_are_asked_for(capsys) -> None:
     assert "out is not given" in refusal("pretrain", "x", capsys=capsys)
     assert "data is not given" in refusal("pretrain", "--out", "y", capsys=capsys)
+
+
+def test_what_is_said_of_fine_tuning_arrives(monkeypatch) -> None:
+    asked: list[dict[str, object]] = []
+
+    def noted(weights: str, **settings: object) -> table.Evaluation:
+        asked.append(settings)
+        raise ValueError
+
+    monkeypatch.setattr(table, "evaluate", noted)
+    for flags in ((), ("--steps", "1000", "--fraction", "0.1")):
+        cli.main(["evaluate", "w", "--data", "d", "--protocol", "finetune", *flags])
+    assert [one["steps"] for one in asked] == [finetuning.STEPS, 1000]
+    assert [one["fraction"] for one in asked] == [1.0, 0.1]
 
 
 def test_layers_are_listed(capsys) -> None:

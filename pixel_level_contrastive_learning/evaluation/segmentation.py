@@ -6,7 +6,9 @@ fitted until it has converged, and the neighbours among the cells, which need no
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple, Self
 
 import torch
@@ -19,6 +21,8 @@ from .labelled import IGNORED, Labelled
 from .preparation import Preparation
 from .regression import Curvature, affine, blocks, fitted
 from .scoring import Predict, Scored, feed, score
+
+log = logging.getLogger(__name__)
 
 MOST_BYTES = 2**29
 """Features and class shares of training cells that are kept: 512 MiB. Beyond it each image gives an
@@ -250,9 +254,13 @@ def probed(
         seed: Decides which cells are kept where not all can be; nothing else is drawn.
         keep: Images whose predictions are to be kept, by their place in ``judged``.
     """
+    bank = gather(reader, train, prepare, seed=seed)
+    make = linear_judge if protocol == "linear" else partial(neighbour_judge, seed=seed)
     device = device_of(reader.net)
     if device.type != "cuda":  # MPS knows neither eigenvectors nor float64
         device = torch.device("cpu")
-    bank = gather(reader, train, prepare, seed=seed).to(device)
-    judge = linear_judge(bank) if protocol == "linear" else neighbour_judge(bank, seed)
-    return score(by_cells(reader, judge, device), judged, prepare, keep)
+    try:
+        return score(by_cells(reader, make(bank.to(device)), device), judged, prepare, keep)
+    except torch.OutOfMemoryError:
+        log.info("the GPU has no room for the cells of the training images: the CPU fits")
+    return score(by_cells(reader, make(bank), "cpu"), judged, prepare, keep)

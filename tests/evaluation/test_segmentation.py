@@ -342,6 +342,25 @@ def test_scores_stand_where_their_cells_are(plain) -> None:
     torch.testing.assert_close(predict(pixels), 2 * plain(pixels).detach())
 
 
+def test_where_a_gpu_has_no_room_the_cpu_fits(labelled, plain, monkeypatch, caplog) -> None:
+    train, val = open_labelled(labelled)
+    reader = Reader(plain, ["patches"], 3, (32, 48))
+    undisturbed = probed(reader, train, val, preparation(32))
+    seen = []
+
+    def full_at_first(bank: Bank) -> segmentation.Judge:
+        seen.append(bank.cells.clone())
+        if len(seen) == 1:
+            raise torch.OutOfMemoryError
+        return linear_judge(bank)
+
+    monkeypatch.setattr(segmentation, "linear_judge", full_at_first)
+    with caplog.at_level("INFO"):
+        assert probed(reader, train, val, preparation(32)) == undisturbed
+    assert torch.equal(*seen)
+    assert "no room" in caplog.text
+
+
 @pytest.mark.parametrize("protocol", ["linear", "knn"])
 def test_classes_that_are_colours_are_found(labelled, plain, protocol) -> None:
     train, val = open_labelled(labelled)
