@@ -43,6 +43,7 @@ def evaluate(
     split: str = "val",
     steps: int = 200,
     out: str | None = None,
+    device: str | None = None,
 ) -> None:
     """Say what weights are worth, beside random ones: with labels or without.
 
@@ -60,6 +61,7 @@ def evaluate(
         split: Which images to judge by.
         steps: Updates of fine-tuning.
         out: Folder for evaluation.json, without labels correspondence.json, and pictures.
+        device: Where to compute, such as cpu or cuda:1; a GPU where there is one and none is named.
     """
     from .evaluation.table import evaluate as evaluated
     from .trainer.messages import logged
@@ -78,13 +80,17 @@ def evaluate(
             split=split,
             steps=steps,
             out=out,
+            device=device,
         )
     print(found.table())
     print(found.sentence)
 
 
 def visualize(
-    run: tyro.conf.Positional[str], images: str | None = None, out: str = "report.html"
+    run: tyro.conf.Positional[str],
+    images: str | None = None,
+    out: str = "report.html",
+    device: str | None = None,
 ) -> None:
     """Write one page that shows what a run learned.
 
@@ -92,10 +98,11 @@ def visualize(
         run: Folder of the run.
         images: Folder of images to show; those of the run where none is named.
         out: The page.
+        device: Where to compute, such as cpu or cuda:1; a GPU where there is one and none is named.
     """
     from .pictures.report import visualize as visualized
 
-    print(f"report: {visualized(run, images=images, out=out)}")
+    print(f"report: {visualized(run, images=images, out=out, device=device)}")
 
 
 def export(

@@ -190,4 +190,4 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """A CPU tensor on ``device``, without waiting for the device."""
     if device.type == "cuda":
         tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+    return tensor.to(device, non_blocking=device.type == "cuda")

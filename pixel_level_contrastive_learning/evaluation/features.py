@@ -133,6 +133,24 @@ def resized(maps: Tensor, grid: tuple[int, ...]) -> Tensor:
     return interpolate(maps, grid, mode="bilinear")
 
 
+def chosen_device(name: str | None) -> torch.device:
+    """The device of a name; of None a GPU if there is one, else the CPU.
+
+    Raises:
+        ValueError: There is no such device.
+    """
+    gpus = torch.cuda.device_count()
+    if name is None:
+        return torch.device("cuda" if gpus else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # by how far torch comes with it
+        here = ", ".join(["cpu", *(f"cuda:{number}" for number in range(gpus))])
+        raise ValueError(f"device is {name!r}, which is not here; here are {here}") from error
+    return device
+
+
 def device_of(net: nn.Module) -> torch.device:
     """Where the network's weights lie."""
     return next((weight.device for weight in net.parameters()), torch.device("cpu"))

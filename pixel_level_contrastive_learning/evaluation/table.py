@@ -14,7 +14,7 @@ from ..checks import one_of, raise_together, share, size_pair, whole
 from ..data.sources import Files
 from ..weights import BackboneCard
 from .contenders import Contender, Field, line_up
-from .features import Reader
+from .features import Reader, chosen_device
 from .finetuning import STEPS, finetuned
 from .labelled import Labelled, open_labelled
 from .outcome import Evaluation, Row
@@ -101,7 +101,7 @@ def evaluate(
             if data is None and images is not None
         ),
     )
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = chosen_device(device)
     if data is None:
         assert images is not None
         repeats = range(seed, seed + (seeds or 1))

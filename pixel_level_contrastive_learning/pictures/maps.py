@@ -246,7 +246,7 @@ def likeness_picture(
     for image, own in zip(images, features, strict=True):
         h, w = image.shape[-2:]
         size = max(1, round(side * h / max(h, w))), max(1, round(side * w / max(h, w)))
-        alike = likeness(features[0], cell, own).clamp(min=0)
+        alike = likeness(features[0], cell, own).clamp(min=0).cpu()
         shown = interpolate(image[None].cpu().float(), size, mode="bilinear", antialias=True)
         light = interpolate(alike[None, None], size, mode="bilinear")
         drawn.append(picture((shown * (0.12 + 0.88 * light))[0]))

@@ -16,7 +16,7 @@ from ..checks import raise_together, whole
 from ..data.shards import is_shards
 from ..evaluation.contenders import random_net
 from ..evaluation.correspondence import draw_pairs
-from ..evaluation.features import Reader
+from ..evaluation.features import Reader, chosen_device
 from ..evaluation.outcome import LABELLED_FILE, UNLABELLED_FILE, Evaluation
 from ..evaluation.preparation import Preparation
 from ..files import write_whole
@@ -59,6 +59,7 @@ def visualize(
     out: str | Path = "report.html",
     count: int = 12,
     seed: int = 0,
+    device: str | None = None,
 ) -> Path:
     """Write the report of a run: one HTML file that needs nothing else, not even a network.
 
@@ -71,13 +72,15 @@ def visualize(
         out: Where to write the page.
         count: How many images, at most; they are spread evenly over all.
         seed: Decides the other views of the images.
+        device: Where to compute; default: a GPU if there is one.
 
     Returns:
         Where the page is.
 
     Raises:
-        ValueError: There is no such run, or no image that can be used.
+        ValueError: There is no such run or device, or no image that can be used.
     """
+    place = chosen_device(device)
     raise_together(whole("count", count, 1), whole("seed", seed, 0))
     folder = Path(run).expanduser()
     settings = read_settings(folder)
@@ -90,7 +93,7 @@ def visualize(
     metrics_file = folder / "metrics.jsonl"
     metrics = read_metrics(metrics_file) if metrics_file.is_file() else {}
     inputs = [fed(sample, prepare) for sample in samples]
-    seen = look(loaded, inputs, fixed=isinstance(prepare.size, tuple))
+    seen = look(loaded, inputs, place, fixed=isinstance(prepare.size, tuple))
 
     name = folder.resolve().name or str(run)
     parts = {
@@ -153,16 +156,16 @@ def training_images(settings: Mapping[str, Any]) -> list[str]:
     return places
 
 
-def look(loaded: Loaded, inputs: Sequence[Tensor], *, fixed: bool) -> Seen:
+def look(loaded: Loaded, inputs: Sequence[Tensor], device: torch.device, *, fixed: bool) -> Seen:
     """The maps of the pixel layer, by random weights and by the run's.
 
     Args:
         loaded: The run's backbone and its card.
         inputs: ``(c, h, w)`` each, normalised.
+        device: Where to compute.
         fixed: Whether the network takes images of no other size.
     """
     card = loaded.card
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     networks: dict[str, nn.Module] = {RANDOM: random_net(card, card.seed), TRAINED: loaded.net}
     maps, grid = {}, (1, 1)
     for name, net in networks.items():

@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
 import torch
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -79,7 +80,7 @@ def facts_of(images: Images, devices: Devices) -> Facts:
         device=devices.kind,
         native_bfloat16=native_bfloat16(devices.kind),
         processes=devices.processes,
-        cores=max(1, cores() // devices.each_node),
+        cores=max(1, cores() // (1 if SLURMEnvironment.detect() else devices.each_node)),
     )
 
 

@@ -153,16 +153,16 @@ class PretrainConfig:
     workers: int | Auto = "auto"
     """Processes that load images, for each device."""
     accelerator: Literal["auto", "cpu", "gpu", "mps"] = "auto"
-    """Kind of device."""
+    """Kind of device; auto: gpu (CUDA) where there is one, else cpu. Nobody has tried mps."""
     devices: int | Auto = "auto"
-    """Devices on each machine; auto: all GPUs, or one CPU process."""
+    """Devices on each machine; auto: all GPUs (in a notebook, one), or one CPU process."""
     num_nodes: int = 1
     """Machines."""
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
     """How devices share the work: ddp copies the network, fsdp shards it."""
 
     checkpoint_every: int | Auto = "auto"
-    """Steps between checkpoints; auto: an epoch, at least 100 and at most 1000 steps."""
+    """Steps between checkpoints; auto: 1000 on a GPU, elsewhere an epoch, from 100 to 1000."""
     keep_checkpoints: int = 3
     """How many of them to keep."""
     max_broken: float = 0.01

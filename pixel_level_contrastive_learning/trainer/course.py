@@ -27,9 +27,12 @@ from .memory import FitMemory, estimate
 from .plan import clock_of, decided
 from .preview import Preview, draw_pairs
 from .settings import CONFIG_FILE, as_yaml, differences, read_settings
+from .task import cut
 from .watching import Probe, Watching
 
 LOG = logging.getLogger("pixel_level_contrastive_learning")
+TRIED = 16
+"""Images that a dry run takes through the network, at most."""
 IN_TASK = "learner.online_encoder.net."
 """How the names of the backbone's weights begin in a checkpoint."""
 FIXED = (
@@ -98,6 +101,11 @@ class Run:
         self.learner = assembly.learner_of(config, net, self.facts.channels)
         self.config = assembly.fitted(config, self.learner)
         self.task = assembly.task_of(self.config, self.learner, self.images.statistics, self.clock)
+
+    @property
+    def shards(self) -> bool:
+        """Whether no process holds the whole network."""
+        return self.devices.processes > 1 and self.config.strategy == "fsdp"
 
     def done(self) -> PretrainResult:
         """What comes of it."""
@@ -261,12 +269,13 @@ class Run:
         wanted: list[Callback] = [figures, checkpoints, StopWhenAsked(self.interruption)]
         if c.accumulate == "auto":
             size = assembly.view_size(c)
-            on_gpu = self.devices.kind == "cuda"
-            taken = None if on_gpu else estimate(self.task, size, str(c.precision))
+            # With a shard each, processes would have to try the same sizes at the same time.
+            to_try = self.devices.kind == "cuda" and not self.shards
+            taken = None if to_try else estimate(self.task, size, str(c.precision))
             wanted.insert(0, FitMemory(each, size, taken))
         if c.alpha > 0:
             wanted.append(Preview(self.directory.path / PREVIEW, c.distance_thres))
-        if self.devices.processes > 1 and c.strategy == "fsdp":
+        if self.shards:
             if c.probe is not None:
                 LOG.warning(
                     "with fsdp no process has the whole network: nothing is probed or drawn"
@@ -330,7 +339,7 @@ class Run:
         """A dry run: what a batch looks like, and what it will take."""
         self.tell()
         loader = engine.loader_of(self.config, self.images, self.facts, 0, None)
-        batch = next(iter(loader))
+        batch = cut(next(iter(loader)), slice(TRIED))
         found: dict[str, Any] = {}
         with torch.no_grad():
             terms = self.learner(self.task.views(batch), return_terms=True)
@@ -346,9 +355,9 @@ class Run:
             found["images_without_pairs"],
             len(batch.one),
         )
-        LOG.info(
-            "%s; %.0f MiB are free", taken.told(each), free_memory(torch.device("cpu")) / 2**20
-        )
+        device = torch.device(self.devices.kind)
+        free = free_memory(device) / 2**20
+        LOG.info("%s; %.0f MiB are free on %s", taken.told(each), free, device)
         if self.config.alpha > 0:
             folder = self.directory.path / PREVIEW
             folder.mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import (
     CSVLogger,
@@ -15,9 +16,6 @@ from lightning.pytorch.loggers import (
     MLFlowLogger,
     TensorBoardLogger,
     WandbLogger,
-)
-from lightning.pytorch.plugins.environments import (  # type: ignore[attr-defined]
-    SLURMEnvironment,
 )
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 
@@ -205,7 +203,6 @@ def trainer_of(
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
-        sync_batchnorm=devices.kind == "cuda" and devices.processes > 1,
         benchmark=devices.kind == "cuda",
         default_root_dir=folder,
     )

@@ -128,12 +128,23 @@ class Figures(Callback):
         Raises:
             NotFiniteError: One of them is NaN or infinite.
         """
-        while self.sent and (self.sent[0].event is None or wait or self.sent[0].event.query()):
+        while self.sent and (wait or self.has_arrived(trainer)):
             sent = self.sent.popleft()
             if sent.event is not None:
                 sent.event.synchronize()
             values = sent.figures.tolist()
             self.note(trainer, sent, dict(zip(FIGURES, values, strict=True)))
+
+    def has_arrived(self, trainer: Trainer) -> bool:
+        """Whether the oldest figures sent can be judged.
+
+        Several processes judge the same step, all but the newest: were one to find a NaN a step
+        before the others, these would wait for it in the next step for ever.
+        """
+        event = self.sent[0].event
+        if event is None:
+            return True
+        return len(self.sent) > 1 if trainer.world_size > 1 else bool(event.query())
 
     def note(self, trainer: Trainer, sent: Sent, figures: dict[str, float]) -> None:
         """Note the figures of a step that have arrived."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
@@ -53,7 +54,7 @@ def devices(config: PretrainConfig) -> Devices:
     """
     has_gpu = torch.cuda.is_available()
     has_mps = torch.backends.mps.is_available()
-    kind = {"gpu": "cuda", "auto": "cuda" if has_gpu else "mps" if has_mps else "cpu"}.get(
+    kind = {"gpu": "cuda", "auto": "cuda" if has_gpu else "cpu"}.get(
         config.accelerator, config.accelerator
     )
     there = {"cuda": torch.cuda.device_count() if has_gpu else 0, "mps": int(has_mps)}
@@ -62,7 +63,8 @@ def devices(config: PretrainConfig) -> Devices:
         each = int(os.environ["LOCAL_WORLD_SIZE"])
         nodes = int(os.environ.get("WORLD_SIZE", each)) // each
     elif config.devices == "auto":
-        each = there.get(kind, 1)
+        # Nothing can be started anew out of a notebook or a prompt, as a process for each GPU is.
+        each = min(1, there[kind]) if hasattr(sys, "ps1") and kind in there else there.get(kind, 1)
     else:
         each = config.devices
     if each > there.get(kind, each) or each == 0:
@@ -109,6 +111,8 @@ def free_memory(device: torch.device) -> int:
     if meminfo.exists():
         lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
         bounds.append(int(lines["MemAvailable"].split()[0]) * 1024)
+    elif hasattr(os, "sysconf"):  # on macOS, which tells what there is, not what is free
+        bounds.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     group = Path("/sys/fs/cgroup")
     most, used, stat = (group / f"memory.{name}" for name in ("max", "current", "stat"))
     if most.exists() and used.exists() and most.read_text().strip() != "max":

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..pixel_cl import PixelCL
 from ..views import View
@@ -87,11 +87,13 @@ def blank_views(
 ) -> tuple[View, View]:
     """Two views of nothing in particular, which overlap."""
     shape = count, learner.views.channels, *size
-    noise = torch.randn(shape, device=device)
-    pixels = noise.contiguous(memory_format=torch.channels_last)
     whole = torch.tensor([[size[1], 0.0, 0.0], [0.0, size[0], 0.0]], device=device)
-    view = View(pixels, whole.expand(count, -1, -1).contiguous())
-    return view, view
+
+    def view() -> View:
+        pixels = torch.randn(shape, device=device).contiguous(memory_format=torch.channels_last)
+        return View(pixels, whole.expand(count, -1, -1).contiguous())
+
+    return view(), view()
 
 
 @contextmanager
@@ -106,6 +108,22 @@ def untouched(learner: PixelCL) -> Iterator[None]:
         for now, before in zip(learner.buffers(), buffers, strict=True):
             now.copy_(before)
         learner.zero_grad(set_to_none=True)
+
+
+@contextmanager
+def by_itself(learner: PixelCL) -> Iterator[None]:
+    """A context in which batch norm does not wait for other processes, which may try other sizes.
+
+    It then takes its running statistics, and keeps as much for the backward pass.
+    """
+    together = [m for m in learner.modules() if isinstance(m, nn.SyncBatchNorm) and m.training]
+    for module in together:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in together:
+            module.training = True
 
 
 def parts_tried(
@@ -144,12 +162,13 @@ class FitMemory(Callback):
     """Finds out before the first step into how many parts a batch must be taken.
 
     On a GPU a part is tried, and halved while memory runs out; elsewhere memory is estimated. The
-    batch stays as it is: its parts are accumulated. A run that goes on keeps its parts.
+    batch stays as it is: its parts are accumulated. A run that goes on keeps its parts, where a GPU
+    has room for them.
 
     Args:
         images: Images of a step on each device.
         size: Size of the views.
-        estimated: What a step takes; None on a GPU, where it is tried.
+        estimated: What a step takes; None where it is tried, on GPUs that hold the whole network.
     """
 
     def __init__(self, images: int, size: tuple[int, int], estimated: Estimate | None) -> None:
@@ -158,11 +177,12 @@ class FitMemory(Callback):
         self.estimated = estimated
 
     def on_train_start(self, trainer: Trainer, task: Any) -> None:
-        if task.parts_before[1:] == (self.images,):
-            task.accumulate = task.parts_before[0]
-            return
+        goes_on = task.parts_before[1:] == (self.images,)
+        start = task.parts_before[0] if goes_on else 1
         if self.estimated is None:
-            parts = self.tried(trainer, task)
+            parts = self.tried(trainer, task, start)
+        elif goes_on:
+            parts = start
         else:
             parts = parts_by(self.estimated, self.images, free_memory(task.device))
         if trainer.world_size > 1:
@@ -178,8 +198,8 @@ class FitMemory(Callback):
                 parts,
             )
 
-    def tried(self, trainer: Trainer, task: PretrainTask) -> int:
-        """Parts found by taking one as far as its backward pass."""
+    def tried(self, trainer: Trainer, task: PretrainTask, start: int) -> int:
+        """Parts, ``start`` or more, found by taking one as far as its backward pass."""
         learner = task.learner
 
         def attempt(images: int) -> None:
@@ -199,8 +219,8 @@ class FitMemory(Callback):
             learner.zero_grad(set_to_none=True)
             torch.cuda.empty_cache()
 
-        with untouched(learner):
-            return parts_tried(self.images, 1, attempt, release)
+        with untouched(learner), by_itself(learner):
+            return parts_tried(self.images, start, attempt, release)
 
 
 def parts_by(taken: Estimate, images: int, free: int) -> int:

@@ -98,7 +98,8 @@ def decided(config: PretrainConfig, facts: Facts) -> PretrainConfig:
     clock = clock_of(done, facts.images)
     chosen["warmup_epochs"] = clock.warmup / clock.steps_per_epoch
     if config.checkpoint_every == "auto":
-        chosen["checkpoint_every"] = min(max(clock.steps_per_epoch, 100), 1000)
+        often = min(max(clock.steps_per_epoch, 100), 1000)
+        chosen["checkpoint_every"] = 1000 if facts.device == "cuda" else often
     if config.picture_every == "auto":
         chosen["picture_every"] = max(1, clock.steps // 10)
     if config.probe_every == "auto":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -66,4 +68,5 @@ def resident() -> float:
         import resource
     except ImportError:  # no such thing on Windows
         return 0.0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from lightning.pytorch import LightningModule
+from timm.layers import convert_sync_batchnorm  # type: ignore[attr-defined]
 from timm.optim import create_optimizer_v2, list_optimizers  # type: ignore[attr-defined]
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -125,7 +126,10 @@ class PretrainTask(LightningModule):
         return optimizer_of(self.learner, self.practice, fused=not self.sharded)
 
     def configure_model(self) -> None:
-        """Shard the learner over the processes, where Lightning's strategy is the one for that."""
+        """Synchronise batch norm over GPUs, and shard the learner where that is the strategy."""
+        if self.trainer.strategy.root_device.type == "cuda" and self.trainer.world_size > 1:
+            # Lightning converts by torch, which would drop the activations of timm's own layers.
+            self.learner = convert_sync_batchnorm(self.learner)  # type: ignore[no-untyped-call]
         mesh = getattr(self, "_device_mesh", None)
         if mesh is None or self.sharded:
             return

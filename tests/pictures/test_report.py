@@ -320,7 +320,7 @@ def loaded(folder: Path, function: str, side: int) -> Loaded:
 @pytest.mark.parametrize("side", [28, 32, 35])
 def test_a_spot_of_the_map_lies_where_it_is_in_the_image(tmp_path, side) -> None:
     ramp = torch.linspace(0, 1, 104).expand(3, 80, 104)
-    seen = look(loaded(tmp_path, "averages", side), [ramp], fixed=False)
+    seen = look(loaded(tmp_path, "averages", side), [ramp], torch.device("cpu"), fixed=False)
     (found,) = seen.maps[TRAINED]
     width = found.shape[-1]
     expected = (torch.arange(width) + 0.5) / width

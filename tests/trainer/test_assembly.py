@@ -2,17 +2,22 @@
 
 import pytest
 import torch
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from torch import nn
 
 from pixel_level_contrastive_learning import PixelCL, load_backbone, pretrain
 from pixel_level_contrastive_learning.backbones import build_backbone
+from pixel_level_contrastive_learning.trainer import assembly
 from pixel_level_contrastive_learning.trainer.assembly import (
     backbone_of,
+    facts_of,
     fitted,
+    images_of,
     layer,
     zero_last_norms,
 )
 from pixel_level_contrastive_learning.trainer.config import PretrainConfig
+from pixel_level_contrastive_learning.trainer.machine import Devices
 from pixel_level_contrastive_learning.trainer.plan import base_lr
 from pixel_level_contrastive_learning.weights import read_backbone
 
@@ -85,3 +90,11 @@ def test_the_network_decides_layers_and_learning_rate(model, norms) -> None:
     assert auto.lr == base_lr("adamw", batch_norm=norms)
     assert auto.pixel_layer == learner.online_encoder.pixel_tap.name
     assert fitted(PretrainConfig(lr=0.5), learner).lr == 0.5
+
+
+@pytest.mark.parametrize(("by_srun", "cores"), [(True, 16), (False, 2)])
+def test_a_process_of_srun_has_cores_of_its_own(monkeypatch, by_srun, cores) -> None:
+    monkeypatch.setattr(assembly, "cores", lambda: 16)
+    monkeypatch.setattr(SLURMEnvironment, "detect", lambda: by_srun)
+    images = images_of([torch.zeros(3, 8, 8)] * 4, PretrainConfig(), None)
+    assert facts_of(images, Devices("cpu", 8, 4)).cores == cores

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,9 +12,11 @@ from pixel_level_contrastive_learning import PixelCL
 from pixel_level_contrastive_learning.evaluation.health import COLLAPSED_RANK, COLLAPSED_SPREAD
 from pixel_level_contrastive_learning.trainer import interruption
 from pixel_level_contrastive_learning.trainer.directory import RunDirectory
+from pixel_level_contrastive_learning.trainer.figures import Figures
 from pixel_level_contrastive_learning.trainer.memory import (
     Estimate,
     blank_views,
+    by_itself,
     parts_by,
     parts_tried,
     saved_bytes,
@@ -169,3 +172,28 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path) -> None:
         run.checkpoint_path(step).write_bytes(b"")
     run.prune(2)
     assert [p.name for p in run.checkpoint_paths()] == ["step-00000100.ckpt", "step-00000010.ckpt"]
+
+
+class Arriving:
+    """The event of a copy that the device has not done."""
+
+    def query(self) -> bool:
+        return False
+
+
+@pytest.mark.parametrize(("processes", "judged"), [(1, [False, False]), (2, [False, True])])
+def test_processes_judge_the_same_step_however_fast_their_devices_are(processes, judged) -> None:
+    figures, trainer = Figures(None, lambda: 0.0, 9, 1), SimpleNamespace(world_size=processes)
+    found = []
+    for _ in judged:
+        figures.sent.append(SimpleNamespace(event=Arriving()))
+        found.append(figures.has_arrived(trainer))
+    assert found == judged
+
+
+def test_a_trial_waits_for_no_other_process() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 4, 4), nn.SyncBatchNorm(4), nn.BatchNorm2d(4))
+    net[1].requires_grad_(False)
+    with by_itself(net):
+        assert [module.training for module in net] == [True, False, True]
+    assert [module.training for module in net] == [True, True, True]

@@ -1,5 +1,6 @@
 """What the machine is: processes counted as launchers say, memory as containers say."""
 
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -39,6 +40,18 @@ def test_gpus_are_all_taken_unless_fewer_are_asked_for(monkeypatch) -> None:
     assert devices(PretrainConfig(accelerator="cpu")) == Devices("cpu", 1, 1)
     with pytest.raises(ValueError, match=r"devices is 5 .*; here are 4 of kind cuda: give fewer"):
         devices(PretrainConfig(devices=5))
+
+
+def test_a_notebook_takes_one_gpu_and_a_mac_its_cpu_unless_told(monkeypatch) -> None:
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert devices(PretrainConfig()) == Devices("cpu", 1, 1)
+    assert devices(PretrainConfig(accelerator="mps")) == Devices("mps", 1, 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
+    assert devices(PretrainConfig()) == Devices("cuda", 1, 1)
+    assert devices(PretrainConfig(devices=2)) == Devices("cuda", 2, 1)
+    assert devices(PretrainConfig(accelerator="cpu")) == Devices("cpu", 1, 1)
 
 
 def test_a_gpu_that_is_not_there_is_refused() -> None:

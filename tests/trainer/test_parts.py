@@ -1,8 +1,14 @@
 """A batch on its way to the learner: made ready, taken in parts."""
 
-import pytest
-import torch
+from types import SimpleNamespace
 
+import pytest
+import timm
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from pixel_level_contrastive_learning import PixelCL
 from pixel_level_contrastive_learning.augment import (
     VIEW_ONE,
     VIEW_TWO,
@@ -13,6 +19,8 @@ from pixel_level_contrastive_learning.augment import (
 from pixel_level_contrastive_learning.data.pairs import Pairs
 from pixel_level_contrastive_learning.trainer.schedules import LearningRate, TargetMomentum
 from pixel_level_contrastive_learning.trainer.task import Practice, PretrainTask, split
+
+PRACTICE = Practice(LearningRate(0.1, 9, 1, 0), TargetMomentum(0.9, 9), "sgd", 0, 0, 1, 0, 2.0)
 
 
 def batch(images: int) -> Pairs:
@@ -47,11 +55,25 @@ def test_each_view_has_the_colours_and_the_map_drawn_for_it(kind) -> None:
     maps = torch.rand(2, 6, 2, 3)
     factors = VIEW_ONE.draw(6), VIEW_TWO.draw(6)
     normalise = Normalise((0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
-    practice = Practice(LearningRate(0.1, 9, 1, 0), TargetMomentum(0.9, 9), "sgd", 0, 0, 1, 0, 2.0)
-    task = PretrainTask(torch.nn.Identity(), normalise, practice)
+    task = PretrainTask(nn.Identity(), normalise, PRACTICE)
     made = task.views(Pairs(one, two, *maps, *factors, torch.arange(6)))
     for view, pixels, own, where in zip(made, raw, factors, maps, strict=True):
         assert torch.equal(view.to_image, where)
-        expected = normalise(change_colour(pixels / 255, own, practice.largest_sigma))
+        expected = normalise(change_colour(pixels / 255, own, PRACTICE.largest_sigma))
         torch.testing.assert_close(view.pixels, expected, atol=1e-5, rtol=0)
         assert view.pixels.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_batch_norm_over_gpus_keeps_the_activations_in_it(monkeypatch) -> None:
+    """timm's layers hold one; torch's conversion, which Lightning calls, leaves it out."""
+    net = timm.create_model("test_efficientnet", num_classes=0)
+    images = torch.rand(2, 3, 64, 64)
+    expected = net.eval()(images)
+    gpus = SimpleNamespace(world_size=2, strategy=SimpleNamespace(root_device=torch.device("cuda")))
+    monkeypatch.setattr(PretrainTask, "trainer", gpus)
+    task = PretrainTask(PixelCL(net, 64, projection_size=8), Normalise((0.5,), (0.5,)), PRACTICE)
+    task.configure_model()
+    norms = [module for module in task.learner.modules() if isinstance(module, _BatchNorm)]
+    assert len(norms) > 20
+    assert all(isinstance(module, nn.SyncBatchNorm) for module in norms)
+    torch.testing.assert_close(task.learner.net.eval()(images), expected)

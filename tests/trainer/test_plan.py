@@ -65,6 +65,14 @@ def test_deciding_twice_changes_nothing() -> None:
     assert decided(config, LAPTOP) == config
 
 
+def test_checkpoints_are_an_epoch_apart_or_far_apart_on_a_gpu() -> None:
+    def every(images: int, **facts: str) -> object:
+        return decided(PretrainConfig(), replace(LAPTOP, images=images, **facts)).checkpoint_every
+
+    assert [every(images) for images in (320, 12800, 10**6)] == [100, 400, 1000]
+    assert every(320, device="cuda") == 1000  # where a step may take a twentieth of a second
+
+
 def test_bfloat16_is_taken_where_it_is_native_and_names_of_lightning_are_understood() -> None:
     native = replace(LAPTOP, native_bfloat16=True)
     assert decided(PretrainConfig(), native).precision == "bfloat16"

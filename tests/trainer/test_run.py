@@ -13,7 +13,7 @@ from PIL import Image
 from pixel_level_contrastive_learning import pretrain
 from pixel_level_contrastive_learning.exports import export
 from pixel_level_contrastive_learning.files import CannotWriteError
-from pixel_level_contrastive_learning.trainer import engine
+from pixel_level_contrastive_learning.trainer import course, engine
 from pixel_level_contrastive_learning.trainer.course import Run
 from pixel_level_contrastive_learning.trainer.interruption import Interrupted
 from pixel_level_contrastive_learning.trainer.schedules import LearningRate, TargetMomentum
@@ -285,6 +285,15 @@ def test_a_dry_run_tells_and_draws_and_does_not_stand_in_the_way(tmp_path, setti
     with Image.open(tmp_path / "run" / "preview" / "pairs-0.png") as drawn:
         assert drawn.width > 64
     pretrain(**settings(steps=1))
+
+
+def test_a_dry_run_takes_a_few_images_of_a_large_batch(settings, monkeypatch, caplog) -> None:
+    monkeypatch.setattr(course, "TRIED", 3)
+    with caplog.at_level("INFO"):
+        pretrain(**settings(dry_run=True, batch_size=8))
+    assert "of 3 images have none" in caplog.text
+    assert "for each of 8 images" in caplog.text
+    assert "MiB are free on cpu" in caplog.text
 
 
 def test_taking_a_batch_in_parts_changes_no_gradient(tmp_path, settings) -> None:
