@@ -230,7 +230,7 @@ def test_out_and_data_are_asked_for(capsys) -> None:
     assert "data is not given" in refusal("pretrain", "--out", "y", capsys=capsys)
 
 
-def test_what_is_said_of_fine_tuning_arrives(monkeypatch) -> None:
+def test_what_is_said_of_an_evaluation_arrives(monkeypatch) -> None:
     asked: list[dict[str, object]] = []
 
     def noted(weights: str, **settings: object) -> table.Evaluation:
@@ -238,10 +238,11 @@ def test_what_is_said_of_fine_tuning_arrives(monkeypatch) -> None:
         raise ValueError
 
     monkeypatch.setattr(table, "evaluate", noted)
-    for flags in ((), ("--steps", "1000", "--fraction", "0.1")):
+    for flags in ((), ("--steps", "1000", "--fraction", "0.1", "--device", "cpu")):
         cli.main(["evaluate", "w", "--data", "d", "--protocol", "finetune", *flags])
     assert [one["steps"] for one in asked] == [finetuning.STEPS, 1000]
     assert [one["fraction"] for one in asked] == [1.0, 0.1]
+    assert [one["device"] for one in asked] == [None, "cpu"]
 
 
 def test_layers_are_listed(capsys) -> None:

@@ -6,7 +6,11 @@ from torch import nn
 from torch.nn.functional import interpolate
 
 from pixel_level_contrastive_learning.augment import IMAGENET_MEAN, IMAGENET_STD, Normalise
-from pixel_level_contrastive_learning.evaluation.features import Reader, dense_features
+from pixel_level_contrastive_learning.evaluation.features import (
+    Reader,
+    chosen_device,
+    dense_features,
+)
 
 
 class Tokens(nn.Module):
@@ -116,3 +120,10 @@ def test_a_network_that_cannot_be_copied_is_refused_in_words() -> None:
 def test_nothing_is_no_images(net) -> None:
     with pytest.raises(ValueError, match="images is empty; give at least one image"):
         dense_features(net, [])
+
+
+@pytest.mark.parametrize("name", ["cuda:9", "tpu9000"])
+def test_a_device_that_is_not_here_is_refused(name) -> None:
+    assert chosen_device("cpu") == torch.device("cpu")
+    with pytest.raises(ValueError, match=f"device is '{name}', which is not here; here are cpu"):
+        chosen_device(name)
