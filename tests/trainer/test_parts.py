@@ -17,6 +17,7 @@ from pixel_level_contrastive_learning.augment import (
     change_colour,
 )
 from pixel_level_contrastive_learning.data.pairs import Pairs
+from pixel_level_contrastive_learning.trainer.memory import blank_views
 from pixel_level_contrastive_learning.trainer.schedules import LearningRate, TargetMomentum
 from pixel_level_contrastive_learning.trainer.task import Practice, PretrainTask, split
 
@@ -67,13 +68,14 @@ def test_each_view_has_the_colours_and_the_map_drawn_for_it(kind) -> None:
 def test_batch_norm_over_gpus_keeps_the_activations_in_it(monkeypatch) -> None:
     """timm's layers hold one; torch's conversion, which Lightning calls, leaves it out."""
     net = timm.create_model("test_efficientnet", num_classes=0)
-    images = torch.rand(2, 3, 64, 64)
-    expected = net.eval()(images)
+    learner = PixelCL(net, 64, projection_size=8)
+    views = blank_views(3, learner, (64, 64), torch.device("cpu"))
+    expected = learner(views)
     gpus = SimpleNamespace(world_size=2, strategy=SimpleNamespace(root_device=torch.device("cuda")))
     monkeypatch.setattr(PretrainTask, "trainer", gpus)
-    task = PretrainTask(PixelCL(net, 64, projection_size=8), Normalise((0.5,), (0.5,)), PRACTICE)
+    task = PretrainTask(learner, Normalise((0.5,), (0.5,)), PRACTICE)
     task.configure_model()
     norms = [module for module in task.learner.modules() if isinstance(module, _BatchNorm)]
     assert len(norms) > 20
     assert all(isinstance(module, nn.SyncBatchNorm) for module in norms)
-    torch.testing.assert_close(task.learner.net.eval()(images), expected)
+    torch.testing.assert_close(task.learner(views), expected)
