@@ -14,7 +14,7 @@ from timm.optim import create_optimizer_v2, list_optimizers  # type: ignore[attr
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..augment import Normalise, change_colour, joined
+from ..augment import Normalise, change_both
 from ..blocks import full_precision
 from ..pixel_cl import PixelCL, Terms
 from ..views import View, to_device
@@ -210,18 +210,21 @@ class PretrainTask(LightningModule):
 
     @torch.no_grad()
     def views(self, batch: Pairs) -> tuple[View, View]:
-        """The two views, ready: changed in colour and normalised on the device, as one batch.
+        """The two views, changed in colour and normalised on the device.
 
         Their pixels are ``(b, c, h, w)`` uint8, or float in [0, 1].
         """
-        factors = joined(batch.factors_one, batch.factors_two)
-        pixels = torch.cat((batch.one, batch.two))
-        with full_precision(pixels):
-            pixels = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels.float()
-            pixels = change_colour(pixels, factors, self.practice.largest_sigma)
-            pixels = self.normalise(pixels).contiguous(memory_format=torch.channels_last)
-        one, two = pixels.chunk(2)
-        return View(one, batch.map_one), View(two, batch.map_two)
+        with full_precision(batch.one):
+            one, two = (
+                pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels.float()
+                for pixels in (batch.one, batch.two)
+            )
+            factors = batch.factors_one, batch.factors_two
+            ready = (
+                self.normalise(pixels).contiguous(memory_format=torch.channels_last)
+                for pixels in change_both((one, two), factors, self.practice.largest_sigma)
+            )
+            return View(next(ready), batch.map_one), View(next(ready), batch.map_two)
 
     def synchronise(self, last: bool) -> None:
         """Let processes exchange gradients only with the last part of a batch."""

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from pixel_level_contrastive_learning import PixelCL
+from pixel_level_contrastive_learning import PixelCL, augment
 from pixel_level_contrastive_learning.augment import (
     VIEW_ONE,
     VIEW_TWO,
@@ -49,8 +49,10 @@ def test_no_part_is_a_single_image(images, parts, sizes) -> None:
     assert torch.equal(torch.cat([part.factors_two.hue for part in made]), torch.arange(images))
 
 
+@pytest.mark.parametrize("one_by_one", [(), ("cpu",)], ids=["as one", "one by one"])
 @pytest.mark.parametrize("kind", [torch.uint8, torch.float32], ids=str)
-def test_each_view_has_the_colours_and_the_map_drawn_for_it(kind) -> None:
+def test_each_view_has_the_colours_and_the_map_drawn_for_it(kind, one_by_one, monkeypatch) -> None:
+    monkeypatch.setattr(augment, "ONE_BY_ONE", one_by_one)
     raw = torch.randint(256, (2, 6, 3, 20, 16), dtype=torch.uint8)
     one, two = raw if kind == torch.uint8 else raw / 255
     maps = torch.rand(2, 6, 2, 3)
