@@ -42,11 +42,12 @@ class Checkpoints(Callback):
             self.save(trainer, task)
 
     def on_train_end(self, trainer: Trainer, task: Any) -> None:
-        if self.saved != task.done:
-            self.save(trainer, task)
+        self.save(trainer, task)
 
     def save(self, trainer: Trainer, task: PretrainTask) -> None:
-        """Save now; every process takes part, one writes."""
+        """Save now, once a step; every process takes part, one writes."""
+        if self.saved == task.done:
+            return
         self.figures.settle(trainer)
         path = self.directory.checkpoint_path(task.done)
         trainer.save_checkpoint(path, weights_only=False)

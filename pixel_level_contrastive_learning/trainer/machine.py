@@ -63,8 +63,9 @@ def devices(config: PretrainConfig) -> Devices:
         each = int(os.environ["LOCAL_WORLD_SIZE"])
         nodes = int(os.environ.get("WORLD_SIZE", each)) // each
     elif config.devices == "auto":
-        # Nothing can be started anew out of a notebook or a prompt, as a process for each GPU is.
-        each = min(1, there[kind]) if hasattr(sys, "ps1") and kind in there else there.get(kind, 1)
+        each = there.get(kind, 1)
+        if hasattr(sys, "ps1"):  # a notebook or a prompt cannot be started anew for each GPU
+            each = min(each, 1)
     else:
         each = config.devices
     if each > there.get(kind, each) or each == 0:

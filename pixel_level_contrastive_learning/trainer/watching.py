@@ -220,8 +220,7 @@ class Probe(Callback):
     def on_train_batch_end(self, trainer: Trainer, task: Any, *_: Any) -> None:
         if task.done % self.every and task.done != self.steps:
             return
-        if self.checkpoints.saved != task.done:
-            self.checkpoints.save(trainer, task)
+        self.checkpoints.save(trainer, task)
         if trainer.is_global_zero:
             self.probe(task)
         trainer.strategy.barrier()
