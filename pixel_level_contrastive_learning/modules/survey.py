@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from typing import Any, NamedTuple
 
@@ -203,8 +203,9 @@ class Survey:
     def default_pixel(self) -> str:
         """The deepest map of at least 4 x 4 cells and a stride of at most 32.
 
-        Deepest is the largest stride; among equals, the last to run. What a block gives before it
-        makes the map coarser is left out, and so are class scores, see `features`.
+        Deepest is the largest stride; among equals, what most weights lead to, since an auxiliary
+        head may run last. What a block gives before it makes the map coarser is left out, and so
+        are class scores, see `features`.
 
         Raises:
             ValueError: There is none.
@@ -224,7 +225,21 @@ class Survey:
                 f"larger images, or name a layer; {self.advice(pixel=True)}"
             )
         largest = max(layer.stride for layer in maps)
-        return [layer for layer in maps if layer.stride > largest / SAME_STRIDE][-1].name
+        return self.deepest([own for own in maps if own.stride > largest / SAME_STRIDE]).name
+
+    def deepest(self, layers: Sequence[Layer]) -> Layer:
+        """The layer that most weights lead to; among equals, the last to run."""
+        deepest, most, counted = layers[-1], -1, set[Any]()
+        for layer in reversed(layers):
+            output: Any = self.outputs[layer.name]
+            if output.grad_fn in counted:
+                continue  # what was counted depends on it
+            steps = set(graph(output))
+            weights = sum(node.variable.numel() for node in steps if hasattr(node, "variable"))
+            if weights > most:
+                deepest, most = layer, weights
+            counted |= steps
+        return deepest
 
     def default_instance(self, pixel: str) -> str:
         """The pooled vector, which follows the last map; the pixel layer where there is none.

@@ -6,6 +6,7 @@ import os
 import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from math import ceil
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +24,8 @@ LIBRARIES = (
     "kornia",
     "pixel-level-contrastive-learning",
 )
+GROUP = Path("/sys/fs/cgroup")
+"""Where Linux tells a container's limits."""
 UNLIMITED = 2**60
 """Limits of memory from here on are none, in bytes."""
 
@@ -97,10 +100,12 @@ def is_writer() -> bool:
 
 
 def cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """Cores that this process may use, within the limits of a container."""
+    affine = hasattr(os, "sched_getaffinity")
+    count = len(os.sched_getaffinity(0)) if affine else os.cpu_count() or 1
+    most = GROUP / "cpu.max"
+    quota, _, period = most.read_text().partition(" ") if most.exists() else ("max", "", "")
+    return count if quota == "max" else min(count, max(1, ceil(int(quota) / int(period))))
 
 
 def free_memory(device: torch.device) -> int:
@@ -114,8 +119,7 @@ def free_memory(device: torch.device) -> int:
         bounds.append(int(lines["MemAvailable"].split()[0]) * 1024)
     elif hasattr(os, "sysconf"):  # on macOS, which tells what there is, not what is free
         bounds.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    group = Path("/sys/fs/cgroup")
-    most, used, stat = (group / f"memory.{name}" for name in ("max", "current", "stat"))
+    most, used, stat = (GROUP / f"memory.{name}" for name in ("max", "current", "stat"))
     if most.exists() and used.exists() and most.read_text().strip() != "max":
         # Pages of files count as used, but are given back when memory is asked for.
         held = dict(line.split() for line in stat.read_text().splitlines()) if stat.exists() else {}

@@ -260,9 +260,10 @@ def test_class_scores_are_not_taken_unasked(net, expected) -> None:
     assert Survey(net, 3, (64, 64)).default_pixel() == expected
 
 
-def test_the_answer_of_a_segmentation_network_is_not_taken_unasked() -> None:
+@pytest.mark.parametrize("aux", [False, True])  # an auxiliary head runs last and reads layer3
+def test_the_answer_of_a_segmentation_network_is_not_taken_unasked(aux) -> None:
     """Its head runs at the stride of the backbone, and ends in dropout and scores."""
-    net = models.segmentation.fcn_resnet50(weights=None, weights_backbone=None)
+    net = models.segmentation.fcn_resnet50(weights=None, weights_backbone=None, aux_loss=aux)
     survey = Survey(net, 3, (64, 64))
     assert survey.called("classifier").stride == survey.called("backbone.layer4").stride == 8
     assert survey.default_pixel() == "classifier.2"
