@@ -7,7 +7,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
-STEPS ?= 150
+STEPS ?= 100
 
 .PHONY: demo test lint types tests bench clean
 

@@ -6,6 +6,7 @@ import sys
 from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Literal
 
@@ -194,7 +195,7 @@ def layers(
     print(f"where none is named: {taken}")
 
 
-def demo(out: str = "runs/demo", steps: int = 150, overwrite: bool = False) -> None:
+def demo(out: str = "runs/demo", steps: int = 100, overwrite: bool = False) -> None:
     """Draw scenes, pretrain a ResNet-18 on them, evaluate it and write the report.
 
     Args:
@@ -255,6 +256,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: What follows the name of the program; default: what it was started with.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
+    if isinstance(sys.stdout, TextIOWrapper):  # names of files may hold bytes that are no text
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         if given[:1] == ["pretrain"]:
             pretrain(chosen(given[1:]))

@@ -98,7 +98,7 @@ def export(run: str | Path, format: str, out: str | Path | None = None) -> Expor
         write_whole(path, detectron2_file(state))
     else:
         if format not in HEADLESS:
-            write_whole(path.with_suffix(".json"), card.to_json().encode())
+            write_whole(path.with_suffix(".json"), card.to_json())
         write_whole(path, state_file(state, path.suffix))
         state = read_tensors(path)
     report = fill(net, state, str(path))

@@ -18,12 +18,13 @@ class CannotWriteError(OSError):
     """A file could not be written; what was there before is still there."""
 
 
-def write_whole(path: Path, content: bytes | Callable[[IO[bytes]], object]) -> None:
+def write_whole(path: Path, content: str | bytes | Callable[[IO[bytes]], object]) -> None:
     """Write a file so that it is there whole or not at all, also after a crash.
 
     Args:
         path: Where to; the folder is made where there is none.
-        content: Its bytes, or what writes them into a file that is open.
+        content: Its text, its bytes, or what writes them into a file that is open. Text becomes
+            UTF-8; names of files may hold bytes that are none, which are written as escapes.
 
     Raises:
         CannotWriteError: The disk is full or the like.
@@ -32,7 +33,9 @@ def write_whole(path: Path, content: bytes | Callable[[IO[bytes]], object]) -> N
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with beside.open("wb") as file:
-            if isinstance(content, bytes):
+            if isinstance(content, str):
+                file.write(content.encode("utf-8", "backslashreplace"))
+            elif isinstance(content, bytes):
                 file.write(content)
             else:
                 content(file)

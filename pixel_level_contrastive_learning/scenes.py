@@ -155,6 +155,8 @@ SHAPES: dict[str, tuple[Outline, Texture]] = {
 }
 CLASSES: tuple[str, ...] = ("background", *SHAPES)
 """The classes' names; a class id in a mask is a position in it."""
+CLASSES_TEXT = "".join(f"{label} {name}\n" for label, name in enumerate(CLASSES))
+"""What `classes.txt` of drawn scenes holds."""
 
 
 def draw_scene(index: int, size: tuple[int, int] = (160, 160), seed: int = 0) -> Scene:
@@ -319,6 +321,8 @@ def save_scenes(
         drawable(size),
         whole("seed", seed, 0),
     )
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "classes.txt").write_text(CLASSES_TEXT, encoding="utf-8")  # first: it is a mark, too
     for split, number in count.items():
         for kind in ("images", "masks"):
             (folder / kind / split).mkdir(parents=True)
@@ -327,8 +331,12 @@ def save_scenes(
             name = f"{split}/{index:06d}.png"
             to_pil_image((image * 255).round().to(torch.uint8)).save(folder / "images" / name)
             to_pil_image(mask).save(folder / "masks" / name)
-    lines = (f"{label} {name}\n" for label, name in enumerate(CLASSES))
-    (folder / "classes.txt").write_text("".join(lines), encoding="utf-8")
+
+
+def are_drawn(folder: str | Path) -> bool:
+    """Whether `save_scenes` wrote a folder, or began to."""
+    path = Path(folder) / "classes.txt"
+    return path.is_file() and path.read_bytes() == CLASSES_TEXT.encode()
 
 
 def drawable(size: object) -> str | None:

@@ -95,7 +95,7 @@ def save_card(path: str | Path, card: BackboneCard) -> None:
     if file is not None:
         function = card.model.rpartition(":")[2]
         card = replace(card, model=f"{file.resolve()}:{function}")
-    write_whole(Path(path).with_suffix(".json"), card.to_json().encode())
+    write_whole(Path(path).with_suffix(".json"), card.to_json())
 
 
 def card_of(learner: PixelCL, model: str, **fields: Any) -> BackboneCard:

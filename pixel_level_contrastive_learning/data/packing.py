@@ -221,7 +221,7 @@ class Index:
         """Note that a shard is done."""
         self.shards[path.name] = held
         text = json.dumps({"plan": self.plan, "shards": self.shards}, indent=1)
-        write_whole(self.folder / INDEX, text.encode())
+        write_whole(self.folder / INDEX, text)
 
 
 def common_folder(names: Sequence[str]) -> str:

@@ -79,19 +79,21 @@ class Segmenter(nn.Module):
 
 
 def deepest_maps(survey: Survey) -> list[Layer]:
-    """The last map to run of each stride from `FINEST_STRIDE` up, the coarsest first.
+    """The deepest map of each stride from `FINEST_STRIDE` up, the coarsest first.
 
     Raises:
         ValueError: There is none.
     """
     fit = [own for own in survey.layers if own.carries_gradient and own.stride >= FINEST_STRIDE]
-    found = {round(log2(layer.stride)): layer for layer in features(fit)}
+    found: dict[int, list[Layer]] = {}
+    for layer in features(fit):
+        found.setdefault(round(log2(layer.stride)), []).append(layer)
     if not found:
         raise ValueError(
             f"{survey.net_type} has no map of a stride of {FINEST_STRIDE} or more that could be "
             f"decoded; {survey.advice(pixel=True)}"
         )
-    return [layer for _, layer in sorted(found.items(), reverse=True)]
+    return [survey.deepest(equals) for _, equals in sorted(found.items(), reverse=True)]
 
 
 def finetuned(

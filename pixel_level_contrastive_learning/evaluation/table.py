@@ -17,12 +17,12 @@ from .contenders import Contender, Field, line_up
 from .features import Reader, chosen_device
 from .finetuning import STEPS, finetuned
 from .labelled import Labelled, open_labelled
-from .outcome import Evaluation, Row
+from .outcome import LUCK, Evaluation, Row, gain, may_be_luck
 from .panels import write_panels
 from .preparation import Preparation, Size
 from .scoring import Scored, Scores
 from .segmentation import probed
-from .unlabelled import CLEAR, without_labels
+from .unlabelled import without_labels
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ def evaluate(
         images: Images without labels instead, best ones that were not trained on.
         protocol: ``linear``, ``knn`` or ``finetune``.
         layers: Layers whose features are judged, several stacked. Default: the one that was
-            trained, else the deepest map. Fine-tuning reads a map of each stride in any case.
+            trained, else the deepest map. Fine-tuning reads a map of each stride instead.
         fraction: Share of the training images whose masks are used, above 0, at most 1.
         seeds: How often to repeat, each time with the next seed: other random weights, another
             share of the masks, another start of the decoder. Default: 3 for fine-tuning, else 1.
@@ -90,6 +90,7 @@ def evaluate(
         None if size is None else size_pair("size", size),
         whole("steps", steps, 1),
         data_or_images(data, images),
+        finetuning_alone(protocol, layers, steps) if data is not None else None,
         *(
             needs_labels(name, value, usual)
             for name, value, usual in (
@@ -135,6 +136,18 @@ def needs_labels(name: str, value: object, usual: object) -> str | None:
     if value == usual:
         return None
     return f"{name} is {value!r}, which is about labels; give data, or leave it out with images"
+
+
+def finetuning_alone(protocol: str, layers: Sequence[str] | None, steps: int) -> str | None:
+    """The complaint about layers where a map of each stride is read, or steps where none are."""
+    if protocol == "finetune" and layers is not None:
+        return (
+            f"layers is {list(layers)}, but fine-tuning reads a map of each stride; leave it out, "
+            "or take protocol linear or knn"
+        )
+    if protocol in ("linear", "knn") and steps != STEPS:
+        return f"steps is {steps}, which is about fine-tuning; take that protocol, or leave it out"
+    return None
 
 
 class Plan(NamedTuple):
@@ -234,24 +247,29 @@ def fed_at(prepare: Preparation) -> str:
 
 def what_it_means(rows: Sequence[Row], protocol: str, split: str) -> str:
     """The figures in words: how much is gained over random weights, and whether it is a gain."""
-    ours, random = rows[-1], rows[0]
+    random, start, ours = rows[0], rows[-2:][0], rows[-1]
     reached, base = ours.scores["mIoU"], random.scores["mIoU"]
     figure = f"{NAMES[protocol]} reaches {reached:.3f} mIoU on {split}"
     if len(rows) == 1:
         return f"{figure} with random weights: what other weights of this network have to beat."
     beside = f"{figure}, {reached / max(base, 1e-9):.2f} times random weights ({base:.3f})"
     if len(rows) == 3:
-        start = rows[1].scores["mIoU"]
-        beside += f" and {reached / max(start, 1e-9):.2f} times what it started from ({start:.3f})"
-    noise = 2 * max(row.deviations["mIoU"] for row in (ours, random))
-    if reached < base - noise and reached * CLEAR < base:
+        begun = start.scores["mIoU"]
+        beside += f" and {reached / max(begun, 1e-9):.2f} times what it started from ({begun:.3f})"
+    if gain(ours, random, "mIoU") < 0:
         return (
             f"{beside}: worse than random. Look at the loss and at the features' health (evaluate "
             "with images in place of data), and at whether other layers do better."
         )
-    if reached < max(CLEAR * base, base + noise):
+    gained = gain(ours, start, "mIoU")
+    if gained < 0:
+        return f"{beside}: training made them worse. Keep the others, or train with a lower lr."
+    if gained == 0:
         return f"{beside}: no clear gain. Train for longer, on more images, or try other layers."
-    return f"{beside}: the weights know more of these classes than random ones do."
+    if start is random and may_be_luck(rows, "mIoU"):
+        return f"{beside}: {LUCK}"
+    compared = "random ones" if start is random else "those it started from"
+    return f"{beside}: the weights know more of these classes than {compared} do."
 
 
 NAMES = {"linear": "A linear probe", "knn": "A vote of neighbours", "finetune": "Fine-tuning"}

@@ -16,7 +16,7 @@ from .contenders import line_up
 from .correspondence import Correspondence, ViewPairs, draw_pairs, matched
 from .features import Reader
 from .health import Gauge, gauge, verdict
-from .outcome import Evaluation, Row
+from .outcome import CLEAR, LUCK, Evaluation, Row, gain, may_be_luck
 from .preparation import Preparation, Size
 
 log = logging.getLogger(__name__)
@@ -27,8 +27,6 @@ SHOWN = 5
 """Images left out that are named; the others are counted."""
 MOST_CELLS = 4096
 """Cells that spread and rank are taken of."""
-CLEAR = 1.05
-"""Times random weights from which a gain is called one; less may be chance."""
 HIT, KEPT, NEAR = "hit@1", "hit@1, colours kept", "hit within 2 cells"
 CHANCE, NEAR_CHANCE = "hit@1 by chance", "within 2 cells by chance"
 BY_COLOUR = 0.8
@@ -184,7 +182,7 @@ def health_of(reader: Reader, pixels: Tensor, prepare: Preparation, batch: int =
 
 def what_it_means(rows: Sequence[Row]) -> str:
     """The figures in words."""
-    ours, random = rows[-1].scores, rows[0].scores
+    random, start, ours = rows[0].scores, rows[-2:][0], rows[-1].scores
     found = (
         f"A cell finds its own spot in another view of its image in {ours[HIT]:.0%} of cases "
         f"({random[HIT]:.0%} with random weights, {ours[CHANCE]:.1%} by chance)"
@@ -197,9 +195,15 @@ def what_it_means(rows: Sequence[Row]) -> str:
         )
     if len(rows) == 1:
         return f"{found}. {health}"
-    if ours[HIT] < CLEAR * random[HIT]:
-        return (
-            f"{found}: no clear gain over random weights, which find spots by their colours and "
-            f"edges alone. {health}"
-        )
-    return f"{found}: the weights tell spots apart better than random ones do. {health}"
+    begun = "random weights"
+    if len(rows) == 3:
+        begun = "what it started from"
+        found += f"; {begun} finds it in {start.scores[HIT]:.0%}"
+    gained = gain(rows[-1], start, HIT)
+    if gained < 0:
+        return f"{found}: fewer than {begun}. {health}"
+    if gained == 0:
+        return f"{found}: no clear gain over {begun}. {health}"
+    if len(rows) == 2 and may_be_luck(rows, HIT):
+        return f"{found}: {LUCK} {health}"
+    return f"{found}: the weights tell spots apart better than {begun}. {health}"

@@ -47,6 +47,13 @@ CHARTS = (
         limits=(0, None),
     ),
     Chart(
+        "Probe",
+        "mean IoU, 0 to 1",
+        (("probe_miou", "probe"),),
+        "How well masks are told by a probe on the features. It should rise; where it falls again, "
+        "best.ckpt has the better weights.",
+    ),
+    Chart(
         "Loss",
         "weighted sum of both terms",
         (("loss", "loss"),),

@@ -9,7 +9,8 @@ from einops import rearrange
 from torch import Tensor, cat
 
 from ..evaluation.health import Verdict, gauge, verdict
-from ..evaluation.unlabelled import BY_COLOUR, CLEAR
+from ..evaluation.outcome import CLEAR
+from ..evaluation.unlabelled import BY_COLOUR
 from .curves import smoothed, thinned
 from .page import verdict_card
 
@@ -42,6 +43,7 @@ def ruling(metrics: Mapping[str, Sequence[float]]) -> tuple[bool, str]:
     way, found, rank = course(metrics), hits(metrics), latest(metrics, "effective_rank")
     if rank is not None and rank < NARROW_RANK < max(known(metrics, "effective_rank")):
         return False, "The features are collapsing"
+    grew = way is None or way[1] > way[0]
     if found is not None:
         if goes_by_colour(metrics):
             return False, "It goes by colour"
@@ -49,11 +51,11 @@ def ruling(metrics: Mapping[str, Sequence[float]]) -> tuple[bool, str]:
         chance = deviation(metrics)
         if max(end * CLEAR, end + 2 * chance) < begin:
             return False, "Worse than at the start"
-        if end < max(begin * CLEAR, begin + chance):
-            return True, "Sound features, little learned"
-    if way is None:
-        return True, "The features look sound"
-    return True, "The run looks healthy" if way[1] > way[0] else "Sound features, little learned"
+        grew = grew and end >= max(begin * CLEAR, begin + chance)
+    if not grew:
+        return True, "Sound features, little learned"
+    # Pairs also grow alike where nothing but colours is learned.
+    return True, "The features look sound" if found is None else "The run looks healthy"
 
 
 def hits(metrics: Mapping[str, Sequence[float]]) -> tuple[float, float] | None:
@@ -77,9 +79,18 @@ def deviation(metrics: Mapping[str, Sequence[float]]) -> float:
     return sqrt(share * (1 - share) / cells) if share is not None and cells else 0.0
 
 
+def compares_pixels(metrics: Mapping[str, Sequence[float]]) -> bool:
+    """Whether there was a pair of cells at all: none with ``alpha`` 0."""
+    return any(known(metrics, "pixel_cosine"))
+
+
 def course(metrics: Mapping[str, Sequence[float]]) -> tuple[float, float] | None:
-    """Where the likeness of pairs began and ended; None where too little is known of it."""
-    _, cosines = thinned(metrics.get("step", ()), metrics.get("pixel_cosine", ()))
+    """Where the likeness of pairs began and ended; None where too little is known of it.
+
+    Of pairs of cells; of whole views where cells were not compared.
+    """
+    name = "pixel_cosine" if compares_pixels(metrics) else "instance_cosine"
+    _, cosines = thinned(metrics.get("step", ()), metrics.get(name, ()))
     line = smoothed(cosines)
     return (line[0], line[-1]) if len(line) > 1 else None
 
@@ -99,24 +110,38 @@ def latest(metrics: Mapping[str, Sequence[float]], name: str) -> float | None:
 def findings(metrics: Mapping[str, Sequence[float]]) -> list[str]:
     """What else the figures of a run tell, in sentences."""
     told = []
+    has_pairs = compares_pixels(metrics)
     if (way := course(metrics)) is not None:
         begin, end = way
+        alike = "cells that see the same spot" if has_pairs else "two views of an image"
         told.append(
-            f"The likeness of cells that see the same spot {'rose' if end > begin else 'fell'} "
-            f"from {begin:.2f} to {end:.2f} (mean cosine; 1 is perfect)."
+            f"The likeness of {alike} {'rose' if end > begin else 'fell'} from {begin:.2f} to "
+            f"{end:.2f} (mean cosine; 1 is perfect)."
         )
     if (found := hits(metrics)) is not None:
         told.append(
             f"A cell finds its own spot in another view in {found[1]:.0%} of cases, {found[0]:.0%} "
             "before the first step."
         )
+    elif way is not None:
+        told.append(
+            "Whether cells find their spot in another view was not measured during the run; that "
+            "they grow alike is no sign of it. pixelcl evaluate RUN --images DIR tells."
+        )
     if goes_by_colour(metrics):
         told.append(
             f"With colours left as they are it finds {latest(metrics, 'hit1_colours_kept'):.0%}: "
             "change colour more in training (--jitter, --prob-gray)."
         )
+    if scores := known(metrics, "probe_miou"):
+        told.append(
+            f"A probe reaches {scores[-1]:.3f} mIoU; {scores[0]:.3f} before the first step, "
+            f"{max(scores):.3f} at best. best.ckpt has the best weights that training came to."
+        )
     matched = latest(metrics, "positive_pairs")
-    if matched is not None:
+    if matched is not None and not has_pairs:
+        told.append("No cells were compared: alpha is 0, or no two views see the same spot.")
+    elif matched is not None:
         told.append(f"An image gives {matched:.0f} matching pairs of cells on average.")
     waiting = latest(metrics, "waiting")
     if waiting is not None and waiting > SLOW:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,6 +37,7 @@ MOST_PICTURES = 6
 """Pictures of one kind on the page."""
 BICUBIC = 3
 """Pillow's name for it, which needs no import of Pillow."""
+OUTDATED = "These figures are older than the run's weights: evaluate again."
 WIDEST = 1440
 """Pixels of the longer side of a picture that is taken from the run's folder."""
 
@@ -114,7 +116,7 @@ def visualize(
         ),
     }
     path = Path(out).expanduser()
-    write_whole(path, page.filled(parts, cargo(samples, seen.maps)).encode())
+    write_whole(path, page.filled(parts, cargo(samples, seen.maps)))
     return path
 
 
@@ -309,12 +311,20 @@ def evaluations(folder: Path) -> str:
                 f"{path} is not what an evaluation writes ({error!r}); evaluate again with this "
                 "folder as out, or take the file away"
             ) from error
+        if path.stat().st_mtime < written(folder):
+            found = replace(found, notes=(*found.notes, OUTDATED))
         parts.append(page.score_table(found))
         if found.labelled:
             tiles = drawn(folder / "predictions", "Image, truth, and what each network made of it")
             shown = page.picture_grid("What they predict", introduction, tiles, "predictions")
             parts.append(shown)
     return "".join(parts)
+
+
+def written(folder: Path) -> float:
+    """When the newest weights of a run were written; 0 where there are none."""
+    weights = [*folder.glob("backbone.safetensors"), *folder.glob("checkpoints/*.ckpt")]
+    return max((path.stat().st_mtime for path in weights), default=0.0)
 
 
 def drawn(folder: Path, words: str) -> list[Tile]:

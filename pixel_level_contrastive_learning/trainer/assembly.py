@@ -212,5 +212,5 @@ def task_of(
 
 def save_statistics(statistics: Statistics, directory: RunDirectory) -> None:
     """Keep what was measured of the images with the run."""
-    text = json.dumps(asdict(statistics), indent=2).encode()
+    text = json.dumps(asdict(statistics), indent=2)
     write_whole(directory.path / STATISTICS_FILE, text)

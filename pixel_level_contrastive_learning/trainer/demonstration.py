@@ -10,7 +10,7 @@ from ..checks import raise_together, whole
 from ..evaluation.outcome import Evaluation
 from ..evaluation.table import evaluate
 from ..pictures.report import visualize
-from ..scenes import save_scenes
+from ..scenes import are_drawn, save_scenes
 from .run import pretrain
 
 SCENES = {"train": 400, "val": 100}
@@ -44,6 +44,10 @@ def demonstrate(out: Path, *, steps: int, overwrite: bool = False) -> Demonstrat
             f"out is {str(out)!r}, which is not empty; replace the demo in it (--overwrite), or "
             "name another folder"
         )
+    if out.exists() and any(out.iterdir()) and not are_drawn(scenes):
+        raise ValueError(
+            f"out is {str(out)!r}, which holds no demo to replace; name another folder"
+        )
     shutil.rmtree(scenes, ignore_errors=True)  # those of a demo that was cut off may be half drawn
     save_scenes(scenes, SCENES)
     images = scenes / "images"
@@ -55,6 +59,7 @@ def demonstrate(out: Path, *, steps: int, overwrite: bool = False) -> Demonstrat
         crop_area=(0.3, 0.75),  # what is shown of a scene is as large as in whole views of 128
         batch_size=20,
         pixel_layer="layer3",  # 6 x 6 cells of a view; layer4 has 3 x 3, larger than the shapes
+        loss="pixcontrast",  # in so few steps it learns more than PixPro does
         lr=9e-3,  # more than by default, and blocks that begin shut: a linear probe gains by both,
         zero_init_residual=True,  # fine-tuning loses (docs/decisions.md)
         steps=steps,

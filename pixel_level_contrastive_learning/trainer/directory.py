@@ -135,7 +135,7 @@ class RunDirectory:
 
     def write_config(self, text: str) -> None:
         """Write `config.yaml`."""
-        write_whole(self.path / CONFIG_FILE, text.encode())
+        write_whole(self.path / CONFIG_FILE, text)
 
     def cut_metrics(self, step: int) -> int:
         """Drop the lines of metrics after a step (all of them at 0); how many those were.
@@ -213,7 +213,7 @@ class RunDirectory:
                 held = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
                 lines = {line["step"] * now // step: line for line in held}  # of equals the last
                 text = "".join(json.dumps(lines[n] | {"step": n}) + "\n" for n in lines)
-                write_whole(path, text.encode())
+                write_whole(path, text)
         self.name_also(checkpoint, LAST)
         moved = checkpoint.replace(self.checkpoint_path(now))
         for path in self.checkpoints.glob("step-*.ckpt"):

@@ -81,6 +81,12 @@ def test_the_decoder_is_given_what_stages_give(build, expected) -> None:
     assert {own.name: own.reading.channels for own in levels if own.reading} == expected
 
 
+def test_an_auxiliary_head_that_runs_last_is_not_decoded() -> None:
+    net = models.segmentation.fcn_resnet50(weights=None, weights_backbone=None, aux_loss=True)
+    levels = [level.name for level in deepest_maps(Survey(net, 3, (64, 96)))]
+    assert levels == ["classifier.2", "backbone.layer1"]
+
+
 def test_a_transformer_gets_a_head_on_its_last_tokens() -> None:
     net = Transformer()
     levels = [level.name for level in deepest_maps(Survey(net, 3, (64, 96)))]

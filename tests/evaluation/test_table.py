@@ -1,6 +1,7 @@
 """The whole of it: commands as a user gives them, with labels and without."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -118,6 +119,21 @@ def test_settings_about_labels_are_refused_without_any() -> None:
     )
 
 
+def test_what_a_protocol_does_not_read_is_refused(labelled) -> None:
+    with pytest.raises(ValueError, match=r"^layers is \['body'\], but fine-tuning reads a map of"):
+        evaluate("runs/a", data=labelled, protocol="finetune", layers=("body",))
+    for protocol in ("linear", "knn"):
+        with pytest.raises(ValueError, match=r"^steps is 9, which is about fine-tuning; take"):
+            evaluate("runs/a", data=labelled, protocol=protocol, steps=9)
+
+
+def test_bytes_of_names_that_are_no_text_lose_no_figure(run, labelled, tmp_path) -> None:
+    (labelled / "images/val" / os.fsdecode(b"M\xfcnchen.png")).write_text("no image")
+    found = evaluate(run, images=labelled / "images/val", out=tmp_path)
+    assert Evaluation.from_json((tmp_path / "correspondence.json").read_text()) == found
+    assert os.fsdecode(b"M\xfcnchen.png") in found.notes[0]
+
+
 def test_large_images_are_looked_at_smaller(run, tmp_path) -> None:
     (tmp_path / "photos").mkdir()
     Image.effect_noise((1600, 1200), 90).convert("RGB").save(tmp_path / "photos/a.jpg")
@@ -163,12 +179,37 @@ def rows(*figures: float, deviation: float = 0.0) -> list[Row]:
         ((0.2, 0.1), 0.0, "worse than random"),
         ((0.2, 0.19), 0.03, "no clear gain"),
         ((0.2, 0.25, 0.3), 0.0, "and 1.20 times what it started from (0.250): the weights know"),
+        (
+            (0.2, 0.35, 0.28),
+            0.0,
+            "times what it started from (0.350): training made them worse",
+        ),
+        ((0.2, 0.35, 0.36), 0.0, "no clear gain"),
+        ((0.2, 0.1, 0.15), 0.0, "worse than random"),
+        ((0.0, 0.0), 0.0, "no clear gain"),
     ],
 )
 def test_figures_are_put_into_words(figures, deviation, words) -> None:
     said = what_it_means(rows(*figures, deviation=deviation), "linear", "val")
     assert said.startswith(f"A linear probe reaches {figures[-1]:.3f} mIoU on val, ")
     assert words in said
+
+
+@pytest.mark.parametrize(
+    ("reached", "draws", "luck"), [(0.24, 1, True), (0.26, 1, False), (0.24, 3, False)]
+)
+def test_one_draw_of_random_weights_is_not_trusted_for_a_small_gain(reached, draws, luck) -> None:
+    def drawn(value: float, name: str, count: int) -> Row:
+        return Row.of(name, [{"mIoU": value, "hit@1": value}] * count)
+
+    both = [drawn(0.2, "random weights", draws), drawn(reached, "runs/a", 1)]
+    said = what_it_means(both, "linear", "val")
+    assert ("Repeat with --seeds 3" in said) is luck
+    assert ("the weights know more" in said) is not luck
+    health = {"spread": 0.6, "effective rank": 20.0, "hit@1 by chance": 0.04}
+    for row in both:
+        row.scores.update(health | {"hit@1, colours kept": 0.3})
+    assert ("Repeat with --seeds 3" in without(both)) is luck
 
 
 def seen(hit: float, spread: float = 0.6, kept: float = 0.4) -> Row:
@@ -184,6 +225,10 @@ def test_hits_are_put_into_words() -> None:
     )
     assert "have not collapsed" in said
     assert "no clear gain over random weights" in without([seen(0.3), seen(0.3)])
+    assert "fewer than random weights" in without([seen(0.3), seen(0.2)])
+    said = without([seen(0.3), seen(0.6), seen(0.5)])
+    assert "by chance); what it started from finds it in 60%: fewer than what it started" in said
+    assert "better than what it started from" in without([seen(0.3), seen(0.4), seen(0.5)])
     assert "have collapsed" in without([seen(0.3), seen(0.6, spread=0.01)])
     assert "with random weights, " in without([seen(0.3)])
 

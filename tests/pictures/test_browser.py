@@ -149,6 +149,16 @@ def test_touching_a_picture_asks_there(browser, report) -> None:
     held.page.touchscreen.tap(box["x"] + 5, box["y"] + 5)
     assert held.pictures() != before
     assert held.told().startswith("Left picture, row 1 of ")
+    # A finger that moves down moves the pixel, and not the page.
+    scrolled = held.page.evaluate("() => window.scrollY")
+    finger = held.context.new_cdp_session(held.page)
+    for kind, down in (("Start", 5), *(("Move", y) for y in range(10, 100, 10)), ("End", None)):
+        at = [] if down is None else [{"x": box["x"] + 5, "y": box["y"] + down}]
+        finger.send("Input.dispatchTouchEvent", {"type": f"touch{kind}", "touchPoints": at})
+    row = int(re.findall(r"row (\d+) of", held.told())[0])
+    rows = int(re.findall(r"of (\d+),", held.told())[0])
+    assert abs(row - 0.5 - rows * 90 / box["height"]) < 1
+    assert held.page.evaluate("() => window.scrollY") == scrolled
     assert held.complaints == []
     held.context.close()
 

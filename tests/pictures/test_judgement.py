@@ -72,3 +72,35 @@ def test_steps_without_a_rank_hide_no_collapse() -> None:
 def test_a_run_that_was_never_looked_at_is_judged_by_its_features() -> None:
     held = {"step": [1, 2], "spread": [0.8], "effective_rank": [9], "hit1": [float("nan")]}
     assert "<h2>The features look sound</h2>" in judgement(held, [])
+
+
+def test_the_likeness_of_pairs_alone_makes_no_run_healthy() -> None:
+    held = {"step": [1, 2], "spread": [0.8] * 2, "effective_rank": [9] * 2}
+    card = judgement(held | {"pixel_cosine": [0.2, 0.8]}, [])
+    assert "<h2>The features look sound</h2>" in card
+    assert "was not measured" in card
+    card = judgement(held | {"pixel_cosine": [0.8, 0.2]}, [])
+    assert "<h2>Sound features, little learned</h2>" in card
+
+
+def test_a_run_of_the_instance_loss_alone_is_judged_by_what_it_has() -> None:
+    figures = run(0.8, 11, 0.75, 0.63, 0.59)
+    figures |= {"pixel_cosine": [0.0, 0.0], "positive_pairs": [0, 0], "instance_cosine": [0.1, 0.6]}
+    card = judgement(figures, [])
+    assert "<h2>The run looks healthy</h2>" in card
+    told = findings(figures)
+    assert told[0].startswith("The likeness of two views of an image rose from 0.10 to 0.60")
+    assert any("alpha is 0, or no two views see the same spot" in own for own in told)
+    figures |= {"pixel_cosine": [0.1, 0.3], "positive_pairs": [9, 9]}
+    told = findings(figures)
+    assert told[0].startswith("The likeness of cells that see the same spot rose from 0.10 to 0.30")
+    assert "An image gives 9 matching pairs of cells on average." in told
+
+
+def test_a_probe_is_told_of() -> None:
+    figures = run(0.8, 11, 0.75, 0.63, 0.59)
+    assert not any("probe" in own for own in findings(figures))
+    told = findings(figures | {"probe_miou": [0.25, float("nan"), 0.31, 0.29]})
+    assert any(
+        "A probe reaches 0.290 mIoU; 0.250 before the first step, 0.310 at best." in t for t in told
+    )

@@ -1,6 +1,7 @@
 """The report: it holds everything, loads nothing, and nothing in the data breaks it."""
 
 import json
+import os
 import re
 import shutil
 from html.parser import HTMLParser
@@ -111,7 +112,7 @@ def test_every_picture_has_words_and_every_control_a_label(read) -> None:
 def test_all_parts_are_there(read) -> None:
     headings = [words.strip() for words in read.texts["h2"] if words.strip()]
     assert headings == [
-        "The run looks healthy",
+        "The features look sound",
         "Point at a pixel",
         "What the network sees",
         "The run",
@@ -138,7 +139,7 @@ def test_the_run_is_judged_in_words(read) -> None:
 
 @pytest.mark.parametrize(
     ("end", "heading"),
-    [(0.9, "The run looks healthy"), (0.1, "Sound features, little learned")],
+    [(0.9, "The features look sound"), (0.1, "Sound features, little learned")],
 )
 def test_a_run_that_learned_nothing_is_not_called_healthy(end, heading) -> None:
     held = {"step": [1, 2], "pixel_cosine": [0.2, end], "spread": [0.8], "effective_rank": [9]}
@@ -191,8 +192,8 @@ def test_twelve_images_stay_under_ten_megabytes(run_maker, tmp_path) -> None:
     # A stride of two on large views: maps that no page could carry as they are.
     card |= {"pixel_layer": "0", "image_size": [160, 160]}
     (run / "backbone.json").write_text(json.dumps(card))
-    noisy = make_images(tmp_path / "twelve", 12)
-    page = visualize(run, images=noisy, out=tmp_path / "large.html")
+    images = make_images(tmp_path / "twelve", 12)
+    page = visualize(run, images=images, out=tmp_path / "large.html")
     assert page.stat().st_size < 10e6
     assert page.read_text().count('class="shared"') == 2 * 12
 
@@ -256,6 +257,22 @@ def test_figures_with_labels_and_without_are_both_shown(run_maker, tmp_path) -> 
     assert places == sorted(places)
     assert text.count('id="how-good-the-features-are"') == 1
     assert text.count('id="whether-spots-are-found-again"') == 1
+
+
+def test_figures_of_earlier_weights_are_said_to_be_old(run_maker, tmp_path) -> None:
+    run = run_maker("resumed")
+    found = scores("linear", "Classes were found.").write(run)
+    weights = run / "backbone.safetensors"
+    for lead, told in ((-60, 0), (60, 1)):
+        os.utime(weights, (0, found.stat().st_mtime + lead))
+        text = visualize(run, out=tmp_path / "page.html", count=1).read_text()
+        assert text.count("older than the run&#x27;s weights") == told
+    os.utime(weights, (0, 0))
+    (run / "checkpoints").mkdir()
+    (run / "checkpoints" / "step-00000009.ckpt").touch()
+    os.utime(found, (0, 1))
+    text = visualize(run, out=tmp_path / "page.html", count=1).read_text()
+    assert "older than the run&#x27;s weights" in text
 
 
 def test_a_broken_evaluation_is_named(run_maker, tmp_path) -> None:
