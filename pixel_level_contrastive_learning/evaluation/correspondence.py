@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -124,7 +124,7 @@ def correspondence(
 
 
 def matched(
-    reader: Reader,
+    reader: Callable[[Tensor], Tensor],
     pairs: ViewPairs,
     mean: tuple[float, ...],
     std: tuple[float, ...],

@@ -170,7 +170,8 @@ class PretrainConfig:
     loggers: tuple[Literal["tensorboard", "csv", "wandb", "mlflow"], ...] = ("tensorboard",)
     """Where figures go besides metrics.jsonl (Lightning's loggers)."""
     picture_every: int | Auto = "auto"
-    """Steps between pictures of what the network sees; auto: ten in a run. 0 draws none."""
+    """Steps between pictures of what the network sees; auto: ten in a run, fewer in one so short
+    that they would take more than 2 % of its time. 0 draws none."""
     probe: str | None = None
     """Folder with images/{train,val} and masks/{train,val}: a probe during training, and the
     best checkpoint by it."""

@@ -273,8 +273,10 @@ class Run:
             to_try = self.devices.kind == "cuda" and not self.shards
             taken = None if to_try else estimate(self.task, size, str(c.precision))
             wanted.insert(0, FitMemory(each, size, taken))
+        assert isinstance(c.picture_every, int)
         if c.alpha > 0:
-            wanted.append(Preview(self.directory.path / PREVIEW, c.distance_thres))
+            folder = self.directory.path / PREVIEW
+            wanted.append(Preview(folder, c.distance_thres, c.picture_every))
         if self.shards:
             if c.probe is not None:
                 LOG.warning(
@@ -285,7 +287,6 @@ class Run:
         card = assembly.card_of(c, self.images.statistics)
         held_out = len(self.images.held_out) > 0
         if c.picture_every and is_writer():
-            assert isinstance(c.picture_every, int)
             wanted.append(
                 Watching(
                     self.directory,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from math import sqrt
+from math import ceil, sqrt
 
 from ..augment import blur_of
 from .config import PRECISIONS, PretrainConfig
@@ -22,6 +22,11 @@ EPOCHS = (100, 1000)
 """... within these epochs, ..."""
 MOST_IMAGES_SEEN = 128_000_000
 """... and many images until this many: a hundred epochs of ImageNet."""
+LOOK = 16
+"""Images whose training takes as long as a look at the network: there 128 views go forward; here
+two of each image, twice, and back once, which costs as much."""
+LOOK_SHARE = 0.015
+"""Share of the time between two looks that one may take."""
 VIEW_SIDES = (64, 224)
 """Smallest and largest side of the views where nothing is said, in pixels."""
 
@@ -101,7 +106,8 @@ def decided(config: PretrainConfig, facts: Facts) -> PretrainConfig:
         often = min(max(clock.steps_per_epoch, 100), 1000)
         chosen["checkpoint_every"] = 1000 if facts.device == "cuda" else often
     if config.picture_every == "auto":
-        chosen["picture_every"] = max(1, clock.steps // 10)
+        seldom = ceil(LOOK / (LOOK_SHARE * (batch // facts.processes)))
+        chosen["picture_every"] = max(clock.steps // 10, seldom)
     if config.probe_every == "auto":
         chosen["probe_every"] = max(1, round(clock.steps / clock.steps_per_epoch / 10))
     return replace(config, **chosen)  # type: ignore[arg-type]

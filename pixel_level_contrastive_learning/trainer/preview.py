@@ -16,23 +16,28 @@ if TYPE_CHECKING:
 
 
 class Preview(Callback):
-    """Draws the pairs of the first batch: two views side by side, matched pixels joined.
+    """Draws the pairs of the first batch, and of later ones in their place: what is compared now.
+
+    Two views side by side, matched pixels joined.
 
     Args:
         folder: Where to.
         threshold: Distance under which cells match.
+        every: Steps between pictures; 0 draws the first batch alone.
         count: How many images to draw.
     """
 
-    def __init__(self, folder: Path, threshold: float, count: int = 4) -> None:
+    def __init__(self, folder: Path, threshold: float, every: int, count: int = 4) -> None:
         self.folder = folder
         self.threshold = threshold
+        self.every = every
         self.count = count
 
     def on_train_batch_start(
         self, trainer: Trainer, task: Any, batch: Pairs, batch_idx: int
     ) -> None:
-        if batch_idx == 0 and trainer.is_global_zero:
+        due = batch_idx == 0 or (self.every > 0 and task.done % self.every == 0)
+        if due and trainer.is_global_zero:
             draw_pairs(task, batch, self.folder, self.threshold, self.count)
 
 

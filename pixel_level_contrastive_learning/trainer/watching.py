@@ -112,9 +112,15 @@ class Watching(Callback):
         if self.reader is None or self.looked_at == task.done:
             return
         self.looked_at = task.done
+        reader, precision = self.reader, task.trainer.precision_plugin
+
+        def read(pixels: Tensor) -> Tensor:
+            with precision.forward_context():  # in float32 a look takes four times a bfloat16 one
+                return reader(pixels)
+
         if self.pairs:
             found, kept = (
-                matched(self.reader, pairs, self.card.mean, self.card.std) for pairs in self.pairs
+                matched(read, pairs, self.card.mean, self.card.std) for pairs in self.pairs
             )
             self.figures.health |= {
                 "hit1": found.hit1,
@@ -130,7 +136,7 @@ class Watching(Callback):
             )
         normalise = task.normalise
         device = task.device
-        features = self.reader(normalise(self.pictured.to(device))).cpu()
+        features = read(normalise(self.pictured.to(device))).cpu()
         n, _, h, w = features.shape
         # A resumed run may look at other images than before, or at other sizes.
         if self.colours is None or self.colours.shape != (n, 3, h, w):

@@ -73,6 +73,21 @@ def test_checkpoints_are_an_epoch_apart_or_far_apart_on_a_gpu() -> None:
     assert every(320, device="cuda") == 1000  # where a step may take a twentieth of a second
 
 
+def test_looks_at_the_network_take_little_of_any_run() -> None:
+    def every(steps: int, batch: int, **facts: int) -> object:
+        given = PretrainConfig(steps=steps, batch_size=batch)
+        return decided(given, replace(LAPTOP, **facts)).picture_every
+
+    assert every(10_000, 24) == 1000
+    for batch, processes in ((8, 1), (24, 1), (24, 3), (256, 1)):
+        each = batch // processes
+        for steps in (1000, 2000):
+            between = every(steps, batch, processes=processes)
+            # A look is 128 views forward, a step of each image six forward passes and two more.
+            assert 128 / (8 * each) < 0.02 * between
+    assert every(1000, 8) == 134
+
+
 def test_bfloat16_is_taken_where_it_is_native_and_names_of_lightning_are_understood() -> None:
     native = replace(LAPTOP, native_bfloat16=True)
     assert decided(PretrainConfig(), native).precision == "bfloat16"

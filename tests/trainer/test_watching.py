@@ -10,6 +10,7 @@ from PIL import Image
 from pixel_level_contrastive_learning import pretrain
 from pixel_level_contrastive_learning.data.sources import open_source
 from pixel_level_contrastive_learning.data.statistics import measure
+from pixel_level_contrastive_learning.evaluation.features import Reader
 from pixel_level_contrastive_learning.evaluation.table import evaluate
 from pixel_level_contrastive_learning.trainer.watching import whole_images
 from pixel_level_contrastive_learning.weights import read_backbone
@@ -53,6 +54,31 @@ def test_correspondence_and_pictures_change_no_weight(tmp_path, settings, many) 
     assert [path.stem for path in drawn] == ["step-00000000", "step-00000002", "step-00000004"]
     with Image.open(drawn[-1]) as picture:
         assert picture.size == (4 * 160 + 3 * 4, 2 * 160 + 4)  # four images, and their colours
+
+
+@pytest.mark.parametrize(("precision", "half"), [("float32", False), ("bfloat16", True)])
+def test_looks_are_as_fast_as_the_training(settings, many, monkeypatch, precision, half) -> None:
+    seen = set()
+    read = Reader.__call__
+
+    def noted(reader: Reader, pixels: torch.Tensor) -> torch.Tensor:
+        seen.add(torch.is_autocast_enabled("cpu"))
+        return read(reader, pixels)
+
+    monkeypatch.setattr(Reader, "__call__", noted)
+    given = settings(steps=1, picture_every=1, precision=precision)
+    del given["data"]
+    pretrain(many, **given)
+    assert seen == {half}
+
+
+def test_pairs_are_drawn_anew_with_the_pictures(tmp_path, settings) -> None:
+    drawn = []
+    for every in (0, 2, 3):
+        out = tmp_path / str(every)
+        pretrain(**settings(steps=4, out=str(out), picture_every=every))
+        drawn.append((out / "preview" / "pairs-0.png").read_bytes())
+    assert len(set(drawn)) == 3  # of the first, third and fourth batch
 
 
 def test_a_resumed_run_goes_on_with_its_colours(tmp_path, settings) -> None:
