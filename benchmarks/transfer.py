@@ -188,7 +188,8 @@ def main() -> None:
                 for name, column in columns.items():
                     column.append(one[name])
                 print(method, seed, {k: round(v[-1], 4) for k, v in columns.items()}, flush=True)
-    print(f"\n| method | {' | '.join(args.protocols)} | minutes |\n|---|" + "---|" * 3)
+    heads = ["method", *args.protocols, "minutes"]
+    print(f"\n| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
     for method, columns in found.items():
         cells = [f"{fmean(v):.3f} ± {stdev(v) if len(v) > 1 else 0:.3f}" for v in columns.values()]
         print(f"| {method} | {' | '.join(cells)} |")

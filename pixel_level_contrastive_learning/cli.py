@@ -85,6 +85,8 @@ def evaluate(
         )
     print(found.table())
     print(found.sentence)
+    if out is None and (Path(weights) / "config.yaml").is_file():
+        print(f"(--out {weights} keeps this with the run, for the report of `pixelcl visualize`)")
 
 
 def visualize(

@@ -290,7 +290,10 @@ def test_each_command_takes_what_the_one_before_it_left(labelled, tmp_path, caps
     assert "random weights" in table
     assert "mIoU" in table
     assert (run / "evaluation.json").exists()
-    assert "hit@1" in said("evaluate", run, "--images", images)
+    assert "--out" not in table
+    figures = said("evaluate", run, "--images", images)
+    assert "hit@1" in figures
+    assert figures.splitlines()[-1].startswith(f"(--out {run} keeps this with the run")
     assert f"report: {page}" in said("visualize", run, "--images", images, "--out", page)
     assert "random weights" in page.read_text()
     assert "matched 122 of 122 keys" in said(

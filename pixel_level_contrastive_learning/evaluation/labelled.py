@@ -305,7 +305,7 @@ def coloured(path: Path, mode: str, colours: np.ndarray[Any, Any]) -> str:
     """The complaint about a mask that holds colours."""
     count = len(np.unique(colours.reshape(-1, colours.shape[-1]), axis=0))
     kind = f"{path} is coded in colours ({mode}, {count} different ones)"
-    if colours.shape[-1] >= 3 and (colours[..., 0] == colours[..., 1]).all():
+    if colours.shape[-1] == 2 or (colours[..., 0] == colours[..., 1]).all():  # gray, or with alpha
         way = "if its gray values are the ids, write one channel: Image.open(path).getchannel(0)"
     else:
         way = "write one channel that holds the number of each pixel's class in place of its colour"

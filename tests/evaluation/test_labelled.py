@@ -241,10 +241,12 @@ def test_colours_are_refused(labelled) -> None:
         f"{path} is coded in colours (RGB, 2 different ones); masks are PNG of class ids: write "
         "one channel that holds the number of each pixel's class in place of its colour"
     )
-    write(path, np.ones((32, 48, 3), np.uint8))
-    assert "if its gray values are the ids, write one channel: Image.open(path).getchannel(0)" in (
-        refusal(labelled)
-    )
+    for channels in (2, 3):  # gray with alpha, gray as RGB
+        write(path, np.ones((32, 48, channels), np.uint8))
+        assert (
+            "if its gray values are the ids, write one channel: Image.open(path).getchannel(0)"
+            in refusal(labelled)
+        )
 
 
 def test_ids_that_are_none_are_refused(labelled) -> None:

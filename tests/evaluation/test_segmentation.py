@@ -177,6 +177,10 @@ def test_the_tables_of_a_linear_judge_are_small(monkeypatch, tmp_path) -> None:
     taken = peak(lambda: linear_judge(bank), tmp_path)
     # Blocks of 32 KiB, weights of 800 bytes, against a bank of 1.4 MB.
     assert taken < 6 * 4 * 2**13 + 80 * 800
+    wide = Bank(torch.randn(3000, 512), torch.rand(3000, 3), 2000)
+    taken = peak(lambda: linear_judge(wide), tmp_path)
+    # And tables of channels by channels.
+    assert taken < 6 * 4 * 2**13 + 80 * 4 * 513 * 3 + 6 * 4 * 512**2
 
 
 def test_the_tables_of_neighbours_are_small(monkeypatch, tmp_path) -> None:
