@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from argparse import ArgumentParser
+from argparse import ArgumentError, ArgumentParser
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from io import TextIOWrapper
@@ -219,23 +219,27 @@ COMMANDS: dict[str, Callable[..., None]] = {
 }
 
 
-def starting_point(arguments: Sequence[str]) -> PretrainConfig:
-    """The settings that flags add to: the defaults, a recipe, a file, the run that is resumed.
-
-    Raises:
-        ValueError: A file or recipe that there is not, or values out of range in it.
-    """
+def starting_points(arguments: Sequence[str]) -> dict[str, object]:
+    """The flags that name settings to start from: the run that is resumed, a file, a recipe."""
     first = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for flag in ("--out", "--config", "--recipe"):
         first.add_argument(flag)
     first.add_argument("--resume", action="store_true")
-    named = vars(first.parse_known_args(list(arguments))[0])
-    return configured(settings_of({name: value for name, value in named.items() if value}))
+    try:
+        named = vars(first.parse_known_args(list(arguments))[0])
+    except ArgumentError:  # a flag without its value, which is told by the parser of all flags
+        return {}
+    return {name: value for name, value in named.items() if value}
 
 
 def chosen(arguments: Sequence[str]) -> PretrainConfig:
-    """The settings that flags, files and recipes come to."""
-    base = starting_point(arguments)
+    """The settings that flags, files and recipes come to.
+
+    Raises:
+        ValueError: A file or recipe that there is not, or values out of range.
+    """
+    named = starting_points(arguments)
+    base = configured(settings_of(named))
     parsed = tyro.cli(
         PretrainConfig,
         prog="pixelcl pretrain",
@@ -247,8 +251,7 @@ def chosen(arguments: Sequence[str]) -> PretrainConfig:
     )
     before, now = asdict(base), asdict(parsed)
     given = {name: value for name, value in now.items() if value != before[name]}
-    starts = ("out", "config", "recipe", "resume")
-    return configured(settings_of({name: now[name] for name in starts if now[name]} | given))
+    return configured(settings_of(named | given))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -267,13 +267,18 @@ def built(net: nn.Module, card: BackboneCard) -> list[str]:
         file = own_file(name)
         lines = [] if file is None else ["import sys", f"sys.path.insert(0, {str(file.parent)!r})"]
         settings = own_settings(own_function(name), card.channels, card.image_size)
-        lines.append(f"from {where if file is None else file.stem} import {function}")
-        lines += ["", f"net = {function}({called(settings).removeprefix(', ')})"]
+        module, told = where if file is None else file.stem, called(settings).removeprefix(", ")
+        if all(part.isidentifier() for part in module.split(".")):
+            lines += [f"from {module} import {function}", "", f"net = {function}({told})"]
+        else:
+            lines += ["from importlib import import_module", ""]
+            lines.append(f"net = import_module({module!r}).{function}({told})")
     stem = stem_of(net)
     if card.channels != 3 and "channels" not in settings and stem is not None:
         # Its library knows of red, green and blue only.
         name, conv = stem
-        kernels = conv.extra_repr()  # type: ignore[no-untyped-call]  # untyped in torch
+        told = conv.extra_repr()  # type: ignore[no-untyped-call]  # untyped in torch
+        kernels = re.sub(r"=([a-z]\w*)", r"='\1'", told)  # padding=same
         lines.append(f"net.set_submodule({name!r}, torch.nn.Conv2d({kernels}))")
     return lines
 

@@ -129,8 +129,9 @@ def weights_file(source: str | Path) -> Path:
 
 
 def home(weights: Path) -> Path:
-    """The folder that a file of weights belongs to: of a checkpoint, that of its run."""
-    return weights.parent.parent if weights.parent.name == CHECKPOINTS else weights.parent
+    """The folder that a file of weights belongs to: of a run's checkpoint, that of the run."""
+    of_run = weights.parent.name == CHECKPOINTS and weights.suffix == ".ckpt"
+    return weights.parent.parent if of_run else weights.parent
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

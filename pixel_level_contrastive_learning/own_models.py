@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
@@ -37,14 +38,15 @@ def own_net(name: str, channels: int, image_size: Size | None, pretrained: bool)
     Raises:
         ValueError: There is no such function, it gives no network, or has no weights to give.
     """
-    function = own_function(name)
-    if pretrained and "pretrained" not in inspect.signature(function).parameters:
-        raise ValueError(
-            f"{name} takes no pretrained=, so it has no weights to give; start from random ones, "
-            "or give a file"
-        )
-    told = own_settings(function, channels, image_size)
-    net = function(**told, **({"pretrained": True} if pretrained else {}))
+    with beside(name):
+        function = own_function(name)
+        if pretrained and "pretrained" not in inspect.signature(function).parameters:
+            raise ValueError(
+                f"{name} takes no pretrained=, so it has no weights to give; start from random "
+                "ones, or give a file"
+            )
+        told = own_settings(function, channels, image_size)
+        net = function(**told, **({"pretrained": True} if pretrained else {}))
     if not isinstance(net, nn.Module):
         raise ValueError(f"{name} gave {type(net).__name__}; it must return a torch.nn.Module")
     fits = "channels" in told or sees(net, channels, image_size or (224, 224))
@@ -83,12 +85,8 @@ def own_function(name: str) -> Callable[..., Any]:
     """
     where, _, wanted = name.rpartition(":")
     file = own_file(name)
-    folder = Path.cwd() if file is None else file.resolve().parent
-    sys.path.insert(0, str(folder))  # as for a script: what lies beside it can be imported
-    try:
+    with beside(name):
         module = module_named(where) if file is None else module_of(file)
-    finally:
-        sys.path.remove(str(folder))
     function = getattr(module, wanted, None)
     if not callable(function):
         names = [own for own, value in vars(module).items() if callable(value)]
@@ -97,6 +95,26 @@ def own_function(name: str) -> Callable[..., Any]:
         raise ValueError(f"{where} has no function {wanted!r}{perhaps}")
     found: Callable[..., Any] = function
     return found
+
+
+@contextmanager
+def beside(name: str) -> Iterator[None]:
+    """A context in which what lies beside a model's file can be imported, as by a script.
+
+    Raises:
+        ValueError: A module is imported that is nowhere.
+    """
+    file = own_file(name)
+    folder = str(Path.cwd() if file is None else file.resolve().parent)
+    sys.path.insert(0, folder)
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"{name} imports {error.name}, which is not there; install it, or put it into {folder}"
+        ) from error
+    finally:
+        sys.path.remove(folder)
 
 
 def module_named(name: str) -> ModuleType:

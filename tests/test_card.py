@@ -1,6 +1,7 @@
 """The card of a backbone: what is needed to use its weights."""
 
 import json
+from dataclasses import replace
 from importlib.metadata import version
 
 import pytest
@@ -83,3 +84,13 @@ def test_without_a_card_one_is_told_what_to_do(tmp_path) -> None:
         f"{tmp_path / 'net.pth'} has no card net.json beside it, so nobody knows which network it "
         "is of; put the card there, or fill a network of your own: load_weights(net, path)"
     )
+
+
+def test_weights_in_any_folder_have_their_own_card(tmp_path) -> None:
+    """Only a run's checkpoints have that of the run, which lies above them."""
+    own = tmp_path / "checkpoints" / "improved.pt"
+    own.parent.mkdir()
+    own.with_suffix(".json").write_text(CARD.to_json())
+    (tmp_path / "backbone.json").write_text(replace(CARD, seed=8).to_json())
+    assert read_card(own).seed == 7
+    assert read_card(own.with_name("step-00000001.ckpt")).seed == 8

@@ -303,3 +303,21 @@ def test_each_command_takes_what_the_one_before_it_left(labelled, tmp_path, caps
     net.load_state_dict(torch.load(weights, weights_only=True))
     trained = load_backbone(run).state_dict()
     assert all(torch.equal(own, trained[name]) for name, own in net.state_dict().items())
+
+
+def test_a_recipe_is_not_laid_over_a_run_or_file_that_it_made(tmp_path) -> None:
+    (tmp_path / "config.yaml").write_text("recipe: pixpro-100ep\nbatch_size: 4\nsteps: 2\n")
+    for start in (["--out", str(tmp_path), "--resume"], ["--config", f"{tmp_path}/config.yaml"]):
+        config = cli.chosen([*start, "--seed", "3"])
+        assert (config.batch_size, config.steps, config.seed) == (4, 2, 3)
+    config = cli.chosen(["images", "--recipe", "pixpro-100ep", "--batch-size", "4"])
+    assert (config.batch_size, config.epochs, config.optimizer) == (4, 100, "lars")
+
+
+@pytest.mark.parametrize("flags", [["images", "--out"], ["images", "--resume=1"]])
+def test_a_flag_without_its_value_is_told_in_words(flags, capsys) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(["pretrain", *flags])
+    assert end.value.code == 2
+    told = capsys.readouterr()
+    assert "Traceback" not in told.err + told.out

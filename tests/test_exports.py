@@ -18,6 +18,7 @@ from pixel_level_contrastive_learning.exports import (
     ALIKE,
     SUFFIXES,
     Exported,
+    built,
     detectron2_name,
     export,
     feeding,
@@ -367,3 +368,25 @@ def test_formats_that_do_not_know_the_model_are_refused(tmp_path) -> None:
 def test_without_a_backbone_there_is_nothing_to_export(tmp_path) -> None:
     with pytest.raises(ValueError, match=r"has no backbone\.safetensors"):
         export(tmp_path, "state-dict")
+
+
+def test_the_lines_that_build_a_network_are_python(tmp_path) -> None:
+    """Also of a file whose name is none, and of a stem that is told its padding in words."""
+    (tmp_path / "my-net.py").write_text(
+        "from torch import nn\n\n\ndef build():\n"
+        "    conv = nn.Conv2d(3, 4, 3, padding='same', padding_mode='reflect', bias=False)\n"
+        "    return nn.Sequential(conv, nn.ReLU())\n"
+    )
+    card = BackboneCard(
+        model=f"{tmp_path / 'my-net.py'}:build",
+        channels=5,
+        image_size=(32, 32),
+        mean=(0.5,) * 5,
+        std=(0.25,) * 5,
+        pixel_layer="1",
+        instance_layer="1",
+    )
+    held: dict[str, Any] = {"torch": torch}
+    exec("\n".join(built(build_backbone(card.model, channels=5), card)), held)
+    conv = held["net"][0]
+    assert (conv.in_channels, conv.padding, conv.padding_mode) == (5, "same", "reflect")

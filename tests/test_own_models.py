@@ -128,10 +128,21 @@ def test_what_is_not_there_is_named(file) -> None:
         own_net(f"{file}:nothing", 3, None, False)
 
 
-def test_errors_of_ones_own_come_through(file) -> None:
-    file.write_text("import no_such_library")
-    with pytest.raises(ModuleNotFoundError, match="no_such_library"):
+@pytest.mark.parametrize(
+    "source", ["import no_such_library", "def build():\n    import no_such_library"]
+)
+def test_modules_that_are_nowhere_are_named(file, source) -> None:
+    file.write_text(source)
+    with pytest.raises(ValueError, match=r"my_nets.py:build imports no_such_library, which is not"):
         own_net(f"{file}:build", 3, None, False)
+
+
+def test_a_function_may_import_what_lies_beside_it_when_it_is_called(file) -> None:
+    file.write_text("def build():\n    from layers_beside import stem\n    return stem(3, 4)")
+    sys.modules.pop("layers_beside", None)
+    path = list(sys.path)
+    assert isinstance(own_net(f"{file}:build", 3, None, False), nn.Module)
+    assert sys.path == path
 
 
 def test_classes_serve_as_functions() -> None:

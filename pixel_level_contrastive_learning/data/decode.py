@@ -38,7 +38,7 @@ from .raster import (
 if TYPE_CHECKING:
     from PIL import Image
 
-ENDINGS = ".jpg .jpeg .jfif .png .webp .bmp .tif .tiff .npy .gif .ppm .pgm .avif"
+ENDINGS = ".jpg .jpeg .jfif .png .webp .bmp .tif .tiff .npy .gif .ppm .pgm .pbm .pnm .avif"
 SUFFIXES = frozenset(re.findall(r"\.\w+", ENDINGS))
 """Files that are taken for images, in capitals or not; the content decides the format."""
 SMALL = 2**19
@@ -236,8 +236,13 @@ def turned(image: Image.Image) -> tuple[tuple[int, int], Orientation]:
 
 
 def may_be_turned(image: Image.Image) -> bool:
-    """Whether there is anything in the header that an orientation could stand in."""
-    return bool({"exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp"} & set(image.info))
+    """Whether there is anything in the header that an orientation could stand in.
+
+    A TIFF's was obeyed by Pillow already.
+    """
+    return image.format != "TIFF" and bool(
+        {"exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp"} & set(image.info)
+    )
 
 
 def eight_bit(image: Image.Image) -> Image.Image:

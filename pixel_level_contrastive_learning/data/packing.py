@@ -25,6 +25,7 @@ from torch.nn.functional import interpolate
 
 from ..checks import raise_together, whole, within
 from ..files import write_whole
+from .arrays import channels_last
 from .decode import SUFFIXES, TIFF, open_image
 from .pairs import Broken, refuse_too_many
 from .raster import SCALES, Opened, Unreadable, upright
@@ -134,9 +135,10 @@ def pack(
     source = open_source([data] if isinstance(data, (str, Path)) else list(data))
     folder = Path(out).expanduser()
     names = [source.name(index) for index in range(len(source))]
+    listed = os.fsencode("\n".join(map(whole_name, names)))
     plan = {
         "images": len(names),
-        "names": hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape")).hexdigest(),
+        "names": hashlib.sha256(listed).hexdigest(),
         "max_side": max_side,
         "quality": quality,
         "images_each": images_each,
@@ -224,6 +226,11 @@ class Index:
         write_whole(self.folder / INDEX, text)
 
 
+def whole_name(name: str) -> str:
+    """An image's name, however its folder was spelled."""
+    return name if "://" in name else os.path.abspath(name)
+
+
 def common_folder(names: Sequence[str]) -> str:
     """The folder that all images lie in, which their names in the shards leave out."""
     with suppress(ValueError):  # on several drives
@@ -283,6 +290,11 @@ def encoded(pixels: Tensor, quality: int) -> tuple[str, bytes]:
     low, high = array.min(), array.max()
     if array.dtype != np.uint8 and low >= 0 and high < 2**16 and (array == array.round()).all():
         array = array.astype(np.uint16)
+    if channels_last(array.shape, ""):  # more bands than columns: an array would be read otherwise
+        from tifffile import imwrite
+
+        imwrite(held, array, photometric="minisblack", planarconfig="separate")
+        return "tif", held.getvalue()
     np.save(held, np.ascontiguousarray(array))
     return "npy", held.getvalue()
 

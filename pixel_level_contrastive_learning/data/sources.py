@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import logging
 import os
+from codecs import BOM_UTF8
 from collections import Counter
-from collections.abc import Iterable, Sequence, Sized
+from collections.abc import Iterable, Sequence, Set, Sized
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -165,7 +166,9 @@ class Chosen:
         return self.source.open(int(self.indices[index]))
 
 
-def open_source(data: Any, *, cache: Path | None = None) -> Source:
+def open_source(
+    data: Any, *, cache: Path | None = None, leave_out: str | Path | None = None
+) -> Source:
     """The images that the user means.
 
     Args:
@@ -174,16 +177,17 @@ def open_source(data: Any, *, cache: Path | None = None) -> Source:
             sequence of these; or a sequence or torch ``Dataset`` of tensors, arrays or Pillow
             images.
         cache: Where shards that are named by URL are kept.
+        leave_out: A folder that is not searched: the run's own.
 
     Raises:
         ValueError: Nothing usable is there: what was looked for and what was found.
     """
     if isinstance(data, (str, os.PathLike)):
-        return open_place(os.fspath(data), cache)
+        return open_place(os.fspath(data), cache, leave_out)
     if isinstance(data, Sized) and len(data) == 0:
         raise ValueError("data is empty; name a folder, a list of paths, shards or images")
     if isinstance(data, Sequence) and all(isinstance(part, (str, os.PathLike)) for part in data):
-        parts = [open_place(os.fspath(part), cache) for part in data]
+        parts = [open_place(os.fspath(part), cache, leave_out) for part in data]
         return parts[0] if len(parts) == 1 else Joined(parts)
     if hasattr(data, "__getitem__") and isinstance(data, Sized):
         return Items(data)
@@ -194,17 +198,17 @@ def open_source(data: Any, *, cache: Path | None = None) -> Source:
     )
 
 
-def open_place(place: str, cache: Path | None) -> Source:
+def open_place(place: str, cache: Path | None, leave_out: str | Path | None) -> Source:
     """The images of a folder, a file or a pattern of shards."""
     if is_shards(place):
         return Shards.find(place, cache)
     path = Path(place).expanduser()
     if path.is_dir():
-        paths, others = search(path)
+        paths, others = search(path, leave_out=leave_out)
         if paths:
             return Files(paths)
         if others[".tar"]:
-            return Shards(list(map(str, sorted(path.rglob("*.tar")))))
+            return Shards(search(path, frozenset({".tar"}), leave_out=leave_out)[0])
         raise ValueError(nothing_in(path, others))
     if not path.exists():
         raise ValueError(f"{place!r} does not exist; name a folder of images")
@@ -213,7 +217,9 @@ def open_place(place: str, cache: Path | None) -> Source:
     return Files(listed(path))
 
 
-def search(folder: Path) -> tuple[list[str], Counter[str]]:
+def search(
+    folder: Path, endings: Set[str] = SUFFIXES, *, leave_out: str | Path | None = None
+) -> tuple[list[str], Counter[str]]:
     """All images under a folder in the order of their names, and how many files there are else.
 
     Links are followed, each folder is entered once, and what begins with a dot is left alone. So
@@ -222,6 +228,8 @@ def search(folder: Path) -> tuple[list[str], Counter[str]]:
     found: list[str] = []
     others: Counter[str] = Counter()
     entered: set[tuple[int, int]] = set()
+    if leave_out is not None and (own := Path(leave_out).expanduser()).is_dir():
+        entered.add((own.stat().st_dev, own.stat().st_ino))
 
     def complain(error: OSError) -> None:
         log.warning("a folder cannot be read and is left out: %s", error)
@@ -239,7 +247,7 @@ def search(folder: Path) -> tuple[list[str], Counter[str]]:
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in files:
             suffix = os.path.splitext(name)[1].lower()
-            if suffix in SUFFIXES and not name.startswith("."):
+            if suffix in endings and not name.startswith("."):
                 found.append(os.path.join(place, name))
             else:
                 others[suffix] += 1
@@ -258,13 +266,13 @@ def nothing_in(folder: Path, others: Counter[str]) -> str:
 
 def listed(path: Path) -> list[str]:
     """The paths that a text file names, one a line."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError:
+    content = path.read_bytes().removeprefix(BOM_UTF8)
+    if b"\0" in content:
         raise ValueError(
             f"data is {str(path)!r}, which is neither an image by its ending nor a text file of "
             "paths; name a folder, a list or shards (.tar)"
-        ) from None
+        )
+    lines = os.fsdecode(content).splitlines()
     paths = [str(path.parent / Path(line.strip()).expanduser()) for line in lines if line.strip()]
     if not paths:
         raise ValueError(f"data is {str(path)!r}, a list without paths; write one path a line")

@@ -26,11 +26,11 @@ from .directory import RunDirectory
 from .machine import Devices, cores, native_bfloat16
 from .plan import Clock, Facts, base_lr, peak_lr
 from .schedules import LearningRate, TargetMomentum
+from .settings import PRETRAINED, start_of
 from .task import Practice, PretrainTask
 
 LOG = logging.getLogger("pixel_level_contrastive_learning")
 STATISTICS_FILE = "statistics.json"
-PRETRAINED = "pretrained"
 """What `weights` is where the library's own are meant."""
 
 
@@ -58,7 +58,7 @@ def images_of(data: Any, config: PretrainConfig, directory: RunDirectory | None)
         config: The settings.
         directory: The run to go on with; None for a new one.
     """
-    source = open_source(data)
+    source = open_source(data, leave_out=config.out)
     stored = None if directory is None else directory.path / STATISTICS_FILE
     if stored is not None and stored.exists():
         held = json.loads(stored.read_text(encoding="utf-8"))
@@ -91,8 +91,8 @@ def view_size(config: PretrainConfig) -> tuple[int, int]:
     return size if isinstance(size, tuple) else (size, size)
 
 
-def backbone_of(config: PretrainConfig, channels: int) -> nn.Module:
-    """The backbone with the weights it starts from.
+def backbone_of(config: PretrainConfig, channels: int, *, empty: bool = False) -> nn.Module:
+    """The backbone with the weights it starts from; ``empty`` where a checkpoint brings them.
 
     Raises:
         ValueError: An unknown model, or weights that do not fit.
@@ -101,8 +101,10 @@ def backbone_of(config: PretrainConfig, channels: int) -> nn.Module:
         config.model,
         channels=channels,
         image_size=view_size(config),
-        pretrained=config.weights == PRETRAINED,
+        pretrained=config.weights == PRETRAINED and not empty,
     )
+    if empty:
+        return net
     if config.weights is None:
         if config.zero_init_residual:
             zero_last_norms(net)
@@ -197,7 +199,7 @@ def card_of(config: PretrainConfig, statistics: Statistics) -> BackboneCard:
         high=statistics.high,
         pixel_layer=config.pixel_layer,
         instance_layer=config.instance_layer,
-        start=config.weights or "random",
+        start=start_of(config.weights) or "random",
         seed=config.seed,
     )
 

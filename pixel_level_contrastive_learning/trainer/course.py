@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from .callbacks import Checkpoints, StopWhenAsked
 from .config import PretrainConfig
 from .directory import PREVIEW, RunDirectory, read_checkpoint
 from .figures import Figures
-from .interruption import Interrupted, Interruption
+from .interruption import Interruption
 from .machine import described, devices, free_memory, is_writer
 from .memory import FitMemory, estimate
 from .plan import clock_of, decided
@@ -37,6 +37,7 @@ IN_TASK = "learner.online_encoder.net."
 """How the names of the backbone's weights begin in a checkpoint."""
 FIXED = (
     "model",
+    "weights",
     "channels",
     "loss",
     "pixel_layer",
@@ -97,7 +98,8 @@ class Run:
         config = decided(config, self.facts)
         self.clock = clock_of(config, self.facts.images)
         torch.manual_seed(config.seed)
-        net = assembly.backbone_of(config, self.facts.channels)
+        goes_on = config.resume and bool(directory.checkpoint_paths())
+        net = assembly.backbone_of(config, self.facts.channels, empty=goes_on)
         self.learner = assembly.learner_of(config, net, self.facts.channels)
         self.config = assembly.fitted(config, self.learner)
         self.task = assembly.task_of(self.config, self.learner, self.images.statistics, self.clock)
@@ -169,7 +171,9 @@ class Run:
             if found is None:
                 LOG.warning("no checkpoint in %s: starting at step 0", self.directory.checkpoints)
             else:
-                self.task.done, self.task.samples = self.clock_at(found[0])
+                held = read_checkpoint(found[0])
+                self.refuse_misfits(held["state_dict"])
+                self.task.done, self.task.samples = self.clock_at(held)
                 LOG.info("going on at step %d, from %s", self.task.done, found[0])
         step = found[1] if found else 0
         counted_otherwise = found is not None and self.task.done != step
@@ -210,9 +214,24 @@ class Run:
             )
         return changed
 
-    def clock_at(self, checkpoint: Path) -> tuple[int, int]:
+    def refuse_misfits(self, state: Mapping[str, Any]) -> None:
+        """Find out whether a checkpoint's weights fit, before anything of the run is changed.
+
+        Raises:
+            ValueError: Some have other shapes.
+        """
+        own = self.task.state_dict()
+        for name in own.keys() & state.keys():
+            here, there = tuple(own[name].shape), tuple(state[name].shape)
+            if here != there:
+                raise ValueError(
+                    f"a run cannot go on with other weights: {name} has the shape {there} in the "
+                    f"checkpoint and {here} now; leave image_size and the model as they were, or "
+                    "start a new run in another folder with --weights"
+                )
+
+    def clock_at(self, held: Mapping[str, Any]) -> tuple[int, int]:
         """Step and samples to go on at; where the batch changed, a run in epochs counts samples."""
-        held = read_checkpoint(checkpoint)
         step, samples = int(held["steps_done"]), int(held["samples"])
         if self.config.steps is None:
             assert isinstance(self.config.batch_size, int)
@@ -243,6 +262,7 @@ class Run:
             self.config,
             self.devices,
             self.directory.path,
+            self.task.done,
             remaining,
             self.callbacks(figures),
         )
@@ -256,7 +276,7 @@ class Run:
                 self.task.done,
                 self.clock.steps,
             )
-            raise Interrupted(self.interruption.exit_code)
+            self.interruption.leave()
         return figures.last
 
     def callbacks(self, figures: Figures) -> list[Callback]:

@@ -72,8 +72,14 @@ class RunDirectory:
         """
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"out is {self.path}, which is a file; name a folder")
+        if str(self.path).encode(errors="ignore").decode() != str(self.path):
+            raise ValueError(f"out is {str(self.path)!r}, which is no UTF-8; name a folder that is")
         if overwrite and not self.holds_run():
-            foreign = [name for name in OURS if (self.path / name).exists() and name != PREVIEW]
+            foreign = [
+                name
+                for name in OURS
+                if (self.path / name).exists() and not (name == PREVIEW and self.holds_dry_run())
+            ]
             if foreign:
                 raise ValueError(
                     f"out is {self.path}, which holds no run but has {foreign[0]}, which a run "
@@ -88,6 +94,11 @@ class RunDirectory:
                 f"out is {self.path}, which is not empty; go on with the run in it (--resume), "
                 "replace it (--overwrite), or name another folder"
             )
+
+    def holds_dry_run(self) -> bool:
+        """Whether the previews here are those of a run, dry or not, and nobody else's pictures."""
+        held = self.path / PREVIEW
+        return held.is_dir() and all(path.match("pairs-*.png") for path in held.iterdir())
 
     def holds_run(self) -> bool:
         """Whether a run has begun here."""

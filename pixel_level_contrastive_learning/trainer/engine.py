@@ -171,11 +171,12 @@ def check_loggers(config: PretrainConfig) -> None:
             )
 
 
-def loggers_of(config: PretrainConfig, folder: Path) -> list[Logger]:
-    """Lightning's loggers by name, writing into the folder of the run."""
+def loggers_of(config: PretrainConfig, folder: Path, step: int) -> list[Logger]:
+    """Lightning's loggers by name, writing into the folder of the run from a step on."""
+    part = f"from-step-{step:08d}" if step else ""  # its CSV would replace the one that is there
     makers: dict[str, Any] = {
         "tensorboard": lambda: TensorBoardLogger(folder, name="tensorboard", version=""),
-        "csv": lambda: CSVLogger(folder, name="csv", version=""),
+        "csv": lambda: CSVLogger(folder, name="csv", version=part, flush_logs_every_n_steps=1),
         "wandb": lambda: WandbLogger(save_dir=folder, name=folder.name),
         "mlflow": lambda: MLFlowLogger(folder.name, tracking_uri=f"file:{folder / 'mlflow'}"),
     }
@@ -183,7 +184,12 @@ def loggers_of(config: PretrainConfig, folder: Path) -> list[Logger]:
 
 
 def trainer_of(
-    config: PretrainConfig, devices: Devices, folder: Path, steps: int, callbacks: list[Callback]
+    config: PretrainConfig,
+    devices: Devices,
+    folder: Path,
+    done: int,
+    steps: int,
+    callbacks: list[Callback],
 ) -> Trainer:
     """Lightning's trainer for so many steps."""
     plugins: list[Any] = [WholeCheckpoints()]
@@ -196,7 +202,7 @@ def trainer_of(
         strategy=strategy_of(config, devices),
         precision="bf16-mixed" if config.precision == "bfloat16" else "32-true",
         max_steps=steps,
-        logger=loggers_of(config, folder) if is_writer() else False,
+        logger=loggers_of(config, folder, done) if is_writer() else False,
         callbacks=callbacks,
         plugins=plugins,
         enable_checkpointing=False,

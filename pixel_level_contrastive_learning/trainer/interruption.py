@@ -68,8 +68,11 @@ class Interruption:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         LOG.warning("%s: the run stops after this step and saves; once more leaves at once", name)
 
-    @property
-    def exit_code(self) -> int:
-        """128 and the signal's number: 130 for Ctrl-C, 143 for SIGTERM."""
-        assert self.signal is not None
-        return 128 + self.signal
+    def leave(self) -> None:
+        """Leave if a signal came: with 130 after Ctrl-C, 143 after SIGTERM.
+
+        Raises:
+            Interrupted: One came.
+        """
+        if self.signal is not None:
+            raise Interrupted(128 + self.signal)

@@ -89,6 +89,10 @@ def run(config: PretrainConfig, objects: Any = None) -> PretrainResult:
                 "name images to begin a new one"
             )
         raise ValueError("data is not given; name a folder of images")
+    if directory.path.resolve() in [Path(place).expanduser().resolve() for place in config.data]:
+        raise ValueError(
+            f"out is {config.out!r}, where the images are, too; give the run a folder of its own"
+        )
     if is_writer():
         directory.check(resume=config.resume, overwrite=config.overwrite)
         if config.overwrite:
@@ -100,8 +104,11 @@ def run(config: PretrainConfig, objects: Any = None) -> PretrainResult:
     ):
         try:
             planned = Run(config, objects, directory, interruption)
+            interruption.leave()
             if config.dry_run:
-                return planned.tried()
+                found = planned.tried()
+                interruption.leave()
+                return found
             if is_writer():  # only now: what was refused leaves no trace
                 directory.prepare(overwrite=config.overwrite)
                 log.open(directory.path / LOG_FILE)

@@ -17,8 +17,8 @@ from .recipes import RECIPES
 
 CONFIG_FILE = "config.yaml"
 """The name of a run's settings in its folder."""
-PLACES = ("data", "out", "weights", "probe")
-"""Settings that name files and folders."""
+PRETRAINED = "pretrained"
+"""What stands in place of a file of weights for those of the model's library."""
 INSTEAD_OF: dict[str, dict[str, Any]] = {
     "epochs": {"steps": None},
     "steps": {"epochs": "auto"},
@@ -127,14 +127,29 @@ def as_yaml(config: PretrainConfig) -> str:
         if name not in HOW_TO_START
     }
     plain["model"] = from_anywhere(config.model)
-    plain["data"] = [absolute(place) for place in config.data]
-    for name in PLACES[1:]:
-        plain[name] = plain[name] and absolute(plain[name])
+    plain |= {name: list(p) if isinstance(p, tuple) else p for name, p in places(config).items()}
     return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, default_flow_style=None)
+
+
+def places(config: PretrainConfig) -> dict[str, Any]:
+    """The settings that name files and folders, from wherever they are read."""
+    return {
+        "data": tuple("::".join(map(absolute, place.split("::"))) for place in config.data),
+        "out": config.out and absolute(config.out),
+        "weights": start_of(config.weights),
+        "probe": config.probe and absolute(config.probe),
+    }
+
+
+def start_of(weights: str | None) -> str | None:
+    """The weights that a run starts from, from wherever they are read."""
+    return weights if weights in (None, PRETRAINED) else absolute(weights)
 
 
 def absolute(place: str) -> str:
     """A place from wherever it is read; what is no path here, such as a URL, as it is."""
+    if place.endswith(".tar") and "://" not in place and not place.startswith("pipe:"):
+        return str(Path(place).expanduser().absolute())  # a pattern of shards, which is no path
     path = Path(place).expanduser()
     return (
         str(path.absolute()) if path.exists() or (path.parent.is_dir() and "/" in place) else place
@@ -149,10 +164,21 @@ def from_anywhere(model: str) -> str:
 
 
 def differences(old: Mapping[str, Any], new: PretrainConfig) -> dict[str, tuple[Any, Any]]:
-    """Settings whose value changed: name -> (old, new)."""
-    now = asdict(new) | {"model": from_anywhere(new.model)}
+    """Settings whose value changed: name -> (old, new).
+
+    A folder of a run may have moved, and with it the file of a model of one's own.
+    """
+    now = asdict(new) | {"model": from_anywhere(new.model)} | places(new)
+    if short(str(old.get("model"))) == short(new.model):
+        now["model"] = old["model"]
     return {
         name: (old[name], now[name])
         for name in NAMES
-        if name in old and name not in (*HOW_TO_START, *PLACES) and old[name] != now[name]
+        if name in old and name not in (*HOW_TO_START, "out") and old[name] != now[name]
     }
+
+
+def short(model: str) -> str:
+    """A model's name without the folder that its file lies in."""
+    file, colon, function = model.rpartition(":")
+    return f"{Path(file).name}:{function}" if colon and file.endswith(".py") else model

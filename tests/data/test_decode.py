@@ -347,3 +347,14 @@ def test_a_jpeg_of_twenty_thousand_squared_is_decoded_at_an_eighth() -> None:
     pixels = decode(content, shortest=224)
     assert pixels.shape == (1, 2500, 2500)
     assert pixels.unique().tolist() == [90]
+
+
+@pytest.mark.parametrize("more", [[], [(700, "B", 9, b"<x:xmpme>", True)]])
+def test_a_tiff_is_turned_once(more) -> None:
+    array = np.arange(6, dtype=np.uint8).reshape(2, 3)
+    turned = [[3, 0], [4, 1], [5, 2]]
+    tags = [(274, "H", 1, 6, True), *more]
+    gray = saved(array, photometric="minisblack", extratags=tags)
+    assert decode(gray).tolist() == [turned]
+    rgb = saved(np.stack([array] * 3, -1), photometric="rgb", extratags=tags)
+    assert decode(rgb).tolist() == [turned] * 3

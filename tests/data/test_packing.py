@@ -162,3 +162,19 @@ def test_a_file_without_a_known_suffix_takes_it_from_its_content(tmp_path, kind,
     held = members(tmp_path / "out" / "shards-000000.tar")[f"000000000.{suffix}"]
     assert (held == stream.getvalue()) == (kind != "PPM")  # not told apart, and written anew
     assert open_source(tmp_path / "out").open(0).size == (3, 4)
+
+
+def test_images_of_more_bands_than_columns_keep_their_bands(tmp_path) -> None:
+    (tmp_path / "bands").mkdir()
+    bands = np.arange(12, dtype=np.uint16)[:, None, None].repeat(40, 1).repeat(20, 2) * 1000
+    imwrite(tmp_path / "bands/a.tif", bands, photometric="minisblack", planarconfig="separate")
+    pack(tmp_path / "bands", tmp_path / "out", max_side=20)
+    opened = open_source(tmp_path / "out").open(0)
+    assert (opened.channels, opened.size) == (12, (20, 10))
+    assert opened.raster().pixels[:, 0, 0].tolist() == [1000 * band for band in range(12)]
+
+
+def test_a_folder_may_be_spelled_otherwise_when_it_goes_on(images, tmp_path, monkeypatch) -> None:
+    pack(images, tmp_path / "out")
+    monkeypatch.chdir(tmp_path)
+    assert "5 images" in str(pack("images/../images", tmp_path / "out"))

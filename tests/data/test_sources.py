@@ -276,3 +276,32 @@ def test_what_is_no_shard_is_refused(tmp_path) -> None:
             open_source(str(tmp_path / name))
     assert shards_room.is_shards("https://example.org/x-{000..009}.tar")
     assert not shards_room.is_shards("images")
+
+
+def test_shards_are_found_as_images_are(tmp_path) -> None:
+    with TarWriter(str(tmp_path / "far.TAR")) as writer:
+        writer.write({"__key__": "a", "png": paint(tmp_path / "x/a.png", 7).read_bytes()})
+    (tmp_path / "here").mkdir()
+    for name in ("s.TAR", "deep/t.tar"):
+        path = tmp_path / "elsewhere" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes((tmp_path / "far.TAR").read_bytes())
+    (tmp_path / "here" / "link").symlink_to(tmp_path / "elsewhere")
+    assert values(open_source(tmp_path / "here")) == [7, 7]
+
+
+def test_a_folder_can_be_left_out(tmp_path) -> None:
+    paint(tmp_path / "a.png", 1)
+    paint(tmp_path / "run" / "preview" / "pairs-0.png", 2)
+    for out in (tmp_path / "run", str(tmp_path / "run" / ".." / "run")):
+        assert values(open_source([tmp_path], leave_out=out)) == [1]
+    assert values(open_source(tmp_path, leave_out=tmp_path / "not there")) == [1, 2]
+
+
+@pytest.mark.parametrize("start", [b"", b"\xef\xbb\xbf"])  # as editors on Windows begin a file
+def test_a_list_may_hold_any_name(tmp_path, start) -> None:
+    names = [b"\xe9.png", "ü.pnm".encode()]
+    for value, name in enumerate(names):
+        Image.new("L", (4, 3), value).save(tmp_path / os.fsdecode(name), "PPM")
+    (tmp_path / "list.txt").write_bytes(start + b"\n".join(names))
+    assert values(open_source(tmp_path / "list.txt")) == [0, 1]

@@ -131,3 +131,29 @@ def test_places_in_the_file_are_absolute_and_urls_stay(tmp_path, monkeypatch) ->
 def test_differences_are_named() -> None:
     old = {"epochs": 3, "crop_area": (0.2, 1.0), "out": "a", "resume": True}
     assert differences(old, configured({"epochs": 4, "out": "b"})) == {"epochs": (3, 4)}
+
+
+def test_places_are_written_down_for_wherever_they_are_read(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("pretrained", "images", "runs"):
+        (tmp_path / name).mkdir()
+
+    def written(**given: object) -> dict[str, object]:
+        return yaml.safe_load(as_yaml(PretrainConfig(**given)))
+
+    assert written(weights="pretrained")["weights"] == "pretrained"
+    assert written(weights="runs")["weights"] == str(tmp_path / "runs")
+    shards = "s-{000..001}.tar::t.tar", "https://a.org/s-{0..9}.tar", "pipe:cat s.tar"
+    assert written(data=shards)["data"] == [
+        f"{tmp_path}/s-{{000..001}}.tar::{tmp_path}/t.tar",
+        *shards[1:],
+    ]
+    assert written(data=("images",))["data"] == [str(tmp_path / "images")]
+
+
+def test_what_moved_with_a_run_is_no_other_model(tmp_path) -> None:
+    old = {"model": "/gone/net.py:tiny", "data": ("/gone/images",), "weights": None}
+    moved = PretrainConfig(model=f"{tmp_path}/net.py:tiny", data=("/here/images",))
+    assert differences(old, moved) == {"data": (("/gone/images",), ("/here/images",))}
+    for other in (f"{tmp_path}/net.py:large", "other.py:tiny", "timm/net"):
+        assert "model" in differences(old, PretrainConfig(model=other))

@@ -8,14 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from lightning.pytorch import Callback
 from PIL import Image
 
 from pixel_level_contrastive_learning import pretrain
 from pixel_level_contrastive_learning.exports import export
 from pixel_level_contrastive_learning.files import CannotWriteError
 from pixel_level_contrastive_learning.trainer import course, engine
+from pixel_level_contrastive_learning.trainer import run as runs
 from pixel_level_contrastive_learning.trainer.course import Run
-from pixel_level_contrastive_learning.trainer.interruption import Interrupted
+from pixel_level_contrastive_learning.trainer.interruption import Interrupted, Interruption
 from pixel_level_contrastive_learning.trainer.schedules import LearningRate, TargetMomentum
 from pixel_level_contrastive_learning.trainer.task import NotFiniteError, PretrainTask
 from pixel_level_contrastive_learning.weights import read_backbone
@@ -451,3 +453,104 @@ def test_a_run_that_did_not_end_can_be_read(tmp_path, settings, monkeypatch, cap
     assert not torch.equal(last.net.state_dict()[parameter], middle.net.state_dict()[parameter])
     written = export(run / "checkpoints" / "step-00000004.ckpt", "safetensors")
     assert written.path == run / "backbone-safetensors.safetensors"
+
+
+SIZED = """
+import torch
+from torch import nn
+
+
+class Sized(nn.Module):
+    def __init__(self, side):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 8, 4, 4), nn.BatchNorm2d(8)
+        self.places = nn.Parameter(torch.zeros(8, side // 4, side // 4))
+
+    def forward(self, x):
+        return self.norm(self.conv(x) + self.places)
+
+
+def sized(image_size):
+    return Sized(image_size[0])
+"""
+
+
+def test_a_refused_resume_leaves_the_run_as_it_was(tmp_path, settings) -> None:
+    (tmp_path / "sized.py").write_text(SIZED)
+    run = tmp_path / "run"
+    pretrain(**settings(model=f"{tmp_path / 'sized.py'}:sized", steps=2))
+    held = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    with pytest.raises(ValueError, match=r"net.places has the shape \(8, 8, 8\) in the checkpoint"):
+        pretrain(out=run, resume=True, steps=4, image_size=40)
+    del held["train.log"]
+    assert {name: (run / name).read_bytes() for name in held} == held
+    assert pretrain(out=run, resume=True, steps=4).metrics["step"] == 4
+
+
+def test_a_checkpoint_needs_no_start_weights_and_takes_no_others(tmp_path, settings) -> None:
+    pretrain(**settings(steps=2, out=str(tmp_path / "first")))
+    first = tmp_path / "first" / "backbone.safetensors"
+    pretrain(**settings(steps=2, weights=str(first)))
+    card = json.loads((tmp_path / "run" / "backbone.json").read_text())
+    assert card["start"] == str(first)
+    with pytest.raises(ValueError, match=r"cannot go on with other weights: weights from '.*first"):
+        pretrain(out=tmp_path / "run", resume=True, steps=4, weights=str(tmp_path / "second.pt"))
+    first.unlink()
+    assert pretrain(out=tmp_path / "run", resume=True, steps=4).metrics["step"] == 4
+
+
+def test_start_weights_are_known_from_everywhere(tmp_path, settings, monkeypatch) -> None:
+    pretrain(**settings(steps=1, out=str(tmp_path / "first")))
+    monkeypatch.chdir(tmp_path)
+    pretrain(**settings(steps=1, weights="first"))
+    card = json.loads((tmp_path / "run" / "backbone.json").read_text())
+    assert card["start"] == str(tmp_path / "first")
+
+
+def test_a_run_that_was_told_to_stop_early_replaces_nothing(
+    tmp_path, settings, monkeypatch
+) -> None:
+    pretrain(**settings(steps=1))
+    weights = (tmp_path / "run" / "backbone.safetensors").read_bytes()
+
+    def told(_: object, __: object, ___: object, interruption: Interruption) -> None:
+        interruption.note(signal.SIGINT, None)
+
+    monkeypatch.setattr(runs, "Run", told)
+    for how in ({"overwrite": True}, {"overwrite": True, "dry_run": True}):
+        with pytest.raises(Interrupted) as stopped:
+            pretrain(**settings(steps=1, **how))
+        assert stopped.value.code == 130
+    assert (tmp_path / "run" / "backbone.safetensors").read_bytes() == weights
+
+
+def test_a_run_among_its_images_sees_none_of_its_own_pictures(tmp_path, settings, images) -> None:
+    given = settings(steps=1, out=str(images / "run"))
+    pretrain(**given, dry_run=True)
+    assert (images / "run" / "preview" / "pairs-0.png").exists()
+    pretrain(**given)
+    log = (images / "run" / "train.log").read_text()
+    assert "12 images to train on" in log
+    with pytest.raises(ValueError, match="where the images are, too; give the run a folder of its"):
+        pretrain(**settings(steps=1, out=str(images), overwrite=True))
+
+
+def test_a_csv_file_is_written_at_once_and_kept_when_the_run_goes_on(tmp_path, settings) -> None:
+    given = settings(loggers=("csv",), steps=10)
+    first = tmp_path / "run" / "csv" / "metrics.csv"
+    seen = []
+
+    class Watched(Callback):
+        def on_train_batch_start(self, *_: object) -> None:
+            seen.append(first.exists())
+
+    del given["steps"]
+    with pytest.MonkeyPatch.context() as patch:
+        callbacks = Run.callbacks
+        patch.setattr(Run, "callbacks", lambda run, f: [*callbacks(run, f), Watched()])
+        pretrain(**given, steps=12)
+    assert seen == [False] * 10 + [True] * 2
+    held = first.read_text()
+    pretrain(out=tmp_path / "run", resume=True, steps=20)
+    assert first.read_text() == held
+    assert (tmp_path / "run" / "csv" / "from-step-00000012" / "metrics.csv").exists()
