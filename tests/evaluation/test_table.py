@@ -1,6 +1,7 @@
 """The whole of it: commands as a user gives them, with labels and without."""
 
 import json
+import logging
 import os
 
 import pytest
@@ -127,7 +128,8 @@ def test_what_a_protocol_does_not_read_is_refused(labelled) -> None:
             evaluate("runs/a", data=labelled, protocol=protocol, steps=9)
 
 
-def test_bytes_of_names_that_are_no_text_lose_no_figure(run, labelled, tmp_path) -> None:
+def test_bytes_of_names_that_are_no_text_lose_no_figure(run, labelled, tmp_path, caplog) -> None:
+    caplog.set_level(logging.ERROR)  # such a name cannot be told from one pytest process to another
     (labelled / "images/val" / os.fsdecode(b"M\xfcnchen.png")).write_text("no image")
     found = evaluate(run, images=labelled / "images/val", out=tmp_path)
     assert Evaluation.from_json((tmp_path / "correspondence.json").read_text()) == found
