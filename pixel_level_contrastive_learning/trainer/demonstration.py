@@ -39,12 +39,13 @@ def demonstrate(out: Path, *, steps: int, overwrite: bool = False) -> Demonstrat
     """
     scenes, run, report = out / "scenes", out / "run", out / "report.html"
     raise_together(whole("steps", steps, 1))
-    if out.exists() and any(out.iterdir()) and not overwrite:
+    used = out.exists() and any(out.iterdir())
+    if used and not overwrite:
         raise ValueError(
             f"out is {str(out)!r}, which is not empty; replace the demo in it (--overwrite), or "
             "name another folder"
         )
-    if out.exists() and any(out.iterdir()) and not are_drawn(scenes):
+    if used and not are_drawn(scenes):
         raise ValueError(
             f"out is {str(out)!r}, which holds no demo to replace; name another folder"
         )

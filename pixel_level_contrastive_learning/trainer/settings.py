@@ -123,17 +123,16 @@ def as_yaml(config: PretrainConfig) -> str:
     """The settings as the text of a `config.yaml`, without those that say how to start."""
     plain: dict[str, Any] = {
         name: list(value) if isinstance(value, tuple) else value
-        for name, value in asdict(config).items()
+        for name, value in placed(config).items()
         if name not in HOW_TO_START
     }
-    plain["model"] = from_anywhere(config.model)
-    plain |= {name: list(p) if isinstance(p, tuple) else p for name, p in places(config).items()}
     return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, default_flow_style=None)
 
 
-def places(config: PretrainConfig) -> dict[str, Any]:
-    """The settings that name files and folders, from wherever they are read."""
-    return {
+def placed(config: PretrainConfig) -> dict[str, Any]:
+    """The settings by name, those that name files and folders from wherever they are read."""
+    return asdict(config) | {
+        "model": from_anywhere(config.model),
         "data": tuple("::".join(map(absolute, place.split("::"))) for place in config.data),
         "out": config.out and absolute(config.out),
         "weights": start_of(config.weights),
@@ -168,7 +167,7 @@ def differences(old: Mapping[str, Any], new: PretrainConfig) -> dict[str, tuple[
 
     A folder of a run may have moved, and with it the file of a model of one's own.
     """
-    now = asdict(new) | {"model": from_anywhere(new.model)} | places(new)
+    now = placed(new)
     if short(str(old.get("model"))) == short(new.model):
         now["model"] = old["model"]
     return {
