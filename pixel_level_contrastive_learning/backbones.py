@@ -213,6 +213,27 @@ def begin_norms_at_one(net: nn.Module) -> None:
             nn.init.ones_(norm.weight)
 
 
+def zero_last_norms(net: nn.Module) -> bool:
+    """Set the last batch norm of each residual block to 0, so that blocks begin as identities.
+
+    Returns:
+        Whether there are any: networks such as ConvNeXt have none.
+    """
+    found = False
+    for block in net.modules():
+        if hasattr(block, "zero_init_last"):  # timm
+            block.zero_init_last()  # type: ignore[operator]  # whatever has that name
+            found = True
+            continue
+        for name in ("bn3", "bn2"):  # torchvision: bottlenecks, then basic blocks
+            norm = getattr(block, name, None)
+            if hasattr(block, "conv1") and isinstance(norm, nn.BatchNorm2d):
+                nn.init.zeros_(norm.weight)
+                found = True
+                break
+    return found
+
+
 @contextmanager
 def building(model: str, image_size: Size | None) -> Iterator[None]:
     """Say what to do where a network cannot be built or its weights cannot be fetched."""

@@ -13,6 +13,9 @@ from .checks import per_channel, raise_together, size_pair, whole
 from .keys import WEIGHTS, home
 from .own_models import own_file
 
+ZERO_INIT = "zero-init residual"
+"""A start from random weights whose residual blocks are identities."""
+
 
 def this_version() -> str:
     """The version of this package."""
@@ -37,7 +40,8 @@ class BackboneCard:
         high: The value that becomes 1, likewise.
         pixel_layer: The layer whose map the pixel loss read.
         instance_layer: The layer whose average the instance loss read.
-        start: What training started from: ``random``, ``pretrained``, or a file.
+        start: What training started from: ``random``, ``zero-init residual`` (random, residual
+            blocks as identities), ``pretrained``, or a file.
         seed: The seed of the run.
         version: The version of this package that wrote it.
     """

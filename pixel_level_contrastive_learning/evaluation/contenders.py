@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from ..backbones import build_backbone
+from ..backbones import build_backbone, zero_last_norms
+from ..card import ZERO_INIT
 from ..data.sources import Source
 from ..data.statistics import measure
 from ..weights import BackboneCard, load_weights, read_backbone
@@ -39,8 +40,8 @@ class Field(NamedTuple):
     """All that are judged, the one that was asked for last.
 
     Attributes:
-        contenders: Random weights, those that training started from where it did not start from
-            random ones, and those that were asked for.
+        contenders: Random weights as the library draws them, those that training started from
+            where it did not start from such, and those that were asked for.
         card: How all of them are used.
         notes: What the reader of the table should know.
     """
@@ -72,7 +73,11 @@ def line_up(weights: str | Path, source: Source) -> Field:
     loaded = read_backbone(weights)
     card = loaded.card
     field = Field([random], card, [])
-    if card.start != "random":
+    if card.start == ZERO_INIT:
+        if zero_last_norms(random_net(card, 0)):
+            shut = Contender(f"start ({ZERO_INIT})", lambda seed: shut_net(card, seed), True)
+            field.contenders.append(shut)
+    elif card.start != "random":
         try:
             start = start_net(card)
         except (ValueError, ConnectionError) as error:
@@ -101,8 +106,15 @@ def random_net(card: BackboneCard, seed: int) -> nn.Module:
         return build_backbone(card.model, channels=card.channels, image_size=card.image_size)
 
 
+def shut_net(card: BackboneCard, seed: int) -> nn.Module:
+    """The same, its residual blocks as identities."""
+    net = random_net(card, seed)
+    zero_last_norms(net)
+    return net
+
+
 def start_net(card: BackboneCard) -> nn.Module:
-    """The network of a card with the weights that its training started from."""
+    """The network of a card with the weights that its training started from, not random ones."""
     pretrained = card.start == "pretrained"
     net = build_backbone(
         card.model, channels=card.channels, image_size=card.image_size, pretrained=pretrained

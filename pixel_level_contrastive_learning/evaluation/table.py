@@ -248,6 +248,7 @@ def fed_at(prepare: Preparation) -> str:
 def what_it_means(rows: Sequence[Row], protocol: str, split: str) -> str:
     """The figures in words: how much is gained over random weights, and whether it is a gain."""
     random, start, ours = rows[0], rows[-2:][0], rows[-1]
+    rival = max(start, random, key=lambda row: row.scores["mIoU"])
     reached, base = ours.scores["mIoU"], random.scores["mIoU"]
     figure = f"{NAMES[protocol]} reaches {reached:.3f} mIoU on {split}"
     if len(rows) == 1:
@@ -261,14 +262,13 @@ def what_it_means(rows: Sequence[Row], protocol: str, split: str) -> str:
             f"{beside}: worse than random. Look at the loss and at the features' health (evaluate "
             "with images in place of data), and at whether other layers do better."
         )
-    gained = gain(ours, start, "mIoU")
-    if gained < 0:
+    if gain(ours, start, "mIoU") < 0:
         return f"{beside}: training made them worse. Keep the others, or train with a lower lr."
-    if gained == 0:
+    if gain(ours, rival, "mIoU") < 1:
         return f"{beside}: no clear gain. Train for longer, on more images, or try other layers."
-    if start is random and may_be_luck(rows, "mIoU"):
+    if rival is random and may_be_luck(rows, "mIoU"):
         return f"{beside}: {LUCK}"
-    compared = "random ones" if start is random else "those it started from"
+    compared = "random ones" if rival is random else "those it started from"
     return f"{beside}: the weights know more of these classes than {compared} do."
 
 

@@ -204,6 +204,9 @@ def what_it_means(rows: Sequence[Row]) -> str:
         return f"{found}: fewer than {begun}. {health}"
     if gained == 0:
         return f"{found}: no clear gain over {begun}. {health}"
+    better = f"{found}: the weights tell spots apart better than {begun}"
+    if gain(rows[-1], rows[0], HIT) < 1:
+        return f"{better}, but no better than random weights do. {health}"
     if len(rows) == 2 and may_be_luck(rows, HIT):
         return f"{found}: {LUCK} {health}"
-    return f"{found}: the weights tell spots apart better than {begun}. {health}"
+    return f"{better}. {health}"

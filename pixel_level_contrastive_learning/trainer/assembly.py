@@ -13,7 +13,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..augment import Normalise
-from ..backbones import build_backbone
+from ..backbones import build_backbone, zero_last_norms
+from ..card import ZERO_INIT
 from ..data.loader import held_out
 from ..data.sources import Chosen, Source, open_source
 from ..data.statistics import Statistics, measure
@@ -113,19 +114,6 @@ def backbone_of(config: PretrainConfig, channels: int, *, empty: bool = False) -
     return net
 
 
-def zero_last_norms(net: nn.Module) -> None:
-    """Set the last batch norm of each residual block to 0, so that blocks begin as identities."""
-    for block in net.modules():
-        if hasattr(block, "zero_init_last"):  # timm
-            block.zero_init_last()  # type: ignore[operator]  # whatever has that name
-            continue
-        for name in ("bn3", "bn2"):  # torchvision: bottlenecks, then basic blocks
-            norm = getattr(block, name, None)
-            if hasattr(block, "conv1") and isinstance(norm, nn.BatchNorm2d):
-                nn.init.zeros_(norm.weight)
-                break
-
-
 def learner_of(config: PretrainConfig, net: nn.Module, channels: int) -> PixelCL:
     """The learner around a backbone, in the memory layout that convolutions are fastest in.
 
@@ -189,6 +177,7 @@ def practice_of(config: PretrainConfig, clock: Clock) -> Practice:
 
 def card_of(config: PretrainConfig, statistics: Statistics) -> BackboneCard:
     """What is needed to use the backbone."""
+    random = ZERO_INIT if config.zero_init_residual else "random"
     return BackboneCard(
         model=config.model,
         channels=statistics.channels,
@@ -199,7 +188,7 @@ def card_of(config: PretrainConfig, statistics: Statistics) -> BackboneCard:
         high=statistics.high,
         pixel_layer=config.pixel_layer,
         instance_layer=config.instance_layer,
-        start=start_of(config.weights) or "random",
+        start=start_of(config.weights) or random,
         seed=config.seed,
     )
 

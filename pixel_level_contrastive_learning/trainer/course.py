@@ -38,6 +38,7 @@ IN_TASK = "learner.online_encoder.net."
 FIXED = (
     "model",
     "weights",
+    "zero_init_residual",
     "channels",
     "loss",
     "pixel_layer",

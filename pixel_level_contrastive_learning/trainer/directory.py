@@ -222,7 +222,8 @@ class RunDirectory:
             path = self.path / name
             if path.exists():
                 held = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-                lines = {line["step"] * now // step: line for line in held}  # of equals the last
+                # Rounded up, so that the first step stays one; of equals the last stays.
+                lines = {-(-line["step"] * now // step): line for line in held}
                 text = "".join(json.dumps(lines[n] | {"step": n}) + "\n" for n in lines)
                 write_whole(path, text)
         self.name_also(checkpoint, LAST)

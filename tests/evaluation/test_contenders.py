@@ -92,6 +92,29 @@ def test_weights_that_a_run_started_from_stand_between(labelled, model, tmp_path
     torch.testing.assert_close(ours, random + 2)
 
 
+def test_random_weights_that_began_shut_stand_between(labelled, tmp_path) -> None:
+    resnet = card("torchvision/resnet18", pixel_layer="layer4", instance_layer="avgpool")
+    path = tmp_path / "backbone.safetensors"
+    save_backbone(path, random_net(resnet, 3), replace(resnet, start="zero-init residual"))
+    field = line_up(path, open_source(str(labelled / "images")))
+    names = [contender.name for contender in field.contenders]
+    assert names == ["random weights", "start (zero-init residual)", str(path)]
+    assert [contender.by_seed for contender in field.contenders] == [True, True, False]
+    for seed in (0, 1):
+        random, start = (contender.build(seed).layer4[1] for contender in field.contenders[:2])
+        assert torch.equal(random.conv2.weight, start.conv2.weight)
+        assert random.bn2.weight.all()
+        assert not start.bn2.weight.any()
+
+
+def test_where_nothing_can_begin_shut_random_weights_are_the_start(
+    labelled, model, tmp_path
+) -> None:
+    folder = run(tmp_path / "run", model, 1.0, start="zero-init residual")
+    field = line_up(folder, open_source(str(labelled / "images")))
+    assert [contender.name for contender in field.contenders] == ["random weights", str(folder)]
+
+
 def test_weights_that_are_gone_are_noted(labelled, model, tmp_path) -> None:
     folder = run(tmp_path / "run", model, 2.0, start=str(tmp_path / "gone.pt"))
     field = line_up(folder, open_source(str(labelled / "images")))

@@ -188,6 +188,8 @@ def rows(*figures: float, deviation: float = 0.0) -> list[Row]:
         ),
         ((0.2, 0.35, 0.36), 0.0, "no clear gain"),
         ((0.2, 0.1, 0.15), 0.0, "worse than random"),
+        ((0.2, 0.1, 0.2), 0.0, "no clear gain"),
+        ((0.2, 0.1, 0.3), 0.0, "the weights know more of these classes than random ones do."),
         ((0.0, 0.0), 0.0, "no clear gain"),
     ],
 )
@@ -231,6 +233,8 @@ def test_hits_are_put_into_words() -> None:
     said = without([seen(0.3), seen(0.6), seen(0.5)])
     assert "by chance); what it started from finds it in 60%: fewer than what it started" in said
     assert "better than what it started from" in without([seen(0.3), seen(0.4), seen(0.5)])
+    said = without([seen(0.3), seen(0.1), seen(0.3, kept=0.3)])
+    assert "better than what it started from, but no better than random weights do. The" in said
     assert "have collapsed" in without([seen(0.3), seen(0.6, spread=0.01)])
     assert "with random weights, " in without([seen(0.3)])
 

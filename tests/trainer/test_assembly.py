@@ -6,15 +6,17 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from torch import nn
 
 from pixel_level_contrastive_learning import PixelCL, load_backbone, pretrain
-from pixel_level_contrastive_learning.backbones import build_backbone
+from pixel_level_contrastive_learning.backbones import build_backbone, zero_last_norms
+from pixel_level_contrastive_learning.data.sources import open_source
+from pixel_level_contrastive_learning.data.statistics import measure
 from pixel_level_contrastive_learning.trainer import assembly
 from pixel_level_contrastive_learning.trainer.assembly import (
     backbone_of,
+    card_of,
     facts_of,
     fitted,
     images_of,
     layer,
-    zero_last_norms,
 )
 from pixel_level_contrastive_learning.trainer.config import PretrainConfig
 from pixel_level_contrastive_learning.trainer.machine import Devices
@@ -56,12 +58,30 @@ def test_blocks_begin_as_identities_where_asked(model, norm) -> None:
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.ones_(module.weight)
-    zero_last_norms(net)
+    assert zero_last_norms(net)
     zeroed = {name for name, p in net.named_parameters() if p.ndim == 1 and not p.any()}
     scales = {name for name in zeroed if name.endswith(".weight")}
     blocks = [name for name, _ in net.named_modules() if name.endswith(f".{norm}")]
     assert scales == {f"{name}.weight" for name in blocks}
     assert len(scales) in (8, 16)
+
+
+def test_a_network_without_residual_norms_has_none_to_shut() -> None:
+    assert not zero_last_norms(build_backbone("timm/convnext_atto"))
+
+
+@pytest.mark.parametrize(
+    ("given", "start"),
+    [
+        ({}, "random"),
+        ({"zero_init_residual": True}, "zero-init residual"),
+        ({"weights": "pretrained"}, "pretrained"),
+        ({"weights": "pretrained", "zero_init_residual": True}, "pretrained"),
+    ],
+)
+def test_a_card_says_what_a_run_started_from(given, start) -> None:
+    statistics = measure(open_source([torch.rand(3, 8, 8)]))
+    assert card_of(PretrainConfig(image_size=64, **given), statistics).start == start
 
 
 @pytest.mark.parametrize("model", ["torchvision/resnet18", "timm/resnet18"])

@@ -180,11 +180,11 @@ def test_a_larger_batch_counts_its_steps_anew_and_loses_nothing(tmp_path, settin
     run = tmp_path / "run"
     pretrain(out=run, resume=True, batch_size=4, epochs=3)  # 6 steps of 4 are done, of 9
     assert "going on at step 6" in (run / "train.log").read_text()
-    assert [line["step"] for line in metrics(run)] == list(range(10))
+    assert [line["step"] for line in metrics(run)] == list(range(1, 10))
     names = sorted(path.name for path in (run / "checkpoints").iterdir())
     assert names == ["last.ckpt", "step-00000006.ckpt", "step-00000008.ckpt", "step-00000009.ckpt"]
     pretrain(out=run, resume=True, epochs=4)
-    assert [line["step"] for line in metrics(run)] == list(range(13))
+    assert [line["step"] for line in metrics(run)] == list(range(1, 13))
 
 
 def test_a_run_goes_on_only_with_what_it_trained(tmp_path, settings) -> None:
