@@ -85,7 +85,7 @@ def evaluate(
         )
     print(found.table())
     print(found.sentence)
-    if out is None and (Path(weights) / "config.yaml").is_file():
+    if out is None and (Path(weights).expanduser() / "config.yaml").is_file():
         print(f"(--out {weights} keeps this with the run, for the report of `pixelcl visualize`)")
 
 

@@ -180,7 +180,8 @@ def fill(net: nn.Module, tensors: Mapping[str, Tensor], source: str) -> KeyRepor
     Raises:
         ValueError: Nothing fits.
     """
-    wanted: dict[str, Tensor] = net.state_dict()
+    state: dict[str, Any] = net.state_dict()
+    wanted = {name: held for name, held in state.items() if isinstance(held, Tensor)}
     given = own_names(tensors, wanted)
     shapes = {
         name: (tuple(given[name].shape), tuple(tensor.shape))

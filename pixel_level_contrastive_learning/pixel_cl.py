@@ -31,6 +31,7 @@ from .modules.encoder import Branches, Encoder, Projections
 from .modules.heads import map_projector, predictor, vector_projector
 from .modules.ppm import PPM
 from .modules.survey import Survey
+from .modules.taps import first_weight
 from .modules.target import Target
 from .two_views import TwoViews
 from .views import MODES, Placement, View
@@ -212,7 +213,7 @@ class PixelCL(nn.Module):
         )
         self.online_predictor = predictor(out, hidden)
         self.propagate_pixels = PPM(chan=out, num_layers=ppm_num_layers, gamma=ppm_gamma)
-        weight = next(net.parameters(), torch.empty(0))
+        weight = first_weight(net, torch.empty(0))
         heads = self.online_encoder.pixel_projector, self.online_encoder.instance_projector
         for head in (*heads, self.online_predictor, self.propagate_pixels):
             head.to(weight.device, weight.dtype)

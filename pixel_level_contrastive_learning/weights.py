@@ -144,12 +144,21 @@ def clean_state(net: nn.Module) -> dict[str, Tensor]:
     Raises:
         ValueError: A weight is NaN or infinite.
     """
-    state: dict[str, Tensor] = net.state_dict()
-    broken = [name for name, held in state.items() if not held.isfinite().all()]
-    if broken:
+    held_by_net: dict[str, Any] = net.state_dict()
+    state = {name: held for name, held in held_by_net.items() if isinstance(held, Tensor)}
+    if others := held_by_net.keys() - state.keys():
+        log.warning("%s of %s are no tensors and are left out", sorted(others), type(net).__name__)
+    learned = {name for name, _ in net.named_parameters(remove_duplicate=False)}
+    learned |= {name for name in state if name.endswith(("running_mean", "running_var"))}
+    wrong = [
+        name
+        for name, held in state.items()  # a mask may hold minus infinity
+        if held.isnan().any() or (name in learned and held.isinf().any())
+    ]
+    if wrong:
         raise ValueError(
-            f"{', '.join(broken[:3])} of {type(net).__name__} hold NaN or infinite values, so the "
-            f"backbone is not written ({len(broken)} of {len(state)} tensors); take the last good "
+            f"{', '.join(wrong[:3])} of {type(net).__name__} hold NaN or infinite values, so the "
+            f"backbone is not written ({len(wrong)} of {len(state)} tensors); take the last good "
             "checkpoint"
         )
     return {

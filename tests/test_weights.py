@@ -125,6 +125,43 @@ def test_a_broken_backbone_is_not_written(net, tmp_path) -> None:
     assert json.loads(path.with_suffix(".json").read_text())["seed"] == 0
 
 
+def test_a_mask_may_hold_infinity_and_a_statistic_may_not(net, tmp_path) -> None:
+    path = tmp_path / "backbone.safetensors"
+    net.register_buffer("mask", torch.full((2, 2), -torch.inf).triu(1))
+    save_backbone(path, net, CARD)
+    assert load_file(path)["mask"].tolist() == [[0, -torch.inf], [0, 0]]
+    net.bn1.running_var[0] = torch.inf
+    with pytest.raises(ValueError, match=r"^bn1\.running_var of ResNet hold NaN or infinite"):
+        save_backbone(path, net, CARD)
+    net.bn1.running_var[0] = 1
+    net.mask[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"^mask of ResNet hold NaN or infinite"):
+        save_backbone(path, net, CARD)
+
+
+class Counting(nn.Linear):
+    """A layer that keeps more than tensors."""
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"seen": 3}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        self.seen = state["seen"]
+
+
+def test_extra_state_is_left_out_with_a_word(tmp_path, caplog) -> None:
+    path = tmp_path / "backbone.safetensors"
+    net = Counting(4, 4)
+    save_backbone(path, net, CARD)
+    assert "['_extra_state'] of Counting are no tensors and are left out" in caplog.text
+    assert load_file(path).keys() == {"weight", "bias"}
+    fresh = Counting(4, 4)
+    assert load_weights(fresh, path).whole
+    assert torch.equal(fresh.weight, net.weight)
+    torch.save(net.state_dict(), tmp_path / "net.pt")
+    assert load_weights(Counting(4, 4), tmp_path / "net.pt").matched == ["weight", "bias"]
+
+
 def test_another_suffix_is_refused(net, tmp_path) -> None:
     with pytest.raises(ValueError, match=r"it must end in \.safetensors"):
         save_backbone(tmp_path / "backbone.pt", net, CARD)

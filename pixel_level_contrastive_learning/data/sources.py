@@ -106,9 +106,11 @@ class Items:
     def open(self, index: int) -> Opened:
         try:
             item = self.items[index]
-        except Exception as error:  # the user's code may raise anything
+            return opened_item(item[0] if isinstance(item, (tuple, list)) else item)
+        except Unreadable:
+            raise
+        except Exception as error:  # the user's code may raise anything, and Pillow decodes here
             raise Unreadable(f"{type(error).__name__}: {error}") from error
-        return opened_item(item[0] if isinstance(item, (tuple, list)) else item)
 
 
 class Joined:
@@ -282,7 +284,9 @@ def listed(path: Path) -> list[str]:
 def opened_item(item: object) -> Opened:
     """An image in memory, looked at as a file would be."""
     if isinstance(item, Tensor):
-        return opened_pixels(as_pixels(item.detach().cpu().numpy(), "CYX"[-item.ndim :]))
+        held = item.detach().cpu()
+        known = held.float() if held.dtype == torch.bfloat16 else held  # which NumPy has not
+        return opened_pixels(as_pixels(known.numpy(), "CYX"[-item.ndim :]))
     if hasattr(item, "getbands"):
         return opened_pillow(item)
     if hasattr(item, "__array__"):

@@ -12,7 +12,7 @@ from torch.nn.functional import interpolate
 
 from ..augment import Normalise, statistics
 from ..modules.layouts import as_map
-from ..modules.survey import Survey, duplicate
+from ..modules.survey import Survey, duplicate, thawed
 from ..modules.taps import Taps
 
 
@@ -41,7 +41,7 @@ class Reader:
         size: tuple[int, int],
     ) -> None:
         # Frozen weights may be read as well as others, but a survey refuses taps without gradient.
-        survey = Survey(duplicate(net).requires_grad_(True), channels, size)
+        survey = Survey(thawed(duplicate(net)), channels, size)
         names = list(layers) if layers else [survey.default_pixel()]
         taps = [survey.tap(name, pixel=True) for name in dict.fromkeys(names)]
         self.net = net

@@ -14,7 +14,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from ..modules.layers import Layer, features
-from ..modules.survey import Survey
+from ..modules.survey import Survey, thawed
 from .features import Reader, device_of, resized
 from .labelled import IGNORED, Labelled
 from .preparation import Preparation
@@ -56,8 +56,7 @@ class Segmenter(nn.Module):
         from segmentation_models_pytorch.decoders.unet.decoder import UnetDecoderBlock
 
         super().__init__()
-        net.requires_grad_(True)
-        levels = deepest_maps(Survey(net, channels, size))
+        levels = deepest_maps(Survey(thawed(net), channels, size))
         self.net = net
         self.reader = Reader(net, [level.name for level in levels], channels, size)
         widths = [reading.channels for reading in self.reader.readings.values()]
@@ -144,7 +143,7 @@ def trained(
         torch.manual_seed(seed)
         side = crop_side(train, prepare)
         channels = prepare.statistics.channels
-        own = copy.deepcopy(net)
+        own = copy.deepcopy(net).float()  # in halves small updates would round away
         segmenter = Segmenter(own, channels, side, len(train.classes)).to(device).train()
         inner = {id(weight) for weight in own.parameters()}
         decoder = [weight for weight in segmenter.parameters() if id(weight) not in inner]

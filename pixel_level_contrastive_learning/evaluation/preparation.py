@@ -13,6 +13,7 @@ from ..augment import Normalise
 from ..backbones import default_image_size
 from ..checks import raise_together, size_pair
 from ..data.statistics import Statistics, fits
+from ..modules.taps import first_weight
 from ..weights import BackboneCard
 from .features import device_of, evaluating
 
@@ -142,10 +143,12 @@ def takes(net: nn.Module, channels: int, size: int | Size) -> bool:
         if isinstance(size, tuple)
         else [(round(size * high), round(size * wide)) for high, wide in longer]
     )
+    blank = torch.zeros((), device=device_of(net))
+    blank = blank.to(first_weight(net, blank).dtype)
     try:
         with torch.no_grad(), evaluating(net):
             for shape in shapes:
-                net(torch.zeros(1, channels, *shape, device=device_of(net)))
+                net(blank.expand(1, channels, *shape))
     except Exception:  # whatever a network says: assertions, too
         return False
     return True

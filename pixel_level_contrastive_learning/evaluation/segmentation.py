@@ -35,6 +35,8 @@ CHOOSING_TOLERANCE = 2e-5
 """How far the fits go among which the strength is chosen; more steps change no IoU by 0.003."""
 STRETCHES = 4
 """Stretches of the training images whose last fifth chooses the strength."""
+CONSTANT = 1e-6
+"""A channel whose deviation is at most this share of its mean is one that never changes."""
 NEIGHBOURS = 20
 TEMPERATURE = 0.07
 """Cosines are divided by it before neighbours are weighed by their exponential, as in
@@ -106,6 +108,9 @@ def gather(
         prepare: What is done to the images first.
         seed: Decides which cells are kept where not all can be.
         most_bytes: What the bank may take, a cell of it at least.
+
+    Raises:
+        ValueError: Features that are NaN or infinite.
     """
     classes = len(split.classes)
     most = most_bytes // (4 * (reader.channels + classes))
@@ -118,7 +123,7 @@ def gather(
     dice = torch.Generator().manual_seed(seed)
     ends = [0]
     for fed in feed(chosen, prepare):
-        maps = reader(fed.pixels).cpu()
+        maps = known_maps(reader, fed.pixels).cpu()
         grid = maps.shape[-2], maps.shape[-1]
         for own, mask in zip(rearrange(maps, "b c h w -> b (h w) c"), fed.masks, strict=True):
             share = class_shares(mask, grid, classes)
@@ -129,6 +134,22 @@ def gather(
             cells[rows], shares[rows] = own[known], share[known]
             ends.append(rows.stop)
     return Bank(cells[: ends[-1]], shares[: ends[-1]], ends[first_held])
+
+
+def known_maps(reader: Reader, pixels: Tensor) -> Tensor:
+    """What the reader reads.
+
+    Raises:
+        ValueError: Some of it is NaN or infinite.
+    """
+    maps = reader(pixels)
+    if not maps.isfinite().all():
+        raise ValueError(
+            f"{' and '.join(reader.layers)} of this network give features that are NaN or infinite "
+            "for these images, by which nothing can be told apart: it has diverged; take an "
+            "earlier checkpoint, or a smaller learning rate"
+        )
+    return maps
 
 
 Judge = Callable[[Tensor], Tensor]
@@ -156,7 +177,9 @@ def linear_judge(bank: Bank) -> Judge:
     Args:
         bank: Training cells. They are standardised in place.
     """
-    mean, std = bank.cells.mean(dim=0), bank.cells.std(dim=0, correction=0).clamp(min=1e-6)
+    mean, std = bank.cells.mean(dim=0), bank.cells.std(dim=0, correction=0)
+    # What is the same in all cells differs by rounding, which must not be blown up: it has no say.
+    std = std.masked_fill(std <= CONSTANT * mean.abs(), torch.inf)
     cells = bank.cells.sub_(mean).div_(std)
     curvature = Curvature.of(cells)
     weights = cells.new_zeros(cells.shape[1] + 1, bank.shares.shape[1])
@@ -225,7 +248,7 @@ def by_cells(reader: Reader, judge: Judge, device: torch.device | str = "cpu") -
     """A predictor out of a reader of features and a judge of cells, which works on a device."""
 
     def predict(pixels: Tensor) -> Tensor:
-        maps = reader(pixels).to(device)
+        maps = known_maps(reader, pixels).to(device)
         scores = judge(rearrange(maps, "b c h w -> (b h w) c")).cpu()
         h, w = maps.shape[-2:]
         return rearrange(scores, "(b h w) k -> b k h w", h=h, w=w)

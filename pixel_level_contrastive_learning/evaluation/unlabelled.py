@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from math import isfinite
 from pathlib import Path
 
 import torch
@@ -188,6 +189,8 @@ def what_it_means(rows: Sequence[Row]) -> str:
         f"({random[HIT]:.0%} with random weights, {ours[CHANCE]:.1%} by chance)"
     )
     health = str(verdict(ours["spread"], ours["effective rank"]))
+    if not isfinite(ours["spread"]):
+        return f"{found}. {health}"
     if ours[HIT] < min(BY_COLOUR * ours[KEPT], CLEAR * random[HIT]):
         health = (
             f"It goes by colour: with colours left as they are it finds {ours[KEPT]:.0%}. Change "

@@ -77,8 +77,7 @@ class Encoder(nn.Module):
             ValueError: A tapped layer did not run, or changed its shape, or gave an output without
                 gradient while gradients are on.
         """
-        weight = next(self.net.parameters(), pixels)
-        outputs = self.taps.run(self.net, pixels.to(weight.dtype))
+        outputs = self.taps.run(self.net, pixels)
         size = (pixels.shape[2], pixels.shape[3])
         pixel = instance = None
         if branches.pixel:

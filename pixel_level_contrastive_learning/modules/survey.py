@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .layers import SAME_STRIDE, Layer, features, halves, stride
 from .layouts import Reading, read_output
-from .taps import Tap, plain_name
+from .taps import Tap, Taps, can_learn, first_weight, plain_name
 
 
 class Seen(NamedTuple):
@@ -25,6 +26,8 @@ class Seen(NamedTuple):
         given: The stride of the map it was given; 0 if that was none.
         output: What it gave.
         overwritten: Whether that is changed in place later on, be it in training alone.
+        root: The last step of the gradient of what a tap reads, which is a copy if it is changed.
+        carries_gradient: Whether that has one.
         used: Whether a layer with weights of its own was given it.
     """
 
@@ -32,7 +35,13 @@ class Seen(NamedTuple):
     given: float
     output: object
     overwritten: bool = False
+    root: Any = None
+    carries_gradient: bool = False
     used: bool = False
+
+    def read_from(self, tensor: Tensor) -> Self:
+        """The same, read by its gradient as it is now."""
+        return self._replace(root=tensor.grad_fn, carries_gradient=tensor.requires_grad)
 
     @property
     def is_score(self) -> bool:
@@ -66,9 +75,8 @@ class Survey:
         self.children = [name for name, _ in net.named_children()]
         self.names = [plain_name(name) for name, _ in net.named_modules() if name]
         self.layers: list[Layer] = []
-        self.outputs: dict[str, object] = {}
         self.net = duplicate(net).train(training)
-        weight = next(self.net.parameters(), torch.empty(0))
+        weight = first_weight(self.net, torch.empty(0))
         self.images = torch.zeros(2, channels, *size, device=weight.device, dtype=weight.dtype)
         seen = self.look()
         readings = {name: self.read(own.output) for name, own in seen.items()}
@@ -76,13 +84,14 @@ class Survey:
         half = halves({name: (own.given, strides[name]) for name, own in seen.items()})
         scores = {id(own.output) for own in seen.values() if own.is_score}
         for name, own in seen.items():
-            output, shown, grows = own.output, type(own.output).__name__, False
-            if isinstance(output, Tensor):
-                shown, grows = str(tuple(output.shape)), output.requires_grad
+            output, type_name = own.output, type(own.module).__name__
+            shown = (
+                str(tuple(output.shape)) if isinstance(output, Tensor) else type(output).__name__
+            )
             whole = name not in half and id(output) not in scores
-            known = readings[name], strides[name], whole, id(output), own.overwritten, grows
-            self.layers.append(Layer(name, type(own.module).__name__, shown, *known))
-            self.outputs[name] = output
+            known = readings[name], strides[name], whole, id(output), own.overwritten
+            self.layers.append(Layer(name, type_name, shown, *known, own.carries_gradient))
+        self.roots = {name: own.root for name, own in seen.items()}
 
     def read(self, output: object) -> Reading | None:
         """How what a layer gave, or was given, can be read."""
@@ -96,14 +105,15 @@ class Survey:
 
         def note(name: str, layer: nn.Module) -> Iterator[RemovableHandle]:
             def gave(module: nn.Module, inputs: tuple[object, ...], output: object) -> None:
-                version = output._version if isinstance(output, Tensor) else 0
+                tensor = output if isinstance(output, Tensor) else torch.empty(0)
                 given = stride(self.read(inputs[0]) if inputs else None, self.size)
                 if next(module.parameters(recurse=False), None) is not None:
                     used.update(map(id, inputs))
                     used.discard(id(output))  # it may lie where a tensor lay that is gone
                 fired.pop(name, None)  # a layer that runs again moves to the end
                 changed.discard(name)
-                fired[name] = Seen(module, given, output), version
+                seen = Seen(module, given, output).read_from(tensor)
+                fired[name] = seen, tensor._version
 
             # Dropout in place, which is idle here, changes in training what it is given.
             def takes(_: nn.Module, inputs: tuple[object, ...]) -> None:
@@ -119,9 +129,8 @@ class Survey:
 
         named = ((plain_name(name), layer) for name, layer in self.net.named_modules() if name)
         handles = [handle for name, layer in named for handle in note(name, layer)]
-        devices = [self.images.device] if self.images.device.type == "cuda" else []
         try:
-            with torch.random.fork_rng(devices), torch.enable_grad():
+            with self.alone():
                 self.net(self.images)
         except Exception as error:
             raise ValueError(
@@ -132,13 +141,23 @@ class Survey:
         finally:
             for handle in handles:
                 handle.remove()
+        found: dict[str, Seen] = {}
         for name, (seen, version) in fired.items():
-            if isinstance(seen.output, Tensor) and seen.output._version != version:
-                changed.add(name)
-        return {
-            name: seen._replace(overwritten=name in changed, used=id(seen.output) in used)
-            for name, (seen, _) in fired.items()
-        }
+            own = seen._replace(used=id(seen.output) in used)
+            # What re-entrant checkpointing gives has its gradient only once that is done.
+            if isinstance(seen.output, Tensor):
+                overwritten = name in changed or seen.output._version != version
+                own = own._replace(overwritten=overwritten)
+                own = own if overwritten else own.read_from(seen.output)
+            found[name] = own
+        return found
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """A context with gradients, from which no random generator moves on."""
+        devices = [self.images.device] if self.images.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), torch.enable_grad():
+            yield
 
     def tap(self, wanted: str | int, *, pixel: bool) -> Tap:
         """The tap on a layer, once it was found to give what pixels or instances need.
@@ -231,10 +250,10 @@ class Survey:
         """The layer that most weights lead to; among equals, the last to run."""
         deepest, most, counted = layers[-1], -1, set[Any]()
         for layer in reversed(layers):
-            output: Any = self.outputs[layer.name]
-            if output.grad_fn in counted:
+            root = self.roots[layer.name]
+            if root in counted:
                 continue  # what was counted depends on it
-            steps = set(graph(output))
+            steps = set(graph(root))
             weights = sum(node.variable.numel() for node in steps if hasattr(node, "variable"))
             if weights > most:
                 deepest, most = layer, weights
@@ -279,19 +298,17 @@ class Survey:
     def unreached(self, tap: Tap) -> list[str]:
         """The names of parameters, frozen ones too, that the tap's output does not depend on."""
         parameters = dict(self.net.named_parameters())
-        frozen = [p for p in parameters.values() if not p.requires_grad and p.is_floating_point()]
-        if frozen:  # they may be thawed later
-            for parameter in frozen:
-                parameter.requires_grad_()
-            self.outputs = {name: own.output for name, own in self.look().items()}
-        walked = list(graph(self.outputs[tap.name]))
+        if not all(parameter.requires_grad for parameter in parameters.values()):
+            thawed(self.net)  # as they may be later
+            self.roots = {name: own.root for name, own in self.look().items()}
+        walked = list(graph(self.roots[tap.name]))
         reached = {id(node.variable) for node in walked if hasattr(node, "variable")}
         if any(isinstance(node, BackwardCFunction) for node in walked):
             # What re-entrant checkpointing or a function of one's own does inside shows only when
             # it runs.
             self.net.zero_grad()
-            output: Any = self.look()[tap.name].output
-            output.sum().backward()
+            with self.alone():
+                Taps(tap).run(self.net, self.images)[tap.name].sum().backward()
             reached = {id(own) for own in parameters.values() if own.grad is not None}
         return [name for name, parameter in parameters.items() if id(parameter) not in reached]
 
@@ -308,14 +325,21 @@ def duplicate(net: nn.Module) -> nn.Module:
         ) from error
 
 
+def thawed(net: nn.Module) -> nn.Module:
+    """The network itself, all of its weights with a gradient; tables of indices have none."""
+    for parameter in net.parameters():
+        parameter.requires_grad_(can_learn(parameter))
+    return net
+
+
 def memory(tensor: Tensor) -> int:
     """Where a tensor's values lie: the same number for all that share them."""
     return tensor.untyped_storage().data_ptr()
 
 
-def graph(output: Any) -> Iterator[Any]:
-    """Every step that a gradient of ``output`` takes, down to the leaves."""
-    waiting: list[Any] = [output.grad_fn] if output.grad_fn is not None else []
+def graph(root: Any) -> Iterator[Any]:
+    """Every step that a gradient takes from its last step down to the leaves; None has none."""
+    waiting: list[Any] = [root] if root is not None else []
     seen = set(waiting)
     while waiting:
         node = waiting.pop()

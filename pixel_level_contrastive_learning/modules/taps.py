@@ -48,10 +48,13 @@ class Taps:
     # Hooks come and go outside of compiled code; the network between is compiled, hooks and all.
     @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator, no-untyped-call]
     def run(self, net: nn.Module, pixels: Tensor) -> dict[str, Any]:
-        """What each layer gave for ``pixels``; a layer that did not run has no entry."""
+        """What each layer gave for ``pixels``; a layer that did not run has no entry.
+
+        Pixels are brought to the precision of the network.
+        """
         handles = self.attach(net)
         try:
-            net(pixels)
+            net(pixels.to(first_weight(net, pixels).dtype))
             return dict(self.caught)
         finally:
             self.caught.clear()
@@ -82,12 +85,34 @@ def plain_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
+def can_learn(parameter: Tensor) -> bool:
+    """Whether a parameter can carry a gradient: a table of indices cannot."""
+    return parameter.is_floating_point() or parameter.is_complex()
+
+
+def first_weight(net: nn.Module, instead: Tensor) -> Tensor:
+    """The first weight that is no table of indices: it tells where and how finely a network counts.
+
+    Args:
+        net: The network.
+        instead: What is taken where there is none.
+    """
+    return next((weight for weight in net.parameters() if weight.is_floating_point()), instead)
+
+
 def find_layer(net: nn.Module, name: str) -> nn.Module:
     """The submodule called ``name``, such as ``layer4``, whatever was wrapped around it.
 
     Raises:
-        ValueError: There is none, where there was one when the learner was built.
+        ValueError: There is none, where there was one when the learner was built; or copies of it
+            run on several devices, which one hook cannot tell apart.
     """
+    if isinstance(net, nn.DataParallel) and len(net.device_ids) > 1:
+        raise ValueError(
+            f"the network is a DataParallel over {len(net.device_ids)} devices, whose copies "
+            "cannot be tapped; hand in the network itself and wrap DistributedDataParallel around "
+            "the learner"
+        )
     layers: dict[str, nn.Module] = dict(net.named_modules())
     if isinstance(net, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         layers |= dict(net.module.named_modules())

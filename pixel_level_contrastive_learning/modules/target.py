@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from ..checks import raise_together, within
 from .encoder import BOTH, Branches, Encoder, Projections
+from .taps import can_learn, first_weight
 
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -51,7 +52,7 @@ class Target(Encoder):
             for tensor in held:
                 if tensor.dtype in HALVES:
                     tensor.data = tensor.float()
-        self.compute_dtype = next(online.parameters()).dtype
+        self.compute_dtype = first_weight(online, torch.empty(0)).dtype
 
     @torch.no_grad()
     def forward(self, pixels: Tensor, branches: Branches = BOTH) -> Projections:
@@ -74,10 +75,10 @@ class Target(Encoder):
             ValueError: A decay outside [0, 1].
         """
         raise_together(within("decay", decay, 0, 1))
-        own = [parameter.detach() for parameter in self.parameters()]
-        others = [parameter.detach() for parameter in online.parameters()]
-        others = [other.to(mine.dtype) for mine, other in zip(own, others, strict=True)]
-        torch._foreach_lerp_(own, others, 1 - decay)
+        pairs = list(zip(self.parameters(), online.parameters(), strict=True))
+        moving = [(mine.detach(), other) for mine, other in pairs if can_learn(mine)]
+        others = [other.detach().to(mine.dtype) for mine, other in moving]
+        torch._foreach_lerp_([mine for mine, _ in moving], others, 1 - decay)
 
     @torch.no_grad()
     def reset(self, online: Encoder) -> None:

@@ -223,6 +223,8 @@ class Run:
         """
         own = self.task.state_dict()
         for name in own.keys() & state.keys():
+            if not isinstance(own[name], torch.Tensor):  # a module's extra state
+                continue
             here, there = tuple(own[name].shape), tuple(state[name].shape)
             if here != there:
                 raise ValueError(

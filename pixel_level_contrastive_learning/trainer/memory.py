@@ -99,14 +99,15 @@ def blank_views(
 @contextmanager
 def untouched(learner: PixelCL) -> Iterator[None]:
     """A context after which buffers, gradients and random generators are as they were."""
-    buffers = [buffer.clone() for buffer in learner.buffers()]
+    buffers = {name: buffer.clone() for name, buffer in learner.named_buffers()}
     cuda = [p.device for p in list(learner.parameters())[:1] if p.device.type == "cuda"]
     try:
         with torch.random.fork_rng(cuda):
             yield
     finally:
-        for now, before in zip(learner.buffers(), buffers, strict=True):
-            now.copy_(before)
+        for name, now in learner.named_buffers():
+            if name in buffers and now.shape == buffers[name].shape:  # others are the views' own
+                now.copy_(buffers[name])
         learner.zero_grad(set_to_none=True)
 
 

@@ -23,6 +23,7 @@ from ..evaluation.features import Reader
 from ..evaluation.preparation import Preparation
 from ..evaluation.segmentation import probed
 from ..geometry import box_to_map
+from ..keys import LAST
 from ..pictures.maps import aligned_colours, colours_picture, pca_colours
 from ..views import cut_views
 from ..weights import BackboneCard
@@ -182,7 +183,8 @@ class Probe(Callback):
     """Fits a probe to the frozen features, and keeps the best checkpoint.
 
     Before the first step, to have something to compare with and to find out at once whether it can
-    be done; every so many steps; and after the last.
+    be done; every so many steps; and after the last. Where a run was killed during a probe, that
+    comes first when it is resumed.
 
     Args:
         directory: The folder of the run.
@@ -218,8 +220,8 @@ class Probe(Callback):
         self.file = directory.path / PROBE_FILE
 
     def on_train_start(self, trainer: Trainer, task: Any) -> None:
-        if task.done == 0:
-            if trainer.is_global_zero:
+        if task.done % self.every == 0:
+            if trainer.is_global_zero and task.done not in self.scores():  # else killed meanwhile
                 self.probe(task)
             trainer.strategy.barrier()
 
@@ -238,18 +240,20 @@ class Probe(Callback):
         prepare = Preparation.of(card, net=net)
         scored = probed(reader, self.train, self.judged, prepare, protocol=self.protocol)
         miou = float(scored.scores.miou)
-        best = max(self.scores(), default=-1.0)
+        best = max((own for step, own in self.scores().items() if step > 0), default=-1.0)
         with self.file.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": task.done, "miou": miou}) + "\n")
         self.figures.health |= {"probe_miou": miou}
         is_best = task.done > 0 and miou > best
         LOG.info("step %d: mean IoU of the probe %.4f%s", task.done, miou, " (best)" * is_best)
         if is_best:
-            self.directory.name_also(self.directory.checkpoint_path(task.done), BEST)
+            path = self.directory.checkpoint_path(task.done)
+            # A run whose numbered checkpoints are gone was resumed from the link to the last.
+            self.directory.name_also(path if path.exists() else path.with_name(LAST), BEST)
 
-    def scores(self) -> list[float]:
-        """The figures of earlier probes after the first step."""
+    def scores(self) -> dict[int, float]:
+        """The figures of earlier probes by their steps."""
         if not self.file.exists():
-            return []
+            return {}
         held = [json.loads(line) for line in self.file.read_text().splitlines()]
-        return [line["miou"] for line in held if line["step"] > 0]
+        return {line["step"]: line["miou"] for line in held}

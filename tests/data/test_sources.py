@@ -93,6 +93,7 @@ def test_several_places_are_joined(tmp_path) -> None:
     [
         torch.full((3, 4, 5), 7, dtype=torch.uint8),
         torch.full((4, 5), 7.0),
+        torch.full((4, 5), 7.0, dtype=torch.bfloat16),
         np.full((4, 5, 3), 7, np.uint8),
         np.full((4, 5), 7, np.uint16),
         Image.new("RGB", (5, 4), (7, 7, 7)),
@@ -131,6 +132,12 @@ def test_items_that_cannot_be_used_say_why() -> None:
                 raise KeyError("gone")
             return "text"
 
+    cut_off = io.BytesIO()
+    Image.effect_noise((40, 40), 90).save(cut_off, "PNG")
+    with pytest.raises(Unreadable, match=r"^OSError: image file is truncated"):
+        open_source([Image.open(io.BytesIO(cut_off.getvalue()[:900]))]).open(0)
+    with pytest.raises(Unreadable, match=r"^TypeError: can't convert Sparse"):
+        open_source([torch.zeros(3, 4, 5).to_sparse()]).open(0)
     source = open_source(Rotten())
     with pytest.raises(Unreadable, match=r"^an item is a str; it must be a tensor"):
         source.open(0)

@@ -48,6 +48,15 @@ def test_a_layer_gives_what_it_gives_in_eval_mode(net) -> None:
     torch.testing.assert_close(found, net.two(net.norm(net.one(ready))).detach())
 
 
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float64])
+def test_images_are_brought_to_the_precision_of_the_network(net, kind) -> None:
+    images = torch.rand(2, 3, 16, 24)
+    exact = dense_features(net, images, ["two"])
+    found = dense_features(net.to(kind), images, ["two"])
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, exact, atol=0.02, rtol=0.02)
+
+
 def test_layers_are_resized_to_the_finest_and_stacked(net) -> None:
     images = torch.rand(2, 3, 16, 24)
     both = dense_features(net, images, ["two", "one"])

@@ -17,6 +17,7 @@ from pixel_level_contrastive_learning.evaluation.finetuning import (
     finetuned,
     known_loss,
     rate,
+    trained,
 )
 from pixel_level_contrastive_learning.evaluation.labelled import open_labelled
 from pixel_level_contrastive_learning.evaluation.preparation import Preparation
@@ -171,6 +172,19 @@ def test_a_network_learns_and_the_one_given_stays_as_it_was(labelled) -> None:
     assert net.training
     for name, value in net.state_dict().items():
         assert torch.equal(value, before[name])
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float64])
+def test_a_network_of_another_precision_is_trained_in_float32(labelled, kind) -> None:
+    train, _ = open_labelled(labelled)
+    net = small()
+    net.table = nn.Parameter(torch.arange(4), requires_grad=False)  # which learns nothing
+    net.to(kind)
+    segmenter = trained(net, train, preparation(32), steps=1, batch=2)
+    kinds = {own.dtype for own in segmenter.parameters()}
+    assert kinds == {torch.float32, torch.int64}
+    assert segmenter.net.table.tolist() == [0, 1, 2, 3]
+    assert {own.dtype for own in net.parameters()} == {kind, torch.int64}
 
 
 def test_what_is_predicted_for_an_image_does_not_hang_on_the_others(labelled) -> None:

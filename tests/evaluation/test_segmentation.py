@@ -258,6 +258,28 @@ def test_a_linear_judge_stands_a_channel_that_is_always_the_same() -> None:
     assert torch.equal(scores.argmax(1), own.shares.argmax(1))
 
 
+def test_a_channel_that_changes_only_later_has_no_say() -> None:
+    """Off its mean by rounding alone, it would be blown up a million times."""
+    dice = torch.Generator().manual_seed(0)
+    classes = torch.arange(200) % 2
+    own = classes[:, None] + 0.1 * torch.randn(200, 4, generator=dice)
+    cells = torch.cat([own, torch.full((200, 1), 0.7)], dim=1)
+    judge = linear_judge(Bank(cells.clone(), one_hot(classes, 2).float(), 160))
+    cells[:, 4] += 0.5
+    assert torch.equal(judge(cells).argmax(1), classes)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("protocol", ["linear", "knn"])
+def test_features_that_are_no_numbers_are_refused(labelled, plain, protocol, value) -> None:
+    train, val = open_labelled(labelled)
+    reader = Reader(plain, ["patches"], 3, (32, 48))
+    with torch.no_grad():
+        plain.patches.weight[0] = value
+    with pytest.raises(ValueError, match="patches of this network give features that are NaN or"):
+        probed(reader, train, val, preparation(32), protocol=protocol)
+
+
 def test_a_class_that_is_not_among_the_training_cells_is_never_chosen() -> None:
     bank = coloured(100)
     more = bank._replace(shares=torch.cat([bank.shares, torch.zeros(100, 1)], 1))

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 
 import pytest
@@ -235,6 +236,8 @@ def test_hits_are_put_into_words() -> None:
     assert "better than what it started from" in without([seen(0.3), seen(0.4), seen(0.5)])
     said = without([seen(0.3), seen(0.1), seen(0.3, kept=0.3)])
     assert "better than what it started from, but no better than random weights do. The" in said
+    said = without([seen(0.3), seen(0.6, spread=math.nan)])
+    assert "4.0% by chance). The features are not finite (spread nan" in said
     assert "have collapsed" in without([seen(0.3), seen(0.6, spread=0.01)])
     assert "with random weights, " in without([seen(0.3)])
 

@@ -213,7 +213,7 @@ def checkpoint_body(net: Backbone) -> None:
         (flatten_body, ["(2, 192)", "'b c h w'", "new learner"]),
         (pair_body, ["tuple", "new learner"]),
         (freeze, ["without gradient", "frozen", "unfreeze"]),
-        (checkpoint_body, ["without gradient", "re-entrant", "tap body.1 (8 channels, 4x6"]),
+        (checkpoint_body, ["without gradient", "re-entrant", "tap last (8 channels, 4x6"]),
     ],
 )
 @pytest.mark.parametrize("kind", Branches._fields)

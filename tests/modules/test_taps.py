@@ -12,7 +12,13 @@ from torchvision import models
 
 from pixel_level_contrastive_learning.modules.layouts import Reading, read_output
 from pixel_level_contrastive_learning.modules.survey import Survey
-from pixel_level_contrastive_learning.modules.taps import WRAPPERS, Tap, Taps, find_layer
+from pixel_level_contrastive_learning.modules.taps import (
+    WRAPPERS,
+    Tap,
+    Taps,
+    find_layer,
+    first_weight,
+)
 
 ANY = Reading("b c h w", 8, (4, 4))
 """A reading for tests that do not look at it."""
@@ -457,6 +463,46 @@ def test_frozen_parameters_are_surveyed_as_if_they_learned() -> None:
     survey = Survey(net, 3, (64, 64))
     assert survey.unreached(survey.tap("pool", pixel=False)) == ["head.weight", "head.bias"]
     assert not any(own.requires_grad for own in (*net.stem.parameters(), *net.head.parameters()))
+
+
+def test_what_joins_a_tap_after_it_was_read_is_unreached() -> None:
+    """A residual sum in place gives the tapped tensor a past that a copy of it does not have."""
+
+    def joined(net: Calls, x: Tensor) -> Tensor:
+        x = net.stem(x)
+        y = net.block(x)
+        y += net.side(x)
+        return net.after(y)
+
+    parts = {name: nn.Conv2d(8, 8, 1) for name in ("block", "side", "after")}
+    net = Calls(joined, stem=nn.Conv2d(3, 8, 8, 8), **parts)
+    survey = Survey(net, 3, (64, 64))
+    tap = survey.tap("block", pixel=True)
+    assert tap.overwritten
+    behind = ["side.weight", "side.bias", "after.weight", "after.bias"]
+    assert survey.unreached(tap) == behind
+    Taps(tap).run(net, torch.rand(2, 3, 64, 64))["block"].sum().backward()
+    assert [name for name, own in net.named_parameters() if own.grad is None] == behind
+
+
+def test_a_table_of_indices_is_no_weight() -> None:
+    net = small_net()
+    net.stem.table = nn.Parameter(torch.arange(4), requires_grad=False)
+    first = nn.Sequential()
+    first.table = nn.Parameter(torch.arange(4), requires_grad=False)
+    first.add_module("net", net)
+    survey = Survey(first, 3, (64, 64))
+    assert survey.images.dtype == torch.float32
+    idle = survey.unreached(survey.tap("net.pool", pixel=False))
+    assert idle == ["table", "net.stem.table", "net.head.weight", "net.head.bias"]
+    assert first_weight(first, torch.empty(0)) is net.stem.weight
+
+
+def test_copies_on_several_devices_are_refused() -> None:
+    net = nn.DataParallel(small_net())
+    net.device_ids = [0, 1]
+    with pytest.raises(ValueError, match=r"DataParallel over 2 devices.*DistributedDataParallel"):
+        find_layer(net, "stem")
 
 
 class Closed(torch.autograd.Function):

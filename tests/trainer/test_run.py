@@ -11,7 +11,7 @@ import yaml
 from lightning.pytorch import Callback
 from PIL import Image
 
-from pixel_level_contrastive_learning import pretrain
+from pixel_level_contrastive_learning import evaluate, pretrain
 from pixel_level_contrastive_learning.exports import export
 from pixel_level_contrastive_learning.files import CannotWriteError
 from pixel_level_contrastive_learning.trainer import course, engine
@@ -193,6 +193,60 @@ def test_a_run_goes_on_only_with_what_it_trained(tmp_path, settings) -> None:
         with pytest.raises(ValueError, match=f"with other weights: {next(iter(change))} from"):
             pretrain(out=tmp_path / "run", resume=True, **change)
     pretrain(out=tmp_path / "run", resume=True, steps=7, alpha=0.5)
+
+
+ODD = """
+import torch
+from torch import nn
+
+
+class Odd(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.table = nn.Parameter(torch.arange(5), requires_grad=False)
+        self.stem = nn.Conv2d(channels, 8, 4, 4)
+        self.norm = nn.BatchNorm2d(8)
+        self.body = nn.Conv2d(8, 16, 1)
+        self.register_buffer("mask", torch.full((2, 2), -torch.inf).triu(1))
+        self.cached = False
+
+    def get_extra_state(self):
+        return {"version": 3}
+
+    def set_extra_state(self, state):
+        assert state == {"version": 3}
+
+    def forward(self, x):
+        if not self.cached:
+            self.stem.register_buffer("grid", torch.ones(1), persistent=False)
+            self.cached = True
+        return self.body(self.norm(self.stem(x)).relu() * self.stem.grid)
+
+
+def odd(channels=3):
+    return Odd(channels).to(torch.KIND)
+"""
+"""A table of indices, a mask of infinity, extra state, and a buffer that is made on the way."""
+
+
+@pytest.mark.parametrize("kind", ["float32", "float64"])
+def test_a_network_of_odd_parts_is_trained_resumed_and_judged(
+    tmp_path, settings, labelled, kind
+) -> None:
+    (tmp_path / "odd.py").write_text(ODD.replace("KIND", kind))
+    given = settings(model=f"{tmp_path / 'odd.py'}:odd", picture_every=3, pixel_layer="body")
+    pretrain(**given | {"out": str(tmp_path / "whole")})
+    pretrain(**given | {"steps": 3})
+    pretrain(**given | {"resume": True})
+    run = tmp_path / "run"
+    held, state = weights(run), weights(tmp_path / "whole")
+    assert held.pop("_extra_state") == state.pop("_extra_state") == {"version": 3}
+    assert held["table"].tolist() == [0, 1, 2, 3, 4]
+    assert held["mask"].isinf().sum() == 1
+    assert held["body.weight"].dtype == getattr(torch, kind)
+    for how in ({}, {"protocol": "finetune", "seeds": 1, "steps": 2}):
+        found = evaluate(run, data=labelled, **how)
+        assert 0 < found.rows[-1].scores["mIoU"] <= 1
 
 
 def test_where_no_checkpoint_can_be_read_nothing_is_removed(tmp_path, settings) -> None:

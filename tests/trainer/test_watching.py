@@ -1,6 +1,7 @@
 """Looking at the network while it learns: what is drawn and measured, and that it harms nothing."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -107,6 +108,25 @@ def test_a_probe_is_noted_and_the_best_checkpoint_kept(tmp_path, settings, label
     log = (run / "train.log").read_text()
     assert f"step 0: mean IoU of the probe {probed[0]['miou']:.4f}\n" in log
     assert f"step 3: mean IoU of the probe {probed[1]['miou']:.4f} (best)\n" in log
+
+
+def test_a_run_that_was_killed_in_a_probe_makes_up_for_it(tmp_path, settings, labelled) -> None:
+    given = settings(probe=str(labelled), probe_every=1, checkpoint_every=3)
+    pretrain(**given)
+    run = tmp_path / "run"
+    probed = (run / "probe.jsonl").read_text().splitlines(keepends=True)
+    (run / "probe.jsonl").write_text(probed[0])
+    best = run / "checkpoints" / "best.ckpt"
+    for path in (best, run / "checkpoints" / "step-00000006.ckpt"):
+        path.unlink()
+    first, last = (run / "checkpoints" / name for name in ("step-00000003.ckpt", "last.ckpt"))
+    last.unlink()
+    os.link(first, last)
+    pretrain(**given | {"resume": True})
+    assert (run / "probe.jsonl").read_text() == "".join(probed)
+    kept = best.stat().st_ino
+    is_first = lines(run / "probe.jsonl")[1]["miou"] >= lines(run / "probe.jsonl")[2]["miou"]
+    assert (kept == first.stat().st_ino) is is_first
 
 
 def test_a_run_shorter_than_an_epoch_is_probed_at_both_ends(tmp_path, settings, labelled) -> None:
