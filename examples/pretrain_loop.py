@@ -23,15 +23,15 @@ class Folder(list[Path]):
         self.square = v2.Compose([v2.Resize(side), v2.RandomCrop(side), v2.PILToTensor()])
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        return self.square(Image.open(super().__getitem__(index)).convert("RGB")) / 255
+        picture = Image.open(super().__getitem__(index))
+        assert picture.mode[0] not in "IF", "16-bit or float: `pixelcl pretrain` scales such images"
+        return self.square(picture.convert("RGB")) / 255
 
 
 flags = argparse.ArgumentParser(description=__doc__)
 flags.add_argument("images", type=Path, help="folder of images, searched to any depth")
-flags.add_argument("--out", default="improved-resnet.pt")
-flags.add_argument("--size", type=int, default=128, help="side of the views, in pixels")
-for flag, default in (("--batch", 24), ("--steps", 300)):
-    flags.add_argument(flag, type=int, default=default)
+for flag, default in {"--out": "net.pt", "--size": 128, "--batch": 24, "--steps": 300}.items():
+    flags.add_argument(flag, type=type(default), default=default)  # size: the side of a view
 args = flags.parse_args()
 torch.manual_seed(0)
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -280,6 +280,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         print(f"error: {not_installed(error.name)}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
     except (RuntimeError, OSError, MemoryError) as error:  # what went wrong on the way
         print(f"error: {error}", file=sys.stderr)
         return 1

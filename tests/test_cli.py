@@ -230,6 +230,15 @@ def test_out_and_data_are_asked_for(capsys) -> None:
     assert "data is not given" in refusal("pretrain", "--out", "y", capsys=capsys)
 
 
+def test_ctrl_c_ends_a_command_without_a_traceback(monkeypatch, capsys) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pixel_level_contrastive_learning.evaluation.table.evaluate", interrupted)
+    assert exit_code(["evaluate", "random:torchvision/resnet18", "--images", "x"]) == 130
+    assert capsys.readouterr().err == "stopped\n"
+
+
 def test_what_is_said_of_an_evaluation_arrives(monkeypatch) -> None:
     asked: list[dict[str, object]] = []
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torchvision import models
 
 from pixel_level_contrastive_learning import PixelCL, cli
@@ -53,6 +54,14 @@ def run(script: str, *arguments: str, cwd: Path, without: str = "") -> str:
 def scenes(tmp_path: Path) -> Path:
     save_scenes(tmp_path / "scenes", {"train": 4, "val": 1}, size=(96, 120))
     return tmp_path / "scenes"
+
+
+def test_the_loop_refuses_what_it_would_turn_white(tmp_path) -> None:
+    (tmp_path / "deep").mkdir()
+    Image.new("I;16", (160, 160), 9000).save(tmp_path / "deep" / "a.png")
+    done = started("pretrain_loop.py", "deep", *SHORT, cwd=tmp_path)
+    assert done.returncode == 1
+    assert "16-bit or float: `pixelcl pretrain` scales such images" in done.stderr
 
 
 @pytest.fixture

@@ -206,7 +206,7 @@ class Index:
             )
             raise ValueError(
                 f"out is {str(folder)!r}, which holds shards of another call ({told}); give the "
-                "same settings to go on with it, or name another folder"
+                "same images and settings to go on with it, or name another folder"
             )
         for unfinished in folder.glob("*.part"):
             unfinished.unlink()

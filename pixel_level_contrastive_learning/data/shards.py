@@ -149,7 +149,10 @@ def local(place: str) -> str:
     """The path of a local shard, once it has been found."""
     path = Path(place).expanduser()
     if not path.is_file():
-        raise ValueError(f"no shard at {str(path)!r}; a pattern looks like name-{{0000..0099}}.tar")
+        raise ValueError(
+            f"no shard at {str(path)!r}; a pattern looks like name-{{0000..0099}}.tar, and a "
+            "folder of shards needs none"
+        )
     return str(path)
 
 

@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 
 RUN_FILE, RUN_FOLDER = "config.yaml", "checkpoints"
 """By what the folder of a run is known."""
+IMAGES, MASKS, PREDICTIONS = "images", "masks", "predictions"
+"""Folders of labelled images, and what an evaluation draws beside them."""
 
 
 class Source(Protocol):
@@ -208,12 +210,17 @@ def open_place(place: str, cache: Path | None, leave_out: str | Path | None) -> 
     if path.is_dir():
         paths, others = search(path, leave_out=leave_out)
         if paths:
+            if others:
+                log.info("left out of %s: %s", path, by_ending(others))
             return Files(paths)
         if others[".tar"]:
             return Shards(search(path, frozenset({".tar"}), leave_out=leave_out)[0])
         raise ValueError(nothing_in(path, others))
     if not path.exists():
-        raise ValueError(f"{place!r} does not exist; name a folder of images")
+        raise ValueError(
+            f"{place!r} does not exist; name a folder of images (a run may be resumed with its "
+            "images in another place)"
+        )
     if path.suffix.lower() in SUFFIXES:
         return Files([str(path)])
     return Files(listed(path))
@@ -225,7 +232,8 @@ def search(
     """All images under a folder in the order of their names, and how many files there are else.
 
     Links are followed, each folder is entered once, and what begins with a dot is left alone. So
-    is a run below the folder: else its pictures would be among the images when it is resumed.
+    is a run below the folder: else its pictures would be among the images when it is resumed. Of a
+    folder for `evaluate`, the masks and what was predicted are no images.
     """
     found: list[str] = []
     others: Counter[str] = Counter()
@@ -247,6 +255,10 @@ def search(
             folders.clear()
             continue
         folders[:] = sorted(name for name in folders if not name.startswith("."))
+        aside = {MASKS, PREDICTIONS} if {IMAGES, MASKS} <= set(folders) else set()
+        for name in aside & set(folders):
+            log.info("%s belongs to the images beside it and is not searched", Path(place) / name)
+            folders.remove(name)
         for name in files:
             suffix = os.path.splitext(name)[1].lower()
             if suffix in endings and not name.startswith("."):
@@ -258,12 +270,17 @@ def search(
 
 def nothing_in(folder: Path, others: Counter[str]) -> str:
     """The complaint about a folder without images."""
-    kinds = ", ".join(f"{count} {suffix or 'without'}" for suffix, count in others.most_common(5))
-    found = f"{others.total()} other files, by ending: {kinds}" if others else "no file at all"
+    found = by_ending(others) if others else "no file at all"
     return (
         f"no image in {str(folder)!r}: looked in it and below for files that end in "
         f"{', '.join(sorted(SUFFIXES))}, and for shards (.tar); found {found}"
     )
+
+
+def by_ending(others: Counter[str]) -> str:
+    """Files that are no images, counted by their endings."""
+    kinds = ", ".join(f"{count} {suffix or 'without'}" for suffix, count in others.most_common(5))
+    return f"{others.total()} other files, by ending: {kinds}"
 
 
 def listed(path: Path) -> list[str]:
@@ -278,6 +295,11 @@ def listed(path: Path) -> list[str]:
     paths = [str(path.parent / Path(line.strip()).expanduser()) for line in lines if line.strip()]
     if not paths:
         raise ValueError(f"data is {str(path)!r}, a list without paths; write one path a line")
+    if os.path.isdir(paths[0]):
+        raise ValueError(
+            f"data is {str(path)!r}, a list that begins with the folder {paths[0]!r}; name folders "
+            "themselves as data, and list images alone"
+        )
     return paths
 
 

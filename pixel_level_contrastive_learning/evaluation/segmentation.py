@@ -110,7 +110,7 @@ def gather(
         most_bytes: What the bank may take, a cell of it at least.
 
     Raises:
-        ValueError: Features that are NaN or infinite.
+        Diverged: Features that are NaN or infinite.
     """
     classes = len(split.classes)
     most = most_bytes // (4 * (reader.channels + classes))
@@ -136,15 +136,19 @@ def gather(
     return Bank(cells[: ends[-1]], shares[: ends[-1]], ends[first_held])
 
 
+class Diverged(ValueError):  # noqa: N818  # reads as what it says
+    """A network gives features that are NaN or infinite."""
+
+
 def known_maps(reader: Reader, pixels: Tensor) -> Tensor:
     """What the reader reads.
 
     Raises:
-        ValueError: Some of it is NaN or infinite.
+        Diverged: Some of it is NaN or infinite.
     """
     maps = reader(pixels)
     if not maps.isfinite().all():
-        raise ValueError(
+        raise Diverged(
             f"{' and '.join(reader.layers)} of this network give features that are NaN or infinite "
             "for these images, by which nothing can be told apart: it has diverged; take an "
             "earlier checkpoint, or a smaller learning rate"

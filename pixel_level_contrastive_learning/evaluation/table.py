@@ -102,6 +102,11 @@ def evaluate(
             if data is None and images is not None
         ),
     )
+    if isinstance(weights, nn.Module):
+        raise ValueError(
+            f"weights is a {type(weights).__name__}; give the folder of its run (result.run_dir), "
+            "or a file of its weights with a card, see save_card"
+        )
     place = chosen_device(device)
     if data is None:
         assert images is not None
@@ -114,6 +119,8 @@ def evaluate(
         prepare = Preparation.of(field.card, size, field.contenders[-1].build(seed))
         repeats = range(seed, seed + count)
         plan = Plan(train, judged, prepare, protocol, layers, fraction, repeats, steps)
+        if split == "train":
+            field.notes.append("Judged by the very images it learned from, and so too kindly.")
         found = with_labels(str(weights), str(data), split, field, plan, out, place)
     if out is not None:
         found.write(out)

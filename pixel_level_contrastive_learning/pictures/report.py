@@ -80,10 +80,13 @@ def visualize(
         Where the page is.
 
     Raises:
-        ValueError: There is no such run or device, or no image that can be used.
+        ValueError: There is no such run or device, no image that can be used, or a folder as out.
     """
     place = chosen_device(device)
     raise_together(whole("count", count, 1), whole("seed", seed, 0))
+    path = Path(out).expanduser()
+    if path.is_dir():
+        raise ValueError(f"out is {str(out)!r}, a folder; name a file, such as report.html")
     folder = Path(run).expanduser()
     settings = read_settings(folder)
     with torch.random.fork_rng(devices=[]):  # building a network draws its weights first
@@ -115,7 +118,6 @@ def visualize(
             f"{loaded.card.version}. This page holds everything it shows and loads nothing."
         ),
     }
-    path = Path(out).expanduser()
     write_whole(path, page.filled(parts, cargo(samples, seen.maps)))
     return path
 

@@ -63,6 +63,14 @@ def images_of(data: Any, config: PretrainConfig, directory: RunDirectory | None)
     stored = None if directory is None else directory.path / STATISTICS_FILE
     if stored is not None and stored.exists():
         held = json.loads(stored.read_text(encoding="utf-8"))
+        began_with = held.pop("images", len(source))
+        if began_with != len(source):
+            LOG.warning(
+                "there are %d images, and there were %d when the run began: of those held out now "
+                "some may have been trained on",
+                len(source),
+                began_with,
+            )
         plain: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in held.items()}
         statistics = Statistics(**plain)
     else:
@@ -83,6 +91,21 @@ def facts_of(images: Images, devices: Devices) -> Facts:
         processes=devices.processes,
         cores=max(1, cores() // (1 if SLURMEnvironment.detect() else devices.each_node)),
     )
+
+
+def check_batch(config: PretrainConfig, devices: Devices) -> None:
+    """Find out whether batch norm in the projectors has enough images on each device.
+
+    Raises:
+        ValueError: It has a single one.
+    """
+    assert isinstance(config.batch_size, int)
+    if config.instance_weight > 0 and config.batch_size < 2 * devices.processes:
+        raise ValueError(
+            f"batch_size is {config.batch_size} on {devices.processes} devices, but batch norm "
+            f"has no statistics of one image; give {2 * devices.processes} or more, or an "
+            "instance_weight of 0"
+        )
 
 
 def view_size(config: PretrainConfig) -> tuple[int, int]:
@@ -201,7 +224,8 @@ def task_of(
     return PretrainTask(learner, normalise, practice_of(config, clock))
 
 
-def save_statistics(statistics: Statistics, directory: RunDirectory) -> None:
-    """Keep what was measured of the images with the run."""
-    text = json.dumps(asdict(statistics), indent=2)
+def save_statistics(images: Images, directory: RunDirectory) -> None:
+    """Keep what was measured of the images with the run, and how many they are."""
+    count = len(images.training) + len(images.held_out)
+    text = json.dumps(asdict(images.statistics) | {"images": count}, indent=2)
     write_whole(directory.path / STATISTICS_FILE, text)

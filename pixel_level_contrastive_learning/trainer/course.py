@@ -24,7 +24,7 @@ from .figures import Figures
 from .interruption import Interruption
 from .machine import described, devices, free_memory, is_writer
 from .memory import FitMemory, estimate
-from .plan import clock_of, decided
+from .plan import clock_of, decided, workers
 from .preview import Preview, draw_pairs
 from .settings import CONFIG_FILE, as_yaml, differences, read_settings
 from .task import cut
@@ -97,6 +97,7 @@ class Run:
         self.labelled = open_labelled(config.probe) if config.probe is not None else None
         self.facts = assembly.facts_of(self.images, self.devices)
         config = decided(config, self.facts)
+        assembly.check_batch(config, self.devices)
         self.clock = clock_of(config, self.facts.images)
         torch.manual_seed(config.seed)
         goes_on = config.resume and bool(directory.checkpoint_paths())
@@ -142,7 +143,7 @@ class Run:
         )
         LOG.info(
             "%d steps of %d images (%d an epoch, %d of warm-up), learning rate up to %.3g, %s, "
-            "views of %d x %d pixels, layers %s and %s",
+            "views of %d x %d pixels, layers %s and %s, %s workers",
             self.clock.steps,
             c.batch_size,
             self.clock.steps_per_epoch,
@@ -152,6 +153,7 @@ class Run:
             *assembly.view_size(c),
             c.pixel_layer,
             c.instance_layer,
+            workers(c, self.facts),
         )
         if self.facts.images < (c.batch_size if isinstance(c.batch_size, int) else 0):
             LOG.warning(
@@ -166,7 +168,8 @@ class Run:
         """Prepare the folder for the first step; the checkpoint to go on from, if there is one."""
         found = None
         if self.config.resume:
-            for name, (old, new) in self.compare(self.config).items():
+            changed = self.compare(self.config)
+            for name, (old, new) in changed.items():
                 LOG.warning("changed: %s was %r and is now %r", name, old, new)
             found = self.directory.newest_checkpoint()
             if found is None:
@@ -175,6 +178,7 @@ class Run:
                 held = read_checkpoint(found[0])
                 self.refuse_misfits(held["state_dict"])
                 self.task.done, self.task.samples = self.clock_at(held)
+                self.refuse_idle_changes(changed)
                 LOG.info("going on at step %d, from %s", self.task.done, found[0])
         step = found[1] if found else 0
         counted_otherwise = found is not None and self.task.done != step
@@ -186,7 +190,7 @@ class Run:
             if found and counted_otherwise:
                 self.directory.renumber(found[0], step, self.task.done)
             self.directory.write_config(as_yaml(self.config))
-            assembly.save_statistics(self.images.statistics, self.directory)
+            assembly.save_statistics(self.images, self.directory)
             # Now, not at the end: with it the checkpoints can be evaluated while the run goes on.
             card = assembly.card_of(self.config, self.images.statistics)
             save_card(self.directory.path / WEIGHTS, card)
@@ -232,6 +236,19 @@ class Run:
                     f"checkpoint and {here} now; leave image_size and the model as they were, or "
                     "start a new run in another folder with --weights"
                 )
+
+    def refuse_idle_changes(self, changed: Mapping[str, Any]) -> None:
+        """Find out whether settings changed that nothing will be trained with.
+
+        Raises:
+            ValueError: Some did: what is written of the run would no longer be true of it.
+        """
+        if changed and self.task.done >= self.clock.steps:
+            raise ValueError(
+                f"{self.task.done} steps are done and {self.clock.steps} wanted: nothing is left "
+                f"to train with another {', '.join(changed)}; leave these as they were, give "
+                "more --steps or --epochs, or start a new run in another folder with --weights"
+            )
 
     def clock_at(self, held: Mapping[str, Any]) -> tuple[int, int]:
         """Step and samples to go on at; where the batch changed, a run in epochs counts samples."""

@@ -38,11 +38,12 @@ def pretrain(data: Any = None, out: str | Path | None = None, **settings: Any) -
     Raises:
         ValueError: A setting unknown or out of range (all at once), a folder in use, images or
             weights that cannot be read.
-        NotFiniteError: The loss became NaN; the last good checkpoint is kept.
+        NotFiniteError: The loss became NaN; the last good checkpoint is kept, if there was one.
         Interrupted: The run was told to stop, and has saved.
     """
     named, objects = told_apart(data)
-    given = settings | named | ({} if out is None else {"out": str(out)})
+    paths = {name: str(value) for name, value in settings.items() if isinstance(value, Path)}
+    given = settings | paths | named | ({} if out is None else {"out": str(out)})
     return run(configured(settings_of(given)), objects)
 
 
@@ -87,6 +88,16 @@ def run(config: PretrainConfig, objects: Any = None) -> PretrainResult:
             raise ValueError(
                 f"out is {config.out!r}, where no run is to go on with; name the folder of one, or "
                 "name images to begin a new one"
+            )
+        if config.resume:
+            raise ValueError(
+                f"data is not given, and the run in {config.out!r} was given Python objects: pass "
+                "the same to pretrain()"
+            )
+        if directory.holds_run():
+            raise ValueError(
+                f"data is not given; {config.out!r} holds a run, with which --resume goes on. For "
+                "a new one name a folder of images"
             )
         raise ValueError("data is not given; name a folder of images")
     if directory.path.resolve() in [Path(place).expanduser().resolve() for place in config.data]:

@@ -376,6 +376,7 @@ def not_finite(step: int, figures: Sequence[float]) -> str:
     shown = ", ".join(f"{name} {value:.4g}" for name, value in zip(FIGURES, figures, strict=True))
     return (
         f"step {step} gave a loss or gradient that is NaN or infinite ({shown}); the last good "
-        "checkpoint is kept: go on from it with --resume and a smaller --lr, a longer "
-        "--warmup-epochs, --clip-grad 1 or --precision float32"
+        "checkpoint, if there was one, is kept: go on from it with --resume (without one begin "
+        "anew with --overwrite) and a smaller --lr, a longer --warmup-epochs, --clip-grad 1 or "
+        "--precision float32"
     )

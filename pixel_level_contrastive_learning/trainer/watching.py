@@ -21,7 +21,7 @@ from ..data.statistics import Statistics
 from ..evaluation.correspondence import ViewPairs, draw_pairs, matched
 from ..evaluation.features import Reader
 from ..evaluation.preparation import Preparation
-from ..evaluation.segmentation import probed
+from ..evaluation.segmentation import Diverged, probed
 from ..geometry import box_to_map
 from ..keys import LAST
 from ..pictures.maps import aligned_colours, colours_picture, pca_colours
@@ -42,6 +42,11 @@ PICTURED = 4
 COMPARED = 32
 """Pairs of views of held-out images that are compared: of few images several each, for a share of a
 hundred cells goes up and down by chance."""
+
+NOT_FINITE = (
+    "in eval mode the network gives features that are NaN or infinite: it diverges; stop, and "
+    "train with a smaller lr"
+)
 
 
 class Watching(Callback):
@@ -119,6 +124,10 @@ class Watching(Callback):
             with precision.forward_context():  # in float32 a look takes four times a bfloat16 one
                 return reader(pixels)
 
+        features = read(task.normalise(self.pictured.to(task.device))).cpu()
+        if not features.isfinite().all():
+            LOG.warning("step %d: %s", task.done, NOT_FINITE)
+            return
         if self.pairs:
             found, kept = (
                 matched(read, pairs, self.card.mean, self.card.std) for pairs in self.pairs
@@ -135,9 +144,6 @@ class Watching(Callback):
                 100 * found.hit1,
                 100 * found.chance,
             )
-        normalise = task.normalise
-        device = task.device
-        features = read(normalise(self.pictured.to(device))).cpu()
         n, _, h, w = features.shape
         # A resumed run may look at other images than before, or at other sizes.
         if self.colours is None or self.colours.shape != (n, 3, h, w):
@@ -238,7 +244,11 @@ class Probe(Callback):
         net, card = task.learner.net, self.card
         reader = Reader(net, [card.pixel_layer], card.channels, card.image_size)
         prepare = Preparation.of(card, net=net)
-        scored = probed(reader, self.train, self.judged, prepare, protocol=self.protocol)
+        try:
+            scored = probed(reader, self.train, self.judged, prepare, protocol=self.protocol)
+        except Diverged:
+            LOG.warning("step %d: not probed: %s", task.done, NOT_FINITE)
+            return
         miou = float(scored.scores.miou)
         best = max((own for step, own in self.scores().items() if step > 0), default=-1.0)
         with self.file.open("a", encoding="utf-8") as file:

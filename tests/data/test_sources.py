@@ -67,6 +67,17 @@ def test_runs_below_a_folder_are_not_searched(tmp_path) -> None:
     assert values(open_source(run / "pictures")) == values(open_source(run)) == [2]
 
 
+def test_masks_beside_images_are_no_images(tmp_path, caplog) -> None:
+    caplog.set_level("INFO")
+    for name in ("images/a.png", "masks/a.png", "predictions/0.png", "other/masks/b.png"):
+        paint(tmp_path / "set" / name)
+    (tmp_path / "set" / "notes.heic").touch()
+    assert names(open_source(tmp_path), tmp_path) == ["set/images/a.png", "set/other/masks/b.png"]
+    for name in ("masks", "predictions"):
+        assert f"{tmp_path / 'set' / name} belongs to the images beside it" in caplog.text
+    assert f"left out of {tmp_path}: 1 other files, by ending: 1 .heic" in caplog.text
+
+
 def test_a_name_that_is_no_text_can_be_read(tmp_path) -> None:
     paint(tmp_path / "a.png", 7).rename(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.png"))
     assert values(open_source(tmp_path)) == [7]
@@ -183,6 +194,9 @@ def test_nothing_usable_is_told_at_once(tmp_path) -> None:
     (tmp_path / "empty.txt").write_text("\n\n")
     with pytest.raises(ValueError, match=r"a list without paths"):
         open_source(tmp_path / "empty.txt")
+    (tmp_path / "folders.txt").write_text("sub\n")
+    with pytest.raises(ValueError, match=r"a list that begins with the folder .*sub'; name folder"):
+        open_source(tmp_path / "folders.txt")
     (tmp_path / "bytes.bin").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match=r"neither an image by its ending nor a text file"):
         open_source(tmp_path / "bytes.bin")

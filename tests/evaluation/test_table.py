@@ -217,6 +217,17 @@ def test_one_draw_of_random_weights_is_not_trusted_for_a_small_gain(reached, dra
     assert ("Repeat with --seeds 3" in without(both)) is luck
 
 
+def test_judging_by_what_was_learned_from_is_noted(run, labelled) -> None:
+    (note,) = evaluate(run, data=labelled, split="train", protocol="knn").notes
+    assert note == "Judged by the very images it learned from, and so too kindly."
+    assert evaluate(run, data=labelled, protocol="knn").notes == ()
+
+
+def test_a_network_itself_is_refused_with_what_to_give(labelled) -> None:
+    with pytest.raises(ValueError, match=r"weights is a Linear; give the folder of its run \(res"):
+        evaluate(torch.nn.Linear(2, 2), data=labelled)
+
+
 def seen(hit: float, spread: float = 0.6, kept: float = 0.4) -> Row:
     scores = {"hit@1": hit, "hit@1, colours kept": kept, "hit@1 by chance": 0.04}
     return Row("a", scores | {"spread": spread, "effective rank": 20.0})

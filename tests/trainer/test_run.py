@@ -187,6 +187,65 @@ def test_a_larger_batch_counts_its_steps_anew_and_loses_nothing(tmp_path, settin
     assert [line["step"] for line in metrics(run)] == list(range(1, 13))
 
 
+def test_a_run_that_is_done_takes_no_other_settings(tmp_path, settings) -> None:
+    pretrain(**settings())
+    run = tmp_path / "run"
+    before = {path: path.read_bytes() for path in run.glob("*.*") if path.name != "train.log"}
+    for change in ({"lr": 0.1}, {"steps": 4}):
+        with pytest.raises(ValueError, match=f"6 steps are done .* another {next(iter(change))};"):
+            pretrain(out=run, resume=True, **change)
+    assert {path: path.read_bytes() for path in before} == before
+    assert pretrain(out=run, resume=True).backbone is not None
+
+
+def test_images_that_came_since_are_told(tmp_path, settings, images) -> None:
+    pretrain(**settings())
+    pretrain(out=tmp_path / "run", resume=True, steps=7)
+    log = tmp_path / "run" / "train.log"
+    assert "when the run began" not in log.read_text()
+    (images / "new.png").write_bytes((images / "00.png").read_bytes())
+    pretrain(out=tmp_path / "run", resume=True, steps=8)
+    assert "there are 13 images, and there were 12 when the run began" in log.read_text()
+
+
+def test_paths_may_be_paths(tmp_path, settings, labelled) -> None:
+    pretrain(**settings())
+    first = tmp_path / "run"
+    again = settings(out=tmp_path / "again", weights=first, probe=labelled)
+    pretrain(**again)
+    assert yaml.safe_load((tmp_path / "again" / "config.yaml").read_text())["weights"] == str(first)
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ({"batch_size": 1}, "batch_size is 1 on 1 devices, but batch norm .* give 2 or more"),
+        ({"data": None}, "holds a run, with which --resume goes on. For a new one name a folder"),
+    ],
+)
+def test_what_cannot_be_begun_is_refused_and_leaves_no_trace(
+    tmp_path, settings, given, text
+) -> None:
+    run = tmp_path / "run"
+    if given.get("batch_size") is None:
+        (run / "checkpoints").mkdir(parents=True)
+        with pytest.raises(ValueError, match=text):
+            pretrain(out=run)
+        return
+    with pytest.raises(ValueError, match=text):
+        pretrain(**settings(**given))
+    assert not run.exists()
+    pretrain(**settings(**given, instance_weight=0.0))
+
+
+def test_a_run_on_objects_is_resumed_with_the_same(tmp_path, settings) -> None:
+    objects = [torch.rand(3, 40, 48) for _ in range(12)]
+    pretrain(**settings(data=objects, steps=3))
+    with pytest.raises(ValueError, match="was given Python objects: pass the same to pretrain"):
+        pretrain(out=tmp_path / "run", resume=True, steps=4)
+    pretrain(objects, tmp_path / "run", resume=True, steps=4)
+
+
 def test_a_run_goes_on_only_with_what_it_trained(tmp_path, settings) -> None:
     pretrain(**settings())
     for change in ({"alpha": 0.0}, {"instance_weight": 0.0}, {"loss": "pixcontrast"}):
@@ -374,7 +433,9 @@ def test_a_nan_stops_the_run_and_keeps_what_was_good(tmp_path, settings, monkeyp
         return figures * math.nan if task.done == 4 else figures
 
     monkeypatch.setattr(PretrainTask, "gradients", poisoned)
-    with pytest.raises(NotFiniteError, match=r"step 5 .* the last good checkpoint is kept"):
+    with pytest.raises(
+        NotFiniteError, match=r"step 5 .* the last good checkpoint, if there was one"
+    ):
         pretrain(**settings())
     run = tmp_path / "run"
     assert not (run / "backbone.safetensors").exists()

@@ -138,6 +138,41 @@ def test_a_run_shorter_than_an_epoch_is_probed_at_both_ends(tmp_path, settings, 
     assert [line["step"] for line in lines(run / "probe.jsonl")] == [0, 2, 3, 5]
 
 
+SICK = """
+from torch import nn
+
+
+class Sick(nn.Module):
+    def forward(self, x):
+        return x if self.training else x / 0
+
+
+def sick(channels=3):
+    return nn.Sequential(nn.Conv2d(channels, 8, 4, 4), Sick())
+"""
+
+
+def test_a_run_whose_eval_mode_overflows_goes_on_with_a_word(tmp_path, settings, many) -> None:
+    (tmp_path / "sick.py").write_text(SICK)
+    model = f"{tmp_path / 'sick.py'}:sick"
+    pretrain(**settings(data=many, model=model, pixel_layer="1", picture_every=3))
+    run = tmp_path / "run"
+    log = (run / "train.log").read_text()
+    for step in (0, 3, 6):
+        assert f"step {step}: in eval mode the network gives features that are NaN" in log
+    assert "hit1" not in lines(run / "metrics.jsonl")[-1]
+    assert not list(run.glob("pictures/*"))
+
+
+def test_a_probe_of_features_that_are_no_numbers_is_left_out(tmp_path, settings, labelled) -> None:
+    (tmp_path / "sick.py").write_text(SICK)
+    model = f"{tmp_path / 'sick.py'}:sick"
+    pretrain(**settings(model=model, pixel_layer="1", probe=str(labelled), steps=2))
+    assert not (tmp_path / "run" / "probe.jsonl").exists()
+    log = (tmp_path / "run" / "train.log").read_text()
+    assert "step 2: not probed: in eval mode the network gives features that are NaN" in log
+
+
 FIXED = """
 from torch import nn
 from torchvision.models import VisionTransformer
