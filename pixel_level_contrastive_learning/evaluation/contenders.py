@@ -20,6 +20,8 @@ from ..weights import BackboneCard, load_weights, read_backbone
 log = logging.getLogger(__name__)
 
 RANDOM = "random weights"
+SHUT = f"start ({ZERO_INIT})"
+"""Random weights, too: what they are called where training started from such."""
 
 
 class Contender(NamedTuple):
@@ -75,7 +77,7 @@ def line_up(weights: str | Path, source: Source) -> Field:
     field = Field([random], card, [])
     if card.start == ZERO_INIT:
         if zero_last_norms(random_net(card, 0)):
-            shut = Contender(f"start ({ZERO_INIT})", lambda seed: shut_net(card, seed), True)
+            shut = Contender(SHUT, lambda seed: shut_net(card, seed), by_seed=True)
             field.contenders.append(shut)
     elif card.start != "random":
         try:

@@ -82,9 +82,8 @@ def gain(ours: Row, other: Row, key: str) -> int:
     return -1 if reached < base - noise and reached * CLEAR < base else 0
 
 
-def may_be_luck(rows: Sequence[Row], key: str) -> bool:
-    """Whether another draw of random weights might reach what the last row does."""
-    random, ours = rows[0], rows[-1]
+def may_be_luck(ours: Row, random: Row, key: str) -> bool:
+    """Whether another draw of random weights might reach what ours do."""
     return len(random.seeds) == 1 and ours.scores[key] < ONE_DRAW * random.scores[key]
 
 

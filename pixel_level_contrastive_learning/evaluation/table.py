@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..checks import one_of, raise_together, share, size_pair, whole
 from ..data.sources import Files
 from ..weights import BackboneCard
-from .contenders import Contender, Field, line_up
+from .contenders import RANDOM, SHUT, Contender, Field, line_up
 from .features import Reader, chosen_device
 from .finetuning import STEPS, finetuned
 from .labelled import Labelled, open_labelled
@@ -273,7 +273,7 @@ def what_it_means(rows: Sequence[Row], protocol: str, split: str) -> str:
         return f"{beside}: training made them worse. Keep the others, or train with a lower lr."
     if gain(ours, rival, "mIoU") < 1:
         return f"{beside}: no clear gain. Train for longer, on more images, or try other layers."
-    if rival is random and may_be_luck(rows, "mIoU"):
+    if rival.name in (RANDOM, SHUT) and may_be_luck(ours, rival, "mIoU"):
         return f"{beside}: {LUCK}"
     compared = "random ones" if rival is random else "those it started from"
     return f"{beside}: the weights know more of these classes than {compared} do."

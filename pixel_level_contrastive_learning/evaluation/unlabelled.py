@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..data.raster import SCALES, Unreadable, upright
 from ..data.sources import Source, open_source
-from .contenders import line_up
+from .contenders import RANDOM, SHUT, line_up
 from .correspondence import Correspondence, ViewPairs, draw_pairs, matched
 from .features import Reader
 from .health import Gauge, gauge, verdict
@@ -210,6 +210,6 @@ def what_it_means(rows: Sequence[Row]) -> str:
     better = f"{found}: the weights tell spots apart better than {begun}"
     if gain(rows[-1], rows[0], HIT) < 1:
         return f"{better}, but no better than random weights do. {health}"
-    if len(rows) == 2 and may_be_luck(rows, HIT):
+    if start.name in (RANDOM, SHUT) and may_be_luck(rows[-1], start, HIT):
         return f"{found}: {LUCK} {health}"
     return f"{better}. {health}"

@@ -203,11 +203,16 @@ def test_figures_are_put_into_words(figures, deviation, words) -> None:
 @pytest.mark.parametrize(
     ("reached", "draws", "luck"), [(0.24, 1, True), (0.26, 1, False), (0.24, 3, False)]
 )
-def test_one_draw_of_random_weights_is_not_trusted_for_a_small_gain(reached, draws, luck) -> None:
+@pytest.mark.parametrize("start", [None, "start (zero-init residual)"])
+def test_one_draw_of_random_weights_is_not_trusted_for_a_small_gain(
+    reached, draws, luck, start
+) -> None:
     def drawn(value: float, name: str, count: int) -> Row:
         return Row.of(name, [{"mIoU": value, "hit@1": value}] * count)
 
     both = [drawn(0.2, "random weights", draws), drawn(reached, "runs/a", 1)]
+    if start is not None:
+        both = [drawn(0.1, "random weights", draws), drawn(0.2, start, draws), both[1]]
     said = what_it_means(both, "linear", "val")
     assert ("Repeat with --seeds 3" in said) is luck
     assert ("the weights know more" in said) is not luck
