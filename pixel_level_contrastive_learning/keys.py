@@ -169,6 +169,11 @@ def flat(held: Any, name: str) -> Iterator[tuple[str, Tensor]]:
             yield from flat(value, f"{name}.{key}" if name else str(key))
 
 
+def tensors_of(net: nn.Module) -> dict[str, Tensor]:
+    """A network's state dict without the extra state that its modules may keep."""
+    return {name: held for name, held in net.state_dict().items() if isinstance(held, Tensor)}
+
+
 def fill(net: nn.Module, tensors: Mapping[str, Tensor], source: str) -> KeyReport:
     """Fill a network with tensors by name, as `load_weights` does.
 
@@ -180,8 +185,7 @@ def fill(net: nn.Module, tensors: Mapping[str, Tensor], source: str) -> KeyRepor
     Raises:
         ValueError: Nothing fits.
     """
-    state: dict[str, Any] = net.state_dict()
-    wanted = {name: held for name, held in state.items() if isinstance(held, Tensor)}
+    wanted = tensors_of(net)
     given = own_names(tensors, wanted)
     shapes = {
         name: (tuple(given[name].shape), tuple(tensor.shape))

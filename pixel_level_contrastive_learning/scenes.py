@@ -21,6 +21,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms.functional import to_pil_image
 
 from .checks import one_of, raise_together, whole
+from .data.sources import IMAGES, MASKS
 
 SPLITS = ("train", "val")
 SMALLEST_SIDE = 32  # below it a texture's period is less than two pixels
@@ -324,13 +325,13 @@ def save_scenes(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "classes.txt").write_text(CLASSES_TEXT, encoding="utf-8")  # first: it is a mark, too
     for split, number in count.items():
-        for kind in ("images", "masks"):
+        for kind in (IMAGES, MASKS):
             (folder / kind / split).mkdir(parents=True)
         for index in range(SPLITS.index(split), len(SPLITS) * number, len(SPLITS)):
             image, mask = draw_scene(index, size, seed)
             name = f"{split}/{index:06d}.png"
-            to_pil_image((image * 255).round().to(torch.uint8)).save(folder / "images" / name)
-            to_pil_image(mask).save(folder / "masks" / name)
+            to_pil_image((image * 255).round().to(torch.uint8)).save(folder / IMAGES / name)
+            to_pil_image(mask).save(folder / MASKS / name)
 
 
 def are_drawn(folder: str | Path) -> bool:

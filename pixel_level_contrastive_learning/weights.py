@@ -21,7 +21,15 @@ from .backbones import (
 )
 from .card import BackboneCard, read_card
 from .files import write_whole
-from .keys import WEIGHTS, KeyReport, fill, load_weights, read_tensors, weights_file
+from .keys import (
+    WEIGHTS,
+    KeyReport,
+    fill,
+    load_weights,
+    read_tensors,
+    tensors_of,
+    weights_file,
+)
 from .modules.taps import plain_name
 from .own_models import own_file
 
@@ -144,9 +152,8 @@ def clean_state(net: nn.Module) -> dict[str, Tensor]:
     Raises:
         ValueError: A weight is NaN or infinite.
     """
-    held_by_net: dict[str, Any] = net.state_dict()
-    state = {name: held for name, held in held_by_net.items() if isinstance(held, Tensor)}
-    if others := held_by_net.keys() - state.keys():
+    state = tensors_of(net)
+    if others := net.state_dict().keys() - state.keys():
         log.warning("%s of %s are no tensors and are left out", sorted(others), type(net).__name__)
     learned = {name for name, _ in net.named_parameters(remove_duplicate=False)}
     learned |= {name for name in state if name.endswith(("running_mean", "running_var"))}

@@ -80,6 +80,7 @@ ROOMS = (
     "trainer.machine",
     "trainer.messages",
     "trainer.directory",
+    "trainer.resumption",
     "trainer.interruption",
     "trainer.task",
     "trainer.memory",

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..data.decode import open_image
 from ..data.raster import SCALES, Opened, Unreadable, upright
-from ..data.sources import nothing_in, search
+from ..data.sources import IMAGES, MASKS, nothing_in, search
 
 IGNORED = 255
 """The id of pixels that are neither trained on nor counted."""
@@ -129,9 +129,9 @@ def open_labelled(data: str | Path, splits: Sequence[str] = ("train", "val")) ->
     ids = [set().union(*masks) for masks in found]
     for split, own in zip(splits, ids, strict=True):
         if own == {IGNORED}:
-            raise ValueError(nothing_known(folder / "masks" / split))
+            raise ValueError(nothing_known(folder / MASKS / split))
     if len(ids[0] - {IGNORED}) < 2:
-        raise ValueError(one_class(folder / "masks" / splits[0], ids[0]))
+        raise ValueError(one_class(folder / MASKS / splits[0], ids[0]))
     classes = named or numbered(folder, set().union(*ids) - {IGNORED})
     known = [[i for i, own in enumerate(masks) if own != {IGNORED}] for masks in found]
     return [
@@ -152,7 +152,7 @@ def open_split(folder: Path, split: str, classes: tuple[str, ...]) -> Labelled:
     Raises:
         ValueError: There are no images, or masks are missing.
     """
-    images, masks = folder / "images" / split, folder / "masks" / split
+    images, masks = folder / IMAGES / split, folder / MASKS / split
     for place in (images, masks):
         if not place.is_dir():
             there = sorted(own.name for own in place.parent.glob("*") if own.is_dir())

@@ -15,7 +15,7 @@ from ..checks import raise_together, size_pair
 from ..data.statistics import Statistics, fits
 from ..modules.taps import first_weight
 from ..weights import BackboneCard
-from .features import device_of, evaluating
+from .features import evaluating
 
 WHOLE_IMAGE = 1.4
 """Sides of a view that the shorter side of a whole image is fed with, unless a size is given: the
@@ -143,8 +143,8 @@ def takes(net: nn.Module, channels: int, size: int | Size) -> bool:
         if isinstance(size, tuple)
         else [(round(size * high), round(size * wide)) for high, wide in longer]
     )
-    blank = torch.zeros((), device=device_of(net))
-    blank = blank.to(first_weight(net, blank).dtype)
+    weight = first_weight(net, torch.empty(0))
+    blank = torch.zeros((), device=weight.device, dtype=weight.dtype)
     try:
         with torch.no_grad(), evaluating(net):
             for shape in shapes:

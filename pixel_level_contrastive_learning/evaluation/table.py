@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import one_of, raise_together, share, size_pair, whole
-from ..data.sources import Files
+from ..data.sources import PREDICTIONS, Files
 from ..weights import BackboneCard
 from .contenders import RANDOM, SHUT, Contender, Field, line_up
 from .features import Reader, chosen_device
@@ -217,7 +217,7 @@ def with_labels(
             labelled_row(contender.name, [own.scores for own in scored], plan.judged.classes)
         )
     if out is not None:
-        folder = Path(out).expanduser() / "predictions"
+        folder = Path(out).expanduser() / PREDICTIONS
         write_panels(folder, plan.judged, plan.prepare, predictions)
     settings: dict[str, Any] = {
         "split": split,

@@ -143,13 +143,13 @@ class Survey:
                 handle.remove()
         found: dict[str, Seen] = {}
         for name, (seen, version) in fired.items():
-            own = seen._replace(used=id(seen.output) in used)
-            # What re-entrant checkpointing gives has its gradient only once that is done.
-            if isinstance(seen.output, Tensor):
-                overwritten = name in changed or seen.output._version != version
-                own = own._replace(overwritten=overwritten)
-                own = own if overwritten else own.read_from(seen.output)
-            found[name] = own
+            output = seen.output
+            overwritten = name in changed
+            if isinstance(output, Tensor):
+                overwritten |= output._version != version
+                if not overwritten:  # re-entrant checkpointing gives it its gradient afterwards
+                    seen = seen.read_from(output)
+            found[name] = seen._replace(overwritten=overwritten, used=id(output) in used)
         return found
 
     @contextmanager

@@ -15,6 +15,7 @@ from torch import Tensor, cat, nn
 
 from ..checks import raise_together, whole
 from ..data.shards import is_shards
+from ..data.sources import PREDICTIONS
 from ..evaluation.contenders import random_net
 from ..evaluation.correspondence import draw_pairs
 from ..evaluation.features import Reader, chosen_device
@@ -317,7 +318,7 @@ def evaluations(folder: Path) -> str:
             found = replace(found, notes=(*found.notes, OUTDATED))
         parts.append(page.score_table(found))
         if found.labelled:
-            tiles = drawn(folder / "predictions", "Image, truth, and what each network made of it")
+            tiles = drawn(folder / PREDICTIONS, "Image, truth, and what each network made of it")
             shown = page.picture_grid("What they predict", introduction, tiles, "predictions")
             parts.append(shown)
     return "".join(parts)

@@ -14,7 +14,7 @@ from torch import nn
 
 from ..backbones import build_backbone
 from ..evaluation.labelled import open_labelled
-from ..keys import LAST, WEIGHTS
+from ..keys import LAST, WEIGHTS, tensors_of
 from ..weights import load_backbone, save_backbone, save_card
 from . import assembly, engine
 from .callbacks import Checkpoints, StopWhenAsked
@@ -26,7 +26,8 @@ from .machine import described, devices, free_memory, is_writer
 from .memory import FitMemory, estimate
 from .plan import clock_of, decided, workers
 from .preview import Preview, draw_pairs
-from .settings import CONFIG_FILE, as_yaml, differences, read_settings
+from .resumption import compared, refuse_idle_changes, refuse_misfits
+from .settings import as_yaml
 from .task import cut
 from .watching import Probe, Watching
 
@@ -35,20 +36,6 @@ TRIED = 16
 """Images that a dry run takes through the network, at most."""
 IN_TASK = "learner.online_encoder.net."
 """How the names of the backbone's weights begin in a checkpoint."""
-FIXED = (
-    "model",
-    "weights",
-    "zero_init_residual",
-    "channels",
-    "loss",
-    "pixel_layer",
-    "instance_layer",
-    "projection_size",
-    "projection_hidden_size",
-    "ppm_num_layers",
-    "optimizer",
-)
-"""Settings that a run keeps when it is resumed, since its weights have their shape."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +78,7 @@ class Run:
         engine.check_loggers(config)
         LOG.info("%s", described(self.devices))
         if config.resume:
-            self.compare(config)
+            compared(config, directory)
         data = objects if objects is not None else config.data
         self.images = assembly.images_of(data, config, directory if config.resume else None)
         self.labelled = open_labelled(config.probe) if config.probe is not None else None
@@ -168,7 +155,7 @@ class Run:
         """Prepare the folder for the first step; the checkpoint to go on from, if there is one."""
         found = None
         if self.config.resume:
-            changed = self.compare(self.config)
+            changed = compared(self.config, self.directory)
             for name, (old, new) in changed.items():
                 LOG.warning("changed: %s was %r and is now %r", name, old, new)
             found = self.directory.newest_checkpoint()
@@ -176,9 +163,9 @@ class Run:
                 LOG.warning("no checkpoint in %s: starting at step 0", self.directory.checkpoints)
             else:
                 held = read_checkpoint(found[0])
-                self.refuse_misfits(held["state_dict"])
+                refuse_misfits(tensors_of(self.task), held["state_dict"])
                 self.task.done, self.task.samples = self.clock_at(held)
-                self.refuse_idle_changes(changed)
+                refuse_idle_changes(changed, self.task.done, self.clock.steps)
                 LOG.info("going on at step %d, from %s", self.task.done, found[0])
         step = found[1] if found else 0
         counted_otherwise = found is not None and self.task.done != step
@@ -190,65 +177,14 @@ class Run:
             if found and counted_otherwise:
                 self.directory.renumber(found[0], step, self.task.done)
             self.directory.write_config(as_yaml(self.config))
-            assembly.save_statistics(self.images, self.directory)
+            if not (self.directory.path / assembly.STATISTICS_FILE).exists():
+                assembly.save_statistics(self.images, self.directory)
             # Now, not at the end: with it the checkpoints can be evaluated while the run goes on.
             card = assembly.card_of(self.config, self.images.statistics)
             save_card(self.directory.path / WEIGHTS, card)
         if counted_otherwise:
             return self.directory.checkpoints / LAST  # the others may have moved meanwhile
         return found[0] if found else None
-
-    def compare(self, config: PretrainConfig) -> dict[str, tuple[Any, Any]]:
-        """What differs from the run that is resumed, by name: old and new.
-
-        Raises:
-            ValueError: Something that its weights depend on.
-        """
-        path = self.directory.path / CONFIG_FILE
-        if not path.is_file():
-            return {}
-        changed = differences(read_settings(path), config)
-        wrong = [name for name in FIXED if name in changed and changed[name][1] != "auto"]
-        # What weighs nothing is not trained, and the optimiser does not know it.
-        wrong += [n for n in ("alpha", "instance_weight") if n in changed and 0 in changed[n]]
-        if wrong:
-            listed = ", ".join(f"{n} from {changed[n][0]!r} to {changed[n][1]!r}" for n in wrong)
-            raise ValueError(
-                f"a run cannot go on with other weights: {listed}; leave these as they were, or "
-                "start a new run in another folder with --weights"
-            )
-        return changed
-
-    def refuse_misfits(self, state: Mapping[str, Any]) -> None:
-        """Find out whether a checkpoint's weights fit, before anything of the run is changed.
-
-        Raises:
-            ValueError: Some have other shapes.
-        """
-        own = self.task.state_dict()
-        for name in own.keys() & state.keys():
-            if not isinstance(own[name], torch.Tensor):  # a module's extra state
-                continue
-            here, there = tuple(own[name].shape), tuple(state[name].shape)
-            if here != there:
-                raise ValueError(
-                    f"a run cannot go on with other weights: {name} has the shape {there} in the "
-                    f"checkpoint and {here} now; leave image_size and the model as they were, or "
-                    "start a new run in another folder with --weights"
-                )
-
-    def refuse_idle_changes(self, changed: Mapping[str, Any]) -> None:
-        """Find out whether settings changed that nothing will be trained with.
-
-        Raises:
-            ValueError: Some did: what is written of the run would no longer be true of it.
-        """
-        if changed and self.task.done >= self.clock.steps:
-            raise ValueError(
-                f"{self.task.done} steps are done and {self.clock.steps} wanted: nothing is left "
-                f"to train with another {', '.join(changed)}; leave these as they were, give "
-                "more --steps or --epochs, or start a new run in another folder with --weights"
-            )
 
     def clock_at(self, held: Mapping[str, Any]) -> tuple[int, int]:
         """Step and samples to go on at; where the batch changed, a run in epochs counts samples."""

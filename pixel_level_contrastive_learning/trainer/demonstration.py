@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..checks import raise_together, whole
+from ..data.sources import IMAGES
 from ..evaluation.outcome import Evaluation
 from ..evaluation.table import evaluate
 from ..pictures.report import visualize
@@ -51,7 +52,7 @@ def demonstrate(out: Path, *, steps: int, overwrite: bool = False) -> Demonstrat
         )
     shutil.rmtree(scenes, ignore_errors=True)  # those of a demo that was cut off may be half drawn
     save_scenes(scenes, SCENES)
-    images = scenes / "images"
+    images = scenes / IMAGES
     pretrain(
         images / "train",
         run,

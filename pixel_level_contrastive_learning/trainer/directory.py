@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 
+from ..data.sources import PREDICTIONS
 from ..evaluation.outcome import LABELLED_FILE, UNLABELLED_FILE
 from ..files import cannot_write, write_whole
 from ..keys import CHECKPOINTS, LAST, WEIGHTS
@@ -42,7 +43,7 @@ OURS = (
     "bad_batch.pt",
     LABELLED_FILE,
     UNLABELLED_FILE,
-    "predictions",
+    PREDICTIONS,
     PROBE_FILE,
     "lightning_logs",
     "tensorboard",

@@ -106,7 +106,7 @@ def untouched(learner: PixelCL) -> Iterator[None]:
             yield
     finally:
         for name, now in learner.named_buffers():
-            if name in buffers and now.shape == buffers[name].shape:  # others are the views' own
+            if name in buffers and now.shape == buffers[name].shape:  # else made for these views
                 now.copy_(buffers[name])
         learner.zero_grad(set_to_none=True)
 
