@@ -24,9 +24,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
+from pixel_level_contrastive_learning.data.image import tensor_of
 from pixel_level_contrastive_learning.data.loader import build_loader
-from pixel_level_contrastive_learning.data.packing import pack
-from pixel_level_contrastive_learning.data.raster import tensor_of
+from pixel_level_contrastive_learning.data.shard_writer import pack
 from pixel_level_contrastive_learning.data.sources import open_source
 from pixel_level_contrastive_learning.data.statistics import measure
 

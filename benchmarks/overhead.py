@@ -25,12 +25,12 @@ from measure import Figures, in_turns, machine, median, ratio, report
 from stopwatch import wait
 
 from pixel_level_contrastive_learning import pretrain
-from pixel_level_contrastive_learning.trainer import assembly, engine
+from pixel_level_contrastive_learning.trainer import build, trainer
+from pixel_level_contrastive_learning.trainer.auto import clock_of, decided
 from pixel_level_contrastive_learning.trainer.config import PretrainConfig
-from pixel_level_contrastive_learning.trainer.machine import devices
-from pixel_level_contrastive_learning.trainer.plan import clock_of, decided
-from pixel_level_contrastive_learning.trainer.task import optimizer_of
-from pixel_level_contrastive_learning.trainer.watching import Watching
+from pixel_level_contrastive_learning.trainer.system import devices
+from pixel_level_contrastive_learning.trainer.training_step import optimizer_of
+from pixel_level_contrastive_learning.trainer.validation import Watching
 
 RUN, LOOKS = 500, 11
 """Steps of a short run, and how often it looks at the network unless told otherwise."""
@@ -60,18 +60,18 @@ def trained(settings: dict[str, Any]) -> Figures:
 def looped(settings: dict[str, Any]) -> Figures:
     """The plain loop's seconds a step."""
     config = PretrainConfig(**settings | {"data": (str(settings["data"]),)})
-    images = assembly.images_of(config.data, config, None)
-    facts = assembly.facts_of(images, devices(config))
+    images = build.images_of(config.data, config, None)
+    facts = build.facts_of(images, devices(config))
     config = decided(config, facts)
     torch.manual_seed(config.seed)
-    net = assembly.backbone_of(config, facts.channels)
-    learner = assembly.learner_of(config, net, facts.channels)
-    config = assembly.fitted(config, learner)
+    net = build.backbone_of(config, facts.channels)
+    learner = build.learner_of(config, net, facts.channels)
+    config = build.fitted(config, learner)
     device = torch.device(facts.device)
-    task = assembly.task_of(config, learner, images.statistics, clock_of(config, facts.images))
+    task = build.task_of(config, learner, images.statistics, clock_of(config, facts.images))
     task.to(device)
     optimiser = optimizer_of(learner, task.practice)
-    loader = engine.loader_of(config, images, facts, 0, None)
+    loader = trainer.loader_of(config, images, facts, 0, None)
     half = torch.autocast(facts.device, torch.bfloat16, enabled=config.precision == "bfloat16")
     ends = []
     assert config.steps is not None

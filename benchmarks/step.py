@@ -70,7 +70,7 @@ class Plain(nn.Module):
 
     def __init__(self, net: models.ResNet) -> None:
         super().__init__()
-        from pixel_level_contrastive_learning.modules.heads import map_projector, vector_projector
+        from pixel_level_contrastive_learning.modules.encoder import map_projector, vector_projector
 
         width = net.fc.in_features
         self.body = create_feature_extractor(net, {PIXEL_LAYER: "map"})
@@ -84,7 +84,7 @@ class Plain(nn.Module):
 
 def floor(args: argparse.Namespace) -> Step:
     """The least that a step can do."""
-    from pixel_level_contrastive_learning.modules.heads import predictor
+    from pixel_level_contrastive_learning.modules.encoder import predictor
 
     online = placed(Plain(getattr(models, args.model)(weights=None)), args)
     target = deepcopy(online).requires_grad_(False)

@@ -33,15 +33,19 @@ from torchvision import models
 
 from pixel_level_contrastive_learning import pretrain
 from pixel_level_contrastive_learning.augment import IMAGENET_MEAN, IMAGENET_STD
+from pixel_level_contrastive_learning.backbones.checkpoint import (
+    BackboneCard,
+    read_backbone,
+    save_backbone,
+)
+from pixel_level_contrastive_learning.data.segmentation import open_labelled
 from pixel_level_contrastive_learning.evaluation import finetuning
-from pixel_level_contrastive_learning.evaluation.labelled import open_labelled
-from pixel_level_contrastive_learning.evaluation.preparation import Preparation
-from pixel_level_contrastive_learning.evaluation.table import Plan
+from pixel_level_contrastive_learning.evaluation.evaluate import Plan
+from pixel_level_contrastive_learning.evaluation.features import Preparation
 from pixel_level_contrastive_learning.files import write_whole
+from pixel_level_contrastive_learning.trainer.auto import base_lr, peak_lr
 from pixel_level_contrastive_learning.trainer.config import PretrainConfig
-from pixel_level_contrastive_learning.trainer.machine import native_bfloat16
-from pixel_level_contrastive_learning.trainer.plan import base_lr, peak_lr
-from pixel_level_contrastive_learning.weights import BackboneCard, read_backbone, save_backbone
+from pixel_level_contrastive_learning.trainer.system import native_bfloat16
 
 OURS: dict[str, dict[str, Any]] = {
     "instance only": {"alpha": 0.0},

@@ -16,7 +16,7 @@ from matplotlib import pyplot as plt
 from PIL import Image
 
 from pixel_level_contrastive_learning.evaluation.health import COLLAPSED_RANK, COLLAPSED_SPREAD
-from pixel_level_contrastive_learning.pictures.curves import read_metrics, smoothed, thinned
+from pixel_level_contrastive_learning.visualization.curves import read_metrics, smoothed, thinned
 
 NAMES = "good", "collapsed", "goes by colour"
 COLOURS = "#2563eb", "#b42318", "#c2570c"

@@ -20,8 +20,8 @@ from numpy import ndindex
 from torch import Tensor
 from torch.nn import functional
 
+from pixel_level_contrastive_learning.demo.scenes import draw_scene
 from pixel_level_contrastive_learning.geometry import box_to_map, cell_centres, positive_mask
-from pixel_level_contrastive_learning.scenes import draw_scene
 from pixel_level_contrastive_learning.views import cut_views
 
 WIDTH, HEIGHT = 2000, 900  # pixels, and the units of everything drawn here

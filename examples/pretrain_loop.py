@@ -55,6 +55,6 @@ for step, batch in enumerate(DataLoader(images, args.batch, sampler=draws, num_w
     print(f"step {step}  loss {terms.loss:.3f}  pixel_cosine {terms.pixel_cosine:.3f}")
 torch.save(resnet.cpu().state_dict(), args.out)  # net.load_state_dict(torch.load("net.pt"))
 if find_spec("safetensors"):  # `pip install ".[train]"`: the card makes pixelcl take it, too
-    from pixel_level_contrastive_learning.weights import card_of, save_card
+    from pixel_level_contrastive_learning.backbones.checkpoint import card_of, save_card
 
     save_card(args.out, card_of(learner, "torchvision/resnet18"))

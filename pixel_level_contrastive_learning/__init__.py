@@ -4,14 +4,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .evaluation.table import evaluate
-    from .exports import export
+    from .backbones.checkpoint import load_backbone
+    from .backbones.export import export
+    from .evaluation.evaluate import evaluate
     from .modules.ppm import PPM
-    from .pictures.report import visualize
     from .pixel_cl import PixelCL
-    from .trainer.run import pretrain
+    from .trainer.trainer import pretrain
     from .views import View
-    from .weights import load_backbone
+    from .visualization.report import visualize
 
 __all__ = [
     "PPM",
@@ -28,11 +28,11 @@ ROOMS = {
     "PPM": ".modules.ppm",
     "PixelCL": ".pixel_cl",
     "View": ".views",
-    "evaluate": ".evaluation.table",
-    "export": ".exports",
-    "load_backbone": ".weights",
-    "pretrain": ".trainer.run",
-    "visualize": ".pictures.report",
+    "evaluate": ".evaluation.evaluate",
+    "export": ".backbones.export",
+    "load_backbone": ".backbones.checkpoint",
+    "pretrain": ".trainer.trainer",
+    "visualize": ".visualization.report",
 }
 
 

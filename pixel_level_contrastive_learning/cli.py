@@ -14,14 +14,14 @@ import tyro
 
 from .checks import not_installed
 from .trainer.config import PretrainConfig
-from .trainer.settings import configured, settings_of
+from .trainer.config_io import configured, settings_of
 
 OPTIONS = (tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes)
 
 
 def pretrain(config: PretrainConfig) -> None:
     """Pretrain a backbone on images without labels."""
-    from .trainer.run import run
+    from .trainer.trainer import run
 
     result = run(config)
     if config.dry_run:
@@ -64,8 +64,8 @@ def evaluate(
         out: Folder for evaluation.json, without labels correspondence.json, and pictures.
         device: Where to compute, such as cpu or cuda:1; a GPU where there is one and none is named.
     """
-    from .evaluation.table import evaluate as evaluated
-    from .trainer.messages import logged
+    from .evaluation.evaluate import evaluate as evaluated
+    from .trainer.logging import logged
 
     with logged(to_terminal=True):  # fine-tuning takes a while: each network's figure as it comes
         found = evaluated(
@@ -103,7 +103,7 @@ def visualize(
         out: The page.
         device: Where to compute, such as cpu or cuda:1; a GPU where there is one and none is named.
     """
-    from .pictures.report import visualize as visualized
+    from .visualization.report import visualize as visualized
 
     print(f"report: {visualized(run, images=images, out=out, device=device)}")
 
@@ -122,7 +122,7 @@ def export(
         format: Who is to read it.
         out: The file; beside the backbone where none is named.
     """
-    from .exports import export as exported
+    from .backbones.export import export as exported
 
     print(exported(run, format, out))
 
@@ -149,8 +149,8 @@ def prepare(
         max_broken: Share of images that may be unreadable before it stops; unless it is 0, one may.
         workers: Threads; one for each core where none is given.
     """
-    from .data.packing import pack
-    from .trainer.messages import logged
+    from .data.shard_writer import pack
+    from .trainer.logging import logged
 
     with logged(to_terminal=True):
         packed = pack(
@@ -180,7 +180,7 @@ def layers(
     from rich.console import Console
     from rich.table import Column, Table
 
-    from .backbones import build_backbone, default_layers, tappable_layers
+    from .backbones.factory import build_backbone, default_layers, tappable_layers
 
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
     net = build_backbone(model, channels=channels, image_size=size)
@@ -205,7 +205,7 @@ def demo(out: str = "runs/demo", steps: int = 100, overwrite: bool = False) -> N
         steps: Steps of pretraining.
         overwrite: Replace what an earlier demo left there.
     """
-    from .trainer.demonstration import demonstrate
+    from .demo.demo import demonstrate
 
     shown = demonstrate(Path(out), steps=steps, overwrite=overwrite)
     print(shown.evaluation.table())

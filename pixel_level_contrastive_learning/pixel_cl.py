@@ -11,7 +11,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from .augment import Change
+from .augment import Change, TwoViews
 from .checks import (
     above,
     at_least,
@@ -27,13 +27,18 @@ from .checks import (
 )
 from .geometry import Positives
 from .losses import instance_loss, pixcontrast_loss, pixpro_loss, positive_cosine
-from .modules.encoder import Branches, Encoder, Projections
-from .modules.heads import map_projector, predictor, vector_projector
+from .modules.encoder import (
+    Branches,
+    Encoder,
+    Projections,
+    Target,
+    map_projector,
+    predictor,
+    vector_projector,
+)
+from .modules.feature_info import Survey
+from .modules.hooks import first_weight
 from .modules.ppm import PPM
-from .modules.survey import Survey
-from .modules.taps import first_weight
-from .modules.target import Target
-from .two_views import TwoViews
 from .views import MODES, Placement, View
 
 

@@ -7,9 +7,9 @@ import torch
 import yaml
 from torchvision.transforms.functional import to_pil_image
 
-from pixel_level_contrastive_learning.backbones import build_backbone
-from pixel_level_contrastive_learning.scenes import draw_scene
-from pixel_level_contrastive_learning.weights import BackboneCard, save_backbone
+from pixel_level_contrastive_learning.backbones.checkpoint import BackboneCard, save_backbone
+from pixel_level_contrastive_learning.backbones.factory import build_backbone
+from pixel_level_contrastive_learning.demo.scenes import draw_scene
 
 EVIL = "</script><script>window.hacked=1</script>"
 NAMES = (

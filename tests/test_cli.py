@@ -10,7 +10,7 @@ import torch
 from torchvision import models
 
 from pixel_level_contrastive_learning import cli, load_backbone
-from pixel_level_contrastive_learning.evaluation import finetuning, table
+from pixel_level_contrastive_learning.evaluation import evaluate, finetuning
 from pixel_level_contrastive_learning.trainer.config import PretrainConfig
 
 PACKAGE = "pixel_level_contrastive_learning"
@@ -234,7 +234,8 @@ def test_ctrl_c_ends_a_command_without_a_traceback(monkeypatch, capsys) -> None:
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pixel_level_contrastive_learning.evaluation.table.evaluate", interrupted)
+    evaluate = "pixel_level_contrastive_learning.evaluation.evaluate.evaluate"
+    monkeypatch.setattr(evaluate, interrupted)
     assert exit_code(["evaluate", "random:torchvision/resnet18", "--images", "x"]) == 130
     assert capsys.readouterr().err == "stopped\n"
 
@@ -242,11 +243,11 @@ def test_ctrl_c_ends_a_command_without_a_traceback(monkeypatch, capsys) -> None:
 def test_what_is_said_of_an_evaluation_arrives(monkeypatch) -> None:
     asked: list[dict[str, object]] = []
 
-    def noted(weights: str, **settings: object) -> table.Evaluation:
+    def noted(weights: str, **settings: object) -> evaluate.Evaluation:
         asked.append(settings)
         raise ValueError
 
-    monkeypatch.setattr(table, "evaluate", noted)
+    monkeypatch.setattr(evaluate, "evaluate", noted)
     for flags in ((), ("--steps", "1000", "--fraction", "0.1", "--device", "cpu")):
         cli.main(["evaluate", "w", "--data", "d", "--protocol", "finetune", *flags])
     assert [one["steps"] for one in asked] == [finetuning.STEPS, 1000]

@@ -16,8 +16,8 @@ from PIL import Image
 from torchvision import models
 
 from pixel_level_contrastive_learning import PixelCL, cli
+from pixel_level_contrastive_learning.demo.scenes import save_scenes
 from pixel_level_contrastive_learning.geometry import Positives
-from pixel_level_contrastive_learning.scenes import save_scenes
 from pixel_level_contrastive_learning.views import Placement, draw_maps
 
 ROOT = Path(__file__).parents[1]

@@ -9,12 +9,11 @@ import torch
 from torch import nn
 
 from pixel_level_contrastive_learning import PixelCL, View, blocks
+from pixel_level_contrastive_learning.data.segmentation import open_labelled
 from pixel_level_contrastive_learning.data.statistics import Statistics
-from pixel_level_contrastive_learning.evaluation.features import Reader
+from pixel_level_contrastive_learning.evaluation.features import Preparation, Reader
 from pixel_level_contrastive_learning.evaluation.finetuning import finetuned
-from pixel_level_contrastive_learning.evaluation.labelled import open_labelled
-from pixel_level_contrastive_learning.evaluation.preparation import Preparation
-from pixel_level_contrastive_learning.evaluation.segmentation import probed
+from pixel_level_contrastive_learning.evaluation.probes import probed
 from pixel_level_contrastive_learning.geometry import box_to_map
 
 pytestmark = [

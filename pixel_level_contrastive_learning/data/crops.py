@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..views import averaged_down, cut_views, power_below, reductions
-from .raster import SCALES, Opened, Orientation, Raster, tensor_of
+from .image import SCALES, Opened, Orientation, Raster, tensor_of
 
 Rows = tuple[tuple[float, float, float], tuple[float, float, float]]
 """A view map as plain numbers: ``x = a u + b v + c`` and ``y = d u + e v + f``."""

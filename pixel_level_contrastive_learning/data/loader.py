@@ -5,21 +5,113 @@ from __future__ import annotations
 import logging
 import signal
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..augment import VIEW_ONE, VIEW_TWO, Photometry
 from ..checks import raise_together, ratio_range, whole, within
 from ..views import Placement
-from .order import Order, Place
-from .pairs import Broken, Cutting, Made, PairDataset, Pairs, TooManyBroken, refuse_too_many
+from .dataset import (
+    Broken,
+    Cutting,
+    Made,
+    PairDataset,
+    Pairs,
+    Place,
+    TooManyBroken,
+    epoch_order,
+    refuse_too_many,
+)
 from .sources import Source
 from .statistics import Statistics
+
+
+class Order(Sampler[list[Place]]):
+    """The batches of one process, in the order of the run.
+
+    Batch ``k`` of all processes together is the stream's samples from ``k * batch_size * world``
+    on, and each process takes its part of them in turn. An epoch of the loader is as many batches
+    as fit into the images, at least one.
+
+    Args:
+        count: Images of the source.
+        batch_size: Samples a batch of one process.
+        seed: Of the run.
+        rank: Which process this is.
+        world: How many there are.
+
+    Raises:
+        ValueError: There is no image, or no such process.
+    """
+
+    def __init__(
+        self, count: int, batch_size: int, *, seed: int, rank: int = 0, world: int = 1
+    ) -> None:
+        raise_together(
+            whole("count", count, 1),
+            whole("batch_size", batch_size, 1),
+            whole("seed", seed, 0),
+            whole("world", world, 1),
+            whole("rank", rank, 0),
+            None if rank < world else f"rank is {rank}; it must be below world ({world})",
+        )
+        self.count, self.batch_size, self.seed = count, batch_size, seed
+        self.rank, self.world = rank, world
+        self.samples = 0
+
+    @property
+    def step(self) -> int:
+        """Samples a batch of all processes together."""
+        return self.batch_size * self.world
+
+    def __len__(self) -> int:
+        return max(self.count // self.step, 1)
+
+    def place(self, sample: int) -> Place:
+        """The stream's sample of this number."""
+        epoch, position = divmod(sample, self.count)
+        return Place(
+            epoch, position, int(epoch_order(self.seed, epoch, self.count)[position].item())
+        )
+
+    def batch(self, start: int) -> list[Place]:
+        """This process's part of the batch that begins at a sample of the stream."""
+        first = start + self.rank * self.batch_size
+        return [self.place(sample) for sample in range(first, first + self.batch_size)]
+
+    @property
+    def left(self) -> int:
+        """Batches from where the clock stands to the end of the loader's epoch."""
+        return len(self) - self.samples // self.step % len(self)
+
+    def __iter__(self) -> Iterator[list[Place]]:
+        """The batches from where the clock stands on, without end.
+
+        What is made ahead then reaches over the ends of epochs, which may be a single batch.
+        """
+        # The clock goes on while batches are made ahead.
+        for start in count(self.samples, self.step):
+            yield self.batch(start)
+
+    def start_at(self, samples: int) -> None:
+        """Set the clock: this many samples of the stream have been used, by all processes."""
+        raise_together(whole("samples", samples, 0))
+        self.samples = samples
+
+    def state_dict(self) -> dict[str, int]:
+        """Where the clock stands."""
+        return {"samples": self.samples}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Set the clock to where it stood."""
+        self.start_at(state["samples"])
+
 
 log = logging.getLogger(__name__)
 

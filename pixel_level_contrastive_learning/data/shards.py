@@ -19,8 +19,8 @@ from uuid import uuid4
 
 import torch
 
-from .decode import SUFFIXES, open_image
-from .raster import Opened, Unreadable
+from .decoding import SUFFIXES, open_image
+from .image import Opened, Unreadable
 
 log = logging.getLogger(__name__)
 

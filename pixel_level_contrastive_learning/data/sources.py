@@ -17,9 +17,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .arrays import as_pixels
-from .decode import DEEP_MODES, SUFFIXES, eight_bit, open_image, raw, turned
-from .raster import UPRIGHT, Opened, Raster, Unreadable, upright
+from .decoding import DEEP_MODES, SUFFIXES, eight_bit, open_image, raw, turned
+from .image import UPRIGHT, Opened, Raster, Unreadable, as_pixels, upright
 from .shards import Shards, is_shards
 
 log = logging.getLogger(__name__)

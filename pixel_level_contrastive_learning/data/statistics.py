@@ -12,7 +12,7 @@ from numpy import percentile
 from torch import Tensor
 
 from ..augment import IMAGENET_MEAN, IMAGENET_STD
-from .raster import SCALES, Opened, Raster, Unreadable, tensor_of
+from .image import SCALES, Opened, Raster, Unreadable, tensor_of
 from .sources import Source
 
 PERCENTILES = (0.1, 99.9)

@@ -13,12 +13,10 @@ from torch.nn.functional import cross_entropy
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from ..modules.layers import Layer, features
-from ..modules.survey import Survey, thawed
-from .features import Reader, device_of, resized
-from .labelled import IGNORED, Labelled
-from .preparation import Preparation
-from .scoring import Scored, score
+from ..data.segmentation import IGNORED, Labelled
+from ..modules.feature_info import Layer, Survey, features, thawed
+from .features import Preparation, Reader, device_of, resized
+from .metrics import Scored, score
 
 STEPS = 200
 BATCH = 8

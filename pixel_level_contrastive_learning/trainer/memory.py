@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from ..pixel_cl import PixelCL
 from ..views import View
-from .machine import free_memory
-from .plan import is_adaptive
-from .task import PretrainTask
+from .auto import is_adaptive
+from .system import free_memory
+from .training_step import PretrainTask
 
 LOG = logging.getLogger("pixel_level_contrastive_learning")
 MARGIN = 0.8

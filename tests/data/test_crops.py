@@ -10,8 +10,8 @@ from PIL import Image
 from torch import Tensor
 
 from pixel_level_contrastive_learning.data.crops import best_scale, cut, span
-from pixel_level_contrastive_learning.data.decode import open_image
-from pixel_level_contrastive_learning.data.raster import (
+from pixel_level_contrastive_learning.data.decoding import open_image
+from pixel_level_contrastive_learning.data.image import (
     ORIENTATION_TAG,
     ORIENTATIONS,
     UPRIGHT,

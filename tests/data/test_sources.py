@@ -13,7 +13,7 @@ from torch.utils.data import TensorDataset
 from webdataset import TarWriter
 
 from pixel_level_contrastive_learning.data import shards as shards_room
-from pixel_level_contrastive_learning.data.raster import Unreadable, upright
+from pixel_level_contrastive_learning.data.image import Unreadable, upright
 from pixel_level_contrastive_learning.data.shards import Shards
 from pixel_level_contrastive_learning.data.sources import Chosen, Source, open_source
 

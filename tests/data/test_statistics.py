@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from pixel_level_contrastive_learning.augment import IMAGENET_MEAN, IMAGENET_STD
-from pixel_level_contrastive_learning.data.decode import NODATA_TAG, open_image
-from pixel_level_contrastive_learning.data.raster import Unreadable
+from pixel_level_contrastive_learning.data.decoding import NODATA_TAG, open_image
+from pixel_level_contrastive_learning.data.image import Unreadable
 from pixel_level_contrastive_learning.data.sources import open_source
 from pixel_level_contrastive_learning.data.statistics import Statistics, measure
 

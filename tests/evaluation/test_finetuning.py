@@ -8,7 +8,9 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torchvision import models
 
+from pixel_level_contrastive_learning.data.segmentation import open_labelled
 from pixel_level_contrastive_learning.data.statistics import Statistics
+from pixel_level_contrastive_learning.evaluation.features import Preparation
 from pixel_level_contrastive_learning.evaluation.finetuning import (
     Segmenter,
     crop_side,
@@ -19,9 +21,7 @@ from pixel_level_contrastive_learning.evaluation.finetuning import (
     rate,
     trained,
 )
-from pixel_level_contrastive_learning.evaluation.labelled import open_labelled
-from pixel_level_contrastive_learning.evaluation.preparation import Preparation
-from pixel_level_contrastive_learning.modules.survey import Survey
+from pixel_level_contrastive_learning.modules.feature_info import Survey
 
 
 def preparation(size) -> Preparation:
@@ -143,7 +143,7 @@ def test_crops_and_their_masks_are_cut_alike(labelled) -> None:
 
 
 def test_every_image_comes_once_before_any_comes_again(labelled, monkeypatch) -> None:
-    from pixel_level_contrastive_learning.evaluation.labelled import Labelled
+    from pixel_level_contrastive_learning.data.segmentation import Labelled
 
     train, _ = open_labelled(labelled)
     read, seen = Labelled.read, []

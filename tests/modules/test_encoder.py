@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pixel_level_contrastive_learning.modules.encoder import Branches, Encoder
-from pixel_level_contrastive_learning.modules.survey import Survey
+from pixel_level_contrastive_learning.modules.feature_info import Survey
 
 SIZE = (64, 96)
 """Views of 4 x 6 cells at a stride of 16."""

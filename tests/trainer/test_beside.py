@@ -9,7 +9,8 @@ import torch
 from rich.console import Console
 
 from pixel_level_contrastive_learning import PixelCL, pretrain
-from pixel_level_contrastive_learning.trainer import course, figures, progress
+from pixel_level_contrastive_learning.trainer import logging as progress
+from pixel_level_contrastive_learning.trainer import metrics, trainer
 
 
 def test_figures_go_to_the_loggers_every_ten_steps(tmp_path, settings) -> None:
@@ -21,7 +22,7 @@ def test_figures_go_to_the_loggers_every_ten_steps(tmp_path, settings) -> None:
 
 
 def test_a_run_that_collapses_says_so_in_words(tmp_path, settings, monkeypatch) -> None:
-    monkeypatch.setattr(figures, "spread", lambda _: torch.tensor(0.01))
+    monkeypatch.setattr(metrics, "spread", lambda _: torch.tensor(0.01))
     pretrain(**settings())
     told = [
         line for line in (tmp_path / "run" / "train.log").read_text().splitlines() if "WARN" in line
@@ -59,7 +60,7 @@ def test_a_batch_too_large_for_memory_is_taken_in_parts(
             raise torch.OutOfMemoryError("CUDA out of memory")
         return forward(learner, views, *given, **named)
 
-    monkeypatch.setattr(course, "estimate", lambda *_: None)  # as on a GPU, where it is tried
+    monkeypatch.setattr(trainer, "estimate", lambda *_: None)  # as on a GPU, where it is tried
     monkeypatch.setattr(PixelCL, "forward", limited)
     with caplog.at_level(logging.INFO):
         pretrain(**settings(batch_size=8))
@@ -68,7 +69,7 @@ def test_a_batch_too_large_for_memory_is_taken_in_parts(
     monkeypatch.undo()
     assert (tmp_path / "run" / "backbone.safetensors").exists()
     caplog.clear()
-    monkeypatch.setattr(course, "estimate", lambda *_: None)
+    monkeypatch.setattr(trainer, "estimate", lambda *_: None)
     with caplog.at_level(logging.INFO):
         pretrain(out=tmp_path / "run", resume=True, steps=8)  # keeps its parts: 8 would fit now
     assert "2 at a time (accumulate 4)" in caplog.text
@@ -80,7 +81,7 @@ def test_an_image_that_fits_nowhere_ends_the_run_in_words(settings, monkeypatch)
     def never(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(course, "estimate", lambda *_: None)
+    monkeypatch.setattr(trainer, "estimate", lambda *_: None)
     monkeypatch.setattr(PixelCL, "forward", never)
     with pytest.raises(MemoryError, match="2 images do not fit into memory; give a smaller image"):
         pretrain(**settings())

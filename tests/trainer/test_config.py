@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from pixel_level_contrastive_learning.trainer.config import PretrainConfig
-from pixel_level_contrastive_learning.trainer.settings import (
+from pixel_level_contrastive_learning.trainer.config_io import (
     as_yaml,
     configured,
     differences,

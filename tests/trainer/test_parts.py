@@ -16,10 +16,15 @@ from pixel_level_contrastive_learning.augment import (
     Normalise,
     change_colour,
 )
-from pixel_level_contrastive_learning.data.pairs import Pairs
+from pixel_level_contrastive_learning.data.dataset import Pairs
 from pixel_level_contrastive_learning.trainer.memory import blank_views
-from pixel_level_contrastive_learning.trainer.schedules import LearningRate, TargetMomentum
-from pixel_level_contrastive_learning.trainer.task import Practice, PretrainTask, split
+from pixel_level_contrastive_learning.trainer.training_step import (
+    LearningRate,
+    Practice,
+    PretrainTask,
+    TargetMomentum,
+    split,
+)
 
 PRACTICE = Practice(LearningRate(0.1, 9, 1, 0), TargetMomentum(0.9, 9), "sgd", 0, 0, 1, 0, 2.0)
 

@@ -1,0 +1,326 @@
+"""The charts of a run: which figures stand together, and what to look for in them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from io import StringIO
+from math import inf, isfinite, nan
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import avg_pool1d, pad
+
+from ..evaluation.health import COLLAPSED_RANK, COLLAPSED_SPREAD
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+class Chart(NamedTuple):
+    """What stands in one chart.
+
+    Attributes:
+        title: What is shown.
+        unit: What the vertical axis counts.
+        curves: Name in the metrics and name for people, for each curve.
+        meaning: What to look for, a sentence.
+        limits: Ends of the vertical axis, as far as they are fixed.
+        bound: A value that should not be fallen under, and its name.
+        logarithmic: Whether the axis is.
+    """
+
+    title: str
+    unit: str
+    curves: tuple[tuple[str, str], ...]
+    meaning: str
+    limits: tuple[float | None, float | None] = (None, None)
+    bound: tuple[float, str] | None = None
+    logarithmic: bool = False
+
+
+CHARTS = (
+    Chart(
+        "Likeness of pairs",
+        "mean cosine, -1 to 1",
+        (("pixel_cosine", "pixel"), ("instance_cosine", "instance")),
+        "The figure to watch: it should rise towards 1. A dip after a quick start is normal, since "
+        "the target stops being trivially alike.",
+        limits=(None, 1.02),
+    ),
+    Chart(
+        "Cells that find their spot",
+        "share of cells, 0 to 1",
+        (("hit1", "colours changed"), ("hit1_colours_kept", "colours kept")),
+        "In two views of images that were kept from training: how often a cell's most similar "
+        "cell in the other view sees the same spot. Far apart, the network goes by colour.",
+        limits=(0, None),
+    ),
+    Chart(
+        "Probe",
+        "mean IoU, 0 to 1",
+        (("probe_miou", "probe"),),
+        "How well masks are told by a probe on the features. It should rise; where it falls again, "
+        "best.ckpt has the better weights.",
+    ),
+    Chart(
+        "Loss",
+        "weighted sum of both terms",
+        (("loss", "loss"),),
+        "Falls as the cosines rise. On its own it does not tell a healthy run from a collapsed "
+        "one, whose loss is very low.",
+    ),
+    Chart(
+        "Spread",
+        "0 collapsed, 1 even",
+        (("spread", "spread"),),
+        "How far the cells' features point in different directions.",
+        limits=(0, None),
+        bound=(COLLAPSED_SPREAD, "collapsed below"),
+    ),
+    Chart(
+        "Effective rank",
+        "directions in use",
+        (("effective_rank", "effective rank"),),
+        "Along how many directions features vary. It may fall at first, and should then hold or "
+        "rise.",
+        limits=(0, None),
+        bound=(COLLAPSED_RANK, "collapsed below"),
+    ),
+    Chart(
+        "Matching cells",
+        "pairs per image",
+        (("positive_pairs", "pairs"),),
+        "How many cells of two views see the same spot. It depends on the crops and the size of "
+        "the map, not on learning.",
+        limits=(0, None),
+    ),
+    Chart(
+        "Gradient",
+        "norm",
+        (("grad_norm", "gradient norm"),),
+        "Sudden peaks say that the learning rate is at its limit.",
+        logarithmic=True,
+    ),
+    Chart(
+        "Learning rate",
+        "learning rate",
+        (("lr", "learning rate"),),
+        "Warm-up, then a cosine down.",
+        limits=(0, None),
+    ),
+    Chart(
+        "Speed",
+        "images per second",
+        (("images_per_second", "images/s"),),
+        "The first step is slow, since everything starts then.",
+        limits=(0, None),
+    ),
+)
+
+
+POINTS = 240
+"""Points a curve is drawn with, at most: runs have any number of steps."""
+SMOOTHED = 15
+"""Points that the strong line is the mean of, where there are many."""
+
+
+class Palette(NamedTuple):
+    """The colours of a chart: words, lines of the grid, the curves, and a bound."""
+
+    ink: str = "#475467"
+    grid: str = "#d9dee7"
+    curves: tuple[str, str] = ("#2563eb", "#c2570c")
+    bound: str = "#b42318"
+
+
+# Stand-ins that no chart has else: a page replaces them by its own colours, light or dark.
+ON_PAGE = Palette("#010101", "#020202", ("#030303", "#040404"), "#050505")
+VARIABLES = {
+    "#010101": "var(--soft)",
+    "#020202": "var(--line)",
+    "#030303": "var(--one)",
+    "#040404": "var(--two)",
+    "#050505": "var(--bad)",
+}
+
+
+def read_metrics(path: str | Path) -> dict[str, list[float]]:
+    """The figures of a run, a column each; NaN where a step has none.
+
+    Args:
+        path: A run directory or its ``metrics.jsonl``. A last line that was cut short, as by a
+            killed run, is left out.
+
+    Raises:
+        ValueError: A line is no JSON object.
+        OSError: There is no such file.
+    """
+    path = Path(path)
+    path = path / "metrics.jsonl" if path.is_dir() else path
+    lines = path.read_text(encoding="utf-8").splitlines()
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(dict(json.loads(line)))
+        except (ValueError, TypeError) as error:
+            if number == len(lines):
+                break
+            raise ValueError(
+                f"{path}, line {number}, is {line[:60]!r}, which is no JSON object; the file was "
+                "changed after the run: mend the line or take it out"
+            ) from error
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: [as_number(row.get(name)) for row in rows] for name in names}
+
+
+def as_number(value: object) -> float:
+    """The value as a float, NaN where it is none."""
+    return float(value) if isinstance(value, (int, float)) else nan
+
+
+def curves_figure(metrics: Mapping[str, Sequence[float]]) -> Figure:
+    """All charts of a run as one matplotlib figure.
+
+    Args:
+        metrics: Columns of equal length, as `read_metrics` gives them.
+
+    Raises:
+        ValueError: There is nothing to draw.
+    """
+    from matplotlib.figure import Figure
+
+    charts = drawable(metrics)
+    if not charts:
+        raise ValueError("metrics hold no step yet; let the run take a few steps first")
+    rows = -(-len(charts) // 2)
+    figure = Figure(figsize=(9.6, 2.7 * rows), layout="constrained")
+    for number, chart in enumerate(charts):
+        axes = figure.add_subplot(rows, 2, number + 1)
+        axes.set_title(chart.title, loc="left", fontsize=11, fontweight="bold")
+        draw_chart(axes, chart, metrics, Palette())
+    return figure
+
+
+def drawable(metrics: Mapping[str, Sequence[float]]) -> list[Chart]:
+    """The charts for which there are figures."""
+    return [
+        chart
+        for chart in CHARTS
+        if any(isfinite(value) for name, _ in chart.curves for value in metrics.get(name, ()))
+    ]
+
+
+def draw_chart(
+    axes: Axes, chart: Chart, metrics: Mapping[str, Sequence[float]], palette: Palette
+) -> None:
+    """Draw one chart: each curve thin as it was and strong as its running mean."""
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+
+    for (name, label), colour in zip(chart.curves, palette.curves, strict=False):
+        steps, values = thinned(metrics["step"], metrics.get(name, ()))
+        if not values:
+            continue
+        style: dict[str, Any] = {"color": colour, "solid_capstyle": "round"}
+        axes.plot(steps, values, linewidth=1, alpha=0.35, **style)
+        axes.plot(steps, smoothed(values), linewidth=1.8, label=label, **style)
+    if chart.logarithmic and axes.dataLim.ymax > 0:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=6))
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    low, high = chart.limits
+    top = max(axes.get_ylim()[1], 2 * chart.bound[0] if chart.bound else 0)
+    axes.set_ylim(bottom=low, top=1.06 * top if low == 0 and high is None else high)
+    if chart.bound is not None:
+        value, words = chart.bound
+        axes.axhline(value, color=palette.bound, linewidth=1, linestyle=(0, (4, 3)))
+        axes.annotate(
+            f"{words} {value:g}",
+            (1, value),
+            (0, 3),
+            xycoords=("axes fraction", "data"),
+            textcoords="offset points",
+            color=palette.bound,
+            fontsize=8,
+            ha="right",
+        )
+    axes.set_xlabel("step", color=palette.ink, fontsize=8.5)
+    axes.set_ylabel(chart.unit, color=palette.ink, fontsize=8.5)
+    axes.tick_params(labelsize=8.5, labelcolor=palette.ink, length=0, which="both")
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.grid(axis="y", color=palette.grid, linewidth=0.8)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(palette.grid)
+    axes.margins(x=0.01)
+    if len(chart.curves) > 1:
+        axes.legend(frameon=False, fontsize=8.5, labelcolor=palette.ink, loc="lower right", ncols=2)
+
+
+def thinned(steps: Sequence[float], values: Sequence[float]) -> tuple[list[float], list[float]]:
+    """At most `POINTS` points of a curve, each the mean of neighbours; gaps are left out.
+
+    Args:
+        steps: Where.
+        values: What was measured there.
+    """
+    both = [(x, y) for x, y in zip(steps, values, strict=False) if isfinite(x) and isfinite(y)]
+    if not both:
+        return [], []
+    parts: Sequence[Tensor] = torch.tensor(both, dtype=torch.float64).tensor_split(
+        min(len(both), POINTS)
+    )
+    means = torch.stack([part.mean(dim=0) for part in parts])
+    return means[:, 0].tolist(), means[:, 1].tolist()
+
+
+def smoothed(values: Sequence[float]) -> list[float]:
+    """The running mean, over fewer points where there are few; as many values as before."""
+    width = min(SMOOTHED, len(values) // 8) // 2 * 2 + 1
+    if width <= 1:
+        return list(values)
+    line = torch.tensor(values, dtype=torch.float64)[None, None]
+    edges = width // 2
+    line = pad(line, (edges, edges), mode="replicate")
+    return avg_pool1d(line, width, stride=1)[0, 0].tolist()
+
+
+def chart_svg(chart: Chart, metrics: Mapping[str, Sequence[float]]) -> str:
+    """One chart as an ``<svg>`` element for a page, in the page's colours and fonts."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    held = StringIO()
+    # Words stay words, and equal charts give equal text.
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": chart.title}):
+        figure = Figure(figsize=(3.5, 2.1), layout="constrained")
+        draw_chart(figure.add_subplot(), chart, metrics, ON_PAGE)
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(held, format="svg", transparent=True, metadata=nothing)
+    text = held.getvalue()
+    text = text[text.index("<svg") :]
+    for part in ("metadata", "style"):
+        text = re.sub(rf"<{part}\b.*?</{part}>\s*", "", text, flags=re.DOTALL)
+    text = re.sub(r' id="[a-z0-9.]+_\d+"', "", text)  # the same in all charts
+    text = re.sub(r"#0[1-5]0[1-5]0[1-5]", lambda found: VARIABLES[found[0]], text)
+    return text.replace("<svg ", '<svg aria-hidden="true" ', 1)
+
+
+def in_words(chart: Chart, metrics: Mapping[str, Sequence[float]]) -> str:
+    """A chart for those who do not see it: where each curve began, ended, and lay between."""
+    told = []
+    for name, label in chart.curves:
+        steps, values = thinned(metrics["step"], metrics.get(name, ()))
+        if not values:
+            continue
+        line = smoothed(values)
+        low, high = min([*line, inf]), max([*line, -inf])
+        told.append(
+            f"{label} from {line[0]:.3g} at step {steps[0]:.0f} to {line[-1]:.3g} at step "
+            f"{steps[-1]:.0f}, between {low:.3g} and {high:.3g}"
+        )
+    return f"{chart.title}, {chart.unit}: {'; '.join(told)}."

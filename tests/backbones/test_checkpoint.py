@@ -1,0 +1,316 @@
+"""Weights: a backbone out to a file and its card, and in again."""
+
+import json
+import logging
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from pixel_level_contrastive_learning import PixelCL
+from pixel_level_contrastive_learning.augment import IMAGENET_MEAN, IMAGENET_STD
+from pixel_level_contrastive_learning.backbones.checkpoint import (
+    BackboneCard,
+    card_of,
+    load_backbone,
+    load_weights,
+    read_backbone,
+    save_backbone,
+    save_card,
+)
+from pixel_level_contrastive_learning.backbones.factory import build_backbone
+
+MODEL = "timm/test_resnet"
+CARD = BackboneCard(
+    model=MODEL,
+    channels=2,
+    image_size=(64, 64),
+    mean=(0.1, 0.2),
+    std=(0.3, 0.4),
+    pixel_layer="layer4",
+    instance_layer="global_pool",
+)
+
+
+def state_of(net: nn.Module) -> dict[str, Tensor]:
+    """A copy of the network's weights."""
+    return {name: held.clone() for name, held in net.state_dict().items()}
+
+
+def same(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
+    """Whether two state dicts hold the same, in any order."""
+    return one.keys() == two.keys() and all(
+        torch.equal(held, two[name]) for name, held in one.items()
+    )
+
+
+@pytest.fixture
+def net() -> nn.Module:
+    return build_backbone(MODEL, channels=2)
+
+
+# Out and in.
+
+
+def test_a_backbone_comes_back_as_it_was(net, tmp_path) -> None:
+    save_backbone(tmp_path / "backbone.safetensors", net, CARD)
+    assert sorted(os.listdir(tmp_path)) == ["backbone.json", "backbone.safetensors"]
+    for source in (tmp_path, str(tmp_path), tmp_path / "backbone.safetensors"):
+        loaded = read_backbone(source)
+        assert loaded.card == CARD
+        assert loaded.report is not None
+        assert loaded.report.whole
+        assert same(state_of(loaded.net), state_of(net))
+        assert type(loaded.net) is type(net)
+    assert same(state_of(load_backbone(tmp_path)), state_of(net))
+
+
+def test_the_key_report_is_told(net, tmp_path, caplog) -> None:
+    save_backbone(tmp_path / "backbone.safetensors", net, CARD)
+    with caplog.at_level(logging.INFO, "pixel_level_contrastive_learning"):
+        load_backbone(tmp_path)
+    count = len(net.state_dict())
+    assert f"matched {count} of {count} keys\nmissing 0\nmismatched 0" in caplog.text
+
+
+def test_a_backbone_that_is_not_filled_wholly_warns(net, tmp_path) -> None:
+    save_backbone(tmp_path / "backbone.safetensors", nn.Linear(3, 3), CARD)
+    with pytest.raises(ValueError, match=r"nothing in .* fits ResNet"):
+        load_backbone(tmp_path)
+    net.fc = nn.Linear(net.num_features, 3)
+    save_backbone(tmp_path / "backbone.safetensors", net, CARD)
+    with pytest.warns(UserWarning, match=r"does not fill all of timm/test_resnet: matched"):
+        loaded = read_backbone(tmp_path)
+    assert loaded.report is not None
+    assert loaded.report.mismatched == ["fc.weight", "fc.bias"]
+
+
+def test_what_was_wrapped_around_is_not_written(net, tmp_path) -> None:
+    expected = state_of(net)
+    wrapped = nn.SyncBatchNorm.convert_sync_batchnorm(net).to(memory_format=torch.channels_last)
+    save_backbone(tmp_path / "backbone.safetensors", torch.compile(wrapped), CARD)
+    assert load_file(tmp_path / "backbone.safetensors").keys() == expected.keys()
+    loaded = load_backbone(tmp_path)
+    assert same(state_of(loaded), expected)
+    assert not any(isinstance(own, nn.SyncBatchNorm) for own in loaded.modules())
+
+
+def test_tied_weights_are_written_twice(tmp_path) -> None:
+    tied = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    tied[1].weight = tied[0].weight
+    save_backbone(tmp_path / "tied.safetensors", tied, CARD)
+    fresh = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    assert load_weights(fresh, tmp_path / "tied.safetensors").whole
+
+
+def test_a_broken_backbone_is_not_written(net, tmp_path) -> None:
+    path = tmp_path / "backbone.safetensors"
+    save_backbone(path, net, CARD)
+    before = path.read_bytes()
+    with torch.no_grad():
+        net.fc.bias[3] = torch.nan
+        net.conv1[0].weight[0, 0, 0, 0] = torch.inf
+    with pytest.raises(ValueError) as error:
+        save_backbone(path, net, replace(CARD, seed=5))
+    assert str(error.value) == (
+        "conv1.0.weight, fc.bias of ResNet hold NaN or infinite values, so the backbone is not "
+        f"written (2 of {len(net.state_dict())} tensors); take the last good checkpoint"
+    )
+    assert path.read_bytes() == before
+    assert json.loads(path.with_suffix(".json").read_text())["seed"] == 0
+
+
+def test_a_mask_may_hold_infinity_and_a_statistic_may_not(net, tmp_path) -> None:
+    path = tmp_path / "backbone.safetensors"
+    net.register_buffer("mask", torch.full((2, 2), -torch.inf).triu(1))
+    save_backbone(path, net, CARD)
+    assert load_file(path)["mask"].tolist() == [[0, -torch.inf], [0, 0]]
+    net.bn1.running_var[0] = torch.inf
+    with pytest.raises(ValueError, match=r"^bn1\.running_var of ResNet hold NaN or infinite"):
+        save_backbone(path, net, CARD)
+    net.bn1.running_var[0] = 1
+    net.mask[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"^mask of ResNet hold NaN or infinite"):
+        save_backbone(path, net, CARD)
+
+
+class Counting(nn.Linear):
+    """A layer that keeps more than tensors."""
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"seen": 3}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        self.seen = state["seen"]
+
+
+def test_extra_state_is_left_out_with_a_word(tmp_path, caplog) -> None:
+    path = tmp_path / "backbone.safetensors"
+    net = Counting(4, 4)
+    save_backbone(path, net, CARD)
+    assert "['_extra_state'] of Counting are no tensors and are left out" in caplog.text
+    assert load_file(path).keys() == {"weight", "bias"}
+    fresh = Counting(4, 4)
+    assert load_weights(fresh, path).whole
+    assert torch.equal(fresh.weight, net.weight)
+    torch.save(net.state_dict(), tmp_path / "net.pt")
+    assert load_weights(Counting(4, 4), tmp_path / "net.pt").matched == ["weight", "bias"]
+
+
+def test_another_suffix_is_refused(net, tmp_path) -> None:
+    with pytest.raises(ValueError, match=r"it must end in \.safetensors"):
+        save_backbone(tmp_path / "backbone.pt", net, CARD)
+
+
+# What a loop of one's own has trained.
+
+
+def learner_of(net: nn.Module, **settings: Any) -> PixelCL:
+    return PixelCL(net, (64, 96), projection_size=8, projection_hidden_size=8, **settings)
+
+
+def test_a_learner_knows_the_card_of_its_backbone() -> None:
+    card = card_of(learner_of(build_backbone(MODEL), hidden_layer_pixel="layer3"), MODEL)
+    assert card == BackboneCard(
+        model=MODEL,
+        channels=3,
+        image_size=(64, 96),
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
+        pixel_layer="layer3",
+        instance_layer="global_pool",
+    )
+
+
+def test_a_card_is_told_what_its_learner_cannot_know(net) -> None:
+    learner = learner_of(net, channels=2, mean=(0.1, 0.2), std=(0.3, 1e-4))
+    card = card_of(learner, MODEL, low=(0, 5), high=(65535, 4095), start="pretrained")
+    assert (card.mean, card.std) == ((0.1, 0.2), (0.3, 1e-4))
+    assert (card.low, card.high, card.start) == ((0, 5), (65535, 4095), "pretrained")
+    assert card_of(learner, MODEL, std=(0.5, 0.6)).std == (0.5, 0.6)
+    with pytest.raises(ValueError, match=r"low is \(0,\); it must be 2 numbers"):
+        card_of(learner, MODEL, low=(0,))
+    with pytest.raises(ValueError, match="timm has no such network: perhaps timm/test_resnet"):
+        card_of(learner, "timm/test_resnett")
+
+
+def test_statistics_that_nobody_knows_are_asked_for(net) -> None:
+    own = learner_of(net, channels=2, augment_fn=nn.Identity())
+    for given in ({}, {"mean": (0.1, 0.2)}):
+        with pytest.raises(ValueError) as error:
+            card_of(own, MODEL, **given)
+        assert str(error.value) == (
+            "the learner's augment_fn normalises by itself, so nobody knows by which mean and std; "
+            "give both to card_of, for values in [0, 1]"
+        )
+    card = card_of(own, MODEL, mean=(0.1, 0.2), std=(0.3, 0.4))
+    assert (card.mean, card.std) == ((0.1, 0.2), (0.3, 0.4))
+    both = learner_of(net, channels=2, augment_fn=nn.Identity(), mean=(0.1, 0.2), std=(0.3, 0.4))
+    assert card_of(both, MODEL) == card
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_card_beside_a_state_dict_is_enough(net, tmp_path, kind) -> None:
+    path = tmp_path / "net.pt"
+    torch.save(net.state_dict(), path)
+    save_card(kind(path), CARD)
+    loaded = read_backbone(path)
+    assert loaded.card == CARD
+    assert same(state_of(loaded.net), state_of(net))
+    assert sorted(os.listdir(tmp_path)) == ["net.json", "net.pt"]
+
+
+# Networks of one's own.
+
+SOURCE = """
+from torch import nn
+
+def build(channels, width=4):
+    return nn.Sequential(nn.Conv2d(channels, width, 3), nn.ReLU())
+"""
+
+
+def test_a_network_of_ones_own_comes_back_from_anywhere(tmp_path, monkeypatch) -> None:
+    (tmp_path / "mine.py").write_text(SOURCE)
+    monkeypatch.chdir(tmp_path)
+    net = build_backbone("mine.py:build", channels=2)
+    run = tmp_path / "runs" / "one"
+    save_backbone(run / "backbone.safetensors", net, replace(CARD, model="mine.py:build"))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    loaded = read_backbone(run)
+    assert loaded.card.model == f"{tmp_path / 'mine.py'}:build"
+    assert same(state_of(loaded.net), state_of(net))
+
+    (tmp_path / "mine.py").rename(run / "mine.py")  # moved together with the run
+    assert same(state_of(load_backbone(run)), state_of(net))
+
+    (run / "mine.py").unlink()
+    with pytest.raises(ValueError) as error:
+        load_backbone(run)
+    assert str(error.value) == (
+        f"{run / 'backbone.json'} names {tmp_path / 'mine.py'}, which is not there; put the file "
+        'beside the card, or set "model" in the card to where it is now'
+    )
+
+
+# Other sources.
+
+
+def test_random_weights_of_any_model() -> None:
+    torch.manual_seed(5)
+    net, card, report = read_backbone("random:timm/test_resnet", channels=2, image_size=(64, 64))
+    torch.manual_seed(5)
+    assert same(state_of(net), state_of(build_backbone(MODEL, channels=2)))
+    assert report is None
+    assert (card.model, card.channels, card.start) == (MODEL, 2, "random")
+    assert (card.mean, card.std) == ((0.5, 0.5), (0.5, 0.5))
+    assert (card.image_size, card.instance_layer) == ((64, 64), "global_pool")
+    assert card.pixel_layer in dict(net.named_modules())
+
+
+def test_random_weights_of_ones_own_model(tmp_path) -> None:
+    (tmp_path / "mine.py").write_text(SOURCE)
+    loaded = read_backbone(f"random:{tmp_path / 'mine.py'}:build", channels=1)
+    assert loaded.card.pixel_layer == "1"
+
+
+def test_pretrained_weights_by_name(monkeypatch) -> None:
+    given = build_backbone("timm/test_vit").state_dict()
+    hub = "timm.models._builder.load_state_dict_from_hf"
+    monkeypatch.setattr(hub, lambda *_, **__: dict(given))
+    net, card, report = read_backbone("timm/test_vit")
+    assert same(state_of(net), given)
+    assert report is None
+    assert (card.start, card.channels, card.image_size) == ("pretrained", 3, (160, 160))
+
+
+def test_a_transformer_is_read_for_images_of_another_size(tmp_path) -> None:
+    given, card, _ = read_backbone("random:timm/test_vit", image_size=(64, 64))
+    save_backbone(tmp_path / "backbone.safetensors", given, card)
+    net, kept, report = read_backbone(tmp_path, image_size=(96, 128))
+    assert net.pos_embed.shape[1] == 6 * 8 + 1
+    assert kept == card
+    assert report is not None
+    assert list(report.shapes) == ["pos_embed"]
+
+
+def test_images_of_other_channels_are_refused(net, tmp_path) -> None:
+    save_backbone(tmp_path / "backbone.safetensors", net, CARD)
+    assert read_backbone(tmp_path, channels=2).card == CARD
+    with pytest.raises(ValueError, match="takes images of 2 channels, not 3; give it images of 2"):
+        read_backbone(tmp_path, channels=3)
+
+
+def test_what_is_not_there_is_named(tmp_path) -> None:
+    with pytest.raises(ValueError, match="there are no weights at"):
+        read_backbone(tmp_path / "nothing")
+    with pytest.raises(ValueError, match="torchvision has no such network: perhaps"):
+        read_backbone("torchvision/resnet5O")
+    with pytest.raises(ValueError, match="it has no library: perhaps torchvision/resnet18"):
+        read_backbone("random:resnet18")

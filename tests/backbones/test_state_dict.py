@@ -1,0 +1,249 @@
+"""Keys: which weights of a file belong where, and what is said of the rest."""
+
+import copy
+import pickle
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from torchvision import models
+from torchvision.models.vision_transformer import interpolate_embeddings
+
+from pixel_level_contrastive_learning.backbones.state_dict import (
+    KeyReport,
+    load_weights,
+    read_tensors,
+)
+from pixel_level_contrastive_learning.backbones.stem import spread_kernels
+
+
+def small(classes: int = 10, channels: int = 3) -> nn.Module:
+    """A network with a stem, a batch norm and a classifier."""
+    net = nn.Module()
+    net.stem = nn.Sequential(nn.Conv2d(channels, 4, 3), nn.BatchNorm2d(4))
+    net.head = nn.Linear(4, classes)
+    return net
+
+
+def same(one: nn.Module, two: nn.Module) -> bool:
+    """Whether two networks hold the same weights."""
+    others = two.state_dict()
+    return all(torch.equal(held, others[name]) for name, held in one.state_dict().items())
+
+
+NAMES = list(small().state_dict())
+
+# Names, and what is wrapped around them.
+
+
+@pytest.mark.parametrize(
+    "beginning",
+    ["", "module.", "backbone.", "encoder.", "module._orig_mod.", "online_encoder.net."],
+)
+def test_whatever_was_wrapped_around_is_taken_off(beginning, tmp_path) -> None:
+    given, net = small(), small()
+    state = {beginning + name: held for name, held in given.state_dict().items()}
+    torch.save(state, tmp_path / "weights.pt")
+    report = load_weights(net, tmp_path / "weights.pt")
+    assert report == KeyReport(NAMES, [], [], [], {})
+    assert report.whole
+    assert same(net, given)
+
+
+@pytest.mark.parametrize("key", ["state_dict", "model", "whatever"])
+def test_a_checkpoint_may_hold_the_weights_anywhere(key, tmp_path) -> None:
+    given, net = small(), small()
+    optimizer = torch.optim.Adam(given.parameters())
+    state = {f"module.{name}": held for name, held in given.state_dict().items()}
+    held = {"epoch": 3, key: state, "optimizer": optimizer.state_dict(), "note": "mine"}
+    torch.save(held, tmp_path / "checkpoint.pth")
+    assert load_weights(net, tmp_path / "checkpoint.pth").whole
+    assert same(net, given)
+
+
+def test_the_first_of_two_networks_in_a_file_is_taken(tmp_path) -> None:
+    student, teacher, net = small(), small(), small()
+    save_file(
+        {f"a_student.{name}": held for name, held in student.state_dict().items()}
+        | {f"b_teacher.{name}": held for name, held in teacher.state_dict().items()},
+        tmp_path / "both.safetensors",
+    )
+    load_weights(net, tmp_path / "both.safetensors")
+    assert same(net, student)
+
+
+def test_of_two_networks_in_a_file_the_one_that_fits_is_taken(tmp_path) -> None:
+    other = {name: torch.zeros(9, 9) for name in [*NAMES, "neck.weight"]}
+    given, net = small(), small()
+    state = given.state_dict()
+    torch.save(
+        {"large": other, "small": {"head.weight": state["head.weight"]}}, tmp_path / "two.pt"
+    )
+    assert load_weights(net, tmp_path / "two.pt").matched == ["head.weight"]
+
+
+def test_a_file_of_a_part_fills_the_part(tmp_path) -> None:
+    given, whole = small(), nn.ModuleDict({"encoder": small(), "decoder": nn.Linear(4, 4)})
+    torch.save(given.state_dict(), tmp_path / "encoder.pt")
+    report = load_weights(whole, tmp_path / "encoder.pt")
+    assert report.matched == [f"encoder.{name}" for name in NAMES]
+    assert report.missing == ["decoder.weight", "decoder.bias"]
+    assert same(whole["encoder"], given)
+
+
+def test_a_run_directory_is_its_backbone(tmp_path) -> None:
+    given, net = small(), small()
+    save_file(given.state_dict(), tmp_path / "backbone.safetensors")
+    assert load_weights(net, tmp_path).whole
+    assert same(net, given)
+
+
+# What does not fit.
+
+
+def test_what_does_not_fit_is_named_and_left_as_it_was(tmp_path) -> None:
+    given, net = small(classes=7), small()
+    state = given.state_dict()
+    del state["head.bias"], state["stem.1.num_batches_tracked"]
+    state["neck.weight"] = torch.zeros(2)
+    torch.save(state, tmp_path / "weights.pt")
+    before = net.head.weight.clone()
+    report = load_weights(net, tmp_path / "weights.pt")
+    assert report.matched == NAMES[:-3]
+    assert report.missing == ["stem.1.num_batches_tracked", "head.bias"]
+    assert report.mismatched == ["head.weight"]
+    assert report.unexpected == ["neck.weight"]
+    assert not report.whole
+    assert str(report) == (
+        "matched 6 of 9 keys\n"
+        "missing 2: stem.1.num_batches_tracked, head.bias\n"
+        "mismatched 1: head.weight (7, 4) for (10, 4)\n"
+        "unexpected 1: neck.weight"
+    )
+    assert torch.equal(net.head.weight, before)
+
+
+def test_a_long_list_is_cut() -> None:
+    report = KeyReport(["a"], [f"layer{k}" for k in range(7)], [], [], {})
+    assert str(report) == (
+        "matched 1 of 8 keys\n"
+        "missing 7: layer0, layer1, layer2, layer3, layer4, and 2 more\n"
+        "mismatched 0"
+    )
+
+
+def test_nothing_that_fits_is_an_error_that_shows_both_sides(tmp_path) -> None:
+    path = tmp_path / "other.pt"
+    other = {"trunk.conv.weight": torch.zeros(1), "stem.1.num_batches_tracked": torch.tensor(7)}
+    torch.save(other, path)
+    net = small()
+    before = copy.deepcopy(net)
+    with pytest.raises(ValueError) as error:
+        load_weights(net, path)
+    assert str(error.value) == (
+        f"nothing in {path} fits Module: the file begins with trunk.conv.weight, "
+        "stem.1.num_batches_tracked, the network with stem.0.weight, stem.0.bias, stem.1.weight; "
+        "give weights of this very model, or build the model they are of"
+    )
+    assert same(net, before)
+    torch.save({"epoch": 3}, path)
+    with pytest.raises(ValueError, match="the file begins with no tensor at all"):
+        load_weights(net, path)
+
+
+# What is fitted.
+
+
+def test_a_stem_is_spread_to_other_channels(tmp_path) -> None:
+    given, net = small(), small(channels=5)
+    torch.save(given.state_dict(), tmp_path / "rgb.pt")
+    report = load_weights(net, tmp_path / "rgb.pt")
+    assert report.whole
+    assert report.shapes == {"stem.0.weight": ((4, 3, 3, 3), (4, 5, 3, 3))}
+    assert "fitted to this input 1: stem.0.weight (4, 3, 3, 3) for (4, 5, 3, 3)" in str(report)
+    torch.testing.assert_close(net.stem[0].weight, spread_kernels(given.stem[0].weight, 5))
+
+
+def test_position_embeddings_of_torchvision_are_resampled(tmp_path) -> None:
+    sizes = {"patch_size": 8, "num_layers": 1, "num_heads": 2, "hidden_dim": 16, "mlp_dim": 16}
+    given = models.VisionTransformer(image_size=64, **sizes)
+    nn.init.normal_(given.encoder.pos_embedding)
+    net = models.VisionTransformer(image_size=32, **sizes)
+    torch.save(given.state_dict(), tmp_path / "vit.pt")
+    assert load_weights(net, tmp_path / "vit.pt").whole
+    expected = interpolate_embeddings(32, 8, given.state_dict())["encoder.pos_embedding"]
+    assert torch.equal(net.encoder.pos_embedding, expected)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of timm's resampling, about its own indexing
+@pytest.mark.parametrize("name", ["test_vit", "swin_tiny_patch4_window7_224"])
+def test_position_embeddings_of_timm_are_resampled_as_timm_does(name, tmp_path) -> None:
+    blocks = {"depths": (1, 1, 1, 1), "embed_dim": 24} if "swin" in name else {}
+    given = timm.create_model(name, **blocks)
+    net = timm.create_model(name, img_size=(96, 128), **blocks)
+    save_file(given.state_dict(), tmp_path / "vit.safetensors")
+    report = load_weights(net, tmp_path / "vit.safetensors")
+    assert report.whole, report
+    assert report.shapes
+    overlay = {"file": str(tmp_path / "vit.safetensors"), "custom_load": False}
+    expected = timm.create_model(
+        name, pretrained=True, pretrained_cfg_overlay=overlay, img_size=(96, 128), **blocks
+    )
+    assert same(net, expected)
+
+
+# Files that are not what they seem.
+
+
+def test_a_saved_network_is_refused_with_the_way_out(tmp_path) -> None:
+    path = tmp_path / "net.pt"
+    torch.save(small(), path)
+    with pytest.raises(ValueError, match=r"torch\.save\(net\.state_dict\(\), 'weights\.pt'\)"):
+        load_weights(small(), path)
+
+
+class Bomb:
+    """Something that touches a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_no_code_of_a_file_is_run(tmp_path) -> None:
+    torch.save({"state_dict": Bomb(tmp_path / "ran")}, tmp_path / "evil.pt")
+    (tmp_path / "evil.pth").write_bytes(pickle.dumps(Bomb(tmp_path / "ran"), protocol=2))
+    for name in ("evil.pt", "evil.pth"):
+        with pytest.raises(ValueError, match="could run any code when loaded"):
+            load_weights(small(), tmp_path / name)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "weights.pt", "weights.pth"])
+@pytest.mark.parametrize("content", [b"", b"hello", b"whole"], ids=["empty", "text", "cut"])
+def test_damaged_files_are_refused(name, content, tmp_path) -> None:
+    path = tmp_path / name
+    if content == b"whole":
+        state = small().state_dict()
+        save_file(state, path) if path.suffix == ".safetensors" else torch.save(state, path)
+        path.write_bytes(path.read_bytes()[:-200])
+    else:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match="damaged"):
+        read_tensors(path)
+
+
+def test_where_there_is_nothing_is_said(tmp_path) -> None:
+    with pytest.raises(ValueError) as error:
+        load_weights(small(), tmp_path / "no.pt")
+    assert str(error.value) == (
+        f"there are no weights at {tmp_path / 'no.pt'}; give a run directory or a .safetensors, "
+        ".pt or .pth file"
+    )
+    with pytest.raises(ValueError, match=r"has no backbone\.safetensors and no checkpoints"):
+        load_weights(small(), tmp_path)

@@ -1,0 +1,99 @@
+"""Stems: the first convolution, for any number of channels."""
+
+import pytest
+import torch
+from timm.models import adapt_input_conv
+from torch import nn
+from torchvision import models
+
+from pixel_level_contrastive_learning.backbones.stem import adapt_channels, spread_kernels, stem_of
+
+STEMS = {
+    "resnet18": "conv1",
+    "convnext_tiny": "features.0.0",
+    "swin_t": "features.0.0",
+    "mobilenet_v3_small": "features.0.0",
+    "densenet121": "features.conv0",
+    "shufflenet_v2_x0_5": "conv1.0",
+    "vit_b_32": "conv_proj",
+}
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4, 5, 7])
+def test_kernels_are_spread_as_timm_spreads_them(channels) -> None:
+    kernels = torch.randn(8, 3, 5, 5)
+    expected = adapt_input_conv(channels, kernels)
+    torch.testing.assert_close(spread_kernels(kernels, channels), expected)
+
+
+@pytest.mark.parametrize("channels", [1, 6])
+def test_a_gray_image_gives_what_it_gave(channels) -> None:
+    conv, gray = nn.Conv2d(3, 8, 3), torch.rand(2, 1, 9, 9)
+    expected = conv(gray.expand(-1, 3, -1, -1))
+    adapted = adapt_channels(nn.Sequential(conv), channels)
+    torch.testing.assert_close(adapted(gray.expand(-1, channels, -1, -1)), expected)
+
+
+@pytest.mark.parametrize(("name", "stem"), STEMS.items())
+def test_the_stem_of_well_known_networks(name, stem) -> None:
+    with torch.device("meta"):
+        net = models.get_model(name, weights=None)
+    found = stem_of(net)
+    assert found is not None
+    assert found[0] == stem
+    assert found[1].in_channels == 3
+
+
+def test_the_stem_alone_changes_in_place() -> None:
+    net = models.resnet18()
+    conv, before = net.conv1, {name: held.clone() for name, held in net.state_dict().items()}
+    assert adapt_channels(net, 5) is net
+    assert net.conv1 is conv
+    assert (conv.in_channels, conv.stride, conv.padding) == (5, (2, 2), (3, 3))
+    assert conv.weight.requires_grad
+    changed = [name for name, held in net.state_dict().items() if held.shape != before[name].shape]
+    assert changed == ["conv1.weight"]
+    assert all(
+        torch.equal(held, before[name])
+        for name, held in net.state_dict().items()
+        if name != changed[0]
+    )
+    assert net.eval()(torch.rand(2, 5, 64, 64)).shape == (2, 1000)
+
+
+def test_what_fits_is_left_alone() -> None:
+    net = nn.Sequential(nn.Conv2d(4, 8, 3))
+    weight = net[0].weight
+    assert adapt_channels(net, 4)[0].weight is weight
+
+
+def test_unlearned_kernels_are_drawn_anew_and_keep_the_spread_of_the_outputs() -> None:
+    net = adapt_channels(nn.Sequential(nn.Conv2d(3, 64, 7)), 12, keep=False)
+    kernels = net[0].weight
+    assert kernels.shape == (64, 12, 7, 7)
+    assert not torch.equal(kernels[:, 0], kernels[:, 3])
+    # Uniform in +-1/sqrt(3 * 49) before: a variance of 1 / (3 * 3 * 49), a quarter of it now.
+    assert kernels.var().item() == pytest.approx(1 / (3 * 3 * 49) / 4, rel=0.05)
+
+
+def test_inputs_taken_apart_by_colour_are_no_longer() -> None:
+    net = models.googlenet(aux_logits=False, init_weights=False, transform_input=True)
+    assert adapt_channels(net, 3).transform_input
+    assert not adapt_channels(net, 2).transform_input
+
+
+def test_a_network_without_convolution_is_refused() -> None:
+    with pytest.raises(ValueError) as error:
+        adapt_channels(nn.Sequential(nn.Linear(3, 3)), 2)
+    assert str(error.value) == (
+        "Sequential has no Conv2d that could be adapted to 2 channels; build it for them: let the "
+        "function that builds it take channels="
+    )
+
+
+def test_a_grouped_stem_and_senseless_channels_are_refused() -> None:
+    net = nn.Sequential(nn.Conv2d(4, 8, 3, groups=2))
+    with pytest.raises(ValueError, match=r"the stem '0' of Sequential has 2 groups"):
+        adapt_channels(net, 3)
+    with pytest.raises(ValueError, match=r"channels is 0; it must be a whole number of at least 1"):
+        adapt_channels(net, 0)

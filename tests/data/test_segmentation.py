@@ -1,0 +1,334 @@
+"""Labelled images: what is read, and what is refused with the file's name and a way out."""
+
+import shutil
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pixel_level_contrastive_learning.data.segmentation import (
+    Labelled,
+    open_labelled,
+    read_classes,
+    read_mask,
+)
+
+
+def write(path, ids, mode=None) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.asarray(ids), mode).save(path)
+
+
+def opened(folder) -> list[Labelled]:
+    return open_labelled(folder)
+
+
+def refusal(folder, *splits) -> str:
+    with pytest.raises(ValueError) as error:
+        open_labelled(folder, splits or ("train", "val"))
+    return str(error.value)
+
+
+def test_a_folder_is_read_in_the_order_of_names(labelled) -> None:
+    train, val = opened(labelled)
+    assert (len(train), len(val)) == (10, 4)
+    assert train.classes == val.classes == ("red", "green", "blue")
+    assert [train.name(i) for i in (0, 9)] == ["0.png", "9.png"]
+    example = train.read(3)
+    assert example.pixels.shape == (3, 32, 48)
+    assert example.mask.shape == (32, 48)
+    assert example.mask.dtype == torch.uint8
+    assert example.mask.unique().tolist() == [0, 1, 2, 255]
+    assert (example.pixels.argmax(0) == example.mask)[2:].all()  # the classes are their colours
+
+
+def test_images_may_lie_deeper_and_be_of_any_format(labelled) -> None:
+    with Image.open(labelled / "images/val/2.png") as image:
+        (labelled / "images/val/day").mkdir()
+        image.save(labelled / "images/val/day/ü 2.JPEG")
+    (labelled / "masks/val/day").mkdir()
+    (labelled / "images/val/2.png").unlink()
+    (labelled / "masks/val/2.png").rename(labelled / "masks/val/day/ü 2.png")
+    _, val = opened(labelled)
+    assert val.name(3) == "day/ü 2.JPEG"
+    assert val.read(3).pixels.shape == (3, 32, 48)
+
+
+def test_large_photos_are_decoded_smaller(labelled) -> None:
+    folder = labelled / "images/val"
+    write(folder / "big.jpg", np.zeros((1200, 2400, 3), np.uint8))
+    write(labelled / "masks/val/big.png", np.zeros((1200, 2400), np.uint8))
+    _, val = opened(labelled)
+    example = val.read(4, shortest=300)
+    assert example.pixels.shape == (3, 300, 600)
+    assert example.mask.shape == (1200, 2400)
+
+
+def test_a_share_is_drawn_by_its_seed_and_lies_in_larger_ones(labelled) -> None:
+    train, _ = opened(labelled)
+    shares = [train.share(part, 3) for part in (0.01, 0.3, 0.5, 1.0)]
+    assert [len(share) for share in shares] == [1, 3, 5, 10]
+    for small, large in pairwise(shares):
+        assert set(small.images) < set(large.images)
+    assert train.share(0.3, 3) == shares[1]
+    assert list(shares[2].images) == sorted(shares[2].images)
+    assert len({train.share(0.3, seed).images for seed in range(5)}) > 1
+    pairs = zip(shares[2].images, shares[2].masks, strict=True)
+    assert all(image.stem == mask.stem for image, mask in pairs)
+
+
+# Classes.
+
+
+def test_without_names_classes_are_numbered(labelled) -> None:
+    (labelled / "classes.txt").unlink()
+    assert opened(labelled)[0].classes == ("class 0", "class 1", "class 2")
+
+
+@pytest.mark.parametrize(
+    "text", ["sky\nsign post\n", "0 sky\n1 sign post\n", "0\tsky\n 1 sign post\n\n \n"]
+)
+def test_names_may_follow_their_ids(tmp_path, text) -> None:
+    path = tmp_path / "classes.txt"
+    path.write_text(text)
+    assert read_classes(path) == ("sky", "sign post")
+
+
+def test_ids_out_of_order_are_refused(tmp_path) -> None:
+    path = tmp_path / "classes.txt"
+    path.write_text("1 sky\n2 road\n")
+    with pytest.raises(ValueError) as error:
+        read_classes(path)
+    assert str(error.value) == (
+        f"{path} has id 1 in line 1, where 0 must stand: one class a line in the order of "
+        "ids, from 0"
+    )
+
+
+def test_a_byte_order_mark_is_no_part_of_a_name(tmp_path) -> None:
+    path = tmp_path / "classes.txt"
+    path.write_bytes(b"\xef\xbb\xbf0 sky\r\n1 stra\xc3\x9fe\r\n")
+    assert read_classes(path) == ("sky", "straße")
+
+
+@pytest.mark.parametrize(("coding", "line"), [("latin-1", 2), ("utf-16", 1)])
+def test_another_coding_is_refused(tmp_path, coding, line) -> None:
+    path = tmp_path / "classes.txt"
+    path.write_text("sky\nstraße\n", encoding=coding)
+    with pytest.raises(ValueError) as error:
+        read_classes(path)
+    assert str(error.value) == f"{path} is not UTF-8 (line {line}); save it as UTF-8"
+
+
+@pytest.mark.parametrize("text", ["sky\n\nroad\n", "0 sky\n \n1 road\n"])
+def test_a_blank_line_between_names_is_refused(tmp_path, text) -> None:
+    path = tmp_path / "classes.txt"
+    path.write_text(text)
+    with pytest.raises(ValueError) as error:
+        read_classes(path)
+    assert str(error.value) == (
+        f"{path} has nothing in line 2, where the class of id 1 must stand; name it, or remove the "
+        "line if the next name is that class"
+    )
+
+
+@pytest.mark.parametrize("text", ["sky\nvoid\nroad\nvoid", "0 sky\n1 void\n2 road\n3 void"])
+def test_a_name_of_two_classes_is_refused(tmp_path, text) -> None:
+    path = tmp_path / "classes.txt"
+    path.write_text(text)
+    with pytest.raises(ValueError) as error:
+        read_classes(path)
+    assert str(error.value) == (
+        f"{path} names two classes 'void' (ids 1 and 3); scores are listed by name, so give each "
+        "class its own"
+    )
+
+
+def recoded(folder, ids) -> None:
+    """Write other ids in place of 0, 1 and 2, and take the names away."""
+    (folder / "classes.txt").unlink(missing_ok=True)
+    for path in (folder / "masks").rglob("*.png"):
+        with Image.open(path) as image:
+            mask = np.array(image)
+        write(path, np.select([mask == i for i in range(3)], ids, 255).astype(np.uint8))
+
+
+def test_colours_turned_to_gray_are_refused_unless_they_are_named(labelled) -> None:
+    recoded(labelled, (0, 76, 150))
+    names = labelled / "classes.txt"
+    assert refusal(labelled) == (
+        f"the masks in {labelled / 'masks'} hold only 3 of the ids up to 150, such as 0, 76, "
+        "150, like colours turned to gray; number the classes 0, 1, 2 and so on, or name all "
+        f"151 in {names} if these are their ids"
+    )
+    names.write_text("\n".join(f"kind {label}" for label in range(151)))
+    assert len(opened(labelled)[0].classes) == 151
+
+
+def test_classes_that_are_missing_are_not_refused(labelled) -> None:
+    recoded(labelled, (0, 15, 63))  # a few classes of a small set
+    assert len(opened(labelled)[0].classes) == 64
+    # Some photos of a large set: 38 of 150 classes, a little more than a quarter.
+    some = np.array([*range(0, 148, 4), 149], np.uint8)
+    for path in (labelled / "masks").rglob("*.png"):
+        write(path, np.resize(some, (32, 48)))
+    assert len(opened(labelled)[0].classes) == 150
+
+
+def test_an_empty_list_of_classes_is_refused(tmp_path) -> None:
+    path = tmp_path / "classes.txt"
+    path.write_text("\n\n")
+    with pytest.raises(ValueError, match=r"classes\.txt names 0 classes; it must name 1 to 255"):
+        read_classes(path)
+
+
+# Masks.
+
+
+def test_palettes_bits_and_sixteen_bits_hold_ids(tmp_path) -> None:
+    ids = np.array([[0, 1], [1, 0]], np.uint8)
+    palette = Image.fromarray(ids, "P")
+    palette.putpalette([10, 200, 30, 4, 5, 6])
+    palette.save(tmp_path / "palette.png")
+    Image.fromarray(ids.astype(bool)).save(tmp_path / "bits.png")
+    Image.fromarray(ids.astype(np.uint16)).save(tmp_path / "deep.png")
+    for name in ("palette", "bits", "deep"):
+        found = read_mask(tmp_path / f"{name}.png")
+        assert found.dtype == torch.uint8
+        assert found.tolist() == ids.tolist()
+
+
+def test_ids_beyond_the_classes_are_refused(labelled) -> None:
+    path = labelled / "masks/val/1.png"
+    write(path, np.full((32, 48), 3, np.uint8))
+    assert refusal(labelled) == (
+        f"{path} has id 3, but classes.txt names 3 classes (ids 0 to 2); name the class there, or "
+        "set such pixels to 255 to ignore them"
+    )
+
+
+def test_another_size_is_refused(labelled) -> None:
+    path = labelled / "masks/train/1.png"
+    write(path, np.zeros((48, 32), np.uint8))
+    assert refusal(labelled) == (
+        f"{path} is 48x32 pixels (height x width), but its image 32x48; it looks turned by 90 "
+        "degrees; write it at the image's size, enlarging to the nearest pixel so that ids stay ids"
+    )
+    train = Labelled((labelled / "images/train/1.png",), (path,), ("a", "b"), labelled / "images")
+    with pytest.raises(ValueError, match="is 48x32 pixels"):
+        train.read(0)
+
+
+def test_a_missing_mask_is_named(labelled) -> None:
+    path = labelled / "masks/train/4.png"
+    with Image.open(path) as mask:
+        mask.save(path.with_suffix(".bmp"))
+    path.unlink()
+    assert refusal(labelled) == (
+        f"{path} is not there (there is 4.bmp); 1 of 10 images have no mask: masks are PNG files "
+        "with the names of their images, so write them, or remove those images"
+    )
+
+
+def test_colours_are_refused(labelled) -> None:
+    path = labelled / "masks/train/4.png"
+    colours = np.zeros((32, 48, 3), np.uint8)
+    colours[:10] = (0, 128, 0)
+    write(path, colours)
+    assert refusal(labelled) == (
+        f"{path} is coded in colours (RGB, 2 different ones); masks are PNG of class ids: write "
+        "one channel that holds the number of each pixel's class in place of its colour"
+    )
+    for channels in (2, 3):  # gray with alpha, gray as RGB
+        write(path, np.ones((32, 48, channels), np.uint8))
+        assert (
+            "if its gray values are the ids, write one channel: Image.open(path).getchannel(0)"
+            in refusal(labelled)
+        )
+
+
+def test_ids_that_are_none_are_refused(labelled) -> None:
+    path = labelled / "masks/train/4.png"
+    write(path, np.full((32, 48), 700, np.uint16))
+    assert refusal(labelled) == (
+        f"{path} has ids from 700 to 700; write 8-bit PNG with ids from 0 to 254, and 255 for "
+        "pixels to ignore"
+    )
+
+
+def test_what_cannot_be_read_is_named(labelled) -> None:
+    mask, image = labelled / "masks/train/4.png", labelled / "images/val/2.png"
+    mask.write_bytes(mask.read_bytes()[:60])
+    image.write_text("no image")
+    first, second = refusal(labelled).splitlines()
+    assert first.startswith(f"{mask} cannot be read as a mask: ")
+    assert second.startswith(f"{image} cannot be read: ")
+
+
+def test_all_wrong_masks_are_counted_and_the_first_listed(labelled) -> None:
+    for number in range(8):
+        write(labelled / f"masks/train/{number}.png", np.full((32, 48), 3, np.uint8))
+    lines = refusal(labelled).splitlines()
+    assert len(lines) == 6
+    assert lines[4].startswith(str(labelled / "masks/train/4.png"))
+    assert lines[5] == "and 3 more"
+
+
+def test_masks_of_nothing_and_all_are_explained(labelled) -> None:
+    for path in (labelled / "masks/train").iterdir():
+        write(path, np.kron([[0, 255]], np.ones((32, 24))).astype(np.uint8))
+    assert refusal(labelled) == (
+        f"the masks in {labelled / 'masks/train'} hold 0 and 255 alone, and 255 means ignored, so "
+        "only class 0 is left; write 1 in place of 255 if it is your second class"
+    )
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_split_without_a_known_pixel_is_refused(labelled, split) -> None:
+    for path in (labelled / "masks" / split).iterdir():
+        write(path, np.full((32, 48), 255, np.uint8))
+    assert refusal(labelled) == (
+        f"all pixels of the masks in {labelled / 'masks' / split} are 255, which means ignored, so "
+        "there is nothing to learn or to judge by; name a split that has labels, or write class ids"
+    )
+
+
+def test_images_without_a_known_pixel_are_left_out(labelled) -> None:
+    for number in (0, 7):
+        write(labelled / f"masks/train/{number}.png", np.full((32, 48), 255, np.uint8))
+    train, val = opened(labelled)
+    assert [path.stem for path in train.images] == [path.stem for path in train.masks]
+    assert [train.name(i) for i in range(len(train))] == [
+        f"{i}.png" for i in (1, 2, 3, 4, 5, 6, 8, 9)
+    ]
+    assert len(val) == 4
+
+
+def test_a_single_class_is_refused(labelled) -> None:
+    for path in (labelled / "masks/train").iterdir():
+        write(path, np.full((32, 48), 2, np.uint8))
+    assert "hold the ids 2 alone (255 means ignored); at least two" in refusal(labelled)
+
+
+# Folders.
+
+
+def test_a_folder_that_is_none_is_refused(tmp_path) -> None:
+    said = refusal(tmp_path / "nowhere")
+    assert "which is no folder; it must hold images/train, images/val, masks/train" in said
+
+
+def test_a_split_that_is_not_there_is_refused_with_those_that_are(labelled) -> None:
+    said = refusal(labelled, "train", "vla")
+    assert said.startswith(
+        f"{labelled / 'images/vla'} is not there (there is train, val); perhaps "
+    )
+    assert "'val' is meant" in said
+
+
+def test_a_split_without_images_is_refused(labelled) -> None:
+    shutil.rmtree(labelled / "images/val")
+    (labelled / "images/val").mkdir()
+    assert f"no image in '{labelled / 'images/val'}'" in refusal(labelled)

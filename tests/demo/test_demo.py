@@ -1,0 +1,58 @@
+"""The demo, made small: scenes, a run, a table and a report."""
+
+import pytest
+
+from pixel_level_contrastive_learning import cli
+from pixel_level_contrastive_learning.demo import demo, scenes
+
+
+@pytest.fixture(autouse=True)
+def _few(monkeypatch) -> None:
+    monkeypatch.setattr(demo, "SCENES", {"train": 24, "val": 4})
+
+
+def test_the_demo_ends_with_a_table_and_where_the_report_is(tmp_path, capsys) -> None:
+    out = tmp_path / "demo"
+    assert cli.main(["demo", "--out", str(out), "--steps", "1"]) == 0
+    said = capsys.readouterr().out
+    assert "mIoU" in said
+    assert said.splitlines()[-1] == f"report: {out / 'report.html'}"
+    page = (out / "report.html").read_text()
+    assert "How good the features are" in page
+    assert (out / "run" / "evaluation.json").exists()
+    assert cli.main(["demo", "--out", str(out), "--steps", "1"]) == 2
+    assert "not empty" in capsys.readouterr().err
+    (out / "notes.txt").write_text("mine")
+    assert cli.main(["demo", "--out", str(out), "--steps", "1", "--overwrite"]) == 0
+    assert (out / "notes.txt").read_text() == "mine"
+
+
+def test_what_is_no_demo_is_not_replaced(tmp_path, capsys) -> None:
+    out = tmp_path / "mine"
+    for path in (out / "scenes" / "images", out / "scenes" / "masks"):
+        path.mkdir(parents=True)
+    (out / "scenes" / "classes.txt").write_text("0 road\n")
+    (out / "report.html").write_text("mine")
+    assert cli.main(["demo", "--out", str(out), "--steps", "1", "--overwrite"]) == 2
+    assert "holds no demo to replace; name another folder" in capsys.readouterr().err
+    assert (out / "scenes" / "classes.txt").read_text() == "0 road\n"
+    assert (out / "report.html").read_text() == "mine"
+
+
+def test_a_demo_that_was_cut_off_is_begun_anew(tmp_path, monkeypatch) -> None:
+    def cut_off(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    out = tmp_path / "demo"
+    monkeypatch.setattr(scenes, "draw_scene", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        demo.demonstrate(out, steps=1)
+    with pytest.raises(KeyboardInterrupt):
+        demo.demonstrate(out, steps=1, overwrite=True)
+
+
+def test_no_steps_are_refused_before_a_scene_is_drawn(tmp_path, capsys) -> None:
+    out = tmp_path / "demo"
+    assert cli.main(["demo", "--out", str(out), "--steps", "0"]) == 2
+    assert "steps is 0" in capsys.readouterr().err
+    assert not out.exists()

@@ -1,0 +1,170 @@
+"""Contenders: which networks stand beside the one that was asked for, and with which weights."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from pixel_level_contrastive_learning import PixelCL
+from pixel_level_contrastive_learning.backbones.checkpoint import (
+    BackboneCard,
+    card_of,
+    save_backbone,
+    save_card,
+)
+from pixel_level_contrastive_learning.backbones.factory import build_backbone
+from pixel_level_contrastive_learning.data.sources import open_source
+from pixel_level_contrastive_learning.evaluation.baselines import line_up, random_net
+
+
+def card(model: str, **settings) -> BackboneCard:
+    plain = {
+        "model": model,
+        "channels": 3,
+        "image_size": (32, 32),
+        "mean": (0.5,) * 3,
+        "std": (0.25,) * 3,
+        "pixel_layer": "body",
+        "instance_layer": "pool",
+    }
+    return BackboneCard(**plain | settings)
+
+
+def run(folder, model, shift, **settings):
+    """A run whose weights are those of seed 0 plus a number."""
+    net = random_net(card(model), 0)
+    with torch.no_grad():
+        net.body.bias += shift
+    save_backbone(folder / "backbone.safetensors", net, card(model, **settings))
+    return folder
+
+
+def biases(field) -> list[torch.Tensor]:
+    return [contender.build(0).body.bias for contender in field.contenders]
+
+
+def test_random_weights_stand_alone(labelled, model) -> None:
+    source = open_source(str(labelled / "images"))
+    field = line_up(f"random:{model}", source)
+    assert [contender.name for contender in field.contenders] == ["random weights"]
+    assert (field.card.model, field.card.channels) == (model, 3)
+    (random,) = field.contenders
+    state = torch.get_rng_state()
+    one, again, other = (random.build(seed).body.weight for seed in (1, 1, 2))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(one, again)
+    assert not torch.equal(one, other)
+
+
+def test_a_run_from_random_weights_stands_beside_others(labelled, model, tmp_path) -> None:
+    folder = run(tmp_path / "run", model, 1.0)
+    field = line_up(folder, open_source(str(labelled / "images")))
+    assert [contender.name for contender in field.contenders] == ["random weights", str(folder)]
+    assert [contender.by_seed for contender in field.contenders] == [True, False]
+    random, ours = biases(field)
+    torch.testing.assert_close(ours, random + 1)
+    assert field.card == card(model)
+    assert field.notes == []
+
+
+def test_what_a_loop_of_ones_own_has_saved_stands_beside_others(labelled, model, tmp_path) -> None:
+    net = random_net(card(model), 0)
+    learner = PixelCL(net, 32, projection_size=8, projection_hidden_size=8)
+    with torch.no_grad():
+        learner.net.body.bias += 1
+    path = tmp_path / "net.pt"
+    torch.save(net.state_dict(), path)
+    save_card(path, card_of(learner, model))
+    field = line_up(path, open_source(str(labelled / "images")))
+    assert [contender.name for contender in field.contenders] == ["random weights", str(path)]
+    random, ours = biases(field)
+    torch.testing.assert_close(ours, random + 1)
+
+
+def test_weights_that_a_run_started_from_stand_between(labelled, model, tmp_path) -> None:
+    before = run(tmp_path / "before", model, 1.0)
+    folder = run(tmp_path / "run", model, 2.0, start=str(before / "backbone.safetensors"))
+    field = line_up(folder, open_source(str(labelled / "images")))
+    names = [contender.name for contender in field.contenders]
+    assert names == ["random weights", "start (backbone.safetensors)", str(folder)]
+    random, start, ours = biases(field)
+    torch.testing.assert_close(start, random + 1)
+    torch.testing.assert_close(ours, random + 2)
+
+
+def test_random_weights_that_began_shut_stand_between(labelled, tmp_path) -> None:
+    resnet = card("torchvision/resnet18", pixel_layer="layer4", instance_layer="avgpool")
+    path = tmp_path / "backbone.safetensors"
+    save_backbone(path, random_net(resnet, 3), replace(resnet, start="zero-init residual"))
+    field = line_up(path, open_source(str(labelled / "images")))
+    names = [contender.name for contender in field.contenders]
+    assert names == ["random weights", "start (zero-init residual)", str(path)]
+    assert [contender.by_seed for contender in field.contenders] == [True, True, False]
+    for seed in (0, 1):
+        random, start = (contender.build(seed).layer4[1] for contender in field.contenders[:2])
+        assert torch.equal(random.conv2.weight, start.conv2.weight)
+        assert random.bn2.weight.all()
+        assert not start.bn2.weight.any()
+
+
+def test_where_nothing_can_begin_shut_random_weights_are_the_start(
+    labelled, model, tmp_path
+) -> None:
+    folder = run(tmp_path / "run", model, 1.0, start="zero-init residual")
+    field = line_up(folder, open_source(str(labelled / "images")))
+    assert [contender.name for contender in field.contenders] == ["random weights", str(folder)]
+
+
+def test_weights_that_are_gone_are_noted(labelled, model, tmp_path) -> None:
+    folder = run(tmp_path / "run", model, 2.0, start=str(tmp_path / "gone.pt"))
+    field = line_up(folder, open_source(str(labelled / "images")))
+    assert [contender.name for contender in field.contenders] == ["random weights", str(folder)]
+    (note,) = field.notes
+    assert note.startswith(
+        f"The weights it started from ({tmp_path / 'gone.pt'}) are not at hand: "
+    )
+
+
+def test_fresh_weights_scale_deep_values_by_what_is_found(tmp_path, model) -> None:
+    from numpy import save
+
+    for number in range(3):
+        values = torch.rand(40, 40, 3) * 1000 + 500
+        save(tmp_path / f"{number}.npy", values.numpy())
+    field = line_up(f"random:{model}", open_source(str(tmp_path)))
+    assert field.card.low == pytest.approx((500,) * 3, rel=0.02)
+    assert field.card.high == pytest.approx((1500,) * 3, rel=0.02)
+
+
+def test_fresh_weights_take_the_channels_of_the_images(tmp_path, model) -> None:
+    from PIL import Image
+
+    for number in range(3):
+        Image.new("L", (40, 40), 60 * number).save(tmp_path / f"{number}.png")
+    field = line_up(f"random:{model}", open_source(str(tmp_path)))
+    assert field.card.channels == 1
+    assert field.contenders[0].build(0).stem.in_channels == 1
+
+
+def test_libraries_give_their_own_weights(labelled, monkeypatch) -> None:
+    """Pretrained weights come from the internet: here they are random ones that stand in."""
+    from pixel_level_contrastive_learning.backbones import checkpoint
+
+    asked = []
+
+    def built(model, **settings):
+        asked.append(settings.pop("pretrained"))
+        return build_backbone(model, **settings)
+
+    monkeypatch.setattr(checkpoint, "build_backbone", built)
+    field = line_up("torchvision/resnet18", open_source(str(labelled / "images")))
+    names = [contender.name for contender in field.contenders]
+    assert names == ["random weights", "torchvision/resnet18"]
+    assert asked == [True]
+    assert field.card.start == "pretrained"
+    assert replace(field.card, low=None) == field.card
+
+
+def test_weights_that_are_not_there_are_refused(labelled, tmp_path) -> None:
+    with pytest.raises(ValueError, match="nowhere"):
+        line_up(tmp_path / "nowhere", open_source(str(labelled / "images")))

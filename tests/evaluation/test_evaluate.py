@@ -1,0 +1,336 @@
+"""The whole of it: commands as a user gives them, with labels and without."""
+
+import json
+import logging
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+from PIL import Image
+
+from pixel_level_contrastive_learning.backbones.checkpoint import BackboneCard, save_backbone
+from pixel_level_contrastive_learning.data.sources import open_source
+from pixel_level_contrastive_learning.data.statistics import Statistics
+from pixel_level_contrastive_learning.evaluation import evaluate as unlabelled
+from pixel_level_contrastive_learning.evaluation.baselines import random_net
+from pixel_level_contrastive_learning.evaluation.evaluate import (
+    evaluate,
+    evenly,
+    left_out,
+    some_images,
+    what_it_means,
+)
+from pixel_level_contrastive_learning.evaluation.evaluate import (
+    what_it_means_without_labels as without,
+)
+from pixel_level_contrastive_learning.evaluation.features import Preparation
+from pixel_level_contrastive_learning.evaluation.results import Evaluation, Row
+
+
+@pytest.fixture
+def run(model, tmp_path):
+    """A run whose layer gives smoothed colours, as a good one would here."""
+    card = BackboneCard(
+        model=model,
+        channels=3,
+        image_size=(24, 24),
+        mean=(0.5,) * 3,
+        std=(0.25,) * 3,
+        pixel_layer="body",
+        instance_layer="pool",
+    )
+    net = random_net(card, 0)
+    with torch.no_grad():
+        for layer in (net.stem, net.body):
+            layer.weight.zero_()
+            layer.bias.zero_()
+            for channel in range(3):
+                layer.weight[channel, channel] = 1 / 9
+    save_backbone(tmp_path / "run" / "backbone.safetensors", net, card)
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("protocol", ["linear", "knn"])
+def test_a_run_is_judged_beside_random_weights(run, labelled, tmp_path, protocol) -> None:
+    out = tmp_path / "out"
+    found = evaluate(run, data=labelled, protocol=protocol, seeds=2, out=out)
+    assert [row.name for row in found.rows] == ["random weights", str(run)]
+    assert [len(row.seeds) for row in found.rows] == [2, 1]  # its own weights know no chance
+    assert set(found.ours.scores) == {"mIoU", "pixel accuracy"}
+    assert list(found.ours.classes) == ["red", "green", "blue"]
+    assert found.ours.scores["mIoU"] > 0.7
+    assert found.settings["fed at"] == "shorter side 34"
+    assert found.settings["layers"] == ["body"]
+    assert f"{found.ours.scores['mIoU']:.3f}" in found.table()
+    assert " mIoU on val, " in found.sentence
+    assert Evaluation.from_json((out / "evaluation.json").read_text()) == found
+    pictures = sorted(path.name for path in (out / "predictions").iterdir())
+    assert pictures == [f"000{number}_{number}.png" for number in range(4)]
+
+
+def test_the_same_weights_reach_the_same(run, labelled) -> None:
+    torch.manual_seed(1)
+    first = evaluate(run, data=labelled)
+    torch.manual_seed(2)
+    assert evaluate(run, data=labelled).rows == first.rows
+
+
+def test_fine_tuning_takes_a_share_of_the_masks(run, labelled) -> None:
+    settings = {"protocol": "finetune", "fraction": 0.3, "steps": 3}
+    found = evaluate(run, data=labelled, **settings)
+    assert [len(row.seeds) for row in found.rows] == [3, 3]
+    assert found.ours.deviations["mIoU"] > 0
+    assert found.settings["fraction"] == 0.3
+    assert found.settings["steps"] == 3
+    assert found.sentence.startswith("Fine-tuning reaches ")
+
+
+def test_a_share_of_the_masks_makes_a_probe_depend_on_the_seed(run, labelled) -> None:
+    found = evaluate(run, data=labelled, protocol="knn", fraction=0.2, seeds=2)
+    assert [len(row.seeds) for row in found.rows] == [2, 2]
+
+
+def test_layers_and_sizes_may_be_named(run, labelled) -> None:
+    found = evaluate(run, data=labelled, layers=("body", "act"), size=(32, 48))
+    assert found.settings["layers"] == ["body", "act"]
+    assert found.settings["fed at"] == "32x48"
+    with pytest.raises(ValueError, match=r"no layer 'bod'.*perhaps body"):
+        evaluate(run, data=labelled, layers=("bod",))
+
+
+def test_without_labels_views_and_health_are_looked_at(run, labelled, tmp_path) -> None:
+    (labelled / "images/val/broken.png").write_text("no image")
+    found = evaluate(run, images=labelled / "images/val", seeds=2, out=tmp_path)
+    assert found.protocol == "correspondence"
+    assert [len(row.seeds) for row in found.rows] == [2, 2]
+    names = ["hit@1", "hit@1, colours kept", "hit within 2 cells"]
+    chances = ["hit@1 by chance", "within 2 cells by chance"]
+    assert list(found.ours.scores) == [*names, *chances, "spread", "effective rank"]
+    assert 0 < found.ours.scores[chances[0]] < found.ours.scores[chances[1]] < 1
+    assert found.rows[0].scores["hit@1 by chance"] == found.ours.scores["hit@1 by chance"]
+    assert found.settings["images"] == 4
+    (note,) = found.notes
+    assert note.startswith("left out ")
+    assert "broken.png" in note
+    assert found.sentence.startswith("A cell finds its own spot in another view of its image in ")
+    assert json.loads((tmp_path / "correspondence.json").read_text())["sentence"] == found.sentence
+
+
+def test_without_labels_the_size_is_that_of_the_views(run, labelled) -> None:
+    found = evaluate(run, images=labelled / "images/val", size=(48, 64))
+    assert found.settings["views"] == "48x64"
+    assert evaluate(run, images=labelled / "images/val", size=48).settings["views"] == "48x48"
+
+
+def test_settings_about_labels_are_refused_without_any() -> None:
+    with pytest.raises(ValueError) as error:
+        evaluate("runs/a", images="b", protocol="knn", fraction=0.5, split="test", steps=9)
+    told = str(error.value).splitlines()
+    assert [line.split()[0] for line in told] == ["protocol", "fraction", "split", "steps"]
+    assert told[0] == (
+        "protocol is 'knn', which is about labels; give data, or leave it out with images"
+    )
+
+
+def test_what_a_protocol_does_not_read_is_refused(labelled) -> None:
+    with pytest.raises(ValueError, match=r"^layers is \['body'\], but fine-tuning reads a map of"):
+        evaluate("runs/a", data=labelled, protocol="finetune", layers=("body",))
+    for protocol in ("linear", "knn"):
+        with pytest.raises(ValueError, match=r"^steps is 9, which is about fine-tuning; take"):
+            evaluate("runs/a", data=labelled, protocol=protocol, steps=9)
+
+
+def test_bytes_of_names_that_are_no_text_lose_no_figure(run, labelled, tmp_path, caplog) -> None:
+    caplog.set_level(logging.ERROR)  # such a name cannot be told from one pytest process to another
+    (labelled / "images/val" / os.fsdecode(b"M\xfcnchen.png")).write_text("no image")
+    found = evaluate(run, images=labelled / "images/val", out=tmp_path)
+    assert Evaluation.from_json((tmp_path / "correspondence.json").read_text()) == found
+    assert os.fsdecode(b"M\xfcnchen.png") in found.notes[0]
+
+
+def test_large_images_are_looked_at_smaller(run, tmp_path) -> None:
+    (tmp_path / "photos").mkdir()
+    Image.effect_noise((1600, 1200), 90).convert("RGB").save(tmp_path / "photos/a.jpg")
+    found = evaluate(run, images=tmp_path / "photos")
+    assert found.settings["images"] == 1
+
+
+def test_random_weights_are_what_others_have_to_beat(model, labelled) -> None:
+    found = evaluate(f"random:{model}", data=labelled, protocol="knn")
+    assert [row.name for row in found.rows] == ["random weights"]
+    assert found.sentence.endswith("what other weights of this network have to beat.")
+
+
+def test_all_that_is_wrong_is_said_at_once() -> None:
+    with pytest.raises(ValueError) as error:
+        evaluate("runs/a", protocol="linar", fraction=0, seeds=0, steps=0, size=-1)
+    assert str(error.value).splitlines() == [
+        "protocol is 'linar'; it must be one of 'linear', 'knn', 'finetune' (perhaps 'linear')",
+        "fraction is 0; it must be a number above 0, at most 1",
+        "seeds is 0; it must be a whole number of at least 1",
+        "size is -1; it must be a whole number of pixels or (height, width), such as 224",
+        "steps is 0; it must be a whole number of at least 1",
+        "neither of data and images given; give data (a folder of images and masks) to evaluate "
+        "with labels, or images to evaluate without",
+    ]
+    with pytest.raises(ValueError, match="both of data and images given"):
+        evaluate("runs/a", data="a", images="b")
+
+
+# What it means.
+
+
+def rows(*figures: float, deviation: float = 0.0) -> list[Row]:
+    return [Row(str(i), {"mIoU": value}, {"mIoU": deviation}) for i, value in enumerate(figures)]
+
+
+@pytest.mark.parametrize(
+    ("figures", "deviation", "words"),
+    [
+        ((0.2, 0.3), 0.0, "1.50 times random weights (0.200): the weights know more"),
+        ((0.2, 0.205), 0.0, "no clear gain"),
+        ((0.2, 0.24), 0.03, "no clear gain"),
+        ((0.2, 0.1), 0.0, "worse than random"),
+        ((0.2, 0.19), 0.03, "no clear gain"),
+        ((0.2, 0.25, 0.3), 0.0, "and 1.20 times what it started from (0.250): the weights know"),
+        (
+            (0.2, 0.35, 0.28),
+            0.0,
+            "times what it started from (0.350): training made them worse",
+        ),
+        ((0.2, 0.35, 0.36), 0.0, "no clear gain"),
+        ((0.2, 0.1, 0.15), 0.0, "worse than random"),
+        ((0.2, 0.1, 0.2), 0.0, "no clear gain"),
+        ((0.2, 0.1, 0.3), 0.0, "the weights know more of these classes than random ones do."),
+        ((0.0, 0.0), 0.0, "no clear gain"),
+    ],
+)
+def test_figures_are_put_into_words(figures, deviation, words) -> None:
+    said = what_it_means(rows(*figures, deviation=deviation), "linear", "val")
+    assert said.startswith(f"A linear probe reaches {figures[-1]:.3f} mIoU on val, ")
+    assert words in said
+
+
+@pytest.mark.parametrize(
+    ("reached", "draws", "luck"), [(0.24, 1, True), (0.26, 1, False), (0.24, 3, False)]
+)
+@pytest.mark.parametrize("start", [None, "start (zero-init residual)"])
+def test_one_draw_of_random_weights_is_not_trusted_for_a_small_gain(
+    reached, draws, luck, start
+) -> None:
+    def drawn(value: float, name: str, count: int) -> Row:
+        return Row.of(name, [{"mIoU": value, "hit@1": value}] * count)
+
+    both = [drawn(0.2, "random weights", draws), drawn(reached, "runs/a", 1)]
+    if start is not None:
+        both = [drawn(0.1, "random weights", draws), drawn(0.2, start, draws), both[1]]
+    said = what_it_means(both, "linear", "val")
+    assert ("Repeat with --seeds 3" in said) is luck
+    assert ("the weights know more" in said) is not luck
+    health = {"spread": 0.6, "effective rank": 20.0, "hit@1 by chance": 0.04}
+    for row in both:
+        row.scores.update(health | {"hit@1, colours kept": 0.3})
+    assert ("Repeat with --seeds 3" in without(both)) is luck
+
+
+def test_judging_by_what_was_learned_from_is_noted(run, labelled) -> None:
+    (note,) = evaluate(run, data=labelled, split="train", protocol="knn").notes
+    assert note == "Judged by the very images it learned from, and so too kindly."
+    assert evaluate(run, data=labelled, protocol="knn").notes == ()
+
+
+def test_a_network_itself_is_refused_with_what_to_give(labelled) -> None:
+    with pytest.raises(ValueError, match=r"weights is a Linear; give the folder of its run \(res"):
+        evaluate(torch.nn.Linear(2, 2), data=labelled)
+
+
+def seen(hit: float, spread: float = 0.6, kept: float = 0.4) -> Row:
+    scores = {"hit@1": hit, "hit@1, colours kept": kept, "hit@1 by chance": 0.04}
+    return Row("a", scores | {"spread": spread, "effective rank": 20.0})
+
+
+def test_hits_are_put_into_words() -> None:
+    said = without([seen(0.3), seen(0.6)])
+    assert said.startswith(
+        "A cell finds its own spot in another view of its image in 60% of cases (30% with random "
+        "weights, 4.0% by chance): the weights tell spots apart better"
+    )
+    assert "have not collapsed" in said
+    assert "no clear gain over random weights" in without([seen(0.3), seen(0.3)])
+    assert "fewer than random weights" in without([seen(0.3), seen(0.2)])
+    said = without([seen(0.3), seen(0.6), seen(0.5)])
+    assert "by chance); what it started from finds it in 60%: fewer than what it started" in said
+    assert "better than what it started from" in without([seen(0.3), seen(0.4), seen(0.5)])
+    said = without([seen(0.3), seen(0.1), seen(0.3, kept=0.3)])
+    assert "better than what it started from, but no better than random weights do. The" in said
+    said = without([seen(0.3), seen(0.6, spread=math.nan)])
+    assert "4.0% by chance). The features are not finite (spread nan" in said
+    assert "have collapsed" in without([seen(0.3), seen(0.6, spread=0.01)])
+    assert "with random weights, " in without([seen(0.3)])
+
+
+def test_a_network_that_goes_by_colour_is_told_so() -> None:
+    said = without([seen(0.3), seen(0.3, kept=0.6)])
+    assert "It goes by colour: with colours left as they are it finds 60%. Change" in said
+    assert "by colour" not in without([seen(0.5), seen(0.5, kept=0.6)])
+    assert "by colour" not in without([seen(0.2), seen(0.3, kept=0.6)])  # not by colour alone
+
+
+PREPARE = Preparation(Statistics(3, (0.5,) * 3, (0.5,) * 3, None, None, (1, 1), (1, 1), 0), 24)
+
+
+def plain(path: Path) -> None:
+    Image.effect_noise((40, 32), 90).convert("RGB").save(path)
+
+
+def deep(path: Path) -> None:
+    Image.fromarray(np.full((32, 40), 999, np.uint16)).save(path)
+
+
+def test_images_are_spread_evenly_and_the_others_wait() -> None:
+    assert evenly(12, 3)[:3] == [0, 4, 8]
+    assert sorted(evenly(12, 3)) == list(range(12))
+    assert evenly(2, 5) == [0, 1]
+
+
+def test_others_stand_in_for_images_that_are_not_for_this_network(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(unlabelled, "MOST_IMAGES", 2)
+    for number in range(4):  # the evenly spread ones are deep
+        (plain if number % 2 else deep)(tmp_path / f"{number}.png")
+    seen, refused = some_images(open_source(tmp_path), PREPARE)
+    assert len(seen) == 2
+    words = "it is 16-bit or float, where the images looked at were 8-bit"
+    assert refused == [f"{tmp_path}/{number}.png: {words}" for number in (0, 2)]
+
+
+def test_only_where_no_image_is_left_nothing_is_judged(tmp_path) -> None:
+    deep(tmp_path / "a.png")
+    with pytest.raises(ValueError) as error:
+        some_images(open_source(tmp_path), PREPARE)
+    assert str(error.value) == (
+        f"none of 1 images can be used, the first because of {tmp_path}/a.png: it is 16-bit or "
+        "float, where the images looked at were 8-bit; give a folder of images that open in a "
+        "viewer and are as the network knows them: 3 channels, 8-bit"
+    )
+
+
+def test_an_odd_image_is_named_and_the_others_are_judged(model, tmp_path, caplog) -> None:
+    (tmp_path / "images").mkdir()
+    for number in range(3):
+        plain(tmp_path / "images" / f"{number}.png")
+    tifffile.imwrite(tmp_path / "images" / "odd.tif", np.zeros((32, 40, 5), np.uint8))
+    found = evaluate(f"random:{model}", images=tmp_path / "images")
+    assert found.settings["images"] == 3
+    (note,) = found.notes
+    assert note.startswith(f"left out {tmp_path}/images/odd.tif: it has 5 channels where ")
+    assert note in caplog.messages
+
+
+def test_of_many_images_left_out_some_are_named() -> None:
+    notes = left_out([f"{number}.png: broken" for number in range(9)])
+    assert notes == [*(f"left out {n}.png: broken" for n in range(5)), "left out 4 more images"]
+    assert left_out([]) == []

@@ -1,0 +1,504 @@
+"""Segmentation: shares, bounds and judges against hand arithmetic and slow loops."""
+
+import json
+import math
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.nn.functional import cosine_similarity, one_hot
+from torch.profiler import ProfilerActivity, profile
+
+from pixel_level_contrastive_learning.data.segmentation import open_labelled
+from pixel_level_contrastive_learning.data.statistics import Statistics
+from pixel_level_contrastive_learning.evaluation import probes
+from pixel_level_contrastive_learning.evaluation.features import Preparation, Reader
+from pixel_level_contrastive_learning.evaluation.probes import (
+    Bank,
+    Curvature,
+    affine,
+    by_cells,
+    cell_iou,
+    class_shares,
+    fitted,
+    gather,
+    held_out_last,
+    linear_judge,
+    neighbour_judge,
+    probed,
+)
+
+
+def preparation(size: int) -> Preparation:
+    return Preparation(Statistics(3, (0.5,) * 3, (0.25,) * 3, None, None, (1, 1), (1, 1), 0), size)
+
+
+# What cells show.
+
+
+def test_shares_by_hand() -> None:
+    mask = torch.tensor([[0, 1, 2, 2], [0, 0, 255, 2], [255, 255, 1, 1], [255, 255, 1, 0]])
+    shares = class_shares(mask.to(torch.uint8), (2, 2), 3)
+    assert shares.tolist() == [[0.75, 0.25, 0], [0, 0, 0.75], [0, 0, 0], [0.25, 0.75, 0]]
+
+
+def test_a_pixel_belongs_to_the_cell_that_holds_its_centre() -> None:
+    # Five pixels for two cells: the middle one's centre, 2.5, begins the second.
+    shares = class_shares(torch.tensor([[0, 0, 1, 1, 1]], dtype=torch.uint8), (1, 2), 2)
+    assert shares.tolist() == [[1, 0], [0, 1]]
+
+
+def test_cells_without_pixels_show_nothing() -> None:
+    shares = class_shares(torch.zeros(1, 1, dtype=torch.uint8), (2, 2), 2)
+    assert shares.tolist() == [[0, 0], [0, 0], [0, 0], [1, 0]]
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_iou_of_cells_by_hand(monkeypatch, rows) -> None:
+    monkeypatch.setattr(probes, "BLOCK_ENTRIES", 3 * rows)
+    shares = torch.tensor([[1.0, 0, 0], [0.5, 0.5, 0], [0, 1, 0]])
+    cells = one_hot(torch.tensor([0, 0, 1]), 3).float()
+    as_they_are = torch.cat([torch.eye(3), torch.zeros(1, 3)])
+    # Class 0: 1.5 of 2; class 1: 1 of 1.5; class 2 is nowhere.
+    assert cell_iou(as_they_are, cells, shares) == pytest.approx((1.5 / 2 + 1 / 1.5) / 2)
+
+
+# What is kept.
+
+ORDER = [0, 1, 3, 4, 5, 6, 8, 9, 2, 7]
+"""Of ten images: the last fifths of the stretches come last."""
+
+
+def test_all_cells_are_kept_with_what_they_show(labelled, plain) -> None:
+    train, _ = open_labelled(labelled)
+    reader = Reader(plain, ["patches"], 3, (32, 48))
+    bank = gather(reader, train, preparation(32))
+    # Maps of 8 x 12 cells; of each first row half the pixels are ignored.
+    assert bank.cells.shape == (960, 3)
+    assert bank.first_held == 8 * 96
+    assert bank.shares.sum(1)[:13].tolist() == [0.5] * 12 + [1]
+    assert torch.equal(bank.cells.argmax(1), bank.shares.argmax(1))  # colours are classes
+    torch.testing.assert_close(bank.cells, torch.cat(own_cells(reader, train, ORDER)))
+
+
+def own_cells(reader, split, order) -> list[torch.Tensor]:
+    """All cells of each image, one image at a time."""
+    ready = [preparation(32).normalised(split.read(i).pixels[None] / 255) for i in order]
+    return [reader(own)[0].flatten(1).T for own in ready]
+
+
+def test_cells_all_ignored_are_left_out(labelled, plain) -> None:
+    train, _ = open_labelled(labelled)
+    bank = gather(Reader(plain, ["patches"], 3, (32, 48)), train, preparation(64))
+    # Twice as fine: the first row of cells lies wholly in ignored pixels.
+    assert bank.cells.shape == (10 * 15 * 24, 3)
+    assert bank.shares.sum(1).min() == 1
+
+
+def of_one(rows: torch.Tensor, cells: torch.Tensor) -> bool:
+    """Whether all rows are among the cells."""
+    return bool((torch.cdist(rows, cells, p=1).min(1).values < 1e-5).all())
+
+
+@pytest.mark.parametrize("each", [1, 20])
+def test_memory_is_bounded_and_every_image_gives_its_share(labelled, plain, each) -> None:
+    train, _ = open_labelled(labelled)
+    reader = Reader(plain, ["patches"], 3, (32, 48))
+    most = 4 * (3 + 3) * (10 * each + 9)  # a cell more of each would not fit
+    banks = [
+        gather(reader, train, preparation(32), seed=seed, most_bytes=most) for seed in (0, 0, 1)
+    ]
+    assert banks[0].cells.shape == banks[0].shares.shape == (10 * each, 3)
+    assert banks[0].first_held == 8 * each
+    cells = own_cells(reader, train, ORDER)
+    assert all(map(of_one, banks[0].cells.split(each), cells))
+    assert torch.equal(banks[0].cells, banks[1].cells)
+    assert not torch.equal(banks[0].cells, banks[2].cells)
+    assert torch.equal(banks[2].cells.argmax(1), banks[2].shares.argmax(1))
+
+
+@pytest.mark.parametrize(("most", "given", "held"), [(4, [0, 2, 5, 7], 1), (1, [0], 0)])
+def test_images_are_left_out_evenly_where_a_cell_of_each_is_too_many(
+    labelled, plain, most, given, held
+) -> None:
+    train, _ = open_labelled(labelled)
+    reader = Reader(plain, ["patches"], 3, (32, 48))
+    bank = gather(reader, train, preparation(32), most_bytes=4 * (3 + 3) * most + 23)
+    assert bank.cells.shape == bank.shares.shape == (most, 3)
+    assert bank.first_held == most - held
+    assert all(map(of_one, bank.cells.split(1), own_cells(reader, train, given)))
+    assert linear_judge(bank)(bank.cells).isfinite().all()
+
+
+def peak(call, folder) -> int:
+    """The most bytes that torch holds during a call beyond those it held before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watch:
+        torch.empty(1)
+        call()
+    watch.export_chrome_trace(str(folder / "trace.json"))
+    events = json.loads((folder / "trace.json").read_text())["traceEvents"]
+    held = [own["args"] for own in events if own["name"] == "[memory]"]
+    return max(own["Total Allocated"] for own in held) - held[0]["Total Allocated"]
+
+
+class Wide(NamedTuple):
+    """Reads features of as many channels as wanted, one cell for 4 x 4 pixels."""
+
+    channels: int
+
+    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
+        b, _, h, w = pixels.shape
+        return torch.ones(b, self.channels, h // 4, w // 4)
+
+
+@pytest.mark.parametrize(("channels", "classes"), [(64, 3), (3, 150)])
+def test_a_bank_stays_within_its_bound_while_it_grows(
+    labelled, tmp_path, channels, classes
+) -> None:
+    names = "\n".join(f"kind {label}" for label in range(classes))
+    (labelled / "classes.txt").write_text(names)
+    for number in range(1, 10):  # the first has the fewest cells
+        widen(labelled, number, 48 + 24 * number)
+    train, _ = open_labelled(labelled)
+    many = train.chosen(list(range(10)) * 16)
+    banks, most = [], 2**23
+    taken = peak(
+        lambda: banks.append(gather(Wide(channels), many, preparation(32), most_bytes=most)),
+        tmp_path,
+    )
+    assert 0.8 * most < len(banks[0].cells) * 4 * (channels + classes) <= most
+    assert taken < most + 2**21  # beside it stands one image with its features
+
+
+def test_the_tables_of_a_linear_judge_are_small(monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(probes, "BLOCK_ENTRIES", 2**13)
+    cells, shares = torch.randn(8000, 4), torch.rand(8000, 40)
+    bank = Bank(cells, shares, 6000)
+    taken = peak(lambda: linear_judge(bank), tmp_path)
+    # Blocks of 32 KiB, weights of 800 bytes, against a bank of 1.4 MB.
+    assert taken < 6 * 4 * 2**13 + 80 * 800
+    wide = Bank(torch.randn(3000, 512), torch.rand(3000, 3), 2000)
+    taken = peak(lambda: linear_judge(wide), tmp_path)
+    # And tables of channels by channels.
+    assert taken < 6 * 4 * 2**13 + 80 * 4 * 513 * 3 + 6 * 4 * 512**2
+
+
+def test_the_tables_of_neighbours_are_small(monkeypatch, tmp_path) -> None:
+    judges, bank = [], Bank(torch.randn(20000, 16), torch.rand(20000, 3), 20000)
+    taken = peak(lambda: judges.append(neighbour_judge(bank)), tmp_path)
+    assert taken < 4 * bank.cells.numel() / 4
+    few = neighbour_judge(Bank(torch.randn(30, 4), torch.rand(30, 40), 30))
+    monkeypatch.setattr(probes, "TABLE_ENTRIES", 2**13)
+    taken = peak(lambda: few(torch.ones(8000, 4)), tmp_path)
+    # The cells that ask, and votes in parts and as a whole, beside tables of 32 KiB.
+    assert taken < 4 * 8000 * (3 * 4 + 2 * 40) + 6 * 4 * 2**13
+
+
+def widen(folder, number, width) -> None:
+    """Stretch a training image and its mask."""
+    for kind in ("images", "masks"):
+        path = folder / kind / "train" / f"{number}.png"
+        with Image.open(path) as image:
+            wide = image.resize((width, 32), Image.Resampling.NEAREST)
+        wide.save(path)
+
+
+def test_images_of_many_sizes_are_kept(labelled, plain) -> None:
+    widen(labelled, 5, 96)
+    train, _ = open_labelled(labelled)
+    bank = gather(Reader(plain, ["patches"], 3, (32, 48)), train, preparation(32))
+    assert len(bank.cells) == 9 * 96 + 192
+    assert torch.equal(bank.cells.argmax(1), bank.shares.argmax(1))
+
+
+@pytest.mark.parametrize(
+    ("count", "held"),
+    [
+        (40, [8, 9, 18, 19, 28, 29, 38, 39]),
+        (20, [4, 9, 14, 19]),
+        (2, [1]),
+        (1, []),
+    ],
+)
+def test_whole_stretches_of_images_choose_the_strength(count, held) -> None:
+    order, first = held_out_last(count)
+    assert order[first:] == held
+    assert sorted(order) == list(range(count))
+
+
+@pytest.mark.parametrize("count", [3, 4, 5, 6, 7, 11, 37, 367])
+def test_about_a_fifth_is_held_out(count) -> None:
+    order, first = held_out_last(count)
+    assert sorted(order) == list(range(count))
+    assert 1 <= count - first <= max(1, math.ceil(count / 4))
+
+
+# Judges.
+
+
+def coloured(count: int) -> Bank:
+    """Cells of three classes around three points, on an odd scale, and what they show."""
+    shown = torch.arange(count) % 3
+    cells = torch.eye(3)[shown] * 50 + torch.randn(count, 3) + torch.tensor([1000.0, 0, -7])
+    return Bank(cells, one_hot(shown, 3).float(), 8 * count // 10)
+
+
+def test_a_linear_judge_tells_classes_apart() -> None:
+    own = coloured(60)
+    judge = linear_judge(coloured(100))
+    assert torch.equal(judge(own.cells).argmax(1), own.shares.argmax(1))
+
+
+def test_a_linear_judge_stands_a_channel_that_is_always_the_same() -> None:
+    bank, own = coloured(100), coloured(60)
+    constant = bank._replace(cells=torch.cat([bank.cells, torch.full((100, 1), 3.0)], 1))
+    judge = linear_judge(constant)
+    scores = judge(torch.cat([own.cells, torch.full((60, 1), 3.0)], 1))
+    assert scores.isfinite().all()
+    assert torch.equal(scores.argmax(1), own.shares.argmax(1))
+
+
+def test_a_channel_that_changes_only_later_has_no_say() -> None:
+    """Off its mean by rounding alone, it would be blown up a million times."""
+    dice = torch.Generator().manual_seed(0)
+    classes = torch.arange(200) % 2
+    own = classes[:, None] + 0.1 * torch.randn(200, 4, generator=dice)
+    cells = torch.cat([own, torch.full((200, 1), 0.7)], dim=1)
+    judge = linear_judge(Bank(cells.clone(), one_hot(classes, 2).float(), 160))
+    cells[:, 4] += 0.5
+    assert torch.equal(judge(cells).argmax(1), classes)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("protocol", ["linear", "knn"])
+def test_features_that_are_no_numbers_are_refused(labelled, plain, protocol, value) -> None:
+    train, val = open_labelled(labelled)
+    reader = Reader(plain, ["patches"], 3, (32, 48))
+    with torch.no_grad():
+        plain.patches.weight[0] = value
+    with pytest.raises(ValueError, match="patches of this network give features that are NaN or"):
+        probed(reader, train, val, preparation(32), protocol=protocol)
+
+
+def test_a_class_that_is_not_among_the_training_cells_is_never_chosen() -> None:
+    bank = coloured(100)
+    more = bank._replace(shares=torch.cat([bank.shares, torch.zeros(100, 1)], 1))
+    assert linear_judge(more)(coloured(60).cells).argmax(1).max() == 2
+
+
+@pytest.mark.parametrize(
+    ("ious", "chosen"), [((1, 2, 3, 2, 1), 1e-3), ((3, 1, 1, 1, 3), 1e-1), ((1, 1, 1, 1, 2), 1e-5)]
+)
+def test_the_strength_that_serves_held_out_images_best_is_taken(monkeypatch, ious, chosen) -> None:
+    waiting = iter(ious)
+
+    def counted(weights, cells, shares):
+        assert len(cells) == len(shares) == 20  # the last two of ten images
+        return next(waiting)
+
+    monkeypatch.setattr(probes, "cell_iou", counted)
+    fits = noted_fits(monkeypatch)
+    linear_judge(coloured(100))
+    assert fits == [(80, strength) for strength in (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)] + [(100, chosen)]
+
+
+@pytest.mark.parametrize("first_held", [0, 100])
+def test_nothing_is_chosen_where_one_side_has_no_cells(monkeypatch, first_held) -> None:
+    fits, own = noted_fits(monkeypatch), coloured(60)
+    judge = linear_judge(coloured(100)._replace(first_held=first_held))
+    assert fits == [(100, 1e-2)]
+    assert torch.equal(judge(own.cells).argmax(1), own.shares.argmax(1))
+
+
+def noted_fits(monkeypatch) -> list[tuple[int, float]]:
+    """Cells and strength of each fit from now on."""
+    fits = []
+
+    def noted(cells, shares, strength, *others):
+        fits.append((len(cells), strength))
+        return fitted(cells, shares, strength, *others)
+
+    monkeypatch.setattr(probes, "fitted", noted)
+    return fits
+
+
+def slow_votes(bank: Bank, own: torch.Tensor) -> torch.Tensor:
+    """Votes cell by cell."""
+    mean = bank.cells.mean(0)
+    votes = []
+    for cell in own:
+        cosines = cosine_similarity((cell - mean)[None], bank.cells - mean)
+        nearest = cosines.argsort(descending=True)[:20]
+        weights = (cosines[nearest] / 0.07).exp()
+        votes.append((weights[:, None] * bank.shares[nearest]).sum(0) / weights.sum())
+    return torch.stack(votes)
+
+
+def test_neighbours_vote_as_in_the_slow_loop(monkeypatch) -> None:
+    bank = Bank(torch.randn(70, 5), torch.rand(70, 3), 70)
+    own = torch.randn(33, 5)
+    expected = slow_votes(bank, own)
+    judge = neighbour_judge(bank)
+    torch.testing.assert_close(judge(own), expected)
+    monkeypatch.setattr(probes, "TABLE_ENTRIES", 70 * 4)
+    torch.testing.assert_close(judge(own), expected)
+
+
+def test_few_neighbours_are_enough() -> None:
+    cells = torch.randn(3, 5)
+    judge = neighbour_judge(Bank(cells.clone(), torch.eye(3), 3))
+    assert judge(cells).argmax(1).tolist() == [0, 1, 2]
+
+
+def test_neighbours_are_drawn_where_there_are_too_many(monkeypatch) -> None:
+    monkeypatch.setattr(probes, "BANK_CELLS", 30)
+    bank, own = coloured(90), coloured(20)
+    first, again, other = (neighbour_judge(bank, seed)(own.cells) for seed in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert torch.equal(first.argmax(1), own.shares.argmax(1))
+
+
+# All of it.
+
+
+def test_scores_stand_where_their_cells_are(plain) -> None:
+    predict = by_cells(Reader(plain, ["patches"], 3, (16, 24)), lambda cells: 2 * cells)
+    pixels = torch.rand(2, 3, 16, 24)
+    torch.testing.assert_close(predict(pixels), 2 * plain(pixels).detach())
+
+
+def test_where_a_gpu_has_no_room_the_cpu_fits(labelled, plain, monkeypatch, caplog) -> None:
+    train, val = open_labelled(labelled)
+    reader = Reader(plain, ["patches"], 3, (32, 48))
+    undisturbed = probed(reader, train, val, preparation(32))
+    seen = []
+
+    def full_at_first(bank: Bank) -> probes.Judge:
+        seen.append(bank.cells.clone())
+        if len(seen) == 1:
+            raise torch.OutOfMemoryError
+        return linear_judge(bank)
+
+    monkeypatch.setattr(probes, "linear_judge", full_at_first)
+    with caplog.at_level("INFO"):
+        assert probed(reader, train, val, preparation(32)) == undisturbed
+    assert torch.equal(*seen)
+    assert "no room" in caplog.text
+
+
+@pytest.mark.parametrize("protocol", ["linear", "knn"])
+def test_classes_that_are_colours_are_found(labelled, plain, protocol) -> None:
+    train, val = open_labelled(labelled)
+    reader = Reader(plain, ["patches"], 3, (32, 48))
+    state = torch.get_rng_state()
+    scored = probed(reader, train, val, preparation(32), protocol=protocol, keep=[2])
+    assert torch.equal(torch.get_rng_state(), state)
+    # Not all: between cells the largest of three blended scores may lie half a cell off.
+    assert scored.scores.miou > 0.9
+    assert scored.kept[2].shape == (32, 48)
+    again = probed(reader, train, val, preparation(32), protocol=protocol)
+    assert again.scores == scored.scores
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("protocol", ["linear", "knn"])
+def test_a_few_images_may_be_annotated(labelled, plain, protocol, first) -> None:
+    # Either none of those at the end of a stretch, or none but those.
+    blank = (2, 7) if first else (0, 1, 3, 4, 5, 6, 8, 9)
+    for number in blank:
+        path = labelled / f"masks/train/{number}.png"
+        Image.fromarray(np.full((32, 48), 255, np.uint8)).save(path)
+    train, val = open_labelled(labelled)
+    reader = Reader(plain, ["patches"], 3, (32, 48))
+    bank = gather(reader, train, preparation(32))
+    assert 0 < bank.first_held < len(bank.cells)  # the strength is chosen all the same
+    assert probed(reader, train, val, preparation(32), protocol=protocol).scores.miou > 0.9
+
+
+def problem() -> tuple[torch.Tensor, torch.Tensor]:
+    """Features that vary far more along some directions than along others, and shares."""
+    turn, _ = torch.linalg.qr(torch.randn(12, 12))
+    cells = (torch.randn(300, 12) * torch.logspace(-1.5, 1.5, 12)) @ turn
+    cells = (cells - cells.mean(0)) / cells.std(0)
+    shares = torch.softmax(cells[:, :3] + torch.randn(300, 3), dim=1) * torch.rand(300, 1)
+    return cells, shares
+
+
+def loss(cells, shares, strength, weights) -> torch.Tensor:
+    likelihood = torch.log_softmax(cells @ weights[:-1] + weights[-1], dim=1)
+    penalty = strength / 2 * weights[:-1].square().sum()
+    return -(shares * likelihood).sum() / shares.sum() + penalty
+
+
+@pytest.mark.parametrize("strength", [1e-1, 1e-3])
+def test_the_minimum_is_that_of_plain_newton_steps(strength) -> None:
+    cells, shares = problem()
+    exact = torch.zeros(13, 3, dtype=torch.float64)
+    for _ in range(30):
+        values = (cells.double(), shares.double(), strength)
+        own = exact.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(loss(*values, own), own)
+        table = torch.autograd.functional.hessian(lambda w, v=values: loss(*v, w), exact)
+        # The classes' biases may shift together: hence the pseudo-inverse.
+        step = torch.linalg.pinv(table.reshape(39, 39), hermitian=True) @ slope.flatten()
+        exact = exact - step.view(13, 3)
+    found = fitted(cells, shares, strength, torch.zeros(13, 3), Curvature.of(cells))
+    lowest = loss(cells.double(), shares.double(), strength, exact).item()
+    reached = loss(cells.double(), shares.double(), strength, found.double()).item()
+    assert lowest - 1e-7 < reached < lowest + 1e-4
+    chosen, best = (affine(cells.double(), w.double()).argmax(1) for w in (found, exact))
+    assert (chosen == best).float().mean() > 0.98
+
+
+def test_where_a_fit_starts_does_not_matter() -> None:
+    cells, shares = problem()
+    curvature = Curvature.of(cells)
+    starts = torch.zeros(13, 3), torch.randn(13, 3)
+    ends = [loss(cells, shares, 1e-2, fitted(cells, shares, 1e-2, s, curvature)) for s in starts]
+    assert ends[0].item() == pytest.approx(ends[1].item(), abs=2e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 70, 299])
+def test_a_fit_in_blocks_is_the_fit_at_once(monkeypatch, rows) -> None:
+    cells, shares = (own.double() for own in problem())
+    curvature, start = Curvature.of(cells), torch.zeros(13, 3, dtype=torch.float64)
+    at_once = fitted(cells, shares, 1e-2, start, curvature)
+    monkeypatch.setattr(probes, "BLOCK_ENTRIES", 3 * rows + 2)
+    in_blocks = fitted(cells, shares, 1e-2, start, curvature)
+    torch.testing.assert_close(in_blocks, at_once, rtol=0, atol=1e-9)
+
+
+def test_curvature_to_powers_that_cancel() -> None:
+    cells, _ = problem()
+    curvature = Curvature.of(cells)
+    table = 0.1 * cells.mT @ cells / 300 + 0.01 * torch.eye(12)
+    torch.testing.assert_close(curvature.scaled(0.01, 1.0), table, rtol=1e-3, atol=1e-3)
+    both = curvature.scaled(0.01, 0.5) @ curvature.scaled(0.01, -0.5)
+    torch.testing.assert_close(both, torch.eye(12), rtol=0, atol=1e-3)
+
+
+def test_curvature_saves_steps(monkeypatch) -> None:
+    cells, shares = problem()
+    evaluations = []
+
+    def counted(*values):
+        evaluations[-1] += 1
+        return affine(*values)
+
+    monkeypatch.setattr(probes, "affine", counted)
+    for curvature in (Curvature.of(cells), Curvature(torch.ones(12), torch.eye(12))):
+        evaluations.append(0)
+        fitted(cells, shares, 1e-4, torch.zeros(13, 3), curvature)
+    assert evaluations[0] < 0.7 * evaluations[1]
+
+
+def test_nothing_is_drawn() -> None:
+    cells, shares = problem()
+    state = torch.get_rng_state()
+    curvature = Curvature.of(cells)
+    first, again = (fitted(cells, shares, 1e-2, torch.zeros(13, 3), curvature) for _ in range(2))
+    assert torch.equal(first, again)
+    assert torch.equal(torch.get_rng_state(), state)

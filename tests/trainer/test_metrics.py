@@ -1,0 +1,202 @@
+"""Signs that a run goes wrong, memory, signals: the parts beside the steps."""
+
+import os
+import signal
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from pixel_level_contrastive_learning import PixelCL
+from pixel_level_contrastive_learning.evaluation.health import COLLAPSED_RANK, COLLAPSED_SPREAD
+from pixel_level_contrastive_learning.trainer import signals
+from pixel_level_contrastive_learning.trainer.memory import (
+    Estimate,
+    blank_views,
+    by_itself,
+    parts_by,
+    parts_tried,
+    saved_bytes,
+    untouched,
+)
+from pixel_level_contrastive_learning.trainer.metrics import Figures, Watch
+from pixel_level_contrastive_learning.trainer.run_dir import RunDirectory
+
+HEALTHY = {
+    "loss": 4.0,
+    "pixel_cosine": 0.5,
+    "instance_cosine": 0.5,
+    "grad_norm": 1.0,
+    "spread": 0.8,
+    "effective_rank": 20.0,
+}
+
+
+def told(watch: Watch, steps: range, **changed: float) -> list[str]:
+    return [said for step in steps for said in watch(HEALTHY | changed | {"step": step})]
+
+
+def test_a_healthy_run_is_told_nothing() -> None:
+    assert told(Watch(10), range(1, 300)) == []
+
+
+@pytest.mark.parametrize(
+    ("figure", "value"),
+    [("spread", COLLAPSED_SPREAD * 0.9), ("effective_rank", COLLAPSED_RANK * 0.9)],
+)
+def test_collapse_is_told_at_once_and_once(figure, value) -> None:
+    watch = Watch(10)
+    [sentence] = told(watch, range(1, 4), **{figure: value})
+    assert "the features collapse" in sentence
+    assert told(watch, range(4, 6)) == []  # it recovers,
+    assert len(told(watch, range(6, 9), **{figure: value})) == 1  # and collapses again
+
+
+def test_predictions_no_better_than_chance_are_told_after_the_warm_up() -> None:
+    lost = {"pixel_cosine": -0.1, "instance_cosine": -0.2}
+    assert told(Watch(100), range(1, 101), **lost) == []
+    [sentence] = told(Watch(100), range(1, 200), **lost)
+    assert "no better than chance" in sentence
+
+
+def test_one_branch_switched_off_is_no_divergence() -> None:
+    assert told(Watch(1), range(1, 200), instance_cosine=0.0) == []
+
+
+def test_an_exploding_gradient_is_told() -> None:
+    watch = Watch(10)
+    told(watch, range(1, 100))
+    [sentence] = told(watch, range(100, 101), grad_norm=2000.0)
+    assert "the gradient's norm is 2e+03, a thousand times its usual 1" in sentence
+
+
+def test_parts_are_halved_until_they_fit() -> None:
+    tried: list[int] = []
+    released: list[int] = []
+
+    def attempt(images: int) -> None:
+        tried.append(images)
+        if images > 5:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    assert parts_tried(32, 1, attempt, lambda: released.append(1)) == 8
+    assert tried == [32, 16, 8, 4]
+    assert len(released) == 3
+
+
+def test_what_never_fits_is_told() -> None:
+    def attempt(_: int) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(MemoryError, match="2 images do not fit into memory; give a smaller"):
+        parts_tried(8, 1, attempt, lambda: None)
+
+
+def test_parts_by_estimate_leave_a_margin() -> None:
+    taken = Estimate(fixed=100, per_image=10)
+    assert parts_by(taken, 32, 1000) == 1  # 0.8 * 1000 - 100 = 70 images
+    assert parts_by(taken, 32, 250) == 4  # 10 images
+    assert parts_by(taken, 32, 0) == 16  # never less than two
+
+
+def test_saved_bytes_are_those_of_the_activations() -> None:
+    class Doubling(nn.Module):
+        """Keeps its input, once, for the backward pass of a square."""
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.square()
+
+    x = torch.ones(1000, requires_grad=True)
+    assert saved_bytes(lambda: Doubling()(x * 1), PixelCL(net(), 32)) == 4000
+
+
+def net() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 8, 3, 4, 1), nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(1))
+
+
+def test_a_trial_leaves_the_learner_and_the_dice_as_they_were() -> None:
+    learner = PixelCL(net(), 32)
+    before = {name: buffer.clone() for name, buffer in learner.named_buffers()}
+    dice = torch.get_rng_state()
+    with untouched(learner):
+        learner(blank_views(4, learner, (32, 32), torch.device("cpu"))).backward()
+    assert all(torch.equal(before[n], b) for n, b in learner.named_buffers())
+    assert all(p.grad is None for p in learner.parameters())
+    assert torch.equal(dice, torch.get_rng_state())
+
+
+def test_the_second_signal_leaves_at_once(monkeypatch) -> None:
+    left: list[int] = []
+    monkeypatch.setattr(os, "_exit", left.append)
+    with signals.Interruption() as stop:
+        stop.leave()  # stays, since nothing has come yet
+        signal.raise_signal(signal.SIGINT)
+        assert (stop.signal, left) == (signal.SIGINT, [])
+        with pytest.raises(signals.Interrupted) as told:
+            stop.leave()
+        assert told.value.code == 130
+        signal.raise_signal(signal.SIGINT)
+    assert left == [130]
+
+
+def test_forked_processes_leave_ctrl_c_to_their_parent(monkeypatch) -> None:
+    left: list[int] = []
+    monkeypatch.setattr(os, "_exit", left.append)
+    with signals.Interruption() as stop:
+        stop.owner = -1  # as if this were a child
+        signal.raise_signal(signal.SIGINT)
+        assert (stop.signal, left) == (None, [])
+        signal.raise_signal(signal.SIGTERM)
+    assert left == [143]
+
+
+def test_metrics_are_cut_back_to_a_step(tmp_path) -> None:
+    run = RunDirectory(tmp_path)
+    lines = [f'{{"step": {step}}}\n' for step in range(1, 6)]
+    (tmp_path / "metrics.jsonl").write_text("".join(lines) + '{"step": 6, "lo')
+    assert run.cut_metrics(3) == 3
+    assert (tmp_path / "metrics.jsonl").read_text() == "".join(lines[:3])
+    assert run.cut_metrics(0) == 3
+
+
+def test_replacing_a_run_touches_nothing_else(tmp_path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "config.yaml").write_text("epochs: 1\n")
+    RunDirectory(tmp_path).prepare(overwrite=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoints", "notes.txt"]
+
+
+def test_only_the_newest_checkpoints_are_kept(tmp_path) -> None:
+    run = RunDirectory(tmp_path)
+    run.checkpoints.mkdir()
+    for step in (2, 10, 100):
+        run.checkpoint_path(step).write_bytes(b"")
+    run.prune(2)
+    assert [p.name for p in run.checkpoint_paths()] == ["step-00000100.ckpt", "step-00000010.ckpt"]
+
+
+class Arriving:
+    """The event of a copy that the device has not done."""
+
+    def query(self) -> bool:
+        return False
+
+
+@pytest.mark.parametrize(("processes", "judged"), [(1, [False, False]), (2, [False, True])])
+def test_processes_judge_the_same_step_however_fast_their_devices_are(processes, judged) -> None:
+    figures, trainer = Figures(None, lambda: 0.0, 9, 1), SimpleNamespace(world_size=processes)
+    found = []
+    for _ in judged:
+        figures.sent.append(SimpleNamespace(event=Arriving()))
+        found.append(figures.has_arrived(trainer))
+    assert found == judged
+
+
+def test_a_trial_waits_for_no_other_process() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 4, 4), nn.SyncBatchNorm(4), nn.BatchNorm2d(4))
+    net[1].requires_grad_(False)
+    with by_itself(net):
+        assert [module.training for module in net] == [True, False, True]
+    assert [module.training for module in net] == [True, True, True]

@@ -1,0 +1,121 @@
+"""What the machine is: processes counted as launchers say, memory as containers say."""
+
+import os
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import torch
+
+from pixel_level_contrastive_learning.trainer import system
+from pixel_level_contrastive_learning.trainer.config import PretrainConfig
+from pixel_level_contrastive_learning.trainer.system import Devices, devices
+
+
+@pytest.fixture(autouse=True)
+def _no_gpu(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    for name in (*system.RANKS, "LOCAL_WORLD_SIZE", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_a_cpu_is_one_device_unless_more_are_asked_for() -> None:
+    assert devices(PretrainConfig()) == Devices("cpu", 1, 1)
+    assert devices(PretrainConfig(devices=1, num_nodes=2)).processes == 2
+
+
+def test_more_processes_than_cores_are_refused(monkeypatch) -> None:
+    monkeypatch.setattr(system, "cores", lambda: 3)
+    assert devices(PretrainConfig(devices=3, num_nodes=2)).processes == 6
+    with pytest.raises(ValueError, match="devices is 4 processes on the CPU, which has 3 cores"):
+        devices(PretrainConfig(devices=4))
+
+
+def test_gpus_are_all_taken_unless_fewer_are_asked_for(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert devices(PretrainConfig()) == Devices("cuda", 4, 1)
+    assert devices(PretrainConfig(devices=2)) == Devices("cuda", 2, 1)
+    assert devices(PretrainConfig(accelerator="cpu")) == Devices("cpu", 1, 1)
+    with pytest.raises(ValueError, match=r"devices is 5 .*; here are 4 of kind cuda: give fewer"):
+        devices(PretrainConfig(devices=5))
+
+
+def test_a_notebook_takes_one_gpu_and_a_mac_its_cpu_unless_told(monkeypatch) -> None:
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert devices(PretrainConfig()) == Devices("cpu", 1, 1)
+    assert devices(PretrainConfig(accelerator="mps")) == Devices("mps", 1, 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
+    assert devices(PretrainConfig()) == Devices("cuda", 1, 1)
+    assert devices(PretrainConfig(devices=2)) == Devices("cuda", 2, 1)
+    assert devices(PretrainConfig(accelerator="cpu")) == Devices("cpu", 1, 1)
+
+
+def test_a_gpu_that_is_not_there_is_refused() -> None:
+    with pytest.raises(ValueError, match="here are 0 of kind cuda: give fewer, or accelerator cpu"):
+        devices(PretrainConfig(accelerator="gpu"))
+
+
+def test_what_torchrun_started_counts(monkeypatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert devices(PretrainConfig()) == Devices("cpu", 2, 4)
+
+
+@pytest.mark.parametrize("rank", system.RANKS)
+def test_only_the_first_process_writes(monkeypatch, rank) -> None:
+    assert system.is_writer()
+    monkeypatch.setenv(rank, "0")
+    assert system.is_writer()
+    monkeypatch.setenv(rank, "1")
+    assert not system.is_writer()
+
+
+def test_free_memory_is_what_the_container_leaves(monkeypatch) -> None:
+    held = {
+        "/proc/meminfo": "MemTotal: 9 kB\nMemAvailable:    4096 kB\n",
+        "/sys/fs/cgroup/memory.max": "3000000\n",
+        "/sys/fs/cgroup/memory.current": "1000000\n",
+    }
+    monkeypatch.setattr(Path, "exists", lambda path: str(path) in held)
+    monkeypatch.setattr(Path, "read_text", lambda path, **_: held[str(path)])
+    cpu = torch.device("cpu")
+    assert system.free_memory(cpu) == 2_000_000
+    held["/sys/fs/cgroup/memory.stat"] = "anon 700000\ninactive_file 300000\n"
+    assert system.free_memory(cpu) == 2_300_000  # files that were read give way
+    held["/sys/fs/cgroup/memory.max"] = "max\n"
+    assert system.free_memory(cpu) == 4096 * 1024
+
+
+@pytest.mark.parametrize(
+    ("limit", "cores"),
+    [("max 100000\n", 8), ("300000 100000\n", 3), ("150000 100000\n", 2), ("900000 100000\n", 8)],
+)
+def test_cores_are_those_that_the_container_leaves(monkeypatch, tmp_path, limit, cores) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    monkeypatch.setattr(system, "GROUP", tmp_path)
+    assert system.cores() == 8
+    (tmp_path / "cpu.max").write_text(limit)
+    assert system.cores() == cores
+
+
+def test_bfloat16_is_native_where_the_processor_says_so(monkeypatch) -> None:
+    for amx, avx in ((True, False), (False, True), (False, False)):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda avx=avx: avx)
+        assert system.native_bfloat16("cpu") is (amx or avx)
+    assert not system.native_bfloat16("mps")
+    for capability, native in (((7, 5), False), ((8, 0), True), ((9, 0), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda c=capability: c)
+        assert system.native_bfloat16("cuda") is native
+
+
+def test_the_machine_is_told_in_words() -> None:
+    said = system.described(Devices("cpu", 2, 1))
+    assert f"torch {version('torch')}, torchvision" in said
+    assert "2 x cpu (" in said
+    assert system.installed("no-such-library") == "?"

@@ -1,0 +1,124 @@
+"""The curves: what is read, what is drawn, and what is said of them."""
+
+import json
+from math import isnan, nan
+
+import pytest
+from matplotlib.figure import Figure
+
+from pixel_level_contrastive_learning.visualization import curves
+from pixel_level_contrastive_learning.visualization.curves import (
+    CHARTS,
+    chart_svg,
+    curves_figure,
+    drawable,
+    in_words,
+    read_metrics,
+    smoothed,
+    thinned,
+)
+
+COSINES = CHARTS[0]
+METRICS = {"step": [1.0, 2, 3], "pixel_cosine": [0.1, 0.2, 0.6], "spread": [nan, 0.5, 0.5]}
+
+
+def test_metrics_are_read_into_columns(tmp_path) -> None:
+    lines = [{"step": 1, "loss": 2.5}, {"step": 2, "loss": 2, "spread": 0.5}, {"step": 3}]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (tmp_path / "metrics.jsonl").write_text(text)
+    held = read_metrics(tmp_path)
+    assert held["step"] == [1, 2, 3]
+    assert held["loss"][:2] == [2.5, 2]
+    assert isnan(held["loss"][2])
+    assert [isnan(value) for value in held["spread"]] == [True, False, True]
+
+
+def test_a_last_line_that_was_cut_short_is_left_out(tmp_path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 1, "loss": 2}\n{"step": 2, "lo')
+    assert read_metrics(file) == {"step": [1], "loss": [2]}
+
+
+def test_any_other_broken_line_is_named(tmp_path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 1}\nnonsense\n{"step": 3}\n')
+    with pytest.raises(ValueError) as error:
+        read_metrics(file)
+    assert str(error.value) == (
+        f"{file}, line 2, is 'nonsense', which is no JSON object; the file was changed after the "
+        "run: mend the line or take it out"
+    )
+
+
+def test_long_runs_are_thinned_to_means_of_neighbours() -> None:
+    steps = [float(step) for step in range(10 * curves.POINTS)]
+    x, y = thinned(steps, [2 * step for step in steps])
+    assert len(x) == curves.POINTS
+    assert x[:2] == [4.5, 14.5]
+    assert y == [2 * place for place in x]
+
+
+def test_gaps_are_left_out() -> None:
+    assert thinned([1, 2, 3], [nan, 5, 7]) == ([2, 3], [5, 7])
+    assert thinned([1, 2], [nan, nan]) == ([], [])
+    assert thinned([1, 2], []) == ([], [])
+
+
+def test_a_running_mean_keeps_a_line_and_its_length() -> None:
+    line = [float(value) for value in range(100)]
+    mean = smoothed(line)
+    assert len(mean) == 100
+    assert mean[20:80] == pytest.approx(line[20:80])
+    assert smoothed([1.0, 5.0, 1.0]) == [1.0, 5.0, 1.0]  # too few to smooth
+
+
+def test_only_figures_that_are_there_are_drawn() -> None:
+    titles = [chart.title for chart in drawable(METRICS)]
+    assert titles == ["Likeness of pairs", "Spread"]
+    figure = curves_figure(METRICS)
+    assert isinstance(figure, Figure)
+    assert [axes.get_title(loc="left") for axes in figure.axes] == titles
+    assert all(axes.get_xlabel() == "step" for axes in figure.axes)
+    assert [axes.get_ylabel() for axes in figure.axes] == [
+        "mean cosine, -1 to 1",
+        "0 collapsed, 1 even",
+    ]
+
+
+def test_a_run_without_steps_is_refused() -> None:
+    with pytest.raises(ValueError) as error:
+        curves_figure({})
+    assert str(error.value) == ("metrics hold no step yet; let the run take a few steps first")
+
+
+@pytest.mark.parametrize("chart", CHARTS, ids=lambda chart: chart.title)
+def test_a_chart_on_a_page_wears_the_colours_of_the_page(chart) -> None:
+    names = [name for name, _ in chart.curves]
+    held = {"step": [1.0, 2, 3]} | {name: [0.5, 30.0, 2.0] for name in names}
+    text = chart_svg(chart, held)
+    assert text.startswith("<svg ")
+    assert "var(--one)" in text
+    assert ("var(--two)" in text) == (len(names) > 1)
+    assert ("var(--bad)" in text) == (chart.bound is not None)
+    for stand_in in curves.VARIABLES:
+        assert stand_in not in text
+    for forbidden in ("<style", "<metadata", "<script", "http://www.w3.org/1999/02"):
+        assert forbidden not in text
+    assert chart_svg(chart, held) == text
+    assert ">step<" in text
+    assert f">{chart.unit}<" in text
+
+
+@pytest.mark.parametrize("values", [[0.5], [0.0, 0.0], [1e-9, 1e9], [0.01] * 9])
+@pytest.mark.parametrize("chart", CHARTS, ids=lambda chart: chart.title)
+def test_no_figures_upset_a_chart(chart, values) -> None:
+    steps = [float(step) for step in range(len(values))]
+    held = {"step": steps} | {name: values for name, _ in chart.curves}
+    assert "<svg" in chart_svg(chart, held)  # warnings are errors
+
+
+def test_a_chart_is_told_in_words() -> None:
+    assert in_words(COSINES, METRICS) == (
+        "Likeness of pairs, mean cosine, -1 to 1: pixel from 0.1 at step 1 to 0.6 at step 3, "
+        "between 0.1 and 0.6."
+    )

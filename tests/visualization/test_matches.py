@@ -1,0 +1,216 @@
+"""The pairs picture: which pairs are joined, where the lines end, what the words say."""
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from pixel_level_contrastive_learning.evaluation.features import Reader
+from pixel_level_contrastive_learning.geometry import box_to_map, positive_mask
+from pixel_level_contrastive_learning.visualization import matches
+from pixel_level_contrastive_learning.visualization.matches import (
+    MOST_CELLS,
+    Line,
+    fine_map,
+    in_words,
+    middle,
+    mirrored,
+    no_finer,
+    pairs_picture,
+    spread_lines,
+)
+
+GRID = (4, 4)
+
+
+def box(x0: float, y0: float, x1: float, y1: float, mirrored: bool = False) -> Tensor:
+    return box_to_map(torch.tensor([[x0, y0, x1, y1]]), torch.tensor([mirrored]))
+
+
+def joined(one: Tensor, two: Tensor, count: int, grid: tuple[int, int] = GRID) -> list[Line]:
+    return spread_lines(positive_mask(one, two, grid, grid, 0.7)[0], one, two, grid, count)
+
+
+def test_equal_views_join_each_cell_with_itself() -> None:
+    same = box(0, 0, 40, 40)
+    lines = joined(same, same, 16)
+    assert sorted(lines) == [(cell, cell) for cell in range(16)]
+
+
+def test_a_mirrored_view_joins_the_columns_the_other_way_round() -> None:
+    lines = joined(box(0, 0, 40, 40), box(0, 0, 40, 40, mirrored=True), 16)
+    # Cell (row, column) of one lies at (row, 3 - column) of the other.
+    assert sorted(lines) == [(4 * r + c, 4 * r + 3 - c) for r in range(4) for c in range(4)]
+
+
+def test_of_several_matches_the_nearest_is_joined() -> None:
+    # Cells of 10 pixels against cells of 5: several small cells lie in reach of a large one.
+    lines = joined(box(0, 0, 40, 40), box(0, 0, 20, 20), 16)
+    reached = dict(lines)
+    assert set(reached) >= {0, 1, 4, 5}
+    for cell, (row, column) in {0: (0.5, 0.5), 1: (0.5, 2.5), 4: (2.5, 0.5)}.items():
+        found = divmod(reached[cell], 4)
+        assert abs(found[0] - row) == abs(found[1] - column) == 0.5
+
+
+def test_few_lines_are_spread_over_the_picture() -> None:
+    same = box(0, 0, 80, 80)
+    lines = joined(same, same, 5, grid=(8, 8))
+    places = torch.tensor([divmod(line.one, 8) for line in lines], dtype=torch.float32)
+    assert len(lines) == 5
+    distance = torch.cdist(places, places) + 99 * torch.eye(5)
+    assert distance.min() >= 4  # half a side
+
+
+def test_there_are_no_more_lines_than_pairs_and_none_if_none_are_wanted() -> None:
+    one, two = box(0, 0, 40, 40), box(30, 30, 70, 70)
+    assert len(joined(one, two, 12)) < 12
+    assert joined(one, one, 0) == []
+    assert joined(one, box(100, 100, 140, 140), 12) == []
+
+
+def test_a_cell_ends_in_the_middle_of_its_place() -> None:
+    assert middle((10, 20, 50, 60), 0, (4, 4)) == (15, 25)
+    assert middle((10, 20, 50, 60), 7, (4, 4)) == (45, 35)  # row 1, column 3
+
+
+@pytest.mark.parametrize(
+    ("count", "cells", "words"),
+    [
+        (98, 36, "98 pairs; 73% of the left view's cells have one"),
+        (0, 0, "no pairs: the views share no cell"),
+    ],
+)
+def test_the_words_count_the_pairs(count, cells, words) -> None:
+    assert in_words(count, cells, (7, 7)) == words
+
+
+def test_the_picture_lights_matched_cells_and_dims_the_others() -> None:
+    white = torch.ones(3, 64, 64)
+    # The right half of view one is the left half of view two.
+    one, two = box(0, 0, 40, 40), box(20, 0, 60, 40)
+    picture = pairs_picture(white, white, one[0], two[0], GRID, 0.3, lines=0)
+    left = matches.MARGIN + matches.VIEW_SIDE // 8
+    far = matches.MARGIN + 7 * matches.VIEW_SIDE // 8
+    row = matches.MARGIN + matches.VIEW_SIDE // 8
+    dimmed, lit = picture.getpixel((left, row)), picture.getpixel((far, row))
+    assert lit[:3] == (255, 255, 255)
+    assert max(dimmed[:3]) == round(255 * matches.DIMMED)
+    shift = matches.VIEW_SIDE + matches.GAP
+    assert picture.getpixel((left + shift, row))[:3] == (255, 255, 255)
+    assert max(picture.getpixel((far + shift, row))[:3]) == round(255 * matches.DIMMED)
+
+
+def test_the_picture_is_transparent_around_the_views_and_holds_both() -> None:
+    picture = pairs_picture(
+        torch.zeros(3, 30, 60), torch.zeros(3, 60, 30), box(0, 0, 9, 9)[0], box(50, 0, 59, 9)[0],
+        GRID, 0.7,
+    )  # fmt: skip
+    assert isinstance(picture, Image.Image)
+    assert picture.mode == "RGBA"
+    assert picture.getpixel((0, 0))[3] == 0
+    wide, high = matches.VIEW_SIDE, matches.VIEW_SIDE
+    assert picture.size == (
+        wide + wide // 2 + matches.GAP + 2 * matches.MARGIN,
+        high + matches.MARGIN + matches.CAPTION,
+    )
+
+
+def test_lines_end_where_the_cells_are() -> None:
+    black = torch.zeros(3, 64, 64)
+    same = box(0, 0, 40, 40)[0]
+    bare, drawn = (pairs_picture(black, black, same, same, (1, 1), 0.7, lines=n) for n in (0, 1))
+    row = matches.MARGIN + matches.VIEW_SIDE // 2
+    for column in (matches.MARGIN + matches.VIEW_SIDE // 2, matches.MARGIN + matches.VIEW_SIDE):
+        assert bare.getpixel((column, row)) != drawn.getpixel((column, row))
+    assert bare.getpixel((matches.MARGIN + 20, row)) == drawn.getpixel((matches.MARGIN + 20, row))
+
+
+def test_nothing_is_drawn_from_any_generator() -> None:
+    before = torch.get_rng_state()
+    view = torch.rand(3, 32, 32)
+    after = torch.get_rng_state()
+    pairs_picture(view, view, box(0, 0, 9, 9)[0], box(0, 0, 9, 9)[0], GRID, 0.7)
+    assert torch.equal(torch.get_rng_state(), after)
+    assert not torch.equal(before, after)
+
+
+def test_anything_but_colour_images_is_refused() -> None:
+    view, same = torch.zeros(3, 8, 8), box(0, 0, 9, 9)[0]
+    with pytest.raises(ValueError) as error:
+        pairs_picture(torch.zeros(1, 8, 8), view, same, same, GRID, 0.7, lines=-1)
+    assert str(error.value) == (
+        "view_one is (1, 8, 8); it must be a tensor (3, h, w), RGB in [0, 1]: choose three "
+        "channels\nlines is -1; it must be a whole number of at least 0"
+    )
+
+
+class Averages(nn.Module):
+    """A layer whose cell is the mean of its 8 x 8 pixels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cells = nn.Conv2d(2, 2, 8, 8, bias=False, groups=2)
+        nn.init.constant_(self.cells.weight, 1 / 64)
+        self.head = nn.AdaptiveAvgPool2d(1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.cells(x))
+
+
+@pytest.fixture
+def averages() -> Reader:
+    return Reader(Averages(), ["cells"], 2, (32, 32))
+
+
+@pytest.mark.parametrize("stride", [8, None])
+def test_a_finer_map_is_the_mean_around_each_finer_cell(averages, stride) -> None:
+    pixels = torch.rand(2, 24, 32)
+    fine = fine_map(averages, pixels, stride, cells=16)  # 4 cells across: 4 times finer
+    assert fine.shape == (2, 12, 16)
+    around = mirrored(pixels, 8, 8)
+    for row, column in ((0, 0), (5, 6), (11, 15)):
+        # The finer cell is 2 pixels wide, its middle at 2 i + 1; the window reaches 4 either way.
+        top, left = 2 * row + 1 - 4 + 8, 2 * column + 1 - 4 + 8
+        window = around[:, top : top + 8, left : left + 8]
+        torch.testing.assert_close(fine[:, row, column], window.mean(dim=(1, 2)))
+
+
+def test_a_map_that_is_fine_enough_is_left_as_it_is(averages) -> None:
+    pixels = torch.rand(2, 24, 32)
+    expected = averages(pixels[None])[0]
+    torch.testing.assert_close(fine_map(averages, pixels, None, cells=4), expected)
+    torch.testing.assert_close(fine_map(averages, pixels, 8, cells=4), expected)
+
+
+def test_an_image_that_is_not_whole_cells_is_resized(averages) -> None:
+    assert fine_map(averages, torch.rand(2, 21, 35), 8, cells=4).shape == (2, 3, 4)
+
+
+def test_the_zeros_that_a_network_pads_with_are_kept_away() -> None:
+    class Padded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cells = nn.Conv2d(1, 1, 9, 4, padding=4, bias=False)
+            nn.init.constant_(self.cells.weight, 1 / 81)
+            self.head = nn.AdaptiveAvgPool2d(1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.cells(x))
+
+    reader = Reader(Padded(), ["cells"], 1, (32, 32))
+    flat = torch.ones(1, 32, 32)
+    assert reader(flat[None]).std() > 0.05
+    assert fine_map(reader, flat, 4, cells=16).std() < 1e-6
+
+
+def test_a_mirror_goes_on_beyond_the_image() -> None:
+    row = torch.arange(3.0).expand(1, 1, 3)
+    assert mirrored(row, 0, 4)[0, 0].tolist() == [2, 2, 1, 0, 0, 1, 2, 2, 1, 0, 0]
+
+
+def test_a_map_too_fine_to_see_is_averaged() -> None:
+    large = torch.rand(2, MOST_CELLS, 2 * MOST_CELLS)
+    small = no_finer(large, MOST_CELLS)
+    assert small.shape == (2, MOST_CELLS // 2, MOST_CELLS)
+    torch.testing.assert_close(small[:, 0, 0], large[:, :2, :2].mean(dim=(1, 2)))
