@@ -19,6 +19,7 @@ test: lint types tests
 lint: $(VENV)/installed
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(VENV)/bin/lint-imports
 
 types: $(VENV)/installed
 	$(RUN) -m mypy

@@ -51,7 +51,7 @@ def test_a_run_stored_before_resumes_to_the_same_weights(tmp_path) -> None:
     if here == computed_by:
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
         return
-    # Elsewhere sums round otherwise. A bias before batch norm has no gradient but that rounding, and
-    # Adam takes whole steps by it: these biases and the means that hold them may be anything.
+    # Elsewhere sums round otherwise. Before batch norm a bias has no gradient but this rounding, by
+    # which Adam takes whole steps: these biases and the means that hold them may be anything.
     for name in expected.keys() - {"0.bias", "4.bias", "1.running_mean", "5.running_mean"}:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-5)
