@@ -101,6 +101,14 @@ def ratio(ours: Sequence[Figures], base: Sequence[Figures], figure: str = "secon
     return statistics.median(one[figure] / other[figure] for one, other in pairs)
 
 
+def wait(device: str) -> None:
+    """Return when the device has done what it was told."""
+    if device == "cuda":
+        import torch  # as in `machine`
+
+        torch.cuda.synchronize()
+
+
 def resident_peak() -> float:
     """The largest resident size of this process so far, in MiB.
 

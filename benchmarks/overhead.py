@@ -21,8 +21,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from measure import Figures, in_turns, machine, median, ratio, report
-from stopwatch import wait
+from measure import Figures, in_turns, machine, median, ratio, report, wait
 
 from pixel_level_contrastive_learning import pretrain
 from pixel_level_contrastive_learning.trainer import build, trainer

@@ -1,142 +1,316 @@
-"""Growth on paper: what a step costs on 1 to 512 GPUs, and what a pass over a billion images does.
+"""Scaling on paper: a step on 1 to 512 GPUs, and a pass over up to a billion images.
 
-python benchmarks/scaling.py                          # print the tables
-python benchmarks/scaling.py --write docs/scaling.md  # put them into the guide
-python benchmarks/scaling.py --peak 312 --bandwidth 2.0   # other hardware, in TB/s
-python benchmarks/scaling.py --check               # against the records of step.py on this machine
+python benchmarks/scaling.py                            # print the tables
+python benchmarks/scaling.py --write docs/scaling.md    # put them into the guide
+python benchmarks/scaling.py --peak 312e12 --bandwidth 2e12   # other hardware
+python benchmarks/scaling.py --check                    # against the records of step.py here
 
-Costs are counted from the model itself (`counts.py`): products, traffic, operations and kept bytes
-of one step at two batches, and in between on a straight line. The hardware is assumed, and every
-assumption is a flag.
+One step of the learner runs on tensors without numbers (torch's `FakeTensorMode`), at two batches:
+each operation counts its products, the bytes it reads and writes, and that it was started; it takes
+the longer of products and traffic. In between costs lie on a line. The hardware is assumed.
 """
 
 import argparse
 import re
 import time
-from dataclasses import fields
-from math import ceil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from math import ceil, log2
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
-from counts import Hardware
-from growth import Model, step
 from measure import machine, records
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import conv_flop_count, flop_registry
+from torchvision import models
 
-GPUS = (1, 8, 64, 512)
-BATCHES = (1024, 4096, 16384)
-IMAGES = (10**6, 10**8, 10**9)
+from pixel_level_contrastive_learning import PixelCL, View
+
+LAYERS = {"resnet": ("layer4", "avgpool"), "convnext": ("features.7", "avgpool")}
+GPUS, BATCHES, IMAGES = (1, 8, 64, 512), (4096, 16384), (10**6, 10**8, 10**9)
+STATE = 20  # bytes a parameter: weight, gradient, Adam's two averages and the target, in float32
+ADAM = 40  # bytes a parameter that a fused Adam and the target's update read and write
+BUCKET = 25 * 2**20  # of DistributedDataParallel: the last one has no backward pass to hide behind
 MARKS = "<!-- computed by benchmarks/scaling.py -->", "<!-- end -->"
-UNITS = {"peak": 1e12, "bandwidth": 1e12, "memory": 1e9, "link": 1e9, "network": 1e9}
-UNITS |= {"launch": 1e-6, "latency": 1e-6, "hop": 1e-6, "reserve": 1e9}
-"""What one of a flag's units is in `Hardware`'s."""
 
 
-def counts_table(models_: list[Model]) -> str:
-    """What one image and one step cost, as counted."""
-    rows = ["| | " + " | ".join(f"{m.name}, {m.size} px" for m in models_) + " |"]
-    rows.append("|---" * (1 + len(models_)) + "|")
-    lines = {
-        "parameters trained, million": lambda m: f"{m.counts.trained / 1e6:.1f}",
-        "GFLOP an image (4 forward, 2 backward passes)": lambda m: f"{m.flops.each / 1e9:.0f}",
-        "traffic an image, MB": lambda m: f"{m.traffic.each / 1e6:.0f}",
-        "kept for backward an image, MB": lambda m: f"{m.kept.each / 1e6:.0f}",
-        "state on one GPU, GB": lambda m: f"{m.state() / 1e9:.2f}",
-        "operations a step": lambda m: f"{m.work[0].launches:.0f}",
-        "batch norms, online and target": lambda m: " + ".join(map(str, m.counts.norms)),
-        "ms an image on the device": lambda m: f"{1e3 * (m.forward.each + m.backward.each):.2f}",
-        "of it by products alone, ms": lambda m: f"{1e3 * products(m):.2f}",
-    }
-    rows += [f"| {name} | {' | '.join(map(cell, models_))} |" for name, cell in lines.items()]
-    return "\n".join(rows)
+@dataclass(frozen=True, kw_only=True)
+class Hardware:
+    """What is assumed of the machines, in FLOP, bytes and seconds: H100 SXM in nodes of eight.
+
+    Attributes:
+        peak: Matrix products a second, dense bfloat16.
+        bandwidth: Of a GPU's memory, a second.
+        memory: Of one GPU.
+        link: Between the GPUs of a node, each way, a second.
+        network: Between nodes, a GPU's share, a second.
+        matrix_share: Share of the peak that products reach.
+        memory_share: Share of the bandwidth that operations reach.
+        wire_share: Share of link and network that collectives reach.
+        launch: Time in which the host starts one operation.
+        latency: Time of a collective in a node, however small.
+        hop: Time more for each doubling of the nodes.
+        reserve: Memory taken by context, workspaces and fragments.
+    """
+
+    peak: float = 989e12
+    bandwidth: float = 3.35e12
+    memory: float = 80e9
+    link: float = 450e9
+    network: float = 50e9
+    matrix_share: float = 0.6
+    memory_share: float = 0.7
+    wire_share: float = 0.8
+    launch: float = 6e-6
+    latency: float = 20e-6
+    hop: float = 10e-6
+    reserve: float = 6e9
+
+    def all_reduce(self, size: float, gpus: int) -> float:
+        """Seconds until all GPUs have the sum of ``size`` bytes: scattered, then gathered."""
+        inside = min(gpus, 8)
+        nodes = gpus // inside
+        across = size / inside * (nodes - 1) / nodes / self.network
+        return 2 * (across + size * (inside - 1) / inside / self.link) / self.wire_share
+
+    def roundtrip(self, gpus: int) -> float:
+        """Seconds of a collective too small to fill the wires."""
+        return 0.0 if gpus == 1 else self.latency + self.hop * log2(max(1, gpus // 8))
 
 
-def products(model: Model) -> float:
-    """Seconds an image if matrix products were all."""
-    return model.flops.each / (model.hardware.peak * model.hardware.matrix_share)
+class Roofline(TorchDispatchMode):
+    """Adds up the products, traffic, launches and seconds of every operation that runs inside."""
+
+    def __init__(self, hardware: Hardware) -> None:
+        super().__init__()
+        self.hardware = hardware
+        self.flops = self.traffic = self.launches = self.seconds = 0.0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func.is_view or "empty" in func.name():  # neither moves a byte
+            return out
+        touched = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, Tensor)]
+        # What was expanded is read once: its memory is smaller than its shape.
+        traffic = sum(
+            min(x.numel() * x.element_size(), x.untyped_storage().nbytes()) for x in touched
+        )
+        flops, hardware = products(func, args, kwargs or {}, out), self.hardware
+        self.flops += flops
+        self.traffic += traffic
+        self.launches += 1
+        self.seconds += max(
+            flops / (hardware.peak * hardware.matrix_share),
+            traffic / (hardware.bandwidth * hardware.memory_share),
+        )
+        return out
 
 
-def step_table(model: Model) -> str:
-    """A row for each number of GPUs, batch and strategy."""
-    rows = [
-        f"**{model.name}, {model.size} px**\n",
-        "| GPUs | global batch | a GPU | parts | strategy | device, ms | host, ms | update, ms | "
-        "wires, ms | batch norm, ms | images/s | share of linear | memory, GB |",
-        "|---" * 13 + "|",
-    ]
-    for gpus in GPUS:
-        for batch in BATCHES:
-            for sharded in (False, True) if gpus > 1 else (False,):
-                cost, alone = step(model, gpus, batch, sharded), best(model, 1)
-                if cost is None:
-                    continue
-                rate = batch / cost.seconds
-                ms = [cost.device, cost.waiting, cost.update, cost.wires, cost.norms]
-                times = " | ".join(f"{1000 * part:.1f}" for part in ms)
-                rows.append(
-                    f"| {gpus} | {batch} | {batch // gpus} | {cost.parts} | "
-                    f"{'FSDP' if sharded else 'DDP'} | {times} | {rate:.0f} | "
-                    f"{rate / (gpus * alone):.0%} | {cost.memory / 1e9:.1f} |"
-                )
-    return "\n".join(rows)
+def products(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> float:
+    """Floating-point operations of the matrix products and convolutions of one operation."""
+    if func._overloadpacket is torch.ops.aten.convolution_backward:
+        # Torch's own count forgets the groups, and takes a depthwise convolution for a full one.
+        grad, x, weight = (tensor.shape for tensor in args[:3])
+        once = conv_flop_count(list(x), list(weight), list(grad), transposed=args[7])
+        return float(once * sum(args[10][:2]))
+    counted = flop_registry.get(func._overloadpacket)
+    return float(counted(*args, **kwargs, out_val=out)) if counted else 0.0
+
+
+class Counts(NamedTuple):
+    """One step at one batch: both passes, bytes kept between them, parameters, batch norms."""
+
+    forward: Roofline
+    backward: Roofline
+    kept: float
+    parameters: int
+    norms: tuple[int, int]
+
+
+def fake(learner: nn.Module, mode: FakeTensorMode) -> None:
+    """Replace every weight and buffer by one without numbers."""
+    for module in learner.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                shadow = mode.from_tensor(parameter.detach())
+                module._parameters[name] = nn.Parameter(shadow, parameter.requires_grad)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = mode.from_tensor(buffer)
+
+
+def count(
+    model: str, size: int, batch: int, hardware: Hardware, precision: str = "bfloat16"
+) -> Counts:
+    """What a step of ``batch`` ready-made views of ``size`` pixels costs, with default heads."""
+    layers = next((both for name, both in LAYERS.items() if model.startswith(name)), (None, None))
+    learner = PixelCL(getattr(models, model)(weights=None), size, *layers)
+    learner.views.watch = lambda *_, **__: None  # type: ignore[assignment]  # no values to look at
+    parameters = sum(p.numel() for p in learner.parameters() if p.requires_grad)
+    total, target = (
+        sum(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in net.modules())
+        for net in (learner, learner.target_encoder)
+    )
+    kept: dict[int, Tensor] = {}
+    mode = FakeTensorMode()
+    fake(learner, mode)
+    with mode:
+        weights = {p.untyped_storage()._cdata for p in learner.parameters()}
+
+        def note(tensor: Tensor) -> Tensor:
+            at = tensor.untyped_storage()._cdata
+            if at not in weights:
+                kept[at] = tensor
+            return tensor
+
+        pixels, to_image = torch.rand(batch, 3, size, size), torch.rand(batch, 2, 3)
+        views = View(pixels, to_image), View(pixels.clone(), to_image.clone())
+        half = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16")
+        saved = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+        with Roofline(hardware) as forward, half, saved:
+            loss = learner(views)
+        with Roofline(hardware) as backward:
+            loss.backward()
+        held = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    return Counts(forward, backward, held, parameters, (total - target, target))
+
+
+class Line(NamedTuple):
+    """A cost that grows with the batch: so much at any, so much for each image."""
+
+    fixed: float
+    each: float
+
+    def at(self, batch: float) -> float:
+        return self.fixed + self.each * batch
+
+
+class Model:
+    """What a step of a model costs at any batch, from the counts at two."""
+
+    def __init__(
+        self,
+        name: str,
+        size: int,
+        hardware: Hardware,
+        batches: tuple[int, int] = (8, 32),
+        precision: str = "bfloat16",
+    ) -> None:
+        self.name, self.hardware = name, hardware
+        both = [count(name, size, batch, hardware, precision) for batch in batches]
+        self.counts = both[0]
+
+        def line(cost: Callable[[Counts], float]) -> Line:
+            small, large = map(cost, both)
+            each = (large - small) / (batches[1] - batches[0])
+            return Line(max(0.0, small - each * batches[0]), each)
+
+        self.forward = line(lambda c: c.forward.seconds)
+        self.backward = line(lambda c: c.backward.seconds)
+        self.kept = line(lambda c: c.kept)
+        self.flops = line(lambda c: c.forward.flops + c.backward.flops)
+        self.traffic = line(lambda c: c.forward.traffic + c.backward.traffic)
+        self.launches = self.counts.forward.launches + self.counts.backward.launches
+        self.state = STATE * self.counts.parameters
+
+
+class Cost(NamedTuple):
+    """What one step costs on each GPU, in seconds, and the memory it takes, in bytes."""
+
+    parts: int
+    device: float
+    host: float
+    update: float
+    wires: float
+    norms: float
+    memory: float
+
+    @property
+    def seconds(self) -> float:
+        return self.device + self.host + self.update + self.wires + self.norms
+
+
+def step(model: Model, gpus: int, batch: int) -> Cost:
+    """One step of a global batch under DistributedDataParallel, in nodes of eight."""
+    hardware, counts, local = model.hardware, model.counts, batch / gpus
+    free = hardware.memory - hardware.reserve - model.state - model.kept.fixed
+    parts = ceil(local / max(1, int(free / model.kept.each)))
+    forward, backward = (parts * part.at(local / parts) for part in (model.forward, model.backward))
+    device, gradients = forward + backward, 4 * counts.parameters
+    whole = hardware.all_reduce(gradients, gpus)
+    online, target = counts.norms
+    return Cost(
+        parts,
+        device,
+        max(0.0, parts * hardware.launch * model.launches - device),
+        ADAM * counts.parameters / (hardware.bandwidth * hardware.memory_share),
+        max(whole * min(1.0, BUCKET / gradients), whole - backward / parts),
+        parts * (4 * online + 2 * target) * hardware.roundtrip(gpus),
+        model.state + model.kept.at(local / parts) + hardware.reserve,
+    )
 
 
 def best(model: Model, gpus: int) -> float:
-    """Images a second at the best of the batches, by DDP."""
-    costs = {batch: step(model, gpus, batch, sharded=False) for batch in BATCHES}
-    return max((batch / cost.seconds for batch, cost in costs.items() if cost), default=0.0)
+    """Images a second at the best of the batches."""
+    return max(batch / step(model, gpus, batch).seconds for batch in BATCHES)
 
 
-def pass_table(models_: list[Model], args: argparse.Namespace) -> str:
-    """What one pass over many images costs in hours, storage and cores."""
-    rows = [
-        "| images | storage, TB | shards | order, GB a process | "
-        + " | ".join(f"{m.name} on {g}, h" for m in models_ for g in GPUS)
-        + " |",
-        "|---" * (4 + len(models_) * len(GPUS)) + "|",
-    ]
-    for images in IMAGES:
-        stored = images * args.image_kb * 1e3
-        hours = [images / best(m, g) / 3600 for m in models_ for g in GPUS]
-        rows.append(
-            f"| {images:,} | {stored / 1e12:.2f} | {ceil(stored / (args.shard_gb * 1e9)):,} | "
-            f"{8 * images / 1e9:.2f} | {' | '.join(f'{h:.2f}' for h in hours)} |"
-        )
-    rows.append("")
-    for model in models_:
-        rate, cores = best(model, 1), best(model, 1) / args.core_rate
-        read, all_read = (best(model, gpus) * args.image_kb * 1e3 for gpus in (1, 512))
-        rows.append(
-            f"- {model.name}: a GPU takes {rate:.0f} images/s, that is {cores:.1f} cores at "
-            f"{args.core_rate:g} images/s a core and {read / 1e6:.0f} MB/s; 512 GPUs read "
-            f"{all_read / 1e9:.0f} GB/s."
-        )
-    return "\n".join(rows)
+def table(heads: list[str], rows: list[list[str]]) -> str:
+    """A table in Markdown."""
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def assumptions(hardware: Hardware, args: argparse.Namespace) -> str:
-    """All that was not counted, as flags."""
-    said = [f"--{name.replace('_', '-')} {value:g}" for name, value in given(hardware).items()]
-    said += [f"--image-kb {args.image_kb:g}", f"--core-rate {args.core_rate:g}"]
-    return f"Assumed: `{' '.join([*said, f'--shard-gb {args.shard_gb:g}'])}`."
-
-
-def given(hardware: Hardware) -> dict[str, float]:
-    """The hardware in the units of the flags."""
-    return {
-        field.name: getattr(hardware, field.name) / UNITS.get(field.name, 1)
-        for field in fields(Hardware)
+def tables(models_: list[Model], args: argparse.Namespace) -> str:
+    """All that is told: the assumptions, the counts, the steps, the passes."""
+    names = [model.name for model in models_]
+    assumed = " ".join(f"--{n.replace('_', '-')} {v:g}" for n, v in asdict(args.hardware).items())
+    counted: dict[str, Callable[[Model], str]] = {
+        "parameters trained, million": lambda m: f"{m.counts.parameters / 1e6:.1f}",
+        "GFLOP an image": lambda m: f"{m.flops.each / 1e9:.0f}",
+        "traffic an image, MB": lambda m: f"{m.traffic.each / 1e6:.0f}",
+        "kept for backward an image, MB": lambda m: f"{m.kept.each / 1e6:.0f}",
+        "operations a step": lambda m: f"{m.launches:.0f}",
+        "batch norms, online and target": lambda m: " + ".join(map(str, m.counts.norms)),
+        "ms an image on the device": lambda m: f"{1e3 * (m.forward.each + m.backward.each):.2f}",
     }
+    heads = ["", *names]
+    counts = table(heads, [[name, *map(cell, models_)] for name, cell in counted.items()])
+    heads = ["model", "GPUs", "images a step", "a GPU", "ms: device", "host", "update", "wires"]
+    heads += ["batch norm", "images/s", "share of linear", "GB"]
+    rows = []
+    for model in models_:
+        for gpus in GPUS:
+            for batch in BATCHES if gpus > 1 else BATCHES[:1]:
+                cost = step(model, gpus, batch)
+                rate = batch / cost.seconds
+                rows.append([model.name, str(gpus), str(batch), str(batch // gpus)])
+                rows[-1] += [f"{1000 * part:.1f}" for part in cost[1:6]]
+                rows[-1] += [f"{rate:.0f}", f"{rate / (gpus * best(model, 1)):.0%}"]
+                rows[-1].append(f"{cost.memory / 1e9:.1f}")
+    steps = table(heads, rows)
+    heads = ["images", *(f"{name} on {gpus}, h" for name in names for gpus in GPUS)]
+    rows = [
+        [f"{n:,}", *(f"{n / best(m, gpus) / 3600:.2f}" for m in models_ for gpus in GPUS)]
+        for n in IMAGES
+    ]
+    return "\n\n".join([f"Assumed: `{assumed}`.", counts, steps, table(heads, rows)])
 
 
-def attainable(precision: str, launch: float) -> Hardware:
+def attainable(precision: str) -> Hardware:
     """This machine's CPU, by a product and a copy: what both reach is all there is."""
     side, dtype = 2048, torch.bfloat16 if precision == "bfloat16" else torch.float32
     a, b = torch.rand(2, side, side).to(dtype)
     source = torch.rand(2**26)
     copied = source.clone()  # written once, since the system hands out memory page by page
 
-    def fastest(work: object, runs: int = 5) -> float:
-        assert callable(work)
+    def fastest(work: Callable[[], object], runs: int = 5) -> float:
         spans = []
         for _ in range(runs):
             start = time.perf_counter()
@@ -146,39 +320,23 @@ def attainable(precision: str, launch: float) -> Hardware:
 
     peak = 2 * side**3 / fastest(lambda: a @ b)
     bandwidth = 2 * source.nbytes / fastest(lambda: copied.copy_(source))
-    return Hardware(
-        peak=peak, bandwidth=bandwidth, matrix_share=1, memory_share=1, launch=launch, memory=1e15
-    )
+    return Hardware(peak=peak, bandwidth=bandwidth, matrix_share=1, memory_share=1, memory=1e15)
 
 
 def check(hardware: Hardware) -> None:
     """Print computed steps beside the recorded ones of this machine."""
-    print("| step | computed, ms | recorded, ms | computed / recorded |\n|---|---|---|---|")
+    rows = []
     for entry in records("step"):
         asked, took = entry["details"]["asked"], entry["details"]["ours"]["seconds"]
         if entry["machine"] != machine(asked["device"]):
             continue
-        on_cpu = asked["device"] == "cpu"
-        where = attainable(asked["precision"], hardware.launch) if on_cpu else hardware
+        where = attainable(asked["precision"]) if asked["device"] == "cpu" else hardware
         batches = (max(2, asked["batch"] // 2), max(2, asked["batch"] // 2) * 2)
         model = Model(asked["model"], asked["size"], where, batches, asked["precision"])
-        cost = step(model, 1, asked["batch"], sharded=False)
-        assert cost is not None
-        print(
-            f"| {entry['setting']} | {1000 * cost.seconds:.1f} | {1000 * took:.1f} | "
-            f"{cost.seconds / took:.2f} |"
-        )
-
-
-def write(path: Path, text: str) -> None:
-    """Put the tables between the marks of a page."""
-    begin, end = (re.escape(mark) for mark in MARKS)
-    page, found = re.subn(
-        f"{begin}.*{end}", lambda _: f"{MARKS[0]}\n{text}\n{MARKS[1]}", path.read_text(), flags=re.S
-    )
-    if not found:
-        raise SystemExit(f"{path} has no place for the tables; put in {MARKS[0]} and {MARKS[1]}")
-    path.write_text(page)
+        seconds = step(model, 1, asked["batch"]).seconds
+        times = [f"{1000 * seconds:.1f}", f"{1000 * took:.1f}", f"{seconds / took:.2f}"]
+        rows.append([entry["setting"], *times])
+    print(table(["step", "computed, ms", "recorded, ms", "computed / recorded"], rows))
 
 
 def main() -> None:
@@ -188,28 +346,29 @@ def main() -> None:
     )
     flags.add_argument("--models", nargs="+", default=["resnet50", "convnext_base"])
     flags.add_argument("--size", type=int, default=224, help="of the views, in pixels")
-    flags.add_argument("--image-kb", type=float, default=110, help="a stored JPEG")
-    flags.add_argument("--shard-gb", type=float, default=1)
-    flags.add_argument("--core-rate", type=float, default=150, help="images/s a core prepares")
     flags.add_argument("--write", type=Path, help="a page with marks for the tables")
     flags.add_argument("--check", action="store_true", help="against the records of step.py")
-    for name, value in given(Hardware()).items():
-        unit = f"in {UNITS[name]:g} of bytes, FLOP or seconds" if name in UNITS else "0 to 1"
-        flags.add_argument(f"--{name.replace('_', '-')}", type=float, default=value, help=unit)
+    for name, value in asdict(Hardware()).items():
+        flags.add_argument(f"--{name.replace('_', '-')}", type=float, default=value)
     args = flags.parse_args()
-    hardware = Hardware(
-        **{name: getattr(args, name) * UNITS.get(name, 1) for name in given(Hardware())}
-    )
+    args.hardware = Hardware(**{name: getattr(args, name) for name in asdict(Hardware())})
     if args.check:
-        check(hardware)
+        check(args.hardware)
         return
-    models_ = [Model(name, args.size, hardware) for name in args.models]
-    tables = [assumptions(hardware, args), counts_table(models_), *map(step_table, models_)]
-    text = "\n\n".join([*tables, pass_table(models_, args)])
-    if args.write:
-        write(args.write, text)
-    else:
+    text = tables([Model(name, args.size, args.hardware) for name in args.models], args)
+    if args.write is None:
         print(text)
+        return
+    begin, end = (re.escape(mark) for mark in MARKS)
+    page, found = re.subn(
+        f"{begin}.*{end}",
+        lambda _: f"{MARKS[0]}\n{text}\n{MARKS[1]}",
+        args.write.read_text(),
+        flags=re.S,
+    )
+    if not found:
+        raise SystemExit(f"{args.write} has no place for the tables; put in {' and '.join(MARKS)}")
+    args.write.write_text(page)
 
 
 if __name__ == "__main__":

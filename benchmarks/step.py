@@ -18,8 +18,9 @@ not ways of learning. Each contender is a process of its own, and they take turn
 import argparse
 import sys
 import time
-from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from copy import deepcopy
 from pathlib import Path
 
@@ -34,10 +35,9 @@ from measure import (
     report,
     resident_peak,
     serve,
+    wait,
 )
-from stopwatch import Stopwatch, wait
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 from torchvision import models
 from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.transforms.functional import to_pil_image
@@ -48,6 +48,62 @@ OPTIMISER_LR = 1e-4
 
 Step = Callable[[], None]
 """One training step, from images to an updated target."""
+
+
+class Stopwatch:
+    """Adds up the time of each part of a step; time inside an inner part counts for it alone.
+
+    Args:
+        device: Waited for wherever a part begins or ends, so that its work counts where it was
+            asked for. The sum is therefore longer than a step that nobody watches.
+    """
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.spent: dict[str, float] = defaultdict(float)
+        self.open: list[str] = []
+        self.last = 0.0
+
+    def mark(self) -> None:
+        """Charge the time since the last mark to the innermost open part."""
+        wait(self.device)
+        now = time.perf_counter()
+        if self.open:
+            self.spent[self.open[-1]] += now - self.last
+        self.last = now
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """A part of the step."""
+        self.enter(name)
+        yield
+        self.leave()
+
+    def enter(self, name: str) -> None:
+        """A part begins."""
+        self.mark()
+        self.open.append(name)
+
+    def leave(self) -> None:
+        """The innermost part ends."""
+        self.mark()
+        self.open.pop()
+
+    def follow(self, learner: nn.Module) -> None:
+        """Watch the parts of a learner from outside, by hooks on its modules."""
+        parts = {
+            "": "losses",  # what is left of the learner's forward when its modules are taken away
+            "views": "views",
+            "views.augment": "colour",
+            "online_encoder": "online",
+            "online_predictor": "online",
+            "propagate_pixels": "propagation",
+            "target_encoder": "target",
+        }
+        for path, name in parts.items():
+            module = learner.get_submodule(path)
+            module.register_forward_pre_hook(lambda *_, name=name: self.enter(name))
+            module.register_forward_hook(lambda *_: self.leave())
 
 
 def precision(args: argparse.Namespace) -> torch.autocast:
@@ -220,12 +276,10 @@ def contend(args: argparse.Namespace) -> None:
     """The contender's process: warm up, then measure whenever asked."""
     begin = time.perf_counter()
     step = STEPS[args.serve](args)
-    with FlopCounterMode(display=False) if args.serve == "floor" else nullcontext() as counter:
-        step()
+    step()
     wait(args.device)
     first = time.perf_counter() - begin
     step()
-    flops = counter.get_total_flops() if isinstance(counter, FlopCounterMode) else 0
 
     def measure() -> Figures:
         wait(args.device)
@@ -238,7 +292,7 @@ def contend(args: argparse.Namespace) -> None:
         if args.device == "cuda":
             peak = torch.cuda.max_memory_allocated() / 2**20
             torch.cuda.empty_cache()  # the others live on the same card
-        return {"seconds": seconds, "peak_mib": peak, "first": first, "flops": flops}
+        return {"seconds": seconds, "peak_mib": peak, "first": first}
 
     serve(measure)
 
@@ -294,9 +348,6 @@ def compare(args: argparse.Namespace) -> None:
     ratios = {f"{name} / floor": ratio(found[name], found["floor"]) for name in list(found)[1:]}
     if args.peer:
         ratios["published / ours"] = ratio(found["published"], found["ours"])
-    if args.peak_tflops:
-        rate = found["floor"][0]["flops"] / details["ours"]["seconds"]
-        ratios["share of the matrix rate"] = rate / (args.peak_tflops * 1e12)
     where = machine(args.device)
     report("step", setting(args), ratios, details, where=where, save=args.save)
 
@@ -318,7 +369,6 @@ def main() -> None:
     flags.add_argument("--compile", action="store_true", help="and torch.compile(learner)")
     flags.add_argument("--peer", help="a Python that has the published package installed")
     flags.add_argument("--densecl", help="a Python that has lightly installed")
-    flags.add_argument("--peak-tflops", type=float, help="of the device; H100 in bfloat16: 989")
     flags.add_argument("--profile", action="store_true", help="only show where our time goes")
     flags.add_argument("--save", action="store_true", help="record the ratios")
     flags.add_argument("--serve", choices=STEPS, help=argparse.SUPPRESS)

@@ -59,7 +59,7 @@ def test_the_peer_must_not_be_this_package() -> None:
 
 def test_every_part_of_a_step_is_timed_once() -> None:
     learner = PixelCL(resnet18(), 64, projection_size=8, projection_hidden_size=8)
-    watch = load("stopwatch").Stopwatch("cpu")
+    watch = load("step").Stopwatch("cpu")
     watch.follow(learner)
     learner(torch.rand(2, 3, 64, 64))
     assert set(watch.spent) == {"views", "colour", "online", "target", "propagation", "losses"}
@@ -147,8 +147,8 @@ def test_records_are_replaced_by_setting_and_machine(
 
 
 def test_counts_of_a_resnet_are_what_hand_arithmetic_says() -> None:
-    counts = load("counts")
-    step = counts.count("resnet18", 64, 2, counts.Hardware())
+    scaling = load("scaling")
+    step = scaling.count("resnet18", 64, 2, scaling.Hardware())
     # At 224 px a ResNet-18 takes 1.814 G multiply-adds an image without its classifier, and those
     # of each layer grow with its map: (64 / 224) ** 2 of it at 64 px. Four passes of two images.
     backbone = 4 * 2 * 2 * 1.814e9 * (64 / 224) ** 2
@@ -159,34 +159,34 @@ def test_counts_of_a_resnet_are_what_hand_arithmetic_says() -> None:
 
 
 def test_depthwise_convolutions_go_back_at_twice_their_price() -> None:
-    counts = load("counts")
+    scaling = load("scaling")
     net = torch.nn.Conv2d(16, 16, 3, padding=1, groups=16)
     x = torch.randn(1, 16, 8, 8, requires_grad=True)
-    with counts.Roofline(counts.Hardware()) as forward:
+    with scaling.Roofline(scaling.Hardware()) as forward:
         y = net(x).sum()
-    with counts.Roofline(counts.Hardware()) as backward:
+    with scaling.Roofline(scaling.Hardware()) as backward:
         y.backward()
-    assert forward.work.flops == 2 * 9 * 16 * 8 * 8
-    assert backward.work.flops == 2 * forward.work.flops
+    assert forward.flops == 2 * 9 * 16 * 8 * 8
+    assert backward.flops == 2 * forward.flops
 
 
-def test_wires_by_hand() -> None:
-    hardware = load("counts").Hardware(wire_share=1)
-    assert hardware.gather(8e9, 1) == 0
-    assert hardware.gather(8e9, 8) == pytest.approx(7e9 / 450e9)
-    assert hardware.gather(8e9, 16) == pytest.approx(7e9 / 450e9 + 0.5e9 / 50e9)
+def test_collectives_by_hand() -> None:
+    hardware = load("scaling").Hardware(wire_share=1)
+    assert hardware.all_reduce(8e9, 1) == 0
+    assert hardware.all_reduce(8e9, 8) == pytest.approx(2 * 7e9 / 450e9)
+    assert hardware.all_reduce(8e9, 16) == pytest.approx(2 * (7e9 / 450e9 + 0.5e9 / 50e9))
     assert hardware.roundtrip(1) == 0
     assert hardware.roundtrip(32) == pytest.approx(40e-6)
 
 
-def test_growth_is_told_between_the_marks_of_a_page(tmp_path: Path) -> None:
-    scaling = load("scaling")
+def test_scaling_is_written_between_the_marks_of_a_page(tmp_path: Path) -> None:
+    begin, end = load("scaling").MARKS
     page = tmp_path / "scaling.md"
-    page.write_text(f"before\n{scaling.MARKS[0]}\nold\n{scaling.MARKS[1]}\nafter\n")
+    page.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
     run("scaling", "--models", "resnet18", "--size", "64", "--write", str(page))
     text = page.read_text()
     assert text.startswith("before\n")
     assert text.endswith("after\n")
     assert "old" not in text
-    assert "| 512 | 16384 | 32 | 1 | DDP |" in text
-    assert "--peak 989 --bandwidth 3.35" in text
+    assert "| resnet18 | 512 | 16384 | 32 |" in text
+    assert "--peak 9.89e+14 --bandwidth 3.35e+12" in text
