@@ -20,6 +20,7 @@ lint: $(VENV)/installed
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(VENV)/bin/lint-imports
+	$(VENV)/bin/vulture
 
 types: $(VENV)/installed
 	$(RUN) -m mypy
@@ -44,4 +45,4 @@ bench: $(VENV)/installed
 	$(RUN) benchmarks/scaling.py --check
 
 clean:
-	rm -rf build $(VENV) *.egg-info
+	rm -rf build $(VENV) *.egg-info .import_linter_cache
