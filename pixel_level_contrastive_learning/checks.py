@@ -1,20 +1,21 @@
-"""How we say no: the value received, the values allowed, the next step.
+"""Checks of values, and the limits that the learner and the trainer share.
 
-Each check returns ``None`` when the value will do and one sentence when it will not, so that
-`raise_together` can name everything that is wrong at once. Imports no torch: the command line
-checks its flags before it loads anything heavy.
+A check returns None for a value that is allowed; otherwise the error message, which names the
+value received, the values allowed and the next step. `raise_together` raises all messages at once.
+This module imports no torch, since the command line checks its flags before it loads anything.
 """
 
-from collections.abc import Collection, Iterable, Sequence, Sized
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Sized
 from difflib import get_close_matches
+from functools import partial
 from math import isfinite
 from numbers import Real
 from typing import TypeGuard
 
 
-def raise_together(*problems: str | None) -> None:
-    """Raise one ``ValueError`` that lists every problem found; return if there is none."""
-    found = [problem for problem in problems if problem is not None]
+def raise_together(*messages: str | None) -> None:
+    """Raise one ``ValueError`` with every message; do nothing if all of them are None."""
+    found = [message for message in messages if message is not None]
     if found:
         raise ValueError("\n".join(found))
 
@@ -25,50 +26,42 @@ def is_number(value: object) -> TypeGuard[float]:
 
 
 def at_least(name: str, value: object, low: float) -> str | None:
-    """The complaint about a number below ``low``."""
+    """Allow numbers from ``low`` up."""
     if is_number(value) and value >= low:
         return None
     return f"{name} is {value!r}; it must be a number of at least {low}"
 
 
 def above(name: str, value: object, low: float) -> str | None:
-    """The complaint about a number that is not above ``low``."""
+    """Allow numbers above ``low``."""
     if is_number(value) and value > low:
         return None
     return f"{name} is {value!r}; it must be a number above {low}"
 
 
-def not_installed(library: str | None) -> str:
-    """The complaint about a library that comes with the extras."""
-    return (
-        f"{library} is not installed; everything beside PixelCL itself needs the extras: "
-        "pip install 'pixel-level-contrastive-learning[train]'"
-    )
-
-
 def within(name: str, value: object, low: float, high: float) -> str | None:
-    """The complaint about a number outside ``[low, high]``."""
+    """Allow numbers from ``low`` to ``high``, both included."""
     if is_number(value) and low <= value <= high:
         return None
     return f"{name} is {value!r}; it must be a number from {low} to {high}"
 
 
 def share(name: str, value: object) -> str | None:
-    """The complaint about anything but a share above 0."""
+    """Allow numbers above 0, at most 1."""
     if is_number(value) and 0 < value <= 1:
         return None
     return f"{name} is {value!r}; it must be a number above 0, at most 1"
 
 
 def whole(name: str, value: object, low: int) -> str | None:
-    """The complaint about anything but a whole number of at least ``low``."""
+    """Allow whole numbers from ``low`` up."""
     if isinstance(value, int) and not isinstance(value, bool) and value >= low:
         return None
     return f"{name} is {value!r}; it must be a whole number of at least {low}"
 
 
 def one_of(name: str, value: object, allowed: Collection[object]) -> str | None:
-    """The complaint about a value that is not among ``allowed``, with the nearest right ones."""
+    """Allow the values listed; the message names the nearest of them."""
     if any(value == choice and type(value) is type(choice) for choice in allowed):
         return None
     shown = {str(choice): choice for choice in allowed}
@@ -78,7 +71,7 @@ def one_of(name: str, value: object, allowed: Collection[object]) -> str | None:
 
 
 def ratio_range(name: str, value: object) -> str | None:
-    """The complaint about anything but a pair ``(low, high)`` with ``0 < low <= high <= 1``."""
+    """Allow pairs ``(low, high)`` with ``0 < low <= high <= 1``."""
     allowed = f"{name} is {value!r}; it must be (low, high) with 0 < low <= high <= 1"
     if not isinstance(value, (tuple, list)) or len(value) != 2 or not all(map(is_number, value)):
         return f"{allowed}, such as (0.6, 0.8)"
@@ -91,7 +84,7 @@ def ratio_range(name: str, value: object) -> str | None:
 
 
 def size_pair(name: str, value: object) -> str | None:
-    """The complaint about anything but a size in pixels: one int, or ``(height, width)``."""
+    """Allow sizes in pixels: one int, or ``(height, width)``."""
     sides = value if isinstance(value, (tuple, list)) else (value, value)
     if len(sides) == 2 and all(whole(name, side, 1) is None for side in sides):
         return None
@@ -101,21 +94,21 @@ def size_pair(name: str, value: object) -> str | None:
 
 
 def callable_or_none(name: str, value: object) -> str | None:
-    """The complaint about anything but a function of one batch, or nothing."""
+    """Allow functions, and None."""
     if value is None or callable(value):
         return None
     return f"{name} is {value!r}; it must be callable: views (b, c, h, w) in, the same shape out"
 
 
 def something_to_learn(alpha: object, instance_weight: object) -> str | None:
-    """The complaint about a loss without terms."""
+    """Refuse a loss without terms."""
     if alpha == 0 and instance_weight == 0:
         return "alpha and instance_weight are both 0; set at least one of them above 0"
     return None
 
 
 def per_channel(name: str, values: Sequence[float] | None, channels: object) -> str | None:
-    """The complaint about statistics that are not one number a channel."""
+    """Allow None or one number per channel; a standard deviation is above 0."""
     if values is None:
         return None
     sized = isinstance(values, Sized) and isinstance(values, Iterable)
@@ -124,3 +117,53 @@ def per_channel(name: str, values: Sequence[float] | None, channels: object) -> 
     if name == "std" and min(values) <= 0:
         return f"std is {values!r}; every value must be above 0"
     return None
+
+
+def not_installed(library: str | None) -> str:
+    """The error message for a library that comes with the extras."""
+    return (
+        f"{library} is not installed; everything beside PixelCL itself needs the extras: "
+        "pip install 'pixel-level-contrastive-learning[train]'"
+    )
+
+
+Check = Callable[[str, object], str | None]
+"""Takes a name and a value; returns None or the error message."""
+
+LIMITS: Mapping[str, Check] = {
+    "channels": partial(whole, low=1),
+    "image_size": size_pair,
+    **dict.fromkeys(("crop_area", "cutout_ratio_range"), ratio_range),
+    "cutout_interpolate_mode": partial(one_of, allowed=("bilinear", "nearest", "bicubic")),
+    **dict.fromkeys(
+        ("prob_hflip", "prob_vflip", "prob_rand_hflip", "prob_rand_vflip", "max_broken"),
+        partial(within, low=0, high=1),
+    ),
+    "max_rotation": partial(within, low=0, high=180),
+    **dict.fromkeys(("augment_fn", "augment_fn2"), callable_or_none),
+    **dict.fromkeys(("projection_size", "projection_hidden_size"), partial(whole, low=1)),
+    "ppm_num_layers": partial(one_of, allowed=(0, 1, 2)),
+    "ppm_gamma": partial(at_least, low=1),  # below 1 the gradient at a right angle is infinite
+    "distance_thres": partial(above, low=0),
+    "similarity_temperature": partial(above, low=0),
+    **dict.fromkeys(("alpha", "instance_weight"), partial(at_least, low=0)),
+    **dict.fromkeys(("moving_average_decay", "target_momentum"), partial(within, low=0, high=1)),
+    "seed": partial(whole, low=0),
+}
+"""The limits of every value that more than one module takes, by the value's name."""
+
+
+def check_limits(values: Mapping[str, object], limits: Mapping[str, Check] = LIMITS) -> list[str]:
+    """The error messages for all values outside their limits, in the order of the values.
+
+    Args:
+        values: Values by name; those without a limit, such as a function's other arguments, pass.
+        limits: A check for each name.
+
+    >>> for message in check_limits({"max_rotation": 200, "alpha": 1.0, "ppm_num_layers": 3}):
+    ...     print(message)
+    max_rotation is 200; it must be a number from 0 to 180
+    ppm_num_layers is 3; it must be one of 0, 1, 2
+    """
+    messages = (limits[name](name, values[name]) for name in values if name in limits)
+    return [message for message in messages if message is not None]

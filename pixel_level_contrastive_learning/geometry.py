@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Tensor
 
 from .blocks import Block, blocks
-from .checks import above, raise_together
+from .checks import LIMITS, raise_together
 
 
 class Pairs(Protocol):
@@ -115,7 +115,7 @@ class Positives:
         grid_two: tuple[int, int],
         threshold: float,
     ) -> None:
-        raise_together(above("threshold", threshold, 0))
+        raise_together(LIMITS["distance_thres"]("threshold", threshold))
         diagonals = cell_diagonals(one, grid_one), cell_diagonals(two, grid_two)
         self.one = cell_centres(one, grid_one)
         self.two = cell_centres(two, grid_two)

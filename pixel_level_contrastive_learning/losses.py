@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .blocks import Block, by_blocks
-from .checks import above, raise_together
+from .checks import LIMITS, raise_together
 from .geometry import HeldPairs, Pairs
 
 EPSILON = 1e-6
@@ -124,7 +124,7 @@ def pixcontrast_loss(
 
     Time grows with ``n1 * n2``, memory with ``n1 + n2``; differentiable once.
     """
-    raise_together(above("temperature", temperature, 0))
+    raise_together(LIMITS["similarity_temperature"]("temperature", temperature))
     pairs = matching_pairs(online, target, positives)
     x, t = unit(rearrange(online, "b d i -> b i d")), unit(rearrange(target, "b d j -> b j d"))
 

@@ -12,19 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .augment import Change, TwoViews
-from .checks import (
-    above,
-    at_least,
-    callable_or_none,
-    one_of,
-    per_channel,
-    raise_together,
-    ratio_range,
-    size_pair,
-    something_to_learn,
-    whole,
-    within,
-)
+from .checks import check_limits, per_channel, raise_together, something_to_learn
 from .geometry import Positives
 from .losses import instance_loss, pixcontrast_loss, pixpro_loss, positive_cosine
 from .modules.encoder import (
@@ -39,7 +27,7 @@ from .modules.encoder import (
 from .modules.feature_info import Survey
 from .modules.hooks import first_weight
 from .modules.ppm import PPM
-from .views import MODES, Placement, View
+from .views import Placement, View
 
 
 class Terms(NamedTuple):
@@ -149,30 +137,13 @@ class PixelCL(nn.Module):
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
     ) -> None:
-        super().__init__()
         raise_together(
-            size_pair("image_size", image_size),
-            whole("projection_size", projection_size, 1),
-            whole("projection_hidden_size", projection_hidden_size, 1),
-            callable_or_none("augment_fn", augment_fn),
-            callable_or_none("augment_fn2", augment_fn2),
-            within("prob_rand_hflip", prob_rand_hflip, 0, 1),
-            within("prob_rand_vflip", prob_rand_vflip, 0, 1),
-            within("max_rotation", max_rotation, 0, 180),
-            within("moving_average_decay", moving_average_decay, 0, 1),
-            one_of("ppm_num_layers", ppm_num_layers, (0, 1, 2)),
-            at_least("ppm_gamma", ppm_gamma, 1),
-            above("distance_thres", distance_thres, 0),
-            above("similarity_temperature", similarity_temperature, 0),
-            at_least("alpha", alpha, 0),
-            at_least("instance_weight", instance_weight, 0),
+            *check_limits(locals()),
             something_to_learn(alpha, instance_weight),
-            ratio_range("cutout_ratio_range", cutout_ratio_range),
-            one_of("cutout_interpolate_mode", cutout_interpolate_mode, MODES),
-            whole("channels", channels, 1),
             per_channel("mean", mean, channels),
             per_channel("std", std, channels),
         )
+        super().__init__()
         if coord_cutout_interpolate_mode is not None:
             warnings.warn(
                 "coord_cutout_interpolate_mode does nothing: coordinates are exact and not "

@@ -16,9 +16,6 @@ from torch.nn import functional
 
 from .geometry import cell_centres
 
-MODES = ("bilinear", "nearest", "bicubic")
-"""How views may be sampled."""
-
 
 class View(NamedTuple):
     """A view of each image of a batch, and where it lies in its image.
@@ -136,7 +133,7 @@ def cut_views(
         to_image: ``(b, 2, 3)`` float32 maps, on the CPU: how far to average is decided there,
             without waiting for the images' device.
         size: ``(h, w)`` of the views.
-        mode: One of `MODES`.
+        mode: ``bilinear``, ``nearest`` or ``bicubic``.
 
     Returns:
         ``(b, c, h, w)``, in at least float32.

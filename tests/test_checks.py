@@ -1,4 +1,4 @@
-"""How we say no: the value received, the values allowed, the next step."""
+"""Error messages of the checks, and the table of limits."""
 
 import math
 import subprocess
@@ -8,8 +8,10 @@ from fractions import Fraction
 import pytest
 
 from pixel_level_contrastive_learning.checks import (
+    LIMITS,
     above,
     at_least,
+    check_limits,
     is_number,
     one_of,
     per_channel,
@@ -194,3 +196,76 @@ def test_a_single_number_is_no_list_of_statistics() -> None:
 def test_deviations_lie_above_zero(value) -> None:
     assert per_channel("std", value, 2) == f"std is {value!r}; every value must be above 0"
     assert per_channel("mean", value, 2) is None
+
+
+# The table that the learner and the trainer share.
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *((name, 0) for name in LIMITS if "prob" in name or "alpha" in name or "weight" in name),
+        *(
+            (name, value)
+            for name in ("moving_average_decay", "target_momentum")
+            for value in (0, 1)
+        ),
+        *(("ppm_num_layers", depth) for depth in (0, 1, 2)),
+        ("max_rotation", 180),
+        ("ppm_gamma", 1),
+        ("distance_thres", 1e-9),
+        ("projection_size", 1),
+        ("cutout_interpolate_mode", "bicubic"),
+        ("augment_fn", None),
+        ("augment_fn2", abs),
+    ],
+)
+def test_a_bound_is_part_of_the_range(name, value) -> None:
+    assert check_limits({name: value}) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("channels", 0),
+        ("image_size", (1, 2, 3)),
+        ("crop_area", (0.5, 1.1)),
+        ("cutout_ratio_range", (0, 1)),
+        ("cutout_interpolate_mode", "area"),
+        ("prob_hflip", 1.1),
+        ("prob_vflip", -0.1),
+        ("prob_rand_hflip", 1.1),
+        ("prob_rand_vflip", 1.1),
+        ("max_broken", 2),
+        ("max_rotation", 181),
+        ("augment_fn", 1),
+        ("augment_fn2", "blur"),
+        ("projection_size", 0),
+        ("projection_hidden_size", 1.5),
+        ("ppm_num_layers", 3),
+        ("ppm_gamma", 0.9),
+        ("distance_thres", 0),
+        ("similarity_temperature", 0),
+        ("alpha", -1),
+        ("instance_weight", -1),
+        ("moving_average_decay", 1.1),
+        ("target_momentum", -0.1),
+        ("seed", -1),
+    ],
+)
+def test_every_limit_refuses_what_lies_beyond(name, value) -> None:
+    [message] = check_limits({"other": None, name: value})
+    assert message.startswith(f"{name} is {value!r}; it must be ")
+
+
+def test_messages_follow_the_order_of_the_values() -> None:
+    messages = check_limits({"alpha": -1, "other": None, "channels": 0, "seed": 1})
+    assert [message.split()[0] for message in messages] == ["alpha", "channels"]
+
+
+def test_another_table_may_be_asked() -> None:
+    assert check_limits({"alpha": -1, "lr": 0}, {"lr": at_least_one}) == ["lr is 0"]
+
+
+def at_least_one(name: str, value: object) -> str | None:
+    return None if value else f"{name} is {value}"

@@ -14,7 +14,6 @@ from torch.utils.data import DataLoader, default_collate
 
 from pixel_level_contrastive_learning.geometry import cell_centres
 from pixel_level_contrastive_learning.views import (
-    MODES,
     Placement,
     View,
     averaged_down,
@@ -351,7 +350,7 @@ def test_a_sheared_view_reads_the_places_its_map_names() -> None:
         assert misread(to_image, IMAGE, view, "bilinear") < HALF_A_PIXEL
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ["bilinear", "nearest", "bicubic"])
 def test_every_mode_reads_the_places_its_map_names(mode) -> None:
     maps = draw_maps(20, IMAGE, Placement((0.3, 0.6), 0.5, 0.5, 30))
     # Rounding to the nearest pixel is off by half a pixel at most.
@@ -361,7 +360,10 @@ def test_every_mode_reads_the_places_its_map_names(mode) -> None:
 def test_modes_differ_as_their_names_say() -> None:
     step = torch.tensor([0.0, 0, 0, 1, 1, 1]).repeat(1, 1, 6, 1)
     larger = torch.tensor([[[6.0, 0, 0], [0, 6, 0]]])
-    cut = {mode: cut_views(step, larger, (6, 30), mode)[0, 0, 3] for mode in MODES}
+    cut = {
+        mode: cut_views(step, larger, (6, 30), mode)[0, 0, 3]
+        for mode in ("bilinear", "nearest", "bicubic")
+    }
     assert cut["nearest"].unique().tolist() == [0, 1]
     assert (cut["nearest"][15:] == 1).all()
     # Five view pixels to a pixel: the bilinear ramp climbs from 0 to 1 in steps of 0.2.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ..checks import raise_together, within
+from ..checks import LIMITS, raise_together
 from .feature_info import Survey, no_gradient
 from .hooks import Tap, Taps, as_map, as_vector, can_learn, first_weight
 
@@ -217,7 +217,7 @@ class Target(Encoder):
         Raises:
             ValueError: A decay outside [0, 1].
         """
-        raise_together(within("decay", decay, 0, 1))
+        raise_together(LIMITS["moving_average_decay"]("decay", decay))
         pairs = list(zip(self.parameters(), online.parameters(), strict=True))
         moving = [(mine.detach(), other) for mine, other in pairs if can_learn(mine)]
         others = [other.detach().to(mine.dtype) for mine, other in moving]

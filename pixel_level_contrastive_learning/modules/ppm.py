@@ -4,7 +4,7 @@ from einops import einsum, rearrange
 from torch import Tensor, nn
 
 from ..blocks import Block, by_blocks
-from ..checks import at_least, one_of, raise_together
+from ..checks import LIMITS, raise_together
 from ..losses import unit
 
 
@@ -39,8 +39,7 @@ class PPM(nn.Module):
     def __init__(self, *, chan: int, num_layers: int = 1, gamma: float = 2.0) -> None:
         super().__init__()
         raise_together(
-            one_of("num_layers", num_layers, (0, 1, 2)),
-            at_least("gamma", gamma, 1),  # below 1 the gradient at a right angle is infinite
+            LIMITS["ppm_num_layers"]("num_layers", num_layers), LIMITS["ppm_gamma"]("gamma", gamma)
         )
         self.gamma = gamma
         self.transform_net = transform_net(chan, num_layers)
