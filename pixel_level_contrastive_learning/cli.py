@@ -14,7 +14,7 @@ import tyro
 
 from .checks import not_installed
 from .trainer.config import PretrainConfig
-from .trainer.config_io import configured, settings_of
+from .trainer.config_io import settings_of, to_config
 
 OPTIONS = (tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes)
 
@@ -65,9 +65,9 @@ def evaluate(
         device: Where to compute, such as cpu or cuda:1; a GPU where there is one and none is named.
     """
     from .evaluation.evaluate import evaluate as evaluated
-    from .trainer.logging import logged
+    from .trainer.logging import logging_to
 
-    with logged(to_terminal=True):  # fine-tuning takes a while: each network's figure as it comes
+    with logging_to(terminal=True):  # fine-tuning takes a while: each network's figure as it comes
         found = evaluated(
             weights,
             data=data,
@@ -150,9 +150,9 @@ def prepare(
         workers: Threads; one for each core where none is given.
     """
     from .data.shard_writer import pack
-    from .trainer.logging import logged
+    from .trainer.logging import logging_to
 
-    with logged(to_terminal=True):
+    with logging_to(terminal=True):
         packed = pack(
             data,
             out,
@@ -239,7 +239,7 @@ def chosen(arguments: Sequence[str]) -> PretrainConfig:
         ValueError: A file or recipe that there is not, or values out of range.
     """
     named = starting_points(arguments)
-    base = configured(settings_of(named))
+    base = to_config(settings_of(named))
     parsed = tyro.cli(
         PretrainConfig,
         prog="pixelcl pretrain",
@@ -251,7 +251,7 @@ def chosen(arguments: Sequence[str]) -> PretrainConfig:
     )
     before, now = asdict(base), asdict(parsed)
     given = {name: value for name, value in now.items() if value != before[name]}
-    return configured(settings_of(named | given))
+    return to_config(settings_of(named | given))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

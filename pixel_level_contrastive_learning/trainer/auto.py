@@ -1,48 +1,54 @@
-"""What `auto` comes to, once data and machine have been seen. Imports no torch."""
+"""Where `auto` ends: `resolve` turns settings and what was found out into a `RunPlan`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from math import ceil, sqrt
+from math import ceil, cos, pi, sqrt
 
-from ..augment import blur_of
-from .config import PRECISIONS, PretrainConfig
+from ..augment import Photometry, blur_of
+from ..views import Placement
+from .config import PRECISIONS, Auto, PretrainConfig
 
-ADAM_FAMILY = ("adam", "lamb", "lion", "nadam", "radam", "adan", "laprop", "adopt", "muon")
+ADAPTIVE = ("adam", "lamb", "lion", "nadam", "radam", "adan", "laprop", "adopt", "muon")
 """Beginnings of the names of optimisers that divide gradients by their size."""
 BASE_LR = {"adam": 2e-3, "lamb": 5e-3, "lars": 1.0, "sgd": 0.1, "momentum": 0.1}
-"""Peak learning rate for 256 images by the beginning of an optimiser's name."""
-LR_WITHOUT_BATCH_NORM = 1e-3
-"""What Adam gets instead where the backbone has no batch norm to bear more."""
+"""Default peak learning rate for 256 images, by the beginning of an optimiser's name."""
+ADAM_LR_WITHOUT_BATCH_NORM = 1e-3
+"""Adam's default where the backbone has no batch norm, which tolerates more."""
 WARMUP_SHARE = 0.1
-"""Share of the run that is warm-up where nothing is said."""
-IMAGES_SEEN = 300_000
-"""Few images are seen until about this many views pairs were drawn, ..."""
+"""Share of the run that is warm-up by default."""
+WARMUP_FROM = 1 / 100
+"""Share of the peak learning rate at step 0, as in the authors' release."""
+VIEW_PAIRS = 300_000
+"""Small data sets are repeated until about this many pairs of views were drawn, ..."""
 EPOCHS = (100, 1000)
 """... within these epochs, ..."""
-MOST_IMAGES_SEEN = 128_000_000
-"""... and many images until this many: a hundred epochs of ImageNet."""
-LOOK = 16
-"""Images whose training takes as long as a look at the network: there 128 views go forward; here
-two of each image, twice, and back once, which costs as much."""
-LOOK_SHARE = 0.015
-"""Share of the time between two looks that one may take."""
+MOST_VIEW_PAIRS = 128_000_000
+"""... and large ones until this many: a hundred epochs of ImageNet."""
+PICTURE_COST = 16
+"""Images whose training costs as much as one round of pictures: 128 views forward, against four
+forward passes and one backward pass of each image, which cost eight forward passes."""
+PICTURE_SHARE = 0.015
+"""Largest share of the run's time that pictures take by default."""
 VIEW_SIDES = (64, 224)
-"""Smallest and largest side of the views where nothing is said, in pixels."""
+"""Smallest and largest default side of the views, in pixels."""
 
 
 @dataclass(frozen=True)
-class Facts:
-    """What was seen of data and machine.
+class Info:
+    """What was found out of data, system and network.
 
     Attributes:
         images: Images to train on.
         typical_size: Median ``(height, width)`` of the images.
         channels: Channels of the images.
         device: ``cuda``, ``cpu`` or ``mps``.
-        native_bfloat16: Whether the device computes in bfloat16 natively.
+        native_bfloat16: Whether the device has bfloat16 instructions.
         processes: Processes of the run, over all machines.
-        cores: Cores that each process may use.
+        cores: Cores for each process.
+        batch_norm: Whether the backbone has batch norm.
+        pixel_layer: Name of the layer for the pixel loss.
+        instance_layer: Name of the layer for the instance loss.
     """
 
     images: int
@@ -52,137 +58,292 @@ class Facts:
     native_bfloat16: bool
     processes: int
     cores: int
+    batch_norm: bool
+    pixel_layer: str
+    instance_layer: str
 
 
 @dataclass(frozen=True)
-class Clock:
-    """How long a run lasts.
+class Schedule:
+    """The length of a run, its learning rate and target momentum as functions of the step.
 
     Attributes:
         steps: Steps of the run.
         steps_per_epoch: Steps that show every image about once.
-        warmup: Steps of the warm-up.
+        warmup_steps: Steps of linear warm-up, from a hundredth of the peak; step ``warmup_steps``
+            is the first at the peak.
+        peak_lr: Largest learning rate.
+        final_lr: Where the learning rate's half cosine arrives at step ``steps``.
+        target_momentum: Target momentum at the start; it grows to 1 by half a cosine.
     """
 
     steps: int
     steps_per_epoch: int
-    warmup: int
+    warmup_steps: int
+    peak_lr: float
+    final_lr: float
+    target_momentum: float
+
+    def lr(self, step: int) -> float:
+        """The learning rate of a step, counted from 0 (the authors' schedule)."""
+        if step <= self.warmup_steps:
+            done = step / self.warmup_steps if self.warmup_steps else 1.0
+            return self.peak_lr * (WARMUP_FROM + (1 - WARMUP_FROM) * done)
+        done = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+        return self.final_lr + (self.peak_lr - self.final_lr) * (1 + cos(pi * done)) / 2
+
+    def momentum(self, step: int) -> float:
+        """The target momentum of the update after a step, counted from 0.
+
+        The authors update the target before a step: the update after step ``s`` is theirs of
+        ``k = s + 1``.
+        """
+        return 1 - (1 - self.target_momentum) * (cos(pi * (step + 1) / self.steps) + 1) / 2
 
 
-def decided(config: PretrainConfig, facts: Facts) -> PretrainConfig:
-    """The settings with everything decided that data and machine decide.
+@dataclass(frozen=True)
+class RunPlan:
+    """Everything that decides a run, resolved: nothing is `auto` any more.
 
-    Left `auto` are devices and workers, which do not change the result; layers and learning rate,
-    which the network decides; and the parts that a batch is taken in, which memory decides.
+    Attributes:
+        settings: The settings for `config.yaml`; nothing else reads them.
+        model: The backbone's name.
+        schedule: Length, learning rate and target momentum.
+        view_size: ``(height, width)`` of the views.
+        placement: How views are placed on their images.
+        photometry: Colour change of the first and the second view.
+        batch_size: Images a step, over all processes.
+        processes: Processes, over all machines.
+        workers: Loader processes for each device.
+        accumulate: Parts that a process takes its share of a batch in; 0: as memory allows.
+        optimizer: Name in timm.
+        weight_decay: Of weights with two dimensions or more.
+        clip_grad: Largest norm of the gradient; 0 is no limit.
+        precision: ``float32`` or ``bfloat16``.
+        device: ``cuda``, ``cpu`` or ``mps``.
+        sharded: Whether processes hold a shard of the network each (FSDP2).
+        seed: Of everything random.
+        compares_pixels: Whether the pixel loss has weight.
+        distance_thres: Cells match under this distance.
+        max_broken: Share of images that may be unreadable.
+        checkpoint_every: Steps between checkpoints.
+        keep_checkpoints: How many to keep.
+        picture_every: Steps between pictures; 0 for none.
+        probe_every: Steps between probes; 0 for none.
+        probe_protocol: ``linear`` or ``knn``.
+        loggers: Names of the loggers besides `metrics.jsonl`.
+    """
+
+    settings: PretrainConfig
+    model: str
+    schedule: Schedule
+    view_size: tuple[int, int]
+    placement: Placement
+    photometry: tuple[Photometry, Photometry]
+    batch_size: int
+    processes: int
+    workers: int
+    accumulate: int
+    optimizer: str
+    weight_decay: float
+    clip_grad: float
+    precision: str
+    device: str
+    sharded: bool
+    seed: int
+    compares_pixels: bool
+    distance_thres: float
+    max_broken: float
+    checkpoint_every: int
+    keep_checkpoints: int
+    picture_every: int
+    probe_every: int
+    probe_protocol: str
+    loggers: tuple[str, ...]
+
+    @property
+    def images_per_process(self) -> int:
+        """Images of a step on each process."""
+        return self.batch_size // self.processes
+
+
+def resolve(config: PretrainConfig, info: Info) -> RunPlan:
+    """What the settings come to, given what was found out.
 
     Raises:
-        ValueError: A batch that does not divide among the processes, an optimiser without a known
+        ValueError: A batch that the processes cannot share, or an optimiser without a default
             learning rate.
     """
-    chosen: dict[str, object] = {"channels": facts.channels}
-    size = view_side(facts.typical_size) if config.image_size == "auto" else config.image_size
-    chosen["image_size"] = size
-    if config.blur_sigma == "auto":
-        chosen["blur_sigma"] = blur_of(min(size) if isinstance(size, tuple) else size)
-    batch = batch_size(facts) if config.batch_size == "auto" else config.batch_size
-    chosen["batch_size"] = batch
-    if batch % facts.processes or batch < facts.processes:
-        fits = -(-batch // facts.processes) * facts.processes
-        raise ValueError(
-            f"batch_size is {batch}, which {facts.processes} processes cannot share equally; give "
-            f"a multiple of {facts.processes}, such as {fits}"
-        )
-    if config.epochs == "auto" and config.steps is None:
-        chosen["epochs"] = epochs(facts.images)
-    if config.lr == "auto":
-        base_lr(config.optimizer)  # refuses what it does not know before the network is built
-    wanted = PRECISIONS[str(config.precision)]
-    native = "bfloat16" if facts.native_bfloat16 else "float32"
-    chosen["precision"] = native if wanted == "auto" else wanted
-    done = replace(config, **chosen)  # type: ignore[arg-type]  # one type a field
-    clock = clock_of(done, facts.images)
-    chosen["warmup_epochs"] = clock.warmup / clock.steps_per_epoch
-    if config.checkpoint_every == "auto":
-        often = min(max(clock.steps_per_epoch, 100), 1000)
-        chosen["checkpoint_every"] = 1000 if facts.device == "cuda" else often
-    if config.picture_every == "auto":
-        seldom = ceil(LOOK / (LOOK_SHARE * (batch // facts.processes)))
-        chosen["picture_every"] = max(clock.steps // 10, seldom)
-    if config.probe_every == "auto":
-        chosen["probe_every"] = max(1, round(clock.steps / clock.steps_per_epoch / 10))
-    return replace(config, **chosen)  # type: ignore[arg-type]
-
-
-def clock_of(config: PretrainConfig, images: int) -> Clock:
-    """How long a run with decided batch and epochs lasts."""
-    assert isinstance(config.batch_size, int)
-    per_epoch = max(1, images // config.batch_size)
-    steps = config.steps
-    if steps is None:
-        assert isinstance(config.epochs, int)
-        steps = config.epochs * per_epoch
+    size = view_size(config, info.typical_size)
+    batch = unless_auto(config.batch_size, default_batch_size(info))
+    check_batch(batch, info.processes, instance_weight=config.instance_weight)
+    per_epoch = max(1, info.images // batch)
+    epochs = unless_auto(config.epochs, default_epochs(info.images))
+    steps = epochs * per_epoch if config.steps is None else config.steps
     share = config.warmup_epochs
-    warmup = round(WARMUP_SHARE * steps) if share == "auto" else round(share * per_epoch)
-    return Clock(steps, per_epoch, min(warmup, steps))
-
-
-def peak_lr(config: PretrainConfig) -> float:
-    """The largest learning rate of a run: that of 256 images, scaled with the batch."""
-    assert isinstance(config.lr, float | int)
-    assert isinstance(config.batch_size, int)
-    share = config.batch_size / 256
-    return config.lr * (sqrt(share) if is_adaptive(config.optimizer) else share)
-
-
-def is_adaptive(optimizer: str) -> bool:
-    """Whether an optimiser is of the Adam family, whose steps do not grow with the gradient."""
-    return optimizer.lower().startswith(ADAM_FAMILY)
-
-
-def base_lr(optimizer: str, *, batch_norm: bool = True) -> float:
-    """The default peak learning rate of an optimiser for 256 images.
-
-    Args:
-        optimizer: Its name.
-        batch_norm: Whether the backbone has batch norm.
-
-    Raises:
-        ValueError: There is none.
-    """
-    for name, lr in BASE_LR.items():
-        if optimizer.lower().startswith(name):
-            return lr if batch_norm or name != "adam" else LR_WITHOUT_BATCH_NORM
-    raise ValueError(
-        f"optimizer is {optimizer!r}, for which no learning rate is known; give one with lr, or "
-        "take adamw, lamb, lars or sgd"
+    warmup = round(WARMUP_SHARE * steps if share == "auto" else share * per_epoch)
+    lr, peak_lr = learning_rate(config, batch, batch_norm=info.batch_norm)
+    schedule = Schedule(
+        steps, per_epoch, min(warmup, steps), peak_lr, config.final_lr, config.target_momentum
+    )
+    blur = blur_of(min(size)) if config.blur_sigma == "auto" else config.blur_sigma
+    precision = PRECISIONS[str(config.precision)]
+    if precision == "auto":
+        precision = "bfloat16" if info.native_bfloat16 else "float32"
+    affordable = ceil(PICTURE_COST / (PICTURE_SHARE * (batch // info.processes)))
+    epoch_or_so = 1000 if info.device == "cuda" else min(max(per_epoch, 100), 1000)
+    checkpoint_every = unless_auto(config.checkpoint_every, epoch_or_so)
+    picture_every = unless_auto(config.picture_every, max(steps // 10, affordable))
+    probe_epochs = unless_auto(config.probe_every, max(1, round(steps / per_epoch / 10)))
+    settings = replace(
+        config,
+        channels=info.channels,
+        image_size=size if isinstance(config.image_size, tuple) else size[0],
+        pixel_layer=info.pixel_layer,
+        instance_layer=info.instance_layer,
+        blur_sigma=blur,
+        batch_size=batch,
+        epochs=epochs if config.steps is None else config.epochs,
+        lr=lr,
+        warmup_epochs=schedule.warmup_steps / per_epoch,
+        precision=precision,
+        checkpoint_every=checkpoint_every,
+        picture_every=picture_every,
+        probe_every=probe_epochs,
+    )
+    sharded = info.processes > 1 and config.strategy == "fsdp"
+    first, second = (
+        Photometry(
+            jitter=config.jitter,
+            prob_jitter=config.prob_jitter,
+            prob_gray=config.prob_gray,
+            prob_blur=prob_blur,
+            sigma=blur,
+            prob_solarise=prob_solarise,
+        )
+        for prob_blur, prob_solarise in zip(config.prob_blur, config.prob_solarise, strict=True)
+    )
+    return RunPlan(
+        settings=settings,
+        model=config.model,
+        schedule=schedule,
+        view_size=size,
+        placement=Placement(
+            prob_hflip=config.prob_hflip,
+            prob_vflip=config.prob_vflip,
+            max_rotation=config.max_rotation,
+            area_range=config.crop_area,
+            aspect_range=config.aspect_ratio,
+        ),
+        photometry=(first, second),
+        batch_size=batch,
+        processes=info.processes,
+        workers=unless_auto(config.workers, default_workers(info)),
+        accumulate=unless_auto(config.accumulate, 0),
+        optimizer=config.optimizer,
+        weight_decay=config.weight_decay,
+        clip_grad=config.clip_grad,
+        precision=precision,
+        device=info.device,
+        sharded=sharded,
+        seed=config.seed,
+        compares_pixels=config.alpha > 0,
+        distance_thres=config.distance_thres,
+        max_broken=config.max_broken,
+        checkpoint_every=checkpoint_every,
+        keep_checkpoints=config.keep_checkpoints,
+        picture_every=picture_every,
+        probe_every=0 if config.probe is None or sharded else probe_epochs * per_epoch,
+        probe_protocol=config.probe_protocol,
+        loggers=config.loggers,
     )
 
 
-def view_side(typical_size: tuple[int, int]) -> int:
-    """The side of the views: 224, or the multiple of 32 that small images allow."""
+def learning_rate(
+    config: PretrainConfig, batch_size: int, *, batch_norm: bool
+) -> tuple[float, float]:
+    """The learning rate for 256 images, and the run's peak: the one place where they are decided.
+
+    The peak grows with the batch: with its square root for adaptive optimisers, in proportion for
+    others.
+
+    Args:
+        config: The settings: ``lr`` and ``optimizer``.
+        batch_size: Images a step, over all processes.
+        batch_norm: Whether the backbone has batch norm.
+
+    Raises:
+        ValueError: ``lr`` is `auto` and the optimiser has no default.
+    """
+    name = config.optimizer.lower()
+    if config.lr != "auto":
+        base = config.lr
+    else:
+        known = [begins for begins in BASE_LR if name.startswith(begins)]
+        if not known:
+            raise ValueError(
+                f"optimizer is {config.optimizer!r}, which has no default learning rate; give one "
+                "with lr, or take adamw, lamb, lars or sgd"
+            )
+        base = BASE_LR[known[0]]
+        if known[0] == "adam" and not batch_norm:
+            base = ADAM_LR_WITHOUT_BATCH_NORM
+    share = batch_size / 256
+    return base, base * (sqrt(share) if is_adaptive(name) else share)
+
+
+def is_adaptive(optimizer: str) -> bool:
+    """Whether an optimiser divides gradients by their size, as those of the Adam family."""
+    return optimizer.lower().startswith(ADAPTIVE)
+
+
+def view_size(config: PretrainConfig, typical_size: tuple[int, int]) -> tuple[int, int]:
+    """``(height, width)`` of the views; by default 224, or the multiple of 32 that images allow."""
+    if isinstance(config.image_size, tuple):
+        return config.image_size
     smallest, largest = VIEW_SIDES
-    return min(largest, max(smallest, min(typical_size) // 32 * 32))
+    default = min(largest, max(smallest, min(typical_size) // 32 * 32))
+    side = unless_auto(config.image_size, default)
+    return side, side
 
 
-def batch_size(facts: Facts) -> int:
-    """Images a step: 256 on a GPU, 32 on a CPU, and no more than there are."""
-    most = 256 if facts.device == "cuda" else 32
-    while most > max(facts.images, 2):
-        most //= 2
-    return max(-(-most // facts.processes) * facts.processes, 2 * facts.processes)
+def unless_auto(value: int | Auto, default: int) -> int:
+    """The value, or the default where it is `auto`."""
+    return default if value == "auto" else value
 
 
-def epochs(images: int) -> int:
-    """Passes over the images: 100, more of few images, fewer of very many."""
-    few, many = EPOCHS
-    wanted = min(max(IMAGES_SEEN // images, few), many)
-    return max(1, min(wanted, MOST_IMAGES_SEEN // images))
+def default_batch_size(info: Info) -> int:
+    """Default images a step: 256 on a GPU, 32 on a CPU, and no more than there are."""
+    size = 256 if info.device == "cuda" else 32
+    while size > max(info.images, 2):
+        size //= 2
+    return max(-(-size // info.processes) * info.processes, 2 * info.processes)
 
 
-def workers(config: PretrainConfig, facts: Facts) -> int:
-    """Loading processes for each device: a CPU that trains has few cores to spare."""
-    if config.workers != "auto":
-        return config.workers
-    if facts.device == "cpu":
-        return max(1, facts.cores // 4)
-    return max(1, min(16, facts.cores - 1))
+def check_batch(batch_size: int, processes: int, *, instance_weight: float) -> None:
+    """Refuse a batch that the processes cannot share, or that leaves one image to batch norm."""
+    if batch_size % processes:
+        fits = -(-batch_size // processes) * processes
+        raise ValueError(
+            f"batch_size is {batch_size}, which {processes} processes cannot share equally; give "
+            f"a multiple of {processes}, such as {fits}"
+        )
+    if instance_weight > 0 and batch_size < 2 * processes:
+        raise ValueError(
+            f"batch_size is {batch_size} on {processes} devices, but batch norm has no statistics "
+            f"of one image; give {2 * processes} or more, or an instance_weight of 0"
+        )
+
+
+def default_epochs(images: int) -> int:
+    """Default passes over the images: 100, more of few images, fewer of very many."""
+    fewest, most = EPOCHS
+    epochs = min(max(VIEW_PAIRS // images, fewest), most)
+    return max(1, min(epochs, MOST_VIEW_PAIRS // images))
+
+
+def default_workers(info: Info) -> int:
+    """Default loader processes for each device: a CPU that trains has few cores to spare."""
+    if info.device == "cpu":
+        return max(1, info.cores // 4)
+    return max(1, min(16, info.cores - 1))

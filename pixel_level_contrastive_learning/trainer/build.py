@@ -1,151 +1,129 @@
-"""From settings to parts: the images, the backbone, the learner, the task."""
+"""From settings and plan to parts: data, backbone, learner, loader, optimiser."""
 
 from __future__ import annotations
 
 import json
 import logging
-from dataclasses import asdict, replace
+from dataclasses import asdict
+from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric import Fabric
+from lightning.fabric.plugins.precision.amp import MixedPrecision
+from lightning.fabric.strategies.ddp import DDPStrategy
+from lightning.fabric.strategies.model_parallel import ModelParallelStrategy
+from lightning.fabric.strategies.strategy import Strategy
+from timm.optim import create_optimizer_v2, list_optimizers  # type: ignore[attr-defined]
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..augment import Normalise
+from .. import run_layout
 from ..backbones.checkpoint import ZERO_INIT, BackboneCard
 from ..backbones.factory import build_backbone, zero_last_norms
 from ..backbones.state_dict import load_weights
-from ..data.loader import held_out
+from ..data.loader import StatefulLoader, build_loader, held_out
 from ..data.sources import Chosen, Source, open_source
 from ..data.statistics import Statistics, measure
 from ..files import write_whole
 from ..pixel_cl import PixelCL
-from .auto import Clock, Facts, base_lr, peak_lr
-from .config import PretrainConfig
-from .config_io import PRETRAINED, start_of
-from .run_dir import RunDirectory
-from .system import Devices, cores, native_bfloat16
-from .training_step import LearningRate, Practice, PretrainTask, TargetMomentum
+from .auto import Info, RunPlan
+from .config import PRETRAINED, PretrainConfig
+from .config_io import start_weights
+from .system import Devices, cores_per_process, native_bfloat16
 
 LOG = logging.getLogger("pixel_level_contrastive_learning")
-STATISTICS_FILE = "statistics.json"
-"""What `weights` is where the library's own are meant."""
+FUSED = ("adam", "adamw", "sgd")
+"""Optimisers that torch updates in one pass over the weights: a third of the time on a CPU."""
 
 
-class Images(NamedTuple):
-    """What a run learns from.
+class TrainingData(NamedTuple):
+    """The images of a run.
 
     Attributes:
-        training: The images that are trained on.
+        train: Images that are trained on.
         held_out: A few that are only looked at; none of few images.
-        statistics: What was measured of them.
+        statistics: Their size, channels and range.
     """
 
-    training: Source
+    train: Source
     held_out: Source
     statistics: Statistics
 
 
-def images_of(data: Any, config: PretrainConfig, directory: RunDirectory | None) -> Images:
-    """The images, looked at: how many, how large, how bright.
-
-    A run that is resumed keeps what it measured when it began.
+def open_data(data: Any, config: PretrainConfig, resumed: Path | None) -> TrainingData:
+    """Open the images and measure their statistics; a resumed run keeps those it began with.
 
     Args:
         data: Folders and the like, or a Python sequence or data set.
         config: The settings.
-        directory: The run to go on with; None for a new one.
+        resumed: Folder of the run that is resumed; None for a new one.
     """
     source = open_source(data, leave_out=config.out)
-    stored = None if directory is None else directory.path / STATISTICS_FILE
+    stored = None if resumed is None else resumed / run_layout.STATISTICS
     if stored is not None and stored.exists():
-        held = json.loads(stored.read_text(encoding="utf-8"))
-        began_with = held.pop("images", len(source))
-        if began_with != len(source):
+        values = json.loads(stored.read_text(encoding="utf-8"))
+        images = values.pop("images", len(source))
+        if images != len(source):
             LOG.warning(
                 "there are %d images, and there were %d when the run began: of those held out now "
                 "some may have been trained on",
                 len(source),
-                began_with,
+                images,
             )
-        plain: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in held.items()}
+        plain: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in values.items()
+        }
         statistics = Statistics(**plain)
     else:
         channels = None if config.channels == "auto" else config.channels
         statistics = measure(source, channels=channels, seed=config.seed)
-    training, kept = held_out(source, config.seed)
-    return Images(Chosen(source, training), Chosen(source, kept), statistics)
+    train, kept = held_out(source, config.seed)
+    return TrainingData(Chosen(source, train), Chosen(source, kept), statistics)
 
 
-def facts_of(images: Images, devices: Devices) -> Facts:
-    """What decides the settings that are `auto`."""
-    return Facts(
-        images=len(images.training),
-        typical_size=images.statistics.median_size,
-        channels=images.statistics.channels,
-        device=devices.kind,
-        native_bfloat16=native_bfloat16(devices.kind),
-        processes=devices.processes,
-        cores=max(1, cores() // (1 if SLURMEnvironment.detect() else devices.each_node)),
-    )
+def save_statistics(data: TrainingData, folder: Path) -> None:
+    """Write `statistics.json`, once: a resumed run keeps it."""
+    path = folder / run_layout.STATISTICS
+    if not path.exists():
+        images = len(data.train) + len(data.held_out)
+        write_whole(path, json.dumps(asdict(data.statistics) | {"images": images}, indent=2))
 
 
-def check_batch(config: PretrainConfig, devices: Devices) -> None:
-    """Find out whether batch norm in the projectors has enough images on each device.
-
-    Raises:
-        ValueError: It has a single one.
-    """
-    assert isinstance(config.batch_size, int)
-    if config.instance_weight > 0 and config.batch_size < 2 * devices.processes:
-        raise ValueError(
-            f"batch_size is {config.batch_size} on {devices.processes} devices, but batch norm "
-            f"has no statistics of one image; give {2 * devices.processes} or more, or an "
-            "instance_weight of 0"
-        )
-
-
-def view_size(config: PretrainConfig) -> tuple[int, int]:
-    """The ``(height, width)`` of the views, once it is decided."""
-    assert config.image_size != "auto"
-    size = config.image_size
-    return size if isinstance(size, tuple) else (size, size)
-
-
-def backbone_of(config: PretrainConfig, channels: int, *, empty: bool = False) -> nn.Module:
-    """The backbone with the weights it starts from; ``empty`` where a checkpoint brings them.
+def build_net(
+    config: PretrainConfig, size: tuple[int, int], channels: int, *, load: bool
+) -> nn.Module:
+    """The backbone with its start weights; ``load`` is false where a checkpoint brings them.
 
     Raises:
         ValueError: An unknown model, or weights that do not fit.
     """
-    net = build_backbone(
-        config.model,
-        channels=channels,
-        image_size=view_size(config),
-        pretrained=config.weights == PRETRAINED and not empty,
-    )
-    if empty:
-        return net
-    if config.weights is None:
-        if config.zero_init_residual:
-            zero_last_norms(net)
-    elif config.weights != PRETRAINED:
+    pretrained = load and config.weights == PRETRAINED
+    net = build_backbone(config.model, channels=channels, image_size=size, pretrained=pretrained)
+    if load and config.weights is None and config.zero_init_residual:
+        zero_last_norms(net)
+    elif load and config.weights not in (None, PRETRAINED):
         LOG.info("weights from %s:\n%s", config.weights, load_weights(net, config.weights))
     return net
 
 
-def learner_of(config: PretrainConfig, net: nn.Module, channels: int) -> PixelCL:
+def build_learner(
+    config: PretrainConfig, net: nn.Module, size: tuple[int, int], channels: int
+) -> PixelCL:
     """The learner around a backbone, in the memory layout that convolutions are fastest in.
 
     Raises:
-        ValueError: A layer that cannot be tapped.
+        ValueError: A layer that cannot be used.
     """
     learner = PixelCL(
         net,
-        view_size(config),
-        hidden_layer_pixel=layer(config.pixel_layer),
-        hidden_layer_instance=layer(config.instance_layer),
+        size,
+        hidden_layer_pixel=layer_key(config.pixel_layer),
+        hidden_layer_instance=layer_key(config.instance_layer),
         projection_size=config.projection_size,
         projection_hidden_size=config.projection_hidden_size,
         moving_average_decay=config.target_momentum,
@@ -161,69 +139,158 @@ def learner_of(config: PretrainConfig, net: nn.Module, channels: int) -> PixelCL
     return learner.to(memory_format=torch.channels_last)
 
 
-def layer(name: str) -> str | int | None:
-    """A layer as the learner takes it: a name, an index, or None for its own choice."""
+def layer_key(name: str) -> str | int | None:
+    """A layer as the learner takes it: a name, an index, or None for its default."""
     if name == "auto":
         return None
     return int(name) if name.removeprefix("-").isdecimal() and "." not in name else name
 
 
-def fitted(config: PretrainConfig, learner: PixelCL) -> PretrainConfig:
-    """The settings with what the network decides: the layers taken and the learning rate."""
+def find_info(data: TrainingData, devices: Devices, learner: PixelCL) -> Info:
+    """What `resolve` needs to know of data, system and network."""
     encoder = learner.online_encoder
-    norms = any(isinstance(module, _BatchNorm) for module in learner.net.modules())
-    return replace(
-        config,
+    return Info(
+        images=len(data.train),
+        typical_size=data.statistics.median_size,
+        channels=data.statistics.channels,
+        device=devices.kind,
+        native_bfloat16=native_bfloat16(devices.kind),
+        processes=devices.processes,
+        cores=cores_per_process(devices),
+        batch_norm=any(isinstance(module, _BatchNorm) for module in learner.net.modules()),
         pixel_layer=encoder.pixel_tap.name,
         instance_layer=encoder.instance_tap.name,
-        lr=base_lr(config.optimizer, batch_norm=norms) if config.lr == "auto" else config.lr,
     )
 
 
-def practice_of(config: PretrainConfig, clock: Clock) -> Practice:
-    """How the learner is trained."""
-    assert config.blur_sigma != "auto"
-    rate = LearningRate(peak_lr(config), clock.steps, clock.warmup, config.final_lr)
-    return Practice(
-        lr=rate,
-        momentum=TargetMomentum(config.target_momentum, clock.steps),
-        optimizer=config.optimizer,
-        weight_decay=config.weight_decay,
-        clip_grad=config.clip_grad,
-        accumulate=1 if config.accumulate == "auto" else config.accumulate,
-        seed=config.seed,
-        largest_sigma=config.blur_sigma[1],
-    )
-
-
-def card_of(config: PretrainConfig, statistics: Statistics) -> BackboneCard:
+def build_card(plan: RunPlan, statistics: Statistics) -> BackboneCard:
     """What is needed to use the backbone."""
-    random = ZERO_INIT if config.zero_init_residual else "random"
+    settings = plan.settings
+    random = ZERO_INIT if settings.zero_init_residual else "random"
     return BackboneCard(
-        model=config.model,
+        model=plan.model,
         channels=statistics.channels,
-        image_size=view_size(config),
+        image_size=plan.view_size,
         mean=statistics.mean,
         std=statistics.std,
         low=statistics.low,
         high=statistics.high,
-        pixel_layer=config.pixel_layer,
-        instance_layer=config.instance_layer,
-        start=start_of(config.weights) or random,
-        seed=config.seed,
+        pixel_layer=settings.pixel_layer,
+        instance_layer=settings.instance_layer,
+        start=start_weights(settings.weights) or random,
+        seed=plan.seed,
     )
 
 
-def task_of(
-    config: PretrainConfig, learner: PixelCL, statistics: Statistics, clock: Clock
-) -> PretrainTask:
-    """The learner and how it is trained."""
-    normalise = Normalise(statistics.mean, statistics.std)
-    return PretrainTask(learner, normalise, practice_of(config, clock))
+def build_train_loader(
+    plan: RunPlan, data: TrainingData, rank: int, folder: Path | None
+) -> StatefulLoader:
+    """The loader of one process; the one that writes lists unreadable images in the folder."""
+    placement = plan.placement
+    assert placement.area_range is not None
+    return build_loader(
+        data.train,
+        data.statistics,
+        image_size=plan.view_size,
+        batch_size=plan.images_per_process,
+        crop_area=placement.area_range,
+        aspect_ratio=placement.aspect_range,
+        prob_hflip=placement.prob_hflip,
+        prob_vflip=placement.prob_vflip,
+        max_rotation=placement.max_rotation,
+        photometry=plan.photometry,
+        seed=plan.seed,
+        workers=plan.workers,
+        rank=rank,
+        world=plan.processes,
+        max_broken=plan.max_broken,
+        skipped_file=None if folder is None else folder / run_layout.SKIPPED,
+        pin_memory=plan.device == "cuda",
+    )
 
 
-def save_statistics(images: Images, directory: RunDirectory) -> None:
-    """Keep what was measured of the images with the run, and how many they are."""
-    count = len(images.training) + len(images.held_out)
-    text = json.dumps(asdict(images.statistics) | {"images": count}, indent=2)
-    write_whole(directory.path / STATISTICS_FILE, text)
+class Autocast(MixedPrecision):
+    """bfloat16 autocast; Fabric's own rounds the inputs too, and with them coordinates of views."""
+
+    def convert_input(self, data: Any) -> Any:
+        return data
+
+
+def build_fabric(plan: RunPlan, devices: Devices) -> Fabric:
+    """Lightning Fabric for the plan's devices, strategy and precision."""
+    return Fabric(
+        accelerator=devices.kind,
+        devices=devices.per_node,
+        num_nodes=devices.nodes,
+        strategy=build_strategy(plan),
+        plugins=[Autocast("bf16-mixed", devices.kind)] if plan.precision == "bfloat16" else [],
+    )
+
+
+def build_strategy(plan: RunPlan) -> Strategy | str:
+    """How processes share the work.
+
+    Sharding is torch's second (`fully_shard`): parameters stay whole tensors to the eye, while the
+    first flattens them, so that the target could not follow.
+    """
+    if plan.processes == 1:
+        return "auto"
+    if plan.sharded:
+        return ModelParallelStrategy(
+            shard, data_parallel_size=plan.processes, tensor_parallel_size=1
+        )
+    # Batch norm's buffers are each process's own: in training nobody reads them.
+    return DDPStrategy(
+        find_unused_parameters=False, broadcast_buffers=False, gradient_as_bucket_view=True
+    )
+
+
+def build_optimizer(learner: nn.Module, plan: RunPlan, idle: set[str]) -> torch.optim.Optimizer:
+    """Timm's optimiser over the parameters that the loss reaches.
+
+    Parameters of one dimension have no weight decay, and so no LARS either, as with the authors.
+
+    Args:
+        learner: What is trained.
+        plan: Name, learning rate and weight decay.
+        idle: Names of parameters that the loss never reaches.
+
+    Raises:
+        ValueError: timm has no optimiser of that name.
+    """
+    named = [(n, p) for n, p in learner.named_parameters() if p.requires_grad and n not in idle]
+    groups = [
+        {"params": [p for _, p in named if p.ndim > 1], "weight_decay": plan.weight_decay},
+        {"params": [p for _, p in named if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    fused: dict[str, Any] = {"fused": True} if not plan.sharded and plan.optimizer in FUSED else {}
+    try:
+        return create_optimizer_v2(
+            [group for group in groups if group["params"]],
+            opt=plan.optimizer,
+            lr=plan.schedule.peak_lr,
+            momentum=0.9,
+            **fused,
+        )
+    except (ValueError, AssertionError, KeyError) as error:
+        names = [str(name) for name in list_optimizers()]
+        near = get_close_matches(plan.optimizer, names, n=3) or ["adamw", "lars", "sgd", "lamb"]
+        raise ValueError(
+            f"optimizer is {plan.optimizer!r}, which timm cannot make ({error}); perhaps "
+            f"{' or '.join(near)}"
+        ) from error
+
+
+def shard(learner: nn.Module, mesh: DeviceMesh) -> nn.Module:
+    """Give each process a shard of the learner's parts (FSDP2)."""
+    assert isinstance(learner, PixelCL)
+    learner.to(mesh.device_type).to(memory_format=torch.contiguous_format)  # it shards no other
+    for part in (
+        learner.online_encoder,
+        learner.online_predictor,
+        learner.propagate_pixels,
+        learner.target_encoder,
+    ):
+        if any(True for _ in part.parameters()):
+            fully_shard(part, mesh=mesh["data_parallel"])
+    return learner

@@ -65,6 +65,8 @@ RECIPES: MappingProxyType[str, dict[str, object]] = MappingProxyType(
 
 
 Auto = Literal["auto"]
+PRETRAINED = "pretrained"
+"""In place of a file of weights: those that the model's library offers."""
 
 PRECISIONS = {
     "auto": "auto",

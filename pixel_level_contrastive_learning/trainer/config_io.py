@@ -1,9 +1,9 @@
-"""Where settings come from: defaults, a run to go on with, a recipe, a file, then those given."""
+"""Settings from and to files: defaults, a run that is resumed, a recipe, a file, those given."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from difflib import get_close_matches
 from pathlib import Path
@@ -11,26 +11,37 @@ from typing import Any
 
 import yaml
 
+from .. import run_layout
 from ..checks import one_of, raise_together
-from .config import HOW_TO_START, NAMES, RECIPES, PretrainConfig
+from .config import HOW_TO_START, NAMES, PRETRAINED, RECIPES, PretrainConfig
 
-CONFIG_FILE = "config.yaml"
-"""The name of a run's settings in its folder."""
-PRETRAINED = "pretrained"
-"""What stands in place of a file of weights for those of the model's library."""
-INSTEAD_OF: dict[str, dict[str, Any]] = {
+REPLACES: dict[str, dict[str, Any]] = {
     "epochs": {"steps": None},
     "steps": {"epochs": "auto"},
     "batch_size": {"accumulate": "auto"},
 }
-"""What a setting takes the place of, and how that is then left."""
+"""Settings that a setting takes the place of, and how these are then left."""
+FIXED = (
+    "model",
+    "weights",
+    "zero_init_residual",
+    "channels",
+    "loss",
+    "pixel_layer",
+    "instance_layer",
+    "projection_size",
+    "projection_hidden_size",
+    "ppm_num_layers",
+    "optimizer",
+)
+"""Settings that a resumed run keeps, since its weights have their shape."""
 
 
-class Loader(yaml.SafeLoader):
-    """Reads YAML safely, and 1e-3 as the number it is (YAML 1.1 takes it for a text)."""
+class NumberLoader(yaml.SafeLoader):
+    """Reads YAML safely, and 1e-3 as a number (YAML 1.1 takes it for a text)."""
 
 
-Loader.add_implicit_resolver(
+NumberLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
     list("-+.0123456789"),
@@ -38,7 +49,7 @@ Loader.add_implicit_resolver(
 
 
 def settings_of(given: Mapping[str, Any]) -> dict[str, Any]:
-    """All settings that were named somewhere, the later source counting more.
+    """All settings that were named somewhere; a later source overrides an earlier one.
 
     The sources: the run that is resumed, a recipe named in a file, the file, a recipe given by
     name, and what was given.
@@ -49,10 +60,10 @@ def settings_of(given: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: An unknown name, with the nearest right ones; a file that cannot be read.
     """
-    raise_together(*unknown(given, "settings"))
+    raise_together(*unknown_names(given, "settings"))
     sources: list[Mapping[str, Any]] = []
     if given.get("resume") and given.get("out") is not None:
-        held = Path(given["out"]).expanduser() / CONFIG_FILE
+        held = Path(given["out"]).expanduser() / run_layout.CONFIG
         if held.is_file():
             sources.append(read_settings(held))
     if given.get("config") is not None:
@@ -61,7 +72,7 @@ def settings_of(given: Mapping[str, Any]) -> dict[str, Any]:
     sources += [*recipe_of(given), given]
     merged: dict[str, Any] = {}
     for source in sources:
-        for name, left in INSTEAD_OF.items():
+        for name, left in REPLACES.items():
             if source.get(name) is not None:
                 merged |= {other: value for other, value in left.items() if other not in source}
         merged |= source
@@ -76,7 +87,7 @@ def recipe_of(source: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
         yield RECIPES[name]
 
 
-def configured(settings: Mapping[str, Any]) -> PretrainConfig:
+def to_config(settings: Mapping[str, Any]) -> PretrainConfig:
     """The settings as a `PretrainConfig`, lists turned into tuples.
 
     Raises:
@@ -86,8 +97,8 @@ def configured(settings: Mapping[str, Any]) -> PretrainConfig:
     return PretrainConfig(**plain)
 
 
-def unknown(given: Mapping[str, Any], where: str) -> Iterator[str]:
-    """The complaint about each name that no setting has."""
+def unknown_names(given: Mapping[str, Any], where: str) -> Iterator[str]:
+    """The error about each name that is no setting, with the nearest names."""
     for name in given:
         if name not in NAMES:
             dashed = str(name).replace("-", "_")
@@ -104,7 +115,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     """
     try:
         text = path.read_text(encoding="utf-8")
-        read = yaml.load(text, Loader)
+        read = yaml.load(text, NumberLoader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(
             f"the settings in {path} cannot be read ({error}); give the config.yaml of a run, or a "
@@ -114,7 +125,7 @@ def read_settings(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path} holds a {type(read).__name__}; it must hold lines such as 'epochs: 100'"
         )
-    raise_together(*unknown(read, str(path)))
+    raise_together(*unknown_names(read, str(path)))
     return {n: tuple(v) if isinstance(v, list) else v for n, v in read.items()}
 
 
@@ -122,30 +133,30 @@ def as_yaml(config: PretrainConfig) -> str:
     """The settings as the text of a `config.yaml`, without those that say how to start."""
     plain: dict[str, Any] = {
         name: list(value) if isinstance(value, tuple) else value
-        for name, value in placed(config).items()
+        for name, value in absolute_settings(config).items()
         if name not in HOW_TO_START
     }
     return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, default_flow_style=None)
 
 
-def placed(config: PretrainConfig) -> dict[str, Any]:
-    """The settings by name, those that name files and folders from wherever they are read."""
+def absolute_settings(config: PretrainConfig) -> dict[str, Any]:
+    """The settings by name, with absolute paths, to be read from anywhere."""
     return asdict(config) | {
-        "model": from_anywhere(config.model),
+        "model": absolute_model(config.model),
         "data": tuple("::".join(map(absolute, place.split("::"))) for place in config.data),
         "out": config.out and absolute(config.out),
-        "weights": start_of(config.weights),
+        "weights": start_weights(config.weights),
         "probe": config.probe and absolute(config.probe),
     }
 
 
-def start_of(weights: str | None) -> str | None:
-    """The weights that a run starts from, from wherever they are read."""
+def start_weights(weights: str | None) -> str | None:
+    """The weights that a run starts from, with an absolute path."""
     return weights if weights in (None, PRETRAINED) else absolute(weights)
 
 
 def absolute(place: str) -> str:
-    """A place from wherever it is read; what is no path here, such as a URL, as it is."""
+    """A path made absolute; what is no path here, such as a URL, as it is."""
     if place.endswith(".tar") and "://" not in place and not place.startswith("pipe:"):
         return str(Path(place).expanduser().absolute())  # a pattern of shards, which is no path
     path = Path(place).expanduser()
@@ -154,20 +165,20 @@ def absolute(place: str) -> str:
     )
 
 
-def from_anywhere(model: str) -> str:
-    """A model's name wherever it is read: one in a file has the file's whole path."""
+def absolute_model(model: str) -> str:
+    """A model's name; one in a file has the file's absolute path."""
     file, colon, function = model.rpartition(":")
     found = colon and file.endswith(".py") and Path(file).expanduser().is_file()
     return f"{Path(file).expanduser().absolute()}:{function}" if found else model
 
 
 def differences(old: Mapping[str, Any], new: PretrainConfig) -> dict[str, tuple[Any, Any]]:
-    """Settings whose value changed: name -> (old, new).
+    """Settings whose value changed: (old, new) by name.
 
-    A folder of a run may have moved, and with it the file of a model of one's own.
+    A run's folder may have moved, and with it the file of a model of one's own.
     """
-    now = placed(new)
-    if short(str(old.get("model"))) == short(new.model):
+    now = absolute_settings(new)
+    if without_folder(str(old.get("model"))) == without_folder(new.model):
         now["model"] = old["model"]
     return {
         name: (old[name], now[name])
@@ -176,7 +187,40 @@ def differences(old: Mapping[str, Any], new: PretrainConfig) -> dict[str, tuple[
     }
 
 
-def short(model: str) -> str:
+def without_folder(model: str) -> str:
     """A model's name without the folder that its file lies in."""
     file, colon, function = model.rpartition(":")
     return f"{Path(file).name}:{function}" if colon and file.endswith(".py") else model
+
+
+def resume_changes(config: PretrainConfig, folder: Path) -> dict[str, tuple[Any, Any]]:
+    """Settings that differ from those of the run that is resumed: (old, new) by name.
+
+    Raises:
+        ValueError: Its weights depend on one of them.
+    """
+    path = folder / run_layout.CONFIG
+    if not path.is_file():
+        return {}
+    changed = differences(read_settings(path), config)
+    wrong = [name for name in FIXED if name in changed and changed[name][1] != "auto"]
+    # What has no weight is not trained, and the optimiser does not know it.
+    wrong += [n for n in ("alpha", "instance_weight") if n in changed and 0 in changed[n]]
+    if wrong:
+        listed = ", ".join(f"{n} from {changed[n][0]!r} to {changed[n][1]!r}" for n in wrong)
+        raise ValueError(
+            f"a run cannot go on with other weights: {listed}; leave these as they were, or "
+            "start a new run in another folder with --weights"
+        )
+    return changed
+
+
+def check_idle_changes(changed: Iterable[str], done: int, steps: int) -> None:
+    """Refuse changed settings that no step would be trained with: config.yaml would be wrong."""
+    names = ", ".join(changed)
+    if names and done >= steps:
+        raise ValueError(
+            f"{done} steps are done and {steps} wanted: nothing is left to train with another "
+            f"{names}; leave these as they were, give more --steps or --epochs, or start a new run "
+            "in another folder with --weights"
+        )

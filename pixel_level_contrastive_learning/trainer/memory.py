@@ -1,4 +1,4 @@
-"""How much memory a step takes, and how small the parts of a batch must be to fit."""
+"""How much memory a step takes, and into how many parts a batch must be split to fit."""
 
 from __future__ import annotations
 
@@ -6,21 +6,22 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.fabric import Fabric
 from torch import Tensor, nn
 
 from ..pixel_cl import PixelCL
 from ..views import View
-from .auto import is_adaptive
+from .auto import RunPlan, is_adaptive
 from .system import free_memory
-from .training_step import PretrainTask
+from .training_step import TrainingStep
 
 LOG = logging.getLogger("pixel_level_contrastive_learning")
 MARGIN = 0.8
 """Share of the free memory that a step may take."""
+TRIED_ON = ("cuda",)
+"""Kinds of device on which memory is tried out; elsewhere it is estimated."""
 MIB = 2**20
 
 
@@ -36,33 +37,34 @@ class Estimate:
     fixed: int
     per_image: int
 
-    def of(self, images: int) -> int:
+    def total(self, images: int) -> int:
         """Bytes for a part of this many images."""
         return self.fixed + images * self.per_image
 
-    def told(self, images: int) -> str:
+    def describe(self, images: int) -> str:
         """The estimate in words."""
         return (
-            f"about {self.of(images) / MIB:.0f} MiB a step on each device: "
+            f"about {self.total(images) / MIB:.0f} MiB a step on each device: "
             f"{self.fixed / MIB:.0f} MiB for weights, target, gradients and optimiser, and "
             f"{self.per_image / MIB:.1f} MiB for each of {images} images"
         )
 
 
-def estimate(task: PretrainTask, size: tuple[int, int], precision: str) -> Estimate:
-    """The memory of a step, from the forward pass of two images.
-
-    Leaves weights, buffers and random generators as they are.
-    """
-    learner = task.learner
+def estimate(learner: PixelCL, plan: RunPlan) -> Estimate:
+    """The memory of a step, from the forward pass of two images; leaves everything as it was."""
     trained = sum(p.nbytes for p in learner.parameters() if p.requires_grad)
     held = sum(t.nbytes for t in (*learner.parameters(), *learner.buffers()))
-    states = 2 if is_adaptive(task.practice.optimizer) else 1
     device = next(learner.parameters()).device
-    with untouched(learner), torch.autocast(device.type, torch.bfloat16, precision == "bfloat16"):
-        views = blank_views(2, learner, size, device)
+    half = plan.precision == "bfloat16"
+    with unchanged(learner), torch.autocast(device.type, torch.bfloat16, enabled=half):
+        views = blank_views(2, learner, plan.view_size, device)
         kept = saved_bytes(lambda: learner(views), learner)
-    return Estimate(held + trained * (1 + states), kept // 2)
+    return Estimate(held + trained * (1 + optimizer_states(plan)), kept // 2)
+
+
+def optimizer_states(plan: RunPlan) -> int:
+    """Tensors that the optimiser keeps for each parameter."""
+    return 2 if is_adaptive(plan.optimizer) else 1
 
 
 def saved_bytes(forward: Callable[[], object], learner: PixelCL) -> int:
@@ -85,7 +87,7 @@ def saved_bytes(forward: Callable[[], object], learner: PixelCL) -> int:
 def blank_views(
     count: int, learner: PixelCL, size: tuple[int, int], device: torch.device
 ) -> tuple[View, View]:
-    """Two views of nothing in particular, which overlap."""
+    """Two views of noise, which overlap."""
     shape = count, learner.views.channels, *size
     whole = torch.tensor([[size[1], 0.0, 0.0], [0.0, size[0], 0.0]], device=device)
 
@@ -97,7 +99,7 @@ def blank_views(
 
 
 @contextmanager
-def untouched(learner: PixelCL) -> Iterator[None]:
+def unchanged(learner: PixelCL) -> Iterator[None]:
     """A context after which buffers, gradients and random generators are as they were."""
     buffers = {name: buffer.clone() for name, buffer in learner.named_buffers()}
     cuda = [p.device for p in list(learner.parameters())[:1] if p.device.type == "cuda"]
@@ -112,35 +114,85 @@ def untouched(learner: PixelCL) -> Iterator[None]:
 
 
 @contextmanager
-def by_itself(learner: PixelCL) -> Iterator[None]:
+def without_batch_norm_sync(learner: nn.Module) -> Iterator[None]:
     """A context in which batch norm does not wait for other processes, which may try other sizes.
 
-    It then takes its running statistics, and keeps as much for the backward pass.
+    It then uses its running statistics, and keeps as much for the backward pass.
     """
-    together = [m for m in learner.modules() if isinstance(m, nn.SyncBatchNorm) and m.training]
-    for module in together:
+    synced = [m for m in learner.modules() if isinstance(m, nn.SyncBatchNorm) and m.training]
+    for module in synced:
         module.training = False
     try:
         yield
     finally:
-        for module in together:
+        for module in synced:
             module.training = True
 
 
-def parts_tried(
-    images: int, start: int, attempt: Callable[[int], None], release: Callable[[], None]
+def choose_accumulate(
+    fabric: Fabric, step: TrainingStep, plan: RunPlan, needed: Estimate | None
 ) -> int:
-    """Into how many parts a batch must be taken so that an attempt at a part fits.
+    """Into how many parts each process splits its share of a batch, so that memory suffices.
+
+    A resumed run keeps its parts, where a GPU has room for them.
 
     Args:
-        images: Images of the batch on each device.
-        start: Parts to begin with.
-        attempt: Takes a part of this many images as far as its backward pass.
-        release: Gives back what a failed attempt left.
+        fabric: Launched.
+        step: What is tried, and the parts of the run that is resumed.
+        plan: Of the run.
+        needed: What a step takes; None to try it out, halving a part while memory runs out. With a
+            shard each, processes would have to try the same sizes at the same time.
 
     Raises:
         MemoryError: Not even the smallest part fits.
     """
+    images = plan.images_per_process
+    parts = step.parts_before[0] if step.parts_before[1:] == (images,) else 0
+    if needed is None:
+        parts = try_parts(fabric, step.learner, plan, parts or 1)
+    elif not parts:
+        parts = parts_by(needed, images, free_memory(fabric.device))
+    if fabric.world_size > 1:
+        agreed = torch.tensor(parts, device=fabric.device)
+        torch.distributed.all_reduce(agreed, torch.distributed.ReduceOp.MAX)
+        parts = int(agreed)
+    if fabric.is_global_zero:
+        LOG.info(
+            "each device takes %d images a step, %d at a time (accumulate %d)",
+            images,
+            -(-images // parts),
+            parts,
+        )
+    return parts
+
+
+def try_parts(fabric: Fabric, learner: PixelCL, plan: RunPlan, start: int) -> int:
+    """Parts, ``start`` or more, found by a forward and backward pass of one."""
+
+    def attempt(images: int) -> None:
+        ballast = [
+            torch.empty_like(p)
+            for p in learner.parameters()
+            if p.requires_grad
+            for _ in range(optimizer_states(plan))
+        ]  # what the optimiser keeps from its first step on
+        with fabric.autocast():
+            loss = learner(blank_views(images, learner, plan.view_size, fabric.device))
+        loss.backward()
+        del ballast
+
+    def release() -> None:
+        learner.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
+
+    with unchanged(learner), without_batch_norm_sync(learner):
+        return halve_until_it_fits(plan.images_per_process, start, attempt, release)
+
+
+def halve_until_it_fits(
+    images: int, start: int, attempt: Callable[[int], None], release: Callable[[], None]
+) -> int:
+    """Parts of a batch of ``images``: doubled from ``start`` while ``attempt`` is out of memory."""
     parts = start
     while True:
         size = -(-images // parts)
@@ -159,73 +211,8 @@ def parts_tried(
             return parts
 
 
-class FitMemory(Callback):
-    """Finds out before the first step into how many parts a batch must be taken.
-
-    On a GPU a part is tried, and halved while memory runs out; elsewhere memory is estimated. The
-    batch stays as it is: its parts are accumulated. A run that goes on keeps its parts, where a GPU
-    has room for them.
-
-    Args:
-        images: Images of a step on each device.
-        size: Size of the views.
-        estimated: What a step takes; None where it is tried, on GPUs that hold the whole network.
-    """
-
-    def __init__(self, images: int, size: tuple[int, int], estimated: Estimate | None) -> None:
-        self.images = images
-        self.size = size
-        self.estimated = estimated
-
-    def on_train_start(self, trainer: Trainer, task: Any) -> None:
-        goes_on = task.parts_before[1:] == (self.images,)
-        start = task.parts_before[0] if goes_on else 1
-        if self.estimated is None:
-            parts = self.tried(trainer, task, start)
-        elif goes_on:
-            parts = start
-        else:
-            parts = parts_by(self.estimated, self.images, free_memory(task.device))
-        if trainer.world_size > 1:
-            agreed = torch.tensor(parts, device=task.device)
-            torch.distributed.all_reduce(agreed, torch.distributed.ReduceOp.MAX)
-            parts = int(agreed)
-        task.accumulate = parts
-        if trainer.is_global_zero:
-            LOG.info(
-                "each device takes %d images a step, %d at a time (accumulate %d)",
-                self.images,
-                -(-self.images // parts),
-                parts,
-            )
-
-    def tried(self, trainer: Trainer, task: PretrainTask, start: int) -> int:
-        """Parts, ``start`` or more, found by taking one as far as its backward pass."""
-        learner = task.learner
-
-        def attempt(images: int) -> None:
-            states = 2 if is_adaptive(task.practice.optimizer) else 1
-            ballast = [
-                torch.empty_like(p)
-                for p in learner.parameters()
-                if p.requires_grad
-                for _ in range(states)
-            ]  # what the optimiser will keep from its first step on
-            with trainer.precision_plugin.forward_context():
-                loss = learner(blank_views(images, learner, self.size, task.device))
-            loss.backward()
-            del ballast
-
-        def release() -> None:
-            learner.zero_grad(set_to_none=True)
-            torch.cuda.empty_cache()
-
-        with untouched(learner), by_itself(learner):
-            return parts_tried(self.images, start, attempt, release)
-
-
-def parts_by(taken: Estimate, images: int, free: int) -> int:
-    """Into how many parts a batch must be taken by the estimate and the bytes that are free."""
-    room = MARGIN * free - taken.fixed
-    fit = max(2, int(room // max(1, taken.per_image)))
+def parts_by(needed: Estimate, images: int, free: int) -> int:
+    """Parts of a batch of ``images`` by the estimate and the bytes that are free."""
+    room = MARGIN * free - needed.fixed
+    fit = max(2, int(room // max(1, needed.per_image)))
     return max(1, -(-images // fit))

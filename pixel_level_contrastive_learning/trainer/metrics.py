@@ -1,275 +1,328 @@
-"""What each step gave: judged, written down, shown."""
+"""The metrics of each step: checked, written, logged; and warnings when a run goes wrong."""
 
 from __future__ import annotations
 
-import logging
+import json
 import time
 from collections import deque
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
-from lightning.pytorch import Callback, Trainer
-from torch import Tensor
+from lightning.fabric import Fabric
+from lightning.fabric.loggers.csv_logs import CSVLogger
+from lightning.fabric.loggers.logger import Logger
+from lightning.fabric.loggers.tensorboard import TensorBoardLogger
 
+from .. import run_layout
+from ..data.dataset import Pairs
 from ..evaluation.health import COLLAPSED_RANK, COLLAPSED_SPREAD, effective_rank, spread
-from ..files import write_whole
-from .logging import Bar, as_line
-from .run_dir import METRICS_FILE, MetricsFile, RunDirectory
-from .training_step import FIGURES, NotFiniteError, Step, not_finite
-
-if TYPE_CHECKING:
-    from ..data.dataset import Pairs
+from ..files import cannot_write, write_whole
+from .logging import LOG, ProgressBar, metrics_line
+from .training_step import METRICS, NotFiniteError, StepResult, not_finite
 
 SMOOTHING = 0.98
 """Share of the running means that stays at each step."""
+HEALTH_EVERY = 20
+"""Steps between measurements of spread and effective rank, which take some milliseconds."""
+LOG_EVERY = 10
+"""Steps between metrics for TensorBoard and the like."""
+WRITE_EVERY = 2.0
+"""Seconds that lines of metrics are held before they are written."""
+PRINT_EVERY = 30.0
+"""Seconds between lines of metrics in the log."""
 
 
-class Watch:
-    """Says in words that a run collapses or diverges, once each time it begins to.
+class HealthMonitor:
+    """Warns in words when a run collapses or diverges, once each time it begins to.
 
     Collapse: the spread of features falls under `COLLAPSED_SPREAD`, or their effective rank under
     `COLLAPSED_RANK`. Divergence: after the warm-up the running means of both cosines are at most
     0, no better than chance, or the gradient is a thousand times its running mean.
 
     Args:
-        settled: Step from which on divergence is judged.
+        warmup_steps: Divergence is judged after these.
     """
 
-    def __init__(self, settled: int) -> None:
-        self.settled = settled
+    def __init__(self, warmup_steps: int) -> None:
+        self.warmup_steps = warmup_steps
         self.means: dict[str, float] = {}
         self.seen = 0
-        self.said: set[str] = set()
+        self.active: set[str] = set()
 
-    def __call__(self, line: dict[str, float]) -> list[str]:
-        """The sentences about a step, none of which was said before without a recovery between."""
+    def __call__(self, metrics: dict[str, float]) -> list[str]:
+        """The warnings about a step that were not given for the step before."""
         found: dict[str, str] = {}
-        if line.get("spread", 1) < COLLAPSED_SPREAD:
+        advice = "Lower lr, lengthen the warm-up, or raise target_momentum"
+        if metrics.get("spread", 1) < COLLAPSED_SPREAD:
             found["spread"] = (
-                f"the features collapse: their spread is {line['spread']:.3g}, under "
-                f"{COLLAPSED_SPREAD} (1 is healthy, 0 means every pixel looks alike). Lower lr, "
-                "lengthen the warm-up, or raise target_momentum"
+                f"the features collapse: their spread is {metrics['spread']:.3g}, under "
+                f"{COLLAPSED_SPREAD} (1 is healthy, 0 means every pixel looks alike). {advice}"
             )
-        if line.get("effective_rank", COLLAPSED_RANK) < COLLAPSED_RANK:
+        if metrics.get("effective_rank", COLLAPSED_RANK) < COLLAPSED_RANK:
             found["effective_rank"] = (
-                f"the features collapse: their effective rank is {line['effective_rank']:.3g}, "
-                f"under {COLLAPSED_RANK}: they vary in hardly any direction. Lower lr, lengthen "
-                "the warm-up, or raise target_momentum"
+                f"the features collapse: their effective rank is {metrics['effective_rank']:.3g}, "
+                f"under {COLLAPSED_RANK}: they vary in hardly any direction. {advice}"
             )
-        usual = self.means.get("grad_norm", line["grad_norm"])
+        usual = self.means.get("grad_norm", metrics["grad_norm"])
         for name in ("pixel_cosine", "instance_cosine", "grad_norm"):
             kept = SMOOTHING * (1 - SMOOTHING**self.seen) / (1 - SMOOTHING ** (self.seen + 1))
-            before = self.means.get(name, line[name])
-            self.means[name] = kept * before + (1 - kept) * line[name]
+            before = self.means.get(name, metrics[name])
+            self.means[name] = kept * before + (1 - kept) * metrics[name]
         self.seen += 1
-        if line["step"] > self.settled and self.seen > 1 / (1 - SMOOTHING):
+        if metrics["step"] > self.warmup_steps and self.seen > 1 / (1 - SMOOTHING):
             if max(self.means["pixel_cosine"], self.means["instance_cosine"]) <= 0:
                 found["cosine"] = (
                     "the run diverges: the network predicts its target no better than chance "
                     "(mean cosines at most 0). Lower lr or lengthen the warm-up"
                 )
-            if line["grad_norm"] > 1000 * usual > 0:
+            if metrics["grad_norm"] > 1000 * usual > 0:
                 found["grad_norm"] = (
-                    f"the run diverges: the gradient's norm is {line['grad_norm']:.3g}, a thousand "
-                    f"times its usual {usual:.3g}. Lower lr, or set clip_grad to 1"
+                    f"the run diverges: the gradient's norm is {metrics['grad_norm']:.3g}, a "
+                    f"thousand times its usual {usual:.3g}. Lower lr, or set clip_grad to 1"
                 )
-        new = [sentence for name, sentence in found.items() if name not in self.said]
-        self.said = set(found)
+        new = [warning for name, warning in found.items() if name not in self.active]
+        self.active = set(found)
         return new
 
 
-LOG = logging.getLogger("pixel_level_contrastive_learning")
-HEALTH_EVERY = 20
-"""Steps between measurements of spread and rank, which cost some milliseconds."""
-LOGGERS_EVERY = 10
-"""Steps between figures for TensorBoard and the like."""
-WRITE_EVERY = 2.0
-"""Seconds that lines of metrics are held before they are written."""
-LINE_EVERY = 30.0
-"""Seconds between lines of figures in the log."""
-BAD_BATCH = "bad_batch.pt"
-
-
 class Sent(NamedTuple):
-    """A step whose figures are on their way to the host."""
+    """A step whose metrics are on their way to the host."""
 
-    step: Step
-    figures: Tensor
+    result: StepResult
     event: Any
     batch: Pairs
     measured: dict[str, float]
 
 
-class Figures(Callback):
-    """Writes what each step gave, and says in words when something is wrong.
+class MetricsWriter:
+    """Checks, writes and logs the metrics of each step.
 
-    Figures leave a GPU without anyone waiting for them, and are judged when they have arrived, a
-    step or two later. Spread and effective rank are measured every `HEALTH_EVERY` steps, on up to
-    256 features of the layer that the pixel loss reads; the lines between repeat the last values.
+    Metrics leave a GPU without anyone waiting for them, and are checked when they have arrived, a
+    step or two later. What is measured seldom (health, correspondence, probe) stands in the lines
+    of all steps until it is measured again.
 
     Args:
-        directory: The folder of the run; None on processes that do not write.
-        waited: Seconds spent waiting for data so far.
+        fabric: Launched.
+        folder: Folder of the run; None on processes that do not write.
         steps: Steps of the run.
-        settled: Step from which on collapse and divergence are judged: the end of the warm-up.
+        warmup_steps: Of these.
+        waited: Seconds spent waiting for data so far.
+        loggers: Besides `metrics.jsonl`.
+
+    Attributes:
+        last: The metrics of the last step that has arrived.
+        latest: What was measured seldom, by name.
     """
 
     def __init__(
         self,
-        directory: RunDirectory | None,
-        waited: Callable[[], float],
+        fabric: Fabric,
+        folder: Path | None,
         steps: int,
-        settled: int,
+        warmup_steps: int,
+        waited: Callable[[], float],
+        loggers: list[Logger],
     ) -> None:
-        self.directory = directory
-        self.file = None if directory is None else MetricsFile(directory.path / METRICS_FILE)
-        self.waited = waited
-        self.watch = Watch(settled)
-        self.bar = Bar(steps) if directory is not None else None
+        self.fabric, self.folder, self.waited, self.loggers = fabric, folder, waited, loggers
+        self.monitor = HealthMonitor(warmup_steps)
+        self.bar = None if folder is None else ProgressBar(steps)
         self.sent: deque[Sent] = deque()
-        self.lines: list[dict[str, object]] = []
+        self.lines: list[dict[str, float]] = []
         self.last: dict[str, float] = {}
-        self.health: dict[str, float] = {}
-        self.written = self.shown = self.ended = time.perf_counter()
+        self.latest: dict[str, float] = {}
+        self.written_at = self.printed_at = self.step_ended = time.perf_counter()
         self.waited_before = 0.0
         self.batch: Pairs | None = None
-        self.kept = False  # whether the batch that broke the run was kept
 
-    def on_train_start(self, _: Trainer, task: Any) -> None:
-        self.ended, self.waited_before = time.perf_counter(), self.waited()
+    @contextmanager
+    def recording(self, step: int) -> Iterator[None]:
+        """A context that shows the bar, and writes what there is however it is left."""
+        self.step_ended, self.waited_before = time.perf_counter(), self.waited()
         if self.bar is not None:
-            self.bar.start(task.done)
+            self.bar.start(step)
+        try:
+            yield
+        except NotFiniteError:
+            if self.batch is not None:  # found before its step was taken
+                self.save_bad_batch(self.batch)
+            raise
+        finally:
+            if self.bar is not None:
+                self.bar.stop()
+            self.write()
+            for logger in self.loggers:
+                logger.finalize("success")
+        if self.folder is not None and self.last:
+            LOG.info("%s", metrics_line(self.last))
 
-    def on_train_batch_start(self, _: Trainer, task: Any, batch: Any, batch_idx: int) -> None:
+    def begin_step(self, step: int, batch: Pairs) -> bool:
+        """Note the batch; whether its features are to be kept, to measure health on."""
+        due = self.batch is None or step % HEALTH_EVERY == 0
         self.batch = batch
-        due = batch_idx == 0 or task.done % HEALTH_EVERY == 0
-        task.wants_features = due and self.directory is not None
+        return due and self.folder is not None
 
-    def on_train_batch_end(self, trainer: Trainer, task: Any, _: Any, batch: Any, *__: Any) -> None:
-        step: Step = task.latest
+    def end_step(self, result: StepResult) -> None:
+        """Send a step's metrics on their way, and note those that have arrived.
+
+        Raises:
+            NotFiniteError: Some of these are NaN or infinite.
+        """
+        assert self.batch is not None
         now, waited = time.perf_counter(), self.waited()
-        seconds = max(now - self.ended, 1e-9)
+        seconds = max(now - self.step_ended, 1e-9)
         measured = {
-            "images_per_second": step.images / seconds,
+            "images_per_second": result.images / seconds,
             "waiting": min(1.0, (waited - self.waited_before) / seconds),
         }
-        self.ended, self.waited_before = now, waited
-        if task.features is not None:
-            features = task.features.cpu()
-            self.health |= {
+        self.step_ended, self.waited_before = now, waited
+        if result.features is not None:
+            features = result.features.cpu()
+            self.latest |= {
                 "spread": float(spread(features)),
                 "effective_rank": float(effective_rank(features)),
             }
-        self.send(step, batch, measured | self.health)
-        self.judge_arrived(trainer)
-        if now - self.written > WRITE_EVERY:
-            self.write()
-        if self.bar is not None and self.last:
-            self.bar.show(self.last)
-
-    def send(self, step: Step, batch: Pairs, measured: dict[str, float]) -> None:
-        """Start the figures of a step on their way to the host."""
-        figures, event = step.figures, None
-        if figures.device.type == "cuda":
-            arriving = torch.empty_like(figures, device="cpu", pin_memory=True)
-            arriving.copy_(figures, non_blocking=True)
+        event = None
+        if result.metrics.device.type == "cuda":
+            arriving = torch.empty_like(result.metrics, device="cpu", pin_memory=True)
+            arriving.copy_(result.metrics, non_blocking=True)
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]  # untyped in torch
             event.record()
-            figures = arriving
-        self.sent.append(Sent(step, figures, event, batch, measured))
+            result = result._replace(metrics=arriving)
+        self.sent.append(Sent(result, event, self.batch, measured | self.latest))
+        self.note_arrived()
+        if now - self.written_at > WRITE_EVERY:
+            self.write()
+        if self.bar is not None and self.last:
+            self.bar.update(self.last)
 
-    def judge_arrived(self, trainer: Trainer, *, wait: bool = False) -> None:
-        """Judge and note the steps whose figures have arrived; of all steps, if told to wait.
+    def note_arrived(self, *, wait: bool = False) -> None:
+        """Check and note the steps whose metrics have arrived; all steps, if told to wait.
 
         Raises:
-            NotFiniteError: One of them is NaN or infinite.
+            NotFiniteError: Some are NaN or infinite.
         """
-        while self.sent and (wait or self.has_arrived(trainer)):
+        while self.sent and (wait or self.has_arrived()):
             sent = self.sent.popleft()
             if sent.event is not None:
                 sent.event.synchronize()
-            values = sent.figures.tolist()
-            self.note(trainer, sent, dict(zip(FIGURES, values, strict=True)))
+            self.note(sent)
 
-    def has_arrived(self, trainer: Trainer) -> bool:
-        """Whether the oldest figures sent can be judged.
+    def has_arrived(self) -> bool:
+        """Whether the oldest metrics sent can be checked.
 
-        Several processes judge the same step, all but the newest: were one to find a NaN a step
+        Several processes check the same step, all but the newest: were one to find a NaN a step
         before the others, these would wait for it in the next step for ever.
         """
         event = self.sent[0].event
         if event is None:
             return True
-        return len(self.sent) > 1 if trainer.world_size > 1 else bool(event.query())
+        return len(self.sent) > 1 if self.fabric.world_size > 1 else bool(event.query())
 
-    def note(self, trainer: Trainer, sent: Sent, figures: dict[str, float]) -> None:
-        """Note the figures of a step that have arrived."""
-        step = sent.step
-        line = {
-            "step": step.number,
-            **figures,
+    def note(self, sent: Sent) -> None:
+        """Note the metrics of a step that have arrived."""
+        result = sent.result
+        values = dict(zip(METRICS, result.metrics.tolist(), strict=True))
+        step = result.step
+        self.last = {
+            "step": step,
+            **values,
             **sent.measured,
-            "lr": step.lr,
-            "target_momentum": step.target_momentum,
+            "lr": result.lr,
+            "target_momentum": result.target_momentum,
         }
-        self.last = line
-        if not all(value - value == 0 for value in figures.values()):
-            self.save_bad_batch(sent.batch)
-            raise NotFiniteError(not_finite(step.number, list(figures.values())))
-        if self.directory is None:
+        if not all(value - value == 0 for value in values.values()):
+            self.batch = sent.batch
+            raise NotFiniteError(not_finite(step, list(values.values())))
+        if self.folder is None:
             return
-        self.lines.append(dict(line))
-        for sentence in self.watch(line):
-            LOG.warning("step %d: %s", step.number, sentence)
-        if step.number % LOGGERS_EVERY == 0:
-            for logger in trainer.loggers:
-                logger.log_metrics(line, step=step.number)
+        self.lines.append(dict(self.last))
+        for warning in self.monitor(self.last):
+            LOG.warning("step %d: %s", step, warning)
+        if step % LOG_EVERY == 0:
+            for logger in self.loggers:
+                logger.log_metrics(self.last, step=step)
         now = time.perf_counter()
-        if now - self.shown > LINE_EVERY or step.number == 1:
-            self.shown = now
-            LOG.info("%s", as_line(line))
+        if now - self.printed_at > PRINT_EVERY or step == 1:
+            self.printed_at = now
+            LOG.info("%s", metrics_line(self.last))
 
     def save_bad_batch(self, batch: Pairs) -> None:
         """Keep the batch that broke the run, to be looked at."""
-        if self.directory is None:
+        if self.folder is None:
             return
-        self.kept = True
-        held = {
-            name: getattr(batch, name).cpu()
-            for name in ("one", "two", "map_one", "map_two", "index")
-        }
+        names = ("one", "two", "map_one", "map_two", "index")
+        held = {name: getattr(batch, name).cpu() for name in names}
         held |= {
             f"{view}.{name}": value
             for view in ("factors_one", "factors_two")
             for name, value in getattr(batch, view)._asdict().items()
         }
-        path = self.directory.path / BAD_BATCH
+        path = self.folder / run_layout.BAD_BATCH
         write_whole(path, lambda file: torch.save(held, file))
-        LOG.error("the batch that did it is kept in %s", path)
+        LOG.error("the batch of this step is kept in %s", path)
 
     def write(self) -> None:
-        """Write the lines held."""
-        self.written = time.perf_counter()
-        if self.file is not None and self.lines:
-            self.file.append(self.lines)
+        """Write the lines held to `metrics.jsonl`."""
+        self.written_at = time.perf_counter()
+        if self.folder is not None and self.lines:
+            append_lines(self.folder / run_layout.METRICS, self.lines)
             self.lines = []
 
-    def settle(self, trainer: Trainer) -> None:
-        """Judge and write everything up to the present step."""
-        self.judge_arrived(trainer, wait=True)
+    def settle(self) -> None:
+        """Check and write everything up to the present step, so that nothing broken is saved."""
+        self.note_arrived(wait=True)
         self.write()
 
-    def on_train_end(self, trainer: Trainer, _: Any) -> None:
-        self.settle(trainer)
-        if self.bar is not None:
-            self.bar.stop()
-        if self.directory is not None and self.last:
-            LOG.info("%s", as_line(self.last))
 
-    def on_exception(self, _: Trainer, __: Any, error: BaseException) -> None:
-        if self.bar is not None:
-            self.bar.stop()
-        if isinstance(error, NotFiniteError) and not self.kept and self.batch is not None:
-            self.save_bad_batch(self.batch)  # found before its step was taken
-        self.write()
+def append_lines(path: Path, lines: list[dict[str, float]]) -> None:
+    """Append JSON lines to a file.
+
+    Raises:
+        CannotWriteError: The disk is full or the like.
+    """
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
+def check_loggers(names: tuple[str, ...]) -> None:
+    """Refuse loggers that are not installed."""
+    for name in ("wandb", "mlflow"):
+        if name in names and find_spec(name) is None:
+            raise ValueError(
+                f"loggers names {name!r}, which is not installed; pip install {name}, or take csv: "
+                "metrics.jsonl is written in any case"
+            )
+
+
+def build_loggers(names: tuple[str, ...], folder: Path, step: int) -> list[Logger]:
+    """Lightning's loggers by name, writing into the run's folder from a step on."""
+
+    def wandb() -> Logger:
+        from lightning.pytorch.loggers import WandbLogger
+
+        return WandbLogger(save_dir=folder, name=folder.name)
+
+    def mlflow() -> Logger:
+        from lightning.pytorch.loggers import MLFlowLogger
+
+        return MLFlowLogger(folder.name, tracking_uri=f"file:{folder / 'mlflow'}")
+
+    resumed = f"from-step-{step:08d}" if step else ""  # its CSV would replace the one before
+    makers: dict[str, Callable[[], Logger]] = {
+        "tensorboard": lambda: TensorBoardLogger(folder, name="tensorboard", version=""),
+        "csv": lambda: CSVLogger(folder, name="csv", version=resumed, flush_logs_every_n_steps=1),
+        "wandb": wandb,
+        "mlflow": mlflow,
+    }
+    loggers = [makers[name]() for name in names]
+    for logger in loggers:
+        _ = getattr(logger, "experiment", None)  # opens its files now, not at the first metrics
+    return loggers

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the first lets the step end, the second leaves at once."""
+"""SIGINT and SIGTERM: the first lets the step end and saves, the second exits at once."""
 
 from __future__ import annotations
 
@@ -6,73 +6,79 @@ import logging
 import os
 import signal
 import threading
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, Self
+
+import torch
+from lightning.fabric import Fabric
 
 LOG = logging.getLogger("pixel_level_contrastive_learning")
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+ASK_EVERY = 10
+"""Steps between the processes' asking each other whether one was asked to stop."""
 
 
 class Interrupted(SystemExit):  # an end that was asked for, not an error
-    """The run was asked to stop, has saved and stopped. Its code is 128 and the signal's number."""
+    """The run was asked to stop, and has saved. Its code is 128 and the signal's number."""
 
 
-class Interruption:
-    """Notes that a signal asked the run to stop.
+class StopSignal:
+    """Notes that a signal asks the run to stop.
 
-    A context: the handlers are there inside, and those that were there before come back after.
-    Processes forked from this one inherit them: there SIGINT is left to the parent and SIGTERM
-    ends the process.
+    A context manager: its handlers are installed inside, and those from before come back after.
+    Forked processes inherit them: there SIGINT is left to the parent, and SIGTERM ends the process.
     """
 
     def __init__(self) -> None:
-        self.signal: int | None = None
+        self.number: int | None = None
         self.owner = os.getpid()
         self.before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            self.before = {number: signal.getsignal(number) for number in SIGNALS}
-            self.watch()
+            self.before = {number: signal.signal(number, self.handle) for number in SIGNALS}
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        where: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self.before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
-    def watch(self) -> None:
-        """Take the signals (again: Lightning puts handlers of its own when it starts)."""
-        if self.before:
-            for number in SIGNALS:
-                signal.signal(number, self.note)
-
-    def note(self, number: int, _: FrameType | None) -> None:
-        """Note the first signal; leave at the second."""
+    def handle(self, number: int, _: FrameType | None) -> None:
+        """Note the first signal; exit at the second."""
         name = signal.Signals(number).name
         if os.getpid() != self.owner:
             if number == signal.SIGTERM:
                 os._exit(128 + number)
             return
-        if self.signal is not None:
-            LOG.warning("%s again: leaving at once", name)
+        if self.number is not None:
+            LOG.warning("%s again: exiting at once", name)
             os._exit(128 + number)
-        self.signal = number
+        self.number = number
         if hasattr(signal, "SIGCHLD"):
-            # A signal to the whole group ends the workers as well, at which torch would raise here
-            # in the middle of the step. The step has its batch and needs no other.
+            # A signal to the whole process group also ends the loader's workers, at which torch
+            # would raise here, in mid-step. The step has its batch and needs no other.
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        LOG.warning("%s: the run stops after this step and saves; once more leaves at once", name)
+        LOG.warning("%s: the run saves and stops after this step; once more exits at once", name)
 
-    def leave(self) -> None:
-        """Leave if a signal came: with 130 after Ctrl-C, 143 after SIGTERM.
+    def received(self) -> bool:
+        """Whether this process was asked to stop."""
+        return self.number is not None
+
+    def received_anywhere(self, fabric: Fabric, step: int) -> bool:
+        """Whether a process of the run was asked to stop; several ask every `ASK_EVERY` steps."""
+        if fabric.world_size > 1:
+            if step % ASK_EVERY:
+                return False
+            number = torch.tensor(self.number or 0, device=fabric.device)
+            torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
+            self.number = int(number) or None
+        return self.received()
+
+    def exit_if_received(self) -> None:
+        """Exit if a signal was received: with code 130 after SIGINT, 143 after SIGTERM.
 
         Raises:
-            Interrupted: One came.
+            Interrupted: One was.
         """
-        if self.signal is not None:
-            raise Interrupted(128 + self.signal)
+        if self.number is not None:
+            raise Interrupted(128 + self.number)

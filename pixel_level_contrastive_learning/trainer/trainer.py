@@ -1,297 +1,49 @@
-"""`pretrain`: from images to a backbone, in one call."""
+"""`pretrain`: from images to a backbone. `fit` is the training loop."""
 
 from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, fields
-from importlib.util import find_spec
 from inspect import Parameter, Signature
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.loggers import (
-    CSVLogger,
-    Logger,
-    MLFlowLogger,
-    TensorBoardLogger,
-    WandbLogger,
-)
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
-from torch import nn
+from lightning.fabric import Fabric
+from torch import Tensor, nn
 
-from ..augment import Photometry
+from .. import run_layout
 from ..backbones.checkpoint import load_backbone, save_backbone, save_card
 from ..backbones.factory import build_backbone
-from ..backbones.state_dict import LAST, WEIGHTS, tensors_of
-from ..data.loader import StatefulLoader, build_loader
-from ..data.segmentation import open_labelled
+from ..backbones.state_dict import tensors_of
+from ..data.dataset import Pairs
+from ..data.loader import StatefulLoader
+from ..pixel_cl import PixelCL
 from . import build
-from .auto import Facts, clock_of, decided, workers
-from .build import Images, view_size
 from .config import PretrainConfig
-from .config_io import CONFIG_FILE, as_yaml, configured, settings_of
-from .logging import logged
-from .memory import FitMemory, estimate
-from .metrics import Figures
-from .run_dir import (
-    LOG_FILE,
-    PREVIEW,
-    RunDirectory,
-    WholeCheckpoints,
-    compared,
-    read_checkpoint,
-    refuse_idle_changes,
-    refuse_misfits,
-)
-from .signals import Interruption
-from .system import Devices, described, devices, free_memory, is_writer
-from .training_step import cut
-from .validation import Checkpoints, Preview, Probe, Watching, draw_batch_pairs
-
-
-def loader_of(
-    config: PretrainConfig, images: Images, facts: Facts, rank: int, directory: Path | None
-) -> StatefulLoader:
-    """The loader of this process."""
-    assert isinstance(config.batch_size, int)
-    assert config.blur_sigma != "auto"
-    photometry = [
-        Photometry(
-            jitter=config.jitter,
-            prob_jitter=config.prob_jitter,
-            prob_gray=config.prob_gray,
-            prob_blur=blur,
-            sigma=config.blur_sigma,
-            prob_solarise=solarise,
-        )
-        for blur, solarise in zip(config.prob_blur, config.prob_solarise, strict=True)
-    ]
-    return build_loader(
-        images.training,
-        images.statistics,
-        image_size=view_size(config),
-        batch_size=config.batch_size // facts.processes,
-        crop_area=config.crop_area,
-        aspect_ratio=config.aspect_ratio,
-        prob_hflip=config.prob_hflip,
-        prob_vflip=config.prob_vflip,
-        max_rotation=config.max_rotation,
-        photometry=(photometry[0], photometry[1]),
-        seed=config.seed,
-        workers=workers(config, facts),
-        rank=rank,
-        world=facts.processes,
-        max_broken=config.max_broken,
-        skipped_file=None if directory is None else directory / "skipped.txt",
-        pin_memory=facts.device == "cuda",
-    )
-
-
-class Stream:
-    """The batches of the rest of a run, epoch after epoch, as one pass.
-
-    Lightning then has no epochs to count and none to get wrong when a run is resumed: the loader
-    is the clock, and is set by samples. It is made when first asked for a batch, since only then
-    does a process know its rank.
-
-    Args:
-        make: Makes the loader of a rank.
-        samples: Samples seen before, over all processes.
-        steps: Batches to give.
-        told_to_stop: Whether the run was told to stop: then workers that died are no error, and
-            the stream ends.
-    """
-
-    def __init__(
-        self,
-        make: Callable[[int], StatefulLoader],
-        samples: int,
-        steps: int,
-        told_to_stop: Callable[[], bool],
-    ) -> None:
-        self.make = make
-        self.told_to_stop = told_to_stop
-        self.samples = samples
-        self.steps = steps
-        self.loader: StatefulLoader | None = None
-        self.running: Generator[Any, None, None] | None = None
-        self.seconds_waited = 0.0
-
-    @property
-    def waited(self) -> float:
-        """Seconds spent waiting for data so far."""
-        return self.seconds_waited if self.loader is None else float(self.loader.waited)
-
-    def __len__(self) -> int:
-        return self.steps
-
-    def __iter__(self) -> Iterator[Any]:
-        self.running = self.batches()
-        return self.running
-
-    def batches(self) -> Generator[Any, None, None]:
-        """The batches."""
-        together = torch.distributed.is_available() and torch.distributed.is_initialized()
-        self.loader = self.make(torch.distributed.get_rank() if together else 0)
-        self.loader.start_at(self.samples)
-        given = 0
-        while given < self.steps:
-            batches = iter(self.loader)
-            while given < self.steps:
-                try:
-                    batch = next(batches)
-                except StopIteration:
-                    break
-                except (RuntimeError, OSError, EOFError):  # by where the worker was when it died
-                    if self.told_to_stop():
-                        return
-                    raise
-                yield batch
-                given += 1
-
-    def close(self) -> None:
-        """Let the workers go, wherever the run stopped: else its end would wait for them."""
-        if self.running is not None:
-            self.running.close()
-        if self.loader is not None:
-            self.seconds_waited = self.waited
-        self.running = self.loader = None
-
-
-def strategy_of(config: PretrainConfig, devices: Devices) -> Strategy | str:
-    """How devices share the work.
-
-    FSDP is torch's second (`fully_shard`), which keeps parameters whole tensors to the eye: the
-    first flattens them, and the target could not follow.
-    """
-    if devices.processes == 1:
-        return "auto"
-    if config.strategy == "fsdp":
-        return ModelParallelStrategy(
-            data_parallel_size=devices.processes,
-            tensor_parallel_size=1,
-            save_distributed_checkpoint=False,
-        )
-    # Batch norm's buffers are each process's own: in training nobody reads them.
-    return DDPStrategy(
-        find_unused_parameters=False, broadcast_buffers=False, gradient_as_bucket_view=True
-    )
-
-
-def check_loggers(config: PretrainConfig) -> None:
-    """Find out whether the loggers that are asked for are installed.
-
-    Raises:
-        ValueError: One is not.
-    """
-    for name in ("wandb", "mlflow"):
-        if name in config.loggers and find_spec(name) is None:
-            raise ValueError(
-                f"loggers names {name!r}, which is not installed; pip install {name}, or take csv: "
-                "metrics.jsonl is written in any case"
-            )
-
-
-def loggers_of(config: PretrainConfig, folder: Path, step: int) -> list[Logger]:
-    """Lightning's loggers by name, writing into the folder of the run from a step on."""
-    part = f"from-step-{step:08d}" if step else ""  # its CSV would replace the one that is there
-    makers: dict[str, Any] = {
-        "tensorboard": lambda: TensorBoardLogger(folder, name="tensorboard", version=""),
-        "csv": lambda: CSVLogger(folder, name="csv", version=part, flush_logs_every_n_steps=1),
-        "wandb": lambda: WandbLogger(save_dir=folder, name=folder.name),
-        "mlflow": lambda: MLFlowLogger(folder.name, tracking_uri=f"file:{folder / 'mlflow'}"),
-    }
-    return [makers[name]() for name in config.loggers]
-
-
-def trainer_of(
-    config: PretrainConfig,
-    devices: Devices,
-    folder: Path,
-    done: int,
-    steps: int,
-    callbacks: list[Callback],
-) -> Trainer:
-    """Lightning's trainer for so many steps."""
-    plugins: list[Any] = [WholeCheckpoints()]
-    if SLURMEnvironment.detect():
-        plugins.append(SLURMEnvironment(auto_requeue=False))  # --resume does it, and says so
-    return Trainer(
-        accelerator={"cuda": "gpu"}.get(devices.kind, devices.kind),
-        devices=devices.each_node,
-        num_nodes=devices.nodes,
-        strategy=strategy_of(config, devices),
-        precision="bf16-mixed" if config.precision == "bfloat16" else "32-true",
-        max_steps=steps,
-        logger=loggers_of(config, folder, done) if is_writer() else False,
-        callbacks=callbacks,
-        plugins=plugins,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        benchmark=devices.kind == "cuda",
-        default_root_dir=folder,
-    )
-
-
-ASK_EVERY = 10
-"""Steps between the processes' asking each other whether one was told to stop."""
-
-
-class StopWhenAsked(Callback):
-    """Ends the run after the step in which one of its processes was told to stop.
-
-    Args:
-        interruption: What notes the signal.
-    """
-
-    def __init__(self, interruption: Interruption) -> None:
-        self.interruption = interruption
-
-    def on_train_start(self, trainer: Trainer, _: Any) -> None:
-        self.interruption.watch()
-        # Lightning asks every process at every step, and waits for the device to hear the answer.
-        loop = trainer.fit_loop.epoch_loop
-        if hasattr(loop, "_broadcast_sigterm_tensor"):
-            loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
-
-    def on_train_batch_end(self, trainer: Trainer, task: Any, *_: Any) -> None:
-        if trainer.world_size > 1:
-            if task.done % ASK_EVERY:
-                return
-            told = torch.tensor(self.interruption.signal or 0, device=task.device)
-            torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX)
-            self.interruption.signal = int(told) or None
-        if self.interruption.signal is not None:
-            trainer.should_stop = True
-
-    def on_train_epoch_end(self, trainer: Trainer, _: Any) -> None:
-        if self.interruption.signal is not None:  # the workers are gone, and with them the batches
-            trainer.should_stop = True
-
-
-LOG = logging.getLogger("pixel_level_contrastive_learning")
-TRIED = 16
-"""Images that a dry run takes through the network, at most."""
-IN_TASK = "learner.online_encoder.net."
-"""How the names of the backbone's weights begin in a checkpoint."""
+from .config_io import as_yaml, check_idle_changes, settings_of, to_config
+from .logging import LOG, logging_to
+from .memory import TRIED_ON, choose_accumulate, estimate
+from .metrics import MetricsWriter, build_loggers
+from .run_dir import RunDir
+from .setup import Setup, check_places, dry_run, prepare
+from .signals import StopSignal
+from .system import is_writer
+from .training_step import BACKBONE, LEARNER, TrainingStep
+from .validation import FeaturePictures, Probe, draw_batch
 
 
 @dataclass(frozen=True)
 class PretrainResult:
-    """What came of a run.
+    """What a run gives.
 
     Attributes:
         backbone: The pretrained network on the CPU, as its library builds it. None after a dry
             run, and on the processes of a run that do not write.
-        metrics: The figures of the last step, by the names of `metrics.jsonl`; of a dry run, what
+        metrics: The metrics of the last step, by the names of `metrics.jsonl`; of a dry run, what
             was found out.
         run_dir: The folder of the run.
     """
@@ -301,297 +53,163 @@ class PretrainResult:
     run_dir: Path
 
 
-class Run:
-    """A run, put together.
+class ResumePoint(NamedTuple):
+    """Where a run goes on: the checkpoint's contents, the steps done, the images seen."""
+
+    held: Mapping[str, Any]
+    step: int
+    samples: int
+
+
+def fit(
+    fabric: Fabric,
+    setup: Setup,
+    step: TrainingStep,
+    run_dir: RunDir,
+    stop: StopSignal,
+    colours: Tensor | None,
+) -> dict[str, float]:
+    """Train until the last step, or until asked to stop; the metrics of the last step."""
+    plan, schedule = setup.plan, setup.plan.schedule
+    folder = run_dir.path if fabric.is_global_zero else None
+    stream = BatchStream(setup, fabric.global_rank, folder, step, stop)
+    loggers = build_loggers(plan.loggers, folder, step.step) if folder else []
+    metrics = MetricsWriter(
+        fabric, folder, schedule.steps, schedule.warmup_steps, lambda: stream.waited, loggers
+    )
+    pictures, probe = build_validation(setup, run_dir, colours, metrics)
+    saver = CheckpointSaver(step, run_dir, plan.keep_checkpoints, metrics, pictures)
+
+    with closing(stream), metrics.recording(step.step):
+        if pictures:
+            pictures.draw(step)
+        if plan.probe_every and step.step % plan.probe_every == 0:
+            if probe and step.step not in probe.scores():  # else the run was killed in between
+                probe.run(step)
+            fabric.barrier()
+        for batch in stream:
+            first = metrics.batch is None
+            if folder and plan.compares_pixels and (first or due(plan.picture_every, step.step)):
+                draw_batch(batch, step.learner, step.normalise, plan, folder)
+            keep_features = metrics.begin_step(step.step, batch)
+            metrics.end_step(step(batch, keep_features=keep_features))
+            if due(plan.checkpoint_every, step.step):
+                saver.save()
+            if stop.received_anywhere(fabric, step.step):
+                break
+            if pictures and due(plan.picture_every, step.step):
+                pictures.draw(step)
+            if plan.probe_every and (
+                due(plan.probe_every, step.step) or step.step == schedule.steps
+            ):
+                saver.save()
+                if probe:
+                    probe.run(step)
+                fabric.barrier()
+        metrics.settle()
+        saver.save()
+        if pictures:
+            pictures.draw(step)
+    return metrics.last
+
+
+def due(every: int, step: int) -> bool:
+    """Whether something happens after a step; 0 is never."""
+    return every > 0 and step % every == 0
+
+
+class BatchStream:
+    """The batches of the rest of a run, epoch after epoch.
 
     Args:
-        config: The settings as given.
-        objects: Images that are Python objects, or None.
-        directory: Its folder, which may not be there yet.
-        interruption: What notes that it is told to stop.
+        setup: Plan and data.
+        rank: Of this process.
+        folder: Where unreadable images are listed; None on processes that do not write.
+        step: How far the run has come.
+        stop: A loader worker that died after a signal is no error, and ends the stream.
     """
 
     def __init__(
-        self,
-        config: PretrainConfig,
-        objects: Any,
-        directory: RunDirectory,
-        interruption: Interruption,
+        self, setup: Setup, rank: int, folder: Path | None, step: TrainingStep, stop: StopSignal
     ) -> None:
-        self.directory = directory
-        self.interruption = interruption
-        self.devices = devices(config)
-        check_loggers(config)
-        LOG.info("%s", described(self.devices))
-        if config.resume:
-            compared(config, directory)
-        data = objects if objects is not None else config.data
-        self.images = build.images_of(data, config, directory if config.resume else None)
-        self.labelled = open_labelled(config.probe) if config.probe is not None else None
-        self.facts = build.facts_of(self.images, self.devices)
-        config = decided(config, self.facts)
-        build.check_batch(config, self.devices)
-        self.clock = clock_of(config, self.facts.images)
-        torch.manual_seed(config.seed)
-        goes_on = config.resume and bool(directory.checkpoint_paths())
-        net = build.backbone_of(config, self.facts.channels, empty=goes_on)
-        self.learner = build.learner_of(config, net, self.facts.channels)
-        self.config = build.fitted(config, self.learner)
-        self.task = build.task_of(self.config, self.learner, self.images.statistics, self.clock)
+        self.loader: StatefulLoader | None
+        self.loader = build.build_train_loader(setup.plan, setup.data, rank, folder)
+        self.loader.start_at(step.samples)
+        self.batches = take(self.loader, setup.plan.schedule.steps - step.step, stop)
 
     @property
-    def shards(self) -> bool:
-        """Whether no process holds the whole network."""
-        return self.devices.processes > 1 and self.config.strategy == "fsdp"
+    def waited(self) -> float:
+        """Seconds spent waiting for data so far."""
+        return self.loader.waited if self.loader is not None else 0.0
 
-    def done(self) -> PretrainResult:
-        """What comes of it."""
-        self.tell()
-        checkpoint = self.start()
-        remaining = self.clock.steps - self.task.done
-        figures: dict[str, Any] = {}
-        if remaining > 0:
-            figures = self.trained(checkpoint, remaining)
-        elif checkpoint is not None:
-            LOG.info("all %d steps are done already", self.clock.steps)
-            self.task.load_state_dict(read_checkpoint(checkpoint)["state_dict"])
-        return PretrainResult(self.exported(), figures, self.directory.path)
+    def __iter__(self) -> Iterator[Pairs]:
+        return self.batches
 
-    def tell(self) -> None:
-        """Log what was decided."""
-        c, statistics = self.config, self.images.statistics
-        LOG.info(
-            "%d images to train on, %d held out, typically %d x %d with %d channels; mean %s, "
-            "std %s%s",
-            len(self.images.training),
-            len(self.images.held_out),
-            *statistics.median_size,
-            statistics.channels,
-            rounded(statistics.mean),
-            rounded(statistics.std),
-            ""
-            if statistics.low is None
-            else f"; values from {rounded(statistics.low)} to {rounded(statistics.high)} become "
-            "0 to 1",
-        )
-        LOG.info(
-            "%d steps of %d images (%d an epoch, %d of warm-up), learning rate up to %.3g, %s, "
-            "views of %d x %d pixels, layers %s and %s, %s workers",
-            self.clock.steps,
-            c.batch_size,
-            self.clock.steps_per_epoch,
-            self.clock.warmup,
-            self.task.practice.lr.peak,
-            c.precision,
-            *build.view_size(c),
-            c.pixel_layer,
-            c.instance_layer,
-            workers(c, self.facts),
-        )
-        if self.facts.images < (c.batch_size if isinstance(c.batch_size, int) else 0):
-            LOG.warning(
-                "there are fewer images (%d) than a batch has (%d): some come twice in a batch",
-                self.facts.images,
-                c.batch_size,
-            )
-        level = logging.INFO if c.dry_run else logging.DEBUG
-        LOG.log(level, "settings:\n%s", as_yaml(c))
-
-    def start(self) -> Path | None:
-        """Prepare the folder for the first step; the checkpoint to go on from, if there is one."""
-        found = None
-        if self.config.resume:
-            changed = compared(self.config, self.directory)
-            for name, (old, new) in changed.items():
-                LOG.warning("changed: %s was %r and is now %r", name, old, new)
-            found = self.directory.newest_checkpoint()
-            if found is None:
-                LOG.warning("no checkpoint in %s: starting at step 0", self.directory.checkpoints)
-            else:
-                held = read_checkpoint(found[0])
-                refuse_misfits(tensors_of(self.task), held["state_dict"])
-                self.task.done, self.task.samples = self.clock_at(held)
-                refuse_idle_changes(changed, self.task.done, self.clock.steps)
-                LOG.info("going on at step %d, from %s", self.task.done, found[0])
-        step = found[1] if found else 0
-        counted_otherwise = found is not None and self.task.done != step
-        if is_writer():
-            dropped = self.directory.cut_metrics(step)
-            if dropped:
-                LOG.info("dropped %d lines of metrics after step %d", dropped, step)
-            self.directory.forget_after(step)
-            if found and counted_otherwise:
-                self.directory.renumber(found[0], step, self.task.done)
-            self.directory.write_config(as_yaml(self.config))
-            if not (self.directory.path / build.STATISTICS_FILE).exists():
-                build.save_statistics(self.images, self.directory)
-            # Now, not at the end: with it the checkpoints can be evaluated while the run goes on.
-            card = build.card_of(self.config, self.images.statistics)
-            save_card(self.directory.path / WEIGHTS, card)
-        if counted_otherwise:
-            return self.directory.checkpoints / LAST  # the others may have moved meanwhile
-        return found[0] if found else None
-
-    def clock_at(self, held: Mapping[str, Any]) -> tuple[int, int]:
-        """Step and samples to go on at; where the batch changed, a run in epochs counts samples."""
-        step, samples = int(held["steps_done"]), int(held["samples"])
-        if self.config.steps is None:
-            assert isinstance(self.config.batch_size, int)
-            step = samples // self.config.batch_size
-        return step, samples
-
-    def trained(self, checkpoint: Path | None, remaining: int) -> dict[str, Any]:
-        """Train, and give the figures of the last step.
-
-        Raises:
-            Interrupted: The run was told to stop, and has saved.
-        """
-        writes = is_writer()
-        folder = self.directory.path if writes else None
-        stream = Stream(
-            lambda rank: loader_of(self.config, self.images, self.facts, rank, folder),
-            self.task.samples,
-            remaining,
-            lambda: self.interruption.signal is not None,
-        )
-        figures = Figures(
-            self.directory if writes else None,
-            lambda: stream.waited,
-            self.clock.steps,
-            self.clock.warmup,
-        )
-        trainer = trainer_of(
-            self.config,
-            self.devices,
-            self.directory.path,
-            self.task.done,
-            remaining,
-            self.callbacks(figures),
-        )
-        try:
-            trainer.fit(self.task, stream, ckpt_path=checkpoint, weights_only=True)
-        finally:
-            stream.close()
-        if self.interruption.signal is not None:
-            LOG.warning(
-                "stopped at step %d of %d as told, and saved; --resume goes on",
-                self.task.done,
-                self.clock.steps,
-            )
-            self.interruption.leave()
-        return figures.last
-
-    def callbacks(self, figures: Figures) -> list[Callback]:
-        """What happens beside the steps, in this order."""
-        c = self.config
-        assert isinstance(c.checkpoint_every, int)
-        assert isinstance(c.batch_size, int)
-        each = c.batch_size // self.devices.processes
-        checkpoints = Checkpoints(self.directory, c.checkpoint_every, c.keep_checkpoints, figures)
-        wanted: list[Callback] = [figures, checkpoints, StopWhenAsked(self.interruption)]
-        if c.accumulate == "auto":
-            size = build.view_size(c)
-            # With a shard each, processes would have to try the same sizes at the same time.
-            to_try = self.devices.kind == "cuda" and not self.shards
-            taken = None if to_try else estimate(self.task, size, str(c.precision))
-            wanted.insert(0, FitMemory(each, size, taken))
-        assert isinstance(c.picture_every, int)
-        if c.alpha > 0:
-            folder = self.directory.path / PREVIEW
-            wanted.append(Preview(folder, c.distance_thres, c.picture_every))
-        if self.shards:
-            if c.probe is not None:
-                LOG.warning(
-                    "with fsdp no process has the whole network: nothing is probed or drawn"
-                )
-            return wanted
-        # Figures first of the two: what is measured here stands in the lines of the next steps.
-        card = build.card_of(c, self.images.statistics)
-        held_out = len(self.images.held_out) > 0
-        if c.picture_every and is_writer():
-            wanted.append(
-                Watching(
-                    self.directory,
-                    figures,
-                    card,
-                    self.images.held_out if held_out else self.images.training,
-                    held_out=held_out,
-                    statistics=self.images.statistics,
-                    every=c.picture_every,
-                )
-            )
-        if self.labelled is not None:
-            assert isinstance(c.probe_every, int)
-            every = c.probe_every * self.clock.steps_per_epoch
-            wanted.append(
-                Probe(
-                    self.directory,
-                    figures,
-                    checkpoints,
-                    card,
-                    self.labelled,
-                    protocol=c.probe_protocol,
-                    every=every,
-                    steps=self.clock.steps,
-                )
-            )
-        return wanted
-
-    def exported(self) -> nn.Module | None:
-        """Write the backbone, and read it as whoever uses it will."""
-        if not is_writer():
-            return None
-        path = self.directory.path / WEIGHTS
-        net = self.whole_backbone() if self.task.sharded else self.learner.net
-        save_backbone(path, net, build.card_of(self.config, self.images.statistics))
-        LOG.info("the backbone is in %s", path)
-        return load_backbone(self.directory.path)
-
-    def whole_backbone(self) -> nn.Module:
-        """The backbone, of which this process holds a shard, out of the last checkpoint."""
-        found = self.directory.newest_checkpoint()
-        assert found is not None
-        state = read_checkpoint(found[0])["state_dict"]
-        size = build.view_size(self.config)
-        net = build_backbone(self.config.model, channels=self.facts.channels, image_size=size)
-        own = {n.removeprefix(IN_TASK): t for n, t in state.items() if n.startswith(IN_TASK)}
-        net.load_state_dict(own)
-        return net
-
-    def tried(self) -> PretrainResult:
-        """A dry run: what a batch looks like, and what it will take."""
-        self.tell()
-        loader = loader_of(self.config, self.images, self.facts, 0, None)
-        batch = cut(next(iter(loader)), slice(TRIED))
-        found: dict[str, Any] = {}
-        with torch.no_grad():
-            terms = self.learner(self.task.views(batch), return_terms=True)
-        found["positive_pairs"] = float(terms.positive_pairs) / len(batch.one)
-        found["images_without_pairs"] = int(terms.images_without_pairs)
-        assert isinstance(self.config.batch_size, int)
-        each = self.config.batch_size // self.devices.processes
-        taken = estimate(self.task, build.view_size(self.config), str(self.config.precision))
-        found["memory_mib"] = taken.of(each) / 2**20
-        LOG.info(
-            "%.1f matching pairs an image; %d of %d images have none",
-            found["positive_pairs"],
-            found["images_without_pairs"],
-            len(batch.one),
-        )
-        device = torch.device(self.devices.kind)
-        free = free_memory(device) / 2**20
-        LOG.info("%s; %.0f MiB are free on %s", taken.told(each), free, device)
-        if self.config.alpha > 0:
-            folder = self.directory.path / PREVIEW
-            folder.mkdir(parents=True, exist_ok=True)
-            [path] = draw_batch_pairs(self.task, batch, folder, self.config.distance_thres, 1)
-            LOG.info("a preview is in %s", path)
-        return PretrainResult(None, found, self.directory.path)
+    def close(self) -> None:
+        """Let the workers end now: else the end of the process would wait for them."""
+        self.batches.close()
+        self.loader = None
 
 
-def rounded(values: Sequence[float] | None) -> str:
-    """Some numbers as a text of three digits each."""
-    return "-" if values is None else ", ".join(f"{value:.3g}" for value in values)
+def take(loader: StatefulLoader, steps: int, stop: StopSignal) -> Generator[Pairs, None, None]:
+    """``steps`` batches of a loader, epoch after epoch."""
+    given = 0
+    while given < steps:
+        batches = iter(loader)
+        while given < steps:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                break
+            except (RuntimeError, OSError, EOFError):  # by where the worker was when it died
+                if stop.received():
+                    return
+                raise
+            yield batch
+            given += 1
+
+
+class CheckpointSaver:
+    """Saves a step's checkpoint, once; every process takes part, one writes."""
+
+    def __init__(
+        self,
+        step: TrainingStep,
+        run_dir: RunDir,
+        keep: int,
+        metrics: MetricsWriter,
+        pictures: FeaturePictures | None,
+    ) -> None:
+        self.step, self.run_dir, self.keep = step, run_dir, keep
+        self.metrics, self.pictures = metrics, pictures
+        self.saved_at = step.step
+
+    def save(self) -> None:
+        """Save now, unless this step is saved already or its metrics are not finite."""
+        if self.saved_at == self.step.step:
+            return
+        self.metrics.settle()
+        held = self.step.state_dict()
+        held["colours"] = self.pictures.colours if self.pictures else None
+        if self.step.fabric.is_global_zero:
+            self.run_dir.save_checkpoint(held, self.step.step, self.keep)
+        self.saved_at = self.step.step
+
+
+def build_validation(
+    setup: Setup, run_dir: RunDir, colours: Tensor | None, metrics: MetricsWriter
+) -> tuple[FeaturePictures | None, Probe | None]:
+    """What looks at the network, on the process that writes and holds all of it."""
+    plan, latest = setup.plan, metrics.latest
+    if not is_writer() or plan.sharded:
+        return None, None
+    card = build.build_card(plan, setup.data.statistics)
+    pictures = probe = None
+    if plan.picture_every:
+        pictures = FeaturePictures(run_dir.path, card, setup.data, colours, latest)
+    if setup.probe_splits:
+        probe = Probe(run_dir, card, setup.probe_splits, plan.probe_protocol, latest)
+    return pictures, probe
 
 
 def pretrain(data: Any = None, out: str | Path | None = None, **settings: Any) -> PretrainResult:
@@ -601,26 +219,26 @@ def pretrain(data: Any = None, out: str | Path | None = None, **settings: Any) -
         data: A folder of images, or several; a text file of paths; WebDataset shards; or a Python
             sequence of tensors, arrays or PIL images, or a torch data set.
         out: Folder of the run.
-        **settings: The settings of `PretrainConfig` by name, each as `pixelcl pretrain --help`
-            tells it.
+        **settings: The settings of `PretrainConfig` by name, as `pixelcl pretrain --help` describes
+            them.
 
     Returns:
-        The backbone, the figures of the last step, and the folder.
+        The backbone, the metrics of the last step, and the folder.
 
     Raises:
         ValueError: A setting unknown or out of range (all at once), a folder in use, images or
             weights that cannot be read.
         NotFiniteError: The loss became NaN; the last good checkpoint is kept, if there was one.
-        Interrupted: The run was told to stop, and has saved.
+        Interrupted: The run was asked to stop, and has saved.
     """
-    named, objects = told_apart(data)
+    places, objects = split_data(data)
     paths = {name: str(value) for name, value in settings.items() if isinstance(value, Path)}
-    given = settings | paths | named | ({} if out is None else {"out": str(out)})
-    return run(configured(settings_of(given)), objects)
+    given = settings | paths | places | ({} if out is None else {"out": str(out)})
+    return run(to_config(settings_of(given)), objects)
 
 
 def signature() -> Signature:
-    """The signature of `pretrain` as its settings make it, for editors and `help`."""
+    """The signature of `pretrain`, for editors and `help`: the settings are its keywords."""
     own = [field for field in fields(PretrainConfig) if field.name not in ("data", "out")]
     kinds = Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY
     first = [Parameter(name, kinds[0], default=None) for name in ("data", "out")]
@@ -631,8 +249,8 @@ def signature() -> Signature:
 setattr(pretrain, "__signature__", signature())  # noqa: B010  # functions have no such field
 
 
-def told_apart(data: Any) -> tuple[dict[str, Any], Any]:
-    """Data given by name, as settings; or the Python object that it is."""
+def split_data(data: Any) -> tuple[dict[str, Any], Any]:
+    """Data that is named, as settings; or the Python object that it is."""
     if data is None:
         return {}, None
     if isinstance(data, (str, Path)):
@@ -643,59 +261,29 @@ def told_apart(data: Any) -> tuple[dict[str, Any], Any]:
 
 
 def run(config: PretrainConfig, objects: Any = None) -> PretrainResult:
-    """Do what the settings say.
-
-    Args:
-        config: The settings.
-        objects: Images that are Python objects, in place of `config.data`.
+    """Do what the settings say; ``objects`` are Python objects in place of ``config.data``.
 
     Raises:
         ValueError: See `pretrain`.
     """
-    if config.out is None:
-        raise ValueError("out is not given; name the folder of the run, such as --out runs/mine")
-    directory = RunDirectory(Path(config.out).expanduser().absolute())
-    if not config.data and objects is None:
-        if config.resume and not (directory.path / CONFIG_FILE).is_file():
-            raise ValueError(
-                f"out is {config.out!r}, where no run is to go on with; name the folder of one, or "
-                "name images to begin a new one"
-            )
-        if config.resume:
-            raise ValueError(
-                f"data is not given, and the run in {config.out!r} was given Python objects: pass "
-                "the same to pretrain()"
-            )
-        if directory.holds_run():
-            raise ValueError(
-                f"data is not given; {config.out!r} holds a run, with which --resume goes on. For "
-                "a new one name a folder of images"
-            )
-        raise ValueError("data is not given; name a folder of images")
-    if directory.path.resolve() in [Path(place).expanduser().resolve() for place in config.data]:
-        raise ValueError(
-            f"out is {config.out!r}, where the images are, too; give the run a folder of its own"
-        )
-    if is_writer():
-        directory.check(resume=config.resume, overwrite=config.overwrite)
-        if config.overwrite:
-            directory.refuse_within([*config.data, *([config.probe] if config.probe else [])])
-    with (
-        logged(to_terminal=is_writer()) as log,
-        quiet_lightning(),
-        Interruption() as interruption,
-    ):
+    run_dir = check_places(config, objects)
+    with logging_to(terminal=is_writer()) as log, quiet_lightning(), StopSignal() as stop:
         try:
-            planned = Run(config, objects, directory, interruption)
-            interruption.leave()
+            setup = prepare(config, objects, run_dir)
+            stop.exit_if_received()
             if config.dry_run:
-                found = planned.tried()
-                interruption.leave()
-                return found
-            if is_writer():  # only now: what was refused leaves no trace
-                directory.prepare(overwrite=config.overwrite)
-                log.open(directory.path / LOG_FILE)
-            return planned.done()
+                result = PretrainResult(None, dry_run(setup, run_dir), run_dir.path)
+            elif is_writer():  # only now: what was refused leaves no trace
+                with run_dir.locked():
+                    run_dir.check(resume=config.resume, overwrite=config.overwrite)
+                    if config.overwrite:
+                        run_dir.remove_run()
+                    log.open(run_dir.path / run_layout.LOG)
+                    result = train(setup, run_dir, stop)
+            else:
+                result = train(setup, run_dir, stop)
+            stop.exit_if_received()
+            return result
         except Exception as error:
             LOG.error("%s: %s", type(error).__name__, error, extra={"file_only": True})
             raise
@@ -711,10 +299,120 @@ def quiet_lightning() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"lightning\..*")
-            warnings.filterwarnings(
-                "ignore", message="FSDP2-wrapped module"
-            )  # ours add nothing in place
+            warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # nothing in place
             yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+def train(setup: Setup, run_dir: RunDir, stop: StopSignal) -> PretrainResult:
+    """Train, from the newest checkpoint where the run is resumed, and export the backbone.
+
+    Raises:
+        Interrupted: The run was asked to stop, and has saved.
+    """
+    plan, steps = setup.plan, setup.plan.schedule.steps
+    resumed = find_resume_point(setup, run_dir)
+    if resumed is not None and resumed.step >= steps:
+        LOG.info("all %d steps are done already", steps)
+        state = resumed.held["state_dict"]
+        setup.learner.load_state_dict({n.removeprefix(LEARNER): t for n, t in state.items()})
+        return PretrainResult(export_backbone(setup, run_dir, setup.learner.net), {}, run_dir.path)
+    tried = plan.device in TRIED_ON and not plan.sharded
+    needed = None if tried or plan.accumulate else estimate(setup.learner, plan)  # before sharding
+    fabric = build.build_fabric(plan, setup.devices)
+    fabric.launch()
+    torch.backends.cudnn.benchmark = plan.device == "cuda"
+    step = TrainingStep(fabric, setup.learner, plan, setup.normalise)
+    colours = None
+    if resumed is not None:
+        step.load_state_dict(resumed.held)
+        step.step, step.samples, colours = (
+            resumed.step,
+            resumed.samples,
+            resumed.held.get("colours"),
+        )
+    step.accumulate = plan.accumulate or choose_accumulate(fabric, step, plan, needed)
+    metrics = fit(fabric, setup, step, run_dir, stop, colours)
+    if stop.received():
+        LOG.warning(
+            "stopped at step %d of %d as asked, and saved; --resume goes on", step.step, steps
+        )
+        stop.exit_if_received()
+    net = whole_backbone(setup, run_dir) if plan.sharded else step.learner.net
+    return PretrainResult(export_backbone(setup, run_dir, net), metrics, run_dir.path)
+
+
+def find_resume_point(setup: Setup, run_dir: RunDir) -> ResumePoint | None:
+    """Prepare the folder for the first step; where to go on, None for a new run.
+
+    Raises:
+        ValueError: A checkpoint that does not fit, or changes that nothing is trained with.
+    """
+    plan, point, number = setup.plan, None, 0
+    found = None if setup.changed is None else run_dir.newest_checkpoint()
+    for name, (old, new) in (setup.changed or {}).items():
+        LOG.warning("changed: %s was %r and is now %r", name, old, new)
+    if found is not None:
+        path, held = found
+        check_shapes(setup.learner, held["state_dict"])
+        done, samples = int(held["steps_done"]), int(held["samples"])
+        # A run in epochs counts images, so that another batch size gives another step.
+        step = done if plan.settings.steps is not None else samples // plan.batch_size
+        numbered = path.stem.removeprefix("step-")
+        number = int(numbered) if numbered.isdecimal() else done
+        point = ResumePoint(held, step, samples)
+        check_idle_changes(setup.changed or {}, step, plan.schedule.steps)
+        LOG.info("going on at step %d, from %s", step, path)
+    elif setup.changed is not None:
+        LOG.warning("no checkpoint in %s: starting at step 0", run_dir.checkpoints)
+    if is_writer():
+        run_dir.checkpoints.mkdir(parents=True, exist_ok=True)
+        dropped = run_dir.truncate(number)
+        if dropped:
+            LOG.info("dropped %d lines of metrics after step %d", dropped, number)
+        run_dir.discard_after(number)
+        if found is not None and point is not None and point.step != number:
+            run_dir.renumber(found[0], number, point.step)
+        run_dir.write_config(as_yaml(plan.settings))
+        build.save_statistics(setup.data, run_dir.path)
+        # Now, not at the end: with it the checkpoints can be evaluated while the run goes on.
+        card = build.build_card(plan, setup.data.statistics)
+        save_card(run_dir.path / run_layout.WEIGHTS, card)
+    return point
+
+
+def check_shapes(learner: PixelCL, held: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint whose weights do not fit, before anything of the run is changed."""
+    for name, own in tensors_of(learner).items():
+        there = held.get(LEARNER + name)
+        if there is not None and tuple(there.shape) != tuple(own.shape):
+            raise ValueError(
+                f"a run cannot go on with other weights: {LEARNER}{name} has the shape "
+                f"{tuple(there.shape)} in the checkpoint and {tuple(own.shape)} now; leave "
+                "image_size and the model as they were, or start a new run in another folder with "
+                "--weights"
+            )
+
+
+def export_backbone(setup: Setup, run_dir: RunDir, net: nn.Module) -> nn.Module | None:
+    """Write the backbone, and load it as its users will; None on processes that do not write."""
+    if not is_writer():
+        return None
+    path = run_dir.path / run_layout.WEIGHTS
+    save_backbone(path, net, build.build_card(setup.plan, setup.data.statistics))
+    LOG.info("the backbone is in %s", path)
+    return load_backbone(run_dir.path)
+
+
+def whole_backbone(setup: Setup, run_dir: RunDir) -> nn.Module:
+    """The backbone, of which this process holds a shard, from the last checkpoint."""
+    found = run_dir.newest_checkpoint()
+    assert found is not None
+    state = found[1]["state_dict"]
+    channels = setup.data.statistics.channels
+    net = build_backbone(setup.plan.model, channels=channels, image_size=setup.plan.view_size)
+    own = {n.removeprefix(BACKBONE): t for n, t in state.items() if n.startswith(BACKBONE)}
+    net.load_state_dict(own)
+    return net

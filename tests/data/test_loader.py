@@ -34,7 +34,7 @@ from pixel_level_contrastive_learning.data.loader import (
 from pixel_level_contrastive_learning.data.sources import Chosen, Source, open_source
 from pixel_level_contrastive_learning.data.statistics import Statistics, measure
 from pixel_level_contrastive_learning.geometry import cell_centres
-from pixel_level_contrastive_learning.trainer.logging import logged
+from pixel_level_contrastive_learning.trainer.logging import logging_to
 
 PLAIN = Photometry(prob_jitter=0, prob_gray=0, prob_blur=0)
 HALF_A_PIXEL = 0.5
@@ -402,7 +402,7 @@ def test_a_name_that_is_no_text_is_listed_once_by_its_bytes(tmp_path, capsys, mo
     form = measure(source)
     Path(os.fsdecode(name)).write_bytes(b"")
     skipped = tmp_path / "skipped.txt"
-    with logged(to_terminal=True) as log:
+    with logging_to(terminal=True) as log:
         log.open(tmp_path / "train.log")
         for _ in range(2):  # and once more by a run that goes on
             list(build_loader(source, form, image_size=(8, 8), batch_size=2, skipped_file=skipped))

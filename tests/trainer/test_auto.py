@@ -1,22 +1,22 @@
-"""What `auto` comes to."""
+"""What `auto` comes to, and the schedules, against the authors' formulas."""
 
 from dataclasses import replace
+from math import cos, pi
 
 import pytest
 
 from pixel_level_contrastive_learning.trainer.auto import (
-    Facts,
-    base_lr,
-    clock_of,
-    decided,
-    epochs,
-    peak_lr,
-    view_side,
-    workers,
+    Info,
+    RunPlan,
+    Schedule,
+    default_epochs,
+    resolve,
+    view_size,
 )
-from pixel_level_contrastive_learning.trainer.config import PretrainConfig
+from pixel_level_contrastive_learning.trainer.config import RECIPES, PretrainConfig
+from pixel_level_contrastive_learning.trainer.config_io import settings_of, to_config
 
-LAPTOP = Facts(
+LAPTOP = Info(
     images=1000,
     typical_size=(480, 640),
     channels=3,
@@ -24,15 +24,31 @@ LAPTOP = Facts(
     native_bfloat16=False,
     processes=1,
     cores=2,
+    batch_norm=True,
+    pixel_layer="layer4",
+    instance_layer="avgpool",
 )
+IMAGENET = replace(
+    LAPTOP,
+    images=1_281_167,
+    typical_size=(375, 500),
+    device="cuda",
+    native_bfloat16=True,
+    processes=8,
+    cores=12,
+)
+
+
+def planned(info: Info = LAPTOP, **given: object) -> RunPlan:
+    return resolve(PretrainConfig(**given), info)
 
 
 @pytest.mark.parametrize(
     ("size", "side"),
     [((480, 640), 224), ((224, 9000), 224), ((200, 300), 192), ((64, 40), 64), ((1, 10000), 64)],
 )
-def test_view_side_is_what_small_images_allow(size, side) -> None:
-    assert view_side(size) == side
+def test_views_are_as_large_as_small_images_allow(size, side) -> None:
+    assert view_size(PretrainConfig(), size) == (side, side)
 
 
 @pytest.mark.parametrize(
@@ -40,100 +56,161 @@ def test_view_side_is_what_small_images_allow(size, side) -> None:
     [(10, 1000), (1000, 300), (3000, 100), (1_281_167, 99), (12_800_000, 10), (10**9, 1)],
 )
 def test_few_images_are_seen_more_often(images, passes) -> None:
-    assert epochs(images) == passes
+    assert default_epochs(images) == passes
 
 
-def test_everything_is_decided() -> None:
-    config = decided(PretrainConfig(), LAPTOP)
-    left = {name for name, value in vars(config).items() if value == "auto"}
-    by_network = {"lr", "pixel_layer", "instance_layer"}
-    assert left == by_network | {"accumulate", "workers", "devices", "accelerator", "strategy"}
-    assert (config.batch_size, config.precision, config.image_size) == (32, "float32", 224)
+def test_the_settings_written_down_leave_auto_to_the_system_alone() -> None:
+    plan = planned()
+    left = {name for name, value in vars(plan.settings).items() if value == "auto"}
+    assert left == {"accumulate", "workers", "devices", "accelerator", "strategy"}
+    assert (plan.batch_size, plan.precision, plan.view_size) == (32, "float32", (224, 224))
+    assert (plan.settings.image_size, plan.settings.pixel_layer) == (224, "layer4")
+    assert resolve(plan.settings, LAPTOP) == plan
 
 
 def test_blur_is_a_share_of_the_view() -> None:
     def blur(**given: object) -> tuple[float, float]:
-        return decided(PretrainConfig(**given), LAPTOP).blur_sigma
+        return planned(**given).photometry[1].sigma
 
     assert blur(image_size=224) == (0.1, 2.0)
     assert blur(image_size=(112, 448)) == (0.05, 1.0)
     assert blur(image_size=112, blur_sigma=(0.3, 0.4)) == (0.3, 0.4)
 
 
-def test_deciding_twice_changes_nothing() -> None:
-    config = decided(PretrainConfig(), LAPTOP)
-    assert decided(config, LAPTOP) == config
-
-
 def test_checkpoints_are_an_epoch_apart_or_far_apart_on_a_gpu() -> None:
-    def every(images: int, **facts: str) -> object:
-        return decided(PretrainConfig(), replace(LAPTOP, images=images, **facts)).checkpoint_every
+    every = [planned(replace(LAPTOP, images=n)).checkpoint_every for n in (320, 12800, 10**6)]
+    assert every == [100, 400, 1000]
+    # On a GPU a step may take a twentieth of a second.
+    assert planned(replace(LAPTOP, images=320, device="cuda")).checkpoint_every == 1000
 
-    assert [every(images) for images in (320, 12800, 10**6)] == [100, 400, 1000]
-    assert every(320, device="cuda") == 1000  # where a step may take a twentieth of a second
 
-
-def test_looks_at_the_network_take_little_of_any_run() -> None:
-    def every(steps: int, batch: int, **facts: int) -> object:
-        given = PretrainConfig(steps=steps, batch_size=batch)
-        return decided(given, replace(LAPTOP, **facts)).picture_every
+def test_pictures_take_little_of_any_run() -> None:
+    def every(steps: int, batch: int, processes: int = 1) -> int:
+        info = replace(LAPTOP, processes=processes)
+        return planned(info, steps=steps, batch_size=batch).picture_every
 
     assert every(10_000, 24) == 1000
     for batch, processes in ((8, 1), (24, 1), (24, 3), (256, 1)):
-        each = batch // processes
         for steps in (1000, 2000):
-            between = every(steps, batch, processes=processes)
-            # A look is 128 views forward, a step of each image six forward passes and two more.
-            assert 128 / (8 * each) < 0.02 * between
+            # Pictures are 128 views forward, a step of an image six forward passes and two more.
+            assert 128 / (8 * batch / processes) < 0.02 * every(steps, batch, processes)
     assert every(1000, 8) == 134
 
 
-def test_bfloat16_is_taken_where_it_is_native_and_names_of_lightning_are_understood() -> None:
+def test_probes_come_ten_times_in_a_run_or_never() -> None:
+    assert planned(steps=1000).probe_every == 0
+    assert planned(probe="masks", steps=1000).probe_every == 93  # three epochs of 31 steps
+    sharded = {"strategy": "fsdp", "batch_size": 8}
+    assert planned(replace(LAPTOP, processes=2), probe="masks", **sharded).probe_every == 0
+
+
+def test_bfloat16_is_used_where_it_is_native_and_names_of_lightning_are_understood() -> None:
     native = replace(LAPTOP, native_bfloat16=True)
-    assert decided(PretrainConfig(), native).precision == "bfloat16"
-    assert decided(PretrainConfig(precision="32-true"), native).precision == "float32"
-    assert decided(PretrainConfig(precision="bf16"), LAPTOP).precision == "bfloat16"
+    assert planned(native).precision == "bfloat16"
+    assert planned(native, precision="32-true").precision == "float32"
+    assert planned(precision="bf16").precision == "bfloat16"
 
 
-def test_learning_rate_grows_with_the_batch() -> None:
-    def peak(optimizer: str, batch: int) -> float:
-        return peak_lr(
-            decided(PretrainConfig(optimizer=optimizer, lr=1.0, batch_size=batch), LAPTOP)
-        )
+def test_the_learning_rate_grows_with_the_batch() -> None:
+    def peaks(optimizer: str) -> list[float]:
+        given = {"optimizer": optimizer, "lr": 1.0}
+        return [planned(batch_size=b, **given).schedule.peak_lr for b in (64, 256, 1024)]
 
-    assert [peak("sgd", b) for b in (64, 256, 1024)] == [0.25, 1.0, 4.0]
-    assert [peak("adamw", b) for b in (64, 256, 1024)] == [0.5, 1.0, 2.0]
-
-
-def test_adam_is_given_less_where_no_batch_norm_bears_it() -> None:
-    for name in ("adamw", "adam"):
-        assert 0 < base_lr(name, batch_norm=False) < base_lr(name)
-    assert base_lr("lars", batch_norm=False) == base_lr("lars")
+    assert peaks("sgd") == [0.25, 1.0, 4.0]
+    assert peaks("adamw") == [0.5, 1.0, 2.0]
 
 
-def test_an_optimiser_without_known_learning_rate_asks_for_one() -> None:
-    with pytest.raises(ValueError, match="for which no learning rate is known"):
-        base_lr("rprop")
+@pytest.mark.parametrize(("name", "less"), [("adamw", True), ("adam", True), ("lars", False)])
+def test_adam_has_a_smaller_default_without_batch_norm(name, less) -> None:
+    without = planned(replace(LAPTOP, batch_norm=False), optimizer=name).settings.lr
+    assert (0 < without < planned(optimizer=name).settings.lr) is less
+
+
+def test_an_optimiser_without_default_learning_rate_asks_for_one() -> None:
+    with pytest.raises(ValueError, match="which has no default learning rate; give one with lr"):
+        planned(optimizer="rprop")
+    assert planned(optimizer="rprop", lr=0.1).settings.lr == 0.1
 
 
 def test_a_batch_is_no_larger_than_the_images_and_divides_among_processes() -> None:
-    assert decided(PretrainConfig(), replace(LAPTOP, images=20)).batch_size == 16
-    assert decided(PretrainConfig(), replace(LAPTOP, processes=3)).batch_size == 33
+    assert planned(replace(LAPTOP, images=20)).batch_size == 16
+    assert planned(replace(LAPTOP, processes=3)).batch_size == 33
     with pytest.raises(ValueError, match="give a multiple of 3, such as 12"):
-        decided(PretrainConfig(batch_size=10), replace(LAPTOP, processes=3))
+        planned(replace(LAPTOP, processes=3), batch_size=10)
+    with pytest.raises(ValueError, match="batch norm has no statistics of one image; give 4 or"):
+        planned(replace(LAPTOP, processes=2), batch_size=2)
+    assert planned(batch_size=1, instance_weight=0.0).batch_size == 1
 
 
-def test_clock_counts_whole_batches_and_a_tenth_is_warm_up() -> None:
-    clock = clock_of(decided(PretrainConfig(epochs=10, batch_size=30), LAPTOP), 1000)
-    assert (clock.steps_per_epoch, clock.steps, clock.warmup) == (33, 330, 33)
-    few = replace(LAPTOP, images=7)
-    clock = clock_of(decided(PretrainConfig(steps=40, batch_size=30), few), 7)
-    assert (clock.steps_per_epoch, clock.steps, clock.warmup) == (1, 40, 4)
+def test_a_run_counts_whole_batches_and_a_tenth_is_warm_up() -> None:
+    schedule = planned(epochs=10, batch_size=30).schedule
+    assert (schedule.steps_per_epoch, schedule.steps, schedule.warmup_steps) == (33, 330, 33)
+    schedule = planned(replace(LAPTOP, images=7), steps=40, batch_size=30).schedule
+    assert (schedule.steps_per_epoch, schedule.steps, schedule.warmup_steps) == (1, 40, 4)
 
 
 def test_workers_leave_cores_to_a_cpu_that_trains() -> None:
-    config = PretrainConfig()
-    assert workers(config, LAPTOP) == 1
-    assert workers(config, replace(LAPTOP, cores=16)) == 4
-    assert workers(config, replace(LAPTOP, device="cuda", cores=64)) == 16
-    assert workers(PretrainConfig(workers=0), LAPTOP) == 0
+    assert planned().workers == 1
+    assert planned(replace(LAPTOP, cores=16)).workers == 4
+    assert planned(replace(LAPTOP, device="cuda", cores=64)).workers == 16
+    assert planned(workers=0).workers == 0
+
+
+def authors_learning_rate(step: int, epochs: int, per_epoch: int, batch: int) -> float:
+    """As in the authors' scripts: warm-up of 5 epochs from a hundredth, then a cosine to 1e-6."""
+    base, warmup = 1.0 * batch / 256, 5 * per_epoch
+    if step <= warmup:
+        return base / 100 * ((100 - 1) * step / warmup + 1)
+    share = (step - warmup) / ((epochs - 5) * per_epoch)
+    return 1e-6 + (base - 1e-6) * (1 + cos(pi * share)) / 2
+
+
+def authors_momentum(k: int, total: int) -> float:
+    return 1 - (1 - 0.99) * (cos(pi * k / total) + 1) / 2
+
+
+@pytest.mark.parametrize(("recipe", "epochs"), [("pixpro-100ep", 100), ("pixpro-400ep", 400)])
+def test_recipe_is_the_authors_at_every_step(recipe, epochs) -> None:
+    schedule = resolve(to_config(settings_of({"recipe": recipe})), IMAGENET).schedule
+    steps = schedule.steps
+    assert (schedule.steps_per_epoch, steps) == (1251, 1251 * epochs)
+    for step in range(0, steps, 97 if epochs == 100 else 397):
+        expected = authors_learning_rate(step, epochs, 1251, 1024)
+        assert schedule.lr(step) == pytest.approx(expected, rel=1e-9)
+        assert schedule.momentum(step) == pytest.approx(
+            authors_momentum(step + 1, steps), rel=1e-12
+        )
+    assert schedule.lr(0) == pytest.approx(0.04)
+    assert schedule.lr(5 * 1251) == 4.0
+    assert schedule.momentum(steps - 1) == 1.0
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipe_has_the_authors_figures(recipe) -> None:
+    config = to_config(settings_of({"recipe": recipe}))
+    assert (config.batch_size, config.image_size) == (1024, 224)
+    assert (config.optimizer, config.weight_decay, config.lr) == ("lars", 1e-5, 1.0)
+    assert (config.crop_area, config.prob_hflip) == ((0.08, 1.0), 0.5)
+    assert config.aspect_ratio == (0.75, pytest.approx(1.3333333))
+    assert (config.jitter, config.prob_jitter) == ((0.4, 0.4, 0.2, 0.1), 0.8)
+    assert (config.prob_gray, config.prob_blur, config.blur_sigma) == (0.2, (1.0, 0.1), (0.1, 2.0))
+    assert config.prob_solarise == (0.0, 0.2)
+    assert (config.distance_thres, config.ppm_gamma, config.ppm_num_layers) == (0.7, 2.0, 1)
+    assert (config.loss, config.instance_weight, config.zero_init_residual) == ("pixpro", 0.0, True)
+    assert (config.projection_size, config.projection_hidden_size) == (256, 4096)
+
+
+def test_a_recipes_learning_rate_grows_with_the_batch_in_proportion() -> None:
+    config = to_config(settings_of({"recipe": "pixpro-100ep", "batch_size": 64}))
+    assert resolve(config, IMAGENET).schedule.peak_lr == pytest.approx(0.25)
+
+
+def test_warm_up_of_no_steps_begins_at_the_peak() -> None:
+    assert Schedule(10, 1, 0, 2.0, 0.0, 0.99).lr(0) == 2.0
+
+
+def test_warm_up_rises_by_equal_steps_from_a_hundredth() -> None:
+    schedule = Schedule(20, 1, 4, 1.0, 0.0, 0.99)
+    rates = [schedule.lr(step) for step in range(5)]
+    assert rates == pytest.approx([0.01, 0.2575, 0.505, 0.7525, 1.0])
+    assert schedule.lr(12) == pytest.approx(0.5)  # half way down the cosine

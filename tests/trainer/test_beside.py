@@ -60,7 +60,7 @@ def test_a_batch_too_large_for_memory_is_taken_in_parts(
             raise torch.OutOfMemoryError("CUDA out of memory")
         return forward(learner, views, *given, **named)
 
-    monkeypatch.setattr(trainer, "estimate", lambda *_: None)  # as on a GPU, where it is tried
+    monkeypatch.setattr(trainer, "TRIED_ON", ("cpu",))  # as on a GPU
     monkeypatch.setattr(PixelCL, "forward", limited)
     with caplog.at_level(logging.INFO):
         pretrain(**settings(batch_size=8))
@@ -69,7 +69,7 @@ def test_a_batch_too_large_for_memory_is_taken_in_parts(
     monkeypatch.undo()
     assert (tmp_path / "run" / "backbone.safetensors").exists()
     caplog.clear()
-    monkeypatch.setattr(trainer, "estimate", lambda *_: None)
+    monkeypatch.setattr(trainer, "TRIED_ON", ("cpu",))
     with caplog.at_level(logging.INFO):
         pretrain(out=tmp_path / "run", resume=True, steps=8)  # keeps its parts: 8 would fit now
     assert "2 at a time (accumulate 4)" in caplog.text
@@ -81,7 +81,7 @@ def test_an_image_that_fits_nowhere_ends_the_run_in_words(settings, monkeypatch)
     def never(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(trainer, "estimate", lambda *_: None)
+    monkeypatch.setattr(trainer, "TRIED_ON", ("cpu",))
     monkeypatch.setattr(PixelCL, "forward", never)
     with pytest.raises(MemoryError, match="2 images do not fit into memory; give a smaller image"):
         pretrain(**settings())

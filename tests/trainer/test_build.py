@@ -10,15 +10,16 @@ from pixel_level_contrastive_learning.backbones.checkpoint import read_backbone
 from pixel_level_contrastive_learning.backbones.factory import build_backbone, zero_last_norms
 from pixel_level_contrastive_learning.data.sources import open_source
 from pixel_level_contrastive_learning.data.statistics import measure
-from pixel_level_contrastive_learning.trainer import build
-from pixel_level_contrastive_learning.trainer.auto import base_lr
+from pixel_level_contrastive_learning.trainer import system
+from pixel_level_contrastive_learning.trainer.auto import resolve
 from pixel_level_contrastive_learning.trainer.build import (
-    backbone_of,
-    card_of,
-    facts_of,
-    fitted,
-    images_of,
-    layer,
+    TrainingData,
+    build_card,
+    build_learner,
+    build_net,
+    find_info,
+    layer_key,
+    open_data,
 )
 from pixel_level_contrastive_learning.trainer.config import PretrainConfig
 from pixel_level_contrastive_learning.trainer.system import Devices
@@ -80,14 +81,19 @@ def test_a_network_without_residual_norms_has_none_to_shut() -> None:
     ],
 )
 def test_a_card_says_what_a_run_started_from(given, start) -> None:
-    statistics = measure(open_source([torch.rand(3, 8, 8)]))
-    assert card_of(PretrainConfig(image_size=64, **given), statistics).start == start
+    source = open_source([torch.rand(3, 8, 8)] * 4)
+    data = TrainingData(source, source, measure(source))
+    config = PretrainConfig(model="torchvision/resnet18", image_size=64, **given)
+    net = build_net(config, (64, 64), 3, load=False)
+    learner = build_learner(config, net, (64, 64), 3)
+    plan = resolve(config, find_info(data, Devices("cpu", 1, 1), learner))
+    assert build_card(plan, data.statistics).start == start
 
 
 @pytest.mark.parametrize("model", ["torchvision/resnet18", "timm/resnet18"])
 def test_a_run_begins_with_open_blocks_unless_asked(model) -> None:
     def shut(**given: object) -> int:
-        net = backbone_of(PretrainConfig(model=model, image_size=64, **given), 3)
+        net = build_net(PretrainConfig(model=model, **given), (64, 64), 3, load=True)
         norms = [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)]
         return sum(not norm.weight.any() for norm in norms)
 
@@ -96,7 +102,7 @@ def test_a_run_begins_with_open_blocks_unless_asked(model) -> None:
 
 
 def test_layers_are_names_indices_or_left_to_the_learner() -> None:
-    assert [layer(name) for name in ("auto", "layer4", "-2", "6", "stages.3")] == [
+    assert [layer_key(name) for name in ("auto", "layer4", "-2", "6", "stages.3")] == [
         *(None, "layer4", -2, 6, "stages.3")
     ]
 
@@ -104,17 +110,16 @@ def test_layers_are_names_indices_or_left_to_the_learner() -> None:
 @pytest.mark.parametrize(
     ("model", "norms"), [("torchvision/resnet18", True), ("timm/convnext_atto", False)]
 )
-def test_the_network_decides_layers_and_learning_rate(model, norms) -> None:
+def test_the_network_decides_layers_and_whether_it_has_batch_norm(model, norms) -> None:
     learner = PixelCL(build_backbone(model), image_size=64, projection_hidden_size=16)
-    auto = fitted(PretrainConfig(), learner)
-    assert auto.lr == base_lr("adamw", batch_norm=norms)
-    assert auto.pixel_layer == learner.online_encoder.pixel_tap.name
-    assert fitted(PretrainConfig(lr=0.5), learner).lr == 0.5
+    data = open_data([torch.zeros(3, 8, 8)] * 4, PretrainConfig(), None)
+    info = find_info(data, Devices("cpu", 1, 1), learner)
+    assert info.batch_norm is norms
+    assert info.pixel_layer == learner.online_encoder.pixel_tap.name
 
 
 @pytest.mark.parametrize(("by_srun", "cores"), [(True, 16), (False, 2)])
 def test_a_process_of_srun_has_cores_of_its_own(monkeypatch, by_srun, cores) -> None:
-    monkeypatch.setattr(build, "cores", lambda: 16)
+    monkeypatch.setattr(system, "cores", lambda: 16)
     monkeypatch.setattr(SLURMEnvironment, "detect", lambda: by_srun)
-    images = images_of([torch.zeros(3, 8, 8)] * 4, PretrainConfig(), None)
-    assert facts_of(images, Devices("cpu", 8, 4)).cores == cores
+    assert system.cores_per_process(Devices("cpu", 8, 4)) == cores

@@ -9,10 +9,10 @@ import yaml
 from pixel_level_contrastive_learning.trainer.config import PretrainConfig
 from pixel_level_contrastive_learning.trainer.config_io import (
     as_yaml,
-    configured,
     differences,
     read_settings,
     settings_of,
+    to_config,
 )
 
 
@@ -114,23 +114,23 @@ def test_numbers_with_exponents_are_numbers_in_a_file(tmp_path) -> None:
 
 
 def test_the_file_holds_what_repeats_a_run(tmp_path) -> None:
-    config = configured({"data": [str(tmp_path)], "out": str(tmp_path / "run"), "lr": 1e-4})
+    config = to_config({"data": [str(tmp_path)], "out": str(tmp_path / "run"), "lr": 1e-4})
     text = as_yaml(config)
     assert not {"resume", "overwrite", "dry_run", "config"} & set(yaml.safe_load(text))
     (tmp_path / "config.yaml").write_text(text)
-    assert configured(read_settings(tmp_path / "config.yaml")) == config
+    assert to_config(read_settings(tmp_path / "config.yaml")) == config
 
 
 def test_places_in_the_file_are_absolute_and_urls_stay(tmp_path, monkeypatch) -> None:
     (tmp_path / "images").mkdir()
     monkeypatch.chdir(tmp_path)
-    held = yaml.safe_load(as_yaml(configured({"data": ["images", "https://x/a-{00..99}.tar"]})))
+    held = yaml.safe_load(as_yaml(to_config({"data": ["images", "https://x/a-{00..99}.tar"]})))
     assert held["data"] == [str(tmp_path / "images"), "https://x/a-{00..99}.tar"]
 
 
 def test_differences_are_named() -> None:
     old = {"epochs": 3, "crop_area": (0.2, 1.0), "out": "a", "resume": True}
-    assert differences(old, configured({"epochs": 4, "out": "b"})) == {"epochs": (3, 4)}
+    assert differences(old, to_config({"epochs": 4, "out": "b"})) == {"epochs": (3, 4)}
 
 
 def test_places_are_written_down_for_wherever_they_are_read(tmp_path, monkeypatch) -> None:

@@ -14,14 +14,14 @@ from pixel_level_contrastive_learning.trainer import signals
 from pixel_level_contrastive_learning.trainer.memory import (
     Estimate,
     blank_views,
-    by_itself,
+    halve_until_it_fits,
     parts_by,
-    parts_tried,
     saved_bytes,
-    untouched,
+    unchanged,
+    without_batch_norm_sync,
 )
-from pixel_level_contrastive_learning.trainer.metrics import Figures, Watch
-from pixel_level_contrastive_learning.trainer.run_dir import RunDirectory
+from pixel_level_contrastive_learning.trainer.metrics import HealthMonitor, MetricsWriter
+from pixel_level_contrastive_learning.trainer.run_dir import RunDir
 
 HEALTHY = {
     "loss": 4.0,
@@ -33,12 +33,12 @@ HEALTHY = {
 }
 
 
-def told(watch: Watch, steps: range, **changed: float) -> list[str]:
+def told(watch: HealthMonitor, steps: range, **changed: float) -> list[str]:
     return [said for step in steps for said in watch(HEALTHY | changed | {"step": step})]
 
 
 def test_a_healthy_run_is_told_nothing() -> None:
-    assert told(Watch(10), range(1, 300)) == []
+    assert told(HealthMonitor(10), range(1, 300)) == []
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def test_a_healthy_run_is_told_nothing() -> None:
     [("spread", COLLAPSED_SPREAD * 0.9), ("effective_rank", COLLAPSED_RANK * 0.9)],
 )
 def test_collapse_is_told_at_once_and_once(figure, value) -> None:
-    watch = Watch(10)
+    watch = HealthMonitor(10)
     [sentence] = told(watch, range(1, 4), **{figure: value})
     assert "the features collapse" in sentence
     assert told(watch, range(4, 6)) == []  # it recovers,
@@ -55,17 +55,17 @@ def test_collapse_is_told_at_once_and_once(figure, value) -> None:
 
 def test_predictions_no_better_than_chance_are_told_after_the_warm_up() -> None:
     lost = {"pixel_cosine": -0.1, "instance_cosine": -0.2}
-    assert told(Watch(100), range(1, 101), **lost) == []
-    [sentence] = told(Watch(100), range(1, 200), **lost)
+    assert told(HealthMonitor(100), range(1, 101), **lost) == []
+    [sentence] = told(HealthMonitor(100), range(1, 200), **lost)
     assert "no better than chance" in sentence
 
 
 def test_one_branch_switched_off_is_no_divergence() -> None:
-    assert told(Watch(1), range(1, 200), instance_cosine=0.0) == []
+    assert told(HealthMonitor(1), range(1, 200), instance_cosine=0.0) == []
 
 
 def test_an_exploding_gradient_is_told() -> None:
-    watch = Watch(10)
+    watch = HealthMonitor(10)
     told(watch, range(1, 100))
     [sentence] = told(watch, range(100, 101), grad_norm=2000.0)
     assert "the gradient's norm is 2e+03, a thousand times its usual 1" in sentence
@@ -80,7 +80,7 @@ def test_parts_are_halved_until_they_fit() -> None:
         if images > 5:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    assert parts_tried(32, 1, attempt, lambda: released.append(1)) == 8
+    assert halve_until_it_fits(32, 1, attempt, lambda: released.append(1)) == 8
     assert tried == [32, 16, 8, 4]
     assert len(released) == 3
 
@@ -90,7 +90,7 @@ def test_what_never_fits_is_told() -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with pytest.raises(MemoryError, match="2 images do not fit into memory; give a smaller"):
-        parts_tried(8, 1, attempt, lambda: None)
+        halve_until_it_fits(8, 1, attempt, lambda: None)
 
 
 def test_parts_by_estimate_leave_a_margin() -> None:
@@ -119,7 +119,7 @@ def test_a_trial_leaves_the_learner_and_the_dice_as_they_were() -> None:
     learner = PixelCL(net(), 32)
     before = {name: buffer.clone() for name, buffer in learner.named_buffers()}
     dice = torch.get_rng_state()
-    with untouched(learner):
+    with unchanged(learner):
         learner(blank_views(4, learner, (32, 32), torch.device("cpu"))).backward()
     assert all(torch.equal(before[n], b) for n, b in learner.named_buffers())
     assert all(p.grad is None for p in learner.parameters())
@@ -129,12 +129,12 @@ def test_a_trial_leaves_the_learner_and_the_dice_as_they_were() -> None:
 def test_the_second_signal_leaves_at_once(monkeypatch) -> None:
     left: list[int] = []
     monkeypatch.setattr(os, "_exit", left.append)
-    with signals.Interruption() as stop:
-        stop.leave()  # stays, since nothing has come yet
+    with signals.StopSignal() as stop:
+        stop.exit_if_received()  # stays, since nothing has come yet
         signal.raise_signal(signal.SIGINT)
-        assert (stop.signal, left) == (signal.SIGINT, [])
+        assert (stop.number, left) == (signal.SIGINT, [])
         with pytest.raises(signals.Interrupted) as told:
-            stop.leave()
+            stop.exit_if_received()
         assert told.value.code == 130
         signal.raise_signal(signal.SIGINT)
     assert left == [130]
@@ -143,38 +143,39 @@ def test_the_second_signal_leaves_at_once(monkeypatch) -> None:
 def test_forked_processes_leave_ctrl_c_to_their_parent(monkeypatch) -> None:
     left: list[int] = []
     monkeypatch.setattr(os, "_exit", left.append)
-    with signals.Interruption() as stop:
+    with signals.StopSignal() as stop:
         stop.owner = -1  # as if this were a child
         signal.raise_signal(signal.SIGINT)
-        assert (stop.signal, left) == (None, [])
+        assert (stop.number, left) == (None, [])
         signal.raise_signal(signal.SIGTERM)
     assert left == [143]
 
 
 def test_metrics_are_cut_back_to_a_step(tmp_path) -> None:
-    run = RunDirectory(tmp_path)
+    run = RunDir(tmp_path)
     lines = [f'{{"step": {step}}}\n' for step in range(1, 6)]
     (tmp_path / "metrics.jsonl").write_text("".join(lines) + '{"step": 6, "lo')
-    assert run.cut_metrics(3) == 3
+    assert run.truncate(3) == 3
     assert (tmp_path / "metrics.jsonl").read_text() == "".join(lines[:3])
-    assert run.cut_metrics(0) == 3
+    assert run.truncate(0) == 3
 
 
 def test_replacing_a_run_touches_nothing_else(tmp_path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "config.yaml").write_text("epochs: 1\n")
-    RunDirectory(tmp_path).prepare(overwrite=True)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoints", "notes.txt"]
+    RunDir(tmp_path).remove_run()
+    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
 
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path) -> None:
-    run = RunDirectory(tmp_path)
+    run = RunDir(tmp_path)
     run.checkpoints.mkdir()
     for step in (2, 10, 100):
-        run.checkpoint_path(step).write_bytes(b"")
-    run.prune(2)
-    assert [p.name for p in run.checkpoint_paths()] == ["step-00000100.ckpt", "step-00000010.ckpt"]
+        run.save_checkpoint({"step": step}, step, keep=2)
+    assert [p.name for p in run.checkpoint_paths()] == [
+        *("step-00000100.ckpt", "step-00000010.ckpt", "last.ckpt")
+    ]
 
 
 class Arriving:
@@ -186,17 +187,17 @@ class Arriving:
 
 @pytest.mark.parametrize(("processes", "judged"), [(1, [False, False]), (2, [False, True])])
 def test_processes_judge_the_same_step_however_fast_their_devices_are(processes, judged) -> None:
-    figures, trainer = Figures(None, lambda: 0.0, 9, 1), SimpleNamespace(world_size=processes)
+    figures = MetricsWriter(SimpleNamespace(world_size=processes), None, 9, 1, lambda: 0.0, [])
     found = []
     for _ in judged:
         figures.sent.append(SimpleNamespace(event=Arriving()))
-        found.append(figures.has_arrived(trainer))
+        found.append(figures.has_arrived())
     assert found == judged
 
 
 def test_a_trial_waits_for_no_other_process() -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 4, 4), nn.SyncBatchNorm(4), nn.BatchNorm2d(4))
     net[1].requires_grad_(False)
-    with by_itself(net):
+    with without_batch_norm_sync(net):
         assert [module.training for module in net] == [True, False, True]
     assert [module.training for module in net] == [True, True, True]

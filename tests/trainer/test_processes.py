@@ -134,6 +134,18 @@ def children(parent: int) -> list[str]:
     return Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
 
 
+def test_of_two_runs_started_at_once_one_is_refused(flags) -> None:
+    run = Path(flags()[flags().index("--out") + 1])
+    both = [start(flags(steps=400, accelerator="cpu")) for _ in "12"]
+    said = [ended(process) for process in both]
+    codes = [process.returncode for process in both]
+    assert sorted(codes) == [0, 2], said
+    winner = both[codes.index(0)]
+    assert f"process {winner.pid} on " in said[codes.index(2)]
+    assert [line["step"] for line in metrics(run)] == list(range(1, 401))
+    assert not list(run.glob(".lock*"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_to_the_whole_group_ends_a_run_with_workers_in_order(flags, number, code) -> None:

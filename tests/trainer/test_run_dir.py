@@ -1,10 +1,13 @@
-"""The folder of a run: what replacing a run removes, and what it leaves."""
+"""The folder of a run: what replacing a run removes, what it leaves, and who holds it."""
 
 import os
+import socket
 
 import pytest
+from filelock import FileLock
 
-from pixel_level_contrastive_learning.trainer.run_dir import RunDirectory
+from pixel_level_contrastive_learning.trainer import run_dir
+from pixel_level_contrastive_learning.trainer.run_dir import RunDir
 
 
 def test_what_an_evaluation_left_goes_with_the_run_that_it_is_about(tmp_path) -> None:
@@ -13,12 +16,12 @@ def test_what_an_evaluation_left_goes_with_the_run_that_it_is_about(tmp_path) ->
         path.parent.mkdir(exist_ok=True)
         path.touch()
     (tmp_path / "config.yaml").touch()
-    RunDirectory(tmp_path).prepare(overwrite=True)
-    assert {path.name for path in tmp_path.iterdir()} == {"checkpoints", "mine.txt"}
+    RunDir(tmp_path).remove_run()
+    assert {path.name for path in tmp_path.iterdir()} == {"mine.txt"}
 
 
 def test_pictures_of_ones_own_are_not_replaced(tmp_path) -> None:
-    directory, preview = RunDirectory(tmp_path), tmp_path / "preview"
+    directory, preview = RunDir(tmp_path), tmp_path / "preview"
     preview.mkdir()
     (preview / "pairs-0.png").touch()
     directory.check(resume=False, overwrite=True)  # a dry run was here
@@ -29,4 +32,43 @@ def test_pictures_of_ones_own_are_not_replaced(tmp_path) -> None:
 
 def test_a_name_that_is_no_text_is_refused(tmp_path) -> None:
     with pytest.raises(ValueError, match="which is no UTF-8"):
-        RunDirectory(tmp_path / os.fsdecode(b"\xe9")).check(resume=False, overwrite=False)
+        RunDir(tmp_path / os.fsdecode(b"\xe9")).check(resume=False, overwrite=False)
+
+
+def test_a_run_that_trains_elsewhere_is_named_and_leaves_no_lock(tmp_path) -> None:
+    run = RunDir(tmp_path / "run")
+    with run.locked():
+        (run.path / ".lock-holder").write_text(f"{os.getppid()} {socket.gethostname()}")
+        with (
+            pytest.raises(ValueError, match=rf"process {os.getppid()} on .* is training; wait for"),
+            RunDir(run.path).locked(),
+        ):
+            pass
+    assert list(run.path.iterdir()) == []
+    with run.locked():
+        assert sorted(path.name for path in run.path.iterdir()) == [".lock", ".lock-holder"]
+
+
+def test_a_lock_left_by_a_killed_run_stands_in_nobodys_way(tmp_path) -> None:
+    (tmp_path / ".lock").touch()
+    (tmp_path / ".lock-holder").write_text("1 elsewhere")
+    run = RunDir(tmp_path)
+    run.check(resume=False, overwrite=False)
+    with run.locked():
+        assert run.lock_holder() == (str(os.getpid()), socket.gethostname())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_workers_that_outlive_a_killed_run_are_waited_for(tmp_path, monkeypatch) -> None:
+    waited: list[float] = []
+    run, other = RunDir(tmp_path), FileLock(tmp_path / ".lock")
+    other.acquire()
+    (tmp_path / ".lock-holder").write_text(f"{2**22 + 1} {socket.gethostname()}")  # no such process
+
+    def let_go(seconds: float) -> None:
+        waited.append(seconds)
+        other.release()
+
+    monkeypatch.setattr(run_dir.time, "sleep", let_go)
+    with run.locked():
+        assert len(waited) == 1

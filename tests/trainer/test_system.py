@@ -10,7 +10,7 @@ import torch
 
 from pixel_level_contrastive_learning.trainer import system
 from pixel_level_contrastive_learning.trainer.config import PretrainConfig
-from pixel_level_contrastive_learning.trainer.system import Devices, devices
+from pixel_level_contrastive_learning.trainer.system import Devices, find_devices
 
 
 @pytest.fixture(autouse=True)
@@ -22,48 +22,48 @@ def _no_gpu(monkeypatch) -> None:
 
 
 def test_a_cpu_is_one_device_unless_more_are_asked_for() -> None:
-    assert devices(PretrainConfig()) == Devices("cpu", 1, 1)
-    assert devices(PretrainConfig(devices=1, num_nodes=2)).processes == 2
+    assert find_devices(PretrainConfig()) == Devices("cpu", 1, 1)
+    assert find_devices(PretrainConfig(devices=1, num_nodes=2)).processes == 2
 
 
 def test_more_processes_than_cores_are_refused(monkeypatch) -> None:
     monkeypatch.setattr(system, "cores", lambda: 3)
-    assert devices(PretrainConfig(devices=3, num_nodes=2)).processes == 6
+    assert find_devices(PretrainConfig(devices=3, num_nodes=2)).processes == 6
     with pytest.raises(ValueError, match="devices is 4 processes on the CPU, which has 3 cores"):
-        devices(PretrainConfig(devices=4))
+        find_devices(PretrainConfig(devices=4))
 
 
 def test_gpus_are_all_taken_unless_fewer_are_asked_for(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    assert devices(PretrainConfig()) == Devices("cuda", 4, 1)
-    assert devices(PretrainConfig(devices=2)) == Devices("cuda", 2, 1)
-    assert devices(PretrainConfig(accelerator="cpu")) == Devices("cpu", 1, 1)
-    with pytest.raises(ValueError, match=r"devices is 5 .*; here are 4 of kind cuda: give fewer"):
-        devices(PretrainConfig(devices=5))
+    assert find_devices(PretrainConfig()) == Devices("cuda", 4, 1)
+    assert find_devices(PretrainConfig(devices=2)) == Devices("cuda", 2, 1)
+    assert find_devices(PretrainConfig(accelerator="cpu")) == Devices("cpu", 1, 1)
+    with pytest.raises(ValueError, match=r"devices is 5 .*; there are 4 of kind cuda: give fewer"):
+        find_devices(PretrainConfig(devices=5))
 
 
 def test_a_notebook_takes_one_gpu_and_a_mac_its_cpu_unless_told(monkeypatch) -> None:
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    assert devices(PretrainConfig()) == Devices("cpu", 1, 1)
-    assert devices(PretrainConfig(accelerator="mps")) == Devices("mps", 1, 1)
+    assert find_devices(PretrainConfig()) == Devices("cpu", 1, 1)
+    assert find_devices(PretrainConfig(accelerator="mps")) == Devices("mps", 1, 1)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
-    assert devices(PretrainConfig()) == Devices("cuda", 1, 1)
-    assert devices(PretrainConfig(devices=2)) == Devices("cuda", 2, 1)
-    assert devices(PretrainConfig(accelerator="cpu")) == Devices("cpu", 1, 1)
+    assert find_devices(PretrainConfig()) == Devices("cuda", 1, 1)
+    assert find_devices(PretrainConfig(devices=2)) == Devices("cuda", 2, 1)
+    assert find_devices(PretrainConfig(accelerator="cpu")) == Devices("cpu", 1, 1)
 
 
 def test_a_gpu_that_is_not_there_is_refused() -> None:
-    with pytest.raises(ValueError, match="here are 0 of kind cuda: give fewer, or accelerator cpu"):
-        devices(PretrainConfig(accelerator="gpu"))
+    with pytest.raises(ValueError, match="there are 0 of kind cuda: give fewer, or"):
+        find_devices(PretrainConfig(accelerator="gpu"))
 
 
 def test_what_torchrun_started_counts(monkeypatch) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setenv("WORLD_SIZE", "8")
-    assert devices(PretrainConfig()) == Devices("cpu", 2, 4)
+    assert find_devices(PretrainConfig()) == Devices("cpu", 2, 4)
 
 
 @pytest.mark.parametrize("rank", system.RANKS)
@@ -97,7 +97,7 @@ def test_free_memory_is_what_the_container_leaves(monkeypatch) -> None:
 )
 def test_cores_are_those_that_the_container_leaves(monkeypatch, tmp_path, limit, cores) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
-    monkeypatch.setattr(system, "GROUP", tmp_path)
+    monkeypatch.setattr(system, "CGROUP", tmp_path)
     assert system.cores() == 8
     (tmp_path / "cpu.max").write_text(limit)
     assert system.cores() == cores
@@ -115,7 +115,7 @@ def test_bfloat16_is_native_where_the_processor_says_so(monkeypatch) -> None:
 
 
 def test_the_machine_is_told_in_words() -> None:
-    said = system.described(Devices("cpu", 2, 1))
+    said = system.describe(Devices("cpu", 2, 1))
     assert f"torch {version('torch')}, torchvision" in said
     assert "2 x cpu (" in said
-    assert system.installed("no-such-library") == "?"
+    assert system.installed_version("no-such-library") == "?"

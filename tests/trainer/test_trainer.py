@@ -7,27 +7,23 @@ import math
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
-from lightning.pytorch import Callback
 from PIL import Image
 
 from pixel_level_contrastive_learning import evaluate, pretrain
 from pixel_level_contrastive_learning.backbones.checkpoint import read_backbone
 from pixel_level_contrastive_learning.backbones.export import export
 from pixel_level_contrastive_learning.files import CannotWriteError
-from pixel_level_contrastive_learning.trainer import trainer
-from pixel_level_contrastive_learning.trainer import trainer as runs
-from pixel_level_contrastive_learning.trainer.signals import Interrupted, Interruption
-from pixel_level_contrastive_learning.trainer.trainer import Run, Stream
-from pixel_level_contrastive_learning.trainer.training_step import (
-    LearningRate,
-    NotFiniteError,
-    PretrainTask,
-    TargetMomentum,
-)
+from pixel_level_contrastive_learning.trainer import metrics as metrics_module
+from pixel_level_contrastive_learning.trainer import setup, trainer
+from pixel_level_contrastive_learning.trainer.auto import Schedule
+from pixel_level_contrastive_learning.trainer.metrics import MetricsWriter
+from pixel_level_contrastive_learning.trainer.signals import Interrupted, StopSignal
+from pixel_level_contrastive_learning.trainer.training_step import NotFiniteError, TrainingStep
 
 FIGURES = [
     "step",
@@ -91,7 +87,7 @@ def test_a_run_leaves_what_is_needed(tmp_path, settings) -> None:
 
 def test_figures_are_in_their_bounds_and_schedules_in_their_places(tmp_path, settings) -> None:
     pretrain(**settings(lr=0.5, batch_size=4, optimizer="sgd"))
-    rate, momentum = LearningRate(0.5 * 4 / 256, 6, 1, 1e-6), TargetMomentum(0.99, 6)
+    schedule = Schedule(6, 3, 1, 0.5 * 4 / 256, 1e-6, 0.99)
     for line in metrics(tmp_path / "run"):
         assert 0 <= line["pixel_loss"] <= 8
         assert 0 <= line["instance_loss"] <= 8
@@ -100,8 +96,8 @@ def test_figures_are_in_their_bounds_and_schedules_in_their_places(tmp_path, set
         assert 0 <= line["images_without_pairs"] <= 4
         assert line["positive_pairs"] > 0
         assert 0 <= line["waiting"] <= 1
-        assert line["lr"] == pytest.approx(rate(int(line["step"]) - 1))
-        assert line["target_momentum"] == pytest.approx(momentum(int(line["step"]) - 1))
+        assert line["lr"] == pytest.approx(schedule.lr(int(line["step"]) - 1))
+        assert line["target_momentum"] == pytest.approx(schedule.momentum(int(line["step"]) - 1))
 
 
 def test_the_backbone_has_learned_and_differs_from_its_start(tmp_path, settings) -> None:
@@ -238,7 +234,7 @@ def test_a_batch_without_statistics_is_refused_and_leaves_no_trace(tmp_path, set
 def test_a_run_without_images_is_told_of_the_one_that_is_there(tmp_path) -> None:
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     with pytest.raises(
-        ValueError, match=r"holds a run, with which --resume goes on\. For a new one name a folder"
+        ValueError, match=r"holds a run, which --resume goes on with\. For a new one name a folder"
     ):
         pretrain(out=tmp_path / "run")
 
@@ -368,14 +364,14 @@ def test_another_network_is_refused_before_it_is_built(tmp_path, settings) -> No
 
 
 def test_where_there_is_no_run_to_go_on_with_is_said(tmp_path) -> None:
-    with pytest.raises(ValueError, match=r"out is .*nowhere', where no run is to go on with"):
+    with pytest.raises(ValueError, match=r"out is .*nowhere', where there is no run to resume"):
         pretrain(out=tmp_path / "nowhere", resume=True)
 
 
 def test_a_logger_that_is_not_installed_is_refused_without_a_trace(
     tmp_path, settings, monkeypatch
 ) -> None:
-    monkeypatch.setattr(trainer, "find_spec", lambda _: None)
+    monkeypatch.setattr(metrics_module, "find_spec", lambda _: None)
     with pytest.raises(ValueError, match=r"'wandb', which is not installed; pip install wandb"):
         pretrain(**settings(loggers=("csv", "wandb")))
     assert not (tmp_path / "run").exists()
@@ -408,7 +404,7 @@ def test_a_dry_run_tells_and_draws_and_does_not_stand_in_the_way(tmp_path, setti
 
 
 def test_a_dry_run_takes_a_few_images_of_a_large_batch(settings, monkeypatch, caplog) -> None:
-    monkeypatch.setattr(trainer, "TRIED", 3)
+    monkeypatch.setattr(setup, "DRY_RUN_IMAGES", 3)
     with caplog.at_level("INFO"):
         pretrain(**settings(dry_run=True, batch_size=8))
     assert "of 3 images have none" in caplog.text
@@ -431,13 +427,13 @@ def test_taking_a_batch_in_parts_changes_no_gradient(tmp_path, settings) -> None
 
 
 def test_a_nan_stops_the_run_and_keeps_what_was_good(tmp_path, settings, monkeypatch) -> None:
-    gradients = PretrainTask.gradients
+    backward = TrainingStep.backward
 
-    def poisoned(task: PretrainTask, batch: object) -> torch.Tensor:
-        figures = gradients(task, batch)
-        return figures * math.nan if task.done == 4 else figures
+    def poisoned(step: TrainingStep, batch: object, features: object) -> torch.Tensor:
+        figures = backward(step, batch, features)
+        return figures * math.nan if step.step == 4 else figures
 
-    monkeypatch.setattr(PretrainTask, "gradients", poisoned)
+    monkeypatch.setattr(TrainingStep, "backward", poisoned)
     with pytest.raises(
         NotFiniteError, match=r"step 5 .* the last good checkpoint, if there was one, is kept"
     ):
@@ -460,21 +456,21 @@ def test_a_nan_stops_the_run_and_keeps_what_was_good(tmp_path, settings, monkeyp
 def test_a_signal_ends_the_step_saves_and_leaves(
     tmp_path, settings, monkeypatch, number, code
 ) -> None:
-    step = PretrainTask.training_step
+    backward = TrainingStep.backward
 
-    def signalled(task: PretrainTask, batch: object, index: int) -> None:
-        if task.done == 2:
+    def signalled(step: TrainingStep, batch: object, features: object) -> torch.Tensor:
+        if step.step == 2:
             signal.raise_signal(number)
-        step(task, batch, index)
+        return backward(step, batch, features)
 
-    monkeypatch.setattr(PretrainTask, "training_step", signalled)
+    monkeypatch.setattr(TrainingStep, "backward", signalled)
     before = signal.getsignal(number)
     with pytest.raises(Interrupted) as left:
         pretrain(**settings(checkpoint_every=100))
     assert left.value.code == code
     assert signal.getsignal(number) is before
     assert torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["steps_done"] == 3
-    assert "stopped at step 3 of 6 as told" in (tmp_path / "run" / "train.log").read_text()
+    assert "stopped at step 3 of 6 as asked" in (tmp_path / "run" / "train.log").read_text()
     monkeypatch.undo()
     pretrain(out=tmp_path / "run", resume=True)
     pretrain(**settings(out=str(tmp_path / "whole")))
@@ -529,13 +525,13 @@ def test_vectors_have_no_decay_and_the_target_no_optimiser(settings, optimizer) 
     from torchvision.models import resnet18
 
     from pixel_level_contrastive_learning import PixelCL
-    from pixel_level_contrastive_learning.trainer.training_step import Practice, optimizer_of
+    from pixel_level_contrastive_learning.trainer.build import build_optimizer
 
     learner = PixelCL(resnet18(), 64, projection_size=8, projection_hidden_size=8)
-    practice = Practice(
-        LearningRate(0.1, 9, 1, 0), TargetMomentum(0.9, 9), optimizer, 1e-3, 0, 1, 0, 2.0
-    )
-    matrices, vectors = optimizer_of(learner, practice).param_groups
+    schedule = SimpleNamespace(peak_lr=0.1)
+    plan = SimpleNamespace(optimizer=optimizer, schedule=schedule, weight_decay=1e-3, sharded=False)
+    idle = set(learner.unreached_parameters())
+    matrices, vectors = build_optimizer(learner, plan, idle).param_groups
     assert (matrices["weight_decay"], vectors["weight_decay"]) == (1e-3, 0.0)
     assert all(p.ndim > 1 for p in matrices["params"])
     assert all(p.ndim == 1 for p in vectors["params"])
@@ -550,10 +546,10 @@ def test_vectors_have_no_decay_and_the_target_no_optimiser(settings, optimizer) 
 
 
 def test_a_run_that_did_not_end_can_be_read(tmp_path, settings, monkeypatch, caplog) -> None:
-    def cut_off(_: Run) -> None:
+    def cut_off(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Run, "exported", cut_off)
+    monkeypatch.setattr(trainer, "export_backbone", cut_off)
     with pytest.raises(KeyboardInterrupt):
         pretrain(**settings())
     run = tmp_path / "run"
@@ -633,10 +629,13 @@ def test_a_run_that_was_told_to_stop_early_replaces_nothing(
     pretrain(**settings(steps=1))
     weights = (tmp_path / "run" / "backbone.safetensors").read_bytes()
 
-    def told(_: object, __: object, ___: object, interruption: Interruption) -> None:
-        interruption.note(signal.SIGINT, None)
+    prepare = trainer.prepare
 
-    monkeypatch.setattr(runs, "Run", told)
+    def asked_meanwhile(*given: object) -> object:
+        signal.raise_signal(signal.SIGINT)
+        return prepare(*given)
+
+    monkeypatch.setattr(trainer, "prepare", asked_meanwhile)
     for how in ({"overwrite": True}, {"overwrite": True, "dry_run": True}):
         with pytest.raises(Interrupted) as stopped:
             pretrain(**settings(steps=1, **how))
@@ -660,14 +659,15 @@ def test_a_csv_file_is_written_at_once_and_kept_when_the_run_goes_on(tmp_path, s
     first = tmp_path / "run" / "csv" / "metrics.csv"
     seen = []
 
-    class Watched(Callback):
-        def on_train_batch_start(self, *_: object) -> None:
-            seen.append(first.exists())
+    begin_step = MetricsWriter.begin_step
+
+    def noted(writer: MetricsWriter, step: int, batch: object) -> bool:
+        seen.append(first.exists())
+        return begin_step(writer, step, batch)
 
     del given["steps"]
     with pytest.MonkeyPatch.context() as patch:
-        callbacks = Run.callbacks
-        patch.setattr(Run, "callbacks", lambda run, f: [*callbacks(run, f), Watched()])
+        patch.setattr(MetricsWriter, "begin_step", noted)
         pretrain(**given, steps=12)
     assert seen == [False] * 10 + [True] * 2
     held = first.read_text()
@@ -684,9 +684,6 @@ class Dying:
     def __init__(self, error: Exception) -> None:
         self.error = error
 
-    def start_at(self, samples: int) -> None:
-        assert samples == 0
-
     def __iter__(self) -> Iterator[str]:
         yield from ("first", "second")
         raise self.error
@@ -702,18 +699,20 @@ DEATHS = [
 ]
 
 
-def stream(error: Exception, *, told: bool) -> Stream:
-    return Stream(lambda _: Dying(error), 0, 10, lambda: told)  # type: ignore[arg-type, return-value]
+def stream(error: Exception, *, stopped: bool) -> Iterator[str]:
+    stop = StopSignal()
+    stop.number = signal.SIGTERM if stopped else None
+    return trainer.take(Dying(error), 10, stop)
 
 
 @pytest.mark.parametrize("error", DEATHS, ids=repr)
 def test_workers_that_die_after_the_run_was_told_to_stop_end_the_stream(error) -> None:
-    assert list(stream(error, told=True)) == ["first", "second"]
+    assert list(stream(error, stopped=True)) == ["first", "second"]
 
 
 @pytest.mark.parametrize("error", DEATHS, ids=repr)
 def test_workers_that_die_unasked_are_an_error(error) -> None:
-    batches = iter(stream(error, told=False))
+    batches = stream(error, stopped=False)
     assert [next(batches), next(batches)] == ["first", "second"]
     with pytest.raises(type(error)):
         next(batches)

@@ -1,79 +1,91 @@
-"""The schedules, and the recipes that set them, against the authors' formulas."""
+"""A training step: a batch made ready and split, batch norm over GPUs."""
 
-from math import cos, pi
+from types import SimpleNamespace
 
 import pytest
+import timm
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from pixel_level_contrastive_learning.trainer.auto import Facts, clock_of, decided, peak_lr
-from pixel_level_contrastive_learning.trainer.config import RECIPES
-from pixel_level_contrastive_learning.trainer.config_io import configured, settings_of
-from pixel_level_contrastive_learning.trainer.training_step import LearningRate, TargetMomentum
-
-IMAGENET = Facts(
-    images=1_281_167,
-    typical_size=(375, 500),
-    channels=3,
-    device="cuda",
-    native_bfloat16=True,
-    processes=8,
-    cores=12,
+from pixel_level_contrastive_learning import PixelCL, augment
+from pixel_level_contrastive_learning.augment import (
+    VIEW_ONE,
+    VIEW_TWO,
+    Factors,
+    Normalise,
+    Photometry,
+    change_colour,
+)
+from pixel_level_contrastive_learning.data.dataset import Pairs
+from pixel_level_contrastive_learning.trainer import training_step
+from pixel_level_contrastive_learning.trainer.memory import blank_views
+from pixel_level_contrastive_learning.trainer.training_step import (
+    TrainingStep,
+    make_views,
+    split_batch,
 )
 
 
-def authors_learning_rate(step: int, epochs: int, per_epoch: int, batch: int) -> float:
-    """As in the authors' scripts: warm-up of 5 epochs from a hundredth, then a cosine to 1e-6."""
-    base, warmup = 1.0 * batch / 256, 5 * per_epoch
-    if step <= warmup:
-        return base / 100 * ((100 - 1) * step / warmup + 1)
-    share = (step - warmup) / ((epochs - 5) * per_epoch)
-    return 1e-6 + (base - 1e-6) * (1 + cos(pi * share)) / 2
+def batch(images: int) -> Pairs:
+    each = torch.arange(images)
+    factors = Factors(*(each for _ in Factors._fields))
+    return Pairs(each, each, each, each, factors, factors, each)
 
 
-def authors_momentum(k: int, total: int) -> float:
-    return 1 - (1 - 0.99) * (cos(pi * k / total) + 1) / 2
+@pytest.mark.parametrize(
+    ("images", "parts", "sizes"),
+    [
+        (24, 4, [6, 6, 6, 6]),
+        (25, 8, [3, 3, 3, 3, 3, 3, 3, 4]),
+        (9, 5, [2, 2, 2, 3]),
+        (7, 3, [2, 2, 3]),
+        (5, 1, [5]),
+        (3, 3, [3]),
+        (1, 1, [1]),
+    ],
+)
+def test_no_part_is_a_single_image(images, parts, sizes) -> None:
+    made = list(split_batch(batch(images), parts))
+    assert [len(part.one) for part in made] == sizes
+    assert torch.equal(torch.cat([part.index for part in made]), torch.arange(images))
+    assert torch.equal(torch.cat([part.factors_two.hue for part in made]), torch.arange(images))
 
 
-@pytest.mark.parametrize(("recipe", "epochs"), [("pixpro-100ep", 100), ("pixpro-400ep", 400)])
-def test_recipe_is_the_authors_at_every_step(recipe, epochs) -> None:
-    config = decided(configured(settings_of({"recipe": recipe})), IMAGENET)
-    clock = clock_of(config, IMAGENET.images)
-    assert (clock.steps_per_epoch, clock.steps) == (1251, 1251 * epochs)
-    rate = LearningRate(peak_lr(config), clock.steps, clock.warmup, config.final_lr)
-    momentum = TargetMomentum(config.target_momentum, clock.steps)
-    for step in range(0, clock.steps, 97 if epochs == 100 else 397):
-        expected = authors_learning_rate(step, epochs, 1251, 1024)
-        assert rate(step) == pytest.approx(expected, rel=1e-9)
-        assert momentum(step) == pytest.approx(authors_momentum(step + 1, clock.steps), rel=1e-12)
-    assert rate(0) == pytest.approx(0.04)
-    assert rate(5 * 1251) == 4.0
-    assert momentum(clock.steps - 1) == 1.0
+@pytest.mark.parametrize("one_by_one", [(), ("cpu",)], ids=["as one", "one by one"])
+@pytest.mark.parametrize("kind", [torch.uint8, torch.float32], ids=str)
+def test_each_view_has_the_colours_and_the_map_drawn_for_it(kind, one_by_one, monkeypatch) -> None:
+    monkeypatch.setattr(augment, "ONE_BY_ONE", one_by_one)
+    raw = torch.randint(256, (2, 6, 3, 20, 16), dtype=torch.uint8)
+    one, two = raw if kind == torch.uint8 else raw / 255
+    maps = torch.rand(2, 6, 2, 3)
+    factors = VIEW_ONE.draw(6), VIEW_TWO.draw(6)
+    normalise = Normalise((0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
+    plan = SimpleNamespace(photometry=(Photometry(sigma=(0.1, 2.0)),) * 2)
+    made = make_views(Pairs(one, two, *maps, *factors, torch.arange(6)), normalise, plan)
+    for view, pixels, own, where in zip(made, raw, factors, maps, strict=True):
+        assert torch.equal(view.to_image, where)
+        expected = normalise(change_colour(pixels / 255, own, 2.0))
+        torch.testing.assert_close(view.pixels, expected, atol=1e-5, rtol=0)
+        assert view.pixels.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_recipe_has_the_authors_figures(recipe) -> None:
-    config = configured(settings_of({"recipe": recipe}))
-    assert (config.batch_size, config.image_size) == (1024, 224)
-    assert (config.optimizer, config.weight_decay, config.lr) == ("lars", 1e-5, 1.0)
-    assert (config.crop_area, config.prob_hflip) == ((0.08, 1.0), 0.5)
-    assert config.aspect_ratio == (0.75, pytest.approx(1.3333333))
-    assert (config.jitter, config.prob_jitter) == ((0.4, 0.4, 0.2, 0.1), 0.8)
-    assert (config.prob_gray, config.prob_blur, config.blur_sigma) == (0.2, (1.0, 0.1), (0.1, 2.0))
-    assert config.prob_solarise == (0.0, 0.2)
-    assert (config.distance_thres, config.ppm_gamma, config.ppm_num_layers) == (0.7, 2.0, 1)
-    assert (config.loss, config.instance_weight, config.zero_init_residual) == ("pixpro", 0.0, True)
-    assert (config.projection_size, config.projection_hidden_size) == (256, 4096)
-
-
-def test_a_recipes_learning_rate_grows_with_the_batch_in_proportion() -> None:
-    config = configured(settings_of({"recipe": "pixpro-100ep", "batch_size": 64}))
-    assert peak_lr(decided(config, IMAGENET)) == pytest.approx(0.25)
-
-
-def test_warm_up_of_no_steps_begins_at_the_peak() -> None:
-    assert LearningRate(2.0, 10, 0, 0.0)(0) == 2.0
-
-
-def test_warm_up_rises_by_equal_steps_from_a_hundredth() -> None:
-    rate = LearningRate(1.0, 20, 4, 0.0)
-    assert [rate(s) for s in range(5)] == pytest.approx([0.01, 0.2575, 0.505, 0.7525, 1.0])
-    assert rate(12) == pytest.approx(0.5)  # half way down the cosine
+def test_batch_norm_over_gpus_keeps_the_activations_in_it(monkeypatch) -> None:
+    """timm's layers hold one; torch's own conversion leaves it out."""
+    net = timm.create_model("test_efficientnet", num_classes=0)
+    learner = PixelCL(net, 64, projection_size=8)
+    views = blank_views(3, learner, (64, 64), torch.device("cpu"))
+    expected = learner(views)
+    gpus = SimpleNamespace(
+        world_size=2,
+        device=SimpleNamespace(type="cuda"),
+        setup_module=lambda module: module,
+        setup_optimizers=lambda optimizer: optimizer,
+    )
+    monkeypatch.setattr(training_step, "build_optimizer", lambda *_: torch.optim.Optimizer)
+    monkeypatch.setattr(Normalise, "to", lambda normalise, _: normalise)
+    step = TrainingStep(gpus, learner, SimpleNamespace(accumulate=1), Normalise((0.5,), (0.5,)))
+    norms = [module for module in step.learner.modules() if isinstance(module, _BatchNorm)]
+    assert len(norms) > 20
+    assert all(isinstance(module, nn.SyncBatchNorm) for module in norms)
+    torch.testing.assert_close(step.learner(views), expected)

@@ -14,7 +14,7 @@ from pixel_level_contrastive_learning.data.sources import open_source
 from pixel_level_contrastive_learning.data.statistics import measure
 from pixel_level_contrastive_learning.evaluation.evaluate import evaluate
 from pixel_level_contrastive_learning.evaluation.features import Reader
-from pixel_level_contrastive_learning.trainer.validation import whole_images
+from pixel_level_contrastive_learning.trainer.validation import central_views
 
 
 def lines(path: Path) -> list[dict[str, float]]:
@@ -227,6 +227,6 @@ def test_images_to_look_at_are_middle_parts_and_broken_ones_are_left_out(tmp_pat
     wide.save(tmp_path / "a.png")
     (tmp_path / "b.png").write_bytes(b"no image")
     source = open_source(tmp_path)
-    [seen] = whole_images(source, measure(source), (20, 20), 5)
+    [seen] = central_views(source, measure(source), (20, 20), 5)
     assert seen.shape == (3, 20, 20)
     assert torch.allclose(seen, torch.tensor([0.0, 0, 1])[:, None, None].expand(3, 20, 20))

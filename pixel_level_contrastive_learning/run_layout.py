@@ -1,0 +1,67 @@
+"""The file names of a run's folder, each written once. Imports no torch."""
+
+CONFIG = "config.yaml"
+"""The settings, resolved; the run can be repeated from it."""
+STATISTICS = "statistics.json"
+"""Sizes, channels, mean and standard deviation of the images."""
+METRICS = "metrics.jsonl"
+"""The metrics of each step, a line a step."""
+PROBE = "probe.jsonl"
+"""The mean IoU of each probe, a line a probe."""
+LOG = "train.log"
+"""What was printed, with the settings, the system and the versions."""
+SKIPPED = "skipped.txt"
+"""Images that cannot be read, a name and a reason a line."""
+BAD_BATCH = "bad_batch.pt"
+"""The batch whose loss or gradient was NaN or infinite."""
+PREVIEW = "preview"
+"""Folder of the pairs of views that the loss compares, as pictures."""
+PICTURES = "pictures"
+"""Folder of the features of some images, as pictures."""
+
+CHECKPOINTS = "checkpoints"
+"""Folder of the checkpoints."""
+LAST = "last.ckpt"
+"""The newest checkpoint, in `CHECKPOINTS`."""
+BEST = "best.ckpt"
+"""The checkpoint with the best probe, in `CHECKPOINTS`."""
+WEIGHTS = "backbone.safetensors"
+"""The backbone's weights."""
+CARD = "backbone.json"
+"""What is needed to use the weights."""
+
+EVALUATION = "evaluation.json"
+"""What `pixelcl evaluate` found with masks."""
+CORRESPONDENCE = "correspondence.json"
+"""What `pixelcl evaluate` found without masks."""
+PREDICTIONS = "predictions"
+"""Folder of predicted masks, as pictures."""
+
+LOCK = ".lock"
+"""Locked by the process that trains."""
+LOCK_HOLDER = ".lock-holder"
+"""Process id and host of that process."""
+LOCK_FILES = (LOCK, LOCK_HOLDER)
+"""Gone when the run ends; left behind, without effect, when it is killed."""
+LOGGERS = ("tensorboard", "csv", "wandb", "mlflow", "lightning_logs")
+"""Where the loggers write, by their names, and where older versions did."""
+
+EVERYTHING = (
+    CONFIG,
+    METRICS,
+    LOG,
+    STATISTICS,
+    SKIPPED,
+    CHECKPOINTS,
+    PREVIEW,
+    PICTURES,
+    WEIGHTS,
+    CARD,
+    BAD_BATCH,
+    EVALUATION,
+    CORRESPONDENCE,
+    PREDICTIONS,
+    PROBE,
+    *LOGGERS,
+)
+"""What a run writes, and so what ``--overwrite`` removes; nothing else in the folder is touched."""
