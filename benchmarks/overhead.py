@@ -24,12 +24,13 @@ import torch
 from measure import Figures, in_turns, machine, median, ratio, report, wait
 
 from pixel_level_contrastive_learning import pretrain
-from pixel_level_contrastive_learning.trainer import build, trainer
-from pixel_level_contrastive_learning.trainer.auto import clock_of, decided
+from pixel_level_contrastive_learning.augment import Normalise
+from pixel_level_contrastive_learning.trainer import build
+from pixel_level_contrastive_learning.trainer.auto import resolve, view_size
 from pixel_level_contrastive_learning.trainer.config import PretrainConfig
-from pixel_level_contrastive_learning.trainer.system import devices
-from pixel_level_contrastive_learning.trainer.training_step import optimizer_of
-from pixel_level_contrastive_learning.trainer.validation import Watching
+from pixel_level_contrastive_learning.trainer.system import find_devices
+from pixel_level_contrastive_learning.trainer.training_step import make_views, move_batch
+from pixel_level_contrastive_learning.trainer.validation import FeaturePictures
 
 RUN, LOOKS = 500, 11
 """Steps of a short run, and how often it looks at the network unless told otherwise."""
@@ -38,15 +39,15 @@ RUN, LOOKS = 500, 11
 def trained(settings: dict[str, Any]) -> Figures:
     """The trainer's seconds a step, and its share of time spent waiting."""
     looks: list[float] = []
-    look = Watching.look
+    draw = FeaturePictures.draw
 
-    def timed(watching: Watching, task: Any) -> None:
+    def timed(pictures: FeaturePictures, step: Any) -> None:
         begin = time.perf_counter()
-        look(watching, task)
+        draw(pictures, step)
         looks.append(time.perf_counter() - begin)
 
     # Looked at before the first step and after the last, outside of what is timed.
-    with tempfile.TemporaryDirectory() as folder, patch.object(Watching, "look", timed):
+    with tempfile.TemporaryDirectory() as folder, patch.object(FeaturePictures, "draw", timed):
         pretrain(out=folder, picture_every=10**9, **settings)
         lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").open()][1:]
     batch = settings["batch_size"]
@@ -59,37 +60,35 @@ def trained(settings: dict[str, Any]) -> Figures:
 def looped(settings: dict[str, Any]) -> Figures:
     """The plain loop's seconds a step."""
     config = PretrainConfig(**settings | {"data": (str(settings["data"]),)})
-    images = build.images_of(config.data, config, None)
-    facts = build.facts_of(images, devices(config))
-    config = decided(config, facts)
+    data = build.open_data(config.data, config, None)
+    size, channels = view_size(config, data.statistics.median_size), data.statistics.channels
     torch.manual_seed(config.seed)
-    net = build.backbone_of(config, facts.channels)
-    learner = build.learner_of(config, net, facts.channels)
-    config = build.fitted(config, learner)
-    device = torch.device(facts.device)
-    task = build.task_of(config, learner, images.statistics, clock_of(config, facts.images))
-    task.to(device)
-    optimiser = optimizer_of(learner, task.practice)
-    loader = trainer.loader_of(config, images, facts, 0, None)
-    half = torch.autocast(facts.device, torch.bfloat16, enabled=config.precision == "bfloat16")
-    ends = []
-    assert config.steps is not None
-    while len(ends) < config.steps:
+    net = build.build_net(config, size, channels, load=True)
+    learner = build.build_learner(config, net, size, channels)
+    plan = resolve(config, build.find_info(data, find_devices(config), learner))
+    device, schedule = torch.device(plan.device), plan.schedule
+    learner.to(device)
+    normalise = Normalise(data.statistics.mean, data.statistics.std).to(device)
+    optimiser = build.build_optimizer(learner, plan, set(learner.unreached_parameters()))
+    loader = build.build_train_loader(plan, data, 0, None)
+    half = torch.autocast(plan.device, torch.bfloat16, enabled=plan.precision == "bfloat16")
+    ends: list[float] = []
+    while len(ends) < schedule.steps:
         for batch in loader:
             for group in optimiser.param_groups:
-                group["lr"] = task.practice.lr(len(ends))
+                group["lr"] = schedule.lr(len(ends))
             with half:
-                loss = learner(task.views(task.transfer_batch_to_device(batch, device, 0)))
+                loss = learner(make_views(move_batch(batch, device), normalise, plan))
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
-            learner.update_moving_average(task.practice.momentum(len(ends)))
+            learner.update_moving_average(schedule.momentum(len(ends)))
             if not ends:
-                wait(facts.device)
+                wait(plan.device)
             ends.append(time.perf_counter())
-            if len(ends) == config.steps:
+            if len(ends) == schedule.steps:
                 break
-    wait(facts.device)
+    wait(plan.device)
     ends[-1] = time.perf_counter()
     return {"seconds": (ends[-1] - ends[0]) / (len(ends) - 1)}
 
@@ -118,7 +117,7 @@ def main() -> None:
     look, step = (median(found["trainer"], name) for name in ("look", "seconds"))
     ratios[f"share of {RUN} steps spent looking at the network"] = LOOKS * look / (RUN * step)
     setting = f"{args.model} at {args.size} px, batch {args.batch}, {args.steps} steps"
-    where = machine(devices(PretrainConfig()).kind)
+    where = machine(find_devices(PretrainConfig()).kind)
     report("overhead", setting, ratios, found, where=where, save=args.save)
 
 

@@ -43,7 +43,7 @@ from pixel_level_contrastive_learning.evaluation import finetuning
 from pixel_level_contrastive_learning.evaluation.evaluate import Plan
 from pixel_level_contrastive_learning.evaluation.features import Preparation
 from pixel_level_contrastive_learning.files import write_whole
-from pixel_level_contrastive_learning.trainer.auto import base_lr, peak_lr
+from pixel_level_contrastive_learning.trainer.auto import learning_rate
 from pixel_level_contrastive_learning.trainer.config import PretrainConfig
 from pixel_level_contrastive_learning.trainer.system import native_bfloat16
 
@@ -88,7 +88,7 @@ def trained(method: str, seed: int, args: argparse.Namespace, folder: Path) -> t
         save_backbone(out, done.net.cpu(), own)
     elif method == PUBLISHED:
         script = Path(__file__).with_name("published.py")
-        lr = peak_lr(PretrainConfig(lr=base_lr("adamw"), batch_size=args.batch))
+        _, lr = learning_rate(PretrainConfig(), args.batch, batch_norm=True)
         weights, out = out.with_suffix(".pt"), out.with_suffix(".safetensors")
         command = [args.peer, script, images, "--out", weights, "--steps", args.steps]
         command += ["--seed", seed, "--batch", args.batch, "--size", args.size, "--lr", lr]

@@ -16,8 +16,6 @@ LONGER = {  # to be emptied as these are rewritten
     "modules/feature_info",
     "backbones/factory",
     "evaluation/evaluate",
-    "trainer/training_step",
-    "trainer/trainer",
     "visualization/report",
 }
 LOADED = "print([name for name in ('torch', 'kornia') if name in sys.modules])"
