@@ -1,5 +1,7 @@
 """``python -m pixel_level_contrastive_learning`` does what ``pixelcl`` does."""
 
+import os
+import signal
 import sys
 
 from .checks import not_installed
@@ -7,6 +9,8 @@ from .checks import not_installed
 
 def main() -> int:
     """Run a command; the exit code."""
+    # Until the process is gone: a run that has ended, or not begun, has nothing left to save.
+    signal.signal(signal.SIGTERM, lambda number, _: os._exit(128 + number))
     try:
         from .cli import main as command
     except ModuleNotFoundError as error:

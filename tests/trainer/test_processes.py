@@ -159,3 +159,12 @@ def test_a_signal_to_the_whole_group_ends_a_run_with_workers_in_order(flags, num
     assert "stopped at step" in said
     assert "Traceback" not in said
     assert checkpoint(run)["steps_done"] == metrics(run)[-1]["step"]
+
+
+def test_a_signal_after_the_last_step_has_the_same_exit_code() -> None:
+    code = (
+        "import os, signal, sys, time; sys.argv = ['pixelcl', 'layers', 'nothing/here']; "
+        f"from {PACKAGE}.__main__ import main; main(); os.kill(os.getpid(), signal.SIGTERM); "
+        "time.sleep(9)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 143
