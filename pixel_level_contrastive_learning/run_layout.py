@@ -8,7 +8,7 @@ METRICS = "metrics.jsonl"
 """The metrics of each step, a line a step."""
 PROBE = "probe.jsonl"
 """The mean IoU of each probe, a line a probe."""
-LOG = "train.log"
+TRAIN_LOG = "train.log"
 """What was printed, with the settings, the system and the versions."""
 SKIPPED = "skipped.txt"
 """Images that cannot be read, a name and a reason a line."""
@@ -49,7 +49,7 @@ LOGGERS = ("tensorboard", "csv", "wandb", "mlflow", "lightning_logs")
 EVERYTHING = (
     CONFIG,
     METRICS,
-    LOG,
+    TRAIN_LOG,
     STATISTICS,
     SKIPPED,
     CHECKPOINTS,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from dataclasses import asdict
 from difflib import get_close_matches
 from pathlib import Path
@@ -33,9 +32,9 @@ from ..pixel_cl import PixelCL
 from .auto import Info, RunPlan
 from .config import PRETRAINED, PretrainConfig
 from .config_io import start_weights
+from .logging import LOG
 from .system import Devices, cores_per_process, native_bfloat16
 
-LOG = logging.getLogger("pixel_level_contrastive_learning")
 FUSED = ("adam", "adamw", "sgd")
 """Optimisers that torch updates in one pass over the weights: a third of the time on a CPU."""
 

@@ -242,14 +242,14 @@ HOW_TO_START = ("config", "resume", "overwrite", "dry_run")
 NAMES = tuple(field.name for field in fields(PretrainConfig))
 
 
-def text(name: str, value: object) -> str | None:
+def plain_text(name: str, value: object) -> str | None:
     """The error message about anything but a text."""
     return None if isinstance(value, str) and value else f"{name} is {value!r}; it must be a text"
 
 
 def texts(name: str, value: object, allowed: tuple[str, ...] | None = None) -> str | None:
     """The error message about anything but a sequence of texts, each among those allowed."""
-    if not isinstance(value, (tuple, list)) or any(text(name, one) for one in value):
+    if not isinstance(value, (tuple, list)) or any(plain_text(name, one) for one in value):
         return f"{name} is {value!r}; it must be a list of texts"
     wrong = (one_of(name, one, allowed) for one in value) if allowed else ()
     return next((message for message in wrong if message), None)
@@ -276,8 +276,8 @@ def precision(name: str, value: object) -> str | None:
 
 
 OWN_LIMITS: Mapping[str, Check] = {
-    **dict.fromkeys(("out", "config", "weights", "probe"), text),
-    **dict.fromkeys(("model", "pixel_layer", "instance_layer", "optimizer"), text),
+    **dict.fromkeys(("out", "config", "weights", "probe"), plain_text),
+    **dict.fromkeys(("model", "pixel_layer", "instance_layer", "optimizer"), plain_text),
     **dict.fromkeys(
         ("resume", "overwrite", "dry_run", "zero_init_residual"),
         partial(one_of, allowed=(True, False)),

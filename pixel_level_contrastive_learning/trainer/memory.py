@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,11 +13,11 @@ from torch import Tensor, nn
 from ..pixel_cl import PixelCL
 from ..views import View
 from .auto import RunPlan, is_adaptive
+from .logging import LOG
 from .system import free_memory
 from .training_step import TrainingStep
 
-LOG = logging.getLogger("pixel_level_contrastive_learning")
-MARGIN = 0.8
+USABLE_SHARE = 0.8
 """Share of the free memory that a step may take."""
 TRIED_ON = ("cuda",)
 """Kinds of device on which memory is tried out; elsewhere it is estimated."""
@@ -213,6 +212,6 @@ def halve_until_it_fits(
 
 def parts_by(needed: Estimate, images: int, free: int) -> int:
     """Parts of a batch of ``images`` by the estimate and the bytes that are free."""
-    room = MARGIN * free - needed.fixed
+    room = USABLE_SHARE * free - needed.fixed
     fit = max(2, int(room // max(1, needed.per_image)))
     return max(1, -(-images // fit))

@@ -22,7 +22,7 @@ from ..data.dataset import Pairs
 from ..evaluation.health import COLLAPSED_RANK, COLLAPSED_SPREAD, effective_rank, spread
 from ..files import cannot_write, write_whole
 from .logging import LOG, ProgressBar, metrics_line
-from .training_step import METRICS, NotFiniteError, StepResult, not_finite
+from .training_step import METRIC_NAMES, NotFiniteError, StepResult, not_finite
 
 SMOOTHING = 0.98
 """Share of the running means that stays at each step."""
@@ -225,7 +225,7 @@ class MetricsWriter:
     def note(self, sent: Sent) -> None:
         """Note the metrics of a step that have arrived."""
         result = sent.result
-        values = dict(zip(METRICS, result.metrics.tolist(), strict=True))
+        values = dict(zip(METRIC_NAMES, result.metrics.tolist(), strict=True))
         step = result.step
         self.last = {
             "step": step,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shutil
 import socket
@@ -18,8 +17,8 @@ from filelock import FileLock, Timeout
 
 from .. import run_layout
 from ..files import write_whole
+from .logging import LOG
 
-LOG = logging.getLogger("pixel_level_contrastive_learning")
 NUMBERED = "step-*.ckpt"
 """Names of the checkpoints of single steps."""
 ORPHANS_LIVE = 15.0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import threading
@@ -12,7 +11,8 @@ from typing import Any, Self
 import torch
 from lightning.fabric import Fabric
 
-LOG = logging.getLogger("pixel_level_contrastive_learning")
+from .logging import LOG
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 ASK_EVERY = 10
 """Steps between the processes' asking each other whether one was asked to stop."""

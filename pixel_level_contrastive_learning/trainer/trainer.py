@@ -278,7 +278,7 @@ def run(config: PretrainConfig, objects: Any = None) -> PretrainResult:
                     run_dir.check(resume=config.resume, overwrite=config.overwrite)
                     if config.overwrite:
                         run_dir.remove_run()
-                    log.open(run_dir.path / run_layout.LOG)
+                    log.open(run_dir.path / run_layout.TRAIN_LOG)
                     result = train(setup, run_dir, stop)
             else:
                 result = train(setup, run_dir, stop)

@@ -27,7 +27,7 @@ from ..views import View, to_device
 from .auto import RunPlan
 from .build import build_optimizer
 
-METRICS = (
+METRIC_NAMES = (
     "loss",
     "pixel_loss",
     "instance_loss",
@@ -44,7 +44,7 @@ LEARNER = "learner."
 """Prefix of the learner's names in a checkpoint."""
 BACKBONE = f"{LEARNER}online_encoder.net."
 """Prefix of the backbone's names in a checkpoint."""
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+FULL_STATE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 """How a sharded state is gathered and spread."""
 
 
@@ -53,8 +53,8 @@ class StepResult(NamedTuple):
 
     Attributes:
         step: The step, counted from 1.
-        metrics: ``(8,)`` float32 on the learner's device, in the order of `METRICS`; pairs are per
-            image. The mean (of images without pairs, the sum) over all processes.
+        metrics: ``(8,)`` float32 on the learner's device, in the order of `METRIC_NAMES`; pairs
+            are per image. The mean (of images without pairs, the sum) over all processes.
         lr: The learning rate it was taken with.
         target_momentum: The target's momentum.
         images: Images of the step, over all processes.
@@ -137,7 +137,7 @@ class TrainingStep:
         """Leave the batch's gradient in the parameters; its metrics ``(8,)``, float32."""
         batch = move_batch(batch, self.fabric.device)
         parts = list(split_batch(batch, self.accumulate))
-        total = torch.zeros(len(METRICS), device=self.fabric.device)
+        total = torch.zeros(len(METRIC_NAMES), device=self.fabric.device)
         for number, part in enumerate(parts, start=1):
             share = len(part.one) / len(batch.one)
             waits = self.fabric.world_size > 1 and number < len(parts)  # for the last part
@@ -151,19 +151,19 @@ class TrainingStep:
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if self.plan.clip_grad:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.plan.clip_grad, norm)
-        total[METRICS.index("images_without_pairs")] *= len(batch.one)
+        total[METRIC_NAMES.index("images_without_pairs")] *= len(batch.one)
         if self.fabric.world_size > 1:
             torch.distributed.all_reduce(total)
             total /= self.fabric.world_size
-            total[METRICS.index("images_without_pairs")] *= self.fabric.world_size
+            total[METRIC_NAMES.index("images_without_pairs")] *= self.fabric.world_size
         total[-1] = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         return total
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint holds; every process takes part where the learner is sharded."""
         if self.plan.sharded:
-            state = get_model_state_dict(self.learner, options=WHOLE)
-            optimizer = get_optimizer_state_dict(self.learner, self.optimizer, options=WHOLE)
+            state = get_model_state_dict(self.learner, options=FULL_STATE)
+            optimizer = get_optimizer_state_dict(self.learner, self.optimizer, options=FULL_STATE)
         else:
             state, optimizer = self.learner.state_dict(), self.optimizer.state_dict()
         return {
@@ -179,8 +179,8 @@ class TrainingStep:
         state = {name.removeprefix(LEARNER): own for name, own in held["state_dict"].items()}
         [optimizer] = held["optimizer_states"]
         if self.plan.sharded:
-            set_model_state_dict(self.learner, state, options=WHOLE)
-            set_optimizer_state_dict(self.learner, self.optimizer, optimizer, options=WHOLE)
+            set_model_state_dict(self.learner, state, options=FULL_STATE)
+            set_optimizer_state_dict(self.learner, self.optimizer, optimizer, options=FULL_STATE)
         else:
             self.learner.load_state_dict(state)
             self.optimizer.load_state_dict(optimizer)
@@ -254,7 +254,7 @@ def slice_batch(batch: Any, part: slice) -> Any:
 
 
 def as_metrics(terms: Terms, images: int) -> Tensor:
-    """The terms of some images in the order of `METRICS`, pairs and images without them a share."""
+    """The terms of some images in the order of `METRIC_NAMES`; pairs are per image."""
     values = (
         terms.loss.detach(),
         terms.pixel_loss,
@@ -270,7 +270,9 @@ def as_metrics(terms: Terms, images: int) -> Tensor:
 
 def not_finite(step: int, metrics: Sequence[float]) -> str:
     """The message about a step whose metrics are NaN or infinite."""
-    shown = ", ".join(f"{name} {value:.4g}" for name, value in zip(METRICS, metrics, strict=True))
+    shown = ", ".join(
+        f"{name} {value:.4g}" for name, value in zip(METRIC_NAMES, metrics, strict=True)
+    )
     return (
         f"step {step} gave a loss or gradient that is NaN or infinite ({shown}); the last good "
         "checkpoint, if there was one, is kept: go on from it with --resume (without one start "
