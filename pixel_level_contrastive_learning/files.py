@@ -52,10 +52,13 @@ def write_whole(path: Path, content: str | bytes | Callable[[IO[bytes]], object]
 
 def cannot_write(path: Path, error: OSError | RuntimeError) -> CannotWriteError:
     """The complaint about a file that could not be written, with what to do."""
-    full = getattr(error, "errno", None) == errno.ENOSPC
     reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
     there = next((folder for folder in path.parents if folder.is_dir()), None)
-    free = f" ({shutil.disk_usage(there).free / 2**20:.0f} MiB free)" if there else ""
+    left = shutil.disk_usage(there).free / 2**20 if there else None
+    # torch's writer tells a full disk in words of its own, and its part of a file is still there.
+    by_torch = isinstance(error, RuntimeError) and left is not None and left < 1
+    full = getattr(error, "errno", None) == errno.ENOSPC or by_torch
+    free = "" if left is None else f" ({left:.0f} MiB free)"
     return CannotWriteError(
         f"{path} could not be written: {'the disk is full' if full else reason}{free}; nothing "
         "that existed is lost: make room or choose another place, and try again (a run goes on "

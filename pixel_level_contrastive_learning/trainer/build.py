@@ -64,8 +64,19 @@ def open_data(data: Any, config: PretrainConfig, resumed: Path | None) -> Traini
     source = open_source(data, leave_out=config.out)
     stored = None if resumed is None else resumed / run_layout.STATISTICS
     if stored is not None and stored.exists():
-        values = json.loads(stored.read_text(encoding="utf-8"))
-        images = values.pop("images", len(source))
+        try:
+            values = json.loads(stored.read_text(encoding="utf-8"))
+            images = values.pop("images", len(source))
+            plain: dict[str, Any] = {
+                name: tuple(value) if isinstance(value, list) else value
+                for name, value in values.items()
+            }
+            statistics = Statistics(**plain)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{stored} cannot be read ({error}); restore it, or remove it and the images are "
+                "measured again"
+            ) from error
         if images != len(source):
             LOG.warning(
                 "there are %d images, and there were %d when the run began: of those held out now "
@@ -73,11 +84,6 @@ def open_data(data: Any, config: PretrainConfig, resumed: Path | None) -> Traini
                 len(source),
                 images,
             )
-        plain: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value
-            for name, value in values.items()
-        }
-        statistics = Statistics(**plain)
     else:
         channels = None if config.channels == "auto" else config.channels
         statistics = measure(source, channels=channels, seed=config.seed)

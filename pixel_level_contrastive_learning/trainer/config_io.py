@@ -12,8 +12,8 @@ from typing import Any
 import yaml
 
 from .. import run_layout
-from ..checks import one_of, raise_together
-from .config import HOW_TO_START, NAMES, PRETRAINED, RECIPES, PretrainConfig
+from ..checks import check_limits, one_of, raise_together
+from .config import CONFIG_LIMITS, HOW_TO_START, NAMES, PRETRAINED, RECIPES, PretrainConfig
 
 REPLACES: dict[str, dict[str, Any]] = {
     "epochs": {"steps": None},
@@ -125,8 +125,16 @@ def read_settings(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path} holds a {type(read).__name__}; it must hold lines such as 'epochs: 100'"
         )
-    raise_together(*unknown_names(read, str(path)))
-    return {n: tuple(v) if isinstance(v, list) else v for n, v in read.items()}
+    plain = {n: tuple(v) if isinstance(v, list) else v for n, v in read.items()}
+    wrong = (f"{path}: {message}" for message in check_limits(plain, CONFIG_LIMITS))
+    raise_together(*unknown_names(read, str(path)), *wrong)
+    return plain
+
+
+def settings_in(folder: Path) -> dict[str, Any]:
+    """The settings of the run in a folder; none where it has no `config.yaml`."""
+    path = folder / run_layout.CONFIG
+    return read_settings(path) if path.is_file() else {}
 
 
 def as_yaml(config: PretrainConfig) -> str:
@@ -193,16 +201,13 @@ def without_folder(model: str) -> str:
     return f"{Path(file).name}:{function}" if colon and file.endswith(".py") else model
 
 
-def resume_changes(config: PretrainConfig, folder: Path) -> dict[str, tuple[Any, Any]]:
-    """Settings that differ from those of the run that is resumed: (old, new) by name.
+def resume_changes(config: PretrainConfig, before: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Settings that differ from those ``before`` of the run that is resumed: (old, new) by name.
 
     Raises:
         ValueError: Its weights depend on one of them.
     """
-    path = folder / run_layout.CONFIG
-    if not path.is_file():
-        return {}
-    changed = differences(read_settings(path), config)
+    changed = differences(before, config)
     wrong = [name for name in FIXED if name in changed and changed[name][1] != "auto"]
     # What has no weight is not trained, and the optimiser does not know it.
     wrong += [n for n in ("alpha", "instance_weight") if n in changed and 0 in changed[n]]

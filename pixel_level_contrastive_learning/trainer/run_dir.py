@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -11,12 +12,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import torch
 from filelock import FileLock, Timeout
 
 from .. import run_layout
-from ..files import write_whole
+from ..files import cannot_write, write_whole
 from .logging import LOG
 
 NUMBERED = "step-*.ckpt"
@@ -160,10 +162,14 @@ class RunDir:
         dropped = 0
         for name in (run_layout.METRICS, run_layout.PROBE):
             path = self.path / name
-            lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-            kept = [line for line in lines if step and 0 <= step_of_line(line) <= step]
-            if len(kept) < len(lines):
-                write_whole(path, b"".join(kept))
+            lines = path.read_bytes().splitlines() if path.exists() else []
+            kept: dict[int, bytes] = {}  # by step, in order: damaged digits may repeat one
+            for line in lines:
+                number = step_of_line(line)
+                if max(kept, default=-1) < number <= step and step:
+                    kept[number] = line
+            if lines:
+                write_whole(path, b"".join(line + b"\n" for line in kept.values()))
             dropped += len(lines) - len(kept)
         return dropped
 
@@ -192,9 +198,11 @@ class RunDir:
                 int(held["steps_done"])
             except FileNotFoundError:  # renumbered by another process
                 continue
-            except (OSError, MemoryError):  # another time it may be read
-                raise
             except Exception as error:  # whatever a broken file makes the reader raise
+                if isinstance(error, MemoryError) or (
+                    isinstance(error, OSError) and error.errno != errno.EINVAL  # of a file cut off
+                ):
+                    raise  # another time it may be read
                 LOG.warning(
                     "the checkpoint %s cannot be read (%s: %s); taking the one before it",
                     path,
@@ -227,12 +235,15 @@ class RunDir:
     def link(self, path: Path, name: str) -> None:
         """Give a checkpoint a second name, in one act; a copy where there are no hard links."""
         part = self.checkpoints / f".{name}.part"
-        part.unlink(missing_ok=True)
         try:
-            os.link(path, part)
-        except OSError:
-            shutil.copyfile(path, part)
-        part.replace(self.checkpoints / name)
+            part.unlink(missing_ok=True)
+            try:
+                os.link(path, part)
+            except OSError:
+                shutil.copyfile(path, part)
+            part.replace(self.checkpoints / name)
+        except OSError as error:
+            raise cannot_write(self.checkpoints / name, error) from error
 
     def renumber(self, checkpoint: Path, step: int, now: int) -> None:
         """Count the steps up to a checkpoint anew, since batches have another size from it on.
@@ -295,6 +306,14 @@ def step_of_line(line: bytes) -> int:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint's contents, on the CPU; only tensors and plain values are ever loaded."""
+    """A checkpoint's contents, on the CPU; only tensors and plain values are ever loaded.
+
+    Raises:
+        ValueError: A part of it is damaged.
+    """
+    with ZipFile(path) as parts:  # torch writes checksums and does not compare them
+        damaged = parts.testzip()
+    if damaged is not None:
+        raise ValueError(f"its part {damaged} is damaged")
     held: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     return held

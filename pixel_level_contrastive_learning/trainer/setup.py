@@ -16,7 +16,7 @@ from ..pixel_cl import PixelCL
 from . import build
 from .auto import RunPlan, resolve, view_size
 from .config import PretrainConfig
-from .config_io import as_yaml, resume_changes
+from .config_io import as_yaml, resume_changes, settings_in
 from .logging import LOG
 from .memory import estimate
 from .metrics import check_loggers
@@ -38,8 +38,7 @@ class Setup(NamedTuple):
         learner: On the CPU.
         devices: What it computes on.
         probe_splits: Images and masks to fit a probe on, and those to score it on; or none.
-        changed: Settings that differ from those of the run that is resumed: (old, new) by name;
-            None for a new run.
+        before: Settings of the run that is resumed; None for a new run.
     """
 
     plan: RunPlan
@@ -47,7 +46,7 @@ class Setup(NamedTuple):
     learner: PixelCL
     devices: Devices
     probe_splits: Sequence[Labelled]
-    changed: dict[str, tuple[Any, Any]] | None
+    before: dict[str, Any] | None
 
     @property
     def normalise(self) -> Normalise:
@@ -102,8 +101,8 @@ def prepare(config: PretrainConfig, objects: Any, run_dir: RunDir) -> Setup:
     devices = find_devices(config)
     check_loggers(config.loggers)
     LOG.info("%s", describe(devices))
-    if config.resume:
-        resume_changes(config, run_dir.path)  # refuses another model before it is built
+    before = settings_in(run_dir.path) if config.resume else {}
+    resume_changes(config, before)  # refuses another model before it is built
     resumed = run_dir.path if config.resume else None
     data = build.open_data(objects if objects is not None else config.data, config, resumed)
     probe_splits = open_labelled(config.probe) if config.probe is not None else ()
@@ -113,8 +112,7 @@ def prepare(config: PretrainConfig, objects: Any, run_dir: RunDir) -> Setup:
     net = build.build_net(config, size, channels, load=load)
     learner = build.build_learner(config, net, size, channels)
     plan = resolve(config, build.find_info(data, devices, learner))
-    changed = resume_changes(plan.settings, run_dir.path) if config.resume else None
-    setup = Setup(plan, data, learner, devices, probe_splits, changed)
+    setup = Setup(plan, data, learner, devices, probe_splits, before if config.resume else None)
     log_setup(setup, dry_run=config.dry_run)
     return setup
 

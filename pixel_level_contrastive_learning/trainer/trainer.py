@@ -24,7 +24,7 @@ from ..data.loader import StatefulLoader
 from ..pixel_cl import PixelCL
 from . import build
 from .config import PretrainConfig
-from .config_io import as_yaml, check_idle_changes, settings_of, to_config
+from .config_io import as_yaml, check_idle_changes, resume_changes, settings_of, to_config
 from .logging import LOG, logging_to
 from .memory import TRIED_ON, choose_accumulate, estimate
 from .metrics import MetricsWriter, build_loggers
@@ -351,8 +351,11 @@ def find_resume_point(setup: Setup, run_dir: RunDir) -> ResumePoint | None:
         ValueError: A checkpoint that does not fit, or changes that nothing is trained with.
     """
     plan, point, number = setup.plan, None, 0
-    found = None if setup.changed is None else run_dir.newest_checkpoint()
-    for name, (old, new) in (setup.changed or {}).items():
+    found = None if setup.before is None else run_dir.newest_checkpoint()
+    # The checkpoint's own: config.yaml may have been changed by hand, or by damage.
+    before = found[1].get("settings", setup.before) if found is not None else setup.before
+    changed = resume_changes(plan.settings, before or {})
+    for name, (old, new) in changed.items():
         LOG.warning("changed: %s was %r and is now %r", name, old, new)
     if found is not None:
         path, held = found
@@ -363,9 +366,9 @@ def find_resume_point(setup: Setup, run_dir: RunDir) -> ResumePoint | None:
         numbered = path.stem.removeprefix("step-")
         number = int(numbered) if numbered.isdecimal() else done
         point = ResumePoint(held, step, samples)
-        check_idle_changes(setup.changed or {}, step, plan.schedule.steps)
+        check_idle_changes(changed, step, plan.schedule.steps)
         LOG.info("going on at step %d, from %s", step, path)
-    elif setup.changed is not None:
+    elif setup.before is not None:
         LOG.warning("no checkpoint in %s: starting at step 0", run_dir.checkpoints)
     if is_writer():
         run_dir.checkpoints.mkdir(parents=True, exist_ok=True)

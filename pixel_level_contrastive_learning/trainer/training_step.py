@@ -26,6 +26,7 @@ from ..pixel_cl import PixelCL, Terms
 from ..views import View, to_device
 from .auto import RunPlan
 from .build import build_optimizer
+from .config_io import absolute_settings
 
 METRIC_NAMES = (
     "loss",
@@ -172,6 +173,7 @@ class TrainingStep:
             "steps_done": self.step,
             "samples": self.samples,
             "parts": [self.accumulate, self.plan.images_per_process],
+            "settings": absolute_settings(self.plan.settings),
         }
 
     def load_state_dict(self, held: Mapping[str, Any]) -> None:

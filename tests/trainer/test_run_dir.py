@@ -4,8 +4,10 @@ import os
 import socket
 
 import pytest
+import torch
 from filelock import FileLock
 
+from pixel_level_contrastive_learning.files import CannotWriteError
 from pixel_level_contrastive_learning.trainer import run_dir
 from pixel_level_contrastive_learning.trainer.run_dir import RunDir
 
@@ -72,3 +74,37 @@ def test_workers_that_outlive_a_killed_run_are_waited_for(tmp_path, monkeypatch)
     monkeypatch.setattr(run_dir.time, "sleep", let_go)
     with run.locked():
         assert len(waited) == 1
+
+
+def test_lines_of_metrics_are_whole_and_in_order_after_a_resume(tmp_path) -> None:
+    lines = ['{"step": 1}', '{"step": 2}', '{"step": 2}', '{"st\x00p": 3}', '{"step": 3}']
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))  # the last without its end
+    assert RunDir(tmp_path).truncate(3) == 2
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3}\n'
+
+
+def test_a_checkpoint_with_a_flipped_bit_is_damaged(tmp_path) -> None:
+    run = RunDir(tmp_path)
+    run.checkpoints.mkdir()
+    for step in (1, 2):
+        held = {"steps_done": step, "state_dict": {"weight": torch.full((999,), 1.5)}}
+        run.save_checkpoint(held, step, keep=2)
+    path = run.checkpoint_path(2)
+    held = bytearray(path.read_bytes())
+    place = held.index(torch.full((9,), 1.5).numpy().tobytes()) + 2
+    held[place] ^= 1
+    path.write_bytes(held)
+    found = run.newest_checkpoint()
+    assert found is not None
+    assert found[0] == run.checkpoint_path(1)
+
+
+def test_a_checkpoint_that_cannot_be_linked_is_told_as_every_file(tmp_path, monkeypatch) -> None:
+    def refused(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    run = RunDir(tmp_path)
+    monkeypatch.setattr(os, "link", refused)
+    monkeypatch.setattr(run_dir.shutil, "copyfile", refused)
+    with pytest.raises(CannotWriteError, match=r"last.ckpt could not be written: Permission den"):
+        run.save_checkpoint({}, 1, keep=1)

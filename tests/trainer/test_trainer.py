@@ -166,6 +166,25 @@ def test_more_steps_may_be_asked_for_and_the_difference_is_told(tmp_path, settin
     assert [line["step"] for line in metrics(tmp_path / "run")] == list(range(1, 9))
 
 
+def test_settings_changed_in_the_file_are_told_too(tmp_path, settings) -> None:
+    pretrain(**settings())
+    file = tmp_path / "run" / "config.yaml"
+    file.write_text(file.read_text().replace("seed: 0", "seed: 4"))
+    pretrain(out=tmp_path / "run", resume=True, steps=8)
+    assert "changed: seed was 0 and is now 4" in (tmp_path / "run" / "train.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("statistics.json", '{"channels": 3,'), ("config.yaml", "steps: 6\nmax_rotation:")],
+)
+def test_a_damaged_file_of_a_run_is_named(tmp_path, settings, name, text) -> None:
+    pretrain(**settings())
+    (tmp_path / "run" / name).write_text(text)
+    with pytest.raises(ValueError, match=name):
+        pretrain(**settings(resume=True, steps=8))
+
+
 def test_another_batch_goes_on_after_as_many_images(tmp_path, settings) -> None:
     given = settings(epochs=2)
     del given["steps"]
