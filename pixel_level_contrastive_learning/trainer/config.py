@@ -180,8 +180,8 @@ class PretrainConfig:
     """Any optimiser of timm by name, such as adamw, lars, sgd or lamb."""
     lr: float | Auto = "auto"
     """Peak learning rate for 256 images per step. It is scaled with the batch: by the square root
-    for optimisers of the Adam family, linearly for others. auto: by optimiser, less for networks
-    without batch norm."""
+    for optimisers of the Adam family, linearly for others. auto: by optimiser (adamw: 2e-3),
+    less with --weights and for networks without batch norm (adamw: 1e-3)."""
     weight_decay: float = 1e-4
     """Weight decay; parameters of one dimension have none."""
     warmup_epochs: float | Auto = "auto"

@@ -148,6 +148,11 @@ def log_setup(setup: Setup, *, dry_run: bool) -> None:
         plan.settings.instance_layer,
         plan.workers,
     )
+    if plan.settings.weights is not None:
+        LOG.info(
+            "start weights are trained as a whole, with a learning rate of %.3g for 256 images",
+            plan.settings.lr,
+        )
     if len(setup.data.train) < plan.batch_size:
         LOG.warning(
             "there are fewer images (%d) than a batch has (%d): some come twice in a batch",

@@ -126,6 +126,13 @@ def test_adam_has_a_smaller_default_without_batch_norm(name, less) -> None:
     assert (0 < without < planned(optimizer=name).settings.lr) is less
 
 
+@pytest.mark.parametrize(("name", "less"), [("adamw", True), ("sgd", False)])
+def test_adam_has_a_smaller_default_from_start_weights(name, less) -> None:
+    started = planned(optimizer=name, weights="pretrained").settings.lr
+    assert (0 < started < planned(optimizer=name).settings.lr) is less
+    assert planned(optimizer=name, weights="pretrained", lr=0.3).settings.lr == 0.3
+
+
 def test_an_optimiser_without_default_learning_rate_asks_for_one() -> None:
     with pytest.raises(ValueError, match="which has no default learning rate; give one with lr"):
         planned(optimizer="rprop")
