@@ -190,3 +190,65 @@ def test_scaling_is_written_between_the_marks_of_a_page(tmp_path: Path) -> None:
     assert "old" not in text
     assert "| resnet18 | 512 | 16384 | 32 |" in text
     assert "--peak 9.89e+14 --bandwidth 3.35e+12" in text
+
+
+def test_a_setting_is_what_differs_from_the_base_of_its_start() -> None:
+    settings = load("settings")
+    changes = settings.parsed("steps 3000, lr 3e-4, levels 3 4", "mobilenet")
+    assert changes == {"steps": 3000, "levels": [3, 4]}  # the rate is this start's own
+    assert settings.label(changes) == "steps 3000, levels 3 4"
+    assert settings.parsed(settings.label(changes), "mobilenet") == changes
+    assert settings.parsed("base", "random") == {}
+    with pytest.raises(SystemExit, match="'stepz 3' is no setting; write KEY VALUE, keys being st"):
+        settings.parsed("stepz 3", "random")
+    with pytest.raises(SystemExit, match="norm is one of data, imagenet"):
+        settings.parsed("norm own", "random")
+
+
+def test_gains_are_over_the_same_start_with_the_rate_that_val_chose() -> None:
+    def cell(changes: dict[str, int], slow: list[float], fast: list[float]) -> dict[str, object]:
+        tuned = {
+            rate: {"val": val, "test": [1 - own for own in val]}
+            for rate, val in (("0.0003", slow), ("0.001", fast))
+        }
+        linear = {"val": [0.0, val := slow[0] / 2], "test": [0.0, val]}
+        named = {"start": "random", "settings": changes, "domain": "town", "seed": 0}
+        return named | {"linear": linear, "finetuned": tuned}
+
+    start, base = cell({"steps": 0}, [0.5, 0.25], [0.25, 0.25]), cell({}, [0.25, 0.25], [0.75, 0.5])
+    single = cell({"steps": 9}, [0.5], [0.25])
+    lines = load("settings").tables([start, base, single], ["town"], "test").splitlines()
+    assert lines[3:] == [
+        "| steps 0 | 0 | 62.5 (25.0) |  |",
+        "| base | 0 | -25.0 (-12.5) | -25.00 (-12.5) |",
+        "| steps 9 | 0 | -12.5* (+0.0) | -12.50 (+0.0) |",
+    ]
+
+
+@pytest.mark.parametrize("domains", [["iddlite", "neuseg", "salt"], ["camvid", "nuclei"]])
+def test_the_tables_of_settings_are_those_of_the_record(domains: list[str]) -> None:
+    cells = json.loads((BENCHMARKS / "results" / "settings.json").read_text())["cells"]
+    tables = load("settings").tables(cells, domains, "val")
+    assert tables in (BENCHMARKS / "README.md").read_text()
+
+
+def test_pretraining_on_two_levels_moves_the_backbone_when_its_turn_comes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    multilevel = load("multilevel")
+    monkeypatch.setattr(multilevel, "HIDDEN", 8)
+    monkeypatch.setattr(multilevel, "DEVICE", "cpu")
+    small = {"steps": 2, "batch": 2, "view": 64, "levels": [3, 4], "distill": 1.0}
+    images = torch.randint(256, (3, 3, 64, 80), dtype=torch.uint8)
+    moved = []
+    for alone in (2, 1):
+        net = resnet18()
+        before = [weight.clone() for weight in net.layer1.parameters()]
+        config = load("settings").BASE | small | {"head_steps": alone}
+        layers = load("settings").STARTS["random"].layers
+        curve = multilevel.pretrain(net, layers, images, torch.nn.Identity(), config, 0)
+        assert len(curve) == 2
+        assert all(0 <= part <= 8.001 for parts in curve for part in parts[:2])
+        after = net.layer1.parameters()
+        moved.append(any((a != b).any() for a, b in zip(before, after, strict=True)))
+    assert moved == [False, True]
