@@ -92,7 +92,7 @@ def check_places(config: PretrainConfig, objects: Any) -> RunDir:
     return run_dir
 
 
-def prepare(config: PretrainConfig, objects: Any, run_dir: RunDir) -> Setup:
+def set_up(config: PretrainConfig, objects: Any, run_dir: RunDir) -> Setup:
     """Open the data, build the learner, resolve the plan; writes nothing.
 
     Raises:

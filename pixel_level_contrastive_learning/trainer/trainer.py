@@ -29,7 +29,7 @@ from .logging import LOG, logging_to
 from .memory import TRIED_ON, choose_accumulate, estimate
 from .metrics import MetricsWriter, build_loggers
 from .run_dir import RunDir
-from .setup import Setup, check_places, dry_run, prepare
+from .setup import Setup, check_places, dry_run, set_up
 from .signals import StopSignal
 from .system import is_writer
 from .training_step import BACKBONE, LEARNER, TrainingStep
@@ -269,7 +269,7 @@ def run(config: PretrainConfig, objects: Any = None) -> PretrainResult:
     run_dir = check_places(config, objects)
     with logging_to(terminal=is_writer()) as log, quiet_lightning(), StopSignal() as stop:
         try:
-            setup = prepare(config, objects, run_dir)
+            setup = set_up(config, objects, run_dir)
             stop.exit_if_received()
             if config.dry_run:
                 result = PretrainResult(None, dry_run(setup, run_dir), run_dir.path)

@@ -648,13 +648,13 @@ def test_a_run_that_was_told_to_stop_early_replaces_nothing(
     pretrain(**settings(steps=1))
     weights = (tmp_path / "run" / "backbone.safetensors").read_bytes()
 
-    prepare = trainer.prepare
+    set_up = trainer.set_up
 
     def asked_meanwhile(*given: object) -> object:
         signal.raise_signal(signal.SIGINT)
-        return prepare(*given)
+        return set_up(*given)
 
-    monkeypatch.setattr(trainer, "prepare", asked_meanwhile)
+    monkeypatch.setattr(trainer, "set_up", asked_meanwhile)
     for how in ({"overwrite": True}, {"overwrite": True, "dry_run": True}):
         with pytest.raises(Interrupted) as stopped:
             pretrain(**settings(steps=1, **how))
