@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -71,6 +72,23 @@ def logging_to(*, terminal: bool) -> Iterator[LateFileHandler]:
         for handler in handlers:
             LOG.removeHandler(handler)
             handler.close()
+
+
+@contextmanager
+def quiet_lightning() -> Iterator[None]:
+    """A context in which Lightning says only what is wrong."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"lightning\..*")
+            warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # nothing in place
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def metrics_line(metrics: dict[str, float]) -> str:

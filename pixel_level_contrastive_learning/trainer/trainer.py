@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections.abc import Generator, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass, fields
 from inspect import Parameter, Signature
 from pathlib import Path
@@ -25,7 +23,7 @@ from ..pixel_cl import PixelCL
 from . import build
 from .config import PretrainConfig
 from .config_io import as_yaml, check_idle_changes, resume_changes, settings_of, to_config
-from .logging import LOG, logging_to
+from .logging import LOG, logging_to, quiet_lightning
 from .memory import TRIED_ON, choose_accumulate, estimate
 from .metrics import MetricsWriter, build_loggers
 from .run_dir import RunDir
@@ -289,23 +287,6 @@ def run(config: PretrainConfig, objects: Any = None) -> PretrainResult:
             raise
 
 
-@contextmanager
-def quiet_lightning() -> Iterator[None]:
-    """A context in which Lightning says only what is wrong."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module=r"lightning\..*")
-            warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # nothing in place
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
 def train(setup: Setup, run_dir: RunDir, stop: StopSignal) -> PretrainResult:
     """Train, from the newest checkpoint where the run is resumed, and export the backbone.
 
@@ -328,11 +309,8 @@ def train(setup: Setup, run_dir: RunDir, stop: StopSignal) -> PretrainResult:
     colours = None
     if resumed is not None:
         step.load_state_dict(resumed.held)
-        step.step, step.samples, colours = (
-            resumed.step,
-            resumed.samples,
-            resumed.held.get("colours"),
-        )
+        step.step, step.samples = resumed.step, resumed.samples
+        colours = resumed.held.get("colours")
     step.accumulate = plan.accumulate or choose_accumulate(fabric, step, plan, needed)
     metrics = fit(fabric, setup, step, run_dir, stop, colours)
     if stop.received():
