@@ -14,7 +14,6 @@ HOMELESS = {"utils", "util", "helpers", "helper", "common", "misc"}
 LONGEST = 420
 LONGER = {  # to be emptied as these are rewritten
     "modules/feature_info",
-    "backbones/factory",
     "evaluation/evaluate",
     "visualization/report",
 }

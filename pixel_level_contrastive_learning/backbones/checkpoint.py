@@ -1,4 +1,4 @@
-"""Weights: a backbone out to a file with a card that says how to use it, and in again."""
+"""Backbones on disk: weights, and beside them a card that says how to use them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import logging
 import warnings
 from dataclasses import asdict, dataclass, fields, replace
-from difflib import get_close_matches
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
@@ -15,53 +14,40 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from ..checks import per_channel, raise_together, size_pair, whole
+from ..checks import one_of, per_channel, raise_together, size_pair, whole
 from ..files import write_whole
 from ..modules.hooks import plain_name
+from ..run_layout import CARD
+from .custom import custom_file
 from .factory import (
     build_backbone,
     default_image_size,
     default_layers,
     default_statistics,
-    model_name,
-    own_file,
+    parse_model_name,
 )
 from .state_dict import (
-    WEIGHTS,
     KeyReport,
-    fill,
-    home,
-    load_weights,
-    read_tensors,
+    find_weights,
+    load_matching,
+    read_state_dict,
+    run_folder,
     tensors_of,
-    weights_file,
 )
 
 if TYPE_CHECKING:
     from ..pixel_cl import PixelCL
 
-__all__ = [
-    "WEIGHTS",
-    "BackboneCard",
-    "KeyReport",
-    "Loaded",
-    "card_of",
-    "load_backbone",
-    "load_weights",
-    "read_backbone",
-    "save_backbone",
-    "save_card",
-]
-
 ZERO_INIT = "zero-init residual"
 """A start from random weights whose residual blocks are identities."""
+log = logging.getLogger(__name__)
 
 
-def this_version() -> str:
-    """The version of this package."""
+def package_version() -> str:
+    """The version of this package; ``unknown`` where it is not installed."""
     try:
         return version("pixel-level-contrastive-learning")
-    except PackageNotFoundError:  # run from a folder, not installed
+    except PackageNotFoundError:
         return "unknown"
 
 
@@ -70,7 +56,7 @@ class BackboneCard:
     """What is needed to use a backbone's weights; a JSON file beside them.
 
     Attributes:
-        model: The name it is built by, see `build_backbone`.
+        model: The name that `build_backbone` takes.
         channels: Channels of its images.
         image_size: ``(height, width)`` of the views it was trained on.
         mean: Per-channel mean the images were normalised with, for values in [0, 1].
@@ -84,6 +70,9 @@ class BackboneCard:
             blocks as identities), ``pretrained``, or a file.
         seed: The seed of the run.
         version: The version of this package that wrote it.
+
+    Raises:
+        ValueError: A value out of range.
     """
 
     model: str
@@ -97,7 +86,7 @@ class BackboneCard:
     instance_layer: str
     start: str = "random"
     seed: int = 0
-    version: str = this_version()
+    version: str = package_version()
 
     def __post_init__(self) -> None:
         for field in fields(self):  # JSON has lists where we have tuples
@@ -118,131 +107,81 @@ class BackboneCard:
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """The card in a JSON text.
-
-        Raises:
-            ValueError: It is no JSON, or lacks a field, or has one of no meaning or out of range.
-        """
-        held = json.loads(text)
-        if not isinstance(held, dict):
-            raise ValueError(
-                f"it holds {type(held).__name__}, not an object with the card's fields"
-            )
-        names = {field.name for field in fields(cls)}
-        needed = names - {"low", "high", "start", "seed", "version"}
-        if missing := sorted(needed - held.keys()):
-            raise ValueError(f"it lacks {', '.join(missing)}")
-        if unknown := sorted(held.keys() - names):
-            near = get_close_matches(unknown[0], names, n=1)
-            perhaps = f" (perhaps {near[0]!r})" if near else ""
-            raise ValueError(f"it has {unknown[0]!r}{perhaps}, which this version does not know")
-        return cls(**held)
+        """The card in a JSON text; a ValueError or TypeError says what is wrong with it."""
+        values = json.loads(text)
+        if not isinstance(values, dict):
+            raise ValueError(f"it is a {type(values).__name__}, not an object with fields")
+        names = [field.name for field in fields(cls)]
+        raise_together(*(one_of("field", name, names) for name in values))
+        return cls(**values)
 
 
 def read_card(weights: Path) -> BackboneCard:
-    """The card beside a file of weights; a model's file that has moved is looked for there, too.
-
-    A checkpoint's is that of its run.
-
-    Raises:
-        ValueError: There is none, or it is wrong.
-    """
-    folder = home(weights)
-    beside = weights if folder == weights.parent else folder / WEIGHTS
-    path = beside.with_suffix(".json")
+    """The card beside a file of weights; for a checkpoint, that of its run."""
+    folder = run_folder(weights)
+    path = weights.with_suffix(".json") if folder == weights.parent else folder / CARD
     if not path.is_file():
         raise ValueError(
-            f"{weights} has no card {path.name} beside it, so nobody knows which network it is of; "
-            "put the card there, or fill a network of your own: load_weights(net, path)"
+            f"{weights} has no card {path.name} beside it, which says what network it is of; put "
+            "the card there, or load it into a network of your own: load_weights(net, path)"
         )
     try:
         card = BackboneCard.from_json(path.read_text(encoding="utf-8"))
     except (ValueError, TypeError) as error:  # not JSON is a ValueError, too
         raise ValueError(f"{path} is not a backbone's card: {error}") from error
-    file = own_file(card.model)
+    file = custom_file(card.model)
     if file is None or file.is_file():
         return card
-    moved = folder / file.name
+    moved = folder / file.name  # with the run
     if not moved.is_file():
         raise ValueError(
-            f"{path} names {file}, which is not there; put the file beside the card, or set "
+            f"{path} names {file}, which does not exist; put the file beside the card, or set "
             '"model" in the card to where it is now'
         )
     return replace(card, model=f"{moved}:{card.model.rpartition(':')[2]}")
 
 
-log = logging.getLogger(__name__)
-
-
-class Loaded(NamedTuple):
-    """A backbone that was read, with its card.
-
-    Attributes:
-        net: The network, in train mode, as its library builds it.
-        card: How to use it.
-        report: What of the file fitted; None where there was no file.
-    """
-
-    net: nn.Module
-    card: BackboneCard
-    report: KeyReport | None
-
-
 def save_backbone(path: str | Path, net: nn.Module, card: BackboneCard) -> None:
-    """Write a backbone's weights, and its card beside them: ``X.safetensors`` and ``X.json``.
-
-    Names are the library's own, whatever was wrapped around the network. A reader sees the old
-    files or the new ones, never a part; where writing fails, the old ones stay.
-
-    Args:
-        path: ``X.safetensors``.
-        net: The network.
-        card: How to use it. Where the model is a file of one's own, its path is made absolute.
-
-    Raises:
-        ValueError: Another suffix, or a weight that is NaN or infinite.
-        CannotWriteError: The disk is full or the like.
-    """
+    """Write a backbone's weights and its card: ``X.safetensors`` and ``X.json``."""
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"path is {str(path)!r}; it must end in .safetensors")
-    tensors = clean_state(net)
+    tensors = clean_state_dict(net)
     save_card(path, card)  # first: whoever finds weights finds a card beside them
     write_whole(path, save(tensors, metadata={"format": "pt"}))
 
 
 def save_card(path: str | Path, card: BackboneCard) -> None:
-    """Write the card of the weights in a file, which may not be there yet: ``X.json`` for ``X.pt``.
+    """Write the card of the weights in a file, which need not exist yet: ``X.json`` for ``X.pt``.
 
     Args:
         path: The file of weights.
-        card: How to use them. Where the model is a file of one's own, its path is made absolute.
+        card: How to use them. Where the model is a file of your own, its path is made absolute.
 
     Raises:
         CannotWriteError: The disk is full or the like.
     """
-    file = own_file(card.model)
+    file = custom_file(card.model)
     if file is not None:
-        function = card.model.rpartition(":")[2]
-        card = replace(card, model=f"{file.resolve()}:{function}")
+        card = replace(card, model=f"{file.resolve()}:{card.model.rpartition(':')[2]}")
     write_whole(Path(path).with_suffix(".json"), card.to_json())
 
 
 def card_of(learner: PixelCL, model: str, **fields: Any) -> BackboneCard:
-    """The card of what a loop of one's own trains: what the learner knows, and what it is told.
+    """The card of what your own training loop trains.
 
     Args:
-        learner: Size and channels of its views, its layers, its mean and standard deviation.
-        model: The name that its backbone is built by, see `build_backbone`.
-        **fields: Other fields of `BackboneCard`, or others than the learner's: ``low`` and ``high``
+        learner: Gives size and channels of its views, its layers, its mean and standard deviation.
+        model: The name of its backbone, as `build_backbone` takes it.
+        **fields: Other fields of `BackboneCard`, or in place of the learner's: ``low`` and ``high``
             where the loop scales 16-bit or float values, ``start`` where it does not start from
             random weights, ``mean`` and ``std`` where it normalises the views itself.
 
     Raises:
-        ValueError: An unknown model, a field out of range, or a learner with an ``augment_fn`` of
-            its own, which knows no mean and standard deviation, and none are given.
+        ValueError: An unknown model, a field out of range, or no mean and standard deviation for a
+            learner whose own ``augment_fn`` normalises.
     """
-    model_name(model)  # an unknown one is refused here, not where the card is read
+    parse_model_name(model)  # an unknown one is refused here, not where the card is read
     encoder, normalise = learner.online_encoder, learner.views.augment.one.normalise
     known: dict[str, Any] = {
         "model": model,
@@ -252,37 +191,31 @@ def card_of(learner: PixelCL, model: str, **fields: Any) -> BackboneCard:
         "instance_layer": encoder.instance_tap.name,
     }
     if normalise is not None:
-        known |= {"mean": written(normalise.mean), "std": written(normalise.std)}
+        known |= {"mean": seven_digits(normalise.mean), "std": seven_digits(normalise.std)}
     elif not {"mean", "std"} <= fields.keys():
         raise ValueError(
-            "the learner's augment_fn normalises by itself, so nobody knows by which mean and std; "
+            "the learner's augment_fn normalises by itself, and its mean and std are not known; "
             "give both to card_of, for values in [0, 1]"
         )
     return BackboneCard(**(known | fields))
 
 
-def written(values: Tensor) -> tuple[float, ...]:
-    """Float32 values in the seven digits that they were given with: 0.485, not 0.48500001."""
+def seven_digits(values: Tensor) -> tuple[float, ...]:
+    """Float32 values as they were given: 0.485, not 0.48500001."""
     return tuple(float(f"{value:.7g}") for value in values.flatten().tolist())
 
 
-def clean_state(net: nn.Module) -> dict[str, Tensor]:
-    """The state dict under the library's names, on the CPU, no two tensors sharing memory.
-
-    Sync batch norm has the names and shapes of plain batch norm, so that nothing of it remains.
-
-    Raises:
-        ValueError: A weight is NaN or infinite.
-    """
+def clean_state_dict(net: nn.Module) -> dict[str, Tensor]:
+    """The state dict under the library's names, on the CPU, no two tensors sharing memory."""
     state = tensors_of(net)
     if others := net.state_dict().keys() - state.keys():
-        log.warning("%s of %s are no tensors and are left out", sorted(others), type(net).__name__)
+        log.warning("%s of %s are not tensors and are left out", sorted(others), type(net).__name__)
     learned = {name for name, _ in net.named_parameters(remove_duplicate=False)}
     learned |= {name for name in state if name.endswith(("running_mean", "running_var"))}
     wrong = [
         name
-        for name, held in state.items()  # a mask may hold minus infinity
-        if held.isnan().any() or (name in learned and held.isinf().any())
+        for name, value in state.items()  # a mask may hold minus infinity
+        if value.isnan().any() or (name in learned and value.isinf().any())
     ]
     if wrong:
         raise ValueError(
@@ -291,22 +224,36 @@ def clean_state(net: nn.Module) -> dict[str, Tensor]:
             "checkpoint"
         )
     return {
-        plain_name(name): held.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for name, held in state.items()
+        plain_name(name): value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, value in state.items()
     }
+
+
+class Loaded(NamedTuple):
+    """A backbone with its card.
+
+    Attributes:
+        net: The network, in train mode, as its library builds it.
+        card: How to use it.
+        report: What of the file fits; None where there is no file.
+    """
+
+    net: nn.Module
+    card: BackboneCard
+    report: KeyReport | None
 
 
 def read_backbone(
     source: str | Path, *, channels: int | None = None, image_size: tuple[int, int] | None = None
 ) -> Loaded:
-    """A backbone from wherever it is.
+    """A backbone of a run, a file or a library.
 
-    A card may name a function of one's own, which is run to build the network: read only cards
+    A card may name a function of your own, which is run to build the network: read only cards
     whose origin you trust.
 
     Args:
-        source: A run directory (of a run that has not ended, its last checkpoint), a checkpoint in
-            one, a file of weights with its card beside it (`save_backbone`, `save_card`, `export`),
+        source: A run directory (of an unfinished run, its last checkpoint), a checkpoint in one, a
+            file of weights with its card beside it (`save_backbone`, `save_card`, `export`),
             ``torchvision/NAME`` or ``timm/NAME`` for the library's weights, or ``random:MODEL`` for
             random ones.
         channels: Channels of the images. Pretrained and random backbones are built for them
@@ -316,14 +263,18 @@ def read_backbone(
 
     Raises:
         ValueError: There is no such thing, its card is missing or wrong, or it is for other images.
-        ConnectionError: Pretrained weights could not be fetched.
+        ConnectionError: Pretrained weights could not be downloaded.
+
+    >>> net, card, report = read_backbone("random:torchvision/resnet18")
+    >>> card.pixel_layer, card.instance_layer
+    ('layer4', 'avgpool')
     """
     text = str(source)
     if text.startswith("random:"):
-        return fresh(text.removeprefix("random:"), channels, image_size, pretrained=False)
+        return from_library(text.removeprefix("random:"), channels, image_size, pretrained=False)
     if text.startswith(("torchvision/", "timm/")) and not Path(text).exists():
-        return fresh(text, channels, image_size, pretrained=True)
-    path = weights_file(source)
+        return from_library(text, channels, image_size, pretrained=True)
+    path = find_weights(source)
     card = read_card(path)
     if channels is not None and channels != card.channels:
         raise ValueError(
@@ -333,8 +284,8 @@ def read_backbone(
     net = build_backbone(
         card.model, channels=card.channels, image_size=image_size or card.image_size
     )
-    report = fill(net, read_tensors(path), str(path))
-    if report.whole:
+    report = load_matching(net, read_state_dict(path), str(path))
+    if report.complete:
         log.info("%s: %s", path, report)
     else:
         warnings.warn(f"{path} does not fill all of {card.model}: {report}", stacklevel=2)
@@ -349,14 +300,17 @@ def load_backbone(path: str | Path) -> nn.Module:
 
     Raises:
         ValueError: There is no backbone, or nothing in the file fits.
+
+    >>> load_backbone("random:torchvision/resnet18").fc
+    Linear(in_features=512, out_features=1000, bias=True)
     """
     return read_backbone(path).net
 
 
-def fresh(
+def from_library(
     model: str, channels: int | None, image_size: tuple[int, int] | None, *, pretrained: bool
 ) -> Loaded:
-    """A backbone of a library, and the card it would have had."""
+    """A backbone without a file, and the card it would have."""
     channels = 3 if channels is None else channels
     size = image_size or default_image_size(model) or (224, 224)
     net = build_backbone(model, channels=channels, image_size=size, pretrained=pretrained)

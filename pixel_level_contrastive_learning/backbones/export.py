@@ -1,8 +1,7 @@
-"""Exports: a run's backbone as a file for other libraries, and the lines that use it there."""
+"""Export: a run's backbone as a file for another library, and the code that loads it there."""
 
 from __future__ import annotations
 
-import io
 import pickle
 import re
 from collections.abc import Mapping
@@ -17,20 +16,13 @@ from torch import Tensor, nn
 
 from ..checks import one_of, raise_together
 from ..files import write_whole
-from .checkpoint import BackboneCard, clean_state, read_backbone
-from .factory import (
-    default_image_size,
-    model_name,
-    own_file,
-    own_function,
-    own_settings,
-    timm_settings,
-    torchvision_settings,
-)
-from .state_dict import KeyReport, fill, home, read_tensors, weights_file
-from .stem import stem_of
+from .checkpoint import BackboneCard, clean_state_dict, read_backbone, save_card
+from .custom import custom_file, custom_function, custom_kwargs, import_from_folder
+from .factory import default_image_size, parse_model_name, timm_kwargs, torchvision_kwargs
+from .state_dict import KeyReport, find_weights, load_matching, read_state_dict, run_folder
+from .stem import find_stem
 
-SUFFIXES = {
+FORMATS = {
     "torchvision": ".pth",
     "timm": ".safetensors",
     "safetensors": ".safetensors",
@@ -39,15 +31,14 @@ SUFFIXES = {
     "mmseg": ".pth",
     "detectron2": ".pkl",
 }
-"""What `export` writes, and how the files' names end."""
+"""What `export` writes, and the suffixes of the files."""
 HEADLESS = {"smp", "mmseg", "detectron2"}
 """Formats for networks without a classifier."""
-
-DEPTHS = {"resnet18": 18, "resnet34": 34, "resnet50": 50, "resnet101": 101, "resnet152": 152}
+DEPTHS = {f"resnet{depth}": depth for depth in (18, 34, 50, 101, 152)}
 """The ResNets that all of these libraries build alike."""
-ENCODERS = {*DEPTHS, "resnext50_32x4d", "resnext101_32x8d"}
+SMP_ALIKE = {*DEPTHS, "resnext50_32x4d", "resnext101_32x8d"}
 """Those that segmentation-models-pytorch builds like torchvision."""
-ALIKE = {*ENCODERS, "wide_resnet50_2", "wide_resnet101_2"}
+TIMM_ALIKE = {*SMP_ALIKE, "wide_resnet50_2", "wide_resnet101_2"}
 """Those that torchvision and timm build alike, name by name."""
 
 
@@ -56,11 +47,11 @@ class Exported(NamedTuple):
 
     Attributes:
         path: The file.
-        format: One of `SUFFIXES`.
+        format: One of `FORMATS`.
         report: What of the file, read again, fits the backbone; a classifier is missing where the
             format has none.
-        how_to: What loads it without this package and brings images to it: Python; for detectron2 a
-            configuration.
+        how_to: What loads the file without this package and feeds images to it: Python; for
+            detectron2 a configuration.
     """
 
     path: Path
@@ -77,92 +68,81 @@ def export(run: str | Path, format: str, out: str | Path | None = None) -> Expor
 
     ``torchvision`` and ``timm`` hold every weight under the library's names, as do ``safetensors``
     and ``state-dict`` for any model. ``smp`` is an encoder of segmentation-models-pytorch,
-    ``mmseg`` and ``detectron2`` a backbone there (ResNets). A ResNet of torchvision goes to timm,
+    ``mmseg`` and ``detectron2`` a backbone there (ResNets). A ResNet of torchvision can go to timm,
     and back.
 
     Args:
         run: A run directory, or a file with its card.
-        format: One of `SUFFIXES`.
+        format: One of `FORMATS`.
         out: The file to write. Default: ``backbone-FORMAT`` in the run directory, with the suffix
             of the format.
 
     Raises:
-        ValueError: An unknown format, one that has no such model, or no backbone to export.
+        ValueError: An unknown format, one that has no such model, no backbone to export.
         OSError: The file cannot be written.
+
+    >>> export("runs/streets", "torchvison")  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    ValueError: format is 'torchvison'; it must be one of ... (perhaps 'torchvision')
     """
-    raise_together(one_of("format", format, SUFFIXES))
-    source = weights_file(run)
+    raise_together(one_of("format", format, FORMATS))
+    source = find_weights(run)
     net, card, _ = read_backbone(source)
-    card = replace(card, model=model_there(card.model, format))
-    beside = home(source) / f"backbone-{format}{SUFFIXES[format]}"
-    path = beside if out is None else Path(out).expanduser()
-    if path.suffix != SUFFIXES[format]:
-        raise ValueError(f"out is {str(path)!r}; for {format} it must end in {SUFFIXES[format]}")
-    state = clean_state(net)
+    card = replace(card, model=model_in(card.model, format))
+    default = run_folder(source) / f"backbone-{format}{FORMATS[format]}"
+    path = default if out is None else Path(out).expanduser()
+    if path.suffix != FORMATS[format]:
+        raise ValueError(f"out is {str(path)!r}; for {format} it must end in {FORMATS[format]}")
+    state = clean_state_dict(net)
     if format in HEADLESS:
-        state = {name: held for name, held in state.items() if not name.startswith("fc.")}
+        state = {name: value for name, value in state.items() if not name.startswith("fc.")}
     if format == "detectron2":
         write_whole(path, detectron2_file(state))
     else:
         if format not in HEADLESS:
-            write_whole(path.with_suffix(".json"), card.to_json())
-        write_whole(path, state_file(state, path.suffix))
-        state = read_tensors(path)
-    report = fill(net, state, str(path))
+            save_card(path, card)
+        if path.suffix == ".safetensors":
+            write_whole(path, save(state, metadata={"format": "pt"}))
+        else:
+            write_whole(path, lambda file: torch.save(state, file))
+        state = read_state_dict(path)
+    report = load_matching(net, state, str(path))
     return Exported(path, format, report, how_to(format, net, card, path.resolve()))
 
 
-def model_there(model: str, format: str) -> str:  # noqa: A002
-    """The model's name in the library that a format is for.
-
-    Raises:
-        ValueError: It has no such model.
-    """
-    library, name = model_name(model)
+def model_in(model: str, format: str) -> str:  # noqa: A002
+    """The model's name in the library that a format is for; a ValueError where it has none."""
+    library, name = parse_model_name(model)
     architecture = name.partition(".")[0] if library == "timm" else name
-    alike = library != "own" and architecture in ALIKE
-    there = dict.fromkeys(("safetensors", "state-dict"), model)
-    if library != "own":
-        there[library] = model
-    if alike:
-        there.setdefault("torchvision", f"torchvision/{architecture}")
-        there.setdefault("timm", f"timm/{architecture}")
-    if alike and architecture in ENCODERS:
-        there["smp"] = f"torchvision/{architecture}"
-    elif library == "timm" and default_image_size(model) is None:  # its transformers are not
-        there["smp"] = model
-    if alike and architecture in DEPTHS:
-        there["mmseg"] = there["detectron2"] = f"torchvision/{architecture}"
-    if format not in there:
+    is_resnet = library != "custom" and architecture in TIMM_ALIKE
+    names = dict.fromkeys(("safetensors", "state-dict"), model)
+    if library != "custom":
+        names[library] = model
+    if is_resnet:
+        names.setdefault("torchvision", f"torchvision/{architecture}")
+        names.setdefault("timm", f"timm/{architecture}")
+    if is_resnet and architecture in SMP_ALIKE:
+        names["smp"] = f"torchvision/{architecture}"
+    elif library == "timm" and default_image_size(model) is None:  # it has no transformers
+        names["smp"] = model
+    if is_resnet and architecture in DEPTHS:
+        names["mmseg"] = names["detectron2"] = f"torchvision/{architecture}"
+    if format not in names:
         raise ValueError(
             f"format is {format!r}, which has no {model}; for this model: "
-            f"{', '.join(one for one in SUFFIXES if one in there)}"
+            f"{', '.join(name for name in FORMATS if name in names)}"
         )
-    return there[format]
-
-
-def state_file(state: dict[str, Tensor], suffix: str) -> bytes:
-    """A state dict as the content of a file."""
-    if suffix == ".safetensors":
-        return save(state, metadata={"format": "pt"})
-    content = io.BytesIO()
-    torch.save(state, content)
-    return content.getvalue()
+    return names[format]
 
 
 def detectron2_file(state: Mapping[str, Tensor]) -> bytes:
     """A ResNet's state dict as a file of detectron2."""
     arrays = {detectron2_name(name): tensor.numpy() for name, tensor in state.items()}
-    held = {"model": arrays, "__author__": "pixelcl", "matching_heuristics": True}
-    return pickle.dumps(held)
+    return pickle.dumps({"model": arrays, "__author__": "pixelcl", "matching_heuristics": True})
 
 
 def detectron2_name(name: str) -> str:
-    """What detectron2 calls a weight of torchvision's ResNet.
-
-    ``layer1`` is ``res2`` there, what comes before it the ``stem``, batch norm the ``norm`` of its
-    convolution, and the convolution on the side the ``shortcut``.
-    """
+    """What detectron2 calls a weight of torchvision's ResNet: ``res2.0.shortcut.norm.weight``."""
     name = re.sub(r"^layer(\d)", lambda found: f"res{int(found[1]) + 1}", name)
     name = re.sub(r"^(conv1|bn1)\.", r"stem.\1.", name)
     name = re.sub(r"\bbn(\d)\.", r"conv\1.norm.", name)
@@ -170,16 +150,15 @@ def detectron2_name(name: str) -> str:
 
 
 def how_to(format: str, net: nn.Module, card: BackboneCard, path: Path) -> str:  # noqa: A002
-    """What loads an exported file, and feeds its network, where this package is not installed."""
-    file, name = str(path), model_name(card.model).name
+    """What loads an exported file and feeds its network, where this package is not installed."""
     if format in ("mmseg", "detectron2"):  # these scale and normalise as they are configured
-        return configuration(format, name, card, file)
+        return configuration(format, card, str(path))
     return f"import torch\n{loading(format, net, card, path)}\n{feeding(card)}"
 
 
 def loading(format: str, net: nn.Module, card: BackboneCard, path: Path) -> str:  # noqa: A002
     """The lines that load an exported file, once torch is imported."""
-    file, name = str(path), model_name(card.model).name
+    file, (_, name) = str(path), parse_model_name(card.model)
     if format == "smp" and card.model.startswith("torchvision/"):
         return dedent(f"""\
             import segmentation_models_pytorch as smp
@@ -197,21 +176,59 @@ def loading(format: str, net: nn.Module, card: BackboneCard, path: Path) -> str:
                 pretrained_cfg_overlay={overlay},
             )
             """)
+    lines = building(net, card)
     if format == "timm":
-        settings = called(timm_settings(name, card.channels, card.image_size))
-        return dedent(f"""\
-            import timm
+        lines[-1] = f"{lines[-1].removesuffix(')')}, checkpoint_path={file!r})"
+    elif path.suffix == ".safetensors":
+        lines.insert(0, "from safetensors.torch import load_file")
+        lines.append(f"net.load_state_dict(load_file({file!r}))")
+    else:
+        lines.append(f"net.load_state_dict(torch.load({file!r}, weights_only=True))")
+    return "\n".join([*lines, ""])
 
-            net = timm.create_model({name!r}{settings}, checkpoint_path={file!r})
-            """)
-    reading, state = ["from safetensors.torch import load_file"], f"load_file({file!r})"
-    if path.suffix != ".safetensors":
-        reading, state = [], f"torch.load({file!r}, weights_only=True)"
-    return "\n".join([*reading, *built(net, card), f"net.load_state_dict({state})", ""])
+
+def building(net: nn.Module, card: BackboneCard) -> list[str]:
+    """The lines that build a network as it was built here, once torch is imported."""
+    library, name = parse_model_name(card.model)
+    images = card.channels, card.image_size
+    if library == "timm":
+        kwargs = timm_kwargs(name, *images)
+        return ["import timm", "", f"net = timm.create_model({arguments(repr(name), kwargs)})"]
+    if library == "torchvision":
+        kwargs = torchvision_kwargs(name, *images)
+        call = f"models.get_model({arguments(repr(name), {'weights': None, **kwargs})})"
+        lines = ["from torchvision import models", "", f"net = {call}"]
+    else:
+        with import_from_folder(name):
+            kwargs = custom_kwargs(custom_function(name), *images)
+        module, _, function = name.rpartition(":")
+        lines = []
+        if (file := custom_file(name)) is not None:
+            lines, module = ["import sys", f"sys.path.insert(0, {str(file.parent)!r})"], file.stem
+        if all(part.isidentifier() for part in module.split(".")):
+            lines += [f"from {module} import {function}", ""]
+        else:
+            lines += ["from importlib import import_module", ""]
+            function = f"import_module({module!r}).{function}"
+        lines.append(f"net = {function}({arguments('', kwargs)})")
+    stem = find_stem(net)
+    if card.channels != 3 and "channels" not in kwargs and stem is not None:
+        # The library knows red, green and blue only.
+        name, conv = stem
+        options = conv.extra_repr()  # type: ignore[no-untyped-call]  # untyped in torch
+        options = re.sub(r"=([a-z]\w*)", r"='\1'", options)  # padding=same
+        lines.append(f"net.set_submodule({name!r}, torch.nn.Conv2d({options}))")
+    return lines
+
+
+def arguments(first: str, kwargs: Mapping[str, Any]) -> str:
+    """The arguments of a call, as they stand in code."""
+    given = [first] if first else []
+    return ", ".join([*given, *(f"{key}={value!r}" for key, value in kwargs.items())])
 
 
 def feeding(card: BackboneCard) -> str:
-    """The lines that make of images what the network was trained on, with its own numbers."""
+    """The lines that scale and normalise images as in training."""
     numbers = {"low": card.low, "high": card.high, "mean": card.mean, "std": card.std}
     kind, scaled = "8-bit", "x.float() / 255"
     if card.low is not None:
@@ -231,13 +248,14 @@ def feeding(card: BackboneCard) -> str:
         """)
 
 
-def configuration(format: str, name: str, card: BackboneCard, file: str) -> str:  # noqa: A002
-    """The part of a configuration that takes a ResNet from a file; statistics of raw values."""
+def configuration(format: str, card: BackboneCard, file: str) -> str:  # noqa: A002
+    """The part of a configuration that loads a ResNet from a file; statistics of raw values."""
     low = card.low or (0.0,) * card.channels
     high = card.high or (255.0,) * card.channels
     scales = list(zip(low, high, strict=True))
     mean = [round(a + (b - a) * m, 4) for (a, b), m in zip(scales, card.mean, strict=True)]
     std = [round((b - a) * s, 4) for (a, b), s in zip(scales, card.std, strict=True)]
+    _, name = parse_model_name(card.model)
     depth, rgb = DEPTHS[name], card.channels == 3
     if format == "mmseg":
         return dedent(f"""\
@@ -256,40 +274,3 @@ def configuration(format: str, name: str, card: BackboneCard, file: str) -> str:
           RESNETS: {{DEPTH: {depth}, STRIDE_IN_1X1: False{narrow}}}
         INPUT: {{FORMAT: RGB}}
         """)
-
-
-def built(net: nn.Module, card: BackboneCard) -> list[str]:
-    """The lines that build a network as it was built here, once torch is imported."""
-    library, name = model_name(card.model)
-    settings: Mapping[str, Any]
-    if library == "timm":
-        settings = timm_settings(name, card.channels, card.image_size)
-        return ["import timm", "", f"net = timm.create_model({name!r}{called(settings)})"]
-    if library == "torchvision":
-        settings = torchvision_settings(name, card.channels, card.image_size)
-        lines = ["from torchvision import models", ""]
-        lines.append(f"net = models.get_model({name!r}, weights=None{called(settings)})")
-    else:
-        where, _, function = name.rpartition(":")
-        file = own_file(name)
-        lines = [] if file is None else ["import sys", f"sys.path.insert(0, {str(file.parent)!r})"]
-        settings = own_settings(own_function(name), card.channels, card.image_size)
-        module, told = where if file is None else file.stem, called(settings).removeprefix(", ")
-        if all(part.isidentifier() for part in module.split(".")):
-            lines += [f"from {module} import {function}", "", f"net = {function}({told})"]
-        else:
-            lines += ["from importlib import import_module", ""]
-            lines.append(f"net = import_module({module!r}).{function}({told})")
-    stem = stem_of(net)
-    if card.channels != 3 and "channels" not in settings and stem is not None:
-        # Its library knows of red, green and blue only.
-        name, conv = stem
-        told = conv.extra_repr()  # type: ignore[no-untyped-call]  # untyped in torch
-        kernels = re.sub(r"=([a-z]\w*)", r"='\1'", told)  # padding=same
-        lines.append(f"net.set_submodule({name!r}, torch.nn.Conv2d({kernels}))")
-    return lines
-
-
-def called(settings: Mapping[str, Any]) -> str:
-    """Settings as they stand in a call, after what stands there already."""
-    return "".join(f", {name}={value!r}" for name, value in settings.items())

@@ -11,8 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from ..backbones.checkpoint import ZERO_INIT, BackboneCard, load_weights, read_backbone
+from ..backbones.checkpoint import ZERO_INIT, BackboneCard, read_backbone
 from ..backbones.factory import build_backbone, zero_last_norms
+from ..backbones.state_dict import load_weights
 from ..data.sources import Source
 from ..data.statistics import measure
 

@@ -18,12 +18,12 @@ from pixel_level_contrastive_learning.backbones.checkpoint import (
     BackboneCard,
     card_of,
     load_backbone,
-    load_weights,
     read_backbone,
     save_backbone,
     save_card,
 )
 from pixel_level_contrastive_learning.backbones.factory import build_backbone
+from pixel_level_contrastive_learning.backbones.state_dict import load_weights
 
 MODEL = "timm/test_resnet"
 CARD = BackboneCard(
@@ -64,7 +64,7 @@ def test_a_backbone_comes_back_as_it_was(net, tmp_path) -> None:
         loaded = read_backbone(source)
         assert loaded.card == CARD
         assert loaded.report is not None
-        assert loaded.report.whole
+        assert loaded.report.complete
         assert same(state_of(loaded.net), state_of(net))
         assert type(loaded.net) is type(net)
     assert same(state_of(load_backbone(tmp_path)), state_of(net))
@@ -105,7 +105,7 @@ def test_tied_weights_are_written_twice(tmp_path) -> None:
     tied[1].weight = tied[0].weight
     save_backbone(tmp_path / "tied.safetensors", tied, CARD)
     fresh = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    assert load_weights(fresh, tmp_path / "tied.safetensors").whole
+    assert load_weights(fresh, tmp_path / "tied.safetensors").complete
 
 
 def test_a_broken_backbone_is_not_written(net, tmp_path) -> None:
@@ -153,10 +153,10 @@ def test_extra_state_is_left_out_with_a_word(tmp_path, caplog) -> None:
     path = tmp_path / "backbone.safetensors"
     net = Counting(4, 4)
     save_backbone(path, net, CARD)
-    assert "['_extra_state'] of Counting are no tensors and are left out" in caplog.text
+    assert "['_extra_state'] of Counting are not tensors and are left out" in caplog.text
     assert load_file(path).keys() == {"weight", "bias"}
     fresh = Counting(4, 4)
-    assert load_weights(fresh, path).whole
+    assert load_weights(fresh, path).complete
     assert torch.equal(fresh.weight, net.weight)
     torch.save(net.state_dict(), tmp_path / "net.pt")
     assert load_weights(Counting(4, 4), tmp_path / "net.pt").matched == ["weight", "bias"]
@@ -205,7 +205,7 @@ def test_statistics_that_nobody_knows_are_asked_for(net) -> None:
         with pytest.raises(ValueError) as error:
             card_of(own, MODEL, **given)
         assert str(error.value) == (
-            "the learner's augment_fn normalises by itself, so nobody knows by which mean and std; "
+            "the learner's augment_fn normalises by itself, and its mean and std are not known; "
             "give both to card_of, for values in [0, 1]"
         )
     card = card_of(own, MODEL, mean=(0.1, 0.2), std=(0.3, 0.4))
@@ -254,7 +254,7 @@ def test_a_network_of_ones_own_comes_back_from_anywhere(tmp_path, monkeypatch) -
     with pytest.raises(ValueError) as error:
         load_backbone(run)
     assert str(error.value) == (
-        f"{run / 'backbone.json'} names {tmp_path / 'mine.py'}, which is not there; put the file "
+        f"{run / 'backbone.json'} names {tmp_path / 'mine.py'}, which does not exist; put the file "
         'beside the card, or set "model" in the card to where it is now'
     )
 

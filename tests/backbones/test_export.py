@@ -19,10 +19,10 @@ from pixel_level_contrastive_learning.backbones.checkpoint import (
     save_backbone,
 )
 from pixel_level_contrastive_learning.backbones.export import (
-    ALIKE,
-    SUFFIXES,
+    FORMATS,
+    TIMM_ALIKE,
     Exported,
-    built,
+    building,
     detectron2_name,
     export,
     feeding,
@@ -176,7 +176,7 @@ def test_every_key_is_accounted_for(exports) -> None:
     for case, one in zip(CASES, exports, strict=True):
         headless = one.format == "smp"
         assert one.format == case[1]
-        assert one.path.name == f"backbone-{one.format}{SUFFIXES[one.format]}"
+        assert one.path.name == f"backbone-{one.format}{FORMATS[one.format]}"
         assert one.report.missing == (["fc.weight", "fc.bias"] if headless else [])
         assert one.report.mismatched == one.report.unexpected == []
 
@@ -281,7 +281,7 @@ def test_an_export_to_the_other_library_names_its_model(exports) -> None:
     assert read_backbone(there.path).card.model == "timm/resnet18"
 
 
-@pytest.mark.parametrize("name", sorted(ALIKE))
+@pytest.mark.parametrize("name", sorted(TIMM_ALIKE))
 def test_torchvision_and_timm_build_these_alike(name) -> None:
     with torch.device("meta"):
         one, two = (
@@ -387,6 +387,6 @@ def test_the_lines_that_build_a_network_are_python(tmp_path) -> None:
         instance_layer="1",
     )
     held: dict[str, Any] = {"torch": torch}
-    exec("\n".join(built(build_backbone(card.model, channels=5), card)), held)
+    exec("\n".join(building(build_backbone(card.model, channels=5), card)), held)
     conv = held["net"][0]
     assert (conv.in_channels, conv.padding, conv.padding_mode) == (5, "same", "reflect")

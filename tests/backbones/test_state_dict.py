@@ -15,9 +15,9 @@ from torchvision.models.vision_transformer import interpolate_embeddings
 from pixel_level_contrastive_learning.backbones.state_dict import (
     KeyReport,
     load_weights,
-    read_tensors,
+    read_state_dict,
 )
-from pixel_level_contrastive_learning.backbones.stem import spread_kernels
+from pixel_level_contrastive_learning.backbones.stem import adapt_input_conv
 
 
 def small(classes: int = 10, channels: int = 3) -> nn.Module:
@@ -49,7 +49,7 @@ def test_whatever_was_wrapped_around_is_taken_off(beginning, tmp_path) -> None:
     torch.save(state, tmp_path / "weights.pt")
     report = load_weights(net, tmp_path / "weights.pt")
     assert report == KeyReport(NAMES, [], [], [], {})
-    assert report.whole
+    assert report.complete
     assert same(net, given)
 
 
@@ -60,7 +60,7 @@ def test_a_checkpoint_may_hold_the_weights_anywhere(key, tmp_path) -> None:
     state = {f"module.{name}": held for name, held in given.state_dict().items()}
     held = {"epoch": 3, key: state, "optimizer": optimizer.state_dict(), "note": "mine"}
     torch.save(held, tmp_path / "checkpoint.pth")
-    assert load_weights(net, tmp_path / "checkpoint.pth").whole
+    assert load_weights(net, tmp_path / "checkpoint.pth").complete
     assert same(net, given)
 
 
@@ -97,7 +97,7 @@ def test_a_file_of_a_part_fills_the_part(tmp_path) -> None:
 def test_a_run_directory_is_its_backbone(tmp_path) -> None:
     given, net = small(), small()
     save_file(given.state_dict(), tmp_path / "backbone.safetensors")
-    assert load_weights(net, tmp_path).whole
+    assert load_weights(net, tmp_path).complete
     assert same(net, given)
 
 
@@ -116,7 +116,7 @@ def test_what_does_not_fit_is_named_and_left_as_it_was(tmp_path) -> None:
     assert report.missing == ["stem.1.num_batches_tracked", "head.bias"]
     assert report.mismatched == ["head.weight"]
     assert report.unexpected == ["neck.weight"]
-    assert not report.whole
+    assert not report.complete
     assert str(report) == (
         "matched 6 of 9 keys\n"
         "missing 2: stem.1.num_batches_tracked, head.bias\n"
@@ -146,7 +146,7 @@ def test_nothing_that_fits_is_an_error_that_shows_both_sides(tmp_path) -> None:
     assert str(error.value) == (
         f"nothing in {path} fits Module: the file begins with trunk.conv.weight, "
         "stem.1.num_batches_tracked, the network with stem.0.weight, stem.0.bias, stem.1.weight; "
-        "give weights of this very model, or build the model they are of"
+        "give weights of this model, or build the model they are of"
     )
     assert same(net, before)
     torch.save({"epoch": 3}, path)
@@ -161,10 +161,10 @@ def test_a_stem_is_spread_to_other_channels(tmp_path) -> None:
     given, net = small(), small(channels=5)
     torch.save(given.state_dict(), tmp_path / "rgb.pt")
     report = load_weights(net, tmp_path / "rgb.pt")
-    assert report.whole
+    assert report.complete
     assert report.shapes == {"stem.0.weight": ((4, 3, 3, 3), (4, 5, 3, 3))}
-    assert "fitted to this input 1: stem.0.weight (4, 3, 3, 3) for (4, 5, 3, 3)" in str(report)
-    torch.testing.assert_close(net.stem[0].weight, spread_kernels(given.stem[0].weight, 5))
+    assert "adapted to this input 1: stem.0.weight (4, 3, 3, 3) for (4, 5, 3, 3)" in str(report)
+    torch.testing.assert_close(net.stem[0].weight, adapt_input_conv(5, given.stem[0].weight))
 
 
 def test_position_embeddings_of_torchvision_are_resampled(tmp_path) -> None:
@@ -173,7 +173,7 @@ def test_position_embeddings_of_torchvision_are_resampled(tmp_path) -> None:
     nn.init.normal_(given.encoder.pos_embedding)
     net = models.VisionTransformer(image_size=32, **sizes)
     torch.save(given.state_dict(), tmp_path / "vit.pt")
-    assert load_weights(net, tmp_path / "vit.pt").whole
+    assert load_weights(net, tmp_path / "vit.pt").complete
     expected = interpolate_embeddings(32, 8, given.state_dict())["encoder.pos_embedding"]
     assert torch.equal(net.encoder.pos_embedding, expected)
 
@@ -186,7 +186,7 @@ def test_position_embeddings_of_timm_are_resampled_as_timm_does(name, tmp_path) 
     net = timm.create_model(name, img_size=(96, 128), **blocks)
     save_file(given.state_dict(), tmp_path / "vit.safetensors")
     report = load_weights(net, tmp_path / "vit.safetensors")
-    assert report.whole, report
+    assert report.complete, report
     assert report.shapes
     overlay = {"file": str(tmp_path / "vit.safetensors"), "custom_load": False}
     expected = timm.create_model(
@@ -235,7 +235,7 @@ def test_damaged_files_are_refused(name, content, tmp_path) -> None:
     else:
         path.write_bytes(content)
     with pytest.raises(ValueError, match="damaged"):
-        read_tensors(path)
+        read_state_dict(path)
 
 
 def test_where_there_is_nothing_is_said(tmp_path) -> None:

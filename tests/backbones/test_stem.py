@@ -1,12 +1,16 @@
 """Stems: the first convolution, for any number of channels."""
 
 import pytest
+import timm.models
 import torch
-from timm.models import adapt_input_conv
 from torch import nn
 from torchvision import models
 
-from pixel_level_contrastive_learning.backbones.stem import adapt_channels, spread_kernels, stem_of
+from pixel_level_contrastive_learning.backbones.stem import (
+    adapt_channels,
+    adapt_input_conv,
+    find_stem,
+)
 
 STEMS = {
     "resnet18": "conv1",
@@ -22,8 +26,8 @@ STEMS = {
 @pytest.mark.parametrize("channels", [1, 2, 4, 5, 7])
 def test_kernels_are_spread_as_timm_spreads_them(channels) -> None:
     kernels = torch.randn(8, 3, 5, 5)
-    expected = adapt_input_conv(channels, kernels)
-    torch.testing.assert_close(spread_kernels(kernels, channels), expected)
+    expected = timm.models.adapt_input_conv(channels, kernels)
+    torch.testing.assert_close(adapt_input_conv(channels, kernels), expected)
 
 
 @pytest.mark.parametrize("channels", [1, 6])
@@ -38,7 +42,7 @@ def test_a_gray_image_gives_what_it_gave(channels) -> None:
 def test_the_stem_of_well_known_networks(name, stem) -> None:
     with torch.device("meta"):
         net = models.get_model(name, weights=None)
-    found = stem_of(net)
+    found = find_stem(net)
     assert found is not None
     assert found[0] == stem
     assert found[1].in_channels == 3
@@ -86,8 +90,8 @@ def test_a_network_without_convolution_is_refused() -> None:
     with pytest.raises(ValueError) as error:
         adapt_channels(nn.Sequential(nn.Linear(3, 3)), 2)
     assert str(error.value) == (
-        "Sequential has no Conv2d that could be adapted to 2 channels; build it for them: let the "
-        "function that builds it take channels="
+        "Sequential has no Conv2d to adapt to 2 channels; let the function that builds it take "
+        "channels="
     )
 
 

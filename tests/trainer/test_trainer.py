@@ -580,7 +580,7 @@ def test_a_run_that_did_not_end_can_be_read(tmp_path, settings, monkeypatch, cap
             run / "checkpoints" / f"{name}.ckpt", weights_only=True, map_location="cpu"
         )["state_dict"]
         assert loaded.report is not None
-        assert loaded.report.whole
+        assert loaded.report.complete
         assert loaded.card.pixel_layer != "auto"
         for key, tensor in loaded.net.state_dict().items():
             assert torch.equal(tensor, held[f"learner.online_encoder.net.{key}"])

@@ -1,0 +1,108 @@
+"""Functions of the user that build a network: ``path/to/file.py:function``, ``module:function``."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from difflib import get_close_matches
+from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from zlib import crc32
+
+from torch import nn
+
+from ..modules.feature_info import Survey
+from .stem import adapt_channels
+
+
+def custom_net(
+    name: str, channels: int, image_size: tuple[int, int] | None, pretrained: bool
+) -> nn.Module:
+    """What the user's function builds; a stem that refuses the channels is adapted to them."""
+    with import_from_folder(name):
+        function = custom_function(name)
+        if pretrained and "pretrained" not in inspect.signature(function).parameters:
+            raise ValueError(
+                f"{name} takes no pretrained=, so it has no weights to give; start from random "
+                "ones, or give a file"
+            )
+        kwargs = custom_kwargs(function, channels, image_size)
+        net = function(**kwargs, **({"pretrained": True} if pretrained else {}))
+    if not isinstance(net, nn.Module):
+        raise ValueError(f"{name} gave {type(net).__name__}; it must return a torch.nn.Module")
+    if "channels" not in kwargs:
+        try:
+            Survey(net, channels, image_size or (224, 224))
+        except ValueError:  # it does not take images of so many channels
+            return adapt_channels(net, channels)
+    return net
+
+
+def custom_kwargs(
+    function: Callable[..., Any], channels: int, image_size: tuple[int, int] | None
+) -> dict[str, Any]:
+    """Those of ``channels=`` and ``image_size=`` that the user's function takes."""
+    known = {"channels": channels, "image_size": None if image_size is None else tuple(image_size)}
+    takes = inspect.signature(function).parameters
+    return {key: value for key, value in known.items() if key in takes and value is not None}
+
+
+def custom_file(name: str) -> Path | None:
+    """The file of ``file.py:function``; None for ``module:function``."""
+    where = name.rpartition(":")[0]
+    return Path(where).expanduser() if where.endswith(".py") else None
+
+
+def custom_function(name: str) -> Callable[..., Any]:
+    """The user's function; get and call it in `import_from_folder`."""
+    where, _, wanted = name.rpartition(":")
+    file = custom_file(name)
+    module = import_module(where) if file is None else import_file(file)
+    function: Callable[..., Any] | None = getattr(module, wanted, None)
+    if not callable(function):
+        names = [other for other, value in vars(module).items() if callable(value)]
+        near = get_close_matches(wanted, names, n=3)
+        hint = f"perhaps {' or '.join(near)}" if near else "name a function that builds it"
+        raise ValueError(f"{where} has no function {wanted!r}; {hint}")
+    return function
+
+
+@contextmanager
+def import_from_folder(name: str) -> Iterator[None]:
+    """Let a model's file import what lies beside it, as a script can."""
+    file = custom_file(name)
+    folder = str(Path.cwd() if file is None else file.resolve().parent)
+    sys.path.insert(0, folder)
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        where = name.rpartition(":")[0]
+        is_model = file is None and f"{where}.".startswith(f"{error.name}.")
+        raise ValueError(
+            f"there is no module {where!r}; give a path such as nets/{where}.py:function, or run "
+            "where the module can be imported"
+            if is_model
+            else f"{name} imports {error.name}, which cannot be found; install it, or put it into "
+            f"{folder}"
+        ) from error
+    finally:
+        sys.path.remove(folder)
+
+
+def import_file(file: Path) -> ModuleType:
+    """The module in a file, read anew, under a name that no other module has."""
+    if not file.is_file():
+        raise ValueError(f"there is no file {file}; give the path to your .py file, then :function")
+    name = f"{file.stem}_{crc32(str(file.resolve()).encode()):08x}"
+    spec = spec_from_file_location(name, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and pickle look their module up by name
+    spec.loader.exec_module(module)
+    return module
