@@ -78,7 +78,8 @@ def export(run: str | Path, format: str, out: str | Path | None = None) -> Expor
             of the format.
 
     Raises:
-        ValueError: An unknown format, one that has no such model, no backbone to export.
+        ValueError: An unknown format, one that has no such model, no backbone to export, or one
+            that lacks weights of the model.
         OSError: The file cannot be written.
 
     >>> export("runs/streets", "torchvison")  # doctest: +ELLIPSIS
@@ -87,7 +88,7 @@ def export(run: str | Path, format: str, out: str | Path | None = None) -> Expor
     """
     raise_together(one_of("format", format, FORMATS))
     source = find_weights(run)
-    net, card, _ = read_backbone(source)
+    net, card, loaded = read_backbone(source)
     card = replace(card, model=model_in(card.model, format))
     default = run_folder(source) / f"backbone-{format}{FORMATS[format]}"
     path = default if out is None else Path(out).expanduser()
@@ -96,6 +97,12 @@ def export(run: str | Path, format: str, out: str | Path | None = None) -> Expor
     state = clean_state_dict(net)
     if format in HEADLESS:
         state = {name: value for name, value in state.items() if not name.startswith("fc.")}
+    if loaded is not None and not state.keys().isdisjoint([*loaded.missing, *loaded.mismatched]):
+        raise ValueError(
+            f"{source} does not have all weights of {card.model}, and random ones are not "
+            "exported; use the model as it was trained, or train again.\n"
+            f"{loaded}"
+        )
     if format == "detectron2":
         write_whole(path, detectron2_file(state))
     else:

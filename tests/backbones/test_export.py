@@ -370,6 +370,34 @@ def test_without_a_backbone_there_is_nothing_to_export(tmp_path) -> None:
         export(tmp_path, "state-dict")
 
 
+def test_weights_that_the_run_does_not_have_are_not_exported(tmp_path) -> None:
+    """The code of the model gained a layer after the run: its weights are random."""
+    file = tmp_path / "mine.py"
+    file.write_text(SOURCE)
+    save(tmp_path, f"{file}:build", 3, (32, 32))
+    file.write_text(SOURCE.replace("nn.ReLU()", "nn.Conv2d(4, 4, 3)"))
+    with (
+        pytest.warns(UserWarning, match="does not fill all"),
+        pytest.raises(ValueError) as error,
+    ):
+        export(tmp_path, "safetensors")
+    assert str(error.value) == (
+        f"{tmp_path / 'backbone.safetensors'} does not have all weights of {file}:build, and "
+        "random ones are not exported; use the model as it was trained, or train again.\n"
+        "matched 2 of 4 keys\nmissing 2: 1.weight, 1.bias\nmismatched 0"
+    )
+    assert not list(tmp_path.glob("backbone-*"))
+
+
+def test_an_encoder_is_exported_without_the_classifier_it_does_not_have(tmp_path) -> None:
+    net = save(tmp_path, "torchvision/resnet18", 3, (64, 64))
+    state = {name: held for name, held in net.state_dict().items() if not name.startswith("fc.")}
+    torch.save(state, tmp_path / "backbone.pth")
+    with pytest.warns(UserWarning, match="does not fill all"):
+        done = export(tmp_path / "backbone.pth", "mmseg")
+    assert torch.load(done.path, weights_only=True).keys() == state.keys()
+
+
 def test_the_lines_that_build_a_network_are_python(tmp_path) -> None:
     """Also of a file whose name is none, and of a stem that is told its padding in words."""
     (tmp_path / "my-net.py").write_text(
