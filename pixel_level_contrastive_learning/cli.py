@@ -205,12 +205,12 @@ def demo(out: str = "runs/demo", steps: int = 100, overwrite: bool = False) -> N
         steps: Steps of pretraining.
         overwrite: Replace what an earlier demo left there.
     """
-    from .demo.demo import demonstrate
+    from .demo.demo import run_demo
 
-    shown = demonstrate(Path(out), steps=steps, overwrite=overwrite)
-    print(shown.evaluation.table())
-    print(shown.evaluation.sentence)
-    print(f"report: {shown.report}")
+    evaluation, report = run_demo(Path(out), steps=steps, overwrite=overwrite)
+    print(evaluation.table())
+    print(evaluation.sentence)
+    print(f"report: {report}")
 
 
 COMMANDS: dict[str, Callable[..., None]] = {

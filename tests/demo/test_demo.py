@@ -46,9 +46,9 @@ def test_a_demo_that_was_cut_off_is_begun_anew(tmp_path, monkeypatch) -> None:
     out = tmp_path / "demo"
     monkeypatch.setattr(scenes, "draw_scene", cut_off)
     with pytest.raises(KeyboardInterrupt):
-        demo.demonstrate(out, steps=1)
+        demo.run_demo(out, steps=1)
     with pytest.raises(KeyboardInterrupt):
-        demo.demonstrate(out, steps=1, overwrite=True)
+        demo.run_demo(out, steps=1, overwrite=True)
 
 
 def test_no_steps_are_refused_before_a_scene_is_drawn(tmp_path, capsys) -> None:

@@ -7,14 +7,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional
-from torch.utils.data import DataLoader
 from torchvision.transforms.functional import pil_to_tensor
 
 from pixel_level_contrastive_learning.demo import scenes
 from pixel_level_contrastive_learning.demo.scenes import (
     CLASSES,
     Scene,
-    Scenes,
     draw_scene,
     save_scenes,
 )
@@ -58,17 +56,6 @@ def test_index_and_seed_each_make_another_scene() -> None:
     assert len({image.numpy().tobytes() for image in images}) == 9
 
 
-def test_the_data_set_is_the_scenes_in_order_and_batches_by_itself() -> None:
-    data = Scenes(3, SIZE, seed=5)
-    assert len(data) == 3
-    assert same(data[-1], draw_scene(2, SIZE, seed=5))
-    with pytest.raises(IndexError):
-        data[3]
-    (batch,) = DataLoader(data, batch_size=3)
-    assert isinstance(batch, Scene)
-    assert same(Scene(batch.image[1], batch.mask[1]), data[1])
-
-
 # What a scene holds.
 
 
@@ -94,9 +81,9 @@ def test_every_class_is_common_and_background_is_most(hundred: list[Scene]) -> N
 @pytest.mark.parametrize("name", CLASSES[1:])
 def test_the_mask_lies_where_the_paint_lies(name: str) -> None:
     # On a canvas of 1000 paint is about 1, and the shadow at its darkest is 500.
-    dice = torch.Generator().manual_seed(0)
-    at, blank = scenes.points((96, 96)), torch.full((3, 96, 96), 1000.0)
-    image, covered = scenes.lay_shape(blank, at, 0.0, *scenes.SHAPES[name], dice)
+    gen = torch.Generator().manual_seed(0)
+    at, blank = scenes.pixel_centres((96, 96)), torch.full((3, 96, 96), 1000.0)
+    image, covered = scenes.draw_shape(blank, at, 0.0, *scenes.SHAPES[name], gen)
     level = image.amax(dim=0)
     assert covered.sum() > 200
     assert covered[level < 249].all()  # more than half paint
@@ -184,9 +171,9 @@ def test_scenes_that_cannot_be_drawn(arguments, text: str) -> None:
         draw_scene(**arguments)
 
 
-def test_everything_wrong_is_said_at_once() -> None:
-    with pytest.raises(ValueError, match=r"size is .*\ncount is 0; .*\nseed is -1; "):
-        Scenes(0, (8, 8), seed=-1)
+def test_everything_wrong_is_said_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"count\['val'\] is 0; .*\nsize is .*\nseed is -1; "):
+        save_scenes(tmp_path, {"val": 0}, (8, 8), seed=-1)
 
 
 @pytest.mark.parametrize(
@@ -204,6 +191,6 @@ def test_splits_that_cannot_be_saved(tmp_path: Path, count, text: str) -> None:
 
 def test_a_folder_in_use_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").touch()
-    with pytest.raises(ValueError, match=r"which is in use; it must be new or empty, so name"):
+    with pytest.raises(ValueError, match="which is in use; name a new or empty one"):
         save_scenes(tmp_path, {"train": 1}, SIZE)
     assert [file.name for file in tmp_path.iterdir()] == ["mine.txt"]
