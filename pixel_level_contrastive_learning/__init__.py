@@ -24,7 +24,7 @@ __all__ = [
     "visualize",
 ]
 
-ROOMS = {
+MODULES = {
     "PPM": ".modules.ppm",
     "PixelCL": ".pixel_cl",
     "View": ".views",
@@ -37,11 +37,11 @@ ROOMS = {
 
 
 def __getattr__(name: str) -> object:
-    """The public name, loaded when first asked for: importing the package loads no torch."""
-    if name not in ROOMS:
+    """A public name, imported at its first use: importing the package loads no torch."""
+    if name not in MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        value: object = getattr(import_module(ROOMS[name], __name__), name)
+        value: object = getattr(import_module(MODULES[name], __name__), name)
     except ModuleNotFoundError as error:
         from .checks import not_installed
 

@@ -8,8 +8,8 @@ from .checks import not_installed
 
 
 def main() -> int:
-    """Run a command; the exit code."""
-    # Until the process is gone: a run that has ended, or not begun, has nothing left to save.
+    """Run a command; its exit code."""
+    # A run installs its own handler; before and after it there is nothing to save.
     signal.signal(signal.SIGTERM, lambda number, _: os._exit(128 + number))
     try:
         from .cli import main as command

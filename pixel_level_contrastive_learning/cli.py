@@ -1,10 +1,14 @@
-"""The command line: each command parses, calls one function and prints what came back."""
+"""The command line: each command parses its flags, calls one function and prints the result.
+
+Exit codes: 0 success; 1 failed, such as a full disk or a missing library; 2 wrong flags, settings
+or files; 130 stopped by SIGINT (Ctrl-C); 143 stopped by SIGTERM.
+"""
 
 from __future__ import annotations
 
 import sys
 from argparse import ArgumentError, ArgumentParser
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from io import TextIOWrapper
 from pathlib import Path
@@ -12,11 +16,10 @@ from typing import Literal
 
 import tyro
 
+from . import run_layout
 from .checks import not_installed
 from .trainer.config import PretrainConfig
 from .trainer.config_io import settings_of, to_config
-
-OPTIONS = (tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes)
 
 
 def pretrain(config: PretrainConfig) -> None:
@@ -27,7 +30,7 @@ def pretrain(config: PretrainConfig) -> None:
     if config.dry_run:
         for name, value in result.metrics.items():
             print(f"{name}: {value:.4g}")
-    if result.backbone is not None:  # on the one process that writes
+    if result.backbone is not None:  # on the process that writes
         print(f"run: {result.run_dir}")
 
 
@@ -46,29 +49,29 @@ def evaluate(
     out: str | None = None,
     device: str | None = None,
 ) -> None:
-    """Say what weights are worth, beside random ones: with labels or without.
+    """Evaluate weights beside random ones, with labels (--data) or without (--images).
 
     Args:
         weights: A run, an exported file, torchvision/NAME, timm/NAME or random:MODEL.
         data: Folder with images/{train,val} and masks/{train,val}.
         images: Folder of images without labels.
-        protocol: How to probe.
-        layers: Layers to probe; the one that was trained where none is named.
+        protocol: Linear probe, k-nearest-neighbour probe or fine-tuning on the labels.
+        layers: Layers to probe; by default the one that was trained.
         fraction: Share of the masks to use.
-        seeds: How often to repeat, each time with the next seed; 3 for finetune, else 1.
+        seeds: How many seeds to repeat with; by default 3 for finetune, else 1.
         seed: The first seed.
-        size: What images are fed at: the shorter side, or height and width; without labels the
-            size of the views.
-        split: Which images to judge by.
-        steps: Updates of fine-tuning.
-        out: Folder for evaluation.json, without labels correspondence.json, and pictures.
-        device: Where to compute, such as cpu or cuda:1; a GPU where there is one and none is named.
+        size: Size of the images, their shorter side or height and width; without labels, size of
+            the views.
+        split: The images to evaluate on.
+        steps: Steps of fine-tuning.
+        out: Folder for evaluation.json (without labels: correspondence.json) and pictures.
+        device: Device to compute on, such as cpu or cuda:1; by default a GPU if there is one.
     """
     from .evaluation.evaluate import evaluate as evaluated
     from .trainer.logging import logging_to
 
-    with logging_to(terminal=True):  # fine-tuning takes a while: each network's figure as it comes
-        found = evaluated(
+    with logging_to(terminal=True):  # fine-tuning takes a while: show each network's result
+        result = evaluated(
             weights,
             data=data,
             images=images,
@@ -83,9 +86,9 @@ def evaluate(
             out=out,
             device=device,
         )
-    print(found.table())
-    print(found.sentence)
-    if out is None and (Path(weights).expanduser() / "config.yaml").is_file():
+    print(result.table())
+    print(result.sentence)
+    if out is None and (Path(weights).expanduser() / run_layout.CONFIG).is_file():
         print(f"(--out {weights} keeps this with the run, for the report of `pixelcl visualize`)")
 
 
@@ -95,13 +98,13 @@ def visualize(
     out: str = "report.html",
     device: str | None = None,
 ) -> None:
-    """Write one page that shows what a run learned.
+    """Write a report: one HTML page that shows what a run learned.
 
     Args:
         run: Folder of the run.
-        images: Folder of images to show; those of the run where none is named.
-        out: The page.
-        device: Where to compute, such as cpu or cuda:1; a GPU where there is one and none is named.
+        images: Folder of images to show; by default those of the run.
+        out: The HTML file.
+        device: Device to compute on, such as cpu or cuda:1; by default a GPU if there is one.
     """
     from .visualization.report import visualize as visualized
 
@@ -119,8 +122,8 @@ def export(
 
     Args:
         run: Folder of the run, or its backbone.safetensors.
-        format: Who is to read it.
-        out: The file; beside the backbone where none is named.
+        format: The library that is to read it.
+        out: The file to write; by default backbone-FORMAT in the run's folder.
     """
     from .backbones.export import export as exported
 
@@ -136,18 +139,18 @@ def prepare(
     max_broken: float = 0.01,
     workers: int | None = None,
 ) -> None:
-    """Write images into shards once, large ones made smaller, so that training decodes less.
+    """Write images into shards, large ones scaled down, so that training decodes less.
 
-    Call it again to go on with what was cut off.
+    Run it again to continue after an interruption.
 
     Args:
         data: Folders of images, text files of paths, or shards.
         out: Folder of the shards; give it to `pixelcl pretrain` afterwards.
         max_side: Longer side of the images in the shards, in pixels; smaller ones are kept as are.
-        quality: Of the JPEGs written, 1 to 95.
-        images_each: Images a shard.
+        quality: Quality of the JPEGs, 1 to 95.
+        images_each: Images per shard.
         max_broken: Share of images that may be unreadable before it stops; unless it is 0, one may.
-        workers: Threads; one for each core where none is given.
+        workers: Threads; by default one per core.
     """
     from .data.shard_writer import pack
     from .trainer.logging import logging_to
@@ -170,7 +173,7 @@ def layers(
     image_size: int | tuple[int, int] = 224,
     channels: int = 3,
 ) -> None:
-    """List the layers of a model that can be tapped, and which are where none is named.
+    """List the layers of a model that the losses can read, and the default ones.
 
     Args:
         model: torchvision/NAME, timm/NAME, or your own path/to/file.py:function.
@@ -191,10 +194,10 @@ def layers(
     Console().print(table)
     try:
         pixel, instance = default_layers(net, channels, size)
-        taken = f"{pixel} for the pixel level, {instance} for the instance level"
+        defaults = f"{pixel} for the pixel level, {instance} for the instance level"
     except ValueError as error:
-        taken = str(error)
-    print(f"where none is named: {taken}")
+        defaults = str(error)
+    print(f"by default: {defaults}")
 
 
 def demo(out: str = "runs/demo", steps: int = 100, overwrite: bool = False) -> None:
@@ -203,7 +206,7 @@ def demo(out: str = "runs/demo", steps: int = 100, overwrite: bool = False) -> N
     Args:
         out: Folder for all of it.
         steps: Steps of pretraining.
-        overwrite: Replace what an earlier demo left there.
+        overwrite: Replace an earlier demo in the folder.
     """
     from .demo.demo import run_demo
 
@@ -213,66 +216,55 @@ def demo(out: str = "runs/demo", steps: int = 100, overwrite: bool = False) -> N
     print(f"report: {report}")
 
 
-COMMANDS: dict[str, Callable[..., None]] = {
-    command.__name__: command
-    for command in (pretrain, prepare, evaluate, visualize, export, layers, demo)
-}
+COMMANDS = (pretrain, prepare, evaluate, visualize, export, layers, demo)
 
 
-def starting_points(arguments: Sequence[str]) -> dict[str, object]:
-    """The flags that name settings to start from: the run that is resumed, a file, a recipe."""
-    first = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+def base_flags(arguments: Sequence[str]) -> dict[str, object]:
+    """The flags that give other settings their defaults: a resumed run, a file, a recipe."""
+    parser = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for flag in ("--out", "--config", "--recipe"):
-        first.add_argument(flag)
-    first.add_argument("--resume", action="store_true")
+        parser.add_argument(flag)
+    parser.add_argument("--resume", action="store_true")
     try:
-        named = vars(first.parse_known_args(list(arguments))[0])
-    except ArgumentError:  # a flag without its value, which is told by the parser of all flags
+        flags = vars(parser.parse_known_args(list(arguments))[0])
+    except ArgumentError:  # a flag without its value, which the parser of all flags reports
         return {}
-    return {name: value for name, value in named.items() if value}
+    return {name: value for name, value in flags.items() if value}
 
 
-def chosen(arguments: Sequence[str]) -> PretrainConfig:
-    """The settings that flags, files and recipes come to.
-
-    Raises:
-        ValueError: A file or recipe that there is not, or values out of range.
-    """
-    named = starting_points(arguments)
-    base = to_config(settings_of(named))
+def parse_config(arguments: Sequence[str]) -> PretrainConfig:
+    """The settings from flags, and from the file, recipe or resumed run that they name."""
+    flags = base_flags(arguments)
+    base = to_config(settings_of(flags))
     parsed = tyro.cli(
         PretrainConfig,
         prog="pixelcl pretrain",
         description=pretrain.__doc__,
         args=list(arguments),
         default=base,
-        # With both forms of each switch: a recipe or a run may have turned on what a flag repeats.
+        # With --no-X for each switch --X, which a recipe or a resumed run may have turned on.
         config=(tyro.conf.OmitArgPrefixes,),
     )
     before, now = asdict(base), asdict(parsed)
     given = {name: value for name, value in now.items() if value != before[name]}
-    return to_config(settings_of(named | given))
+    return to_config(settings_of(flags | given))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; the exit code.
-
-    Args:
-        arguments: What follows the name of the program; default: what it was started with.
-    """
+    """Run a command with these arguments, by default those of the program; its exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    if isinstance(sys.stdout, TextIOWrapper):  # names of files may hold bytes that are no text
+    if isinstance(sys.stdout, TextIOWrapper):  # file names may hold bytes that are not text
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         if given[:1] == ["pretrain"]:
-            pretrain(chosen(given[1:]))
+            pretrain(parse_config(given[1:]))
         else:
             tyro.extras.subcommand_cli_from_dict(
-                COMMANDS,
+                {command.__name__: command for command in COMMANDS},
                 prog="pixelcl",
                 description="Pretrain a backbone at pixel level on your own images.",
                 args=given,
-                config=OPTIONS,
+                config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes),
             )
     except ValueError as error:  # the user's mistake
         print(f"error: {error}", file=sys.stderr)
@@ -283,7 +275,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
-    except (RuntimeError, OSError, MemoryError) as error:  # what went wrong on the way
+    except (RuntimeError, OSError, MemoryError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -14,67 +14,18 @@ from pixel_level_contrastive_learning.evaluation import evaluate, finetuning
 from pixel_level_contrastive_learning.trainer.config import PretrainConfig
 
 PACKAGE = "pixel_level_contrastive_learning"
-FLAGS = [
-    "--out",
-    "--config",
-    "--recipe",
-    "--resume",
-    "--overwrite",
-    "--dry-run",
-    "--model",
-    "--weights",
-    "--channels",
-    "--pixel-layer",
-    "--instance-layer",
-    "--zero-init-residual",
-    "--image-size",
-    "--crop-area",
-    "--aspect-ratio",
-    "--prob-hflip",
-    "--prob-vflip",
-    "--max-rotation",
-    "--jitter",
-    "--prob-jitter",
-    "--prob-gray",
-    "--prob-blur",
-    "--blur-sigma",
-    "--prob-solarise",
-    "--loss",
-    "--alpha",
-    "--instance-weight",
-    "--projection-size",
-    "--projection-hidden-size",
-    "--ppm-num-layers",
-    "--ppm-gamma",
-    "--distance-thres",
-    "--similarity-temperature",
-    "--batch-size",
-    "--accumulate",
-    "--epochs",
-    "--steps",
-    "--optimizer",
-    "--lr",
-    "--weight-decay",
-    "--warmup-epochs",
-    "--final-lr",
-    "--target-momentum",
-    "--clip-grad",
-    "--seed",
-    "--precision",
-    "--workers",
-    "--accelerator",
-    "--devices",
-    "--num-nodes",
-    "--strategy",
-    "--checkpoint-every",
-    "--keep-checkpoints",
-    "--max-broken",
-    "--loggers",
-    "--picture-every",
-    "--probe",
-    "--probe-protocol",
-    "--probe-every",
-]
+FLAGS_OF_PRETRAIN = """
+--out --config --recipe --resume --overwrite --dry-run --model --weights --channels --pixel-layer
+--instance-layer --zero-init-residual --image-size --crop-area --aspect-ratio --prob-hflip
+--prob-vflip --max-rotation --jitter --prob-jitter --prob-gray --prob-blur --blur-sigma
+--prob-solarise --loss --alpha --instance-weight --projection-size --projection-hidden-size
+--ppm-num-layers --ppm-gamma --distance-thres --similarity-temperature --batch-size --accumulate
+--epochs --steps --optimizer --lr --weight-decay --warmup-epochs --final-lr --target-momentum
+--clip-grad --seed --precision --workers --accelerator --devices --num-nodes --strategy
+--checkpoint-every --keep-checkpoints --max-broken --loggers --picture-every --probe
+--probe-protocol --probe-every
+"""
+FLAGS = FLAGS_OF_PRETRAIN.split()
 
 
 def help_of(*arguments: str, capsys: pytest.CaptureFixture[str]) -> str:
@@ -119,15 +70,21 @@ def test_help_comes_without_torch_and_soon() -> None:
     assert time.perf_counter() - began[1] < bare + 2.0  # 0.2 on an idle machine
 
 
-def chosen(*arguments: str) -> PretrainConfig:
-    return cli.chosen(arguments)
-
-
 def test_flags_become_settings() -> None:
-    config = chosen(
-        *("a", "b", "--out", "run", "--crop-area", "0.1", "0.5", "--image-size", "96", "128"),
-        *("--batch-size", "auto", "--epochs", "7", "--max-broken", "0.5", "--dry-run"),
-        *("--pixel-layer", "layer3", "--checkpoint-every", "5", "--loggers", "csv", "tensorboard"),
+    config = cli.parse_config(
+        [
+            *("a", "b", "--out", "run", "--crop-area", "0.1", "0.5", "--image-size", "96", "128"),
+            *("--batch-size", "auto", "--epochs", "7", "--max-broken", "0.5", "--dry-run"),
+            *(
+                "--pixel-layer",
+                "layer3",
+                "--checkpoint-every",
+                "5",
+                "--loggers",
+                "csv",
+                "tensorboard",
+            ),
+        ]
     )
     assert config == PretrainConfig(
         data=("a", "b"),
@@ -145,16 +102,18 @@ def test_flags_become_settings() -> None:
 
 def test_flags_count_more_than_the_file_and_the_recipe(tmp_path) -> None:
     (tmp_path / "mine.yaml").write_text("data: [x]\nsteps: 300\nlr: 1e-4\nbatch_size: 8\n")
-    config = chosen("--config", str(tmp_path / "mine.yaml"), "--epochs", "3", "--out=run")
+    config = cli.parse_config(
+        ["--config", str(tmp_path / "mine.yaml"), "--epochs", "3", "--out=run"]
+    )
     assert (config.data, config.steps, config.epochs) == (("x",), None, 3)
     assert (config.lr, config.batch_size) == (1e-4, 8)
-    config = chosen("a", "--recipe", "pixpro-100ep", "--batch-size", "64")
+    config = cli.parse_config(["a", "--recipe", "pixpro-100ep", "--batch-size", "64"])
     assert (config.optimizer, config.batch_size, config.epochs) == ("lars", 64, 100)
 
 
 def test_resuming_takes_the_settings_of_the_run(tmp_path) -> None:
     (tmp_path / "config.yaml").write_text("data: [x]\nsteps: 30\nmodel: torchvision/resnet18\n")
-    config = chosen("--out", str(tmp_path), "--resume", "--steps", "40")
+    config = cli.parse_config(["--out", str(tmp_path), "--resume", "--steps", "40"])
     assert (config.resume, config.steps, config.model) == (True, 40, "torchvision/resnet18")
 
 
@@ -165,9 +124,9 @@ def test_a_switch_that_is_on_already_may_be_given_or_turned_off(tmp_path) -> Non
         ("--config", str(tmp_path / "config.yaml")),
         ("--out", str(tmp_path), "--resume"),
     ):
-        assert chosen(*start).zero_init_residual
-        assert chosen(*start, "--zero-init-residual").zero_init_residual
-        assert not chosen(*start, "--no-zero-init-residual").zero_init_residual
+        assert cli.parse_config([*start]).zero_init_residual
+        assert cli.parse_config([*start, "--zero-init-residual"]).zero_init_residual
+        assert not cli.parse_config([*start, "--no-zero-init-residual"]).zero_init_residual
 
 
 @pytest.mark.parametrize(
@@ -266,9 +225,7 @@ def test_layers_are_listed(capsys) -> None:
         "256",
         "4x4",
     ]
-    assert last == (
-        "where none is named: layer3 for the pixel level, avgpool for the instance level"
-    )
+    assert last == ("by default: layer3 for the pixel level, avgpool for the instance level")
 
 
 def test_long_names_of_layers_are_shown_whole_also_where_no_layer_is_the_default(
@@ -278,7 +235,7 @@ def test_long_names_of_layers_are_shown_whole_also_where_no_layer_is_the_default
     assert cli.main(["layers", "torchvision/vit_b_16", "--image-size", "32", "32"]) == 0
     *table, last = capsys.readouterr().out.splitlines()
     cells = [line.strip("│ ").split("│")[0].strip() for line in table]
-    assert last.startswith("where none is named: VisionTransformer has no map of at least 4x4")
+    assert last.startswith("by default: VisionTransformer has no map of at least 4x4")
     assert "encoder.layers.encoder_layer_0.mlp" in "".join(cells)
 
 
@@ -318,9 +275,9 @@ def test_each_command_takes_what_the_one_before_it_left(labelled, tmp_path, caps
 def test_a_recipe_is_not_laid_over_a_run_or_file_that_it_made(tmp_path) -> None:
     (tmp_path / "config.yaml").write_text("recipe: pixpro-100ep\nbatch_size: 4\nsteps: 2\n")
     for start in (["--out", str(tmp_path), "--resume"], ["--config", f"{tmp_path}/config.yaml"]):
-        config = cli.chosen([*start, "--seed", "3"])
+        config = cli.parse_config([*start, "--seed", "3"])
         assert (config.batch_size, config.steps, config.seed) == (4, 2, 3)
-    config = cli.chosen(["images", "--recipe", "pixpro-100ep", "--batch-size", "4"])
+    config = cli.parse_config(["images", "--recipe", "pixpro-100ep", "--batch-size", "4"])
     assert (config.batch_size, config.epochs, config.optimizer) == (4, 100, "lars")
 
 
