@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..views import averaged_down, cut_views, power_below, reductions
-from .image import SCALES, Opened, Orientation, Raster, tensor_of
+from .image import SCALES, DecodedImage, LazyImage, Orientation, tensor_of
 
 Rows = tuple[tuple[float, float, float], tuple[float, float, float]]
 """A view map as plain numbers: ``x = a u + b v + c`` and ``y = d u + e v + f``."""
@@ -67,7 +67,7 @@ def best_scale(maps: Tensor, size: tuple[int, int]) -> int:
     return max((scale for scale in SCALES if scale <= smallest), default=1)
 
 
-def cut(raster: Raster, opened: Opened, to_image: Tensor, size: tuple[int, int]) -> Cut:
+def cut(raster: DecodedImage, opened: LazyImage, to_image: Tensor, size: tuple[int, int]) -> Cut:
     """Cut one view.
 
     Args:
@@ -86,7 +86,7 @@ def cut(raster: Raster, opened: Opened, to_image: Tensor, size: tuple[int, int])
 
 
 def cut_upright(
-    raster: Raster, opened: Opened, stored: Rows, size: tuple[int, int], *, swapped: bool
+    raster: DecodedImage, opened: LazyImage, stored: Rows, size: tuple[int, int], *, swapped: bool
 ) -> Cut:
     """Cut a view whose sides lie along the raster's, if need be with ``u`` and ``v`` swapped."""
     (a, b, c), (d, e, f) = stored
@@ -135,7 +135,7 @@ def edges(span: Span, flipped: bool, scale: int) -> tuple[float, float]:
     return (-extent, origin + extent) if flipped else (extent, origin)
 
 
-def cut_turned(raster: Raster, opened: Opened, stored: Rows, size: tuple[int, int]) -> Cut:
+def cut_turned(raster: DecodedImage, opened: LazyImage, stored: Rows, size: tuple[int, int]) -> Cut:
     """Sample a view of any map, out of the upright box of pixels around it."""
     height, width = (max(side // raster.scale, 1) for side in opened.stored_size)
     to_raster = torch.tensor(stored) / raster.scale
@@ -175,7 +175,7 @@ def corners(to_image: Tensor) -> tuple[Tensor, Tensor]:
     return points.amin(dim=1), points.amax(dim=1)
 
 
-def region(raster: Raster, box: tuple[int, int, int, int], power: tuple[int, int]) -> Tensor:
+def region(raster: DecodedImage, box: tuple[int, int, int, int], power: tuple[int, int]) -> Tensor:
     """Part of the raster, averaged to ``1 / power`` of its height and width.
 
     Args:
@@ -210,7 +210,7 @@ def rows_of(to_image: Tensor) -> Rows:
     return (a, b, c), (d, e, f)
 
 
-def to_stored(rows: Rows, opened: Opened) -> Rows:
+def to_stored(rows: Rows, opened: LazyImage) -> Rows:
     """A map to the upright image as a map to the stored one."""
     height, width = opened.stored_size
     turn: Orientation = opened.orientation
@@ -221,7 +221,7 @@ def to_stored(rows: Rows, opened: Opened) -> Rows:
     )
 
 
-def to_upright(rows: Rows, opened: Opened) -> Rows:
+def to_upright(rows: Rows, opened: LazyImage) -> Rows:
     """A map to the stored image as a map to the upright one."""
     height, width = opened.stored_size
     turn = opened.orientation

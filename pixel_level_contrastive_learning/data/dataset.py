@@ -20,12 +20,12 @@ from torch.utils.data import Dataset, get_worker_info
 from ..augment import DICE, VIEW_ONE, VIEW_TWO, Factors, Photometry
 from ..views import Placement, lay_maps
 from .crops import best_scale, cut
-from .image import Opened, Unreadable
+from .image import ImageError, LazyImage
 from .sources import Source
 from .statistics import Statistics
 
 
-class Place(NamedTuple):
+class SampleKey(NamedTuple):
     """One sample of the stream.
 
     Attributes:
@@ -61,7 +61,7 @@ MOST_HELD = 2**25
 """Values of images whose files are held at once, so that their views are laid together."""
 
 
-class Pairs(NamedTuple):
+class TwoViewBatch(NamedTuple):
     """A batch of samples; of a single one, the same without the first side.
 
     Attributes:
@@ -99,7 +99,7 @@ class Broken(NamedTuple):
         return "\t".join(part.translate(ONE_LINE) for part in self) + "\n"
 
 
-class TooManyBroken(RuntimeError):  # noqa: N818  # reads as what it says
+class TooManyBrokenError(RuntimeError):  # reads as what it says
     """More images are broken than a run puts up with.
 
     Args:
@@ -115,7 +115,7 @@ class TooManyBroken(RuntimeError):  # noqa: N818  # reads as what it says
 class Made(NamedTuple):
     """What a worker sends: a batch, and the broken images it met on the way."""
 
-    pairs: Pairs
+    pairs: TwoViewBatch
     broken: list[Broken]
 
 
@@ -138,10 +138,10 @@ class Look(NamedTuple):
     """An image that was looked at, and the place in the batch that it is to take."""
 
     slot: int
-    place: Place
+    place: SampleKey
     ahead: int
     index: int  # type: ignore[assignment]  # hides a method of tuples that nobody wants
-    opened: Opened
+    opened: LazyImage
 
 
 class Room(NamedTuple):
@@ -158,8 +158,8 @@ class Room(NamedTuple):
     broken: dict[str, Broken]
 
 
-class PairDataset(Dataset[Pairs]):
-    """Two views of each image, asked for by `order.Place`.
+class TwoViewDataset(Dataset[TwoViewBatch]):
+    """Two views of each image, asked for by `order.SampleKey`.
 
     Where an image is broken, the next readable one of the epoch's order takes its place, with the
     dice of that place.
@@ -187,10 +187,10 @@ class PairDataset(Dataset[Pairs]):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, place: Place) -> Pairs:
+    def __getitem__(self, place: SampleKey) -> TwoViewBatch:
         return first_of(self.batch([place]).pairs)
 
-    def batch(self, places: Sequence[Place]) -> Made:
+    def batch(self, places: Sequence[SampleKey]) -> Made:
         """A whole batch at once: views are written where they will be read, without a copy."""
         count, (h, w), form = len(places), self.cutting.size, self.statistics
         kind = torch.uint8 if form.low is None else torch.float32
@@ -216,19 +216,19 @@ class PairDataset(Dataset[Pairs]):
             for photometry, numbers in zip(self.cutting.photometry, drawn, strict=True)
         )
         views, maps = room.views, room.maps
-        pairs = Pairs(views[0], views[1], maps[0], maps[1], one, two, room.indices)
+        pairs = TwoViewBatch(views[0], views[1], maps[0], maps[1], one, two, room.indices)
         return Made(pairs, list(room.broken.values()))
 
-    def numbers(self, place: Place) -> Tensor:
+    def numbers(self, place: SampleKey) -> Tensor:
         """All that is random about a sample, ``(2, n)``: for each view its map, then its colour."""
         generator = dice(self.seed, place.epoch, place.index)
         return torch.rand(2, MAP_DICE + DICE, generator=generator)
 
-    def look(self, slot: int, place: Place, room: Room, ahead: int = 0) -> Look:
+    def look(self, slot: int, place: SampleKey, room: Room, ahead: int = 0) -> Look:
         """The first image that will do, from some places after this one on.
 
         Raises:
-            TooManyBroken: More than the allowed share of images had to be passed over.
+            TooManyBrokenError: More than the allowed share of images had to be passed over.
         """
         count = len(self.source)
         for further in range(ahead, count):
@@ -239,11 +239,11 @@ class PairDataset(Dataset[Pairs]):
             try:
                 opened = self.source.open(index)
                 self.statistics.accepts(opened)
-            except Unreadable as error:
+            except ImageError as error:
                 self.pass_over(index, error, room)
             else:
                 return Look(slot, place, further, index, opened)
-        raise TooManyBroken(
+        raise TooManyBrokenError(
             "no image can be read any more; is the data still there?", room.broken.values()
         )
 
@@ -261,7 +261,7 @@ class PairDataset(Dataset[Pairs]):
         for look, asked in zip(looks, by_image, strict=True):
             try:
                 raster = look.opened.raster(best_scale(asked, size))
-            except Unreadable as error:
+            except ImageError as error:
                 self.pass_over(look.index, error, room)
                 self.cut([self.look(look.slot, look.place, room, look.ahead + 1)], room)
                 continue
@@ -271,11 +271,11 @@ class PairDataset(Dataset[Pairs]):
                 room.views[view, look.slot] = self.statistics.form(pixels)
                 room.maps[view, look.slot] = found
 
-    def pass_over(self, index: int, error: Unreadable, room: Room) -> None:
+    def pass_over(self, index: int, error: ImageError, room: Room) -> None:
         """Count a broken image.
 
         Raises:
-            TooManyBroken: It was one too many.
+            TooManyBrokenError: It was one too many.
         """
         name = self.source.name(index)
         room.broken[name] = Broken(name, str(error))
@@ -289,27 +289,27 @@ def without_solarising(factors: Factors, channels: int) -> Factors:
     return factors._replace(solarise=torch.zeros_like(factors.solarise))
 
 
-def first_of(pairs: Pairs) -> Pairs:
+def first_of(pairs: TwoViewBatch) -> TwoViewBatch:
     """The first sample of a batch, alone."""
     one, two = (
         Factors(*(factor[0] for factor in factors))
         for factors in (pairs.factors_one, pairs.factors_two)
     )
     views, maps = (pairs.one[0], pairs.two[0]), (pairs.map_one[0], pairs.map_two[0])
-    return Pairs(*views, *maps, one, two, pairs.index[0])
+    return TwoViewBatch(*views, *maps, one, two, pairs.index[0])
 
 
 def refuse_too_many(broken: dict[str, Broken], count: int, max_broken: float) -> None:
     """Stop where more images are broken than allowed: that share of them, or one of a few.
 
     Raises:
-        TooManyBroken: With the first reasons and the ways out.
+        TooManyBrokenError: With the first reasons and the ways out.
     """
     allowed = max(1, max_broken * count) if max_broken > 0 else 0
     if len(broken) <= allowed:
         return
     shown = "".join(f"\n  {name}: {reason}" for name, reason in list(broken.values())[:5])
-    raise TooManyBroken(
+    raise TooManyBrokenError(
         f"{len(broken)} of {count} images cannot be used, more than the {max_broken:.2%} that "
         "max_broken allows; mend or remove them, or go on with a larger max_broken. Among "
         f"them:{shown}",

@@ -23,10 +23,10 @@ from .image import (
     ORIENTATIONS,
     SCALES,
     UPRIGHT,
-    Opened,
+    DecodedImage,
+    ImageError,
+    LazyImage,
     Orientation,
-    Raster,
-    Unreadable,
     allowed,
     as_pixels,
     bomb,
@@ -74,24 +74,24 @@ def decode(content: bytes, name: str = "", *, shortest: int | None = None) -> Te
         ``(c, h, w)`` uint8, or float32 raw values of 16-bit and float images.
 
     Raises:
-        Unreadable: The reason in words, after the name.
+        ImageError: The reason in words, after the name.
     """
     try:
         opened = open_image(content)
         fitting = [s for s in SCALES if shortest and min(opened.size) >= shortest * s]
         return upright(opened.raster(max(fitting, default=1)).pixels, opened.orientation)
-    except Unreadable as error:
-        raise Unreadable(f"{name}: {error}" if name else str(error)) from error
+    except ImageError as error:
+        raise ImageError(f"{name}: {error}" if name else str(error)) from error
 
 
-def open_image(content: bytes) -> Opened:
+def open_image(content: bytes) -> LazyImage:
     """Look at an encoded image without decoding it.
 
     Raises:
-        Unreadable: It is no image, damaged, or a decompression bomb.
+        ImageError: It is no image, damaged, or a decompression bomb.
     """
     if not content:
-        raise Unreadable("the file is empty (0 bytes)")
+        raise ImageError("the file is empty (0 bytes)")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -102,13 +102,13 @@ def open_image(content: bytes) -> Opened:
             if content.startswith(b"\xff\xd8\xff"):
                 return open_jpeg(content)
             return open_picture(content)
-    except Unreadable:
+    except ImageError:
         raise
     except Exception as error:
-        raise Unreadable(reason(error, content)) from error
+        raise ImageError(reason(error, content)) from error
 
 
-def open_jpeg(content: bytes) -> Opened:
+def open_jpeg(content: bytes) -> LazyImage:
     """Look at a JPEG: the one format that decodes at a smaller scale."""
     from PIL.JpegImagePlugin import JpegImageFile
 
@@ -118,9 +118,9 @@ def open_jpeg(content: bytes) -> Opened:
     height, width = image.height, image.width
     plain = image.mode in ("L", "RGB")
     if image.info.get("progressive") and 6 * height * width > MOST_BYTES:
-        raise Unreadable(too_large(height, width))  # all its coefficients are held at once
+        raise ImageError(too_large(height, width))  # all its coefficients are held at once
 
-    def load(scale: int) -> Raster:
+    def load(scale: int) -> DecodedImage:
         from torchvision.io import decode_jpeg
 
         if height * width <= SMALL:
@@ -128,18 +128,20 @@ def open_jpeg(content: bytes) -> Opened:
         while scale < SCALES[-1] and too_many(height * width // scale**2):
             scale *= 2
         if scale == 1 and plain:
-            return Raster(decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8)), 1)
+            return DecodedImage(
+                decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8)), 1
+            )
         draft: JpegImageFile = JpegImageFile(BytesIO(content))
         if scale > 1:
             draft.draft(None, (max(width // scale, 1), max(height // scale, 1)))
         done = next(s for s in SCALES if draft.size == (-(-width // s), -(-height // s)))
-        return Raster(eight_bit(draft), done)
+        return DecodedImage(eight_bit(draft), done)
 
     size, orientation = turned(image)
-    return Opened(size, 1 if image.mode == "L" else 3, False, orientation, True, load)
+    return LazyImage(size, 1 if image.mode == "L" else 3, False, orientation, True, load)
 
 
-def open_picture(content: bytes) -> Opened:
+def open_picture(content: bytes) -> LazyImage:
     """Look at whatever Pillow reads: PNG, WebP, BMP, 8-bit TIFF and more."""
     from PIL import Image
     from PIL.PngImagePlugin import PngImageFile
@@ -151,30 +153,32 @@ def open_picture(content: bytes) -> Opened:
         # A large PNG or TIFF may be fine: it is a bomb by what it grows to, not by its size alone.
         image = kind(BytesIO(content))
     except Image.DecompressionBombError as error:
-        raise Unreadable(bomb(str(error))) from None
+        raise ImageError(bomb(str(error))) from None
     size, orientation = turned(image)
     deep_png = png and content[24] == 16  # bits a channel
     allowed(*size, 6 * len(image.getbands()) if deep_png else 4, len(content))
 
-    def load_deep_png(_: int) -> Raster:
+    def load_deep_png(_: int) -> DecodedImage:
         from torchvision.io import decode_png
 
         # Pillow would squash 16-bit colour to 8 bits.
         pixels = decode_png(torch.frombuffer(bytearray(content), dtype=torch.uint8)).float()
-        return Raster(pixels if len(pixels) in (1, 3) else pixels[:-1] * (pixels[-1:] / 65535), 1)
+        return DecodedImage(
+            pixels if len(pixels) in (1, 3) else pixels[:-1] * (pixels[-1:] / 65535), 1
+        )
 
     if deep_png:
         channels = 1 if content[25] in (0, 4) else 3  # the colour type: gray, with or without alpha
-        return Opened(size, channels, True, orientation, False, load_deep_png)
+        return LazyImage(size, channels, True, orientation, False, load_deep_png)
     if image.mode in DEEP_MODES:
-        return Opened(size, 1, True, orientation, False, lambda _: Raster(raw(image), 1))
+        return LazyImage(size, 1, True, orientation, False, lambda _: DecodedImage(raw(image), 1))
     channels = 1 if image.mode in GRAY_MODES else 3
-    return Opened(
+    return LazyImage(
         size, channels, False, orientation, False, lambda scale: shrunk(eight_bit(image), scale)
     )
 
 
-def open_tiff(content: bytes) -> Opened:
+def open_tiff(content: bytes) -> LazyImage:
     """Look at a TIFF of any depth and number of bands; of a stack the first page counts."""
     from tifffile import TiffFile
 
@@ -195,18 +199,18 @@ def open_tiff(content: bytes) -> Opened:
     if photometric in ("YCBCR", "SEPARATED", "CIELAB") or (not deep and colours in (1, 3)):
         return open_picture(content)  # Pillow knows colours, and more compressions
 
-    def load(_: int) -> Raster:
+    def load(_: int) -> DecodedImage:
         try:
             with TiffFile(BytesIO(content)) as file:
-                return Raster(measured(as_pixels(held(file).asarray(), axes)), 1)
+                return DecodedImage(measured(as_pixels(held(file).asarray(), axes)), 1)
         except (KeyError, ValueError) as error:
             if "imagecodecs" not in str(error):
                 raise
             if colours != 1:
-                raise Unreadable(f"{error.args[0]}: pip install imagecodecs") from error
+                raise ImageError(f"{error.args[0]}: pip install imagecodecs") from error
         from PIL import Image
 
-        return Raster(measured(raw(Image.open(BytesIO(content)))), 1)
+        return DecodedImage(measured(raw(Image.open(BytesIO(content)))), 1)
 
     def measured(pixels: Tensor) -> Tensor:
         """Raw values, NaN where the file says that nothing was measured."""
@@ -219,7 +223,7 @@ def open_tiff(content: bytes) -> Opened:
     allowed(height, width, channels * (dtype.itemsize + 4 * deep), len(content))
     orientation = ORIENTATIONS.get(int(tag.value) if tag else 1, UPRIGHT)
     size = (width, height) if orientation.swapped else (height, width)
-    return Opened(size, channels, deep, orientation, False, load)
+    return LazyImage(size, channels, deep, orientation, False, load)
 
 
 def nodata(page: Any) -> float:
@@ -265,11 +269,11 @@ def eight_bit(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def shrunk(image: Image.Image, scale: int) -> Raster:
+def shrunk(image: Image.Image, scale: int) -> DecodedImage:
     """An image that had to be decoded whole, averaged down where it is a giant."""
     if scale > 1 and image.width * image.height > GIANT:
-        return Raster(image.reduce(scale), scale)
-    return Raster(image, 1)
+        return DecodedImage(image.reduce(scale), scale)
+    return DecodedImage(image, 1)
 
 
 def raw(image: Image.Image) -> Tensor:

@@ -23,7 +23,7 @@ BOMB_RATIO = 200
 """Decoded bytes a byte of the file; above it, and above Pillow's limit, a file is a bomb."""
 
 
-class Unreadable(Exception):  # noqa: N818  # reads as what it says
+class ImageError(Exception):  # reads as what it says
     """An image that cannot be used; its text is the reason, and names no file."""
 
 
@@ -49,7 +49,7 @@ ORIENTATIONS = {
 ORIENTATION_TAG = 274
 
 
-class Raster(NamedTuple):
+class DecodedImage(NamedTuple):
     """Decoded pixels as they are stored, that is: not yet upright.
 
     Attributes:
@@ -64,7 +64,7 @@ class Raster(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Opened:
+class LazyImage:
     """A file that was looked at: what it holds, and the way to its pixels.
 
     Attributes:
@@ -82,7 +82,7 @@ class Opened:
     deep: bool
     orientation: Orientation
     scaled: bool
-    load: Callable[[int], Raster]
+    load: Callable[[int], DecodedImage]
 
     @property
     def values(self) -> int:
@@ -94,29 +94,29 @@ class Opened:
         """``(height, width)`` of the full image as it is stored."""
         return self.size[::-1] if self.orientation.swapped else self.size
 
-    def raster(self, scale: int = 1) -> Raster:
+    def raster(self, scale: int = 1) -> DecodedImage:
         """The pixels at a scale, all of them finite.
 
         Raises:
-            Unreadable: The file is damaged, or there is no number in it.
+            ImageError: The file is damaged, or there is no number in it.
         """
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # a decoder's remarks on a file help nobody
                 return filled(self.load(scale))
-        except Unreadable:
+        except ImageError:
             raise
         except Exception as error:  # rotten bytes make decoders raise anything at all
-            raise Unreadable(reason(error)) from error
+            raise ImageError(reason(error)) from error
 
 
-def filled(raster: Raster) -> Raster:
+def filled(raster: DecodedImage) -> DecodedImage:
     """Pixels whose NaNs are their channel's lowest value; infinities the extremes.
 
     A channel without any number becomes 0.
 
     Raises:
-        Unreadable: There is no number in any channel.
+        ImageError: There is no number in any channel.
     """
     pixels = raster.pixels
     if not isinstance(pixels, Tensor) or not pixels.is_floating_point():
@@ -125,7 +125,7 @@ def filled(raster: Raster) -> Raster:
     if known.all():
         return raster
     if not known.any():
-        raise Unreadable("not one of its values is a finite number")
+        raise ImageError("not one of its values is a finite number")
     low = pixels.where(known, torch.inf).amin((1, 2), keepdim=True)
     high = pixels.where(known, -torch.inf).amax((1, 2), keepdim=True)
     within = pixels.where(~pixels.isnan(), low).clamp(low, high)
@@ -165,14 +165,14 @@ def allowed(height: int, width: int, bytes_each: int, length: int) -> None:
         length: Bytes of the file.
 
     Raises:
-        Unreadable: More than `MOST_BYTES`; or, beyond Pillow's limit, more than `BOMB_RATIO` times
+        ImageError: More than `MOST_BYTES`; or, beyond Pillow's limit, more than `BOMB_RATIO` times
             the bytes of the file.
     """
     grown = height * width * bytes_each
     if grown > MOST_BYTES:
-        raise Unreadable(too_large(height, width))
+        raise ImageError(too_large(height, width))
     if too_many(height * width) and grown > BOMB_RATIO * length:
-        raise Unreadable(bomb(f"{height}x{width} pixels in a file of {length} bytes"))
+        raise ImageError(bomb(f"{height}x{width} pixels in a file of {length} bytes"))
 
 
 def bomb(found: str) -> str:
@@ -210,15 +210,20 @@ EIGHT_BIT = ("uint8", "bool")
 """Types whose values stay 8-bit; all others become float32."""
 
 
-def open_npy(content: bytes) -> Opened:
+def open_npy(content: bytes) -> LazyImage:
     """Look at a NumPy array (h, w), (c, h, w) or (h, w, c): channels are the shorter end."""
     import numpy as np
 
     array = np.load(BytesIO(content), allow_pickle=False)
     channels, height, width = layout(array.shape, "")
     deep = array.dtype.name not in EIGHT_BIT
-    return Opened(
-        (height, width), channels, deep, UPRIGHT, False, lambda _: Raster(as_pixels(array, ""), 1)
+    return LazyImage(
+        (height, width),
+        channels,
+        deep,
+        UPRIGHT,
+        False,
+        lambda _: DecodedImage(as_pixels(array, ""), 1),
     )
 
 
@@ -226,7 +231,7 @@ def as_pixels(array: Any, axes: str = "") -> Tensor:
     """A NumPy array as pixels ``(c, h, w)``: uint8, or float32 raw values, which may be NaN.
 
     Raises:
-        Unreadable: It has no shape or values that an image has.
+        ImageError: It has no shape or values that an image has.
     """
     import numpy as np
 
@@ -234,7 +239,7 @@ def as_pixels(array: Any, axes: str = "") -> Tensor:
     if array.dtype == np.bool_:
         array = array * np.uint8(255)
     if array.dtype.kind not in "uif":
-        raise Unreadable(f"values of type {array.dtype}; they must be whole numbers or floats")
+        raise ImageError(f"values of type {array.dtype}; they must be whole numbers or floats")
     kept = np.uint8 if array.dtype == np.uint8 else np.float32
     pixels = torch.from_numpy(np.array(array, dtype=kept, order="C"))
     if pixels.ndim == 2:
@@ -246,7 +251,7 @@ def layout(shape: tuple[int, ...], axes: str) -> tuple[int, int, int]:
     """Channels, height and width of an array whose axes may be named, as tifffile does.
 
     Raises:
-        Unreadable: No image has this shape.
+        ImageError: No image has this shape.
     """
     last = channels_last(shape, axes)
     if len(shape) == 2:
@@ -254,7 +259,7 @@ def layout(shape: tuple[int, ...], axes: str) -> tuple[int, int, int]:
     elif last:
         shape = (shape[-1], *shape[:-1])
     if len(shape) != 3 or 0 in shape:
-        raise Unreadable(
+        raise ImageError(
             f"an array of shape {shape}; it must be (h, w), (c, h, w) or (h, w, c), none of them 0"
         )
     return shape

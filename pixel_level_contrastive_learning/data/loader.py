@@ -21,10 +21,10 @@ from .dataset import (
     Broken,
     Cutting,
     Made,
-    PairDataset,
-    Pairs,
-    Place,
-    TooManyBroken,
+    SampleKey,
+    TooManyBrokenError,
+    TwoViewBatch,
+    TwoViewDataset,
     epoch_order,
     refuse_too_many,
 )
@@ -32,7 +32,7 @@ from .sources import Source
 from .statistics import Statistics
 
 
-class Order(Sampler[list[Place]]):
+class StreamSampler(Sampler[list[SampleKey]]):
     """The batches of one process, in the order of the run.
 
     Batch ``k`` of all processes together is the stream's samples from ``k * batch_size * world``
@@ -73,14 +73,14 @@ class Order(Sampler[list[Place]]):
     def __len__(self) -> int:
         return max(self.count // self.step, 1)
 
-    def place(self, sample: int) -> Place:
+    def place(self, sample: int) -> SampleKey:
         """The stream's sample of this number."""
         epoch, position = divmod(sample, self.count)
-        return Place(
+        return SampleKey(
             epoch, position, int(epoch_order(self.seed, epoch, self.count)[position].item())
         )
 
-    def batch(self, start: int) -> list[Place]:
+    def batch(self, start: int) -> list[SampleKey]:
         """This process's part of the batch that begins at a sample of the stream."""
         first = start + self.rank * self.batch_size
         return [self.place(sample) for sample in range(first, first + self.batch_size)]
@@ -90,7 +90,7 @@ class Order(Sampler[list[Place]]):
         """Batches from where the clock stands to the end of the loader's epoch."""
         return len(self) - self.samples // self.step % len(self)
 
-    def __iter__(self) -> Iterator[list[Place]]:
+    def __iter__(self) -> Iterator[list[SampleKey]]:
         """The batches from where the clock stands on, without end.
 
         What is made ahead then reaches over the ends of epochs, which may be a single batch.
@@ -120,8 +120,8 @@ LARGEST_HELD_OUT = 0.02
 MOST_HELD_OUT = 256
 
 
-class StatefulLoader:
-    """Batches of `Pairs` that know how far the run has come.
+class TwoViewLoader:
+    """Batches of `TwoViewBatch` that know how far the run has come.
 
     One pass gives the batches from where the clock stands to the end of the epoch. The clock counts
     what was handed out, not what workers have made ahead.
@@ -140,7 +140,7 @@ class StatefulLoader:
     def __init__(
         self,
         loader: DataLoader[Any],
-        order: Order,
+        order: StreamSampler,
         *,
         max_broken: float,
         skipped_file: Path | None,
@@ -149,7 +149,7 @@ class StatefulLoader:
         self.max_broken, self.skipped_file = max_broken, skipped_file
         self.waited = 0.0
         self.broken: dict[str, Broken] = {}
-        self.under_way: Iterator[Made | TooManyBroken] | None = None
+        self.under_way: Iterator[Made | TooManyBrokenError] | None = None
 
     def __len__(self) -> int:
         return len(self.order)
@@ -164,7 +164,7 @@ class StatefulLoader:
         """Samples handed out so far, by all processes together."""
         return self.order.samples
 
-    def __iter__(self) -> Iterator[Pairs]:
+    def __iter__(self) -> Iterator[TwoViewBatch]:
         for _ in range(self.order.left):
             begun = perf_counter()  # starting the workers is waiting too
             try:
@@ -173,7 +173,7 @@ class StatefulLoader:
             finally:
                 self.waited += perf_counter() - begun
             self.note(made.broken)
-            if isinstance(made, TooManyBroken):
+            if isinstance(made, TooManyBrokenError):
                 raise made
             self.order.start_at(self.order.samples + self.order.step)
             self.under_way = batches  # in step with the clock again
@@ -183,7 +183,7 @@ class StatefulLoader:
         """Count and list broken images that were not met before.
 
         Raises:
-            TooManyBroken: More than the allowed share of the images are.
+            TooManyBrokenError: More than the allowed share of the images are.
         """
         new = {image.name: image for image in broken if image.name not in self.broken}
         if not new:
@@ -239,7 +239,7 @@ def build_loader(
     skipped_file: Path | None = None,
     prefetch: int = 2,
     pin_memory: bool = False,
-) -> StatefulLoader:
+) -> TwoViewLoader:
     """A loader of pairs: the same samples with the same changes on any workers and processes.
 
     Args:
@@ -275,7 +275,7 @@ def build_loader(
         within("max_rotation", max_rotation, 0, 180),
         within("max_broken", max_broken, 0, 1),
     )
-    order = Order(len(source), batch_size, seed=seed, rank=rank, world=world)
+    order = StreamSampler(len(source), batch_size, seed=seed, rank=rank, world=world)
     placement = Placement(
         prob_hflip=prob_hflip,
         prob_vflip=prob_vflip,
@@ -283,7 +283,7 @@ def build_loader(
         area_range=crop_area,
         aspect_range=aspect_ratio,
     )
-    dataset = PairDataset(
+    dataset = TwoViewDataset(
         source,
         statistics,
         Cutting(image_size, placement, photometry),
@@ -302,23 +302,23 @@ def build_loader(
         pin_memory=pin_memory,
         generator=torch.Generator(),  # else each pass would draw from the run's generator
     )
-    return StatefulLoader(loader, order, max_broken=max_broken, skipped_file=skipped_file)
+    return TwoViewLoader(loader, order, max_broken=max_broken, skipped_file=skipped_file)
 
 
-class Batches(Dataset[Made | TooManyBroken]):
+class Batches(Dataset[Made | TooManyBrokenError]):
     """The data set by whole batches, asked for by a list of places.
 
     That too many images are broken is handed on, not raised: what a worker raises, torch tells with
     the worker's traceback before it.
     """
 
-    def __init__(self, pairs: PairDataset) -> None:
+    def __init__(self, pairs: TwoViewDataset) -> None:
         self.pairs = pairs
 
-    def __getitem__(self, places: list[Place]) -> Made | TooManyBroken:
+    def __getitem__(self, places: list[SampleKey]) -> Made | TooManyBrokenError:
         try:
             return self.pairs.batch(places)
-        except TooManyBroken as error:
+        except TooManyBrokenError as error:
             return error
 
 
@@ -336,7 +336,7 @@ def leave_ctrl_c_to_the_run(_: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def held_out(source: Source, seed: int) -> tuple[Tensor, Tensor]:
+def split_held_out(source: Source, seed: int) -> tuple[Tensor, Tensor]:
     """Images to train on, and a few to look at that are never trained on.
 
     Args:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .decoding import open_image
-from .image import SCALES, Opened, Unreadable, upright
+from .image import SCALES, ImageError, LazyImage, upright
 from .sources import IMAGES, MASKS, nothing_in, search
 
 IGNORED = 255
@@ -44,7 +44,7 @@ class Example(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Labelled:
+class SegmentationDataset:
     """One split of a labelled folder.
 
     Attributes:
@@ -84,23 +84,25 @@ class Labelled:
         fitting = [s for s in SCALES if shortest and min(opened.size) >= shortest * s]
         try:
             raster = opened.raster(max(fitting, default=1))
-        except Unreadable as error:
+        except ImageError as error:
             raise ValueError(f"{self.images[index]} cannot be read: {error}") from error
         return Example(upright(raster.pixels, opened.orientation), mask, self.name(index))
 
-    def chosen(self, indices: Sequence[int]) -> Labelled:
+    def chosen(self, indices: Sequence[int]) -> SegmentationDataset:
         """Some of the images, in the order given."""
         images, masks = (tuple(own[i] for i in indices) for own in (self.images, self.masks))
         return replace(self, images=images, masks=masks)
 
-    def share(self, fraction: float, seed: int) -> Labelled:
+    def share(self, fraction: float, seed: int) -> SegmentationDataset:
         """A share of the images, at least one, drawn by a seed; a larger share holds a smaller."""
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
         count = min(len(self), max(1, round(fraction * len(self))))
         return self.chosen(sorted(order[:count].tolist()))
 
 
-def open_labelled(data: str | Path, splits: Sequence[str] = ("train", "val")) -> list[Labelled]:
+def open_labelled(
+    data: str | Path, splits: Sequence[str] = ("train", "val")
+) -> list[SegmentationDataset]:
     """The splits of a labelled folder, every mask looked at.
 
     The folder holds ``images/SPLIT`` and ``masks/SPLIT``, any nesting below: for each image a PNG
@@ -146,7 +148,7 @@ LAYOUT = (
 )
 
 
-def open_split(folder: Path, split: str, classes: tuple[str, ...]) -> Labelled:
+def open_split(folder: Path, split: str, classes: tuple[str, ...]) -> SegmentationDataset:
     """One split, its masks not yet looked at.
 
     Raises:
@@ -168,7 +170,7 @@ def open_split(folder: Path, split: str, classes: tuple[str, ...]) -> Labelled:
     missing = [mask for mask in wanted if not mask.is_file()]
     if missing:
         raise ValueError(no_mask(missing, len(wanted)))
-    return Labelled(files, wanted, classes, images)
+    return SegmentationDataset(files, wanted, classes, images)
 
 
 def read_classes(path: Path) -> tuple[str, ...] | None:
@@ -233,7 +235,7 @@ def numbered(folder: Path, ids: set[int]) -> tuple[str, ...]:
     return tuple(f"class {label}" for label in range(largest + 1))
 
 
-def look(path: Path) -> Opened:
+def look(path: Path) -> LazyImage:
     """An image that is looked at, not decoded.
 
     Raises:
@@ -241,7 +243,7 @@ def look(path: Path) -> Opened:
     """
     try:
         return open_image(path.read_bytes())
-    except (Unreadable, OSError) as error:
+    except (ImageError, OSError) as error:
         raise ValueError(f"{path} cannot be read: {error}; replace or remove it") from error
 
 
@@ -268,7 +270,7 @@ def read_mask(path: Path) -> Tensor:
     return torch.from_numpy(ids.astype(np.uint8))
 
 
-def look_through(split: Labelled, count: int, problems: list[str]) -> list[set[int]]:
+def look_through(split: SegmentationDataset, count: int, problems: list[str]) -> list[set[int]]:
     """The ids in each of a split's masks; what is wrong with them is added to ``problems``."""
     found: list[set[int]] = []
     for image, path in zip(split.images, split.masks, strict=True):

@@ -27,7 +27,7 @@ from ..checks import raise_together, whole, within
 from ..files import write_whole
 from .dataset import Broken, refuse_too_many
 from .decoding import SUFFIXES, TIFF, open_image
-from .image import SCALES, Opened, Unreadable, channels_last, upright
+from .image import SCALES, ImageError, LazyImage, channels_last, upright
 from .shards import Shards
 from .sources import Source, open_source
 
@@ -121,7 +121,7 @@ def pack(
 
     Raises:
         ValueError: A value out of range, no image, or a folder with something else in it.
-        TooManyBroken: More images than allowed cannot be read.
+        TooManyBrokenError: More images than allowed cannot be read.
         OSError: A shard cannot be written, or reads back otherwise than it was written.
     """
     raise_together(
@@ -237,7 +237,7 @@ def common_folder(names: Sequence[str]) -> str:
     return ""
 
 
-def packed(source: Source, index: int, max_side: int, quality: int) -> Sample | Unreadable:
+def packed(source: Source, index: int, max_side: int, quality: int) -> Sample | ImageError:
     """An image in the form it has in a shard; or why it cannot be used."""
     try:
         content = source.content(index)
@@ -247,7 +247,7 @@ def packed(source: Source, index: int, max_side: int, quality: int) -> Sample | 
             opened.raster()  # a damaged file is found now, and not in training
             return Sample(suffix, content, opened.size, len(content))
         pixels = made_smaller(opened, max_side)
-    except Unreadable as error:
+    except ImageError as error:
         return error
     suffix, written = encoded(pixels, quality)
     return Sample(suffix, written, opened.size, len(content))
@@ -261,7 +261,7 @@ def ending(name: str, content: bytes) -> str:
     return next((kind for start, kind in STARTS.items() if content.startswith(start)), "")
 
 
-def made_smaller(opened: Opened, max_side: int) -> Tensor:
+def made_smaller(opened: LazyImage, max_side: int) -> Tensor:
     """Upright pixels ``(c, h, w)`` of a longer side of ``max_side`` at most, without aliasing."""
     longer = max(opened.size)
     max_side = min(max_side, longer)
@@ -299,7 +299,10 @@ def encoded(pixels: Tensor, quality: int) -> tuple[str, bytes]:
 
 
 def write_shard(
-    path: Path, samples: Mapping[int, Sample | Unreadable], names: Sequence[str], shared: str
+    path: Path,
+    samples: Mapping[int, Sample | ImageError],
+    names: Sequence[str],
+    shared: str,
 ) -> dict[str, Any]:
     """Write a shard, read it back, and move it to its place; what is to be known of it.
 
@@ -308,7 +311,7 @@ def write_shard(
     """
     from webdataset import TarWriter
 
-    skipped = [(names[i], str(own)) for i, own in samples.items() if isinstance(own, Unreadable)]
+    skipped = [(names[i], str(own)) for i, own in samples.items() if isinstance(own, ImageError)]
     good = {i: own for i, own in samples.items() if isinstance(own, Sample)}
     held: dict[str, Any] = {"images": len(good), "skipped": skipped, "bytes": 0, "sha256": ""}
     held["bytes_before"] = sum(own.length for own in good.values())

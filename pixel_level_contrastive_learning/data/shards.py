@@ -20,7 +20,7 @@ from uuid import uuid4
 import torch
 
 from .decoding import SUFFIXES, open_image
-from .image import Opened, Unreadable
+from .image import ImageError, LazyImage
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ class Shards:
         """The bytes of an image.
 
         Raises:
-            Unreadable: Its shard is damaged.
+            ImageError: Its shard is damaged.
         """
         shard, offset, length = self.where[index].tolist()
         try:
@@ -93,16 +93,16 @@ class Shards:
                 file.seek(offset)
                 content = file.read(length)
         except OSError as error:
-            raise Unreadable(error.strerror or type(error).__name__) from error
+            raise ImageError(error.strerror or type(error).__name__) from error
         if len(content) < length:
-            raise Unreadable(f"the shard ends after {len(content)} of {length} bytes")
+            raise ImageError(f"the shard ends after {len(content)} of {length} bytes")
         return content
 
-    def open(self, index: int) -> Opened:
+    def open(self, index: int) -> LazyImage:
         """Look at an image.
 
         Raises:
-            Unreadable: It, or its shard, is damaged.
+            ImageError: It, or its shard, is damaged.
         """
         return open_image(self.content(index))
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .decoding import DEEP_MODES, SUFFIXES, eight_bit, open_image, raw, turned
-from .image import UPRIGHT, Opened, Raster, Unreadable, as_pixels, upright
+from .image import UPRIGHT, DecodedImage, ImageError, LazyImage, as_pixels, upright
 from .shards import Shards, is_shards
 
 log = logging.getLogger(__name__)
@@ -34,18 +34,18 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
-    def open(self, index: int) -> Opened:
+    def open(self, index: int) -> LazyImage:
         """Look at an image.
 
         Raises:
-            Unreadable: It cannot be used.
+            ImageError: It cannot be used.
         """
 
     def content(self, index: int) -> bytes:
         """The bytes of the image's file.
 
         Raises:
-            Unreadable: They cannot be read, or the image is in no file.
+            ImageError: They cannot be read, or the image is in no file.
         """
 
     def name(self, index: int) -> str:
@@ -79,9 +79,9 @@ class Files:
             with open(self.name(index), "rb") as file:
                 return file.read()
         except OSError as error:
-            raise Unreadable(error.strerror or type(error).__name__) from error
+            raise ImageError(error.strerror or type(error).__name__) from error
 
-    def open(self, index: int) -> Opened:
+    def open(self, index: int) -> LazyImage:
         return open_image(self.content(index))
 
 
@@ -102,16 +102,16 @@ class Items:
         return f"item {index}"
 
     def content(self, index: int) -> bytes:
-        raise Unreadable(f"{self.name(index)} is an object in memory and not in a file")
+        raise ImageError(f"{self.name(index)} is an object in memory and not in a file")
 
-    def open(self, index: int) -> Opened:
+    def open(self, index: int) -> LazyImage:
         try:
             item = self.items[index]
             return opened_item(item[0] if isinstance(item, (tuple, list)) else item)
-        except Unreadable:
+        except ImageError:
             raise
         except Exception as error:  # the user's code may raise anything, and Pillow decodes here
-            raise Unreadable(f"{type(error).__name__}: {error}") from error
+            raise ImageError(f"{type(error).__name__}: {error}") from error
 
 
 class Joined:
@@ -139,12 +139,12 @@ class Joined:
         part, index = self.place(index)
         return part.content(index)
 
-    def open(self, index: int) -> Opened:
+    def open(self, index: int) -> LazyImage:
         part, index = self.place(index)
         return part.open(index)
 
 
-class Chosen:
+class Subset:
     """Some images of a source, such as all that are not held out.
 
     Args:
@@ -165,7 +165,7 @@ class Chosen:
     def content(self, index: int) -> bytes:
         return self.source.content(int(self.indices[index]))
 
-    def open(self, index: int) -> Opened:
+    def open(self, index: int) -> LazyImage:
         return self.source.open(int(self.indices[index]))
 
 
@@ -302,7 +302,7 @@ def listed(path: Path) -> list[str]:
     return paths
 
 
-def opened_item(item: object) -> Opened:
+def opened_item(item: object) -> LazyImage:
     """An image in memory, looked at as a file would be."""
     if isinstance(item, Tensor):
         held = item.detach().cpu()
@@ -314,20 +314,22 @@ def opened_item(item: object) -> Opened:
         import numpy as np
 
         return opened_pixels(as_pixels(np.asarray(item)))
-    raise Unreadable(
+    raise ImageError(
         f"an item is a {type(item).__name__}; it must be a tensor (c, h, w), an array or a Pillow "
         "image, or a tuple that begins with one"
     )
 
 
-def opened_pixels(pixels: Tensor) -> Opened:
+def opened_pixels(pixels: Tensor) -> LazyImage:
     """Pixels ``(c, h, w)`` that need no decoding."""
     channels, height, width = pixels.shape
     deep = pixels.dtype != torch.uint8
-    return Opened((height, width), channels, deep, UPRIGHT, False, lambda _: Raster(pixels, 1))
+    return LazyImage(
+        (height, width), channels, deep, UPRIGHT, False, lambda _: DecodedImage(pixels, 1)
+    )
 
 
-def opened_pillow(image: Any) -> Opened:
+def opened_pillow(image: Any) -> LazyImage:
     """A Pillow image of any mode."""
     pixels = raw(image) if image.mode in DEEP_MODES else eight_bit(image)
     _, orientation = turned(image)

@@ -12,7 +12,7 @@ from numpy import percentile
 from torch import Tensor
 
 from ..augment import IMAGENET_MEAN, IMAGENET_STD
-from .image import SCALES, Opened, Raster, Unreadable, tensor_of
+from .image import SCALES, DecodedImage, ImageError, LazyImage, tensor_of
 from .sources import Source
 
 PERCENTILES = (0.1, 99.9)
@@ -47,19 +47,19 @@ class Statistics:
     median_size: tuple[int, int]
     sampled: int
 
-    def accepts(self, opened: Opened) -> None:
+    def accepts(self, opened: LazyImage) -> None:
         """Return if the image can be brought to this form.
 
         Raises:
-            Unreadable: It has other channels, or is deeper than the sample was.
+            ImageError: It has other channels, or is deeper than the sample was.
         """
         if not fits(opened.channels, self.channels):
-            raise Unreadable(
+            raise ImageError(
                 f"it has {opened.channels} channels where the others have {self.channels}; keep "
                 "images of one kind in a folder"
             )
         if opened.deep and self.low is None:
-            raise Unreadable("it is 16-bit or float, where the images looked at were 8-bit")
+            raise ImageError("it is 16-bit or float, where the images looked at were 8-bit")
 
     def form(self, pixels: Tensor) -> Tensor:
         """Pixels of an accepted image in the form of the run.
@@ -105,14 +105,14 @@ def measure(
         ValueError: Not one image can be used.
     """
     order = torch.randperm(len(source), generator=torch.Generator().manual_seed(seed)).tolist()
-    found: list[tuple[int, Opened]] = []
+    found: list[tuple[int, LazyImage]] = []
     refused: list[str] = []
     for index in order:
         if len(found) == sample or len(refused) == max(5 * sample, 1000):
             break
         try:
             opened = source.open(index)
-        except Unreadable as error:
+        except ImageError as error:
             refused.append(f"{source.name(index)}: {error}")
         else:
             # What it holds, without its bytes: two hundred files may be large.
@@ -145,7 +145,7 @@ def measure(
     )
 
 
-def gone(_: int) -> Raster:
+def gone(_: int) -> DecodedImage:
     """In place of a way to pixels that was let go."""
     raise AssertionError("only what the file holds was kept")
 
@@ -166,7 +166,7 @@ def looked_at(source: Source, index: int, refused: list[str]) -> tuple[Tensor, b
         opened = source.open(index)
         scale = max((s for s in SCALES if min(opened.size) >= 256 * s), default=1)
         pixels, _, known = opened.raster(scale)
-    except Unreadable as error:
+    except ImageError as error:
         refused.append(f"{source.name(index)}: {error}")
         return None
     pixels = pixels if isinstance(pixels, Tensor) else tensor_of(pixels)
@@ -226,7 +226,7 @@ def numbers_of(values: Tensor) -> Tensor:
     return numbers if len(numbers) else values.new_zeros(1)
 
 
-def unusable(source: Source, refused: list[str], kinds: list[Opened], wanted: int) -> str:
+def unusable(source: Source, refused: list[str], kinds: list[LazyImage], wanted: int) -> str:
     """The complaint about data of which nothing can be used."""
     if kinds and not refused:
         found = sorted({kind.channels for kind in kinds})

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from ..backbones.checkpoint import BackboneCard
 from ..checks import one_of, raise_together, share, size_pair, whole
-from ..data.image import SCALES, Unreadable, upright
-from ..data.segmentation import Labelled, open_labelled
+from ..data.image import SCALES, ImageError, upright
+from ..data.segmentation import SegmentationDataset, open_labelled
 from ..data.sources import PREDICTIONS, Files, Source, open_source
 from .baselines import RANDOM, SHUT, Contender, Field, line_up
 from .correspondence import Correspondence, ViewPairs, draw_pairs, matched
@@ -119,7 +119,7 @@ def some_images(source: Source, prepare: Preparation) -> tuple[list[Tensor], lis
             prepare.statistics.accepts(opened)
             fitting = [s for s in SCALES if min(opened.size) >= wanted * s]
             raster = opened.raster(max(fitting, default=1))
-        except Unreadable as error:
+        except ImageError as error:
             refused.append(f"{source.name(index)}: {error}")
             continue
         pixels = prepare.in_range(upright(raster.pixels, opened.orientation), source.name(index))
@@ -355,8 +355,8 @@ def finetuning_alone(protocol: str, layers: Sequence[str] | None, steps: int) ->
 class Plan(NamedTuple):
     """How networks are judged by labels."""
 
-    train: Labelled
-    judged: Labelled
+    train: SegmentationDataset
+    judged: SegmentationDataset
     prepare: Preparation
     protocol: str
     layers: Sequence[str] | None
@@ -382,7 +382,7 @@ class Plan(NamedTuple):
         )
 
 
-def first_size(split: Labelled, prepare: Preparation) -> Size:
+def first_size(split: SegmentationDataset, prepare: Preparation) -> Size:
     """The ``(height, width)`` at which a split's first image is fed."""
     mask = split.read(0, prepare.shortest).mask
     return prepare.fitted((mask.shape[0], mask.shape[1]))

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from ..data.segmentation import IGNORED, Labelled
+from ..data.segmentation import IGNORED, SegmentationDataset
 from ..modules.feature_info import Layer, Survey, features, thawed
 from .features import Preparation, Reader, device_of, resized
 from .metrics import Scored, score
@@ -95,8 +95,8 @@ def deepest_maps(survey: Survey) -> list[Layer]:
 
 def finetuned(
     net: nn.Module,
-    train: Labelled,
-    judged: Labelled,
+    train: SegmentationDataset,
+    judged: SegmentationDataset,
     prepare: Preparation,
     *,
     steps: int = STEPS,
@@ -123,7 +123,7 @@ def finetuned(
 
 def trained(
     net: nn.Module,
-    train: Labelled,
+    train: SegmentationDataset,
     prepare: Preparation,
     *,
     steps: int = STEPS,
@@ -168,7 +168,7 @@ def rate(step: int, steps: int) -> float:
     return min((step + 1) / max(1, steps // 10), (1 + cos(pi * step / steps)) / 2)
 
 
-def crop_side(train: Labelled, prepare: Preparation) -> tuple[int, int]:
+def crop_side(train: SegmentationDataset, prepare: Preparation) -> tuple[int, int]:
     """The ``(height, width)`` of crops: what the network must have, else a square that fits."""
     if isinstance(prepare.size, tuple):
         return prepare.size
@@ -179,7 +179,7 @@ def crop_side(train: Labelled, prepare: Preparation) -> tuple[int, int]:
 
 
 def crops(
-    train: Labelled, prepare: Preparation, side: tuple[int, int], batch: int
+    train: SegmentationDataset, prepare: Preparation, side: tuple[int, int], batch: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Random crops without end: pixels ``(b, c, h, w)`` normalised, masks ``(b, h, w)`` int64.
 

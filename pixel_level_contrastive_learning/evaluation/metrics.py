@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
-from ..data.segmentation import IGNORED, Labelled
+from ..data.segmentation import IGNORED, SegmentationDataset
 from .features import Preparation
 
 UPSAMPLED_BYTES = 2**28
@@ -31,7 +31,7 @@ class Fed(NamedTuple):
     indices: list[int]
 
 
-def feed(split: Labelled, prepare: Preparation, batch: int = 16) -> Iterator[Fed]:
+def feed(split: SegmentationDataset, prepare: Preparation, batch: int = 16) -> Iterator[Fed]:
     """The images of a split in order, up to ``batch`` of the same size at a time."""
     pixels: list[Tensor] = []
     masks: list[Tensor] = []
@@ -78,7 +78,7 @@ Predict = Callable[[Tensor], Tensor]
 @torch.no_grad()
 def score(
     predict: Predict,
-    split: Labelled,
+    split: SegmentationDataset,
     prepare: Preparation,
     keep: Sequence[int] = (),
 ) -> Scored:

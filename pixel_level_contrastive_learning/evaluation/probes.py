@@ -16,7 +16,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ..data.segmentation import IGNORED, Labelled
+from ..data.segmentation import IGNORED, SegmentationDataset
 from .features import Preparation, Reader, device_of
 from .metrics import Predict, Scored, feed, score
 
@@ -190,7 +190,7 @@ class Bank(NamedTuple):
 
 def gather(
     reader: Reader,
-    split: Labelled,
+    split: SegmentationDataset,
     prepare: Preparation,
     *,
     seed: int = 0,
@@ -361,8 +361,8 @@ def by_cells(reader: Reader, judge: Judge, device: torch.device | str = "cpu") -
 
 def probed(
     reader: Reader,
-    train: Labelled,
-    judged: Labelled,
+    train: SegmentationDataset,
+    judged: SegmentationDataset,
     prepare: Preparation,
     *,
     protocol: str = "linear",

@@ -18,7 +18,7 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
-from ..data.segmentation import IGNORED, Labelled
+from ..data.segmentation import IGNORED, SegmentationDataset
 from ..files import write_whole
 from .features import Preparation
 
@@ -258,7 +258,7 @@ def as_rgb(pixels: Tensor) -> Tensor:
 
 def write_panels(
     folder: Path,
-    split: Labelled,
+    split: SegmentationDataset,
     prepare: Preparation,
     predictions: Mapping[str, Mapping[int, Tensor]],
 ) -> list[Path]:

@@ -24,8 +24,8 @@ from .. import run_layout
 from ..backbones.checkpoint import ZERO_INIT, BackboneCard
 from ..backbones.factory import build_backbone, zero_last_norms
 from ..backbones.state_dict import load_weights
-from ..data.loader import StatefulLoader, build_loader, held_out
-from ..data.sources import Chosen, Source, open_source
+from ..data.loader import TwoViewLoader, build_loader, split_held_out
+from ..data.sources import Source, Subset, open_source
 from ..data.statistics import Statistics, measure
 from ..files import write_whole
 from ..pixel_cl import PixelCL
@@ -87,8 +87,8 @@ def open_data(data: Any, config: PretrainConfig, resumed: Path | None) -> Traini
     else:
         channels = None if config.channels == "auto" else config.channels
         statistics = measure(source, channels=channels, seed=config.seed)
-    train, kept = held_out(source, config.seed)
-    return TrainingData(Chosen(source, train), Chosen(source, kept), statistics)
+    train, kept = split_held_out(source, config.seed)
+    return TrainingData(Subset(source, train), Subset(source, kept), statistics)
 
 
 def save_statistics(data: TrainingData, folder: Path) -> None:
@@ -189,7 +189,7 @@ def build_card(plan: RunPlan, statistics: Statistics) -> BackboneCard:
 
 def build_train_loader(
     plan: RunPlan, data: TrainingData, rank: int, folder: Path | None
-) -> StatefulLoader:
+) -> TwoViewLoader:
     """The loader of one process; the one that writes lists unreadable images in the folder."""
     placement = plan.placement
     assert placement.area_range is not None

@@ -18,7 +18,7 @@ from lightning.fabric.loggers.logger import Logger
 from lightning.fabric.loggers.tensorboard import TensorBoardLogger
 
 from .. import run_layout
-from ..data.dataset import Pairs
+from ..data.dataset import TwoViewBatch
 from ..evaluation.health import COLLAPSED_RANK, COLLAPSED_SPREAD, effective_rank, spread
 from ..files import cannot_write, write_whole
 from .logging import LOG, ProgressBar, metrics_line
@@ -94,7 +94,7 @@ class Sent(NamedTuple):
 
     result: StepResult
     event: Any
-    batch: Pairs
+    batch: TwoViewBatch
     measured: dict[str, float]
 
 
@@ -136,7 +136,7 @@ class MetricsWriter:
         self.latest: dict[str, float] = {}
         self.written_at = self.printed_at = self.step_ended = time.perf_counter()
         self.waited_before = 0.0
-        self.batch: Pairs | None = None
+        self.batch: TwoViewBatch | None = None
 
     @contextmanager
     def recording(self, step: int) -> Iterator[None]:
@@ -159,7 +159,7 @@ class MetricsWriter:
         if self.folder is not None and self.last:
             LOG.info("%s", metrics_line(self.last))
 
-    def begin_step(self, step: int, batch: Pairs) -> bool:
+    def begin_step(self, step: int, batch: TwoViewBatch) -> bool:
         """Note the batch; whether its features are to be kept, to measure health on."""
         due = self.batch is None or step % HEALTH_EVERY == 0
         self.batch = batch
@@ -250,7 +250,7 @@ class MetricsWriter:
             self.printed_at = now
             LOG.info("%s", metrics_line(self.last))
 
-    def save_bad_batch(self, batch: Pairs) -> None:
+    def save_bad_batch(self, batch: TwoViewBatch) -> None:
         """Keep the batch that broke the run, to be looked at."""
         if self.folder is None:
             return

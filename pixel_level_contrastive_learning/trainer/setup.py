@@ -11,7 +11,7 @@ import torch
 
 from .. import run_layout
 from ..augment import Normalise
-from ..data.segmentation import Labelled, open_labelled
+from ..data.segmentation import SegmentationDataset, open_labelled
 from ..pixel_cl import PixelCL
 from . import build
 from .auto import RunPlan, resolve, view_size
@@ -45,7 +45,7 @@ class Setup(NamedTuple):
     data: build.TrainingData
     learner: PixelCL
     devices: Devices
-    probe_splits: Sequence[Labelled]
+    probe_splits: Sequence[SegmentationDataset]
     before: dict[str, Any] | None
 
     @property

@@ -17,8 +17,8 @@ from .. import run_layout
 from ..backbones.checkpoint import load_backbone, save_backbone, save_card
 from ..backbones.factory import build_backbone
 from ..backbones.state_dict import tensors_of
-from ..data.dataset import Pairs
-from ..data.loader import StatefulLoader
+from ..data.dataset import TwoViewBatch
+from ..data.loader import TwoViewLoader
 from ..pixel_cl import PixelCL
 from . import build
 from .config import PretrainConfig
@@ -130,7 +130,7 @@ class BatchStream:
     def __init__(
         self, setup: Setup, rank: int, folder: Path | None, step: TrainingStep, stop: StopSignal
     ) -> None:
-        self.loader: StatefulLoader | None
+        self.loader: TwoViewLoader | None
         self.loader = build.build_train_loader(setup.plan, setup.data, rank, folder)
         self.loader.start_at(step.samples)
         self.batches = take(self.loader, setup.plan.schedule.steps - step.step, stop)
@@ -140,7 +140,7 @@ class BatchStream:
         """Seconds spent waiting for data so far."""
         return self.loader.waited if self.loader is not None else 0.0
 
-    def __iter__(self) -> Iterator[Pairs]:
+    def __iter__(self) -> Iterator[TwoViewBatch]:
         return self.batches
 
     def close(self) -> None:
@@ -149,7 +149,9 @@ class BatchStream:
         self.loader = None
 
 
-def take(loader: StatefulLoader, steps: int, stop: StopSignal) -> Generator[Pairs, None, None]:
+def take(
+    loader: TwoViewLoader, steps: int, stop: StopSignal
+) -> Generator[TwoViewBatch, None, None]:
     """``steps`` batches of a loader, epoch after epoch."""
     given = 0
     while given < steps:

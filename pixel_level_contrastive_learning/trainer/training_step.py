@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 from ..augment import Normalise, change_both
 from ..blocks import full_precision
-from ..data.dataset import Pairs
+from ..data.dataset import TwoViewBatch
 from ..pixel_cl import PixelCL, Terms
 from ..views import View, to_device
 from .auto import RunPlan
@@ -107,7 +107,7 @@ class TrainingStep:
         self.accumulate = plan.accumulate or 1
         self.parts_before: tuple[int, ...] = ()
 
-    def __call__(self, batch: Pairs, *, keep_features: bool = False) -> StepResult:
+    def __call__(self, batch: TwoViewBatch, *, keep_features: bool = False) -> StepResult:
         """Take one step of the optimiser, and update the target.
 
         Raises:
@@ -134,7 +134,7 @@ class TrainingStep:
             self.step, metrics, lr, momentum, images, features[0] if features else None
         )
 
-    def backward(self, batch: Pairs, features: list[Tensor] | None) -> Tensor:
+    def backward(self, batch: TwoViewBatch, features: list[Tensor] | None) -> Tensor:
         """Leave the batch's gradient in the parameters; its metrics ``(8,)``, float32."""
         batch = move_batch(batch, self.fabric.device)
         parts = list(split_batch(batch, self.accumulate))
@@ -189,7 +189,7 @@ class TrainingStep:
         self.parts_before = tuple(held["parts"])
 
 
-def move_batch(batch: Pairs, device: torch.device) -> Pairs:
+def move_batch(batch: TwoViewBatch, device: torch.device) -> TwoViewBatch:
     """The batch with pixels and maps on a device; colour factors are read on the CPU."""
     names = ("one", "two", "map_one", "map_two")
     moved: dict[str, Any] = {name: to_device(getattr(batch, name), device) for name in names}
@@ -197,7 +197,7 @@ def move_batch(batch: Pairs, device: torch.device) -> Pairs:
 
 
 @torch.no_grad()
-def make_views(batch: Pairs, normalise: Normalise, plan: RunPlan) -> tuple[View, View]:
+def make_views(batch: TwoViewBatch, normalise: Normalise, plan: RunPlan) -> tuple[View, View]:
     """The two views ``(b, c, h, w)`` of a batch, changed in colour and normalised on its device."""
     with full_precision(batch.one):
         pixels = (
@@ -237,7 +237,7 @@ def step_seed(seed: int, step: int, rank: int) -> int:
     return (seed * 1_000_003 + step * 8191 + rank) % 2**63
 
 
-def split_batch(batch: Pairs, parts: int) -> Iterator[Pairs]:
+def split_batch(batch: TwoViewBatch, parts: int) -> Iterator[TwoViewBatch]:
     """The batch in parts whose sizes differ by one at most, and are two at least.
 
     A part of one image would have no batch statistics; there are fewer parts instead.

@@ -16,9 +16,9 @@ from torch import Tensor
 from .. import run_layout
 from ..augment import Normalise
 from ..backbones.checkpoint import BackboneCard
-from ..data.dataset import Pairs
-from ..data.image import SCALES, Unreadable, upright
-from ..data.segmentation import Labelled
+from ..data.dataset import TwoViewBatch
+from ..data.image import SCALES, ImageError, upright
+from ..data.segmentation import SegmentationDataset
 from ..data.sources import Source
 from ..data.statistics import Statistics
 from ..evaluation.correspondence import ViewPairs, draw_pairs, matched
@@ -140,7 +140,7 @@ class Probe:
         self,
         run_dir: RunDir,
         card: BackboneCard,
-        splits: Sequence[Labelled],
+        splits: Sequence[SegmentationDataset],
         protocol: str,
         latest: dict[str, float],
     ) -> None:
@@ -194,7 +194,7 @@ def central_views(
             height, width = opened.size
             scale = max(s for s in SCALES if s == 1 or (height >= h * s and width >= w * s))
             pixels = upright(opened.raster(scale).pixels, opened.orientation)
-        except Unreadable:
+        except ImageError:
             continue
         formed = statistics.form(pixels)
         unit = formed.float() / 255 if formed.dtype == torch.uint8 else formed
@@ -207,7 +207,7 @@ def central_views(
 
 
 def draw_batch(
-    batch: Pairs,
+    batch: TwoViewBatch,
     learner: PixelCL,
     normalise: Normalise,
     plan: RunPlan,
@@ -215,7 +215,7 @@ def draw_batch(
     count: int = PREVIEWS,
 ) -> list[Path]:
     """Draw what the loss compares: two views of each image side by side, matched cells joined."""
-    some: Pairs = slice_batch(batch, slice(0, count))
+    some: TwoViewBatch = slice_batch(batch, slice(0, count))
     device = normalise.mean.device
     views = [
         rgb(view.pixels * normalise.std + normalise.mean).cpu()

@@ -24,7 +24,7 @@ from torch.nn.functional import interpolate
 from ..augment import Colour, Photometry
 from ..backbones.checkpoint import BackboneCard, Loaded, read_backbone
 from ..checks import raise_together, whole
-from ..data.image import SCALES, Unreadable, upright
+from ..data.image import SCALES, ImageError, upright
 from ..data.shards import is_shards
 from ..data.sources import PREDICTIONS, Source, open_source
 from ..evaluation.baselines import random_net
@@ -496,7 +496,7 @@ def read_samples(images: Any, prepare: Preparation, count: int) -> list[Sample]:
     for index in evenly(len(source), count):
         try:
             pixels = read(source, index, prepare)
-        except Unreadable as error:
+        except ImageError as error:
             refused.append(f"{source.name(index)}: {error}")
             continue
         chosen.append((index, prepare.in_range(pixels, source.name(index))))
@@ -517,7 +517,7 @@ def read(source: Source, index: int, prepare: Preparation) -> Tensor:
     """The upright pixels ``(c, h, w)`` of an image, decoded no larger than is needed.
 
     Raises:
-        Unreadable: It is no image, or none for this network.
+        ImageError: It is no image, or none for this network.
     """
     opened = source.open(index)
     prepare.statistics.accepts(opened)

@@ -15,8 +15,8 @@ from pixel_level_contrastive_learning.data.image import (
     ORIENTATION_TAG,
     ORIENTATIONS,
     UPRIGHT,
-    Opened,
-    Raster,
+    DecodedImage,
+    LazyImage,
 )
 from pixel_level_contrastive_learning.geometry import cell_centres
 from pixel_level_contrastive_learning.views import Placement, cut_views, draw_maps
@@ -37,17 +37,17 @@ def stored(upright: Tensor, turn: object) -> Tensor:
     return pixels.flip([-1] * turn.left_right + [-2] * turn.upside_down)
 
 
-def decoded(upright: Tensor, scale: int, turn: object = UPRIGHT) -> tuple[Opened, Raster]:
+def decoded(upright: Tensor, scale: int, turn: object = UPRIGHT) -> tuple[LazyImage, DecodedImage]:
     """An image as if it had been decoded at a scale: blocks averaged, the last ones cut short."""
     pixels = stored(upright, turn)
     h, w = pixels.shape[1:]
     padded = torch.nn.functional.pad(pixels, (0, -w % scale, 0, -h % scale), mode="replicate")
     smaller = torch.nn.functional.avg_pool2d(padded, scale)
-    opened = Opened(upright.shape[1:], len(upright), True, turn, True, lambda _: None)
-    return opened, Raster(smaller, scale)
+    opened = LazyImage(upright.shape[1:], len(upright), True, turn, True, lambda _: None)
+    return opened, DecodedImage(smaller, scale)
 
 
-def misread(opened: Opened, raster: Raster, maps: Tensor, view: tuple[int, int]) -> float:
+def misread(opened: LazyImage, raster: DecodedImage, maps: Tensor, view: tuple[int, int]) -> float:
     """How far, in source pixels, views of `coordinates` lie from where their maps say they look."""
     worst = 0.0
     for to_image in maps:
@@ -190,11 +190,11 @@ def test_rasters_of_every_kind_agree_with_the_learners_own_views(channels) -> No
     size, view = (120, 200), (12, 20)
     image = torch.nn.functional.interpolate(torch.rand(1, channels, 3, 5), size, mode="bicubic")
     image = (image[0].clamp(0, 1) * 255).round().to(torch.uint8)
-    opened = Opened(size, channels, False, UPRIGHT, False, lambda _: None)
-    rasters = [Raster(image, 1), Raster(image.float(), 1)]
+    opened = LazyImage(size, channels, False, UPRIGHT, False, lambda _: None)
+    rasters = [DecodedImage(image, 1), DecodedImage(image.float(), 1)]
     if channels in (1, 3):
         array = rearrange(image, "c h w -> h w c").numpy()
-        rasters.append(Raster(Image.fromarray(array.squeeze()), 1))
+        rasters.append(DecodedImage(Image.fromarray(array.squeeze()), 1))
     for rotation in (0, 20):
         placement = Placement(area_range=(0.3, 1), prob_hflip=0.5, max_rotation=rotation)
         for to_image in draw_maps(6, size, placement):
@@ -211,20 +211,20 @@ def test_rasters_of_every_kind_agree_with_the_learners_own_views(channels) -> No
 def test_fine_patterns_do_not_alias(factor) -> None:
     side = round(20 * factor) + 3
     board = (torch.arange(side)[:, None] + torch.arange(side)) % 2 * 255
-    opened = Opened((side, side), 1, False, UPRIGHT, False, lambda _: None)
+    opened = LazyImage((side, side), 1, False, UPRIGHT, False, lambda _: None)
     to_image = torch.tensor([[20.0 * factor, 0, 0.4], [0, 20 * factor, 1.3]])
-    pixels = cut(Raster(board[None].to(torch.uint8), 1), opened, to_image, (20, 20)).pixels
+    pixels = cut(DecodedImage(board[None].to(torch.uint8), 1), opened, to_image, (20, 20)).pixels
     assert (pixels[:, 1:-1, 1:-1].float() / 255 - 0.5).abs().max() < 0.15
 
 
 def test_a_view_of_whole_pixels_is_those_pixels() -> None:
     image = torch.randint(0, 256, (3, 30, 40), dtype=torch.uint8)
-    opened = Opened((30, 40), 3, False, UPRIGHT, False, lambda _: None)
+    opened = LazyImage((30, 40), 3, False, UPRIGHT, False, lambda _: None)
     for to_image, expected in (
         (torch.tensor([[10.0, 0, 5], [0, 8, 2]]), image[:, 2:10, 5:15]),
         (torch.tensor([[-10.0, 0, 15], [0, 8, 2]]), image[:, 2:10, 5:15].flip(2)),
         (torch.tensor([[10.0, 0, 5], [0, -8, 10]]), image[:, 2:10, 5:15].flip(1)),
     ):
-        pixels, found = cut(Raster(image, 1), opened, to_image, (8, 10))
+        pixels, found = cut(DecodedImage(image, 1), opened, to_image, (8, 10))
         assert torch.equal(pixels, expected)
         assert torch.equal(found, to_image)

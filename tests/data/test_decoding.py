@@ -14,7 +14,7 @@ from torch import Tensor
 from pixel_level_contrastive_learning.data import decoding as room
 from pixel_level_contrastive_learning.data import image as raster
 from pixel_level_contrastive_learning.data.decoding import decode, open_image
-from pixel_level_contrastive_learning.data.image import ORIENTATION_TAG, Unreadable
+from pixel_level_contrastive_learning.data.image import ORIENTATION_TAG, ImageError
 
 RAMP = np.arange(12, dtype=np.uint8).reshape(3, 4) * 20
 COLOUR = np.stack((RAMP, RAMP[::-1], RAMP[:, ::-1]), axis=-1)
@@ -185,7 +185,7 @@ def test_what_is_no_number_becomes_the_lowest() -> None:
     assert decode(stream.getvalue()).tolist() == [[[3, 3, 5, 5, 3]]]
     stream = io.BytesIO()
     np.save(stream, np.full((2, 2), np.nan))
-    with pytest.raises(Unreadable, match=r"^not one of its values is a finite number$"):
+    with pytest.raises(ImageError, match=r"^not one of its values is a finite number$"):
         decode(stream.getvalue())
 
 
@@ -305,7 +305,7 @@ def test_reasons_are_told_in_words() -> None:
         words.getvalue(): "values of type <U1; they must be whole numbers or floats",
         pickled.getvalue(): "damaged: Object arrays cannot be loaded",
     }.items():
-        with pytest.raises(Unreadable) as error:
+        with pytest.raises(ImageError) as error:
             decode(content, "a.png")
         assert str(error.value).startswith(f"a.png: {reason}")
         assert "\n" not in str(error.value)
@@ -319,14 +319,14 @@ def test_a_bomb_is_refused_before_it_is_decoded(monkeypatch) -> None:
     jpeg = encoded(Image.new("L", (1000, 1000)), "JPEG")
     assert decode(flat).shape == (1, 1000, 1000)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 200_000)
-    with pytest.raises(Unreadable) as error:
+    with pytest.raises(ImageError) as error:
         open_image(flat)
     assert str(error.value) == (
         f"a decompression bomb: 1000x1000 pixels in a file of {len(flat)} bytes, beyond the limit "
         "of 400000 pixels; if you trust it, set PIL.Image.MAX_IMAGE_PIXELS higher before the run, "
         "or save it as JPEG or in tiles"
     )
-    with pytest.raises(Unreadable, match=r"^a decompression bomb: Image size"):
+    with pytest.raises(ImageError, match=r"^a decompression bomb: Image size"):
         open_image(webp)
     assert decode(rich).shape == (1, 1000, 1000)  # large, and as large on disk
     assert decode(jpeg).shape == (1, 500, 500)  # what does not fit is decoded smaller
@@ -336,9 +336,9 @@ def test_a_bomb_is_refused_before_it_is_decoded(monkeypatch) -> None:
 
 def test_no_file_may_take_more_than_the_memory_allowed(monkeypatch) -> None:
     monkeypatch.setattr(raster, "MOST_BYTES", 1000)
-    with pytest.raises(Unreadable, match=r"^16x20 pixels would take more than 0 GiB; save it as"):
+    with pytest.raises(ImageError, match=r"^16x20 pixels would take more than 0 GiB; save it as"):
         open_image(encoded(Image.new("RGB", (20, 16)), "PNG"))
-    with pytest.raises(Unreadable, match=r"^16x20 pixels would take more than 0 GiB; save it as"):
+    with pytest.raises(ImageError, match=r"^16x20 pixels would take more than 0 GiB; save it as"):
         open_image(saved(np.zeros((16, 20), np.float32)))
 
 

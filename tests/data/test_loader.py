@@ -19,19 +19,19 @@ from torch.utils.data import default_collate
 from pixel_level_contrastive_learning.augment import Factors, Photometry, change_colour
 from pixel_level_contrastive_learning.data import dataset as pairs_room
 from pixel_level_contrastive_learning.data.dataset import (
-    Pairs,
-    Place,
-    TooManyBroken,
+    SampleKey,
+    TooManyBrokenError,
+    TwoViewBatch,
     dice,
     epoch_order,
 )
 from pixel_level_contrastive_learning.data.loader import (
-    Order,
-    StatefulLoader,
+    StreamSampler,
+    TwoViewLoader,
     build_loader,
-    held_out,
+    split_held_out,
 )
-from pixel_level_contrastive_learning.data.sources import Chosen, Source, open_source
+from pixel_level_contrastive_learning.data.sources import Source, Subset, open_source
 from pixel_level_contrastive_learning.data.statistics import Statistics, measure
 from pixel_level_contrastive_learning.geometry import cell_centres
 from pixel_level_contrastive_learning.trainer.logging import logging_to
@@ -40,23 +40,23 @@ PLAIN = Photometry(prob_jitter=0, prob_gray=0, prob_blur=0)
 HALF_A_PIXEL = 0.5
 
 
-def loader(source: Source, **how: object) -> StatefulLoader:
+def loader(source: Source, **how: object) -> TwoViewLoader:
     """A loader of small views, with some settings of its own."""
     usual: dict = {"image_size": (24, 32), "batch_size": 4, "seed": 0, "max_broken": 1.0}
     return build_loader(source, measure(source), **(usual | how))
 
 
-def flat(pairs: Pairs) -> list[Tensor]:
+def flat(pairs: TwoViewBatch) -> list[Tensor]:
     """All tensors of a batch."""
     *tensors, factors_one, factors_two, index = pairs
     return [*tensors, *factors_one, *factors_two, index]
 
 
-def same(one: Pairs, two: Pairs) -> bool:
+def same(one: TwoViewBatch, two: TwoViewBatch) -> bool:
     return all(torch.equal(a, b) for a, b in zip(flat(one), flat(two), strict=True))
 
 
-def joined(batches: list[Pairs]) -> list[Tensor]:
+def joined(batches: list[TwoViewBatch]) -> list[Tensor]:
     """The samples of several batches as one."""
     return [torch.cat(parts) for parts in zip(*map(flat, batches), strict=True)]
 
@@ -91,7 +91,7 @@ def test_convention_shapes_and_types(pictures) -> None:
     assert batch.one.dtype == batch.two.dtype == torch.uint8
     assert batch.map_one.dtype == torch.float32
     assert batch.index.dtype == torch.int64
-    assert type(batch) is Pairs
+    assert type(batch) is TwoViewBatch
     assert type(batch.factors_one) is Factors
     assert batch.one.is_contiguous(memory_format=torch.channels_last)
     change_colour(batch.one / 255, batch.factors_one)
@@ -112,7 +112,7 @@ def test_default_collating_of_samples_gives_the_batch(pictures) -> None:
     places = ours.order.batch(0)
     dataset = ours.loader.dataset.pairs
     collated = default_collate([dataset[place] for place in places])
-    assert type(collated) is Pairs
+    assert type(collated) is TwoViewBatch
     assert same(collated, next(iter(ours)))
 
 
@@ -347,7 +347,7 @@ def test_one_broken_file_of_a_few_does_not_stop_the_run(folder, tmp_path) -> Non
     assert len(list(build_loader(source, form, **how))) == 4
     spoil(folder, 6)
     with pytest.raises(
-        TooManyBroken, match=r"^2 of 12 images cannot be used, more than the 1\.00%"
+        TooManyBrokenError, match=r"^2 of 12 images cannot be used, more than the 1\.00%"
     ):
         list(build_loader(source, form, **how))
 
@@ -365,19 +365,19 @@ def test_too_many_broken_files_stop_the_run(folder, tmp_path, workers) -> None:
 
     run(0.25)  # 3 of 12 are not more than a quarter
     assert len(skipped.read_text().splitlines()) == 3
-    with pytest.raises(TooManyBroken) as error:
+    with pytest.raises(TooManyBrokenError) as error:
         run(0.2)
     told = str(error.value)
     assert "3 of 12 images cannot be used, more than the 20.00% that max_broken allows" in told
     assert "mend or remove them, or go on with a larger max_broken" in told
     assert "not an image that can be read" in told
     skipped.unlink()
-    with pytest.raises(TooManyBroken, match=r"^1 of 12 images cannot be used") as error:
+    with pytest.raises(TooManyBrokenError, match=r"^1 of 12 images cannot be used") as error:
         run(0.0)  # already the worker finds too many
     assert "Traceback" not in str(error.value)
     assert len(skipped.read_text().splitlines()) == 1
     spoil(folder, *range(12))
-    with pytest.raises(TooManyBroken, match=r"^no image can be read any more"):
+    with pytest.raises(TooManyBrokenError, match=r"^no image can be read any more"):
         run(1.0)
     assert len(skipped.read_text().splitlines()) == 12
 
@@ -432,12 +432,12 @@ def test_settings_out_of_range_are_refused_together(pictures) -> None:
 
 def test_few_images_are_held_out_and_none_of_a_small_set() -> None:
     for count, few in ((1, 0), (199, 0), (200, 4), (999, 19), (100_000, 256)):
-        source = Chosen(open_source([0]), torch.zeros(count, dtype=torch.int64))
-        training, held = held_out(source, seed=3)
+        source = Subset(open_source([0]), torch.zeros(count, dtype=torch.int64))
+        training, held = split_held_out(source, seed=3)
         assert len(held) == few
         assert torch.equal(torch.cat((training, held)).sort().values, torch.arange(count))
-        assert torch.equal(held_out(source, seed=3)[1], held)
-    assert not torch.equal(held_out(source, seed=4)[1], held)
+        assert torch.equal(split_held_out(source, seed=3)[1], held)
+    assert not torch.equal(split_held_out(source, seed=4)[1], held)
 
 
 def test_the_loader_loads_neither_kornia_nor_a_decoder() -> None:
@@ -485,7 +485,7 @@ def test_real_folders_need_nothing_but_their_name(streets, name, channels, deep,
     assert pixels.mean(dim=(0, 2, 3)).sub(torch.tensor(form.mean)).abs().max() < 0.2
 
 
-def stream(order: Order, passes: int = 1) -> list[Place]:
+def stream(order: StreamSampler, passes: int = 1) -> list[SampleKey]:
     """The samples of some passes, the clock moved as a loader moves it."""
     found = []
     for _ in range(passes):
@@ -496,7 +496,7 @@ def stream(order: Order, passes: int = 1) -> list[Place]:
 
 
 def test_every_image_comes_once_an_epoch() -> None:
-    found = stream(Order(10, 4, seed=0), passes=5)  # two batches a pass: 40 samples
+    found = stream(StreamSampler(10, 4, seed=0), passes=5)  # two batches a pass: 40 samples
     assert [place.epoch for place in found] == [0] * 10 + [1] * 10 + [2] * 10 + [3] * 10
     assert [place.position for place in found] == list(range(10)) * 4
     for start in range(0, 40, 10):
@@ -505,27 +505,27 @@ def test_every_image_comes_once_an_epoch() -> None:
 
 
 def test_the_order_is_a_function_of_seed_and_epoch() -> None:
-    assert stream(Order(50, 5, seed=1)) == stream(Order(50, 5, seed=1))
-    assert stream(Order(50, 5, seed=1)) != stream(Order(50, 5, seed=2))
+    assert stream(StreamSampler(50, 5, seed=1)) == stream(StreamSampler(50, 5, seed=1))
+    assert stream(StreamSampler(50, 5, seed=1)) != stream(StreamSampler(50, 5, seed=2))
     assert not torch.equal(epoch_order(0, 1, 50), epoch_order(1, 0, 50))
 
 
 def test_the_runs_own_generator_is_left_alone() -> None:
     before = torch.get_rng_state()
-    stream(Order(50, 5, seed=1))
+    stream(StreamSampler(50, 5, seed=1))
     assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_any_number_of_processes_share_the_same_batches(world) -> None:
-    alone = list(islice(Order(30, 8, seed=3), 9))
-    ranks = [Order(30, 8 // world, seed=3, rank=rank, world=world) for rank in range(world)]
+    alone = list(islice(StreamSampler(30, 8, seed=3), 9))
+    ranks = [StreamSampler(30, 8 // world, seed=3, rank=rank, world=world) for rank in range(world)]
     shared = islice(zip(*ranks, strict=True), 9)
     assert [[place for part in parts for place in part] for parts in shared] == alone
 
 
 def test_fewer_images_than_a_batch_wrap_round() -> None:
-    order = Order(3, 8, seed=0)
+    order = StreamSampler(3, 8, seed=0)
     assert len(order) == 1
     batch = next(iter(order))
     assert [place.epoch for place in batch] == [0, 0, 0, 1, 1, 1, 2, 2]
@@ -533,8 +533,8 @@ def test_fewer_images_than_a_batch_wrap_round() -> None:
 
 @pytest.mark.parametrize("stop", [0, 1, 3, 5, 7])
 def test_a_run_goes_on_where_it_stood(stop) -> None:
-    whole = stream(Order(13, 4, seed=0), passes=4)
-    order = Order(13, 4, seed=0)
+    whole = stream(StreamSampler(13, 4, seed=0), passes=4)
+    order = StreamSampler(13, 4, seed=0)
     order.load_state_dict({"samples": 4 * stop})
     assert order.state_dict() == {"samples": 4 * stop}
     rest = stream(order, passes=4 - stop // 3)
@@ -542,15 +542,15 @@ def test_a_run_goes_on_where_it_stood(stop) -> None:
 
 
 def test_a_run_goes_on_with_another_batch_size() -> None:
-    whole = stream(Order(100, 5, seed=0), passes=2)
-    order = Order(100, 10, seed=0)
+    whole = stream(StreamSampler(100, 5, seed=0), passes=2)
+    order = StreamSampler(100, 10, seed=0)
     order.start_at(30)
     assert stream(order) == whole[30:100]  # to the end of the epoch
     assert stream(order) == whole[100:200]
 
 
 def test_the_clock_may_go_on_while_batches_are_made_ahead() -> None:
-    order = Order(12, 4, seed=0)
+    order = StreamSampler(12, 4, seed=0)
     batches = iter(order)
     first = next(batches)
     order.start_at(4)
@@ -566,7 +566,7 @@ def test_dice_differ_with_every_number() -> None:
 
 def test_what_is_out_of_range_is_refused() -> None:
     with pytest.raises(ValueError) as error:
-        Order(0, 0, seed=-1, rank=2, world=2)
+        StreamSampler(0, 0, seed=-1, rank=2, world=2)
     assert str(error.value).splitlines() == [
         "count is 0; it must be a whole number of at least 1",
         "batch_size is 0; it must be a whole number of at least 1",
@@ -574,4 +574,4 @@ def test_what_is_out_of_range_is_refused() -> None:
         "rank is 2; it must be below world (2)",
     ]
     with pytest.raises(ValueError, match=r"samples is 1.5; it must be a whole number"):
-        Order(3, 1, seed=0).start_at(1.5)
+        StreamSampler(3, 1, seed=0).start_at(1.5)

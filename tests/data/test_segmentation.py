@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from pixel_level_contrastive_learning.data.segmentation import (
-    Labelled,
+    SegmentationDataset,
     open_labelled,
     read_classes,
     read_mask,
@@ -21,7 +21,7 @@ def write(path, ids, mode=None) -> None:
     Image.fromarray(np.asarray(ids), mode).save(path)
 
 
-def opened(folder) -> list[Labelled]:
+def opened(folder) -> list[SegmentationDataset]:
     return open_labelled(folder)
 
 
@@ -216,7 +216,9 @@ def test_another_size_is_refused(labelled) -> None:
         f"{path} is 48x32 pixels (height x width), but its image 32x48; it looks turned by 90 "
         "degrees; write it at the image's size, enlarging to the nearest pixel so that ids stay ids"
     )
-    train = Labelled((labelled / "images/train/1.png",), (path,), ("a", "b"), labelled / "images")
+    train = SegmentationDataset(
+        (labelled / "images/train/1.png",), (path,), ("a", "b"), labelled / "images"
+    )
     with pytest.raises(ValueError, match="is 48x32 pixels"):
         train.read(0)
 

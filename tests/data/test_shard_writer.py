@@ -12,7 +12,7 @@ from PIL import Image
 from tifffile import imwrite
 
 from pixel_level_contrastive_learning.data import shard_writer
-from pixel_level_contrastive_learning.data.dataset import TooManyBroken
+from pixel_level_contrastive_learning.data.dataset import TooManyBrokenError
 from pixel_level_contrastive_learning.data.image import upright
 from pixel_level_contrastive_learning.data.shard_writer import pack
 from pixel_level_contrastive_learning.data.sources import open_source
@@ -113,7 +113,7 @@ def test_a_disk_that_gives_back_something_else_is_told(images, tmp_path, monkeyp
 def test_broken_images_are_left_out_and_listed(images, tmp_path) -> None:
     whole = (images / "1.jpg").read_bytes()
     (images / "1.jpg").write_bytes(whole[:300])
-    with pytest.raises(TooManyBroken, match=r"1 of 5 images .* max_broken"):
+    with pytest.raises(TooManyBrokenError, match=r"1 of 5 images .* max_broken"):
         pack(images, tmp_path / "out", max_broken=0)
     packed = pack(images, tmp_path / "out")
     assert (packed.images, packed.skipped) == (4, 1)

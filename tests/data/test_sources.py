@@ -13,9 +13,9 @@ from torch.utils.data import TensorDataset
 from webdataset import TarWriter
 
 from pixel_level_contrastive_learning.data import shards as shards_room
-from pixel_level_contrastive_learning.data.image import Unreadable, upright
+from pixel_level_contrastive_learning.data.image import ImageError, upright
 from pixel_level_contrastive_learning.data.shards import Shards
-from pixel_level_contrastive_learning.data.sources import Chosen, Source, open_source
+from pixel_level_contrastive_learning.data.sources import Source, Subset, open_source
 
 
 def paint(path: Path, value: int = 0) -> Path:
@@ -96,7 +96,7 @@ def test_several_places_are_joined(tmp_path) -> None:
     source = open_source([tmp_path / "two", str(tmp_path / "one"), tmp_path / "one" / "b.png"])
     assert values(source) == [2, 0, 1, 1]
     assert Path(source.name(2)).name == "b.png"
-    assert values(Chosen(source, torch.tensor([3, 0]))) == [1, 2]
+    assert values(Subset(source, torch.tensor([3, 0]))) == [1, 2]
 
 
 @pytest.mark.parametrize(
@@ -145,14 +145,14 @@ def test_items_that_cannot_be_used_say_why() -> None:
 
     cut_off = io.BytesIO()
     Image.effect_noise((40, 40), 90).save(cut_off, "PNG")
-    with pytest.raises(Unreadable, match=r"^OSError: image file is truncated"):
+    with pytest.raises(ImageError, match=r"^OSError: image file is truncated"):
         open_source([Image.open(io.BytesIO(cut_off.getvalue()[:900]))]).open(0)
-    with pytest.raises(Unreadable, match=r"^TypeError: can't convert Sparse"):
+    with pytest.raises(ImageError, match=r"^TypeError: can't convert Sparse"):
         open_source([torch.zeros(3, 4, 5).to_sparse()]).open(0)
     source = open_source(Rotten())
-    with pytest.raises(Unreadable, match=r"^an item is a str; it must be a tensor"):
+    with pytest.raises(ImageError, match=r"^an item is a str; it must be a tensor"):
         source.open(0)
-    with pytest.raises(Unreadable, match=r"^KeyError: 'gone'"):
+    with pytest.raises(ImageError, match=r"^KeyError: 'gone'"):
         source.open(1)
 
 
@@ -163,10 +163,10 @@ def test_a_file_that_vanished_or_is_forbidden_is_unreadable(tmp_path) -> None:
     paint(tmp_path / "c.png" / "d.png")
     source = open_source(tmp_path)
     assert len(source) == 3
-    with pytest.raises(Unreadable, match=r"^No such file or directory$"):
+    with pytest.raises(ImageError, match=r"^No such file or directory$"):
         source.open(1)
     (tmp_path / "a.png").unlink()
-    with pytest.raises(Unreadable, match=r"^No such file or directory$"):
+    with pytest.raises(ImageError, match=r"^No such file or directory$"):
         source.open(0)
 
 
@@ -225,7 +225,7 @@ def test_shards_are_read_in_any_order(folder) -> None:
     source = open_source(str(folder / "part-{00..02}.tar"))
     assert values(source) == [0, 1, 2, 3, 4, 5]
     assert source.name(3) == f"{folder}/part-01.tar:sub/3.png"
-    assert values(Chosen(source, torch.tensor([5, 0, 3]))) == [5, 0, 3]
+    assert values(Subset(source, torch.tensor([5, 0, 3]))) == [5, 0, 3]
     assert len(open_source(str(folder / "part-01.tar"))) == 2
 
 
@@ -274,10 +274,10 @@ def test_shards_that_are_cut_off_give_what_they_have(folder, caplog) -> None:
     assert "is cut off after 1 images" in caplog.text
     with path.open("r+b") as file:
         file.truncate(int(source.where[-1, 1]) + 10)
-    with pytest.raises(Unreadable, match=r"^the shard ends after 10 of"):
+    with pytest.raises(ImageError, match=r"^the shard ends after 10 of"):
         source.open(len(source) - 1)
     path.unlink()
-    with pytest.raises(Unreadable, match=r"^No such file or directory$"):
+    with pytest.raises(ImageError, match=r"^No such file or directory$"):
         source.open(0)
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from pixel_level_contrastive_learning.augment import IMAGENET_MEAN, IMAGENET_STD
 from pixel_level_contrastive_learning.data.decoding import NODATA_TAG, open_image
-from pixel_level_contrastive_learning.data.image import Unreadable
+from pixel_level_contrastive_learning.data.image import ImageError
 from pixel_level_contrastive_learning.data.sources import open_source
 from pixel_level_contrastive_learning.data.statistics import Statistics, measure
 
@@ -167,11 +167,11 @@ def test_images_of_another_kind_are_not_accepted() -> None:
     plain.accepts(opened(Image.new("L", (4, 4))))
     plain.accepts(opened(Image.new("RGB", (4, 4))))
     with pytest.raises(
-        Unreadable, match=r"^it is 16-bit or float, where the images looked at were"
+        ImageError, match=r"^it is 16-bit or float, where the images looked at were"
     ):
         plain.accepts(opened(Image.new("I;16", (4, 4))))
     seven = Statistics(7, (), (), None, None, (1, 1), (1, 1), 1)
-    with pytest.raises(Unreadable, match=r"^it has 3 channels where the others have 7; keep"):
+    with pytest.raises(ImageError, match=r"^it has 3 channels where the others have 7; keep"):
         seven.accepts(opened(Image.new("RGB", (4, 4))))
 
 

@@ -143,16 +143,16 @@ def test_crops_and_their_masks_are_cut_alike(labelled) -> None:
 
 
 def test_every_image_comes_once_before_any_comes_again(labelled, monkeypatch) -> None:
-    from pixel_level_contrastive_learning.data.segmentation import Labelled
+    from pixel_level_contrastive_learning.data.segmentation import SegmentationDataset
 
     train, _ = open_labelled(labelled)
-    read, seen = Labelled.read, []
+    read, seen = SegmentationDataset.read, []
 
     def noted(self, index, shortest=None):
         seen.append(index)
         return read(self, index, shortest)
 
-    monkeypatch.setattr(Labelled, "read", noted)
+    monkeypatch.setattr(SegmentationDataset, "read", noted)
     drawn = crops(train, preparation(32), (32, 32), 4)
     for _ in range(5):
         next(drawn)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn.functional import interpolate, one_hot
 
-from pixel_level_contrastive_learning.data.segmentation import Labelled, open_labelled
+from pixel_level_contrastive_learning.data.segmentation import SegmentationDataset, open_labelled
 from pixel_level_contrastive_learning.data.statistics import Statistics
 from pixel_level_contrastive_learning.evaluation import metrics
 from pixel_level_contrastive_learning.evaluation.features import Preparation
@@ -18,7 +18,7 @@ def preparation(size) -> Preparation:
     return Preparation(Statistics(3, (0.5,) * 3, (0.5,) * 3, None, None, (1, 1), (1, 1), 0), size)
 
 
-def split(folder, masks, classes) -> Labelled:
+def split(folder, masks, classes) -> SegmentationDataset:
     """Black images with these masks."""
     from PIL import Image
 
@@ -29,7 +29,7 @@ def split(folder, masks, classes) -> Labelled:
             Image.fromarray(pixels).save(folder / f"{kind}{number}.png")
         images.append(folder / f"image{number}.png")
         paths.append(folder / f"mask{number}.png")
-    return Labelled(tuple(images), tuple(paths), classes, folder)
+    return SegmentationDataset(tuple(images), tuple(paths), classes, folder)
 
 
 def always(answers) -> metrics.Predict:

@@ -17,7 +17,7 @@ from pixel_level_contrastive_learning.augment import (
     Photometry,
     change_colour,
 )
-from pixel_level_contrastive_learning.data.dataset import Pairs
+from pixel_level_contrastive_learning.data.dataset import TwoViewBatch
 from pixel_level_contrastive_learning.trainer import training_step
 from pixel_level_contrastive_learning.trainer.memory import blank_views
 from pixel_level_contrastive_learning.trainer.training_step import (
@@ -27,10 +27,10 @@ from pixel_level_contrastive_learning.trainer.training_step import (
 )
 
 
-def batch(images: int) -> Pairs:
+def batch(images: int) -> TwoViewBatch:
     each = torch.arange(images)
     factors = Factors(*(each for _ in Factors._fields))
-    return Pairs(each, each, each, each, factors, factors, each)
+    return TwoViewBatch(each, each, each, each, factors, factors, each)
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_each_view_has_the_colours_and_the_map_drawn_for_it(kind, one_by_one, mo
     factors = VIEW_ONE.draw(6), VIEW_TWO.draw(6)
     normalise = Normalise((0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
     plan = SimpleNamespace(photometry=(Photometry(sigma=(0.1, 2.0)),) * 2)
-    made = make_views(Pairs(one, two, *maps, *factors, torch.arange(6)), normalise, plan)
+    made = make_views(TwoViewBatch(one, two, *maps, *factors, torch.arange(6)), normalise, plan)
     for view, pixels, own, where in zip(made, raw, factors, maps, strict=True):
         assert torch.equal(view.to_image, where)
         expected = normalise(change_colour(pixels / 255, own, 2.0))
