@@ -24,9 +24,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from pixel_level_contrastive_learning.data.image import tensor_of
+from pixel_level_contrastive_learning.data.image import to_tensor
 from pixel_level_contrastive_learning.data.loader import build_loader
-from pixel_level_contrastive_learning.data.shard_writer import pack
+from pixel_level_contrastive_learning.data.shard_writer import write_shards
 from pixel_level_contrastive_learning.data.sources import open_source
 from pixel_level_contrastive_learning.data.statistics import measure
 
@@ -98,7 +98,7 @@ def parts(paths: list[Path], size: int) -> dict[str, float]:
         assert isinstance(image, Image.Image)
         views = timed("crop and resize twice", lambda image=image: (crop(image), crop(image)))
         assert isinstance(views, tuple)
-        timed("copy", lambda views=views: [tensor_of(view) for view in views])
+        timed("copy", lambda views=views: [to_tensor(view) for view in views])
     return {name: statistics.median(values) for name, values in spent.items()}
 
 
@@ -135,8 +135,8 @@ def main() -> None:
         large.mkdir()
         for seed, path in enumerate(sorted(args.streets.rglob("*.jpg"))[::20][:16]):
             grainy(path, large, seed)
-        pack(args.streets, streets, max_side=640)
-        pack(large, small, max_side=640)
+        write_shards(args.streets, streets, max_side=640)
+        write_shards(large, small, max_side=640)
         for size in args.size:
             compare("street scenes", args.streets, streets, size, 160, args.rounds)
             compare("12 megapixels", large, small, size, 16, args.rounds)

@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from torchvision import models
 
 from pixel_level_contrastive_learning import augment
-from pixel_level_contrastive_learning.data.segmentation import Labelled, open_labelled
+from pixel_level_contrastive_learning.data.segmentation import SegmentationDataset, open_labelled
 from pixel_level_contrastive_learning.data.statistics import Statistics
 from pixel_level_contrastive_learning.evaluation import finetuning
 from pixel_level_contrastive_learning.evaluation.features import Preparation, Reader
@@ -110,7 +110,7 @@ def unpretrained(start: str) -> dict[str, Any]:
 class Domain(NamedTuple):
     """A folder's splits, and its training images ``(n, 3, h, w)`` uint8 on the device."""
 
-    splits: dict[str, Labelled]
+    splits: dict[str, SegmentationDataset]
     images: Tensor
 
     def statistics(self, norm: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -124,7 +124,7 @@ class Domain(NamedTuple):
 def load(folder: Path, args: argparse.Namespace) -> Domain:
     """A domain, all of its images resized to one size: sides of multiples of 16, 128 or more."""
     names = "train", *args.splits
-    opened = [own.chosen(range(len(own))[: args.most]) for own in open_labelled(folder, names)]
+    opened = [own.subset(range(len(own))[: args.most]) for own in open_labelled(folder, names)]
     files = opened[0].images
     sides = [median(side) for side in zip(*(Image.open(f).size for f in files), strict=True)]
     scale = min(1, args.longest / max(sides))
@@ -164,7 +164,7 @@ def measured(cell: Cell, domain: Domain, args: argparse.Namespace) -> Cell:
         loss = pretrain(net, start.layers, domain.images, normalise, config, seed)
     times.append(time.perf_counter())
     size = domain.images.shape[2], domain.images.shape[3]
-    form = (3, *domain.statistics(config["norm"]), None, None, size, size, 0)
+    form = (3, *domain.statistics(config["norm"]), None, None, size)
     prepare = Preparation(Statistics(*form), min(size))
 
     def scores(predict: Predict) -> list[float]:

@@ -152,11 +152,11 @@ def prepare(
         max_broken: Share of images that may be unreadable before it stops; unless it is 0, one may.
         workers: Threads; by default one per core.
     """
-    from .data.shard_writer import pack
+    from .data.shard_writer import write_shards
     from .trainer.logging import logging_to
 
     with logging_to(terminal=True):
-        packed = pack(
+        report = write_shards(
             data,
             out,
             max_side=max_side,
@@ -165,7 +165,7 @@ def prepare(
             max_broken=max_broken,
             workers=workers,
         )
-    print(packed)
+    print(report)
 
 
 def layers(

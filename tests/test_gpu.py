@@ -29,7 +29,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"ppm_num_layers": 2, "max_rotation": 30, "cutout_ratio_range": (0.1, 1.0)},
 ]
 
-PREPARE = Preparation(Statistics(3, (0.5,) * 3, (0.25,) * 3, None, None, (1, 1), (1, 1), 0), 32)
+PREPARE = Preparation(Statistics(3, (0.5,) * 3, (0.25,) * 3, None, None, (1, 1)), 32)
 
 
 def small_learner(**settings: Any) -> PixelCL:

@@ -1,1 +1,1 @@
-"""From any folder to batches of two views: sources, decoding, cutting, order, the loader."""
+"""From any folder to batches of two views: sources, decoding, cropping, the loader."""

@@ -1,14 +1,13 @@
-"""Samples: two views of one image, where they lie, and how their colour will be changed.
+"""Two views of each image: their pixels, where they lie, and how their colour will be changed.
 
-Everything about a sample is drawn from a generator that is a function of (seed, epoch, index), on
-the CPU, by the worker that cuts it; colour itself is changed later, on the device.
+Everything random about a sample is drawn from a generator that is a function of (seed, epoch,
+index), on the CPU, by the worker that cuts it; colour itself is changed later, on the device.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -19,14 +18,20 @@ from torch.utils.data import Dataset, get_worker_info
 
 from ..augment import DICE, VIEW_ONE, VIEW_TWO, Factors, Photometry
 from ..views import Placement, lay_maps
-from .crops import best_scale, cut
+from .crops import best_scale, cut_view
 from .image import ImageError, LazyImage
 from .sources import Source
 from .statistics import Statistics
 
+MAP_NUMBERS = 7
+"""Numbers drawn for the map of one view."""
+MAX_OPEN_VALUES = 2**25
+"""Values of images whose files are held open at once, so that their maps are drawn together."""
+ESCAPES = str.maketrans({"\\": "\\\\", "\n": "\\n", "\r": "\\r", "\t": "\\t"})
+
 
 class SampleKey(NamedTuple):
-    """One sample of the stream.
+    """One sample of a run.
 
     Attributes:
         epoch: How often all images have passed before it.
@@ -39,30 +44,8 @@ class SampleKey(NamedTuple):
     index: int  # type: ignore[assignment]  # hides a method of tuples that nobody wants
 
 
-def dice(*numbers: int) -> torch.Generator:
-    """A generator that is a function of these numbers: seed, epoch, index.
-
-    Torch's generator of the CPU reads 32 bits of its seed, so of 100 000 samples about one meets
-    the dice of another.
-    """
-    digest = hashlib.blake2b(",".join(map(str, numbers)).encode(), digest_size=4).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
-
-
-@lru_cache(maxsize=2)  # a batch may reach over the end of an epoch
-def epoch_order(seed: int, epoch: int, count: int) -> Tensor:
-    """The images ``(count,)`` int64 in the order of an epoch."""
-    return torch.randperm(count, generator=dice(seed, epoch))
-
-
-MAP_DICE = 7
-"""Numbers drawn for the map of one view."""
-MOST_HELD = 2**25
-"""Values of images whose files are held at once, so that their views are laid together."""
-
-
 class TwoViewBatch(NamedTuple):
-    """A batch of samples; of a single one, the same without the first side.
+    """A batch of samples.
 
     Attributes:
         one: ``(b, c, h, w)`` first views: uint8 where the data is 8-bit, else float32 in [0, 1].
@@ -84,10 +67,7 @@ class TwoViewBatch(NamedTuple):
     index: Tensor  # type: ignore[assignment]  # hides a method of tuples that nobody wants
 
 
-ONE_LINE = str.maketrans({"\\": "\\\\", "\n": "\\n", "\r": "\\r", "\t": "\\t"})
-
-
-class Broken(NamedTuple):
+class BrokenImage(NamedTuple):
     """An image that could not be used."""
 
     name: str
@@ -95,79 +75,69 @@ class Broken(NamedTuple):
 
     @property
     def line(self) -> str:
-        """A line of a list of such images, which keeps to its line and its columns."""
-        return "\t".join(part.translate(ONE_LINE) for part in self) + "\n"
+        """Its line in a list of such images: a name and a reason, parted by a tab."""
+        return "\t".join(part.translate(ESCAPES) for part in self) + "\n"
 
 
-class TooManyBrokenError(RuntimeError):  # reads as what it says
-    """More images are broken than a run puts up with.
+class TooManyBrokenError(RuntimeError):
+    """More images are broken than a run allows.
 
     Args:
-        message: What is told.
-        broken: Those that were met.
+        message: The error message.
+        broken: The broken images met so far.
     """
 
-    def __init__(self, message: str, broken: Iterable[Broken] = ()) -> None:
+    def __init__(self, message: str, broken: Iterable[BrokenImage] = ()) -> None:
         super().__init__(message)
         self.broken = list(broken)
 
 
-class Made(NamedTuple):
+class LoadedBatch(NamedTuple):
     """What a worker sends: a batch, and the broken images it met on the way."""
 
-    pairs: TwoViewBatch
-    broken: list[Broken]
+    batch: TwoViewBatch
+    broken: list[BrokenImage]
 
 
-@dataclass(frozen=True)
-class Cutting:
-    """How two views are made of an image.
-
-    Attributes:
-        size: ``(height, width)`` of the views.
-        placement: How views are laid over their images.
-        photometry: How colour is changed, view one and view two.
-    """
-
-    size: tuple[int, int]
-    placement: Placement
-    photometry: tuple[Photometry, Photometry] = (VIEW_ONE, VIEW_TWO)
-
-
-class Look(NamedTuple):
-    """An image that was looked at, and the place in the batch that it is to take."""
+class OpenedSample(NamedTuple):
+    """An opened image, and the sample that it is cut for."""
 
     slot: int
-    place: SampleKey
-    ahead: int
-    index: int  # type: ignore[assignment]  # hides a method of tuples that nobody wants
-    opened: LazyImage
+    """Where in the batch it goes."""
+    key: SampleKey
+    skipped: int
+    """How many broken images of the epoch's order it stands in for."""
+    image_index: int
+    image: LazyImage
 
 
-class Room(NamedTuple):
-    """Where a batch is written, slot by slot."""
+class BatchBuffers(NamedTuple):
+    """What a batch is written to, slot by slot."""
 
     views: Tensor
     """``(2, b, c, h, w)``."""
     maps: Tensor
     """``(2, b, 2, 3)``."""
     drawn: Tensor
-    """``(b, 2, n)`` numbers of [0, 1)."""
+    """``(b, 2, n)`` random numbers of [0, 1)."""
     indices: Tensor
     """``(b,)``."""
-    broken: dict[str, Broken]
+    broken: dict[str, BrokenImage]
 
 
-class TwoViewDataset(Dataset[TwoViewBatch]):
-    """Two views of each image, asked for by `order.SampleKey`.
+class TwoViewDataset(Dataset[LoadedBatch | TooManyBrokenError]):
+    """Two views of each image, by whole batches: an item's index is a list of `SampleKey`.
 
     Where an image is broken, the next readable one of the epoch's order takes its place, with the
-    dice of that place.
+    random numbers of the broken one. `TooManyBrokenError` is returned, not raised, since torch puts
+    a worker's traceback before what is raised there.
 
     Args:
         source: The images.
-        statistics: The form they are brought to.
-        cutting: How views are made.
+        statistics: What they are converted to.
+        size: ``(height, width)`` of the views.
+        placement: How views are laid over their images.
+        photometry: How colour is changed, view one and view two.
         seed: Of the run.
         max_broken: Share of the images that may be broken.
     """
@@ -176,134 +146,134 @@ class TwoViewDataset(Dataset[TwoViewBatch]):
         self,
         source: Source,
         statistics: Statistics,
-        cutting: Cutting,
+        size: tuple[int, int],
+        placement: Placement,
+        photometry: tuple[Photometry, Photometry] = (VIEW_ONE, VIEW_TWO),
         *,
         seed: int,
-        max_broken: float = 0.01,
+        max_broken: float,
     ) -> None:
-        self.source, self.statistics, self.cutting = source, statistics, cutting
+        self.source, self.statistics = source, statistics
+        self.size, self.placement, self.photometry = size, placement, photometry
         self.seed, self.max_broken = seed, max_broken
 
-    def __len__(self) -> int:
-        return len(self.source)
+    def __getitem__(self, keys: Sequence[SampleKey]) -> LoadedBatch | TooManyBrokenError:
+        try:
+            return self.load(keys)
+        except TooManyBrokenError as error:
+            return error
 
-    def __getitem__(self, place: SampleKey) -> TwoViewBatch:
-        return first_of(self.batch([place]).pairs)
-
-    def batch(self, places: Sequence[SampleKey]) -> Made:
-        """A whole batch at once: views are written where they will be read, without a copy."""
-        count, (h, w), form = len(places), self.cutting.size, self.statistics
-        kind = torch.uint8 if form.low is None else torch.float32
-        views = torch.empty(2, count, h, w, form.channels, dtype=kind)
+    def load(self, keys: Sequence[SampleKey]) -> LoadedBatch:
+        """A batch, its views written where they will be read, without a copy."""
+        count, (h, w), channels = len(keys), self.size, self.statistics.channels
+        dtype = torch.uint8 if self.statistics.low is None else torch.float32
+        views = torch.empty(2, count, h, w, channels, dtype=dtype)
         if get_worker_info() is not None:
-            views.share_memory_()  # type: ignore[no-untyped-call]  # what the main process sees
-        room = Room(
-            views.movedim(-1, 2),  # channels last in memory, as the crops are
-            torch.empty(2, count, 2, 3),
-            torch.stack([self.numbers(place) for place in places]),
-            torch.empty(count, dtype=torch.int64),
-            {},
-        )
-        held: list[Look] = []
-        for slot, place in enumerate(places):
-            held.append(self.look(slot, place, room))
-            if slot == count - 1 or sum(look.opened.values for look in held) > MOST_HELD:
-                self.cut(held, room)
-                held = []
-        drawn = rearrange(room.drawn[..., MAP_DICE:], "b view number -> view number b")
+            views.share_memory_()  # type: ignore[no-untyped-call]  # the main process sees it
+        views = views.movedim(-1, 2)  # channels last in memory, as the crops are
+        maps = torch.empty(2, count, 2, 3)
+        drawn = torch.stack([self.draw(key) for key in keys])
+        indices = torch.empty(count, dtype=torch.int64)
+        buffers = BatchBuffers(views, maps, drawn, indices, {})
+        opened: list[OpenedSample] = []
+        for slot, key in enumerate(keys):
+            opened.append(self.open(slot, key, buffers))
+            values = sum(own.image.size[0] * own.image.size[1] * channels for own in opened)
+            if slot == count - 1 or values > MAX_OPEN_VALUES:
+                self.cut(opened, buffers)
+                opened = []
+        colour = rearrange(drawn[..., MAP_NUMBERS:], "b view number -> view number b")
         one, two = (
-            without_solarising(photometry.factors(numbers), form.channels)
-            for photometry, numbers in zip(self.cutting.photometry, drawn, strict=True)
+            without_solarising(photometry.factors(numbers), channels)
+            for photometry, numbers in zip(self.photometry, colour, strict=True)
         )
-        views, maps = room.views, room.maps
-        pairs = TwoViewBatch(views[0], views[1], maps[0], maps[1], one, two, room.indices)
-        return Made(pairs, list(room.broken.values()))
+        batch = TwoViewBatch(views[0], views[1], maps[0], maps[1], one, two, indices)
+        return LoadedBatch(batch, list(buffers.broken.values()))
 
-    def numbers(self, place: SampleKey) -> Tensor:
-        """All that is random about a sample, ``(2, n)``: for each view its map, then its colour."""
-        generator = dice(self.seed, place.epoch, place.index)
-        return torch.rand(2, MAP_DICE + DICE, generator=generator)
+    def draw(self, key: SampleKey) -> Tensor:
+        """All random numbers of a sample, ``(2, n)``: for each view its map, then its colour."""
+        generator = seeded_generator(self.seed, key.epoch, key.index)
+        return torch.rand(2, MAP_NUMBERS + DICE, generator=generator)
 
-    def look(self, slot: int, place: SampleKey, room: Room, ahead: int = 0) -> Look:
-        """The first image that will do, from some places after this one on.
-
-        Raises:
-            TooManyBrokenError: More than the allowed share of images had to be passed over.
-        """
+    def open(
+        self, slot: int, key: SampleKey, buffers: BatchBuffers, skipped: int = 0
+    ) -> OpenedSample:
+        """The first usable image at or after a sample's, from some images further on."""
         count = len(self.source)
-        for further in range(ahead, count):
-            index = place.index
+        for further in range(skipped, count):
+            index = key.index
             if further:
-                position = (place.position + further) % count
-                index = int(epoch_order(self.seed, place.epoch, count)[position].item())
+                position = (key.position + further) % count
+                index = int(epoch_order(self.seed, key.epoch, count)[position].item())
             try:
-                opened = self.source.open(index)
-                self.statistics.accepts(opened)
+                image = self.source.open(index)
+                self.statistics.check(image)
             except ImageError as error:
-                self.pass_over(index, error, room)
+                self.skip(index, error, buffers)
             else:
-                return Look(slot, place, further, index, opened)
+                return OpenedSample(slot, key, further, index, image)
         raise TooManyBrokenError(
-            "no image can be read any more; is the data still there?", room.broken.values()
+            "no image can be read any more; is the data still there?", buffers.broken.values()
         )
 
-    def cut(self, looks: Sequence[Look], room: Room) -> None:
-        """Lay the views of some images all at once, decode the images one by one, and cut."""
-        drawn = torch.stack([room.drawn[look.slot, :, :MAP_DICE] for look in looks])
-        sides = torch.tensor([look.opened.size[::-1] for look in looks], dtype=torch.float32)
-        laid = lay_maps(
+    def cut(self, opened: Sequence[OpenedSample], buffers: BatchBuffers) -> None:
+        """Draw the maps of some images together, decode the images one by one, and cut."""
+        drawn = torch.stack([buffers.drawn[own.slot, :, :MAP_NUMBERS] for own in opened])
+        sides = torch.tensor([own.image.size[::-1] for own in opened], dtype=torch.float32)
+        maps = lay_maps(
             rearrange(drawn, "b view number -> number (b view)"),
             repeat(sides, "b xy -> (b view) xy", view=2),
-            self.cutting.placement,
+            self.placement,
         )
-        by_image = rearrange(laid, "(b view) row column -> b view row column", view=2)
-        size = self.cutting.size
-        for look, asked in zip(looks, by_image, strict=True):
+        by_image = rearrange(maps, "(b view) row column -> b view row column", view=2)
+        for own, asked in zip(opened, by_image, strict=True):
             try:
-                raster = look.opened.raster(best_scale(asked, size))
+                decoded = own.image.decode(best_scale(asked, self.size))
             except ImageError as error:
-                self.pass_over(look.index, error, room)
-                self.cut([self.look(look.slot, look.place, room, look.ahead + 1)], room)
+                self.skip(own.image_index, error, buffers)
+                self.cut([self.open(own.slot, own.key, buffers, own.skipped + 1)], buffers)
                 continue
-            room.indices[look.slot] = look.index
+            buffers.indices[own.slot] = own.image_index
             for view in range(2):
-                pixels, found = cut(raster, look.opened, asked[view], size)
-                room.views[view, look.slot] = self.statistics.form(pixels)
-                room.maps[view, look.slot] = found
+                cut = cut_view(decoded, own.image.size, asked[view], self.size)
+                buffers.views[view, own.slot] = self.statistics.convert(cut.pixels)
+                buffers.maps[view, own.slot] = cut.to_image
 
-    def pass_over(self, index: int, error: ImageError, room: Room) -> None:
-        """Count a broken image.
-
-        Raises:
-            TooManyBrokenError: It was one too many.
-        """
+    def skip(self, index: int, error: ImageError, buffers: BatchBuffers) -> None:
+        """Note a broken image, and raise `TooManyBrokenError` if it was one too many."""
         name = self.source.name(index)
-        room.broken[name] = Broken(name, str(error))
-        refuse_too_many(room.broken, len(self.source), self.max_broken)
+        buffers.broken[name] = BrokenImage(name, str(error))
+        check_broken(buffers.broken, len(self.source), self.max_broken)
+
+
+def seeded_generator(*numbers: int) -> torch.Generator:
+    """A generator that is a function of these numbers, such as seed, epoch and index.
+
+    Torch's CPU generator reads 32 bits of its seed, so of 100 000 samples about one draws the
+    numbers of another.
+    """
+    digest = hashlib.blake2b(",".join(map(str, numbers)).encode(), digest_size=4).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+
+
+@lru_cache(maxsize=2)  # a batch may reach over the end of an epoch
+def epoch_order(seed: int, epoch: int, count: int) -> Tensor:
+    """The images ``(count,)`` int64 in the order of an epoch."""
+    return torch.randperm(count, generator=seeded_generator(seed, epoch))
 
 
 def without_solarising(factors: Factors, channels: int) -> Factors:
-    """Factors for images of so many channels: inverting is for colour photographs."""
+    """Factors for images of so many channels: only colour photographs are solarised."""
     if channels == 3:
         return factors
     return factors._replace(solarise=torch.zeros_like(factors.solarise))
 
 
-def first_of(pairs: TwoViewBatch) -> TwoViewBatch:
-    """The first sample of a batch, alone."""
-    one, two = (
-        Factors(*(factor[0] for factor in factors))
-        for factors in (pairs.factors_one, pairs.factors_two)
-    )
-    views, maps = (pairs.one[0], pairs.two[0]), (pairs.map_one[0], pairs.map_two[0])
-    return TwoViewBatch(*views, *maps, one, two, pairs.index[0])
-
-
-def refuse_too_many(broken: dict[str, Broken], count: int, max_broken: float) -> None:
-    """Stop where more images are broken than allowed: that share of them, or one of a few.
+def check_broken(broken: dict[str, BrokenImage], count: int, max_broken: float) -> None:
+    """Refuse more broken images than allowed: that share of them, or one of a few.
 
     Raises:
-        TooManyBrokenError: With the first reasons and the ways out.
+        TooManyBrokenError: With the first reasons and what to do.
     """
     allowed = max(1, max_broken * count) if max_broken > 0 else 0
     if len(broken) <= allowed:

@@ -1,4 +1,4 @@
-"""Labelled images: a folder of images and masks, looked through before anything is computed."""
+"""Segmentation datasets: folders of images and masks, all checked before anything is computed."""
 
 from __future__ import annotations
 
@@ -14,21 +14,23 @@ import torch
 from torch import Tensor
 
 from .decoding import open_image
-from .image import SCALES, ImageError, LazyImage, upright
-from .sources import IMAGES, MASKS, nothing_in, search
+from .image import ImageError, LazyImage
+from .sources import IMAGES, MASKS, find_files, no_image_message
 
 IGNORED = 255
 """The id of pixels that are neither trained on nor counted."""
-SHOWN = 5
-"""Wrong masks that a complaint lists; it counts the rest."""
-SPARSE_FROM = 64
-"""Largest id from which classes without names must be so many as `SPARSE` says."""
-SPARSE = 0.25
-"""Share of the ids up to the largest that must be in the masks, then: colours turned to gray are
-fewer, of VOC 13 %, of CamVid 17 %."""
+SHOWN_PROBLEMS = 5
+"""Wrong masks that an error lists; it counts the rest."""
+SPARSE_FROM, MIN_SHARE_OF_IDS = 64, 0.25
+"""From this largest id on, the share of ids up to it that masks without class names must hold:
+colours turned to gray are fewer, of VOC 13 %, of CamVid 17 %."""
+LAYOUT = (
+    "it must hold images/train, images/val, masks/train and masks/val, masks being PNG files of "
+    "class ids with the names of their images"
+)
 
 
-class Example(NamedTuple):
+class SegmentationSample(NamedTuple):
     """An image and its mask.
 
     Attributes:
@@ -45,10 +47,10 @@ class Example(NamedTuple):
 
 @dataclass(frozen=True)
 class SegmentationDataset:
-    """One split of a labelled folder.
+    """One split of a folder of images and masks.
 
     Attributes:
-        images: Its images, in the order of their names, without those of which nothing is known.
+        images: Its images, sorted by name, without those of which nothing is known.
         masks: Their masks.
         classes: The names of the classes, by id.
         folder: What names are relative to.
@@ -66,29 +68,27 @@ class SegmentationDataset:
         """The image's path below the split's folder."""
         return self.images[index].relative_to(self.folder).as_posix()
 
-    def read(self, index: int, shortest: int | None = None) -> Example:
+    def read(self, index: int, shortest: int | None = None) -> SegmentationSample:
         """An image and its mask.
 
         Args:
             index: Which.
             shortest: What the shorter side must measure at least: a large JPEG may be decoded at a
-                half, a quarter or an eighth.
+                half, a quarter or an eighth of its size; None for the full size.
 
         Raises:
             ValueError: The image cannot be read, or its size is not the mask's.
         """
         mask = read_mask(self.masks[index])
-        opened = look(self.images[index])
-        if opened.size != tuple(mask.shape):
-            raise ValueError(size_mismatch(self.masks[index], tuple(mask.shape), opened.size))
-        fitting = [s for s in SCALES if shortest and min(opened.size) >= shortest * s]
+        image = open_file(self.images[index])
+        check_size(self.masks[index], mask, image)
         try:
-            raster = opened.raster(max(fitting, default=1))
+            pixels = image.read(shortest)
         except ImageError as error:
             raise ValueError(f"{self.images[index]} cannot be read: {error}") from error
-        return Example(upright(raster.pixels, opened.orientation), mask, self.name(index))
+        return SegmentationSample(pixels, mask, self.name(index))
 
-    def chosen(self, indices: Sequence[int]) -> SegmentationDataset:
+    def subset(self, indices: Sequence[int]) -> SegmentationDataset:
         """Some of the images, in the order given."""
         images, masks = (tuple(own[i] for i in indices) for own in (self.images, self.masks))
         return replace(self, images=images, masks=masks)
@@ -97,13 +97,13 @@ class SegmentationDataset:
         """A share of the images, at least one, drawn by a seed; a larger share holds a smaller."""
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
         count = min(len(self), max(1, round(fraction * len(self))))
-        return self.chosen(sorted(order[:count].tolist()))
+        return self.subset(sorted(order[:count].tolist()))
 
 
 def open_labelled(
     data: str | Path, splits: Sequence[str] = ("train", "val")
 ) -> list[SegmentationDataset]:
-    """The splits of a labelled folder, every mask looked at.
+    """The splits of a folder of images and masks, every mask checked.
 
     The folder holds ``images/SPLIT`` and ``masks/SPLIT``, any nesting below: for each image a PNG
     of the same name whose pixels are class ids, `IGNORED` where nothing is known. ``classes.txt``
@@ -120,40 +120,35 @@ def open_labelled(
     folder = Path(data).expanduser()
     if not folder.is_dir():
         raise ValueError(f"data is {str(data)!r}, which is no folder; {LAYOUT}")
-    named = read_classes(folder / "classes.txt")
-    opened = [open_split(folder, split, named or ()) for split in splits]
+    names = read_classes(folder / "classes.txt")
+    opened = [open_split(folder, split, names or ()) for split in splits]
     problems: list[str] = []
-    found = [look_through(split, len(named) if named else IGNORED, problems) for split in opened]
+    ids = [check_masks(split, len(names) if names else IGNORED, problems) for split in opened]
     if problems:
-        more = len(problems) - SHOWN
+        more = len(problems) - SHOWN_PROBLEMS
         rest = [f"and {more} more"] if more > 0 else []
-        raise ValueError("\n".join([*problems[:SHOWN], *rest]))
-    ids = [set().union(*masks) for masks in found]
+        raise ValueError("\n".join([*problems[:SHOWN_PROBLEMS], *rest]))
     for split, own in zip(splits, ids, strict=True):
-        if own == {IGNORED}:
-            raise ValueError(nothing_known(folder / MASKS / split))
-    if len(ids[0] - {IGNORED}) < 2:
-        raise ValueError(one_class(folder / MASKS / splits[0], ids[0]))
-    classes = named or numbered(folder, set().union(*ids) - {IGNORED})
-    known = [[i for i, own in enumerate(masks) if own != {IGNORED}] for masks in found]
+        if set().union(*own) == {IGNORED}:
+            raise ValueError(
+                f"all pixels of the masks in {folder / MASKS / split} are {IGNORED}, which means "
+                "ignored, so there is nothing to learn or to judge by; name a split that has "
+                "labels, or write class ids"
+            )
+    trained_on = set().union(*ids[0])
+    if len(trained_on - {IGNORED}) < 2:
+        raise ValueError(one_class_message(folder / MASKS / splits[0], trained_on))
+    classes = names or number_classes(folder, {i for own in ids for mask in own for i in mask})
     return [
-        replace(split.chosen(some), classes=classes)
-        for split, some in zip(opened, known, strict=True)
+        replace(
+            split.subset([i for i, own in enumerate(masks) if own != {IGNORED}]), classes=classes
+        )
+        for split, masks in zip(opened, ids, strict=True)
     ]
 
 
-LAYOUT = (
-    "it must hold images/train, images/val, masks/train and masks/val, masks being PNG files of "
-    "class ids with the names of their images"
-)
-
-
 def open_split(folder: Path, split: str, classes: tuple[str, ...]) -> SegmentationDataset:
-    """One split, its masks not yet looked at.
-
-    Raises:
-        ValueError: There are no images, or masks are missing.
-    """
+    """One split, its masks not yet checked."""
     images, masks = folder / IMAGES / split, folder / MASKS / split
     for place in (images, masks):
         if not place.is_dir():
@@ -162,24 +157,25 @@ def open_split(folder: Path, split: str, classes: tuple[str, ...]) -> Segmentati
             perhaps = f"; perhaps {near[0]!r} is meant" if near else ""
             found = f" (there is {', '.join(there)})" if there else ""
             raise ValueError(f"{place} is not there{found}{perhaps}; {LAYOUT}")
-    paths, others = search(images)
+    paths, others = find_files(images)
     if not paths:
-        raise ValueError(nothing_in(images, others))
+        raise ValueError(no_image_message(images, others))
     files = tuple(Path(path) for path in paths)
     wanted = tuple((masks / file.relative_to(images)).with_suffix(".png") for file in files)
     missing = [mask for mask in wanted if not mask.is_file()]
     if missing:
-        raise ValueError(no_mask(missing, len(wanted)))
+        first = missing[0]
+        near = sorted(own.name for own in first.parent.glob(f"{glob.escape(first.stem)}.*"))
+        raise ValueError(
+            f"{first} is not there{f' (there is {near[0]})' if near else ''}; {len(missing)} of "
+            f"{len(wanted)} images have no mask: masks are PNG files with the names of their "
+            "images, so write them, or remove those images"
+        )
     return SegmentationDataset(files, wanted, classes, images)
 
 
 def read_classes(path: Path) -> tuple[str, ...] | None:
-    """The names in ``classes.txt``, or None where there is no such file.
-
-    Raises:
-        ValueError: It is empty or no UTF-8, a line between others is blank, its ids are not 0, 1, 2
-            and so on, or a name stands there twice.
-    """
+    """The names in ``classes.txt``, or None where there is no such file."""
     if not path.is_file():
         return None
     content = path.read_bytes()
@@ -218,14 +214,11 @@ def read_classes(path: Path) -> tuple[str, ...] | None:
     return tuple(lines)
 
 
-def numbered(folder: Path, ids: set[int]) -> tuple[str, ...]:
-    """Names for classes that have none: their ids, up to the largest.
-
-    Raises:
-        ValueError: So few ids are there that they may be colours turned to gray.
-    """
+def number_classes(folder: Path, ids: set[int]) -> tuple[str, ...]:
+    """Names for classes that have none, refusing ids that look like colours turned to gray."""
+    ids = ids - {IGNORED}
     largest = max(ids)
-    if largest >= SPARSE_FROM and len(ids) < SPARSE * (largest + 1):
+    if largest >= SPARSE_FROM and len(ids) < MIN_SHARE_OF_IDS * (largest + 1):
         some = ", ".join(map(str, sorted(ids)[:3]))
         raise ValueError(
             f"the masks in {folder / 'masks'} hold only {len(ids)} of the ids up to {largest}, "
@@ -235,12 +228,8 @@ def numbered(folder: Path, ids: set[int]) -> tuple[str, ...]:
     return tuple(f"class {label}" for label in range(largest + 1))
 
 
-def look(path: Path) -> LazyImage:
-    """An image that is looked at, not decoded.
-
-    Raises:
-        ValueError: It cannot be read.
-    """
+def open_file(path: Path) -> LazyImage:
+    """The image of a file, not yet decoded."""
     try:
         return open_image(path.read_bytes())
     except (ImageError, OSError) as error:
@@ -248,11 +237,7 @@ def look(path: Path) -> LazyImage:
 
 
 def read_mask(path: Path) -> Tensor:
-    """The ids ``(height, width)`` uint8 in a mask.
-
-    Raises:
-        ValueError: It cannot be read, is coded in colours, or holds what cannot be ids.
-    """
+    """The ids ``(height, width)`` uint8 in a mask."""
     from PIL import Image
 
     try:
@@ -261,7 +246,7 @@ def read_mask(path: Path) -> Tensor:
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} cannot be read as a mask: {error}; write it anew") from error
     if ids.ndim != 2:
-        raise ValueError(coloured(path, mode, ids))
+        raise ValueError(colours_message(path, mode, ids))
     if ids.dtype != np.uint8 and (ids.min() < 0 or ids.max() > IGNORED):
         raise ValueError(
             f"{path} has ids from {ids.min()} to {ids.max()}; write 8-bit PNG with ids from 0 to "
@@ -270,17 +255,20 @@ def read_mask(path: Path) -> Tensor:
     return torch.from_numpy(ids.astype(np.uint8))
 
 
-def look_through(split: SegmentationDataset, count: int, problems: list[str]) -> list[set[int]]:
+def check_masks(split: SegmentationDataset, count: int, problems: list[str]) -> list[set[int]]:
     """The ids in each of a split's masks; what is wrong with them is added to ``problems``."""
     found: list[set[int]] = []
     for image, path in zip(split.images, split.masks, strict=True):
         try:
-            mask, size = read_mask(path), look(image).size
+            mask = read_mask(path)
+            opened = open_file(image)
         except ValueError as error:
             problems.append(str(error))
             continue
-        if size != tuple(mask.shape):
-            problems.append(size_mismatch(path, tuple(mask.shape), size))
+        try:
+            check_size(path, mask, opened)
+        except ValueError as error:
+            problems.append(str(error))
         ids = set(torch.bincount(mask.flatten(), minlength=256).nonzero().flatten().tolist())
         beyond = sorted(label for label in ids if count <= label < IGNORED)
         if beyond:
@@ -293,55 +281,39 @@ def look_through(split: SegmentationDataset, count: int, problems: list[str]) ->
     return found
 
 
-def size_mismatch(path: Path, mask: tuple[int, ...], image: tuple[int, int]) -> str:
-    """The complaint about a mask of another size than its image."""
-    (h, w), (height, width) = mask, image
-    turned = "; it looks turned by 90 degrees" if (w, h) == image else ""
-    return (
+def check_size(path: Path, mask: Tensor, image: LazyImage) -> None:
+    """Refuse a mask of another size than its image."""
+    (h, w), (height, width) = mask.shape, image.size
+    if (h, w) == (height, width):
+        return
+    turned = "; it looks turned by 90 degrees" if (w, h) == (height, width) else ""
+    raise ValueError(
         f"{path} is {h}x{w} pixels (height x width), but its image {height}x{width}{turned}; write "
         "it at the image's size, enlarging to the nearest pixel so that ids stay ids"
     )
 
 
-def coloured(path: Path, mode: str, colours: np.ndarray[Any, Any]) -> str:
-    """The complaint about a mask that holds colours."""
+def colours_message(path: Path, mode: str, colours: np.ndarray[Any, Any]) -> str:
+    """The message about a mask that holds colours."""
     count = len(np.unique(colours.reshape(-1, colours.shape[-1]), axis=0))
-    kind = f"{path} is coded in colours ({mode}, {count} different ones)"
     if colours.shape[-1] == 2 or (colours[..., 0] == colours[..., 1]).all():  # gray, or with alpha
         way = "if its gray values are the ids, write one channel: Image.open(path).getchannel(0)"
     else:
         way = "write one channel that holds the number of each pixel's class in place of its colour"
-    return f"{kind}; masks are PNG of class ids: {way}"
-
-
-def no_mask(missing: Sequence[Path], count: int) -> str:
-    """The complaint about images without masks."""
-    first = missing[0]
-    others = sorted(first.parent.glob(f"{glob.escape(first.stem)}.*"))
-    there = f" (there is {others[0].name})" if others else ""
     return (
-        f"{first} is not there{there}; {len(missing)} of {count} images have no mask: masks are "
-        "PNG files with the names of their images, so write them, or remove those images"
+        f"{path} is coded in colours ({mode}, {count} different ones); masks are PNG of class ids: "
+        f"{way}"
     )
 
 
-def nothing_known(place: Path) -> str:
-    """The complaint about a split without labels."""
-    return (
-        f"all pixels of the masks in {place} are {IGNORED}, which means ignored, so there is "
-        "nothing to learn or to judge by; name a split that has labels, or write class ids"
-    )
-
-
-def one_class(place: Path, ids: set[int]) -> str:
-    """The complaint about masks that tell nothing apart."""
-    held = ", ".join(map(str, sorted(ids)))
+def one_class_message(place: Path, ids: set[int]) -> str:
+    """The message about masks with a single class."""
     if ids == {0, IGNORED}:
         return (
             f"the masks in {place} hold 0 and {IGNORED} alone, and {IGNORED} means ignored, so "
             f"only class 0 is left; write 1 in place of {IGNORED} if it is your second class"
         )
     return (
-        f"the masks in {place} hold the ids {held} alone ({IGNORED} means ignored); at least two "
-        "classes are needed to learn to tell them apart"
+        f"the masks in {place} hold the ids {', '.join(map(str, sorted(ids)))} alone ({IGNORED} "
+        "means ignored); at least two classes are needed to learn to tell them apart"
     )

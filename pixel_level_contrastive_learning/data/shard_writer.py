@@ -1,8 +1,8 @@
-"""Packing: images written once into WebDataset shards, no larger than training needs them.
+"""Write images once into WebDataset shards, no larger than training needs them.
 
 Decoding a photograph of twelve megapixels takes most of a loader's time, and a million small files
 are slow to list. Both are paid once here, shard by shard: a shard is written beside its place, read
-back, compared and moved there, so that work that was cut off goes on where it stopped.
+back, compared and moved there, so that interrupted work goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from ..checks import raise_together, whole, within
+from ..checks import LIMITS, raise_together, whole, within
 from ..files import write_whole
-from .dataset import Broken, refuse_too_many
-from .decoding import SUFFIXES, TIFF, open_image
-from .image import SCALES, ImageError, LazyImage, channels_last, upright
-from .shards import Shards
+from ..run_layout import SKIPPED
+from .dataset import BrokenImage, check_broken
+from .decoding import IMAGE_SUFFIXES, TIFF, open_image
+from .image import ImageError, LazyImage, channels_last
+from .shards import ShardSource
 from .sources import Source, open_source
 
 log = logging.getLogger(__name__)
 
 INDEX = "shards.json"
-"""What was packed, how, and the digest of each shard that is done."""
-SKIPPED = "skipped.txt"
-STARTS = {
+"""The settings, and the digest of each shard that is done."""
+SIGNATURES = {
     b"\xff\xd8\xff": "jpg",
     b"\x89PNG": "png",
     b"RIFF": "webp",
@@ -44,20 +44,20 @@ STARTS = {
     b"BM": "bmp",
     b"\x93NUMPY": "npy",
 } | dict.fromkeys(TIFF, "tif")
-"""How files begin, and the suffix of their kind."""
+"""How files begin, and the suffix of their format."""
 
 
-class Packed(NamedTuple):
-    """What came of packing.
+class ShardsReport(NamedTuple):
+    """What was written.
 
     Attributes:
         folder: Where the shards are; `pretrain` takes it as it is.
         images: Images in them.
         shards: How many they are.
-        kept: How many of them were there from an earlier start.
+        kept: How many of them were there from an earlier call.
         skipped: Images that could not be read, listed in ``skipped.txt``.
-        bytes_before: What the images took as they were.
-        bytes_after: What the shards take.
+        bytes_before: Size of the images' files.
+        bytes_after: Size of the shards.
     """
 
     folder: Path
@@ -78,23 +78,23 @@ class Packed(NamedTuple):
         )
 
 
-class Sample(NamedTuple):
+class ShardEntry(NamedTuple):
     """An image as it goes into a shard.
 
     Attributes:
-        suffix: The ending of its file, which tells the format.
+        suffix: Of its file, which tells the format.
         content: Its bytes.
-        size: The original's ``(height, width)``, upright.
-        length: The original's bytes.
+        original_size: The original's ``(height, width)``, upright.
+        original_bytes: The size of the original's file.
     """
 
     suffix: str
     content: bytes
-    size: tuple[int, int]
-    length: int
+    original_size: tuple[int, int]
+    original_bytes: int
 
 
-def pack(
+def write_shards(
     data: Sequence[str | Path] | str | Path,
     out: str | Path,
     *,
@@ -103,8 +103,8 @@ def pack(
     images_each: int = 1000,
     max_broken: float = 0.01,
     workers: int | None = None,
-) -> Packed:
-    """Write images into shards, large ones made smaller; goes on with what an earlier call began.
+) -> ShardsReport:
+    """Write images into shards, large ones made smaller, going on where an earlier call stopped.
 
     An image whose longer side is at most ``max_side`` keeps its bytes. A larger one becomes an
     upright JPEG if it is 8-bit, gray or RGB, and otherwise a NumPy array of the same kind of
@@ -128,106 +128,96 @@ def pack(
         whole("max_side", max_side, 1),
         whole("quality", quality, 1) or within("quality", quality, 1, 95),
         whole("images_each", images_each, 1),
-        within("max_broken", max_broken, 0, 1),
+        LIMITS["max_broken"]("max_broken", max_broken),
         None if workers is None else whole("workers", workers, 1),
     )
     source = open_source([data] if isinstance(data, (str, Path)) else list(data))
     folder = Path(out).expanduser()
     names = [source.name(index) for index in range(len(source))]
-    listed = os.fsencode("\n".join(map(whole_name, names)))
-    plan = {
+    absolute = [name if "://" in name else os.path.abspath(name) for name in names]
+    settings = {
         "images": len(names),
-        "names": hashlib.sha256(listed).hexdigest(),
+        "names": hashlib.sha256(os.fsencode("\n".join(absolute))).hexdigest(),
         "max_side": max_side,
         "quality": quality,
         "images_each": images_each,
     }
-    index = Index.begun(folder, plan)
-    total, kept, before = -(-len(names) // images_each), 0, 0
+    index = ShardIndex(folder, settings)
+    total, kept, bytes_before = -(-len(names) // images_each), 0, 0
     shared = common_folder(names)
-    broken: dict[str, Broken] = {}
+    broken: dict[str, BrokenImage] = {}
     with ThreadPoolExecutor(workers) as threads:
         for number in range(total):
             path = folder / f"shards-{number:06d}.tar"
-            held = index.done(path)
-            if held is None:
-                places = range(number * images_each, min((number + 1) * images_each, len(names)))
-                found = threads.map(lambda i: packed(source, i, max_side, quality), places)
-                held = write_shard(path, dict(zip(places, found, strict=True)), names, shared)
-                index.add(path, held)
-                log.info("%s: %d images, %s of %d", path.name, held["images"], number + 1, total)
+            record = index.find(path)
+            if record is None:
+                indices = range(number * images_each, min((number + 1) * images_each, len(names)))
+                entries = threads.map(lambda i: make_entry(source, i, max_side, quality), indices)
+                record = write_shard(path, dict(zip(indices, entries, strict=True)), names, shared)
+                index.add(path, record)
+                log.info("%s: %d images, %s of %d", path.name, record["images"], number + 1, total)
             else:
                 kept += 1
-            before += held["bytes_before"]
-            broken |= {name: Broken(name, reason) for name, reason in held["skipped"]}
-            refuse_too_many(broken, len(names), max_broken)
+            bytes_before += record["bytes_before"]
+            broken |= {name: BrokenImage(name, reason) for name, reason in record["skipped"]}
+            check_broken(broken, len(names), max_broken)
     if broken:
         lines = "".join(image.line for image in broken.values())
         write_whole(folder / SKIPPED, lines.encode("utf-8", "surrogateescape"))
-    after = sum(held["bytes"] for held in index.shards.values())
+    bytes_after = sum(record["bytes"] for record in index.shards.values())
     images = len(names) - len(broken)
-    return Packed(folder, images, total, kept, len(broken), before, after)
+    return ShardsReport(folder, images, total, kept, len(broken), bytes_before, bytes_after)
 
 
-class Index:
-    """The record of what is done, kept beside the shards.
+class ShardIndex:
+    """The record of the shards that are done, kept beside them.
 
     Args:
-        folder: Where they are.
-        plan: What is packed and how.
-        shards: The record of each shard that is done, by its name.
+        folder: New, or of an earlier call with the same settings.
+        settings: What is written and how.
+
+    Raises:
+        ValueError: There is something else in the folder, or other shards.
     """
 
-    def __init__(self, folder: Path, plan: Mapping[str, Any], shards: dict[str, Any]) -> None:
-        self.folder, self.plan, self.shards = folder, plan, shards
-
-    @classmethod
-    def begun(cls, folder: Path, plan: Mapping[str, Any]) -> Index:
-        """The record of a folder: a new one, or that of an earlier call with the same plan.
-
-        Raises:
-            ValueError: There is something else in the folder, or other shards.
-        """
-        path = folder / INDEX
-        if not path.is_file():
+    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+        self.path, self.settings = folder / INDEX, settings
+        self.shards: dict[str, dict[str, Any]] = {}
+        if not self.path.is_file():
             if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
                 raise ValueError(
-                    f"out is {str(folder)!r}, which is not empty and was not packed here; name "
-                    "another folder"
+                    f"out is {str(folder)!r}, which is not empty and was not written by an earlier "
+                    "call; name another folder"
                 )
-            return cls(folder, plan, {})
-        held = json.loads(path.read_text(encoding="utf-8"))
-        changed = [name for name, value in plan.items() if held["plan"].get(name) != value]
+            return
+        stored = json.loads(self.path.read_text(encoding="utf-8"))
+        before = stored["plan"]
+        changed = [name for name, value in settings.items() if before.get(name) != value]
         if changed:
-            told = ", ".join(
-                "other images" if n == "names" else f"{n} {held['plan'].get(n)} and now {plan[n]}"
+            differences = ", ".join(
+                "other images" if n == "names" else f"{n} {before.get(n)} and now {settings[n]}"
                 for n in changed
             )
             raise ValueError(
-                f"out is {str(folder)!r}, which holds shards of another call ({told}); give the "
-                "same images and settings to go on with it, or name another folder"
+                f"out is {str(folder)!r}, which holds shards of another call ({differences}); give "
+                "the same images and settings to go on with it, or name another folder"
             )
+        self.shards = stored["shards"]
         for unfinished in folder.glob("*.part"):
             unfinished.unlink()
-        return cls(folder, plan, held["shards"])
 
-    def done(self, path: Path) -> dict[str, Any] | None:
-        """What is known of a shard that is there and as it was written; None where it is not."""
-        held: dict[str, Any] | None = self.shards.get(path.name)
-        if held is None or (held["bytes"] and not path.is_file()):
+    def find(self, path: Path) -> dict[str, Any] | None:
+        """The record of a shard that is there as it was written; None where it is not."""
+        record = self.shards.get(path.name)
+        if record is None or (record["bytes"] and not path.is_file()):
             return None
-        return held if not held["bytes"] or digest(path) == held["sha256"] else None
+        return record if not record["bytes"] or digest(path) == record["sha256"] else None
 
-    def add(self, path: Path, held: dict[str, Any]) -> None:
+    def add(self, path: Path, record: dict[str, Any]) -> None:
         """Note that a shard is done."""
-        self.shards[path.name] = held
-        text = json.dumps({"plan": self.plan, "shards": self.shards}, indent=1)
-        write_whole(self.folder / INDEX, text)
-
-
-def whole_name(name: str) -> str:
-    """An image's name, however its folder was spelled."""
-    return name if "://" in name else os.path.abspath(name)
+        self.shards[path.name] = record
+        text = json.dumps({"plan": self.settings, "shards": self.shards}, indent=1)
+        write_whole(self.path, text)
 
 
 def common_folder(names: Sequence[str]) -> str:
@@ -237,43 +227,43 @@ def common_folder(names: Sequence[str]) -> str:
     return ""
 
 
-def packed(source: Source, index: int, max_side: int, quality: int) -> Sample | ImageError:
+def make_entry(source: Source, index: int, max_side: int, quality: int) -> ShardEntry | ImageError:
     """An image in the form it has in a shard; or why it cannot be used."""
     try:
         content = source.content(index)
-        opened = open_image(content)
-        suffix = ending(source.name(index), content)
-        if max(opened.size) <= max_side and suffix:
-            opened.raster()  # a damaged file is found now, and not in training
-            return Sample(suffix, content, opened.size, len(content))
-        pixels = made_smaller(opened, max_side)
+        image = open_image(content)
+        suffix = suffix_of(source.name(index), content)
+        if max(image.size) <= max_side and suffix:
+            image.decode()  # a damaged file is found now, and not in training
+            return ShardEntry(suffix, content, image.size, len(content))
+        pixels = read_smaller(image, max_side)
     except ImageError as error:
         return error
-    suffix, written = encoded(pixels, quality)
-    return Sample(suffix, written, opened.size, len(content))
+    suffix, encoded = encode(pixels, quality)
+    return ShardEntry(suffix, encoded, image.size, len(content))
 
 
-def ending(name: str, content: bytes) -> str:
+def suffix_of(name: str, content: bytes) -> str:
     """The file's suffix, or else what its content begins as; empty where it cannot be told."""
     suffix = Path(name).suffix.lower()
-    if suffix in SUFFIXES:
+    if suffix in IMAGE_SUFFIXES:
         return suffix.removeprefix(".")
-    return next((kind for start, kind in STARTS.items() if content.startswith(start)), "")
+    return next((kind for start, kind in SIGNATURES.items() if content.startswith(start)), "")
 
 
-def made_smaller(opened: LazyImage, max_side: int) -> Tensor:
+def read_smaller(image: LazyImage, max_side: int) -> Tensor:
     """Upright pixels ``(c, h, w)`` of a longer side of ``max_side`` at most, without aliasing."""
-    longer = max(opened.size)
+    longer = max(image.size)
     max_side = min(max_side, longer)
-    h, w = (max(1, round(side * max_side / longer)) for side in opened.size)
-    scale = max(s for s in SCALES if s == 1 or longer >= max_side * s)
-    pixels = upright(opened.raster(scale).pixels, opened.orientation)
+    h, w = (max(1, round(side * max_side / longer)) for side in image.size)
+    height, width = (max_side if side == longer else 1 for side in image.size)
+    pixels = image.read((height, width))
     whole_numbers = pixels.dtype != torch.uint8 and bool((pixels == pixels.round()).all())
     smaller = interpolate(pixels[None], (h, w), mode="bilinear", antialias=True)[0]
     return smaller.round() if whole_numbers else smaller
 
 
-def encoded(pixels: Tensor, quality: int) -> tuple[str, bytes]:
+def encode(pixels: Tensor, quality: int) -> tuple[str, bytes]:
     """Pixels ``(c, h, w)`` as a file: its ending and its bytes."""
     import numpy as np
     from PIL import Image
@@ -289,7 +279,7 @@ def encoded(pixels: Tensor, quality: int) -> tuple[str, bytes]:
     low, high = array.min(), array.max()
     if array.dtype != np.uint8 and low >= 0 and high < 2**16 and (array == array.round()).all():
         array = array.astype(np.uint16)
-    if channels_last(array.shape, ""):  # more bands than columns: an array would be read otherwise
+    if channels_last(array.shape):  # more bands than columns: an array would be read otherwise
         from tifffile import imwrite
 
         imwrite(held, array, photometric="minisblack", planarconfig="separate")
@@ -299,37 +289,27 @@ def encoded(pixels: Tensor, quality: int) -> tuple[str, bytes]:
 
 
 def write_shard(
-    path: Path,
-    samples: Mapping[int, Sample | ImageError],
-    names: Sequence[str],
-    shared: str,
+    path: Path, entries: Mapping[int, ShardEntry | ImageError], names: Sequence[str], shared: str
 ) -> dict[str, Any]:
-    """Write a shard, read it back, and move it to its place; what is to be known of it.
-
-    Raises:
-        OSError: It cannot be written, or reads back otherwise.
-    """
+    """Write a shard, read it back, and move it to its place; returns its record in the index."""
     from webdataset import TarWriter
 
-    skipped = [(names[i], str(own)) for i, own in samples.items() if isinstance(own, ImageError)]
-    good = {i: own for i, own in samples.items() if isinstance(own, Sample)}
-    held: dict[str, Any] = {"images": len(good), "skipped": skipped, "bytes": 0, "sha256": ""}
-    held["bytes_before"] = sum(own.length for own in good.values())
+    skipped = [(names[i], str(own)) for i, own in entries.items() if isinstance(own, ImageError)]
+    good = {i: own for i, own in entries.items() if isinstance(own, ShardEntry)}
+    record: dict[str, Any] = {"images": len(good), "skipped": skipped, "bytes": 0, "sha256": ""}
+    record["bytes_before"] = sum(own.original_bytes for own in good.values())
     path.parent.mkdir(parents=True, exist_ok=True)
     if not good:
-        return held
+        return record
     beside = path.with_name(f"{path.name}.part")
     with beside.open("wb") as file:
         writer = TarWriter(file, mtime=0)
         for index, own in good.items():
             name = os.path.relpath(names[index], shared) if shared else names[index]
-            about: dict[str, Any] = {
-                "name": Path(os.fsencode(name).decode(errors="replace")).as_posix()
-            }
-            about |= {"height": own.size[0], "width": own.size[1]}
-            writer.write(
-                {"__key__": f"{index:09d}", own.suffix: own.content, "json": json.dumps(about)}
-            )
+            text = Path(os.fsencode(name).decode(errors="replace")).as_posix()
+            height, width = own.original_size
+            about = json.dumps({"name": text, "height": height, "width": width})
+            writer.write({"__key__": f"{index:09d}", own.suffix: own.content, "json": about})
         writer.close()
         file.flush()
         os.fsync(file.fileno())
@@ -339,14 +319,14 @@ def write_shard(
                 f"{beside} reads back otherwise than it was written; look at the disk, and call "
                 "again to go on"
             )
-    held |= {"bytes": beside.stat().st_size, "sha256": digest(beside)}
+    record |= {"bytes": beside.stat().st_size, "sha256": digest(beside)}
     beside.replace(path)
-    return held
+    return record
 
 
 def read_back(path: Path) -> Iterator[bytes]:
     """The bytes of each image in a shard."""
-    shards = Shards([str(path)])
+    shards = ShardSource([str(path)])
     return (shards.content(index) for index in range(len(shards)))
 
 

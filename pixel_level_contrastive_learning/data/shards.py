@@ -2,7 +2,7 @@
 
 WebDataset itself streams: what a batch holds then follows from which worker has read how far, and a
 run can be resumed only by reading again. Here a sample is a function of seed, epoch and index, so
-images are read where they lie. Shards named by URL are therefore fetched whole, once, and kept.
+images are read where they lie. Shards named by URL are downloaded whole, once, and kept.
 """
 
 from __future__ import annotations
@@ -19,18 +19,32 @@ from uuid import uuid4
 
 import torch
 
-from .decoding import SUFFIXES, open_image
+from .decoding import IMAGE_SUFFIXES, open_image
 from .image import ImageError, LazyImage
 
 log = logging.getLogger(__name__)
 
 
-def is_shards(place: str) -> bool:
-    """Whether a place is named as shards are: a tar file, a pattern of them, or a URL."""
-    return "://" in place or place.startswith("pipe:") or place.endswith((".tar", ".tar.gz"))
+class NameList:
+    """Many names in one block of bytes.
+
+    A list of a million strings would be copied into every worker, since counting references writes
+    to each of them.
+    """
+
+    def __init__(self, names: Sequence[bytes]) -> None:
+        self.block = b"".join(names)
+        self.ends = torch.tensor([0, *map(len, names)], dtype=torch.int64).cumsum(0)
+
+    def __len__(self) -> int:
+        return len(self.ends) - 1
+
+    def __getitem__(self, index: int) -> str:
+        start, end = self.ends[index : index + 2].tolist()
+        return os.fsdecode(self.block[start:end])
 
 
-class Shards:
+class ShardSource:
     """The images in some tar files.
 
     Args:
@@ -46,48 +60,38 @@ class Shards:
         if not members:
             raise ValueError(
                 f"no image in {len(paths)} shards ({paths[0]!r}, ...); looked for members that "
-                f"end in {', '.join(sorted(SUFFIXES))}"
+                f"end in {', '.join(sorted(IMAGE_SUFFIXES))}"
             )
         for empty in set(range(len(paths))) - {shard for shard, *_ in members}:
             log.warning("%s holds no image and is left out", paths[empty])
-        # Tensors and one block of bytes: lists would be copied into every worker.
-        self.where = torch.tensor([member[:3] for member in members], dtype=torch.int64)
-        names = [name for *_, name in members]
-        self.block = b"".join(names)
-        self.ends = torch.tensor([0, *map(len, names)], dtype=torch.int64).cumsum(0)
+        self.positions = torch.tensor([member[:3] for member in members], dtype=torch.int64)
+        self.names = NameList([name for *_, name in members])
 
     @classmethod
-    def find(cls, place: str, cache: Path | None = None) -> Self:
-        """The shards that a pattern or a URL names.
+    def find(cls, place: str) -> Self:
+        """The shards that a pattern or a URL names; those named by URL are kept in ``~/.cache``.
 
         Args:
             place: Such as ``shards-{0000..0099}.tar``, local or by URL; ``::`` joins several.
-            cache: Where those named by URL are kept; below ``~/.cache`` if not given.
 
         Raises:
-            ValueError: A shard is not there, or cannot be fetched.
+            ValueError: A shard is not there, or cannot be downloaded.
         """
         places = [place]
         if any(mark in place for mark in ("{", "::")):
             from webdataset.shardlists import expand_urls
 
             places = expand_urls(place)
-        return cls([fetched(one, cache) if is_remote(one) else local(one) for one in places])
+        return cls([download(one) if is_url(one) else find_local(one) for one in places])
 
     def __len__(self) -> int:
-        return len(self.where)
+        return len(self.positions)
 
     def name(self, index: int) -> str:
-        start, end = self.ends[index : index + 2].tolist()
-        return f"{self.paths[int(self.where[index, 0])]}:{os.fsdecode(self.block[start:end])}"
+        return f"{self.paths[int(self.positions[index, 0])]}:{self.names[index]}"
 
     def content(self, index: int) -> bytes:
-        """The bytes of an image.
-
-        Raises:
-            ImageError: Its shard is damaged.
-        """
-        shard, offset, length = self.where[index].tolist()
+        shard, offset, length = self.positions[index].tolist()
         try:
             with open(self.paths[shard], "rb") as file:
                 file.seek(offset)
@@ -99,20 +103,21 @@ class Shards:
         return content
 
     def open(self, index: int) -> LazyImage:
-        """Look at an image.
-
-        Raises:
-            ImageError: It, or its shard, is damaged.
-        """
         return open_image(self.content(index))
 
 
-def images_in(path: str) -> list[tuple[int, int, bytes]]:
-    """Offset, length and name of each image in a tar file. Only headers are read.
+def is_url(place: str) -> bool:
+    """Whether a shard has to be downloaded."""
+    return "://" in place or place.startswith("pipe:")
 
-    Raises:
-        ValueError: It is no tar file, or compressed.
-    """
+
+def is_shards(place: str) -> bool:
+    """Whether a place is named as shards are: a tar file, a pattern of them, or a URL."""
+    return is_url(place) or place.endswith((".tar", ".tar.gz"))
+
+
+def images_in(path: str) -> list[tuple[int, int, bytes]]:
+    """Offset, length and name of each image in a tar file, of which only headers are read."""
     found = []
     try:
         with tarfile.open(path, "r:") as tar:
@@ -120,7 +125,7 @@ def images_in(path: str) -> list[tuple[int, int, bytes]]:
                 tar.members = []  # type: ignore[attr-defined]  # else every header is kept
                 hidden = os.path.basename(member.name).startswith(".")
                 suffix = os.path.splitext(member.name)[1].lower()
-                if member.isfile() and suffix in SUFFIXES and not hidden:
+                if member.isfile() and suffix in IMAGE_SUFFIXES and not hidden:
                     found.append((member.offset_data, member.size, os.fsencode(member.name)))
     except tarfile.ReadError as error:
         if not found:
@@ -128,25 +133,20 @@ def images_in(path: str) -> list[tuple[int, int, bytes]]:
                 f"{path!r} is not a tar file that can be read ({error}); shards must be whole and "
                 "not compressed"
             ) from error
-    if found and not is_whole(path):
+    if found and not is_complete(path):
         log.warning("%s is cut off after %d images", path, len(found))
     return found
 
 
-def is_whole(path: str) -> bool:
+def is_complete(path: str) -> bool:
     """Whether a tar file has its end: blocks of zeros."""
     with open(path, "rb") as file:
         file.seek(max(os.path.getsize(path) - tarfile.BLOCKSIZE, 0))
         return not file.read().strip(b"\0")
 
 
-def is_remote(place: str) -> bool:
-    """Whether a shard has to be fetched."""
-    return "://" in place or place.startswith("pipe:")
-
-
-def local(place: str) -> str:
-    """The path of a local shard, once it has been found."""
+def find_local(place: str) -> str:
+    """The path of a local shard, if it is there."""
     path = Path(place).expanduser()
     if not path.is_file():
         raise ValueError(
@@ -156,31 +156,27 @@ def local(place: str) -> str:
     return str(path)
 
 
-def fetched(url: str, cache: Path | None) -> str:
-    """The path of a shard that was fetched now or before.
-
-    Raises:
-        ValueError: It cannot be fetched.
-    """
+def download(url: str) -> str:
+    """The path of a shard that is downloaded now, or was before."""
     from webdataset import gopen
 
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    folder = (cache or Path(base, "pixelcl", "shards")).expanduser()
+    folder = Path(base, "pixelcl", "shards").expanduser()
     tail = "".join(c if c.isalnum() or c in "-_." else "_" for c in url.rsplit("/", 1)[-1])[-80:]
     path = folder / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{tail}"
     if path.exists():
         return str(path)
     folder.mkdir(parents=True, exist_ok=True)
-    unfinished = folder / f".{uuid4().hex}"  # of this process alone: others may fetch it as well
-    log.info("fetching %s to %s", url, path)
+    unfinished = folder / f".{uuid4().hex}"  # of this process alone: others may download it as well
+    log.info("downloading %s to %s", url, path)
     try:
         with gopen(url, "rb") as stream, open(unfinished, "wb") as file:
             shutil.copyfileobj(stream, file, 2**20)
-        if not images_in(str(unfinished)) or not is_whole(str(unfinished)):
-            raise ValueError("what came is cut off, or holds no image")
+        if not images_in(str(unfinished)) or not is_complete(str(unfinished)):
+            raise ValueError("the download is cut off, or holds no image")
         os.replace(unfinished, path)
     except (OSError, ValueError) as error:
-        raise ValueError(f"cannot fetch the shard {url!r}: {error}") from error
+        raise ValueError(f"cannot download the shard {url!r}: {error}") from error
     finally:
         unfinished.unlink(missing_ok=True)
     return str(path)

@@ -1,7 +1,7 @@
 """Where images come from: folders, lists of paths, Python sequences, shards. No decoding here.
 
 A source is counted and read by index in any order, so that which image stands where in an epoch
-is decided by the order alone, and a run can be resumed at any image.
+is decided by the sampler alone, and a run can be resumed at any image.
 """
 
 from __future__ import annotations
@@ -17,16 +17,17 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .decoding import DEEP_MODES, SUFFIXES, eight_bit, open_image, raw, turned
-from .image import UPRIGHT, DecodedImage, ImageError, LazyImage, as_pixels, upright
-from .shards import Shards, is_shards
+from .. import run_layout
+from .decoding import HIGH_DEPTH_MODES, IMAGE_SUFFIXES, open_image, to_eight_bit, to_float
+from .image import ImageError, LazyImage, array_to_pixels, lazy_pixels, to_tensor
+from .shards import NameList, ShardSource, is_shards
 
 log = logging.getLogger(__name__)
 
-RUN_FILE, RUN_FOLDER = "config.yaml", "checkpoints"
-"""By what the folder of a run is known."""
-IMAGES, MASKS, PREDICTIONS = "images", "masks", "predictions"
-"""Folders of labelled images, and what an evaluation draws beside them."""
+IMAGES, MASKS = "images", "masks"
+"""Folders of labelled images."""
+MIN_IMAGES_TO_HOLD_OUT, HELD_OUT_SHARE, MAX_HELD_OUT = 200, 0.02, 256
+"""From how many images on some are held out of training, which share, and at most how many."""
 
 
 class Source(Protocol):
@@ -35,7 +36,7 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def open(self, index: int) -> LazyImage:
-        """Look at an image.
+        """Read an image's header.
 
         Raises:
             ImageError: It cannot be used.
@@ -52,7 +53,7 @@ class Source(Protocol):
         """What the image is called, for people."""
 
 
-class Files:
+class FileSource:
     """Images in files.
 
     Args:
@@ -60,19 +61,13 @@ class Files:
     """
 
     def __init__(self, paths: Sequence[str]) -> None:
-        # One block of bytes: a list of a million strings would be copied into every worker, since
-        # counting references writes to each of them.
-        encoded = [os.fsencode(path) for path in paths]
-        self.block = b"".join(encoded)
-        lengths = torch.tensor([0, *map(len, encoded)], dtype=torch.int64)
-        self.ends = lengths.cumsum(0)
+        self.names = NameList([os.fsencode(path) for path in paths])
 
     def __len__(self) -> int:
-        return len(self.ends) - 1
+        return len(self.names)
 
     def name(self, index: int) -> str:
-        start, end = self.ends[index : index + 2].tolist()
-        return os.fsdecode(self.block[start:end])
+        return self.names[index]
 
     def content(self, index: int) -> bytes:
         try:
@@ -85,7 +80,7 @@ class Files:
         return open_image(self.content(index))
 
 
-class Items:
+class ItemSource:
     """Images that are in memory or come from a torch ``Dataset``.
 
     An item is a tensor ``(c, h, w)`` or ``(h, w)``, an array ``(h, w)``, ``(h, w, c)`` or
@@ -107,44 +102,71 @@ class Items:
     def open(self, index: int) -> LazyImage:
         try:
             item = self.items[index]
-            return opened_item(item[0] if isinstance(item, (tuple, list)) else item)
+            return lazy_pixels(item_pixels(item[0] if isinstance(item, (tuple, list)) else item))
         except ImageError:
             raise
         except Exception as error:  # the user's code may raise anything, and Pillow decodes here
             raise ImageError(f"{type(error).__name__}: {error}") from error
 
 
-class Joined:
+def item_pixels(item: object) -> Tensor:
+    """The pixels ``(c, h, w)`` of an item: uint8, or float32 raw values."""
+    if isinstance(item, Tensor):
+        held = item.detach().cpu()
+        held = held.float() if held.dtype == torch.bfloat16 else held  # which NumPy has not
+        return array_to_pixels(held.numpy(), "CYX"[-item.ndim :])
+    if hasattr(item, "getbands"):
+        picture: Any = item
+        deep = picture.mode in HIGH_DEPTH_MODES
+        return to_float(picture) if deep else to_tensor(to_eight_bit(picture))
+    if hasattr(item, "__array__"):
+        import numpy as np
+
+        return array_to_pixels(np.asarray(item))
+    raise ImageError(
+        f"an item is a {type(item).__name__}; it must be a tensor (c, h, w), an array or a Pillow "
+        "image, or a tuple that begins with one"
+    )
+
+
+class IndexedSource:
+    """Images of other sources under indices of their own."""
+
+    def locate(self, index: int) -> tuple[Source, int]:
+        """The source that an image is in, and its index there."""
+        raise NotImplementedError
+
+    def name(self, index: int) -> str:
+        source, index = self.locate(index)
+        return source.name(index)
+
+    def content(self, index: int) -> bytes:
+        source, index = self.locate(index)
+        return source.content(index)
+
+    def open(self, index: int) -> LazyImage:
+        source, index = self.locate(index)
+        return source.open(index)
+
+
+class ConcatSource(IndexedSource):
     """Several sources, one after the other."""
 
     def __init__(self, parts: Sequence[Source]) -> None:
         self.parts = parts
 
     def __len__(self) -> int:
-        return sum(len(part) for part in self.parts)
+        return sum(map(len, self.parts))
 
-    def place(self, index: int) -> tuple[Source, int]:
-        """The source that an index falls into, and the index there."""
+    def locate(self, index: int) -> tuple[Source, int]:
         for part in self.parts:
             if index < len(part):
                 return part, index
             index -= len(part)
         raise IndexError(index)
 
-    def name(self, index: int) -> str:
-        part, index = self.place(index)
-        return part.name(index)
 
-    def content(self, index: int) -> bytes:
-        part, index = self.place(index)
-        return part.content(index)
-
-    def open(self, index: int) -> LazyImage:
-        part, index = self.place(index)
-        return part.open(index)
-
-
-class Subset:
+class Subset(IndexedSource):
     """Some images of a source, such as all that are not held out.
 
     Args:
@@ -159,19 +181,34 @@ class Subset:
     def __len__(self) -> int:
         return len(self.indices)
 
-    def name(self, index: int) -> str:
-        return self.source.name(int(self.indices[index]))
-
-    def content(self, index: int) -> bytes:
-        return self.source.content(int(self.indices[index]))
-
-    def open(self, index: int) -> LazyImage:
-        return self.source.open(int(self.indices[index]))
+    def locate(self, index: int) -> tuple[Source, int]:
+        return self.source, int(self.indices[index])
 
 
-def open_source(
-    data: Any, *, cache: Path | None = None, leave_out: str | Path | None = None
-) -> Source:
+def split_held_out(source: Source, seed: int) -> tuple[Subset, Subset]:
+    """Images to train on, and a few to look at that are never trained on.
+
+    Args:
+        source: All images.
+        seed: Which are held out.
+
+    Returns:
+        Two parts that share no image, in the source's order. The second is empty below 200 images;
+        else it has 2 % of them, 256 at most.
+
+    Example:
+        >>> train, held_out = split_held_out(open_source([torch.zeros(3, 8, 8)] * 300), seed=0)
+        >>> len(train), len(held_out)
+        (294, 6)
+    """
+    count = len(source)
+    enough = count >= MIN_IMAGES_TO_HOLD_OUT
+    few = min(int(HELD_OUT_SHARE * count), MAX_HELD_OUT) if enough else 0
+    drawn = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    return Subset(source, drawn[few:].sort().values), Subset(source, drawn[:few].sort().values)
+
+
+def open_source(data: Any, *, leave_out: str | Path | None = None) -> Source:
     """The images that the user means.
 
     Args:
@@ -179,21 +216,25 @@ def open_source(
             line, relative to the file), shards (``name-{0000..0099}.tar``, local or by URL), or a
             sequence of these; or a sequence or torch ``Dataset`` of tensors, arrays or Pillow
             images.
-        cache: Where shards that are named by URL are kept.
         leave_out: A folder that is not searched: the run's own.
 
     Raises:
         ValueError: Nothing usable is there: what was looked for and what was found.
+
+    Example:
+        >>> source = open_source([torch.zeros(3, 32, 48), torch.zeros(3, 20, 20)])
+        >>> len(source), source.name(1), source.open(0).size
+        (2, 'item 1', (32, 48))
     """
     if isinstance(data, (str, os.PathLike)):
-        return open_place(os.fspath(data), cache, leave_out)
+        return open_path(os.fspath(data), leave_out)
     if isinstance(data, Sized) and len(data) == 0:
         raise ValueError("data is empty; name a folder, a list of paths, shards or images")
     if isinstance(data, Sequence) and all(isinstance(part, (str, os.PathLike)) for part in data):
-        parts = [open_place(os.fspath(part), cache, leave_out) for part in data]
-        return parts[0] if len(parts) == 1 else Joined(parts)
+        parts = [open_path(os.fspath(part), leave_out) for part in data]
+        return parts[0] if len(parts) == 1 else ConcatSource(parts)
     if hasattr(data, "__getitem__") and isinstance(data, Sized):
-        return Items(data)
+        return ItemSource(data)
     hint = "; pass list(...) of it" if isinstance(data, Iterable) else ""
     raise ValueError(
         f"data is a {type(data).__name__}; it must be a folder, a text file of paths, shards, or a "
@@ -201,38 +242,38 @@ def open_source(
     )
 
 
-def open_place(place: str, cache: Path | None, leave_out: str | Path | None) -> Source:
+def open_path(place: str, leave_out: str | Path | None) -> Source:
     """The images of a folder, a file or a pattern of shards."""
     if is_shards(place):
-        return Shards.find(place, cache)
+        return ShardSource.find(place)
     path = Path(place).expanduser()
     if path.is_dir():
-        paths, others = search(path, leave_out=leave_out)
+        paths, others = find_files(path, leave_out=leave_out)
         if paths:
             if others:
-                log.info("left out of %s: %s", path, by_ending(others))
-            return Files(paths)
+                log.info("left out of %s: %s", path, count_by_ending(others))
+            return FileSource(paths)
         if others[".tar"]:
-            return Shards(search(path, frozenset({".tar"}), leave_out=leave_out)[0])
-        raise ValueError(nothing_in(path, others))
+            return ShardSource(find_files(path, frozenset({".tar"}), leave_out=leave_out)[0])
+        raise ValueError(no_image_message(path, others))
     if not path.exists():
         raise ValueError(
             f"{place!r} does not exist; name a folder of images (a run may be resumed with its "
             "images in another place)"
         )
-    if path.suffix.lower() in SUFFIXES:
-        return Files([str(path)])
-    return Files(listed(path))
+    if path.suffix.lower() in IMAGE_SUFFIXES:
+        return FileSource([str(path)])
+    return FileSource(read_list(path))
 
 
-def search(
-    folder: Path, endings: Set[str] = SUFFIXES, *, leave_out: str | Path | None = None
+def find_files(
+    folder: Path, suffixes: Set[str] = IMAGE_SUFFIXES, *, leave_out: str | Path | None = None
 ) -> tuple[list[str], Counter[str]]:
-    """All images under a folder in the order of their names, and how many files there are else.
+    """All images under a folder, sorted by name, and how many other files there are by suffix.
 
-    Links are followed, each folder is entered once, and what begins with a dot is left alone. So
-    is a run below the folder: else its pictures would be among the images when it is resumed. Of a
-    folder for `evaluate`, the masks and what was predicted are no images.
+    Links are followed, each folder is entered once, and names that begin with a dot are skipped. So
+    is a run below the folder, whose pictures are no images of the user's, and of a folder for
+    `evaluate` the masks and predictions.
     """
     found: list[str] = []
     others: Counter[str] = Counter()
@@ -240,49 +281,51 @@ def search(
     if leave_out is not None and (own := Path(leave_out).expanduser()).is_dir():
         entered.add((own.stat().st_dev, own.stat().st_ino))
 
-    def complain(error: OSError) -> None:
+    def warn(error: OSError) -> None:
         log.warning("a folder cannot be read and is left out: %s", error)
 
-    for place, folders, files in os.walk(folder, onerror=complain, followlinks=True):
+    for place, folders, files in os.walk(folder, onerror=warn, followlinks=True):
         here = os.stat(place)
         if (here.st_dev, here.st_ino) in entered:  # a link back to where we were
             folders.clear()
             continue
         entered.add((here.st_dev, here.st_ino))
-        if place != os.fspath(folder) and RUN_FILE in files and RUN_FOLDER in folders:
+        is_run = run_layout.CONFIG in files and run_layout.CHECKPOINTS in folders
+        if is_run and place != os.fspath(folder):
             log.info("%s holds a run and is not searched", place)
             folders.clear()
             continue
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        aside = {MASKS, PREDICTIONS} if {IMAGES, MASKS} <= set(folders) else set()
-        for name in aside & set(folders):
-            log.info("%s belongs to the images beside it and is not searched", Path(place) / name)
-            folders.remove(name)
+        if {IMAGES, MASKS} <= set(folders):
+            for name in {MASKS, run_layout.PREDICTIONS} & set(folders):
+                path = Path(place) / name
+                log.info("%s belongs to the images beside it and is not searched", path)
+                folders.remove(name)
         for name in files:
             suffix = os.path.splitext(name)[1].lower()
-            if suffix in endings and not name.startswith("."):
+            if suffix in suffixes and not name.startswith("."):
                 found.append(os.path.join(place, name))
             else:
                 others[suffix] += 1
     return sorted(found), others
 
 
-def nothing_in(folder: Path, others: Counter[str]) -> str:
-    """The complaint about a folder without images."""
-    found = by_ending(others) if others else "no file at all"
+def no_image_message(folder: Path, others: Counter[str]) -> str:
+    """The message about a folder without images."""
+    found = count_by_ending(others) if others else "no file at all"
     return (
         f"no image in {str(folder)!r}: looked in it and below for files that end in "
-        f"{', '.join(sorted(SUFFIXES))}, and for shards (.tar); found {found}"
+        f"{', '.join(sorted(IMAGE_SUFFIXES))}, and for shards (.tar); found {found}"
     )
 
 
-def by_ending(others: Counter[str]) -> str:
+def count_by_ending(others: Counter[str]) -> str:
     """Files that are no images, counted by their endings."""
     kinds = ", ".join(f"{count} {suffix or 'without'}" for suffix, count in others.most_common(5))
     return f"{others.total()} other files, by ending: {kinds}"
 
 
-def listed(path: Path) -> list[str]:
+def read_list(path: Path) -> list[str]:
     """The paths that a text file names, one a line."""
     content = path.read_bytes().removeprefix(BOM_UTF8)
     if b"\0" in content:
@@ -300,37 +343,3 @@ def listed(path: Path) -> list[str]:
             "themselves as data, and list images alone"
         )
     return paths
-
-
-def opened_item(item: object) -> LazyImage:
-    """An image in memory, looked at as a file would be."""
-    if isinstance(item, Tensor):
-        held = item.detach().cpu()
-        known = held.float() if held.dtype == torch.bfloat16 else held  # which NumPy has not
-        return opened_pixels(as_pixels(known.numpy(), "CYX"[-item.ndim :]))
-    if hasattr(item, "getbands"):
-        return opened_pillow(item)
-    if hasattr(item, "__array__"):
-        import numpy as np
-
-        return opened_pixels(as_pixels(np.asarray(item)))
-    raise ImageError(
-        f"an item is a {type(item).__name__}; it must be a tensor (c, h, w), an array or a Pillow "
-        "image, or a tuple that begins with one"
-    )
-
-
-def opened_pixels(pixels: Tensor) -> LazyImage:
-    """Pixels ``(c, h, w)`` that need no decoding."""
-    channels, height, width = pixels.shape
-    deep = pixels.dtype != torch.uint8
-    return LazyImage(
-        (height, width), channels, deep, UPRIGHT, False, lambda _: DecodedImage(pixels, 1)
-    )
-
-
-def opened_pillow(image: Any) -> LazyImage:
-    """A Pillow image of any mode."""
-    pixels = raw(image) if image.mode in DEEP_MODES else eight_bit(image)
-    _, orientation = turned(image)
-    return opened_pixels(upright(pixels, orientation))

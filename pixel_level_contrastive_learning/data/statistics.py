@@ -1,10 +1,11 @@
-"""What a data set is like, from a sample of it: channels, sizes, and how to scale its values."""
+"""Statistics of a sample of the images: channels, sizes, and how values are scaled."""
 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import median
+from typing import NamedTuple
 
 import torch
 from einops import rearrange
@@ -12,57 +13,62 @@ from numpy import percentile
 from torch import Tensor
 
 from ..augment import IMAGENET_MEAN, IMAGENET_STD
-from .image import SCALES, DecodedImage, ImageError, LazyImage, tensor_of
+from .image import ImageError, LazyImage, largest_scale, to_tensor
 from .sources import Source
+
+PerChannel = tuple[float, ...]
+Scaling = tuple[PerChannel, PerChannel, PerChannel | None, PerChannel | None]
+"""Mean, deviation, and the raw values that become 0 and 1."""
 
 PERCENTILES = (0.1, 99.9)
 """Which values of 16-bit and float data become 0 and 1; what lies beyond is clipped."""
-MOST_VALUES = 2**15
-"""Values of one image that are looked at."""
-CHANGES = {(1, 3), (3, 1), (4, 3)}
-"""Channels found and wanted that can be brought together: gray, RGB, RGB and a mask."""
+VALUES_PER_IMAGE = 2**15
+"""Values of one image that are measured, at most."""
+CONVERTIBLE = {(1, 3), (3, 1), (4, 3)}
+"""Channels found and wanted that can be converted: gray, RGB, RGB and a mask."""
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """What the loader and the network need to know of the data.
+    """What the loader and the network need to know of the images.
 
     Attributes:
-        channels: Channels that every image is brought to.
+        channels: Channels that every image is converted to.
         mean: Per channel, of values in [0, 1].
         std: Per channel, of values in [0, 1].
         low: Per channel, the raw value that becomes 0; None for 8-bit data, divided by 255.
         high: Per channel, the raw value that becomes 1; None for 8-bit data.
-        smallest: The smallest ``(height, width)`` seen, each for itself.
         median_size: The median ``(height, width)``.
-        sampled: How many images were looked at.
+
+    Example:
+        >>> statistics = Statistics(1, (0.5,), (0.2,), (100.0,), (300.0,), (64, 64))
+        >>> statistics.convert(torch.tensor([[[50.0, 150.0, 300.0]]]))
+        tensor([[[0.0000, 0.2500, 1.0000]]])
     """
 
     channels: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    low: tuple[float, ...] | None
-    high: tuple[float, ...] | None
-    smallest: tuple[int, int]
+    mean: PerChannel
+    std: PerChannel
+    low: PerChannel | None
+    high: PerChannel | None
     median_size: tuple[int, int]
-    sampled: int
 
-    def accepts(self, opened: LazyImage) -> None:
-        """Return if the image can be brought to this form.
+    def check(self, image: LazyImage) -> None:
+        """Refuse an image that cannot be converted.
 
         Raises:
-            ImageError: It has other channels, or is deeper than the sample was.
+            ImageError: It has other channels, or a higher bit depth than the sample had.
         """
-        if not fits(opened.channels, self.channels):
+        if not can_convert(image.channels, self.channels):
             raise ImageError(
-                f"it has {opened.channels} channels where the others have {self.channels}; keep "
+                f"it has {image.channels} channels where the others have {self.channels}; keep "
                 "images of one kind in a folder"
             )
-        if opened.deep and self.low is None:
+        if image.high_depth and self.low is None:
             raise ImageError("it is 16-bit or float, where the images looked at were 8-bit")
 
-    def form(self, pixels: Tensor) -> Tensor:
-        """Pixels of an accepted image in the form of the run.
+    def convert(self, pixels: Tensor) -> Tensor:
+        """Pixels of an image that passed `check`, with the run's channels and range.
 
         Args:
             pixels: ``(c, h, w)`` uint8, or float32 raw values.
@@ -70,13 +76,7 @@ class Statistics:
         Returns:
             ``(channels, h, w)``: uint8 where the data is 8-bit, else float32 in [0, 1].
         """
-        found = len(pixels)
-        if found == 3 and self.channels == 1:
-            red, green, blue = pixels.float()
-            gray = 0.299 * red + 0.587 * green + 0.114 * blue  # as Pillow does (ITU-R 601-2)
-            pixels = (gray.round() if pixels.dtype == torch.uint8 else gray).to(pixels.dtype)[None]
-        elif found != self.channels:
-            pixels = pixels.expand(self.channels, -1, -1) if found == 1 else pixels[: self.channels]
+        pixels = convert_channels(pixels, self.channels)
         if self.low is None or self.high is None:
             return pixels
         if pixels.dtype == torch.uint8:
@@ -86,150 +86,172 @@ class Statistics:
         return ((pixels - low) / (high - low)).clamp(0, 1)
 
 
+def read_image(
+    source: Source,
+    index: int,
+    statistics: Statistics,
+    at_least: int | tuple[int, int] | None = None,
+) -> Tensor:
+    """The upright pixels ``(c, h, w)`` of an image that the statistics can convert.
+
+    Args:
+        source: The images.
+        index: Which of them.
+        statistics: What it must fit.
+        at_least: The shorter side, or ``(height, width)``, that must be left when a large JPEG is
+            decoded smaller; None for the full size.
+
+    Raises:
+        ImageError: It cannot be read, or is of another kind.
+    """
+    image = source.open(index)
+    statistics.check(image)
+    return image.read(at_least)
+
+
+def can_convert(found: int, wanted: int) -> bool:
+    """Whether an image of so many channels can be used."""
+    return found == wanted or (found, wanted) in CONVERTIBLE
+
+
+def convert_channels(pixels: Tensor, wanted: int) -> Tensor:
+    """Pixels ``(c, ...)`` as ``(wanted, ...)``, of the same type."""
+    found = len(pixels)
+    if found == wanted:
+        return pixels
+    if (found, wanted) == (3, 1):
+        red, green, blue = pixels.float()
+        gray: Tensor = 0.299 * red + 0.587 * green + 0.114 * blue  # as Pillow does (ITU-R 601-2)
+        return (gray.round() if pixels.dtype == torch.uint8 else gray).to(pixels.dtype)[None]
+    return pixels.expand(wanted, *pixels.shape[1:]) if found == 1 else pixels[:wanted]
+
+
+class Header(NamedTuple):
+    """What the header of an image says."""
+
+    size: tuple[int, int]
+    channels: int
+    high_depth: bool
+
+
 def measure(
     source: Source, *, channels: int | None = None, seed: int = 0, sample: int = 200
 ) -> Statistics:
-    """Look at a sample of the images.
+    """Measure a sample of the images.
 
-    Of 8-bit RGB images only the headers are read, and ImageNet's mean and standard deviation hold.
-    Gray images among RGB ones become RGB. A fourth band of TIFFs that is nowhere but at its two
-    extremes is taken for a mask and left out.
+    Of 8-bit RGB images only the headers are read, and ImageNet's mean and standard deviation are
+    used. Gray images among RGB ones become RGB. A fourth band of TIFFs that holds nothing but its
+    two extremes is taken for a mask and left out.
 
     Args:
         source: The images.
         channels: How many channels the network is to see; found from the data if None.
-        seed: Which images are looked at.
+        seed: Which images are measured.
         sample: How many.
 
     Raises:
         ValueError: Not one image can be used.
     """
     order = torch.randperm(len(source), generator=torch.Generator().manual_seed(seed)).tolist()
-    found: list[tuple[int, LazyImage]] = []
+    headers: dict[int, Header] = {}
     refused: list[str] = []
     for index in order:
-        if len(found) == sample or len(refused) == max(5 * sample, 1000):
+        if len(headers) == sample or len(refused) == max(5 * sample, 1000):
             break
         try:
-            opened = source.open(index)
+            image = source.open(index)
         except ImageError as error:
             refused.append(f"{source.name(index)}: {error}")
         else:
-            # What it holds, without its bytes: two hundred files may be large.
-            found.append((index, replace(opened, load=gone)))
-    kinds = [kind for _, kind in found]
-    heights, widths = ([kind.size[i] for kind in kinds] for i in (0, 1))
-    wanted = channels or usual_channels(Counter(kind.channels for kind in kinds))
-    mean: tuple[float, ...] = IMAGENET_MEAN
-    std: tuple[float, ...] = IMAGENET_STD
-    low = high = None
-    if any(kind.deep or kind.channels != 3 for kind in kinds) or wanted != 3:
-        looked = [look for look in (looked_at(source, i, refused) for i, _ in found) if look]
-        if channels is None and wanted == 4 and all(is_mask(values) for values, _ in looked):
+            headers[index] = Header(image.size, image.channels, image.high_depth)
+    found = headers.values()
+    wanted = channels or usual_channels(Counter(header.channels for header in found))
+    scaling: Scaling = (IMAGENET_MEAN, IMAGENET_STD, None, None)
+    usable = len(headers) > 0
+    if wanted != 3 or any(header.high_depth or header.channels != 3 for header in found):
+        measured = [(sample_values(source, i, refused), headers[i].high_depth) for i in headers]
+        values = [(values, deep) for values, deep in measured if values is not None]
+        if channels is None and wanted == 4 and all(is_mask(bands) for bands, _ in values):
             wanted = 3
-        fitting = [(brought(v, wanted), deep) for v, deep in looked if fits(len(v), wanted)]
-        if fitting:
-            mean, std, low, high = spread(fitting)
-        found = found if fitting else []
-    if not found:
-        raise ValueError(unusable(source, refused, kinds, wanted))
-    return Statistics(
-        wanted,
-        mean,
-        std,
-        low,
-        high,
-        smallest=(min(heights), min(widths)),
-        median_size=(int(median(heights)), int(median(widths))),
-        sampled=len(found),
-    )
-
-
-def gone(_: int) -> DecodedImage:
-    """In place of a way to pixels that was let go."""
-    raise AssertionError("only what the file holds was kept")
+        values = [
+            (convert_channels(bands, wanted), deep)
+            for bands, deep in values
+            if can_convert(len(bands), wanted)
+        ]
+        usable = len(values) > 0
+        if usable:
+            scaling = channel_statistics(values)
+    if not usable:
+        raise ValueError(unusable_message(source, refused, headers, wanted))
+    heights, widths = zip(*(header.size for header in found), strict=True)
+    return Statistics(wanted, *scaling, (int(median(heights)), int(median(widths))))
 
 
 def usual_channels(counts: Counter[int]) -> int:
-    """The channels that most images can be brought to: 3 where there is any colour."""
+    """The channels that most images can be converted to: 3 where there is any colour."""
     if 3 in counts and set(counts) <= {1, 3, 4}:
         return 3
     return max(counts, key=lambda c: (counts[c], c), default=3)
 
 
-def looked_at(source: Source, index: int, refused: list[str]) -> tuple[Tensor, bool] | None:
-    """Some values ``(c, n)`` of an image, and whether it is deep; None where it is damaged.
-
-    What was not measured is NaN.
-    """
+def sample_values(source: Source, index: int, refused: list[str]) -> Tensor | None:
+    """Some values ``(c, n)`` of an image, NaN where not measured; None where it is damaged."""
     try:
-        opened = source.open(index)
-        scale = max((s for s in SCALES if min(opened.size) >= 256 * s), default=1)
-        pixels, _, known = opened.raster(scale)
+        image = source.open(index)
+        pixels, _, _, known = image.decode(largest_scale(min(image.size) / 256))
     except ImageError as error:
         refused.append(f"{source.name(index)}: {error}")
         return None
-    pixels = pixels if isinstance(pixels, Tensor) else tensor_of(pixels)
+    pixels = to_tensor(pixels)
     pixels = pixels if known is None else pixels.where(known, torch.nan)
     values = rearrange(pixels, "c h w -> c (h w)")
-    step = -(-values.numel() // MOST_VALUES) | 1  # odd, so that it does not keep to one column
-    return values[:, ::step].clone(), opened.deep
+    step = -(-values.numel() // VALUES_PER_IMAGE) | 1  # odd, so that it does not keep to one column
+    return values[:, ::step].clone()
 
 
 def is_mask(values: Tensor) -> bool:
-    """Whether the last band of ``(c, n)`` values is nowhere but at its two extremes."""
-    ends = (0, 255) if values.dtype == torch.uint8 else (0, 65535)
-    return len(values) == 4 and bool(((values[-1] == ends[0]) | (values[-1] == ends[1])).all())
+    """Whether the last of four bands of values ``(c, n)`` holds only its two extremes."""
+    low, high = (0, 255) if values.dtype == torch.uint8 else (0, 65535)
+    return len(values) == 4 and bool(((values[-1] == low) | (values[-1] == high)).all())
 
 
-def fits(found: int, wanted: int) -> bool:
-    """Whether an image of so many channels can be used."""
-    return found == wanted or (found, wanted) in CHANGES
+def channel_statistics(values: list[tuple[Tensor, bool]]) -> Scaling:
+    """Mean, deviation, and the raw values that become 0 and 1, of each channel.
 
-
-def brought(values: Tensor, wanted: int) -> Tensor:
-    """Values ``(c, n)`` of a fitting image as ``(wanted, n)``."""
-    plain = Statistics(wanted, (), (), None, None, (0, 0), (0, 0), 0)
-    return plain.form(values[..., None])[..., 0]
-
-
-def spread(
-    looked: list[tuple[Tensor, bool]],
-) -> tuple[
-    tuple[float, ...], tuple[float, ...], tuple[float, ...] | None, tuple[float, ...] | None
-]:
-    """Mean, standard deviation, and the raw values that become 0 and 1, of each channel.
-
-    All of what was measured: NaNs are left out.
+    Args:
+        values: ``(c, n)`` values of each image, NaN where not measured, and whether they are raw
+            values of high bit depth.
     """
-    deep = [values for values, is_deep in looked if is_deep]
-    shallow = [values / 255 for values, is_deep in looked if not is_deep]
+    deep = [channels for channels, is_deep in values if is_deep]
+    unit = [channels / 255 for channels, is_deep in values if not is_deep]
     low = high = None
     if deep:
-        values = torch.cat(deep, dim=1).double()
-        both = [percentile(numbers_of(channel).numpy(), PERCENTILES) for channel in values]
+        raw = torch.cat(deep, dim=1).double()
+        both = [percentile(measured_only(channel).numpy(), PERCENTILES) for channel in raw]
         ends = torch.stack(list(map(torch.from_numpy, both)), dim=1)
         ends[1] = torch.where(ends[1] > ends[0], ends[1], ends[0] + 1)  # constant: no range
         low, high = (tuple(end.tolist()) for end in ends)
         start, stop = rearrange(ends, "end c -> end c 1")
-        shallow.append(((values - start) / (stop - start)).clamp(0, 1))
-    unit = torch.cat([values.double() for values in shallow], dim=1)
-    channels = [numbers_of(channel) for channel in unit]
+        unit.append(((raw - start) / (stop - start)).clamp(0, 1))
+    joined = torch.cat([channels.double() for channels in unit], dim=1)
+    channels = [measured_only(channel) for channel in joined]
     mean = tuple(channel.mean().item() for channel in channels)
     std = tuple(channel.std(correction=0).clamp(min=1 / 255).item() for channel in channels)
     return mean, std, low, high
 
 
-def numbers_of(values: Tensor) -> Tensor:
-    """Those of some values ``(n,)`` that are numbers; a 0 where none is."""
+def measured_only(values: Tensor) -> Tensor:
+    """Those of some values ``(n,)`` that are no NaN; a 0 where none is."""
     numbers = values[~values.isnan()]
     return numbers if len(numbers) else values.new_zeros(1)
 
 
-def unusable(source: Source, refused: list[str], kinds: list[LazyImage], wanted: int) -> str:
-    """The complaint about data of which nothing can be used."""
-    if kinds and not refused:
-        found = sorted({kind.channels for kind in kinds})
+def unusable_message(
+    source: Source, refused: list[str], headers: dict[int, Header], wanted: int
+) -> str:
+    """The message about images of which none can be used."""
+    if headers and not refused:
+        found = sorted({header.channels for header in headers.values()})
         return (
             f"channels is {wanted}, but the images have {', '.join(map(str, found))}; leave it "
             "out, or name data of that kind"

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from ..backbones.checkpoint import BackboneCard
 from ..checks import one_of, raise_together, share, size_pair, whole
-from ..data.image import SCALES, ImageError, upright
+from ..data.image import ImageError
 from ..data.segmentation import SegmentationDataset, open_labelled
-from ..data.sources import PREDICTIONS, Files, Source, open_source
+from ..data.sources import FileSource, Source, open_source
+from ..data.statistics import read_image
+from ..run_layout import PREDICTIONS
 from .baselines import RANDOM, SHUT, Contender, Field, line_up
 from .correspondence import Correspondence, ViewPairs, draw_pairs, matched
 from .features import Preparation, Reader, Size, chosen_device
@@ -115,14 +117,11 @@ def some_images(source: Source, prepare: Preparation) -> tuple[list[Tensor], lis
     refused: list[str] = []
     for index in evenly(len(source), MOST_IMAGES):
         try:
-            opened = source.open(index)
-            prepare.statistics.accepts(opened)
-            fitting = [s for s in SCALES if min(opened.size) >= wanted * s]
-            raster = opened.raster(max(fitting, default=1))
+            read = read_image(source, index, prepare.statistics, wanted)
         except ImageError as error:
             refused.append(f"{source.name(index)}: {error}")
             continue
-        pixels = prepare.in_range(upright(raster.pixels, opened.orientation), source.name(index))
+        pixels = prepare.in_range(read, source.name(index))
         shorter = min(pixels.shape[-2:])
         smaller = Preparation(prepare.statistics, min(wanted, shorter))
         seen.append(smaller.resized(pixels))
@@ -309,7 +308,7 @@ def evaluate(
         found = without_labels(weights, images, layers, size, repeats, place)
     else:
         train, judged = open_labelled(data, ("train", split))
-        field = line_up(weights, Files([str(path) for path in train.images]))
+        field = line_up(weights, FileSource([str(path) for path in train.images]))
         count = seeds or (FINETUNE_SEEDS if protocol == "finetune" else 1)
         prepare = Preparation.of(field.card, size, field.contenders[-1].build(seed))
         repeats = range(seed, seed + count)

@@ -16,7 +16,7 @@ from ..augment import Normalise, statistics
 from ..backbones.checkpoint import BackboneCard
 from ..backbones.factory import default_image_size
 from ..checks import raise_together, size_pair
-from ..data.statistics import Statistics, fits
+from ..data.statistics import Statistics, can_convert
 from ..modules.feature_info import Survey, duplicate, thawed
 from ..modules.hooks import Taps, as_map, first_weight
 
@@ -230,7 +230,7 @@ class Preparation:
                 "views it was trained on, or leave size out"
             )
         form = card.channels, card.mean, card.std, card.low, card.high
-        return cls(Statistics(*form, card.image_size, card.image_size, 0), size)
+        return cls(Statistics(*form, card.image_size), size)
 
     def fitted(self, size: Size) -> Size:
         """The ``(height, width)`` at which an image of ``size`` is fed."""
@@ -259,7 +259,7 @@ class Preparation:
             ValueError: Other channels, or 16-bit or float values where the weights know 8-bit ones.
         """
         wanted = self.statistics.channels
-        if not fits(len(pixels), wanted):
+        if not can_convert(len(pixels), wanted):
             raise ValueError(
                 f"{name} has {len(pixels)} channels, but the network takes {wanted}; give images "
                 f"of {wanted} channels, or weights that were trained on {len(pixels)}"
@@ -270,7 +270,7 @@ class Preparation:
                 f"{name} holds 16-bit or float values, but these weights were trained on 8-bit "
                 "images; give weights that were trained on such data, or write the images as 8-bit"
             )
-        formed = self.statistics.form(pixels)
+        formed = self.statistics.convert(pixels)
         return formed.float() / 255 if formed.dtype == torch.uint8 else formed
 
     def resized(self, pixels: Tensor, full: Size | None = None) -> Tensor:

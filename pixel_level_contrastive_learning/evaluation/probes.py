@@ -215,7 +215,7 @@ def gather(
     most = most_bytes // (4 * (reader.channels + classes))
     count = min(len(split), most)
     order, first_held = held_out_last(count)
-    chosen = split.chosen([len(split) * i // count for i in order])
+    chosen = split.subset([len(split) * i // count for i in order])
     # The whole bound at once: pages that are never written take no memory, growing would copy.
     cells, shares = torch.empty(most, reader.channels), torch.empty(most, classes)
     each = most // count

@@ -24,8 +24,8 @@ from .. import run_layout
 from ..backbones.checkpoint import ZERO_INIT, BackboneCard
 from ..backbones.factory import build_backbone, zero_last_norms
 from ..backbones.state_dict import load_weights
-from ..data.loader import TwoViewLoader, build_loader, split_held_out
-from ..data.sources import Source, Subset, open_source
+from ..data.loader import TwoViewLoader, build_loader
+from ..data.sources import Source, open_source, split_held_out
 from ..data.statistics import Statistics, measure
 from ..files import write_whole
 from ..pixel_cl import PixelCL
@@ -70,6 +70,7 @@ def open_data(data: Any, config: PretrainConfig, resumed: Path | None) -> Traini
             plain: dict[str, Any] = {
                 name: tuple(value) if isinstance(value, list) else value
                 for name, value in values.items()
+                if name not in ("smallest", "sampled")  # of older versions
             }
             statistics = Statistics(**plain)
         except (ValueError, TypeError, AttributeError) as error:
@@ -87,8 +88,7 @@ def open_data(data: Any, config: PretrainConfig, resumed: Path | None) -> Traini
     else:
         channels = None if config.channels == "auto" else config.channels
         statistics = measure(source, channels=channels, seed=config.seed)
-    train, kept = split_held_out(source, config.seed)
-    return TrainingData(Subset(source, train), Subset(source, kept), statistics)
+    return TrainingData(*split_held_out(source, config.seed), statistics)
 
 
 def save_statistics(data: TrainingData, folder: Path) -> None:

@@ -17,10 +17,10 @@ from .. import run_layout
 from ..augment import Normalise
 from ..backbones.checkpoint import BackboneCard
 from ..data.dataset import TwoViewBatch
-from ..data.image import SCALES, ImageError, upright
+from ..data.image import ImageError
 from ..data.segmentation import SegmentationDataset
 from ..data.sources import Source
-from ..data.statistics import Statistics
+from ..data.statistics import Statistics, read_image
 from ..evaluation.correspondence import ViewPairs, draw_pairs, matched
 from ..evaluation.features import Preparation, Reader
 from ..evaluation.probes import Diverged, probed
@@ -189,14 +189,10 @@ def central_views(
         if len(found) == count:
             break
         try:
-            opened = source.open(index)
-            statistics.accepts(opened)
-            height, width = opened.size
-            scale = max(s for s in SCALES if s == 1 or (height >= h * s and width >= w * s))
-            pixels = upright(opened.raster(scale).pixels, opened.orientation)
+            pixels = read_image(source, index, statistics, size)
         except ImageError:
             continue
-        formed = statistics.form(pixels)
+        formed = statistics.convert(pixels)
         unit = formed.float() / 255 if formed.dtype == torch.uint8 else formed
         height, width = unit.shape[-2:]
         zoom = min(height / h, width / w)

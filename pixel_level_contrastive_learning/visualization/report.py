@@ -24,9 +24,10 @@ from torch.nn.functional import interpolate
 from ..augment import Colour, Photometry
 from ..backbones.checkpoint import BackboneCard, Loaded, read_backbone
 from ..checks import raise_together, whole
-from ..data.image import SCALES, ImageError, upright
+from ..data.image import ImageError
 from ..data.shards import is_shards
-from ..data.sources import PREDICTIONS, Source, open_source
+from ..data.sources import Source, open_source
+from ..data.statistics import read_image
 from ..evaluation.baselines import random_net
 from ..evaluation.correspondence import draw_pairs
 from ..evaluation.evaluate import BY_COLOUR, evenly, left_out, none_left
@@ -34,6 +35,7 @@ from ..evaluation.features import Preparation, Reader, chosen_device
 from ..evaluation.health import Verdict, gauge, verdict
 from ..evaluation.results import CLEAR, LABELLED_FILE, UNLABELLED_FILE, Evaluation, shown
 from ..files import write_whole
+from ..run_layout import PREDICTIONS
 from ..views import Placement, cut_views, draw_maps
 from .curves import chart_svg, drawable, in_words, read_metrics, smoothed, thinned
 from .explorer import WHOLE, Sample, cargo, jpeg, rgb, webp
@@ -519,11 +521,7 @@ def read(source: Source, index: int, prepare: Preparation) -> Tensor:
     Raises:
         ImageError: It is no image, or none for this network.
     """
-    opened = source.open(index)
-    prepare.statistics.accepts(opened)
-    scale = max(s for s in SCALES if s == 1 or min(opened.size) >= SHOWN_SIDE * s)
-    pixels = upright(opened.raster(scale).pixels, opened.orientation)
-    return middle_part(pixels)
+    return middle_part(read_image(source, index, prepare.statistics, SHOWN_SIDE))
 
 
 def middle_part(pixels: Tensor) -> Tensor:

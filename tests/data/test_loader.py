@@ -14,24 +14,27 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import default_collate
 
 from pixel_level_contrastive_learning.augment import Factors, Photometry, change_colour
-from pixel_level_contrastive_learning.data import dataset as pairs_room
+from pixel_level_contrastive_learning.data import dataset
 from pixel_level_contrastive_learning.data.dataset import (
     SampleKey,
     TooManyBrokenError,
     TwoViewBatch,
-    dice,
     epoch_order,
+    seeded_generator,
 )
 from pixel_level_contrastive_learning.data.loader import (
     StreamSampler,
     TwoViewLoader,
     build_loader,
+)
+from pixel_level_contrastive_learning.data.sources import (
+    Source,
+    Subset,
+    open_source,
     split_held_out,
 )
-from pixel_level_contrastive_learning.data.sources import Source, Subset, open_source
 from pixel_level_contrastive_learning.data.statistics import Statistics, measure
 from pixel_level_contrastive_learning.geometry import cell_centres
 from pixel_level_contrastive_learning.trainer.logging import logging_to
@@ -107,19 +110,10 @@ def test_deep_data_comes_as_floats_of_the_unit_range() -> None:
     assert batch.one.std() > 0.1
 
 
-def test_default_collating_of_samples_gives_the_batch(pictures) -> None:
-    ours = loader(pictures)
-    places = ours.order.batch(0)
-    dataset = ours.loader.dataset.pairs
-    collated = default_collate([dataset[place] for place in places])
-    assert type(collated) is TwoViewBatch
-    assert same(collated, next(iter(ours)))
-
-
 def test_an_image_of_its_own_coordinates_reads_back() -> None:
     y, x = torch.meshgrid(torch.arange(97) + 0.5, torch.arange(131) + 0.5, indexing="ij")
     source = open_source([torch.stack((x, y))] * 8)
-    form = Statistics(2, (0, 0), (1, 1), (0.0, 0.0), (200.0, 200.0), (97, 131), (97, 131), 8)
+    form = Statistics(2, (0, 0), (1, 1), (0.0, 0.0), (200.0, 200.0), (97, 131))
     for rotation in (0, 30):
         batches = build_loader(
             source, form, image_size=(24, 32), batch_size=8, prob_vflip=0.5, max_rotation=rotation
@@ -158,13 +152,17 @@ def test_only_colour_photographs_are_solarised() -> None:
 
 
 def test_a_sample_is_the_same_alone_and_in_any_batch(pictures) -> None:
+    alone = joined(list(loader(pictures, batch_size=1)))
+    for batch_size in (3, 12):
+        samples = joined(list(loader(pictures, batch_size=batch_size)))
+        assert all(torch.equal(a, b) for a, b in zip(alone, samples, strict=True))
+
+
+def test_what_a_sample_goes_through_does_not_hang_on_its_position(pictures) -> None:
     ours = loader(pictures)
-    dataset = ours.loader.dataset.pairs
-    for batch_size in (1, 3, 12):
-        others = list(loader(pictures, batch_size=batch_size))
-        samples = joined(others)
-        alone = default_collate([dataset[ours.order.place(i)] for i in range(len(samples[0]))])
-        assert all(torch.equal(a, b) for a, b in zip(flat(alone), samples, strict=True))
+    key = ours.sampler.key(5)
+    one, two = (ours.loader.dataset[[own]].batch for own in (key, key._replace(position=7)))
+    assert same(one, two)
 
 
 def test_an_image_is_changed_anew_each_epoch_and_by_each_seed(pictures) -> None:
@@ -176,12 +174,6 @@ def test_an_image_is_changed_anew_each_epoch_and_by_each_seed(pictures) -> None:
         mine, theirs = first.index.argsort(), batch.index.argsort()
         assert (first.map_one[mine] != batch.map_one[theirs]).flatten(1).any(dim=1).all()
         assert (first.factors_one.sigma[mine] != batch.factors_one.sigma[theirs]).all()
-
-
-def test_what_a_sample_goes_through_does_not_hang_on_its_position(pictures) -> None:
-    dataset = loader(pictures).loader.dataset.pairs
-    place = loader(pictures).order.place(5)
-    assert same(dataset[place], dataset[place._replace(position=7)])
 
 
 def test_no_other_generator_is_drawn_from(pictures) -> None:
@@ -231,7 +223,7 @@ def test_a_large_jpeg_is_decoded_as_small_as_its_views_allow(area, scale, tmp_pa
 
 def test_few_or_many_files_held_at_once_make_no_difference(pictures, monkeypatch) -> None:
     expected = next(iter(loader(pictures, batch_size=12)))
-    monkeypatch.setattr(pairs_room, "MOST_HELD", 1)
+    monkeypatch.setattr(dataset, "MAX_OPEN_VALUES", 1)
     assert same(next(iter(loader(pictures, batch_size=12))), expected)
 
 
@@ -250,10 +242,9 @@ def test_a_loader_goes_on_where_it_stood(folder, workers) -> None:
         seen.append(batch)
         if len(seen) == 2:
             break
-    state = ours.state_dict()
-    assert state == {"samples": 6}  # not what workers have made ahead
+    assert ours.sampler.samples == 6  # not what workers have loaded ahead
     resumed = loader(source, batch_size=3, workers=workers)
-    resumed.load_state_dict(state)
+    resumed.start_at(6)
     seen += [batch for _ in range(2) for batch in resumed]
     assert all(same(one, two) for one, two in zip(seen, expected, strict=True))
     ours.start_at(0)
@@ -265,15 +256,15 @@ def test_batches_are_made_ahead_over_the_ends_of_epochs(folder, workers) -> None
     alone = loader(open_source(folder), batch_size=1)
     ours = loader(open_source(folder), batch_size=12, workers=workers)
     first = list(ours)
-    assert (under_way := ours.under_way) is not None
+    assert (ahead := ours.ahead) is not None
     for epoch in range(1, 4):  # of one batch each
-        assert ours.state_dict() == {"samples": 12 * epoch}
+        assert ours.sampler.samples == 12 * epoch
         first += list(ours)
-        assert ours.under_way is under_way
+        assert ours.ahead is ahead
     assert [batch.index.tolist() for batch in first] == [
         [batch.index.item() for batch in alone] for _ in range(4)
     ]
-    ours.load_state_dict({"samples": 12})
+    ours.start_at(12)
     assert same(next(iter(ours)), first[1])
 
 
@@ -427,17 +418,17 @@ def test_settings_out_of_range_are_refused_together(pictures) -> None:
     with pytest.raises(ValueError) as error:
         loader(pictures, crop_area=(0.5, 0.2), workers=-1, prob_hflip=2, max_broken=-1, prefetch=0)
     told = [line.split(" is ")[0] for line in str(error.value).splitlines()]
-    assert told == ["crop_area", "workers", "prefetch", "prob_hflip", "max_broken"]
+    assert told == ["crop_area", "prob_hflip", "max_broken", "workers", "prefetch"]
 
 
 def test_few_images_are_held_out_and_none_of_a_small_set() -> None:
     for count, few in ((1, 0), (199, 0), (200, 4), (999, 19), (100_000, 256)):
         source = Subset(open_source([0]), torch.zeros(count, dtype=torch.int64))
-        training, held = split_held_out(source, seed=3)
+        training, held = (part.indices for part in split_held_out(source, seed=3))
         assert len(held) == few
         assert torch.equal(torch.cat((training, held)).sort().values, torch.arange(count))
-        assert torch.equal(split_held_out(source, seed=3)[1], held)
-    assert not torch.equal(split_held_out(source, seed=4)[1], held)
+        assert torch.equal(split_held_out(source, seed=3)[1].indices, held)
+    assert not torch.equal(split_held_out(source, seed=4)[1].indices, held)
 
 
 def test_the_loader_loads_neither_kornia_nor_a_decoder() -> None:
@@ -489,9 +480,9 @@ def stream(order: StreamSampler, passes: int = 1) -> list[SampleKey]:
     """The samples of some passes, the clock moved as a loader moves it."""
     found = []
     for _ in range(passes):
-        for batch in islice(order, order.left):
+        for batch in islice(order, order.batches_left):
             found += batch
-            order.start_at(order.samples + order.step)
+            order.start_at(order.samples + order.samples_per_step)
     return found
 
 
@@ -535,8 +526,7 @@ def test_fewer_images_than_a_batch_wrap_round() -> None:
 def test_a_run_goes_on_where_it_stood(stop) -> None:
     whole = stream(StreamSampler(13, 4, seed=0), passes=4)
     order = StreamSampler(13, 4, seed=0)
-    order.load_state_dict({"samples": 4 * stop})
-    assert order.state_dict() == {"samples": 4 * stop}
+    order.start_at(4 * stop)
     rest = stream(order, passes=4 - stop // 3)
     assert rest == whole[4 * stop :]
 
@@ -554,21 +544,23 @@ def test_the_clock_may_go_on_while_batches_are_made_ahead() -> None:
     batches = iter(order)
     first = next(batches)
     order.start_at(4)
-    assert first + next(batches) + next(batches) == list(map(order.place, range(12)))
+    assert first + next(batches) + next(batches) == list(map(order.key, range(12)))
 
 
-def test_dice_differ_with_every_number() -> None:
+def test_generators_differ_with_every_number() -> None:
+    def draw(*numbers: int) -> float:
+        return torch.rand(2, generator=seeded_generator(*numbers)).sum().item()
+
     numbers = [(0, 0, 1), (0, 1, 0), (1, 0, 0), (0, 0, 0), (0, 0), (1, 1, 11), (1, 11, 1)]
-    throws = {torch.rand(2, generator=dice(*some)).sum().item() for some in numbers}
-    assert len(throws) == len(numbers)
-    assert torch.rand(1, generator=dice(1, 2)) == torch.rand(1, generator=dice(1, 2))
+    assert len({draw(*some) for some in numbers}) == len(numbers)
+    assert draw(1, 2) == draw(1, 2)
 
 
 def test_what_is_out_of_range_is_refused() -> None:
     with pytest.raises(ValueError) as error:
         StreamSampler(0, 0, seed=-1, rank=2, world=2)
     assert str(error.value).splitlines() == [
-        "count is 0; it must be a whole number of at least 1",
+        "images is 0; it must be a whole number of at least 1",
         "batch_size is 0; it must be a whole number of at least 1",
         "seed is -1; it must be a whole number of at least 0",
         "rank is 2; it must be below world (2)",

@@ -13,8 +13,7 @@ from tifffile import imwrite
 
 from pixel_level_contrastive_learning.data import shard_writer
 from pixel_level_contrastive_learning.data.dataset import TooManyBrokenError
-from pixel_level_contrastive_learning.data.image import upright
-from pixel_level_contrastive_learning.data.shard_writer import pack
+from pixel_level_contrastive_learning.data.shard_writer import write_shards
 from pixel_level_contrastive_learning.data.sources import open_source
 
 
@@ -39,7 +38,7 @@ def members(path: Path) -> dict[str, bytes]:
 
 
 def test_large_images_are_made_smaller_and_small_ones_keep_their_bytes(images, tmp_path) -> None:
-    packed = pack(images, tmp_path / "out", max_side=150, images_each=3)
+    packed = write_shards(images, tmp_path / "out", max_side=150, images_each=3)
     assert (packed.images, packed.shards, packed.kept, packed.skipped) == (5, 2, 0, 0)
     assert packed.bytes_before == sum(p.stat().st_size for p in images.rglob("*.*"))
     assert packed.bytes_after == sum(p.stat().st_size for p in (tmp_path / "out").glob("*.tar"))
@@ -52,7 +51,7 @@ def test_large_images_are_made_smaller_and_small_ones_keep_their_bytes(images, t
         "height": 300,
         "width": 200,
     }
-    slope = upright(source.open(0).raster().pixels, source.open(0).orientation)[:, 50].float()
+    slope = source.open(0).read()[:, 50].float()
     exact = torch.linspace(0, 255, 300).view(150, 2).mean(dim=1)
     assert (slope - exact).abs().max() < 6  # JPEG, and nothing moved
 
@@ -63,14 +62,14 @@ def test_deep_images_keep_their_kind_of_values(tmp_path, dtype) -> None:
     bands = np.arange(4, dtype=dtype)[:, None, None] * 9000 + np.full((4, 60, 80), 7, dtype)
     bands = bands if dtype == np.uint16 else bands + np.float32(0.25)
     imwrite(tmp_path / "images" / "a.tif", bands, planarconfig="separate", photometric="minisblack")
-    pack(tmp_path / "images", tmp_path / "out", max_side=40)
+    write_shards(tmp_path / "images", tmp_path / "out", max_side=40)
     stored = np.load(io.BytesIO(members(tmp_path / "out" / "shards-000000.tar")["000000000.npy"]))
     assert (stored.dtype, stored.shape) == (dtype, (4, 30, 40))
     assert np.allclose(stored, bands[:, ::2, ::2])
 
 
 def test_work_that_was_cut_off_goes_on_and_ends_the_same(images, tmp_path, monkeypatch) -> None:
-    pack(images, tmp_path / "whole", max_side=150, images_each=2)
+    write_shards(images, tmp_path / "whole", max_side=150, images_each=2)
     real, calls = shard_writer.write_shard, []
 
     def failing(path, *given):
@@ -82,9 +81,9 @@ def test_work_that_was_cut_off_goes_on_and_ends_the_same(images, tmp_path, monke
 
     monkeypatch.setattr(shard_writer, "write_shard", failing)
     with pytest.raises(OSError, match="No space left"):
-        pack(images, tmp_path / "out", max_side=150, images_each=2)
+        write_shards(images, tmp_path / "out", max_side=150, images_each=2)
     assert [p.name for p in sorted((tmp_path / "out").glob("*.tar"))] == ["shards-000000.tar"]
-    packed = pack(images, tmp_path / "out", max_side=150, images_each=2)
+    packed = write_shards(images, tmp_path / "out", max_side=150, images_each=2)
     assert packed.kept == 1
     assert calls == [*(f"shards-00000{k}.tar" for k in (0, 1, 1, 2))]
     for name in ("shards-000000.tar", "shards-000001.tar", "shards-000002.tar", "shards.json"):
@@ -94,19 +93,19 @@ def test_work_that_was_cut_off_goes_on_and_ends_the_same(images, tmp_path, monke
 
 
 def test_a_shard_that_rotted_is_written_again(images, tmp_path) -> None:
-    pack(images, tmp_path / "out", images_each=5)
+    write_shards(images, tmp_path / "out", images_each=5)
     shard = tmp_path / "out" / "shards-000000.tar"
     before = shard.read_bytes()
     shard.write_bytes(before[:2000] + b"?" + before[2001:])
-    assert pack(images, tmp_path / "out", images_each=5).kept == 0
+    assert write_shards(images, tmp_path / "out", images_each=5).kept == 0
     assert shard.read_bytes() == before
-    assert pack(images, tmp_path / "out", images_each=5).kept == 1
+    assert write_shards(images, tmp_path / "out", images_each=5).kept == 1
 
 
 def test_a_disk_that_gives_back_something_else_is_told(images, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(shard_writer, "read_back", lambda _: iter([b"?"] * 5))
     with pytest.raises(OSError, match=r"reads back otherwise .*; look at the disk"):
-        pack(images, tmp_path / "out")
+        write_shards(images, tmp_path / "out")
     assert not list((tmp_path / "out").glob("*.tar"))
 
 
@@ -114,8 +113,8 @@ def test_broken_images_are_left_out_and_listed(images, tmp_path) -> None:
     whole = (images / "1.jpg").read_bytes()
     (images / "1.jpg").write_bytes(whole[:300])
     with pytest.raises(TooManyBrokenError, match=r"1 of 5 images .* max_broken"):
-        pack(images, tmp_path / "out", max_broken=0)
-    packed = pack(images, tmp_path / "out")
+        write_shards(images, tmp_path / "out", max_broken=0)
+    packed = write_shards(images, tmp_path / "out")
     assert (packed.images, packed.skipped) == (4, 1)
     [line] = (tmp_path / "out" / "skipped.txt").read_text().splitlines()
     assert line.startswith(f"{images / '1.jpg'}\tdamaged: ")
@@ -124,16 +123,16 @@ def test_broken_images_are_left_out_and_listed(images, tmp_path) -> None:
 
 
 def test_other_settings_and_other_folders_are_refused(images, tmp_path) -> None:
-    pack(images, tmp_path / "out", max_side=150)
+    write_shards(images, tmp_path / "out", max_side=150)
     with pytest.raises(ValueError, match=r"shards of another call \(max_side 150 and now 100\)"):
-        pack(images, tmp_path / "out", max_side=100)
+        write_shards(images, tmp_path / "out", max_side=100)
     (images / "new.png").write_bytes((images / "süb" / "small.png").read_bytes())
     with pytest.raises(ValueError, match=r"\(images 5 and now 6, other images\)"):
-        pack(images, tmp_path / "out", max_side=150)
-    with pytest.raises(ValueError, match="which is not empty and was not packed here"):
-        pack(images, images)
+        write_shards(images, tmp_path / "out", max_side=150)
+    with pytest.raises(ValueError, match="which is not empty and was not written by an earlier"):
+        write_shards(images, images)
     with pytest.raises(ValueError) as error:
-        pack(images, tmp_path / "new", max_side=0, quality=96, images_each=0, workers=0)
+        write_shards(images, tmp_path / "new", max_side=0, quality=96, images_each=0, workers=0)
     assert [line.split()[0] for line in str(error.value).splitlines()] == [
         *("max_side", "quality", "images_each", "workers")
     ]
@@ -141,8 +140,8 @@ def test_other_settings_and_other_folders_are_refused(images, tmp_path) -> None:
 
 
 def test_shards_may_be_packed_again(images, tmp_path) -> None:
-    pack(images, tmp_path / "large")
-    pack([tmp_path / "large"], tmp_path / "small", max_side=100)
+    write_shards(images, tmp_path / "large")
+    write_shards([tmp_path / "large"], tmp_path / "small", max_side=100)
     assert [open_source(tmp_path / "small").open(i).size for i in range(2)] == [(67, 100)] * 2
 
 
@@ -157,7 +156,7 @@ def test_a_file_without_a_known_suffix_takes_it_from_its_content(tmp_path, kind,
         Image.fromarray(pixels).save(stream, kind)
     (tmp_path / name).write_bytes(stream.getvalue())
     (tmp_path / "list.txt").write_text(name)
-    assert pack(tmp_path / "list.txt", tmp_path / "out").images == 1
+    assert write_shards(tmp_path / "list.txt", tmp_path / "out").images == 1
     suffix = {"JPEG": "jpg", "TIFF": "tif", "PPM": "jpg"}.get(kind, kind.lower())
     held = members(tmp_path / "out" / "shards-000000.tar")[f"000000000.{suffix}"]
     assert (held == stream.getvalue()) == (kind != "PPM")  # not told apart, and written anew
@@ -168,13 +167,13 @@ def test_images_of_more_bands_than_columns_keep_their_bands(tmp_path) -> None:
     (tmp_path / "bands").mkdir()
     bands = np.arange(12, dtype=np.uint16)[:, None, None].repeat(40, 1).repeat(20, 2) * 1000
     imwrite(tmp_path / "bands/a.tif", bands, photometric="minisblack", planarconfig="separate")
-    pack(tmp_path / "bands", tmp_path / "out", max_side=20)
+    write_shards(tmp_path / "bands", tmp_path / "out", max_side=20)
     opened = open_source(tmp_path / "out").open(0)
     assert (opened.channels, opened.size) == (12, (20, 10))
-    assert opened.raster().pixels[:, 0, 0].tolist() == [1000 * band for band in range(12)]
+    assert opened.read()[:, 0, 0].tolist() == [1000 * band for band in range(12)]
 
 
 def test_a_folder_may_be_spelled_otherwise_when_it_goes_on(images, tmp_path, monkeypatch) -> None:
-    pack(images, tmp_path / "out")
+    write_shards(images, tmp_path / "out")
     monkeypatch.chdir(tmp_path)
-    assert "5 images" in str(pack("images/../images", tmp_path / "out"))
+    assert "5 images" in str(write_shards("images/../images", tmp_path / "out"))

@@ -12,9 +12,8 @@ from PIL import Image
 from torch.utils.data import TensorDataset
 from webdataset import TarWriter
 
-from pixel_level_contrastive_learning.data import shards as shards_room
-from pixel_level_contrastive_learning.data.image import ImageError, upright
-from pixel_level_contrastive_learning.data.shards import Shards
+from pixel_level_contrastive_learning.data.image import ImageError
+from pixel_level_contrastive_learning.data.shards import ShardSource, is_shards
 from pixel_level_contrastive_learning.data.sources import Source, Subset, open_source
 
 
@@ -27,8 +26,7 @@ def paint(path: Path, value: int = 0) -> Path:
 
 def values(source: Source) -> list[float]:
     """The first value of each image."""
-    opened = [source.open(index) for index in range(len(source))]
-    return [float(upright(one.raster().pixels, one.orientation)[0, 0, 0]) for one in opened]
+    return [float(source.open(index).read()[0, 0, 0]) for index in range(len(source))]
 
 
 def names(source: Source, folder: Path) -> list[str]:
@@ -117,10 +115,10 @@ def test_items_may_be_tensors_arrays_or_pictures(item) -> None:
     assert len(source) == 2
     assert source.name(1) == "item 1"
     opened = source.open(1)
-    pixels = opened.raster().pixels
+    pixels = opened.read()
     assert opened.size == (4, 5)
     assert opened.channels == len(pixels)
-    assert pixels.dtype == (torch.float32 if opened.deep else torch.uint8)
+    assert pixels.dtype == (torch.float32 if opened.high_depth else torch.uint8)
     assert pixels.unique().tolist() == [7]
 
 
@@ -246,34 +244,32 @@ def test_a_shard_of_labels_among_those_of_images_is_left_out(folder, caplog) -> 
         open_source(folder)
 
 
-def test_shards_named_by_url_are_fetched_once(folder, tmp_path, monkeypatch) -> None:
+def test_shards_named_by_url_are_downloaded_once(folder, tmp_path, monkeypatch) -> None:
     url = f"pipe:cat {folder}/part-{{00..02}}.tar"
-    cache = tmp_path / "cache"
-    assert values(open_source(url, cache=cache)) == [0, 1, 2, 3, 4, 5]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    cache = tmp_path / "home" / "pixelcl" / "shards"
+    assert values(open_source(url)) == [0, 1, 2, 3, 4, 5]
     assert len(list(cache.iterdir())) == 3
     (folder / "part-00.tar").unlink()
-    assert len(open_source(url, cache=cache)) == 6
-    with pytest.raises(ValueError, match=r"cannot fetch the shard 'pipe:cat /nowhere/x.tar'"):
-        open_source("pipe:cat /nowhere/x.tar", cache=cache)
+    assert len(open_source(url)) == 6
+    with pytest.raises(ValueError, match=r"cannot download the shard 'pipe:cat /nowhere/x.tar'"):
+        open_source("pipe:cat /nowhere/x.tar")
     for length in (4000, 6144, 6244):  # in a sample, after the first, in a header
-        with pytest.raises(ValueError, match=r"cannot fetch the shard .pipe:head"):
-            open_source(f"pipe:head -c {length} {folder}/part-01.tar", cache=cache)
-    assert len(list(cache.iterdir())) == 3  # nothing half fetched is left
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
-    open_source(f"pipe:cat {folder}/part-01.tar")
-    assert len(list((tmp_path / "home" / "pixelcl" / "shards").iterdir())) == 1
+        with pytest.raises(ValueError, match=r"cannot download the shard .pipe:head"):
+            open_source(f"pipe:head -c {length} {folder}/part-01.tar")
+    assert len(list(cache.iterdir())) == 3  # nothing half downloaded is left
 
 
 def test_shards_that_are_cut_off_give_what_they_have(folder, caplog) -> None:
     path = folder / "part-00.tar"
-    _, start, length = Shards([str(path)]).where[0].tolist()
+    _, start, length = ShardSource([str(path)]).positions[0].tolist()
     with path.open("r+b") as file:
         file.truncate(start + length + 700)
-    source = Shards([str(path)])
+    source = ShardSource([str(path)])
     assert len(source) == 1
     assert "is cut off after 1 images" in caplog.text
     with path.open("r+b") as file:
-        file.truncate(int(source.where[-1, 1]) + 10)
+        file.truncate(int(source.positions[-1, 1]) + 10)
     with pytest.raises(ImageError, match=r"^the shard ends after 10 of"):
         source.open(len(source) - 1)
     path.unlink()
@@ -295,8 +291,8 @@ def test_what_is_no_shard_is_refused(tmp_path) -> None:
     }.items():
         with pytest.raises(ValueError, match=text):
             open_source(str(tmp_path / name))
-    assert shards_room.is_shards("https://example.org/x-{000..009}.tar")
-    assert not shards_room.is_shards("images")
+    assert is_shards("https://example.org/x-{000..009}.tar")
+    assert not is_shards("images")
 
 
 def test_shards_are_found_as_images_are(tmp_path) -> None:

@@ -280,7 +280,7 @@ def test_a_network_that_goes_by_colour_is_told_so() -> None:
     assert "by colour" not in without([seen(0.2), seen(0.3, kept=0.6)])  # not by colour alone
 
 
-PREPARE = Preparation(Statistics(3, (0.5,) * 3, (0.5,) * 3, None, None, (1, 1), (1, 1), 0), 24)
+PREPARE = Preparation(Statistics(3, (0.5,) * 3, (0.5,) * 3, None, None, (1, 1)), 24)
 
 
 def plain(path: Path) -> None:

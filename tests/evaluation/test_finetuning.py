@@ -25,7 +25,7 @@ from pixel_level_contrastive_learning.modules.feature_info import Survey
 
 
 def preparation(size) -> Preparation:
-    return Preparation(Statistics(3, (0.5,) * 3, (0.25,) * 3, None, None, (1, 1), (1, 1), 0), size)
+    return Preparation(Statistics(3, (0.5,) * 3, (0.25,) * 3, None, None, (1, 1)), size)
 
 
 class Transformer(nn.Module):
@@ -192,7 +192,7 @@ def test_what_is_predicted_for_an_image_does_not_hang_on_the_others(labelled) ->
     settings = {"steps": 5, "batch": 2}
     net = small()
     together = finetuned(net, train, val, preparation(32), keep=[1, 2], **settings)
-    alone = finetuned(net, train, val.chosen([1]), preparation(32), keep=[0], **settings)
+    alone = finetuned(net, train, val.subset([1]), preparation(32), keep=[0], **settings)
     assert torch.equal(alone.kept[0], together.kept[1])
 
 

@@ -15,7 +15,7 @@ from pixel_level_contrastive_learning.evaluation.metrics import feed, likeliest,
 
 
 def preparation(size) -> Preparation:
-    return Preparation(Statistics(3, (0.5,) * 3, (0.5,) * 3, None, None, (1, 1), (1, 1), 0), size)
+    return Preparation(Statistics(3, (0.5,) * 3, (0.5,) * 3, None, None, (1, 1)), size)
 
 
 def split(folder, masks, classes) -> SegmentationDataset:

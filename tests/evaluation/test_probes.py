@@ -32,7 +32,7 @@ from pixel_level_contrastive_learning.evaluation.probes import (
 
 
 def preparation(size: int) -> Preparation:
-    return Preparation(Statistics(3, (0.5,) * 3, (0.25,) * 3, None, None, (1, 1), (1, 1), 0), size)
+    return Preparation(Statistics(3, (0.5,) * 3, (0.25,) * 3, None, None, (1, 1)), size)
 
 
 # What cells show.
@@ -162,7 +162,7 @@ def test_a_bank_stays_within_its_bound_while_it_grows(
     for number in range(1, 10):  # the first has the fewest cells
         widen(labelled, number, 48 + 24 * number)
     train, _ = open_labelled(labelled)
-    many = train.chosen(list(range(10)) * 16)
+    many = train.subset(list(range(10)) * 16)
     banks, most = [], 2**23
     taken = peak(
         lambda: banks.append(gather(Wide(channels), many, preparation(32), most_bytes=most)),

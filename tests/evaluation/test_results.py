@@ -90,7 +90,7 @@ def test_figures_without_labels_leave_those_with_labels_where_they_are(tmp_path)
     assert not Evaluation.from_json(second.read_text()).labelled
 
 
-PREPARE = Preparation(Statistics(3, (0.5,) * 3, (0.5,) * 3, None, None, (1, 1), (1, 1), 0), 32)
+PREPARE = Preparation(Statistics(3, (0.5,) * 3, (0.5,) * 3, None, None, (1, 1)), 32)
 
 
 @pytest.mark.parametrize("count", [2, 11, 20, 21, 255])

@@ -533,7 +533,7 @@ def test_a_probe_is_told_of() -> None:
 
 @pytest.fixture
 def prepare() -> Preparation:
-    statistics = Statistics(3, (0.5,) * 3, (0.25,) * 3, None, None, (64, 64), (64, 64), 0)
+    statistics = Statistics(3, (0.5,) * 3, (0.25,) * 3, None, None, (64, 64))
     return Preparation(statistics, 48)
 
 
