@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from ..checks import one_of, per_channel, raise_together, size_pair, whole
+from ..checks import check_limits, one_of, per_channel, raise_together
 from ..files import write_whole
 from ..modules.hooks import plain_name
 from ..run_layout import CARD
@@ -92,13 +92,10 @@ class BackboneCard:
         for field in fields(self):  # JSON has lists where we have tuples
             if isinstance(value := getattr(self, field.name), list):
                 object.__setattr__(self, field.name, tuple(value))
+        statistics = {name: getattr(self, name) for name in ("mean", "std", "low", "high")}
         raise_together(
-            whole("channels", self.channels, 1),
-            size_pair("image_size", self.image_size),
-            *(
-                per_channel(name, getattr(self, name), self.channels)
-                for name in ("mean", "std", "low", "high")
-            ),
+            *check_limits({"channels": self.channels, "image_size": self.image_size}),
+            *(per_channel(name, values, self.channels) for name, values in statistics.items()),
         )
 
     def to_json(self) -> str:

@@ -13,7 +13,7 @@ from torch import nn
 from torchvision import models
 
 from ..augment import IMAGENET_MEAN, IMAGENET_STD
-from ..checks import raise_together, size_pair, whole
+from ..checks import check_limits, raise_together
 from ..modules.feature_info import Survey
 from .custom import custom_net
 from .state_dict import load_matching
@@ -52,10 +52,8 @@ def build_backbone(
     >>> build_backbone("torchvision/resnet18", channels=5).conv1.weight.shape
     torch.Size([64, 5, 7, 7])
     """
-    raise_together(
-        whole("channels", channels, 1),
-        None if image_size is None else size_pair("image_size", image_size),
-    )
+    sizes = {} if image_size is None else {"image_size": image_size}
+    raise_together(*check_limits({"channels": channels, **sizes}))
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
     library, name = parse_model_name(model)
     builders = {"torchvision": torchvision_net, "timm": timm_net, "custom": custom_net}

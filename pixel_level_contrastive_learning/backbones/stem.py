@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..checks import raise_together, whole
+from ..checks import check_limits, raise_together
 
 
 def find_stem(net: nn.Module) -> tuple[str, nn.Conv2d] | None:
@@ -35,7 +35,7 @@ def adapt_channels(net: nn.Module, channels: int, *, keep: bool = True) -> nn.Mo
       (0): Conv2d(5, 8, kernel_size=(3, 3), stride=(1, 1))
     )
     """
-    raise_together(whole("channels", channels, 1))
+    raise_together(*check_limits({"channels": channels}))
     stem = find_stem(net)
     if stem is None:
         raise ValueError(

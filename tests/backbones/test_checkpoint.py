@@ -4,6 +4,7 @@ import json
 import logging
 import os
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from pixel_level_contrastive_learning.backbones.checkpoint import (
     card_of,
     load_backbone,
     read_backbone,
+    read_card,
     save_backbone,
     save_card,
 )
@@ -52,6 +54,74 @@ def same(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
 @pytest.fixture
 def net() -> nn.Module:
     return build_backbone(MODEL, channels=2)
+
+
+# The card.
+
+FULL_CARD = replace(
+    CARD,
+    model="torchvision/resnet18",
+    low=(0.0, 1.5),
+    high=(4095.0, 2000.0),
+    start="Gewichte für später.pth",
+    seed=7,
+)
+FIELDS = json.loads(FULL_CARD.to_json())
+
+
+def test_a_card_comes_back_as_it_was_and_can_be_read_by_anyone() -> None:
+    assert BackboneCard.from_json(FULL_CARD.to_json()) == FULL_CARD
+    assert FULL_CARD.version == version("pixel-level-contrastive-learning")
+    assert (FIELDS["image_size"], FIELDS["high"]) == ([64, 64], [4095.0, 2000.0])
+    assert "später" in FULL_CARD.to_json()
+
+
+def test_fields_with_a_default_may_be_left_out() -> None:
+    optional = ("low", "high", "start", "seed", "version")
+    card = BackboneCard.from_json(
+        json.dumps({name: value for name, value in FIELDS.items() if name not in optional})
+    )
+    assert (card.low, card.high, card.start, card.seed) == (None, None, "random", 0)
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        (json.dumps(FIELDS | {"channels": 0}), "channels is 0; it must be a whole number of at"),
+        (json.dumps(FIELDS | {"mean": [0.1]}), "mean is (0.1,); it must be 2 numbers, one a"),
+        (json.dumps(FIELDS | {"std": [0.1, 0]}), "std is (0.1, 0); every value must be above 0"),
+        (json.dumps(FIELDS | {"image_size": [0, 3]}), "image_size is (0, 3)"),
+        (json.dumps(FIELDS | {"sede": 3}), "field is 'sede'; it must be one of 'model', "),
+        ("{", "Expecting property name"),
+        ("[]", "it is a list, not an object with fields"),
+        ('{"model": "x"}', "missing 6 required keyword-only arguments: 'channels', 'image_size',"),
+    ],
+)
+def test_a_wrong_card_is_refused(text, complaint, tmp_path) -> None:
+    (tmp_path / "net.json").write_text(text)
+    with pytest.raises(ValueError) as error:
+        read_card(tmp_path / "net.safetensors")
+    assert str(error.value).startswith(f"{tmp_path / 'net.json'} is not a backbone's card: ")
+    assert complaint in str(error.value)
+
+
+def test_without_a_card_one_is_told_what_to_do(tmp_path) -> None:
+    with pytest.raises(ValueError) as error:
+        read_card(tmp_path / "net.pth")
+    assert str(error.value) == (
+        f"{tmp_path / 'net.pth'} has no card net.json beside it, which says what network it is of; "
+        "put the card there, or load it into a network of your own: load_weights(net, path)"
+    )
+
+
+def test_weights_in_any_folder_have_their_own_card(tmp_path) -> None:
+    """Only a run's checkpoints have that of the run, which lies above them."""
+    own = tmp_path / "checkpoints" / "improved.pt"
+    own.parent.mkdir()
+    own.with_suffix(".json").write_text(FULL_CARD.to_json())
+    (tmp_path / "backbone.json").write_text(replace(FULL_CARD, seed=8).to_json())
+    assert read_card(own).seed == 7
+    assert read_card(own.with_name("step-00000001.ckpt")).seed == 8
 
 
 # Out and in.
