@@ -4,12 +4,14 @@ import re
 import subprocess
 import sys
 import time
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
 from torchvision import models
 
 from pixel_level_contrastive_learning import cli, load_backbone
+from pixel_level_contrastive_learning.backbones.export import FORMATS
 from pixel_level_contrastive_learning.evaluation import evaluate, finetuning
 from pixel_level_contrastive_learning.trainer.config import PretrainConfig
 
@@ -187,6 +189,11 @@ def test_unknown_commands_are_refused_with_the_known_ones(capsys) -> None:
 def test_out_and_data_are_asked_for(capsys) -> None:
     assert "out is not given" in refusal("pretrain", "x", capsys=capsys)
     assert "data is not given" in refusal("pretrain", "--out", "y", capsys=capsys)
+
+
+def test_every_format_of_export_can_be_asked_for() -> None:
+    allowed = get_type_hints(cli.export)["format"]
+    assert get_args(allowed) == tuple(FORMATS)
 
 
 def test_ctrl_c_ends_a_command_without_a_traceback(monkeypatch, capsys) -> None:

@@ -99,9 +99,8 @@ def export(run: str | Path, format: str, out: str | Path | None = None) -> Expor
         state = {name: value for name, value in state.items() if not name.startswith("fc.")}
     if loaded is not None and not state.keys().isdisjoint([*loaded.missing, *loaded.mismatched]):
         raise ValueError(
-            f"{source} does not have all weights of {card.model}, and random ones are not "
-            "exported; use the model as it was trained, or train again.\n"
-            f"{loaded}"
+            f"{source} does not have all weights of its model, and random ones are not exported; "
+            f"use the model as it was trained, or train again.\n{loaded}"
         )
     if format == "detectron2":
         write_whole(path, detectron2_file(state))

@@ -362,7 +362,7 @@ def test_weights_that_the_run_does_not_have_are_not_exported(tmp_path) -> None:
     ):
         export(tmp_path, "safetensors")
     assert str(error.value) == (
-        f"{tmp_path / 'backbone.safetensors'} does not have all weights of {file}:build, and "
+        f"{tmp_path / 'backbone.safetensors'} does not have all weights of its model, and "
         "random ones are not exported; use the model as it was trained, or train again.\n"
         "matched 2 of 4 keys\nmissing 2: 1.weight, 1.bias\nmismatched 0"
     )
