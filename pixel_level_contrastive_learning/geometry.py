@@ -1,4 +1,4 @@
-"""Where cells lie in the source image, and which cells of two views see the same spot.
+"""Where cells lie in the source image, and which cells of two views show the same spot.
 
 A view is an affine map ``(2, 3)`` from its unit square (``u`` to the right, ``v`` down, 0 and 1 at
 the edges) to source-image pixels ``(x, y)``, edges at 0 and at width and height. Crops, flips,
@@ -7,28 +7,12 @@ rotations and shears are all such maps, and nothing here knows which it was.
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 from einops import rearrange
 from torch import Tensor
 
 from .blocks import Block, blocks
 from .checks import LIMITS, raise_together
-
-
-class Pairs(Protocol):
-    """Which cells of view one match which cells of view two; see `Positives`."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """``(b, n1, n2)`` of the table."""
-
-    def block(self, block: Block) -> Tensor:
-        """The part ``(images, rows, n2)`` of the table, bool."""
-
-    def count(self) -> Tensor:
-        """Matches per image, ``(b,)`` int64."""
 
 
 def box_to_map(boxes: Tensor, mirrored: Tensor) -> Tensor:
@@ -40,6 +24,9 @@ def box_to_map(boxes: Tensor, mirrored: Tensor) -> Tensor:
 
     Returns:
         ``(b, 2, 3)`` maps from the view's unit square to source pixels.
+
+    >>> box_to_map(torch.tensor([[10.0, 20, 110, 60]]), torch.tensor([True]))[0].tolist()
+    [[-100.0, 0.0, 110.0], [0.0, 40.0, 20.0]]
     """
     x0, y0, x1, y1 = boxes.unbind(dim=-1)
     left, right = torch.where(mirrored, x1, x0), torch.where(mirrored, x0, x1)
@@ -55,7 +42,7 @@ def unit_centres(cells: int, like: Tensor) -> Tensor:
 
 
 def cell_centres(to_image: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Where each cell of a feature map looks in the source image.
+    """The centre of each cell of a feature map, in the source image.
 
     Args:
         to_image: ``(b, 2, 3)`` float maps from the view's unit square to source pixels.
@@ -63,6 +50,10 @@ def cell_centres(to_image: Tensor, grid: tuple[int, int]) -> Tensor:
 
     Returns:
         ``(b, h * w, 2)`` float centres ``(x, y)``, in source pixels, row by row.
+
+    >>> to_image = box_to_map(torch.tensor([[10.0, 20, 110, 60]]), torch.tensor([False]))
+    >>> cell_centres(to_image, (2, 1))[0].tolist()
+    [[60.0, 30.0], [60.0, 50.0]]
     """
     h, w = grid
     v, u = torch.meshgrid(unit_centres(h, to_image), unit_centres(w, to_image), indexing="ij")
@@ -74,7 +65,7 @@ def cell_centres(to_image: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def cell_diagonals(to_image: Tensor, grid: tuple[int, int]) -> Tensor:
-    """How long a cell's diagonal is in the source image: the unit of every distance.
+    """The length of a cell's diagonal in the source image: the unit of every distance.
 
     Args:
         to_image: ``(b, 2, 3)`` float maps from the view's unit square to source pixels.
@@ -83,6 +74,10 @@ def cell_diagonals(to_image: Tensor, grid: tuple[int, int]) -> Tensor:
     Returns:
         ``(b,)`` float lengths in source pixels; of a sheared cell, whose two diagonals differ,
         their root mean square.
+
+    >>> to_image = box_to_map(torch.tensor([[0.0, 0, 60, 80]]), torch.tensor([False]))
+    >>> cell_diagonals(to_image, (2, 2)).tolist()
+    [50.0]
     """
     h, w = grid
     width, height = to_image[..., 0] / w, to_image[..., 1] / h
@@ -90,11 +85,11 @@ def cell_diagonals(to_image: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 class Positives:
-    """Which cells of two views see the same spot, as a rule that is asked block by block.
+    """Which cells of two views show the same spot, computed block by block.
 
     Cell ``i`` of view one and cell ``j`` of view two match where the distance of their centres,
     divided by the larger of the two views' cell diagonals, is under the threshold
-    (arXiv:2011.10043, sec. 3.1, Eq. 1). The ``(b, n1, n2)`` table of answers is never held whole.
+    (arXiv:2011.10043, sec. 3.1, Eq. 1). The ``(b, n1, n2)`` table is never held whole.
 
     Args:
         one: ``(b, 2, 3)`` float view maps of view one.
@@ -105,6 +100,10 @@ class Positives:
 
     Raises:
         ValueError: The threshold is not above 0.
+
+    >>> to_image = box_to_map(torch.tensor([[0.0, 0, 64, 64]]), torch.tensor([False]))
+    >>> Positives(to_image, to_image, (2, 2), (2, 2), threshold=0.7).count().tolist()
+    [4]
     """
 
     def __init__(
@@ -170,25 +169,19 @@ def positive_mask(
     return positives.rows(0, positives.shape[1])
 
 
-class HeldPairs:
-    """A table of matches that is already there, asked as one asks `Positives`.
-
-    Args:
-        table: ``(b, n1, n2)`` bool.
-    """
+class PositiveTable(Positives):
+    """`Positives` out of a table ``(b, n1, n2)``, bool, that is already there."""
 
     def __init__(self, table: Tensor) -> None:
         self.table = table
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """``(b, n1, n2)``."""
-        return self.table.shape
+    def shape(self) -> tuple[int, int, int]:
+        b, n1, n2 = self.table.shape
+        return b, n1, n2
 
     def block(self, block: Block) -> Tensor:
-        """The part ``(images, rows, n2)`` of the table."""
         return self.table[block.images, block.rows]
 
     def count(self) -> Tensor:
-        """Matches per image, ``(b,)`` int64."""
         return self.table.sum(dim=(1, 2))

@@ -53,7 +53,7 @@ def check_images(images: object, channels: int, smallest: int = 1) -> Tensor:
     if min(images.shape[2:]) < smallest:
         raise ValueError(
             f"images are {images.shape[2]}x{images.shape[3]}; they must be at least {smallest}x"
-            f"{smallest}, the stride of the pixel layer: tap an earlier layer or use larger images"
+            f"{smallest}, the stride of the pixel layer: use an earlier layer or larger images"
         )
     return images
 

@@ -1,12 +1,12 @@
-"""What the learner minimises: tensors in, a scalar out (arXiv:2011.10043, sec. 3).
+"""The losses of the method: tensors in, a scalar out (arXiv:2011.10043, sec. 3).
 
-Each pixel loss is one direction; the learner calls it twice, with the views exchanged, and adds.
+Each is one direction; the learner adds both, with the views exchanged.
 Cosines are taken in at least float32, whatever the precision of the tensors that come in.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from einops import einsum, rearrange
@@ -15,27 +15,24 @@ from torch.autograd.function import once_differentiable
 
 from .blocks import Block, by_blocks
 from .checks import LIMITS, raise_together
-from .geometry import HeldPairs, Pairs
+from .geometry import Positives, PositiveTable
 
 EPSILON = 1e-6
-"""Vectors shorter than this have no direction worth a gradient."""
+"""Vectors shorter than this get no gradient."""
 
 
 def unit(vectors: Tensor, dim: int = -1) -> Tensor:
     """The vectors along ``dim`` scaled to length 1, in at least float32; differentiable once.
 
     A vector shorter than `EPSILON` is divided by `EPSILON` instead and gets no gradient, which
-    would otherwise be a million times its share: zero vectors stay zero and blow nothing up.
+    would otherwise be a million times too large: zero vectors stay zero and give no NaN.
     """
     scaled: Tensor = _Unit.apply(vectors, dim)
     return scaled
 
 
 class _Unit(torch.autograd.Function):
-    """`unit`, in a third of the operations that its parts and their gradients would take.
-
-    A GPU is done with each before the host has started the next one.
-    """
+    """`unit` in a third of the kernels that autograd would launch."""
 
     @staticmethod
     def forward(ctx: Any, vectors: Tensor, dim: int) -> Tensor:
@@ -57,12 +54,26 @@ class _Unit(torch.autograd.Function):
         return slope.to(ctx.dtype), None
 
 
-def pixpro_loss(propagated: Tensor, target: Tensor, positives: Pairs | Tensor) -> Tensor:
+class PixelLoss(NamedTuple):
+    """A pixel loss of one direction, and the figure that shows its progress.
+
+    Attributes:
+        loss: A scalar, at least float32.
+        cosine: ``(b,)`` mean cosine of each image's positive pairs, without gradient; 0 for an
+            image without pairs.
+    """
+
+    loss: Tensor
+    cosine: Tensor
+
+
+def pixpro_loss(propagated: Tensor, target: Tensor, positives: Positives | Tensor) -> Tensor:
     """The pixel-to-propagation consistency loss of one direction.
 
     Per image ``2 - 2 * mean cosine over its positive pairs`` and exactly 0, with a connected
     graph, for an image without pairs; then the mean over the batch (sec. 3.2, Eq. 5, shifted by 2
     an image so that it is never negative; gradients equal the authors' code). Differentiable once.
+    Time grows with ``n1 * n2``, memory with ``n1 + n2``.
 
     Args:
         propagated: ``(b, d, n1)`` float pixels of one view after the propagation module.
@@ -75,39 +86,42 @@ def pixpro_loss(propagated: Tensor, target: Tensor, positives: Pairs | Tensor) -
     Raises:
         ValueError: The shapes do not belong together, or the table is not bool.
 
-    Time grows with ``n1 * n2``, memory with ``n1 + n2``.
+    >>> pixels = torch.eye(2)[None]
+    >>> pixpro_loss(pixels, pixels, torch.tensor([[[True, True], [False, True]]])).item()
+    0.6666667461395264
     """
-    pairs = matching_pairs(propagated, target, positives)
-    cosine, has_pairs = positive_cosine(propagated, target, pairs)
-    return ((2 - 2 * cosine).clamp(0, 4) * has_pairs).mean()
+    return pixpro(propagated, target, as_positives(propagated, target, positives)).loss
 
 
-def positive_cosine(online: Tensor, target: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:
-    """The mean cosine ``(b,)`` of each image's positive pairs and whether it has any, bool.
+def pixpro(propagated: Tensor, target: Tensor, positives: Positives) -> PixelLoss:
+    """`pixpro_loss` with the cosine that it is made of.
 
     The sum over pairs of ``<x_i, t_j>`` is the sum over ``i`` of ``<x_i, s_i>``, where ``s_i`` is
     the sum of the target vectors over the positives of ``i``: one product a block, and no graph
-    where the target has no gradient. 0 for an image without pairs.
+    where the target has no gradient.
     """
-    x, t = unit(rearrange(online, "b d i -> b i d")), unit(rearrange(target, "b d j -> b j d"))
+    x = unit(rearrange(propagated, "b d i -> b i d"))
+    t = unit(rearrange(target, "b d j -> b j d"))
 
     def sums(block: Block, theirs: Tensor) -> Tensor:
-        return einsum(pairs.block(block).to(theirs), theirs, "b i j, b j d -> b i d")
+        return einsum(positives.block(block).to(theirs), theirs, "b i j, b j d -> b i d")
 
     # Not by einsum, which would copy both to make a matrix product of it.
-    total = (x * by_blocks(sums, pairs.shape, t)).sum(dim=(1, 2))
-    count = pairs.count()
-    return total / count.clamp(min=1), count > 0
+    total = (x * by_blocks(sums, positives.shape, t)).sum(dim=(1, 2))
+    count = positives.count()
+    cosine = total / count.clamp(min=1)
+    return PixelLoss(((2 - 2 * cosine).clamp(0, 4) * (count > 0)).mean(), cosine.detach())
 
 
 def pixcontrast_loss(
-    online: Tensor, target: Tensor, positives: Pairs | Tensor, temperature: float
+    online: Tensor, target: Tensor, positives: Positives | Tensor, temperature: float
 ) -> Tensor:
     """The pixel contrast loss of one direction.
 
     ``-log(sum over positives of exp(cos / t) / sum over all of exp(cos / t))`` for every pixel
     with at least one positive, the mean over such pixels of an image (0 for an image without
-    pairs), the mean over the batch (sec. 3.1, Eq. 2), by log-sum-exp.
+    pairs), the mean over the batch (sec. 3.1, Eq. 2), by log-sum-exp. Differentiable once. Time
+    grows with ``n1 * n2``, memory with ``n1 + n2``.
 
     Args:
         online: ``(b, d, n1)`` float pixels of one view from the online network.
@@ -122,22 +136,32 @@ def pixcontrast_loss(
         ValueError: The shapes do not belong together, the table is not bool, or the temperature is
             not above 0.
 
-    Time grows with ``n1 * n2``, memory with ``n1 + n2``; differentiable once.
+    >>> pixels = torch.eye(2)[None]
+    >>> round(pixcontrast_loss(pixels, pixels, torch.eye(2).bool()[None], 0.3).item(), 4)
+    0.0351
     """
     raise_together(LIMITS["similarity_temperature"]("temperature", temperature))
-    pairs = matching_pairs(online, target, positives)
+    return pixcontrast(online, target, as_positives(online, target, positives), temperature).loss
+
+
+def pixcontrast(
+    online: Tensor, target: Tensor, positives: Positives, temperature: float
+) -> PixelLoss:
+    """`pixcontrast_loss` with the cosine of its positive pairs."""
     x, t = unit(rearrange(online, "b d i -> b i d")), unit(rearrange(target, "b d j -> b j d"))
 
-    def pixel_losses(block: Block, ours: Tensor, theirs: Tensor) -> Tensor:
+    def of_pixels(block: Block, ours: Tensor, theirs: Tensor) -> Tensor:
         rows = ours[:, block.rows] / temperature
         scores = einsum(rows, theirs, "b i d, b j d -> b i j")
-        positive = pairs.block(block)
+        positive = positives.block(block)
         counted = positive.amax(dim=-1)
         losses = _NegativeLogShare.apply(scores, positive)
-        return torch.stack((torch.where(counted, losses, 0), counted.to(losses)), dim=-1)
+        cosines = (scores.detach() * positive).sum(dim=-1)
+        return torch.stack((torch.where(counted, losses, 0), counted.to(losses), cosines), dim=-1)
 
-    losses, counted = by_blocks(pixel_losses, pairs.shape, x, t).unbind(dim=-1)
-    return (losses.sum(dim=-1) / counted.sum(dim=-1).clamp(min=1)).mean()
+    losses, counted, cosines = by_blocks(of_pixels, positives.shape, x, t).sum(dim=1).unbind(dim=-1)
+    cosine = temperature * cosines.detach() / positives.count().clamp(min=1)
+    return PixelLoss((losses / counted.clamp(min=1)).mean(), cosine)
 
 
 class _NegativeLogShare(torch.autograd.Function):
@@ -176,6 +200,9 @@ def instance_loss(prediction: Tensor, target: Tensor) -> Tensor:
 
     Raises:
         ValueError: The shapes differ or are not ``(b, d)``.
+
+    >>> instance_loss(torch.tensor([[3.0, 0], [0, 1]]), torch.tensor([[1.0, 0], [1, 0]])).item()
+    1.0
     """
     if prediction.ndim != 2 or prediction.shape != target.shape:
         raise ValueError(
@@ -186,9 +213,8 @@ def instance_loss(prediction: Tensor, target: Tensor) -> Tensor:
     return (2 - 2 * cosine).clamp(0, 4).mean()
 
 
-def matching_pairs(online: Tensor, target: Tensor, positives: Pairs | Tensor) -> Pairs:
-    """The pairs, once the shapes of pixels and pairs have been found to agree."""
-    pairs = HeldPairs(positives) if isinstance(positives, Tensor) else positives
+def as_positives(online: Tensor, target: Tensor, positives: Positives | Tensor) -> Positives:
+    """The positives, once their shape and those of the pixels agree."""
     if isinstance(positives, Tensor) and positives.dtype != torch.bool:
         raise ValueError(
             f"the table of positives has dtype {positives.dtype}; it must be bool, since a pair "
@@ -196,10 +222,10 @@ def matching_pairs(online: Tensor, target: Tensor, positives: Pairs | Tensor) ->
         )
     expected = (online.shape[0], online.shape[-1], target.shape[-1])
     alike = online.ndim == 3 and online.shape[:2] == target.shape[:2]
-    if not alike or pairs.shape != expected:
+    if not alike or positives.shape != expected:
         raise ValueError(
             f"got pixels {tuple(online.shape)} and {tuple(target.shape)} and pairs "
-            f"{tuple(pairs.shape)}; they must be (b, d, n1), (b, d, n2) and (b, n1, n2): flatten "
-            "maps with einops.rearrange(map, 'b d h w -> b d (h w)')"
+            f"{tuple(positives.shape)}; they must be (b, d, n1), (b, d, n2) and (b, n1, n2): "
+            "flatten maps with einops.rearrange(map, 'b d h w -> b d (h w)')"
         )
-    return pairs
+    return PositiveTable(positives) if isinstance(positives, Tensor) else positives

@@ -5,27 +5,29 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from math import ceil
+from traceback import walk_tb
 from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .augment import Change, TwoViews
 from .checks import check_limits, per_channel, raise_together, something_to_learn
 from .geometry import Positives
-from .losses import instance_loss, pixcontrast_loss, pixpro_loss, positive_cosine
+from .losses import PixelLoss, instance_loss, pixcontrast, pixpro
 from .modules.encoder import (
     Branches,
     Encoder,
     Projections,
-    Target,
+    TargetEncoder,
     map_projector,
     predictor,
     vector_projector,
 )
-from .modules.feature_info import Survey
-from .modules.hooks import first_weight
+from .modules.feature_info import FeatureInfo
+from .modules.hooks import NoGradientError, first_weight
 from .modules.ppm import PPM
 from .views import Placement, View
 
@@ -51,13 +53,6 @@ class Terms(NamedTuple):
     instance_cosine: Tensor
     positive_pairs: Tensor
     images_without_pairs: Tensor
-
-
-Network = Callable[[Tensor, Branches], Projections]
-"""A view's pixels and what is asked for, to projections."""
-
-Direction = tuple[Projections, Projections, Positives]
-"""What the online network says of one view, what the target says of the other, what matches."""
 
 
 class PixelCL(nn.Module):
@@ -159,13 +154,13 @@ class PixelCL(nn.Module):
         self.instance_weight = instance_weight
         self.use_pixpro = use_pixpro
 
-        survey = Survey(net, channels, (height, width))
-        pixel = survey.default_pixel() if hidden_layer_pixel is None else hidden_layer_pixel
-        pixel_tap = survey.tap(pixel, pixel=True)
+        info = FeatureInfo(net, channels, (height, width))
+        pixel = info.default_pixel() if hidden_layer_pixel is None else hidden_layer_pixel
+        pixel_hook = info.hook(pixel, pixel=True)
         instance = hidden_layer_instance
-        instance = survey.default_instance(pixel_tap.name) if instance is None else instance
-        instance_tap = survey.tap(instance, pixel=False)
-        rows, columns = pixel_tap.reading.grid
+        instance = info.default_instance(pixel_hook.name) if instance is None else instance
+        instance_hook = info.hook(instance, pixel=False)
+        rows, columns = pixel_hook.layout.grid
         self.views = TwoViews(
             (height, width),
             channels,
@@ -176,16 +171,16 @@ class PixelCL(nn.Module):
             std=std,
             smallest=ceil(max(height / rows, width / columns)),
         )
-        self.unreached_by_pixel = set(survey.unreached(pixel_tap))
-        self.unreached_by_instance = set(survey.unreached(instance_tap))
+        self.unreached_by_pixel = set(info.unreached(pixel_hook))
+        self.unreached_by_instance = set(info.unreached(instance_hook))
 
         hidden, out = projection_hidden_size, projection_size
         self.online_encoder = Encoder(
             net,
-            pixel_tap,
-            instance_tap,
-            map_projector(pixel_tap.reading.channels, hidden, out),
-            vector_projector(instance_tap.reading.channels, hidden, out),
+            pixel_hook,
+            instance_hook,
+            map_projector(pixel_hook.layout.channels, hidden, out),
+            vector_projector(instance_hook.layout.channels, hidden, out),
         )
         self.online_predictor = predictor(out, hidden)
         self.propagate_pixels = PPM(chan=out, num_layers=ppm_num_layers, gamma=ppm_gamma)
@@ -193,7 +188,7 @@ class PixelCL(nn.Module):
         heads = self.online_encoder.pixel_projector, self.online_encoder.instance_projector
         for head in (*heads, self.online_predictor, self.propagate_pixels):
             head.to(weight.device, weight.dtype)
-        self.target_encoder = Target(self.online_encoder)
+        self.target_encoder = TargetEncoder(self.online_encoder)
 
     @property
     def net(self) -> nn.Module:
@@ -201,10 +196,10 @@ class PixelCL(nn.Module):
         return self.online_encoder.net
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # A module would be filed as a part of its own, which nothing reads, behind the property.
+        # nn.Module would register it as a submodule that the property hides.
         if name == "net":
             raise AttributeError(
-                "learner.net cannot be replaced: taps, heads and target were made for this one; "
+                "learner.net cannot be replaced: hooks, heads and target were made for this one; "
                 "build a new PixelCL with the other one, or change this one in place "
                 "(learner.net.compile() compiles it)"
             )
@@ -238,28 +233,36 @@ class PixelCL(nn.Module):
             ValueError: Wrong rank, dtype, channels or values; a batch of 1 that batch norm refuses.
         """
         one, two = self.views(images)
-        online_one = self.seen_by(self.predictions, one)
-        online_two = self.seen_by(self.predictions, two)
-        target_one = self.seen_by(self.target_encoder, one)
-        target_two = self.seen_by(self.target_encoder, two)
+        online_one = self.project(self.predictions, one)
+        online_two = self.project(self.predictions, two)
+        target_one = self.project(self.target_encoder, one)
+        target_two = self.project(self.target_encoder, two)
 
         grids = online_one.grid, online_two.grid
         matches = Positives(one.to_image, two.to_image, *grids, self.distance_thres)
         directions = ((online_one, target_two, matches), (online_two, target_one, matches.mT))
-        pixel = torch.stack([self.pixel_loss(o, t, m) for o, t, m in directions]).sum()
+        pixels = [self.pixel_loss(o, t, m) for o, t, m in directions]
+        pixel = torch.stack([found.loss for found in pixels]).sum()
         instance = torch.stack([self.instance_loss(o, t, m) for o, t, m in directions]).sum()
         loss = self.alpha * pixel + self.instance_weight * instance
 
         if return_terms:
-            return self.terms(loss, pixel, instance, directions)
+            cosines = torch.stack([found.cosine for found in pixels])
+            return self.terms(loss, pixel, instance, cosines, matches.count())
         return (loss, matches.count().sum()) if return_positive_pairs else loss
 
-    def seen_by(self, network: Network, view: View) -> Projections:
-        """What a network makes of a view; says what to do where batch norm refuses the batch."""
+    def project(
+        self, network: Callable[[Tensor, Branches], Projections], view: View
+    ) -> Projections:
+        """A network's projections of a view; errors say what to do."""
         try:
             return network(view.pixels, self.branches)
+        except NoGradientError as error:
+            _, channels, height, width = view.pixels.shape
+            info = FeatureInfo(self.net, channels, (height, width), training=self.net.training)
+            raise NoGradientError(error.kind, error.name, info.alternative(error.name)) from None
         except ValueError as error:
-            if "more than 1 value per channel" not in str(error):
+            if not lacks_batch_statistics(error):
                 raise
             raise ValueError(
                 f"batch norm in train mode has no statistics in a batch of {len(view.pixels)} "
@@ -276,14 +279,14 @@ class PixelCL(nn.Module):
             instance = self.online_predictor(instance)
         return Projections(pixel, instance)
 
-    def pixel_loss(self, online: Projections, target: Projections, matches: Positives) -> Tensor:
+    def pixel_loss(self, online: Projections, target: Projections, matches: Positives) -> PixelLoss:
         """PixPro or pixel contrast of one direction; 0 if the branch is skipped."""
         if online.pixel is None or target.pixel is None:
-            return matches.reach.new_zeros(())
-        pixels, others = as_pixels(online.pixel), as_pixels(target.pixel)
+            return PixelLoss(matches.reach.new_zeros(()), torch.zeros_like(matches.reach))
+        ours, theirs = (rearrange(o, "b d h w -> b d (h w)") for o in (online.pixel, target.pixel))
         if self.use_pixpro:
-            return pixpro_loss(pixels, others, matches)
-        return pixcontrast_loss(pixels, others, matches, self.similarity_temperature)
+            return pixpro(ours, theirs, matches)
+        return pixcontrast(ours, theirs, matches, self.similarity_temperature)
 
     def instance_loss(self, online: Projections, target: Projections, matches: Positives) -> Tensor:
         """The instance loss of one direction; 0 if the branch is skipped."""
@@ -291,32 +294,20 @@ class PixelCL(nn.Module):
             return matches.reach.new_zeros(())
         return instance_loss(online.instance, target.instance)
 
-    def pixel_cosine(self, pixel: Tensor, directions: tuple[Direction, ...]) -> Tensor:
-        """The mean cosine of each image's positive pairs, both directions, summed over images."""
-        if self.use_pixpro:  # its loss is the mean over the batch of 2 - 2 cos, in each direction
-            pairs = directions[0][2].count()
-            return (pairs > 0).sum() - pixel * len(pairs) / 4
-        cosines = pixel.new_zeros(())
-        for online, target, matches in directions:
-            if online.pixel is not None and target.pixel is not None:
-                cosine, _ = positive_cosine(
-                    as_pixels(online.pixel), as_pixels(target.pixel), matches
-                )
-                cosines = cosines + cosine.sum() / 2
-        return cosines
-
     @torch.no_grad()
     def terms(
-        self, loss: Tensor, pixel: Tensor, instance: Tensor, directions: tuple[Direction, ...]
+        self, loss: Tensor, pixel: Tensor, instance: Tensor, cosines: Tensor, pairs: Tensor
     ) -> Terms:
-        """The loss with the figures that say how training goes."""
-        pairs = directions[0][2].count()
+        """The loss with the figures that show how training goes.
+
+        ``cosines`` are those of both directions, ``(2, b)``, and ``pairs`` those of each image.
+        """
         with_pairs = (pairs > 0).sum()
         return Terms(
             loss=loss,
             pixel_loss=pixel.detach(),
             instance_loss=instance.detach(),
-            pixel_cosine=self.pixel_cosine(pixel, directions) / with_pairs.clamp(min=1),
+            pixel_cosine=(cosines.sum() / (2 * with_pairs.clamp(min=1))).clamp(-1, 1),
             instance_cosine=(1 - instance / 4) * self.branches.instance,
             positive_pairs=pairs.sum(),
             images_without_pairs=len(pairs) - with_pairs,
@@ -333,7 +324,7 @@ class PixelCL(nn.Module):
             ValueError: A decay outside [0, 1].
         """
         decay = self.moving_average_decay if decay is None else decay
-        self.target_encoder.follow(self.online_encoder, decay)
+        self.target_encoder.update(self.online_encoder, decay)
 
     def reset_moving_average(self) -> None:
         """Make the target a copy of the online network again."""
@@ -347,12 +338,12 @@ class PixelCL(nn.Module):
     def unreached_parameters(self) -> list[str]:
         """The names, as in `named_parameters`, of trainable parameters that the loss never reaches.
 
-        A classifier head behind the tapped layers, or the heads of a skipped branch: never
+        A classifier head behind the hooked layers, or the heads of a skipped branch: never
         trained, and left out by ``DistributedDataParallel`` without searching for them.
         """
         pixel, instance = self.branches
-        tapped = (self.unreached_by_pixel, pixel), (self.unreached_by_instance, instance)
-        in_net = set.intersection(*(names for names, used in tapped if used))
+        hooked = (self.unreached_by_pixel, pixel), (self.unreached_by_instance, instance)
+        in_net = set.intersection(*(names for names, used in hooked if used))
         idle = {f"online_encoder.net.{name}" for name in in_net}
         for prefix, used in (
             ("online_encoder.pixel_projector.", pixel),
@@ -371,6 +362,10 @@ class PixelCL(nn.Module):
         return self.unreached_parameters()
 
 
-def as_pixels(projected: Tensor) -> Tensor:
-    """A map ``(b, d, h, w)`` as ``(b, d, n)``, row by row."""
-    return rearrange(projected, "b d h w -> b d (h w)")
+def lacks_batch_statistics(error: ValueError) -> bool:
+    """Whether a batch norm in train mode raised the error, given one value per channel."""
+    for frame, _ in walk_tb(error.__traceback__):
+        norm, given = ([*frame.f_locals.values()] + [None] * 2)[:2]
+        if isinstance(norm, _BatchNorm) and norm.training and isinstance(given, Tensor):
+            return given.numel() == given.shape[1]
+    return False

@@ -127,7 +127,7 @@ def test_images_smaller_than_the_stride_are_refused(size) -> None:
         check_images(torch.zeros(2, 3, height, width), 3, smallest=32)
     assert str(error.value) == (
         f"images are {height}x{width}; they must be at least 32x32, the stride of the pixel "
-        "layer: tap an earlier layer or use larger images"
+        "layer: use an earlier layer or larger images"
     )
     check_images(torch.zeros(2, 3, 32, 32), 3, smallest=32)
 

@@ -446,8 +446,8 @@ def test_the_mode_of_coordinates_is_accepted_and_does_nothing() -> None:
 @pytest.mark.parametrize("layer", ["3", 3, -4])
 def test_layers_are_named_or_counted(layer) -> None:
     learner = small_learner(hidden_layer_pixel=layer, hidden_layer_instance=layer)
-    assert learner.online_encoder.pixel_tap.name == "3"
-    assert learner.online_encoder.instance_tap.name == "3"
+    assert learner.online_encoder.pixel_hook.name == "3"
+    assert learner.online_encoder.instance_hook.name == "3"
 
 
 def test_the_published_default_layer_is_refused_with_advice() -> None:
@@ -518,6 +518,29 @@ def test_a_network_of_lazy_layers_is_taken_once_it_has_run() -> None:
         PixelCL(net, 64)
     net(torch.rand(2, 3, 64, 64))
     assert PixelCL(net, 64)(even_views()).isfinite()
+
+
+def test_a_layer_that_lost_its_gradient_is_refused_with_a_later_one() -> None:
+    learner = small_learner(hidden_layer_pixel="0")
+    learner.net[0].requires_grad_(False)
+    with pytest.raises(ValueError, match=r"'0' gives an output without gradient.* use 1 \(8 chan"):
+        learner(even_views())
+
+
+def test_a_batch_norm_without_statistics_is_found_by_what_it_was_given(monkeypatch) -> None:
+    words = "other words of a later torch"
+
+    def verify(size: list[int]) -> None:
+        if refuses(size):
+            raise ValueError(words)
+
+    monkeypatch.setattr(nn.functional, "_verify_batch_size", verify)
+    refuses = lambda size: size[0] == 1 and len(size) == 2  # noqa: E731
+    with pytest.raises(ValueError, match=rf"batch of 1 \({words}\).*drop_last=True"):
+        small_learner()(even_views(1))
+    refuses = lambda size: True  # noqa: E731
+    with pytest.raises(ValueError, match=f"^{words}$"):
+        small_learner()(even_views(1))
 
 
 # Precision, memory layout, accumulation.

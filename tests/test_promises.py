@@ -405,7 +405,7 @@ quiet = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that 
 @compiling
 @quiet
 @pytest.mark.parametrize("layer", ["norm", "deep", "deep.0"])
-def test_taps_survive_what_is_done_to_the_backbone_later(change, layer) -> None:
+def test_hooks_survive_what_is_done_to_the_backbone_later(change, layer) -> None:
     pair, runs = views(), []
     for prepare in (lambda _: None, change):
         learner = small_learner(hidden_layer_pixel=layer)
@@ -449,11 +449,21 @@ def test_a_compiled_backbone_may_be_used_beside_the_learner(compile_net, first) 
             before = len(executions)
             losses.append(learner(pair))
             assert (len(executions) > before) == (prepare is compile_net)
-            assert not learner.online_encoder.taps.caught
+            assert not learner.online_encoder.hooks.outputs
             learner.net(pair[0].pixels)
         runs.append((losses, list(learner.buffers())))
     torch.testing.assert_close(*runs)
     assert len(compilations) <= 2  # one for each use
+
+
+@compiling
+@quiet
+def test_a_backbone_compiled_and_used_before_the_learner_is_built_is_read() -> None:
+    net, pair = small_learner().net, views()
+    with torch._dynamo.config.patch(skip_nnmodule_hook_guards=True):  # as it is where torch starts
+        net.compile(backend="eager")
+        net(pair[0].pixels)
+        assert PixelCL(net, 64, projection_size=8, projection_hidden_size=16)(pair).isfinite()
 
 
 # On an accelerator nothing waits for the device: data on `meta` cannot be looked at by the host.

@@ -184,8 +184,8 @@ def card_of(learner: PixelCL, model: str, **fields: Any) -> BackboneCard:
         "model": model,
         "channels": learner.views.channels,
         "image_size": learner.views.size,
-        "pixel_layer": encoder.pixel_tap.name,
-        "instance_layer": encoder.instance_tap.name,
+        "pixel_layer": encoder.pixel_hook.name,
+        "instance_layer": encoder.instance_hook.name,
     }
     if normalise is not None:
         known |= {"mean": seven_digits(normalise.mean), "std": seven_digits(normalise.std)}

@@ -16,7 +16,7 @@ from zlib import crc32
 
 from torch import nn
 
-from ..modules.feature_info import Survey
+from ..modules.feature_info import FeatureInfo
 from .stem import adapt_channels
 
 
@@ -37,7 +37,7 @@ def custom_net(
         raise ValueError(f"{name} gave {type(net).__name__}; it must return a torch.nn.Module")
     if "channels" not in kwargs:
         try:
-            Survey(net, channels, image_size or (224, 224))
+            FeatureInfo(net, channels, image_size or (224, 224))
         except ValueError:  # it does not take images of so many channels
             return adapt_channels(net, channels)
     return net

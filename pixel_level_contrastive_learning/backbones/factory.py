@@ -14,7 +14,7 @@ from torchvision import models
 
 from ..augment import IMAGENET_MEAN, IMAGENET_STD
 from ..checks import check_limits, raise_together
-from ..modules.feature_info import Survey
+from ..modules.feature_info import FeatureInfo
 from .custom import custom_net
 from .state_dict import load_matching
 from .stem import adapt_channels
@@ -229,15 +229,15 @@ class TappableLayer(NamedTuple):
 def tappable_layers(net: nn.Module, channels: int, image_size: Size) -> list[TappableLayer]:
     """The layers that a learner can read, as they run; of those with one output the shortest."""
     listed: dict[int, TappableLayer] = {}
-    for layer in Survey(net, channels, image_size).layers:
-        reading = layer.reading
+    for layer in FeatureInfo(net, channels, image_size).layers:
+        reading = layer.layout
         if reading is None or not layer.carries_gradient:
             continue
         if layer.is_map and not reading.is_square:
             continue
-        seen = listed.get(layer.output_id)
+        seen = listed.get(id(layer.output))
         if seen is None or layer.name.count(".") < seen.name.count("."):
-            listed[layer.output_id] = TappableLayer(
+            listed[id(layer.output)] = TappableLayer(
                 layer.name, layer.type_name, layer.stride, reading.channels, reading.grid
             )
     return list(listed.values())
@@ -245,6 +245,6 @@ def tappable_layers(net: nn.Module, channels: int, image_size: Size) -> list[Tap
 
 def default_layers(net: nn.Module, channels: int, image_size: Size) -> tuple[str, str]:
     """The layers read by default: for the pixel and for the instance level."""
-    survey = Survey(net, channels, image_size)
+    survey = FeatureInfo(net, channels, image_size)
     pixel = survey.default_pixel()
     return pixel, survey.default_instance(pixel)

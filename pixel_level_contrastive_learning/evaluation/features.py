@@ -17,8 +17,8 @@ from ..backbones.checkpoint import BackboneCard
 from ..backbones.factory import default_image_size
 from ..checks import raise_together, size_pair
 from ..data.statistics import Statistics, can_convert
-from ..modules.feature_info import Survey, duplicate, thawed
-from ..modules.hooks import Taps, as_map, first_weight
+from ..modules.feature_info import FeatureInfo, duplicate, unfreeze
+from ..modules.hooks import FeatureHooks, as_map, first_weight
 
 
 class Reader:
@@ -46,13 +46,13 @@ class Reader:
         size: tuple[int, int],
     ) -> None:
         # Frozen weights may be read as well as others, but a survey refuses taps without gradient.
-        survey = Survey(thawed(duplicate(net)), channels, size)
+        survey = FeatureInfo(unfreeze(duplicate(net)), channels, size)
         names = list(layers) if layers else [survey.default_pixel()]
-        taps = [survey.tap(name, pixel=True) for name in dict.fromkeys(names)]
+        taps = [survey.hook(name, pixel=True) for name in dict.fromkeys(names)]
         self.net = net
-        self.channels = sum(tap.reading.channels for tap in taps)
-        self.readings = {tap.name: tap.reading for tap in taps}
-        self.taps = Taps(*taps)
+        self.channels = sum(tap.layout.channels for tap in taps)
+        self.readings = {tap.name: tap.layout for tap in taps}
+        self.taps = FeatureHooks(*taps)
 
     @property
     def layers(self) -> list[str]:

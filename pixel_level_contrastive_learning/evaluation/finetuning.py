@@ -14,7 +14,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from ..data.segmentation import IGNORED, SegmentationDataset
-from ..modules.feature_info import Layer, Survey, features, thawed
+from ..modules.feature_info import FeatureInfo, Layer, default_maps, unfreeze
 from .features import Preparation, Reader, device_of, resized
 from .metrics import Scored, score
 
@@ -54,7 +54,7 @@ class Segmenter(nn.Module):
         from segmentation_models_pytorch.decoders.unet.decoder import UnetDecoderBlock
 
         super().__init__()
-        levels = deepest_maps(Survey(thawed(net), channels, size))
+        levels = deepest_maps(FeatureInfo(unfreeze(net), channels, size))
         self.net = net
         self.reader = Reader(net, [level.name for level in levels], channels, size)
         widths = [reading.channels for reading in self.reader.readings.values()]
@@ -75,7 +75,7 @@ class Segmenter(nn.Module):
         return scores
 
 
-def deepest_maps(survey: Survey) -> list[Layer]:
+def deepest_maps(survey: FeatureInfo) -> list[Layer]:
     """The deepest map of each stride from `FINEST_STRIDE` up, the coarsest first.
 
     Raises:
@@ -83,7 +83,7 @@ def deepest_maps(survey: Survey) -> list[Layer]:
     """
     fit = [own for own in survey.layers if own.carries_gradient and own.stride >= FINEST_STRIDE]
     found: dict[int, list[Layer]] = {}
-    for layer in features(fit):
+    for layer in default_maps(fit):
         found.setdefault(round(log2(layer.stride)), []).append(layer)
     if not found:
         raise ValueError(

@@ -1,1 +1,1 @@
-"""What has weights: the heads, the propagation module, the taps, and the two encoders."""
+"""What has weights, and reading it: propagation module, encoders, hooks, feature info."""

@@ -1,4 +1,4 @@
-"""The encoder: a backbone, two taps on it, and a projector behind each."""
+"""The encoder: a backbone, two layers of it, and a projector behind each; its EMA target."""
 
 from __future__ import annotations
 
@@ -12,12 +12,21 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..checks import LIMITS, raise_together
-from .feature_info import Survey, no_gradient
-from .hooks import Tap, Taps, as_map, as_vector, can_learn, first_weight
+from .hooks import (
+    FeatureHook,
+    FeatureHooks,
+    NoGradientError,
+    as_map,
+    as_vector,
+    can_learn,
+    first_weight,
+)
+
+HALVES = (torch.float16, torch.bfloat16)
 
 
 class Branches(NamedTuple):
-    """Which of the two losses are asked for; what neither needs is not computed."""
+    """Which of the two losses need projections; what neither needs is not computed."""
 
     pixel: bool = True
     instance: bool = True
@@ -27,10 +36,10 @@ BOTH = Branches()
 
 
 class Projections(NamedTuple):
-    """What an encoder makes of a view; a branch that was not asked for is None.
+    """The projections of a view; None for a branch that was not asked for.
 
     Attributes:
-        pixel: ``(b, d, h, w)`` float, a vector for each cell of the tapped map.
+        pixel: ``(b, d, h, w)`` float, a vector for each cell of the pixel layer's map.
         instance: ``(b, d)`` float, a vector for the view.
     """
 
@@ -47,9 +56,9 @@ class Encoder(nn.Module):
     """From a view to a projection of each of its pixels and one of the whole.
 
     Args:
-        net: The backbone, kept as it is: no weight, mode or hook of it is changed here.
-        pixel_tap: The layer whose map goes to the pixel projector.
-        instance_tap: The layer whose average goes to the instance projector.
+        net: The backbone; no weight, mode or hook of it is changed here.
+        pixel_hook: The layer whose map goes to the pixel projector.
+        instance_hook: The layer whose average goes to the instance projector.
         pixel_projector: Maps ``(b, c, h, w)`` to ``(b, d, h, w)``.
         instance_projector: Maps ``(b, c)`` to ``(b, d)``.
     """
@@ -57,18 +66,18 @@ class Encoder(nn.Module):
     def __init__(
         self,
         net: nn.Module,
-        pixel_tap: Tap,
-        instance_tap: Tap,
+        pixel_hook: FeatureHook,
+        instance_hook: FeatureHook,
         pixel_projector: nn.Module,
         instance_projector: nn.Module,
     ) -> None:
         super().__init__()
         self.net = net
-        self.pixel_tap = pixel_tap
-        self.instance_tap = instance_tap
+        self.pixel_hook = pixel_hook
+        self.instance_hook = instance_hook
         self.pixel_projector = pixel_projector
         self.instance_projector = instance_projector
-        self.taps = Taps(pixel_tap, instance_tap)
+        self.hooks = FeatureHooks(pixel_hook, instance_hook)
 
     def forward(self, pixels: Tensor, branches: Branches = BOTH) -> Projections:
         """Project a view.
@@ -78,56 +87,46 @@ class Encoder(nn.Module):
             branches: What to compute.
 
         Raises:
-            ValueError: A tapped layer did not run, or changed its shape, or gave an output without
-                gradient while gradients are on.
+            NoGradientError: A layer's output is without gradient while gradients are on.
+            ValueError: A layer did not run, or its output has another layout than before.
         """
-        outputs = self.taps.run(self.net, pixels)
-        size = (pixels.shape[2], pixels.shape[3])
+        outputs = self.hooks.run(self.net, pixels)
         pixel = instance = None
         if branches.pixel:
-            output = self.tapped(outputs, self.pixel_tap, pixels)
-            pixel = self.pixel_projector(as_map(output, self.pixel_tap.reading, size))
+            output = checked(outputs, "pixel", self.pixel_hook, len(pixels))
+            size = (pixels.shape[2], pixels.shape[3])
+            pixel = self.pixel_projector(as_map(output, self.pixel_hook.layout, size))
         if branches.instance:
-            output = self.tapped(outputs, self.instance_tap, pixels)
-            instance = self.instance_projector(as_vector(output, self.instance_tap.reading))
+            output = checked(outputs, "instance", self.instance_hook, len(pixels))
+            instance = self.instance_projector(as_vector(output, self.instance_hook.layout))
         return Projections(pixel, instance)
 
-    def tapped(self, outputs: dict[str, Any], tap: Tap, pixels: Tensor) -> Tensor:
-        """The output of one tap, once it was found to be what the survey saw."""
-        kind = "pixel" if tap is self.pixel_tap else "instance"
-        if tap.name not in outputs:
-            raise ValueError(
-                f"the {kind} layer {tap.name!r} did not run in this forward pass; tap a layer that "
-                "runs every time, and do not replace the layer's own forward"
-            )
-        output = outputs[tap.name]
-        layout = tap.reading.layout
-        axes = layout.split()
-        fits = (
-            isinstance(output, Tensor) and output.ndim == len(axes) and len(output) == len(pixels)
-        )
-        if not fits or output.shape[axes.index("c")] != tap.reading.channels:
-            shown = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-            raise ValueError(
-                f"the {kind} layer {tap.name!r} gave {shown} for {len(pixels)} images; when the "
-                f"learner was built it was read as '{layout}' with c = {tap.reading.channels}: "
-                "build a new learner after changing the network"
-            )
-        if torch.is_grad_enabled() and not output.requires_grad:
-            size = (pixels.shape[2], pixels.shape[3])
-            raise ValueError(no_gradient(kind, tap.name, self.instead(tap, pixels.shape[1], size)))
-        found: Tensor = output
-        return found
 
-    def instead(self, tap: Tap, channels: int, size: tuple[int, int]) -> Any:
-        """The first layer after the tap that carries gradient in the network's present state."""
-        survey = Survey(self.net, channels, size, training=self.net.training)
-        layer = survey.called(tap.name)
-        return None if layer is None else survey.after(layer)
+def checked(outputs: dict[str, Any], kind: str, hook: FeatureHook, images: int) -> Tensor:
+    """The output of one layer, once it is known to have the layout it had before."""
+    if hook.name not in outputs:
+        raise ValueError(
+            f"the {kind} layer {hook.name!r} did not run in this forward pass; choose a layer that "
+            "runs every time, and do not replace the layer's own forward"
+        )
+    output = outputs[hook.name]
+    axes = hook.layout.axes.split()
+    fits = isinstance(output, Tensor) and output.ndim == len(axes) and len(output) == images
+    if not fits or output.shape[axes.index("c")] != hook.layout.channels:
+        shown = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise ValueError(
+            f"the {kind} layer {hook.name!r} gave {shown} for {images} images; when the learner "
+            f"was built it was read as '{hook.layout.axes}' with c = {hook.layout.channels}: "
+            "build a new learner after changing the network"
+        )
+    if torch.is_grad_enabled() and not output.requires_grad:
+        raise NoGradientError(kind, hook.name)
+    found: Tensor = output
+    return found
 
 
 def map_projector(channels: int, hidden: int, out: int) -> nn.Sequential:
-    """From maps ``(b, channels, h, w)`` to ``(b, out, h, w)``: each channel of mean 0."""
+    """From maps ``(b, channels, h, w)`` to ``(b, out, h, w)``: each channel with mean 0."""
     return nn.Sequential(
         nn.Conv2d(channels, hidden, 1),
         nn.BatchNorm2d(hidden),
@@ -138,7 +137,7 @@ def map_projector(channels: int, hidden: int, out: int) -> nn.Sequential:
 
 
 def vector_projector(channels: int, hidden: int, out: int) -> nn.Sequential:
-    """The same from vectors ``(b, channels)`` to ``(b, out)``."""
+    """From vectors ``(b, channels)`` to ``(b, out)``, likewise."""
     return nn.Sequential(
         nn.Linear(channels, hidden),
         nn.BatchNorm1d(hidden),
@@ -149,7 +148,7 @@ def vector_projector(channels: int, hidden: int, out: int) -> nn.Sequential:
 
 
 def predictor(size: int, hidden: int) -> nn.Sequential:
-    """From what the online network says of an image to what the target will say of it."""
+    """From the online projection of one view to the target's projection of the other."""
     return nn.Sequential(
         nn.Linear(size, hidden),
         nn.BatchNorm1d(hidden),
@@ -158,21 +157,18 @@ def predictor(size: int, hidden: int) -> nn.Sequential:
     )
 
 
-HALVES = (torch.float16, torch.bfloat16)
-
-
-class Target(Encoder):
+class TargetEncoder(Encoder):
     """The moving average of an encoder (arXiv:2011.10043, sec. 3.1).
 
     Runs without gradient and in train mode: its batch norm has statistics of its own. Its
-    parameters are never held in less than float32, whatever the learner is cast to: in half
-    precision a step of one per cent would round away.
+    parameters are held in at least float32, whatever the learner is cast to, since in half
+    precision a step of one per cent would round away; it computes in the precision of the cast.
 
     Args:
-        online: The encoder to follow; the target begins as its copy.
+        online: The encoder whose average it is; it starts as a copy.
 
     Raises:
-        ValueError: Lazy layers have no weights yet.
+        ValueError: The network has lazy layers without weights.
     """
 
     def __init__(self, online: Encoder) -> None:
@@ -183,14 +179,14 @@ class Target(Encoder):
             )
         super().__init__(
             copy.deepcopy(online.net),
-            online.pixel_tap,
-            online.instance_tap,
+            online.pixel_hook,
+            online.instance_hook,
             copy.deepcopy(online.pixel_projector),
             copy.deepcopy(online.instance_projector),
         )
         self.requires_grad_(False)
         self.train()
-        for module in self.modules():  # tensor by tensor, since `_apply` below keeps precision
+        for module in self.modules():  # tensor by tensor, since `_apply` below changes no dtype
             held: list[Tensor] = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
             for tensor in held:
                 if tensor.dtype in HALVES:
@@ -199,19 +195,19 @@ class Target(Encoder):
 
     @torch.no_grad()
     def forward(self, pixels: Tensor, branches: Branches = BOTH) -> Projections:
-        half = self.compute_dtype in HALVES  # a learner cast to halves computes in halves
+        half = self.compute_dtype in HALVES
         kind = pixels.device.type
         with torch.autocast(kind, dtype=self.compute_dtype) if half else nullcontext():
             return super().forward(pixels, branches)
 
     @torch.no_grad()
-    def follow(self, online: Encoder, decay: float) -> None:
-        """Move every parameter of the target: ``decay`` of itself, the rest of the online one.
+    def update(self, online: Encoder, decay: float) -> None:
+        """Move every parameter: ``decay`` of itself plus ``1 - decay`` of the online one.
 
         Batch-norm buffers are the target's own and stay.
 
         Args:
-            online: The encoder that is followed.
+            online: The encoder whose average it is.
             decay: Share of itself that the target keeps, in [0, 1].
 
         Raises:
@@ -231,13 +227,13 @@ class Target(Encoder):
                 mine.copy_(other)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move as asked, but keep float32 where halves were asked for."""
+        """Move as asked, but to float32 where a half precision is asked for."""
 
         def kept(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
             return tensor.to(moved.device) if moved.dtype in HALVES else moved
 
-        # A move keeps any precision and a cast none: ask what becomes of the present one.
+        # `fn` moves or casts: a tensor of the present dtype shows what it makes of it.
         device = next(self.parameters()).device
         self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype, device=device)).dtype
         super()._apply(kept, recurse)  # type: ignore[no-untyped-call]  # untyped in torch

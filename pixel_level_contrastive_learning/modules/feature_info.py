@@ -1,156 +1,140 @@
-"""The survey of a backbone: which layers it has, what they give, and which are worth a tap."""
+"""Feature info: the layers of a backbone, what they give, and which serve as features."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any, NamedTuple, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 from torch.utils.hooks import RemovableHandle
 
-from .hooks import Reading, Tap, Taps, can_learn, first_weight, plain_name, read_output
+from .hooks import (
+    FeatureHook,
+    FeatureHooks,
+    Layout,
+    NoGradientError,
+    can_learn,
+    first_weight,
+    layout_of,
+    plain_name,
+)
 
 SAME_STRIDE = 1.5
-"""Strides within this factor are equals: borders make a map a cell larger or smaller."""
+"""Strides within this factor are equal: borders make a map a cell larger or smaller."""
 ONE_BLOCK = 3.0
-"""What makes a map coarser by more than this is no block, but a row of them."""
+"""A layer that multiplies the stride by more than this is a row of blocks, not one block."""
 
 
-class Layer(NamedTuple):
-    """What a layer of a backbone gave when it was looked at.
+@dataclass(eq=False)
+class Layer:
+    """A layer of a backbone as it ran.
 
     Attributes:
         name: Its name in the backbone, such as ``layer4``.
-        type_name: The name of its class.
-        output: What it gives: a shape, or the type where it is no tensor.
-        reading: How that can be read, or None.
-        stride: Pixels of the image a cell covers, along the longer way.
-        whole: Whether it is worth a tap that nobody asked for: neither what a block has worked out
-            by half, see `halves`, nor scores of classes.
-        output_id: The same number for layers that give the very same tensor.
-        overwritten: Whether a later layer changes the output in place, be it in training alone.
+        module: The layer.
+        output: What it gave. Layers that give the very same tensor hold the same object.
+        layout: How that is laid out, or None where it is no map, tokens or vector.
+        stride: Pixels of the image a cell covers, along the longer way; 0 without a layout.
+        input_stride: The stride of the map it was given, likewise.
+        version: How often the output had been changed in place when the layer was done.
+        root: The last step of the gradient of what a hook reads.
         carries_gradient: Whether a loss on the output would reach weights.
+        overwritten: Whether a later layer changes the output in place, be it in training alone.
+        is_default: Whether it may be used without being named: neither the inside of a block that
+            makes the map coarser, nor class scores.
     """
 
     name: str
-    type_name: str
-    output: str
-    reading: Reading | None
+    module: nn.Module
+    output: object
+    layout: Layout | None
     stride: float
-    whole: bool
-    output_id: int
-    overwritten: bool
+    input_stride: float
+    version: int
+    root: Any
     carries_gradient: bool
+    overwritten: bool = False
+    is_default: bool = True
+
+    @property
+    def type_name(self) -> str:
+        """The name of its class."""
+        return type(self.module).__name__
 
     @property
     def is_map(self) -> bool:
         """Whether it has more than one cell, so that there is something to compare."""
-        return self.reading is not None and max(self.reading.grid) > 1
+        return self.layout is not None and max(self.layout.grid) > 1
+
+    @property
+    def shape(self) -> str:
+        """The shape of its output, or the type where that is no tensor."""
+        output = self.output
+        return str(tuple(output.shape)) if isinstance(output, Tensor) else type(output).__name__
 
     def __str__(self) -> str:
-        reading = self.reading
-        if reading is None or not self.is_map:
-            return f"{self.name} {self.output}"
-        h, w = reading.grid
-        return f"{self.name} ({reading.channels} channels, {h}x{w} cells)"
+        if self.layout is None or not self.is_map:
+            return f"{self.name} {self.shape}"
+        h, w = self.layout.grid
+        return f"{self.name} ({self.layout.channels} channels, {h}x{w} cells)"
 
 
-def features(layers: Sequence[Layer]) -> list[Layer]:
-    """The maps among layers that may be taken without being named.
+def default_maps(layers: Sequence[Layer]) -> list[Layer]:
+    """The maps among layers that may be used without being named.
 
-    They are square, and neither attention nor full of holes. What is not whole is left out where
-    there is anything else.
+    Their cells are square, and they are neither attention nor dropped out. Maps that are no
+    default, see `Layer`, are left out where there is anything else.
     """
     maps = [
         layer
         for layer in layers
         if layer.is_map
-        and layer.reading is not None
-        and layer.reading.is_square
+        and layer.layout is not None
+        and layer.layout.is_square
         and not layer.type_name.startswith(("Dropout", "Softmax"))
     ]
-    return [layer for layer in maps if layer.whole] or maps
+    return [layer for layer in maps if layer.is_default] or maps
 
 
-def halves(strides: Mapping[str, tuple[float, float]]) -> set[str]:
-    """The names of layers in blocks that make a map coarser, as fine as that was before.
+def inside_downsampling(strides: Mapping[str, tuple[float, float]]) -> set[str]:
+    """The names of layers in a block that makes the map coarser, whose own map is still as fine.
 
     Args:
-        strides: By a layer's name, of the map that it is given and of the one that it gives.
+        strides: By a layer's name, the stride of its input and of its output.
     """
     return {
         name
         for name, (_, own) in strides.items()
-        for outer in parents(name)
-        for given, gives in [strides.get(outer, (0.0, 0.0))]
+        for block in [name[:end] for end, letter in enumerate(name) if letter == "."]
+        for given, gives in [strides.get(block, (0.0, 0.0))]
         if SAME_STRIDE * given < gives < ONE_BLOCK * given and own < SAME_STRIDE * given
     }
 
 
-def parents(name: str) -> list[str]:
-    """The names of the layers that a layer is part of: ``a`` and ``a.b`` of ``a.b.c``."""
-    return [name[:end] for end, letter in enumerate(name) if letter == "."]
+class FeatureInfo:
+    """Every layer of a backbone, found by one forward pass of a copy.
 
-
-def stride(reading: Reading | None, size: tuple[int, int]) -> float:
-    """Pixels of an image of this size that a cell covers along the longer way; 0 of no map."""
-    if reading is None:
-        return 0.0
-    return max(side / cells for side, cells in zip(size, reading.grid, strict=True))
-
-
-class Seen(NamedTuple):
-    """A layer as it ran.
-
-    Attributes:
-        module: The layer.
-        given: The stride of the map it was given; 0 if that was none.
-        output: What it gave.
-        overwritten: Whether that is changed in place later on, be it in training alone.
-        root: The last step of the gradient of what a tap reads, which is a copy if it is changed.
-        carries_gradient: Whether that has one.
-        used: Whether a layer with weights of its own was given it.
-    """
-
-    module: nn.Module
-    given: float
-    output: object
-    overwritten: bool = False
-    root: Any = None
-    carries_gradient: bool = False
-    used: bool = False
-
-    def read_from(self, tensor: Tensor) -> Self:
-        """The same, read by its gradient as it is now."""
-        return self._replace(root=tensor.grad_fn, carries_gradient=tensor.requires_grad)
-
-    @property
-    def is_score(self) -> bool:
-        """Whether it is an answer: a convolution to fewer channels, after which no weights come."""
-        own = self.module
-        narrows = isinstance(own, nn.Conv2d) and own.out_channels < own.in_channels
-        return narrows and not self.used
-
-
-class Survey:
-    """Every layer of a backbone, looked at once, on a copy, without changing anything.
-
-    The copy sees two blank images, in eval mode by default; the backbone keeps its weights,
+    The copy takes two blank images, in eval mode by default; the backbone keeps its weights,
     buffers, mode and hooks, and no random generator moves on.
 
     Args:
         net: The backbone.
         channels: Channels of its images.
         size: Their ``(height, width)``.
-        training: Whether to look in train mode instead.
+        training: Whether the copy runs in train mode instead.
 
     Raises:
         ValueError: The backbone refuses images of this size, or to be copied.
+
+    >>> info = FeatureInfo(nn.Sequential(nn.Conv2d(3, 8, 8, 8), nn.ReLU()), 3, (64, 64))
+    >>> print(info.layers[0], info.default_pixel())
+    0 (8 channels, 8x8 cells) 1
     """
 
     def __init__(
@@ -160,63 +144,48 @@ class Survey:
         self.net_type = type(net).__name__
         self.children = [name for name, _ in net.named_children()]
         self.names = [plain_name(name) for name, _ in net.named_modules() if name]
-        self.layers: list[Layer] = []
         self.net = duplicate(net).train(training)
         weight = first_weight(self.net, torch.empty(0))
         self.images = torch.zeros(2, channels, *size, device=weight.device, dtype=weight.dtype)
-        seen = self.look()
-        readings = {name: self.read(own.output) for name, own in seen.items()}
-        strides = {name: stride(reading, size) for name, reading in readings.items()}
-        half = halves({name: (own.given, strides[name]) for name, own in seen.items()})
-        scores = {id(own.output) for own in seen.values() if own.is_score}
-        for name, own in seen.items():
-            output, type_name = own.output, type(own.module).__name__
-            shown = (
-                str(tuple(output.shape)) if isinstance(output, Tensor) else type(output).__name__
-            )
-            whole = name not in half and id(output) not in scores
-            known = readings[name], strides[name], whole, id(output), own.overwritten
-            self.layers.append(Layer(name, type_name, shown, *known, own.carries_gradient))
-        self.roots = {name: own.root for name, own in seen.items()}
+        self.layers = self.look()
 
-    def read(self, output: object) -> Reading | None:
-        """How what a layer gave, or was given, can be read."""
-        return read_output(output, self.size, len(self.images))
+    def look(self) -> list[Layer]:
+        """Run the copy: its layers in the order in which they last ran."""
+        layers: dict[str, Layer] = {}
+        used: list[object] = []  # what layers with weights were given; held, so that ids are unique
 
-    def look(self) -> dict[str, Seen]:
-        """Run the copy: what each layer gave when it last ran, in the order of that."""
-        fired: dict[str, tuple[Seen, int]] = {}
-        changed: set[str] = set()
-        used: set[int] = set()  # outputs that a layer with weights of its own was given
+        def layout_and_stride(output: object) -> tuple[Layout | None, float]:
+            layout = layout_of(output, self.size, len(self.images))
+            sides = zip(self.size, layout.grid, strict=True) if layout else [(0, 1)]
+            return layout, max(side / cells for side, cells in sides)
 
-        def note(name: str, layer: nn.Module) -> Iterator[RemovableHandle]:
-            def gave(module: nn.Module, inputs: tuple[object, ...], output: object) -> None:
-                tensor = output if isinstance(output, Tensor) else torch.empty(0)
-                given = stride(self.read(inputs[0]) if inputs else None, self.size)
+        def hooks(name: str, layer: nn.Module) -> Iterator[RemovableHandle]:
+            def ran(module: nn.Module, inputs: tuple[object, ...], output: object) -> None:
                 if next(module.parameters(recurse=False), None) is not None:
-                    used.update(map(id, inputs))
-                    used.discard(id(output))  # it may lie where a tensor lay that is gone
-                fired.pop(name, None)  # a layer that runs again moves to the end
-                changed.discard(name)
-                seen = Seen(module, given, output).read_from(tensor)
-                fired[name] = seen, tensor._version
+                    used.extend(inputs)
+                tensor = output if isinstance(output, Tensor) else torch.empty(0)
+                _, given = layout_and_stride(inputs[0] if inputs else None)
+                gradient = tensor.grad_fn, tensor.requires_grad
+                known = *layout_and_stride(output), given, tensor._version, *gradient
+                layers.pop(name, None)  # a layer that runs again moves to the end
+                layers[name] = Layer(name, module, output, *known)
 
-            # Dropout in place, which is idle here, changes in training what it is given.
-            def takes(_: nn.Module, inputs: tuple[object, ...]) -> None:
+            # Dropout in place does nothing in eval mode, but overwrites its input in training.
+            def overwrites(_: nn.Module, inputs: tuple[object, ...]) -> None:
                 taken = {memory(given) for given in inputs if isinstance(given, Tensor)}
-                held = ((n, seen.output) for n, (seen, _) in fired.items())
-                changed.update(
-                    n for n, out in held if isinstance(out, Tensor) and memory(out) in taken
-                )
+                for own in layers.values():
+                    own.overwritten |= (
+                        isinstance(own.output, Tensor) and memory(own.output) in taken
+                    )
 
-            yield layer.register_forward_hook(gave)
+            yield layer.register_forward_hook(ran)
             if getattr(layer, "inplace", False):
-                yield layer.register_forward_pre_hook(takes)
+                yield layer.register_forward_pre_hook(overwrites)
 
         named = ((plain_name(name), layer) for name, layer in self.net.named_modules() if name)
-        handles = [handle for name, layer in named for handle in note(name, layer)]
+        handles = [handle for name, layer in named for handle in hooks(name, layer)]
         try:
-            with self.alone():
+            with self.isolated():
                 self.net(self.images)
         except Exception as error:
             raise ValueError(
@@ -227,63 +196,65 @@ class Survey:
         finally:
             for handle in handles:
                 handle.remove()
-        found: dict[str, Seen] = {}
-        for name, (seen, version) in fired.items():
-            output = seen.output
-            overwritten = name in changed
-            if isinstance(output, Tensor):
-                overwritten |= output._version != version
-                if not overwritten:  # re-entrant checkpointing gives it its gradient afterwards
-                    seen = seen.read_from(output)
-            found[name] = seen._replace(overwritten=overwritten, used=id(output) in used)
-        return found
+        used_ids = set(map(id, used))
+        strides = {name: (own.input_stride, own.stride) for name, own in layers.items()}
+        inside = inside_downsampling(strides)
+        scores = {id(own.output) for own in layers.values() if narrows(own.module)} - used_ids
+        for name, layer in layers.items():
+            layer.is_default = name not in inside and id(layer.output) not in scores
+            if isinstance(layer.output, Tensor):
+                layer.overwritten |= layer.output._version != layer.version
+                if not layer.overwritten:  # re-entrant checkpointing sets its gradient afterwards
+                    layer.root = layer.output.grad_fn
+                    layer.carries_gradient = layer.output.requires_grad
+        return list(layers.values())
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
-        """A context with gradients, from which no random generator moves on."""
+    def isolated(self) -> Iterator[None]:
+        """A context with gradients, in which no random generator moves on."""
         devices = [self.images.device] if self.images.device.type == "cuda" else []
         with torch.random.fork_rng(devices), torch.enable_grad():
             yield
 
-    def tap(self, wanted: str | int, *, pixel: bool) -> Tap:
-        """The tap on a layer, once it was found to give what pixels or instances need.
+    def hook(self, wanted: str | int, *, pixel: bool) -> FeatureHook:
+        """The hook for a layer, once its output is known to serve as pixels or as an instance.
 
         Args:
             wanted: Its name, or an index into the network's children.
             pixel: Whether a map is needed; otherwise a vector, a map or tokens will do.
 
         Raises:
-            ValueError: There is no such layer, it did not run, or gives nothing that can be read.
+            ValueError: There is no such layer, it did not run, or its output does not serve.
         """
         kind = "pixel" if pixel else "instance"
         name = self.name_of(wanted, kind)
-        layer = self.called(name)
+        layer = self.get(name)
         if layer is None:
             raise ValueError(
                 f"the {kind} layer {name!r} did not run when {self.net_type} saw an image; "
                 f"{self.advice(pixel)}"
             )
-        if layer.reading is None:
+        if layer.layout is None:
             raise ValueError(
-                f"the {kind} layer {name!r} gives {layer.output}, which cannot be read as "
+                f"the {kind} layer {name!r} gives {layer.shape}, which cannot be read as "
                 f"{'a map' if pixel else 'a vector'}; {self.advice(pixel)}"
             )
         if pixel and not layer.is_map:
             raise ValueError(
-                f"the pixel layer {name!r} gives {layer.output}: a vector or a 1x1 map has no "
+                f"the pixel layer {name!r} gives {layer.shape}: a vector or a 1x1 map has no "
                 f"pixels to compare. Use an earlier layer, or images larger than {self.size[0]}x"
                 f"{self.size[1]}; {self.advice(pixel)}"
             )
         if not layer.carries_gradient:
-            raise ValueError(no_gradient(kind, name, self.after(layer)))
-        return Tap(layer.name, layer.reading, layer.overwritten)
+            raise NoGradientError(kind, name, self.alternative(name))
+        return FeatureHook(layer.name, layer.layout, layer.overwritten)
 
-    def called(self, name: str) -> Layer | None:
+    def get(self, name: str) -> Layer | None:
         """The layer of that name, or None if it did not run."""
         return next((layer for layer in self.layers if layer.name == name), None)
 
     def name_of(self, wanted: str | int, kind: str) -> str:
-        """The name of a layer given by name or by index, without what was wrapped around it."""
+        """The plain name of a layer given by name or by index."""
         count = len(self.children)
         if isinstance(wanted, int) and -count <= wanted < count:
             return plain_name(self.children[wanted])
@@ -306,11 +277,9 @@ class Survey:
         raise ValueError(f"{found}; {self.advice(pixel=kind == 'pixel')}")
 
     def default_pixel(self) -> str:
-        """The deepest map of at least 4 x 4 cells and a stride of at most 32.
+        """The deepest of the `default_maps` with at least 4 x 4 cells and a stride up to 32.
 
-        Deepest is the largest stride; among equals, what most weights lead to, since an auxiliary
-        head may run last. What a block gives before it makes the map coarser is left out, and so
-        are class scores, see `features`.
+        Deepest is the largest stride; among equals, see `deepest`.
 
         Raises:
             ValueError: There is none.
@@ -318,11 +287,11 @@ class Survey:
         fit = [
             layer
             for layer in self.layers
-            if layer.reading is not None
-            and min(layer.reading.grid) >= 4
+            if layer.layout is not None
+            and min(layer.layout.grid) >= 4
             and layer.stride <= 32.5  # images that 32 does not divide
         ]
-        maps = features(fit)
+        maps = default_maps(fit)
         if not maps:
             h, w = self.size
             raise ValueError(
@@ -333,13 +302,15 @@ class Survey:
         return self.deepest([own for own in maps if own.stride > largest / SAME_STRIDE]).name
 
     def deepest(self, layers: Sequence[Layer]) -> Layer:
-        """The layer that most weights lead to; among equals, the last to run."""
+        """The layer that most weights lead to, since an auxiliary head may run last.
+
+        Among equals, it is the last to run.
+        """
         deepest, most, counted = layers[-1], -1, set[Any]()
         for layer in reversed(layers):
-            root = self.roots[layer.name]
-            if root in counted:
+            if layer.root in counted:
                 continue  # what was counted depends on it
-            steps = set(graph(root))
+            steps = set(graph(layer.root))
             weights = sum(node.variable.numel() for node in steps if hasattr(node, "variable"))
             if weights > most:
                 deepest, most = layer, weights
@@ -349,58 +320,64 @@ class Survey:
     def default_instance(self, pixel: str) -> str:
         """The pooled vector, which follows the last map; the pixel layer where there is none.
 
-        What the last layer gives is taken for the network's answer, not for its features, and
-        dropout zeroes a share of them.
+        The output of the last layer is the network's answer and no feature; dropout zeroes a share
+        of the features.
         """
         last_map = max(index for index, layer in enumerate(self.layers) if layer.is_map)
-        answer = self.layers[-1].output_id
+        answer = self.layers[-1].output
         vectors = [
             layer
             for layer in self.layers[last_map + 1 :]
-            if layer.reading is not None
-            and layer.output_id != answer
+            if layer.layout is not None
+            and layer.output is not answer
             and not layer.type_name.startswith("Dropout")
         ]
         pools = [layer.name for layer in vectors if "Pool" in layer.type_name]
         names = pools[-1:] or [layer.name for layer in vectors[:1]]
         return names[0] if names else pixel
 
-    def after(self, layer: Layer) -> Layer | None:
-        """The first layer to run after ``layer`` that can be read likewise and carries gradient."""
+    def alternative(self, name: str) -> Layer | None:
+        """The first layer after the one of that name that serves as well and carries gradient."""
+        layer = self.get(name)
+        if layer is None:
+            return None
         later = self.layers[self.layers.index(layer) + 1 :]
         fit = (own for own in later if own.carries_gradient and own.is_map == layer.is_map)
-        return next((own for own in fit if own.reading is not None), None)
+        return next((own for own in fit if own.layout is not None), None)
 
     def advice(self, pixel: bool) -> str:
         """The layers that would do: a map for each stride; for an instance a pooled vector too."""
-        would_do: dict[float, Layer] = {}
-        for layer in features(self.layers):
-            would_do[round(layer.stride)] = layer
+        would_do = {round(layer.stride): layer for layer in default_maps(self.layers)}
         names = [str(layer) for _, layer in sorted(would_do.items())]
         pooled = self.default_instance(pixel="") if would_do and not pixel else ""
         names = [pooled, *names] if pooled else names
         return f"layers that would do: {', '.join(names) or 'none at this image size'}"
 
-    def unreached(self, tap: Tap) -> list[str]:
-        """The names of parameters, frozen ones too, that the tap's output does not depend on."""
+    def unreached(self, hook: FeatureHook) -> list[str]:
+        """The names of parameters, frozen ones too, that the hooked output does not depend on."""
         parameters = dict(self.net.named_parameters())
         if not all(parameter.requires_grad for parameter in parameters.values()):
-            thawed(self.net)  # as they may be later
-            self.roots = {name: own.root for name, own in self.look().items()}
-        walked = list(graph(self.roots[tap.name]))
+            unfreeze(self.net)  # they may be unfrozen later
+            self.layers = self.look()
+        walked = [node for own in self.layers if own.name == hook.name for node in graph(own.root)]
         reached = {id(node.variable) for node in walked if hasattr(node, "variable")}
         if any(isinstance(node, BackwardCFunction) for node in walked):
-            # What re-entrant checkpointing or a function of one's own does inside shows only when
-            # it runs.
+            # Re-entrant checkpointing, or an autograd function of the network's own, hides what it
+            # uses until it runs backward.
             self.net.zero_grad()
-            with self.alone():
-                Taps(tap).run(self.net, self.images)[tap.name].sum().backward()
+            with self.isolated():
+                FeatureHooks(hook).run(self.net, self.images)[hook.name].sum().backward()
             reached = {id(own) for own in parameters.values() if own.grad is not None}
         return [name for name, parameter in parameters.items() if id(parameter) not in reached]
 
 
+def narrows(layer: nn.Module) -> bool:
+    """Whether a layer is a convolution to fewer channels: class scores, where no weights follow."""
+    return isinstance(layer, nn.Conv2d) and layer.out_channels < layer.in_channels
+
+
 def duplicate(net: nn.Module) -> nn.Module:
-    """A copy of a network, or what to do where it cannot be copied."""
+    """A copy of a network, or an error that tells how to make it one that can be copied."""
     try:
         return copy.deepcopy(net)
     except Exception as error:
@@ -411,20 +388,20 @@ def duplicate(net: nn.Module) -> nn.Module:
         ) from error
 
 
-def thawed(net: nn.Module) -> nn.Module:
-    """The network itself, all of its weights with a gradient; tables of indices have none."""
+def unfreeze(net: nn.Module) -> nn.Module:
+    """The network itself, every parameter that can learn with a gradient."""
     for parameter in net.parameters():
         parameter.requires_grad_(can_learn(parameter))
     return net
 
 
 def memory(tensor: Tensor) -> int:
-    """Where a tensor's values lie: the same number for all that share them."""
+    """The address of a tensor's values: the same for all tensors that share them."""
     return tensor.untyped_storage().data_ptr()
 
 
 def graph(root: Any) -> Iterator[Any]:
-    """Every step that a gradient takes from its last step down to the leaves; None has none."""
+    """Every step of a gradient, from its last step down to the leaves; nothing for None."""
     waiting: list[Any] = [root] if root is not None else []
     seen = set(waiting)
     while waiting:
@@ -434,13 +411,3 @@ def graph(root: Any) -> Iterator[Any]:
             if following is not None and following not in seen:
                 seen.add(following)
                 waiting.append(following)
-
-
-def no_gradient(kind: str, name: str, instead: Layer | None) -> str:
-    """The complaint about a layer whose output carries no gradient."""
-    there = f"; tap {instead} instead" if instead is not None else ""
-    return (
-        f"the {kind} layer {name!r} gives an output without gradient: it is frozen, or runs inside "
-        f"re-entrant activation checkpointing{there}, unfreeze it, or checkpoint with "
-        "use_reentrant=False"
-    )

@@ -163,8 +163,8 @@ def find_info(data: TrainingData, devices: Devices, learner: PixelCL) -> Info:
         processes=devices.processes,
         cores=cores_per_process(devices),
         batch_norm=any(isinstance(module, _BatchNorm) for module in learner.net.modules()),
-        pixel_layer=encoder.pixel_tap.name,
-        instance_layer=encoder.instance_tap.name,
+        pixel_layer=encoder.pixel_hook.name,
+        instance_layer=encoder.instance_hook.name,
     )
 
 

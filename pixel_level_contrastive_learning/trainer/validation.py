@@ -217,7 +217,7 @@ def draw_batch(
         rgb(view.pixels * normalise.std + normalise.mean).cpu()
         for view in make_views(move_batch(some, device), normalise, plan)
     ]
-    grid = learner.online_encoder.pixel_tap.reading.grid
+    grid = learner.online_encoder.pixel_hook.layout.grid
     previews = folder / run_layout.PREVIEW
     previews.mkdir(parents=True, exist_ok=True)
     paths = []

@@ -107,8 +107,8 @@ def test_the_loss_is_finite(run) -> None:
 
 def test_the_layers_that_are_taken_unasked_hold_features(run) -> None:
     """Attention weights may look like a map: as many keys as a square has cells."""
-    tap = run.learner.online_encoder.pixel_tap
-    assert min(tap.reading.grid) >= 4
+    tap = run.learner.online_encoder.pixel_hook
+    assert min(tap.layout.grid) >= 4
     assert ".attn" not in tap.name
 
 

@@ -21,7 +21,7 @@ from pixel_level_contrastive_learning.evaluation.finetuning import (
     rate,
     trained,
 )
-from pixel_level_contrastive_learning.modules.feature_info import Survey
+from pixel_level_contrastive_learning.modules.feature_info import FeatureInfo
 
 
 def preparation(size) -> Preparation:
@@ -58,7 +58,7 @@ def small() -> nn.Sequential:
 
 def test_a_residual_network_is_decoded_from_every_stride() -> None:
     net = models.resnet18()
-    levels = [level.name for level in deepest_maps(Survey(net, 3, (64, 96)))]
+    levels = [level.name for level in deepest_maps(FeatureInfo(net, 3, (64, 96)))]
     assert levels == ["layer4", "layer3", "layer2", "layer1"]
     segmenter = Segmenter(net, 3, (64, 96), 5)
     assert segmenter.net is net
@@ -78,19 +78,19 @@ def test_a_residual_network_is_decoded_from_every_stride() -> None:
 )
 def test_the_decoder_is_given_what_stages_give(build, expected) -> None:
     """Blocks of both begin at the stride of the stage before, and are not read there."""
-    levels = deepest_maps(Survey(build(), 3, (64, 96)))
-    assert {own.name: own.reading.channels for own in levels if own.reading} == expected
+    levels = deepest_maps(FeatureInfo(build(), 3, (64, 96)))
+    assert {own.name: own.layout.channels for own in levels if own.layout} == expected
 
 
 def test_an_auxiliary_head_that_runs_last_is_not_decoded() -> None:
     net = models.segmentation.fcn_resnet50(weights=None, weights_backbone=None, aux_loss=True)
-    levels = [level.name for level in deepest_maps(Survey(net, 3, (64, 96)))]
+    levels = [level.name for level in deepest_maps(FeatureInfo(net, 3, (64, 96)))]
     assert levels == ["classifier.2", "backbone.layer1"]
 
 
 def test_a_transformer_gets_a_head_on_its_last_tokens() -> None:
     net = Transformer()
-    levels = [level.name for level in deepest_maps(Survey(net, 3, (64, 96)))]
+    levels = [level.name for level in deepest_maps(FeatureInfo(net, 3, (64, 96)))]
     assert levels == ["blocks"]
     assert Segmenter(net, 3, (64, 96), 5)(torch.rand(2, 3, 64, 96)).shape == (2, 5, 4, 6)
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pixel_level_contrastive_learning.modules.encoder import Branches, Encoder
-from pixel_level_contrastive_learning.modules.feature_info import Survey
+from pixel_level_contrastive_learning.modules.feature_info import FeatureInfo
 
 SIZE = (64, 96)
 """Views of 4 x 6 cells at a stride of 16."""
@@ -51,9 +51,9 @@ class Prefixed(nn.Module):
 
 def bare(net: nn.Module, layer: str = "body", instance: str | None = None) -> Encoder:
     """An encoder whose projectors change nothing, so that a projection is what was tapped."""
-    survey = Survey(net, 3, SIZE)
-    taps = survey.tap(layer, pixel=True), survey.tap(instance or layer, pixel=False)
-    return Encoder(net, *taps, nn.Identity(), nn.Identity())
+    info = FeatureInfo(net, 3, SIZE)
+    hooks = info.hook(layer, pixel=True), info.hook(instance or layer, pixel=False)
+    return Encoder(net, *hooks, nn.Identity(), nn.Identity())
 
 
 def views(size: tuple[int, int] = SIZE) -> Tensor:
@@ -213,7 +213,7 @@ def checkpoint_body(net: Backbone) -> None:
         (flatten_body, ["(2, 192)", "'b c h w'", "new learner"]),
         (pair_body, ["tuple", "new learner"]),
         (freeze, ["without gradient", "frozen", "unfreeze"]),
-        (checkpoint_body, ["without gradient", "re-entrant", "tap last (8 channels, 4x6"]),
+        (checkpoint_body, ["without gradient", "re-entrant", "use_reentrant=False"]),
     ],
 )
 @pytest.mark.parametrize("kind", Branches._fields)

@@ -10,19 +10,19 @@ from torch import Tensor, nn
 from pixel_level_contrastive_learning.modules.encoder import (
     Branches,
     Encoder,
-    Target,
+    TargetEncoder,
     map_projector,
     vector_projector,
 )
-from pixel_level_contrastive_learning.modules.feature_info import Survey
+from pixel_level_contrastive_learning.modules.feature_info import FeatureInfo
 
 
 def online_encoder(dtype: torch.dtype = torch.float32) -> Encoder:
     """A small encoder whose batch norm has seen a batch, so that its buffers are not as built."""
     net = nn.Sequential(nn.Conv2d(3, 8, 8, 8), nn.BatchNorm2d(8), nn.ReLU()).to(dtype)
-    tap = Survey(net, 3, (64, 64)).tap(2, pixel=True)
+    hook = FeatureInfo(net, 3, (64, 64)).hook(2, pixel=True)
     heads = map_projector(8, 16, 4), vector_projector(8, 16, 4)
-    online = Encoder(net, tap, tap, *(head.to(dtype) for head in heads))
+    online = Encoder(net, hook, hook, *(head.to(dtype) for head in heads))
     with torch.no_grad():
         online(torch.rand(4, 3, 64, 64))
     return online
@@ -56,7 +56,7 @@ def apart(ours: list[Tensor], theirs: list[Tensor]) -> bool:
 
 def test_the_target_begins_as_a_copy_that_shares_nothing() -> None:
     online = online_encoder()
-    target = Target(online)
+    target = TargetEncoder(online)
     assert online.state_dict().keys() == target.state_dict().keys()
     assert same(copied(target.parameters), copied(online.parameters))
     assert same(copied(target.buffers), copied(online.buffers))
@@ -69,7 +69,7 @@ def test_the_target_begins_as_a_copy_that_shares_nothing() -> None:
 
 def test_the_target_trains_its_batch_norm_whatever_the_mode_of_the_network() -> None:
     online = online_encoder().eval()
-    target = Target(online)
+    target = TargetEncoder(online)
     assert all(module.training for module in target.modules())
     assert not any(module.training for module in online.modules())
     before = copied(target.buffers)
@@ -78,7 +78,7 @@ def test_the_target_trains_its_batch_norm_whatever_the_mode_of_the_network() -> 
 
 
 def test_eval_reaches_the_target() -> None:
-    target = Target(online_encoder()).eval()
+    target = TargetEncoder(online_encoder()).eval()
     before = copied(target.buffers)
     target(torch.rand(4, 3, 64, 64))
     assert same(copied(target.buffers), before)
@@ -90,12 +90,12 @@ def test_eval_reaches_the_target() -> None:
 @pytest.mark.parametrize("decay", [0, 0.25, 0.99, 1])
 def test_convention_every_parameter_keeps_its_share_and_takes_the_rest(decay) -> None:
     online = online_encoder()
-    target = Target(online)
+    target = TargetEncoder(online)
     own, buffers = copied(target.parameters), copied(target.buffers)
     drift(online)
     others = copied(online.parameters)
     assert apart(own, others)
-    target.follow(online, decay)
+    target.update(online, decay)
     for kept, other, moved in zip(own, others, target.parameters(), strict=True):
         torch.testing.assert_close(moved, decay * kept + (1 - decay) * other)
     assert same(copied(target.buffers), buffers)
@@ -104,10 +104,10 @@ def test_convention_every_parameter_keeps_its_share_and_takes_the_rest(decay) ->
 
 def test_the_target_is_not_the_online_network() -> None:
     online, pixels = online_encoder(), torch.rand(2, 3, 64, 64)
-    target = Target(online)
+    target = TargetEncoder(online)
     before = target(pixels)
     drift(online)
-    target.follow(online, 0.5)
+    target.update(online, 0.5)
     for own, other, old in zip(target(pixels), online(pixels), before, strict=True):
         assert not torch.allclose(own, other, atol=1e-3)
         assert not torch.allclose(own, old, atol=1e-3)
@@ -116,17 +116,17 @@ def test_the_target_is_not_the_online_network() -> None:
 @pytest.mark.parametrize("decay", [1.5, -0.1, float("nan"), "0.9"])
 def test_a_decay_that_is_no_share_is_refused_and_moves_nothing(decay) -> None:
     online = online_encoder()
-    target = Target(online)
+    target = TargetEncoder(online)
     drift(online)
     before = copied(target.parameters)
     with pytest.raises(ValueError, match=rf"decay is {decay!r}; .*from 0 to 1"):
-        target.follow(online, decay)
+        target.update(online, decay)
     assert same(copied(target.parameters), before)
 
 
 def test_a_reset_makes_it_a_copy_again() -> None:
     online = online_encoder()
-    target = Target(online)
+    target = TargetEncoder(online)
     drift(online)
     target.reset(online)
     assert same(copied(target.parameters), copied(online.parameters))
@@ -136,11 +136,11 @@ def test_a_reset_makes_it_a_copy_again() -> None:
 
 def test_it_follows_a_network_that_was_wrapped_later() -> None:
     online = online_encoder()
-    target = Target(online)
+    target = TargetEncoder(online)
     drift(online)
     own, others = copied(target.parameters), copied(online.parameters)
     online.net = torch.compile(online.net, backend="eager")
-    target.follow(online, 0.5)
+    target.update(online, 0.5)
     for kept, other, moved in zip(own, others, target.parameters(), strict=True):
         torch.testing.assert_close(moved, (kept + other) / 2)
 
@@ -149,14 +149,14 @@ def test_it_follows_a_network_that_was_wrapped_later() -> None:
 
 
 def test_no_gradient_reaches_the_target() -> None:
-    target = Target(online_encoder())
+    target = TargetEncoder(online_encoder())
     projections = target(torch.rand(2, 3, 64, 64, requires_grad=True))
     assert not any(projected.requires_grad for projected in projections)
     assert not any(parameter.requires_grad for parameter in target.parameters())
 
 
 def test_a_branch_that_is_not_asked_for_is_not_computed() -> None:
-    target, pixels = Target(online_encoder()), torch.rand(2, 3, 64, 64)
+    target, pixels = TargetEncoder(online_encoder()), torch.rand(2, 3, 64, 64)
     assert target(pixels, Branches(pixel=False)).pixel is None
     assert target(pixels, Branches(instance=False)).instance is None
 
@@ -187,9 +187,9 @@ def test_the_target_is_never_held_in_halves_but_computes_in_them(cast, cast_firs
     computed, held = CASTS[cast]
     if cast_first:
         online = online_encoder(computed)
-        target = Target(online)
+        target = TargetEncoder(online)
     else:
-        both = nn.ModuleList([online_encoder(), Target(online_encoder())])
+        both = nn.ModuleList([online_encoder(), TargetEncoder(online_encoder())])
         online, target = getattr(both, cast)()
     assert held_in(online) == {computed}
     assert held_in(target) == {held}
@@ -200,7 +200,7 @@ def test_the_target_is_never_held_in_halves_but_computes_in_them(cast, cast_firs
 @pytest.mark.parametrize("cast", CASTS)
 def test_moving_to_a_device_changes_no_precision(cast) -> None:
     computed, held = CASTS[cast]
-    target = getattr(Target(online_encoder()), cast)()
+    target = getattr(TargetEncoder(online_encoder()), cast)()
     for moved in (target.to("cpu"), copy.deepcopy(target)):
         assert held_in(moved) == {held}
         assert all(projected.dtype == computed for projected in moved(PIXELS))
@@ -209,14 +209,14 @@ def test_moving_to_a_device_changes_no_precision(cast) -> None:
 def test_small_steps_are_not_rounded_away() -> None:
     """At 0.999 a step moves a weight by less than bfloat16 can tell."""
     online = online_encoder().bfloat16()
-    target = Target(online)
+    target = TargetEncoder(online)
     start = copied(target.parameters)
     with torch.no_grad():
         for parameter in online.parameters():
             parameter += 1
     aims = copied(online.parameters)
     for _ in range(10):
-        target.follow(online, 0.999)
+        target.update(online, 0.999)
     for kept, aim, moved in zip(start, aims, target.parameters(), strict=True):
         share = 0.999**10
         torch.testing.assert_close(moved, share * kept + (1 - share) * aim.float())
