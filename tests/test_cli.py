@@ -134,7 +134,7 @@ def test_a_switch_that_is_on_already_may_be_given_or_turned_off(tmp_path) -> Non
 @pytest.mark.parametrize(
     "code", ["from {0}.__main__ import main; main()", "from {0} import pretrain"]
 )
-def test_without_the_extras_one_is_told_how_to_get_them(code) -> None:
+def test_without_the_extras_the_error_says_how_to_install_them(code) -> None:
     block = "import sys; sys.modules |= dict.fromkeys(('tyro', 'yaml', 'lightning'))\n"
     done = subprocess.run(
         [sys.executable, "-c", block + code.format(PACKAGE)], capture_output=True, text=True
@@ -172,11 +172,11 @@ def refusal(*arguments: str, capsys: pytest.CaptureFixture[str]) -> str:
         (["--recipe", "pixpro-200ep"], "must be one of 'pixpro-100ep', 'pixpro-400ep' (perhaps"),
     ],
 )
-def test_mistakes_in_flags_are_refused_with_the_way_out(arguments, told, capsys) -> None:
+def test_mistakes_in_flags_are_refused_with_a_hint(arguments, told, capsys) -> None:
     assert told in refusal("pretrain", "x", "--out", "y", *arguments, capsys=capsys)
 
 
-def test_both_mistakes_are_told(capsys) -> None:
+def test_both_mistakes_are_reported(capsys) -> None:
     said = refusal("pretrain", "x", "--epochs", "0", "--lr", "0", capsys=capsys)
     assert "epochs is 0" in said
     assert "lr is 0" in said
@@ -206,7 +206,7 @@ def test_ctrl_c_ends_a_command_without_a_traceback(monkeypatch, capsys) -> None:
     assert capsys.readouterr().err == "stopped\n"
 
 
-def test_what_is_said_of_an_evaluation_arrives(monkeypatch) -> None:
+def test_flags_of_evaluate_arrive(monkeypatch) -> None:
     asked: list[dict[str, object]] = []
 
     def noted(weights: str, **settings: object) -> evaluate.Evaluation:

@@ -171,7 +171,7 @@ def draw_scene(index: int, size: tuple[int, int] = (160, 160), seed: int = 0) ->
     >>> image.shape, mask.unique().tolist()
     (torch.Size([3, 96, 128]), [0, 3, 5, 6])
     """
-    raise_together(check_size(size), whole("index", index, 0), whole("seed", seed, 0))
+    raise_together(drawable_size(size), whole("index", index, 0), whole("seed", seed, 0))
     # torch's CPU generator reads 32 bits of its seed; an odd step visits each word once.
     gen = Generator().manual_seed((0x9E3779B1 * index + 0x85EBCA6B * seed) % 2**32)
     xy = pixel_centres(size)
@@ -296,7 +296,7 @@ def save_scenes(
         f"folder is {str(folder)!r}, which is in use; name a new or empty one" if in_use else None,
         *(one_of("split", split, SPLITS) for split in count),
         *(whole(f"count[{split!r}]", number, 1) for split, number in count.items()),
-        check_size(size),
+        drawable_size(size),
         whole("seed", seed, 0),
     )
     folder.mkdir(parents=True, exist_ok=True)
@@ -311,7 +311,7 @@ def save_scenes(
             to_pil_image(mask).save(folder / MASKS / name)
 
 
-def check_size(size: object) -> str | None:
+def drawable_size(size: object) -> str | None:
     """Allow sizes that a scene can be drawn at."""
     sides = size if isinstance(size, (tuple, list)) else ()
     if len(sides) == 2 and all(whole("side", side, MIN_SIDE) is None for side in sides):

@@ -20,7 +20,7 @@ SIDE = 64
 
 
 def five_bands() -> nn.Module:
-    """A network of one's own for five channels, with a head that is never reached."""
+    """A custom network for five channels, with a head that is never reached."""
     return nn.Sequential(
         nn.Conv2d(5, 16, 4, 4),
         nn.BatchNorm2d(16),
@@ -105,7 +105,7 @@ def test_the_loss_is_finite(run) -> None:
     assert all(loss.isfinite() for loss in run.losses)
 
 
-def test_the_layers_that_are_taken_unasked_hold_features(run) -> None:
+def test_default_layers_hold_features(run) -> None:
     """Attention weights may look like a map: as many keys as a square has cells."""
     tap = run.learner.online_encoder.pixel_hook
     assert min(tap.layout.grid) >= 4

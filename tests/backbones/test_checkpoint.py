@@ -41,13 +41,13 @@ CARD = BackboneCard(
 
 def state_of(net: nn.Module) -> dict[str, Tensor]:
     """A copy of the network's weights."""
-    return {name: held.clone() for name, held in net.state_dict().items()}
+    return {name: value.clone() for name, value in net.state_dict().items()}
 
 
 def same(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
     """Whether two state dicts hold the same, in any order."""
     return one.keys() == two.keys() and all(
-        torch.equal(held, two[name]) for name, held in one.items()
+        torch.equal(value, two[name]) for name, value in one.items()
     )
 
 
@@ -105,7 +105,7 @@ def test_a_wrong_card_is_refused(text, complaint, tmp_path) -> None:
     assert complaint in str(error.value)
 
 
-def test_without_a_card_one_is_told_what_to_do(tmp_path) -> None:
+def test_a_missing_card_says_what_to_do(tmp_path) -> None:
     with pytest.raises(ValueError) as error:
         read_card(tmp_path / "net.pth")
     assert str(error.value) == (
@@ -237,7 +237,7 @@ def test_another_suffix_is_refused(net, tmp_path) -> None:
         save_backbone(tmp_path / "backbone.pt", net, CARD)
 
 
-# What a loop of one's own has trained.
+# The card of a custom training loop.
 
 
 def learner_of(net: nn.Module, **settings: Any) -> PixelCL:
@@ -269,7 +269,7 @@ def test_a_card_is_told_what_its_learner_cannot_know(net) -> None:
         card_of(learner, "timm/test_resnett")
 
 
-def test_statistics_that_nobody_knows_are_asked_for(net) -> None:
+def test_unknown_statistics_are_asked_for(net) -> None:
     own = learner_of(net, channels=2, augment_fn=nn.Identity())
     for given in ({}, {"mean": (0.1, 0.2)}):
         with pytest.raises(ValueError) as error:
@@ -295,7 +295,7 @@ def test_a_card_beside_a_state_dict_is_enough(net, tmp_path, kind) -> None:
     assert sorted(os.listdir(tmp_path)) == ["net.json", "net.pt"]
 
 
-# Networks of one's own.
+# Custom networks.
 
 SOURCE = """
 from torch import nn
@@ -305,7 +305,7 @@ def build(channels, width=4):
 """
 
 
-def test_a_network_of_ones_own_comes_back_from_anywhere(tmp_path, monkeypatch) -> None:
+def test_a_custom_network_comes_back_from_anywhere(tmp_path, monkeypatch) -> None:
     (tmp_path / "mine.py").write_text(SOURCE)
     monkeypatch.chdir(tmp_path)
     net = build_backbone("mine.py:build", channels=2)
@@ -344,7 +344,7 @@ def test_random_weights_of_any_model() -> None:
     assert card.pixel_layer in dict(net.named_modules())
 
 
-def test_random_weights_of_ones_own_model(tmp_path) -> None:
+def test_random_weights_of_a_custom_model(tmp_path) -> None:
     (tmp_path / "mine.py").write_text(SOURCE)
     loaded = read_backbone(f"random:{tmp_path / 'mine.py'}:build", channels=1)
     assert loaded.card.pixel_layer == "1"

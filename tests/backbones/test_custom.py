@@ -113,7 +113,7 @@ def test_a_changed_file_is_read_anew(file) -> None:
     assert build_backbone(f"{file}:rgb")[0].out_channels == 99
 
 
-def test_weights_of_ones_own_are_asked_for(file) -> None:
+def test_pretrained_weights_of_a_custom_model_are_asked_for(file) -> None:
     assert not build_backbone(f"{file}:learned", pretrained=True)[0].weight.requires_grad
     assert build_backbone(f"{file}:learned")[0].weight.requires_grad
     with pytest.raises(ValueError, match=r"my_nets\.py:rgb takes no pretrained="):

@@ -108,7 +108,7 @@ def card_for(model: str, channels: int, size: tuple[int, int]) -> BackboneCard:
 def deepest(net: nn.Module, images: torch.Tensor) -> torch.Tensor:
     """What the last stage of a ResNet gives."""
     seen = []
-    handle = net.layer4.register_forward_hook(lambda *held: seen.append(held[2]))
+    handle = net.layer4.register_forward_hook(lambda *value: seen.append(value[2]))
     net(images)
     handle.remove()
     return seen[0]
@@ -265,7 +265,7 @@ def test_an_export_to_the_other_library_names_its_model(exports) -> None:
 def test_torchvision_and_timm_build_these_alike(name) -> None:
     with torch.device("meta"):
         one, two = (
-            {key: held.shape for key, held in net.state_dict().items()}
+            {key: value.shape for key, value in net.state_dict().items()}
             for net in (build_backbone(f"torchvision/{name}"), build_backbone(f"timm/{name}"))
         )
     assert one == two
@@ -290,10 +290,10 @@ def test_names_in_detectron2() -> None:
 def test_a_resnet_goes_to_detectron2(tmp_path) -> None:
     net = save(tmp_path, "torchvision/resnet18", 3, (64, 64))
     done = export(tmp_path, "detectron2")
-    held = pickle.loads(done.path.read_bytes())
-    assert held["matching_heuristics"] is True
-    assert len(held["model"]) == len(net.state_dict()) - 2
-    stem = torch.from_numpy(held["model"]["stem.conv1.weight"])
+    value = pickle.loads(done.path.read_bytes())
+    assert value["matching_heuristics"] is True
+    assert len(value["model"]) == len(net.state_dict()) - 2
+    stem = torch.from_numpy(value["model"]["stem.conv1.weight"])
     assert torch.equal(stem, net.conv1.weight)
     assert done.report.missing == ["fc.weight", "fc.bias"]
     assert done.how_to == (
@@ -371,7 +371,7 @@ def test_weights_that_the_run_does_not_have_are_not_exported(tmp_path) -> None:
 
 def test_an_encoder_is_exported_without_the_classifier_it_does_not_have(tmp_path) -> None:
     net = save(tmp_path, "torchvision/resnet18", 3, (64, 64))
-    state = {name: held for name, held in net.state_dict().items() if not name.startswith("fc.")}
+    state = {name: value for name, value in net.state_dict().items() if not name.startswith("fc.")}
     torch.save(state, tmp_path / "backbone.pth")
     with pytest.warns(UserWarning, match="does not fill all"):
         done = export(tmp_path / "backbone.pth", "mmseg")
@@ -386,7 +386,7 @@ def test_the_lines_that_build_a_network_are_python(tmp_path) -> None:
         "    return nn.Sequential(conv, nn.ReLU())\n"
     )
     card = card_for(f"{tmp_path / 'my-net.py'}:build", 5, (32, 32))
-    held: dict[str, Any] = {"torch": torch}
-    exec("\n".join(building(build_backbone(card.model, channels=5), card)), held)
-    conv = held["net"][0]
+    value: dict[str, Any] = {"torch": torch}
+    exec("\n".join(building(build_backbone(card.model, channels=5), card)), value)
+    conv = value["net"][0]
     assert (conv.in_channels, conv.padding, conv.padding_mode) == (5, "same", "reflect")

@@ -42,7 +42,7 @@ def test_a_network_is_what_its_library_builds(model, plain) -> None:
     torch.manual_seed(3)
     expected = plain().state_dict()
     assert net.state_dict().keys() == expected.keys()
-    assert all(torch.equal(held, expected[name]) for name, held in net.state_dict().items())
+    assert all(torch.equal(value, expected[name]) for name, value in net.state_dict().items())
 
 
 @pytest.mark.parametrize(
@@ -203,11 +203,11 @@ def fetched(monkeypatch) -> dict[str, torch.Tensor]:
 def test_pretrained_weights_are_kept_for_any_channels(model, stem, channels, fetched) -> None:
     fetched.update(build_backbone(model).state_dict())
     net = build_backbone(model, channels=channels, pretrained=True)
-    for name, held in net.state_dict().items():
+    for name, value in net.state_dict().items():
         expected = fetched[name]
         if name == stem and channels != 3:
             expected = adapt_input_conv(channels, expected)
-        torch.testing.assert_close(held, expected)
+        torch.testing.assert_close(value, expected)
 
 
 def test_pretrained_transformers_are_fitted_to_the_images(fetched) -> None:
@@ -233,7 +233,7 @@ def test_pretrained_transformers_of_torchvision_are_fitted_to_the_images(fetched
 
 
 @pytest.mark.parametrize("model", ["torchvision/mobilenet_v3_small", "timm/test_resnet"])
-def test_without_a_connection_one_is_told_what_to_do(model, monkeypatch) -> None:
+def test_a_failed_download_says_what_to_do(model, monkeypatch) -> None:
     def down(*_, **__):
         raise URLError("Name or service not known")
 
@@ -248,7 +248,7 @@ def test_without_a_connection_one_is_told_what_to_do(model, monkeypatch) -> None
     )
 
 
-def test_weights_that_nobody_made_are_refused() -> None:
+def test_models_without_pretrained_weights_are_refused() -> None:
     without = next(name for name in timm.list_models() if not timm.is_model_pretrained(name))
     with pytest.raises(ValueError) as error:
         build_backbone(f"timm/{without}", pretrained=True)
@@ -262,7 +262,7 @@ def test_weights_that_nobody_made_are_refused() -> None:
 
 def test_the_layers_of_a_resnet() -> None:
     net = build_backbone("torchvision/resnet18", channels=2)
-    before = {name: held.clone() for name, held in net.state_dict().items()}
+    before = {name: value.clone() for name, value in net.state_dict().items()}
     layers = {layer.name: layer for layer in tappable_layers(net, 2, (128, 192))}
     for name, stride, channels, grid in (
         ("conv1", 2, 64, (64, 96)),
@@ -277,7 +277,7 @@ def test_the_layers_of_a_resnet() -> None:
     assert layers["layer4"].type_name == "Sequential"
     assert "layer4.1" not in layers  # gives the very tensor of layer4
     assert "layer4.0" in layers
-    assert all(torch.equal(held, before[name]) for name, held in net.state_dict().items())
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
 
 def test_the_layers_of_a_transformer_and_its_refusal() -> None:

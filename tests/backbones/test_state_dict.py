@@ -31,7 +31,7 @@ def small(classes: int = 10, channels: int = 3) -> nn.Module:
 def same(one: nn.Module, two: nn.Module) -> bool:
     """Whether two networks hold the same weights."""
     others = two.state_dict()
-    return all(torch.equal(held, others[name]) for name, held in one.state_dict().items())
+    return all(torch.equal(value, others[name]) for name, value in one.state_dict().items())
 
 
 NAMES = list(small().state_dict())
@@ -45,7 +45,7 @@ NAMES = list(small().state_dict())
 )
 def test_whatever_was_wrapped_around_is_taken_off(beginning, tmp_path) -> None:
     given, net = small(), small()
-    state = {beginning + name: held for name, held in given.state_dict().items()}
+    state = {beginning + name: value for name, value in given.state_dict().items()}
     torch.save(state, tmp_path / "weights.pt")
     report = load_weights(net, tmp_path / "weights.pt")
     assert report == KeyReport(NAMES, [], [], [], {})
@@ -57,9 +57,9 @@ def test_whatever_was_wrapped_around_is_taken_off(beginning, tmp_path) -> None:
 def test_a_checkpoint_may_hold_the_weights_anywhere(key, tmp_path) -> None:
     given, net = small(), small()
     optimizer = torch.optim.Adam(given.parameters())
-    state = {f"module.{name}": held for name, held in given.state_dict().items()}
-    held = {"epoch": 3, key: state, "optimizer": optimizer.state_dict(), "note": "mine"}
-    torch.save(held, tmp_path / "checkpoint.pth")
+    state = {f"module.{name}": value for name, value in given.state_dict().items()}
+    value = {"epoch": 3, key: state, "optimizer": optimizer.state_dict(), "note": "mine"}
+    torch.save(value, tmp_path / "checkpoint.pth")
     assert load_weights(net, tmp_path / "checkpoint.pth").complete
     assert same(net, given)
 
@@ -67,8 +67,8 @@ def test_a_checkpoint_may_hold_the_weights_anywhere(key, tmp_path) -> None:
 def test_the_first_of_two_networks_in_a_file_is_taken(tmp_path) -> None:
     student, teacher, net = small(), small(), small()
     save_file(
-        {f"a_student.{name}": held for name, held in student.state_dict().items()}
-        | {f"b_teacher.{name}": held for name, held in teacher.state_dict().items()},
+        {f"a_student.{name}": value for name, value in student.state_dict().items()}
+        | {f"b_teacher.{name}": value for name, value in teacher.state_dict().items()},
         tmp_path / "both.safetensors",
     )
     load_weights(net, tmp_path / "both.safetensors")

@@ -50,16 +50,18 @@ def test_the_stem_of_well_known_networks(name, stem) -> None:
 
 def test_the_stem_alone_changes_in_place() -> None:
     net = models.resnet18()
-    conv, before = net.conv1, {name: held.clone() for name, held in net.state_dict().items()}
+    conv, before = net.conv1, {name: value.clone() for name, value in net.state_dict().items()}
     assert adapt_channels(net, 5) is net
     assert net.conv1 is conv
     assert (conv.in_channels, conv.stride, conv.padding) == (5, (2, 2), (3, 3))
     assert conv.weight.requires_grad
-    changed = [name for name, held in net.state_dict().items() if held.shape != before[name].shape]
+    changed = [
+        name for name, value in net.state_dict().items() if value.shape != before[name].shape
+    ]
     assert changed == ["conv1.weight"]
     assert all(
-        torch.equal(held, before[name])
-        for name, held in net.state_dict().items()
+        torch.equal(value, before[name])
+        for name, value in net.state_dict().items()
         if name != changed[0]
     )
     assert net.eval()(torch.rand(2, 5, 64, 64)).shape == (2, 1000)
