@@ -183,12 +183,12 @@ def layers(
     from rich.console import Console
     from rich.table import Column, Table
 
-    from .backbones.factory import build_backbone, default_layers, tappable_layers
+    from .backbones.factory import build_backbone, default_layers, list_layers
 
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
     net = build_backbone(model, channels=channels, image_size=size)
     table = Table(Column("layer", overflow="fold"), "type", "stride", "channels", "cells")
-    for layer in tappable_layers(net, channels, size):
+    for layer in list_layers(net, channels, size):
         cells = f"{layer.grid[0]}x{layer.grid[1]}"
         table.add_row(layer.name, layer.type_name, f"{layer.stride:g}", str(layer.channels), cells)
     Console().print(table)

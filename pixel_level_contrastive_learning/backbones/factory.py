@@ -216,7 +216,7 @@ def zero_last_norms(net: nn.Module) -> bool:
     return found
 
 
-class TappableLayer(NamedTuple):
+class LayerInfo(NamedTuple):
     """A layer that a learner can read: its stride in pixels and its cells ``(h, w)``."""
 
     name: str
@@ -226,25 +226,25 @@ class TappableLayer(NamedTuple):
     grid: Size
 
 
-def tappable_layers(net: nn.Module, channels: int, image_size: Size) -> list[TappableLayer]:
+def list_layers(net: nn.Module, channels: int, image_size: Size) -> list[LayerInfo]:
     """The layers that a learner can read, as they run; of those with one output the shortest."""
-    listed: dict[int, TappableLayer] = {}
+    listed: dict[int, LayerInfo] = {}
     for layer in FeatureInfo(net, channels, image_size).layers:
-        reading = layer.layout
-        if reading is None or not layer.carries_gradient:
+        layout = layer.layout
+        if layout is None or not layer.carries_gradient:
             continue
-        if layer.is_map and not reading.is_square:
+        if layer.is_map and not layout.is_square:
             continue
         seen = listed.get(id(layer.output))
         if seen is None or layer.name.count(".") < seen.name.count("."):
-            listed[id(layer.output)] = TappableLayer(
-                layer.name, layer.type_name, layer.stride, reading.channels, reading.grid
+            listed[id(layer.output)] = LayerInfo(
+                layer.name, layer.type_name, layer.stride, layout.channels, layout.grid
             )
     return list(listed.values())
 
 
 def default_layers(net: nn.Module, channels: int, image_size: Size) -> tuple[str, str]:
     """The layers read by default: for the pixel and for the instance level."""
-    survey = FeatureInfo(net, channels, image_size)
-    pixel = survey.default_pixel()
-    return pixel, survey.default_instance(pixel)
+    info = FeatureInfo(net, channels, image_size)
+    pixel = info.default_pixel()
+    return pixel, info.default_instance(pixel)

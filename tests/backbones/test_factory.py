@@ -10,11 +10,11 @@ from torch import nn
 from torchvision import models
 
 from pixel_level_contrastive_learning.backbones.factory import (
-    TappableLayer,
+    LayerInfo,
     build_backbone,
     default_image_size,
     default_statistics,
-    tappable_layers,
+    list_layers,
 )
 from pixel_level_contrastive_learning.backbones.stem import adapt_input_conv
 
@@ -263,7 +263,7 @@ def test_models_without_pretrained_weights_are_refused() -> None:
 def test_the_layers_of_a_resnet() -> None:
     net = build_backbone("torchvision/resnet18", channels=2)
     before = {name: value.clone() for name, value in net.state_dict().items()}
-    layers = {layer.name: layer for layer in tappable_layers(net, 2, (128, 192))}
+    layers = {layer.name: layer for layer in list_layers(net, 2, (128, 192))}
     for name, stride, channels, grid in (
         ("conv1", 2, 64, (64, 96)),
         ("maxpool", 4, 64, (32, 48)),
@@ -272,7 +272,7 @@ def test_the_layers_of_a_resnet() -> None:
         ("layer3", 16, 256, (8, 12)),
         ("layer4", 32, 512, (4, 6)),
     ):
-        assert layers[name] == TappableLayer(name, layers[name].type_name, stride, channels, grid)
+        assert layers[name] == LayerInfo(name, layers[name].type_name, stride, channels, grid)
     assert layers["avgpool"].grid == (1, 1)
     assert layers["layer4"].type_name == "Sequential"
     assert "layer4.1" not in layers  # gives the very tensor of layer4
@@ -282,21 +282,21 @@ def test_the_layers_of_a_resnet() -> None:
 
 def test_the_layers_of_a_transformer_and_its_refusal() -> None:
     net = build_backbone("timm/test_vit", image_size=(64, 96))
-    layers = {layer.name: layer for layer in tappable_layers(net, 3, (64, 96))}
-    assert layers["norm"] == TappableLayer("norm", "LayerNorm", 16, 64, (4, 6))
+    layers = {layer.name: layer for layer in list_layers(net, 3, (64, 96))}
+    assert layers["norm"] == LayerInfo("norm", "LayerNorm", 16, 64, (4, 6))
     with pytest.raises(ValueError, match="cannot take images of shape"):
-        tappable_layers(net, 4, (64, 96))
+        list_layers(net, 4, (64, 96))
 
 
 def test_of_layers_with_one_output_the_shortest_name_is_listed() -> None:
     inner = nn.Sequential(nn.Conv2d(3, 4, 3))
     net = nn.Sequential(inner, nn.Sequential(nn.Identity()))
-    assert [layer.name for layer in tappable_layers(net, 3, (32, 32))] == ["0"]
+    assert [layer.name for layer in list_layers(net, 3, (32, 32))] == ["0"]
 
 
 def test_frozen_layers_are_not_listed() -> None:
     net = build_backbone("torchvision/resnet18")
     net.conv1.requires_grad_(False)
-    names = [layer.name for layer in tappable_layers(net, 3, (64, 64))]
+    names = [layer.name for layer in list_layers(net, 3, (64, 64))]
     assert "conv1" not in names
     assert "layer1" in names
