@@ -281,6 +281,8 @@ def kills(ground: Ground, folder: Path, variant: str, seed: int, planned: Sequen
         inside = {"PASS": dice.randint(8, 24), "SIGNAL": int(number)} if when == "in step" else {}
         command = ground.start(run, *flags, "--resume", PAUSE=0.01, **inside)
         began = strike(command, run, number, when, dice)
+        length = int(flags[flags.index("--steps") + 1]) if "--steps" in flags else STEPS
+        unheard = saved(run) < length // 2 and when != "in step"
         codes = {signal.SIGKILL: -signal.SIGKILL}.get(number, 128 + number)
         # Before the package is loaded, Python itself answers the signal.
         early = () if began else (-number,)
@@ -288,6 +290,8 @@ def kills(ground: Ground, folder: Path, variant: str, seed: int, planned: Sequen
             command.ends(codes, *early, 0, traceback=not began)
         except FaultError as fault:
             raise FaultError(f"{plan}, kill {survived + 1}: {fault}") from None
+        if command.process.returncode == 0 and unheard:
+            raise FaultError(f"{plan}, kill {survived + 1}: goes on to the end")
         if command.process.returncode == 0:
             break  # it was done first
         survived += 1
@@ -302,7 +306,8 @@ def strike(command: Command, run: Path, number: int, when: str, dice: random.Ran
     if when == "start":
         time.sleep(dice.uniform(0.1, 3))
     elif when == "saving":
-        command.until(lambda: saved(run) > before or any(run.glob("checkpoints/*.part")))
+        old = set(run.glob("checkpoints/*.part"))  # of a kill before
+        command.until(lambda: saved(run) > before or {*run.glob("checkpoints/*.part")} - old)
     elif when == "later":
         command.until(lambda: saved(run) > before)
         time.sleep(dice.uniform(0, 0.7))

@@ -328,7 +328,8 @@ def check(hardware: Hardware) -> None:
     rows = []
     for entry in records("step"):
         asked, took = entry["details"]["asked"], entry["details"]["ours"]["seconds"]
-        if entry["machine"] != machine(asked["device"]):
+        reachable = asked["device"] == "cpu" or torch.cuda.is_available()
+        if not reachable or entry["machine"] != machine(asked["device"]):
             continue
         where = attainable(asked["precision"]) if asked["device"] == "cpu" else hardware
         batches = (max(2, asked["batch"] // 2), max(2, asked["batch"] // 2) * 2)
