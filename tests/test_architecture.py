@@ -15,7 +15,6 @@ LONGEST = 420
 LONGER = {  # to be emptied as these are rewritten
     "modules/feature_info",
     "evaluation/evaluate",
-    "visualization/report",
 }
 LOADED = "print([name for name in ('torch', 'kornia') if name in sys.modules])"
 
