@@ -25,7 +25,7 @@ from pixel_level_contrastive_learning.data.statistics import Statistics
 from pixel_level_contrastive_learning.evaluation.features import Preparation, Reader
 from pixel_level_contrastive_learning.evaluation.results import Evaluation, Row
 from pixel_level_contrastive_learning.geometry import unit_centres
-from pixel_level_contrastive_learning.visualization import report
+from pixel_level_contrastive_learning.visualization import explorer
 from pixel_level_contrastive_learning.visualization.explorer import (
     SHOWN_SIDE,
     WHOLE,
@@ -620,7 +620,7 @@ def test_names_that_are_no_text_can_be_written() -> None:
 
 def test_another_view_knows_where_it_lies(monkeypatch) -> None:
     still = Photometry(prob_jitter=0, prob_gray=0, prob_blur=0)
-    monkeypatch.setattr(report, "OTHER_COLOUR", still)
+    monkeypatch.setattr(explorer, "OTHER_COLOUR", still)
     h, w = 60, 80
     x, y = unit_centres(w, torch.zeros(1)), unit_centres(h, torch.zeros(1))
     where = torch.stack((x.expand(h, w), y[:, None].expand(h, w), torch.zeros(h, w)))
