@@ -1,7 +1,7 @@
-"""Photometric change by per-sample factors, and normalisation. No geometry.
+"""Photometric augmentation by per-sample factors, normalisation, and two views of a batch.
 
 Factors are drawn on the CPU, so that what no sample needs is skipped without asking the device;
-they are applied there by kornia's functional operations.
+kornia's functional operations apply them there.
 """
 
 from __future__ import annotations
@@ -20,29 +20,24 @@ from .views import Placement, View, cut_views, draw_maps, to_device
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-
-
+DICE = 9
+"""Random numbers that the factors of one sample take."""
 ONE_BY_ONE = ("cpu",)
 """Kinds of device on which the views of a batch change colour one after the other."""
-DICE = 9
-"""Numbers drawn for the factors of one sample."""
+
+Change = Callable[[Tensor], Tensor]
+"""Views ``(b, c, h, w)`` to views of the same shape, every pixel in its place."""
 
 
 class Factors(NamedTuple):
-    """What happens to the colour of each sample: CPU tensors ``(b,)``, one entry a sample."""
+    """What happens to the colour of each sample: CPU tensors ``(b,)``."""
 
-    brightness: Tensor
-    """Pixels are multiplied by it; 1 changes nothing."""
-    contrast: Tensor
-    """Distance from the mean is multiplied by it; 1 changes nothing."""
-    saturation: Tensor
-    """Distance from gray is multiplied by it; 1 changes nothing, 0 is gray."""
-    hue: Tensor
-    """Turn of the hue in radians; 0 changes nothing."""
-    sigma: Tensor
-    """Standard deviation of the blur in pixels; 0 is no blur."""
-    solarise: Tensor
-    """Bool: whether values from 0.5 up are inverted."""
+    brightness: Tensor  # multiplies pixels
+    contrast: Tensor  # multiplies the distance from the mean
+    saturation: Tensor  # multiplies the distance from gray
+    hue: Tensor  # turns the hue, in radians
+    sigma: Tensor  # standard deviation of the blur in pixels
+    solarise: Tensor  # bool, inverts values from 0.5 up
 
 
 @dataclass(frozen=True)
@@ -57,6 +52,9 @@ class Photometry:
         prob_blur: Share of samples that are blurred.
         sigma: Smallest and largest standard deviation of the blur, in pixels.
         prob_solarise: Share of samples whose bright half is inverted.
+
+    >>> Photometry(prob_solarise=1.0).draw(3).solarise
+    tensor([True, True, True])
     """
 
     jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
@@ -67,11 +65,11 @@ class Photometry:
     prob_solarise: float = 0.0
 
     def draw(self, count: int) -> Factors:
-        """Factors for ``count`` samples from the CPU's generator: nine numbers a sample."""
+        """Factors for ``count`` samples from the CPU's generator, `DICE` numbers a sample."""
         return self.factors(torch.rand(DICE, count, dtype=torch.float32, device="cpu"))
 
     def factors(self, drawn: Tensor) -> Factors:
-        """Factors ``(b,)`` from ``(9, b)`` float numbers of [0, 1), drawn elsewhere."""
+        """Factors ``(b,)`` from ``(9, b)`` floats in [0, 1)."""
         jittered = drawn[4] < self.prob_jitter
         brightness, contrast, saturation, hue = (
             strength * (2 * part - 1) * jittered
@@ -88,37 +86,22 @@ class Photometry:
         )
 
 
-Change = Callable[[Tensor], Tensor]
-"""Views ``(b, c, h, w)`` to views of the same shape, every pixel in its place."""
-
 VIEW_ONE = Photometry()
-"""The authors' first view: always blurred, never solarised."""
 VIEW_TWO = Photometry(prob_blur=0.1, prob_solarise=0.2)
-"""The authors' second view: seldom blurred, sometimes solarised."""
-AUTHORS_SIDE = 224
-"""Side of the authors' views, whose blur is in pixels of these."""
+"""The authors' views: the first is always blurred, the second seldom, but sometimes solarised."""
 
 
 def blur_of(side: int) -> tuple[float, float]:
-    """Smallest and largest blur in pixels for views of a side: the authors' share of the view."""
-    low, high = (sigma * side / AUTHORS_SIDE for sigma in VIEW_ONE.sigma)
+    """Smallest and largest blur in pixels of views of this side; the authors' have 224 pixels."""
+    low, high = (sigma * side / 224 for sigma in VIEW_ONE.sigma)
     return low, high
 
 
 def change_colour(pixels: Tensor, factors: Factors, largest_sigma: float = 2.0) -> Tensor:
-    """Views changed in brightness, contrast, saturation, hue, sharpness and solarised, in order.
+    """Views ``(b, c, h, w)`` in [0, 1] with colours changed, in the order of `Factors`.
 
-    Saturation and hue need three channels and are left alone for any other count; a blur kernel
-    is never larger than the view. Values in [0, 1] stay there.
-
-    Args:
-        pixels: ``(b, c, h, w)`` float, values in [0, 1].
-        factors: What to do to each sample.
-        largest_sigma: Largest blur that may be drawn, in pixels. It sets the kernel's size, so that
-            what a sample looks like does not hang on the others of its batch.
-
-    Returns:
-        ``(b, c, h, w)`` on the same device.
+    Saturation and hue need three channels; a blur kernel is never larger than the view.
+    ``largest_sigma`` sets its size, so that a sample does not depend on the others of its batch.
     """
     from kornia import enhance  # here and not above: it takes a second that no import should cost
     from kornia.filters import gaussian_blur2d
@@ -146,12 +129,9 @@ def change_colour(pixels: Tensor, factors: Factors, largest_sigma: float = 2.0) 
 def change_both(
     views: tuple[Tensor, Tensor], factors: tuple[Factors, Factors], largest_sigma: float = 2.0
 ) -> tuple[Tensor, Tensor]:
-    """Both views changed in colour, as `change_colour` does it.
-
-    A GPU is done with an operation before the host has started the next one, and one batch of both
-    takes half as many. A CPU is faster with each by itself, which stays in its caches.
-    """
+    """Both views changed by `change_colour`."""
     one, two = views
+    # A GPU needs half as many kernels for one batch of both; a CPU keeps each in its caches.
     if one.device.type in ONE_BY_ONE:
         first, second = factors
         return change_colour(one, first, largest_sigma), change_colour(two, second, largest_sigma)
@@ -163,7 +143,7 @@ def change_both(
 def on_some(
     pixels: Tensor, chosen: Tensor, operation: Callable[[Tensor, Tensor], Tensor], factor: Tensor
 ) -> Tensor:
-    """The batch with ``operation`` done to the chosen samples, at no cost for the others."""
+    """The batch with ``operation`` applied to the chosen samples alone."""
     if not chosen.any():
         return pixels
     if chosen.all():
@@ -173,12 +153,7 @@ def on_some(
 
 
 class Colour(nn.Module):
-    """The default augmentation of one view: colour changed as `Photometry` says.
-
-    Args:
-        photometry: How strongly and how often.
-        channels: Channels of the images. Solarising is left out unless there are three.
-    """
+    """The default augmentation of one view; it solarises images of three channels only."""
 
     def __init__(self, photometry: Photometry, channels: int) -> None:
         super().__init__()
@@ -189,7 +164,7 @@ class Colour(nn.Module):
         return change_colour(pixels, self.draw(len(pixels)), self.photometry.sigma[1])
 
     def draw(self, count: int) -> Factors:
-        """Factors for ``count`` samples, see `Photometry.draw`."""
+        """Factors for ``count`` samples."""
         factors = self.photometry.draw(count)
         if self.channels != 3:
             factors = factors._replace(solarise=torch.zeros_like(factors.solarise))
@@ -231,12 +206,7 @@ class Normalise(nn.Module):
 
 
 class Augmentation(nn.Module):
-    """All that happens to the values of a view.
-
-    Args:
-        change: A photometric change, the default one or the user's own.
-        normalise: What follows it; None where the change normalises by itself.
-    """
+    """A photometric change of a view and, unless that normalises by itself, normalisation."""
 
     def __init__(self, change: Change, normalise: Normalise | None) -> None:
         super().__init__()
@@ -259,19 +229,12 @@ class Augmentation(nn.Module):
         return self.normalised(changed)
 
     def normalised(self, changed: Tensor) -> Tensor:
-        """What has been changed, as the network takes it."""
+        """Changed pixels as the network takes them."""
         return changed if self.normalise is None else self.normalise(changed)
 
 
 class BothAugmentations(nn.Module):
-    """What happens to the values of both views: at once where both change alike, see `change_both`.
-
-    They do where each has the default colour, with the same kernels.
-
-    Args:
-        one: Of the first view.
-        two: Of the second view.
-    """
+    """The augmentations of both views, at once where both are `Colour` with the same kernels."""
 
     def __init__(self, one: Augmentation, two: Augmentation) -> None:
         super().__init__()
@@ -279,7 +242,7 @@ class BothAugmentations(nn.Module):
         self.two = two
 
     def forward(self, one: Tensor, two: Tensor) -> tuple[Tensor, Tensor]:
-        """Both views ``(b, c, h, w)``, changed; float in [0, 1]."""
+        """Both views ``(b, c, h, w)``, float in [0, 1], changed."""
         ways = [own.change for own in (self.one, self.two) if type(own.change) is Colour]
         if len({way.photometry.sigma for way in ways}) != 1 or len(ways) != 2:
             return self.one(one), self.two(two)
@@ -289,17 +252,10 @@ class BothAugmentations(nn.Module):
 
 
 class TwoViews(nn.Module):
-    """Makes two views of each image, or looks through two that were made elsewhere.
+    """Makes two views of each image, or checks two that were made elsewhere.
 
-    Args:
-        size: ``(height, width)`` of the views.
-        channels: Channels of the images.
-        changes: The user's own photometric change of each view, or None for the default.
-        placement: How the views are laid over their images.
-        mode: How they are sampled.
-        mean: Per-channel mean, or None for the default.
-        std: Per-channel standard deviation, or None for the default.
-        smallest: Height and width that images must at least have.
+    ``changes`` are the user's own of each view, or None for the default colour; images must have
+    at least ``smallest`` pixels a side; the rest is as `PixelCL` takes it.
     """
 
     def __init__(
@@ -322,7 +278,7 @@ class TwoViews(nn.Module):
         self.smallest = smallest
         self.watch = ValueWatch()
         normalise = Normalise(*statistics(channels, mean, std))
-        # A function of the user's is taken to normalise by itself unless statistics are given.
+        # The user's function normalises by itself unless statistics are given.
         after_own = None if mean is None and std is None else normalise
         self.augment = BothAugmentations(
             *(
@@ -333,17 +289,10 @@ class TwoViews(nn.Module):
             )
         )
 
-    # Random, and different from batch to batch: nothing here is worth compiling.
+    # Random and different from batch to batch: not worth compiling.
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # untyped in torch
     def forward(self, images: Tensor | Sequence[View]) -> tuple[View, View]:
-        """The two views; all random numbers come from torch's CPU generator.
-
-        Args:
-            images: ``(b, channels, height, width)`` float in [0, 1], or two views.
-
-        Raises:
-            ValueError: Neither, or values that no image has.
-        """
+        """The two views; all random numbers come from torch's CPU generator."""
         if isinstance(images, (tuple, list)):
             one, two = check_views(images, self.channels)
             self.watch(one.pixels, in_unit_range=False)

@@ -1,9 +1,8 @@
-"""Tables of every cell against every cell, walked in blocks and not held whole.
+"""Tables of every cell against every cell, computed in blocks and never held whole.
 
-A map of ``n`` cells has ``n * n`` pairs an image: 16 million at 64 x 64. Whatever is summed over
-pairs is therefore made block by block, and a block that a gradient needs is made again in the
-backward pass instead of being kept, so that memory grows with ``n`` alone. A table that is no
-larger than a block is computed and kept as any other tensor.
+A map of ``n`` cells has ``n * n`` pairs an image: 16 million at 64 x 64. Sums over pairs are
+computed block by block, and again in the backward pass, so that memory grows with ``n`` alone. A
+table no larger than a block is computed and kept as any other tensor.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,11 +25,7 @@ class Block(NamedTuple):
 
 
 def blocks(shape: tuple[int, ...]) -> Iterator[Block]:
-    """The blocks that cover a ``(b, n1, n2)`` table, image by image, row by row.
-
-    Small tables go several images at a time and large ones a few rows at a time, so that a block
-    has at most `ENTRIES` entries (and at least one row).
-    """
+    """The blocks of at most `ENTRIES` entries (or one row) that cover a ``(b, n1, n2)`` table."""
     images, rows, columns = shape
     images_a_time = max(1, ENTRIES // max(1, rows * columns))
     rows_a_time = max(1, min(rows, ENTRIES // max(1, columns)))
@@ -43,21 +38,10 @@ def blocks(shape: tuple[int, ...]) -> Iterator[Block]:
 
 
 def by_blocks(table: Callable[..., Tensor], shape: tuple[int, ...], *given: Tensor) -> Tensor:
-    """What ``table`` gives for each block, put together and made again in backward.
+    """Reduce each row of a ``(b, n1, n2)`` table to ``(b, n1, ...)``, differentiable once in given.
 
-    A table of one block is simply computed. Of a larger one nothing is kept but what went in and
-    what came out, each in one tensor that is there from the first block on: small results between
-    large blocks would keep the C library from using freed blocks again.
-
-    Args:
-        table: Maps a block and its images of what is given to a tensor ``(images of the block, rows
-            of the block, ...)``. It is called again in the backward pass, without autocast, and
-            must be a function of its arguments alone.
-        shape: ``(b, n1, n2)`` of the table, of which no result keeps the columns.
-        given: Tensors ``(b, ...)``.
-
-    Returns:
-        ``(b, n1, ...)``, differentiable once, in what is given.
+    ``table`` maps a block and its images of the given ``(b, ...)`` to ``(images, rows, ...)``. It
+    is called again in the backward pass, without autocast, and depends on its arguments alone.
     """
     walked = list(blocks(shape))
     if len(walked) > 1:
@@ -68,7 +52,7 @@ def by_blocks(table: Callable[..., Tensor], shape: tuple[int, ...], *given: Tens
         return table(Block(slice(0, images), slice(0, rows)), *given)
 
 
-# Compiled code leaves off here: a gradient that is taken within a backward pass cannot be traced.
+# A gradient taken within a backward pass cannot be traced.
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # untyped in torch
 def block_after_block(table: Callable[..., Tensor], walked: list[Block], *given: Tensor) -> Tensor:
     """`by_blocks` for more than one block."""
@@ -77,7 +61,10 @@ def block_after_block(table: Callable[..., Tensor], walked: list[Block], *given:
 
 
 class _ByBlocks(torch.autograd.Function):
-    """The work of `block_after_block`."""
+    """Keeps only its inputs and its result, which is one tensor from the first block on.
+
+    Small results between large blocks would keep the C library from using freed blocks again.
+    """
 
     @staticmethod
     def forward(

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written beside their place, synced, and moved there.
+"""Atomic files: written beside their place, synced, and moved there.
 
 A full disk or a killed process leaves what was there before.
 """
@@ -19,15 +19,9 @@ class CannotWriteError(OSError):
 
 
 def write_whole(path: Path, content: str | bytes | Callable[[IO[bytes]], object]) -> None:
-    """Write a file so that it is there whole or not at all, also after a crash.
+    """Write a file atomically: text (UTF-8), bytes, or what a function writes into it.
 
-    Args:
-        path: Where to; the folder is made where there is none.
-        content: Its text, its bytes, or what writes them into a file that is open. Text becomes
-            UTF-8; names of files may hold bytes that are none, which are written as escapes.
-
-    Raises:
-        CannotWriteError: The disk is full or the like.
+    Missing folders are created. Raises `CannotWriteError` where the disk is full or the like.
     """
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")  # the same disk: a rename, no copy
     try:
@@ -51,7 +45,7 @@ def write_whole(path: Path, content: str | bytes | Callable[[IO[bytes]], object]
 
 
 def cannot_write(path: Path, error: OSError | RuntimeError) -> CannotWriteError:
-    """The complaint about a file that could not be written, with what to do."""
+    """The error for a file that could not be written, with what to do."""
     reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
     there = next((folder for folder in path.parents if folder.is_dir()), None)
     left = shutil.disk_usage(there).free / 2**20 if there else None
@@ -67,7 +61,7 @@ def cannot_write(path: Path, error: OSError | RuntimeError) -> CannotWriteError:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the moving of a file last, where the system can."""
+    """Make the renaming of a file durable, where the system can."""
     with suppress(OSError):  # Windows and some network file systems cannot
         handle = os.open(folder, os.O_RDONLY)
         try:

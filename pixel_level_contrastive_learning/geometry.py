@@ -37,7 +37,7 @@ def box_to_map(boxes: Tensor, mirrored: Tensor) -> Tensor:
 
 
 def unit_centres(cells: int, like: Tensor) -> Tensor:
-    """The centres ``(cells,)`` of equal cells along the unit interval: half a cell inside."""
+    """The centres ``(cells,)`` of equal cells along the unit interval."""
     return (torch.arange(cells, dtype=like.dtype, device=like.device) + 0.5) / cells
 
 
@@ -164,7 +164,7 @@ def positive_mask(
     grid_two: tuple[int, int],
     threshold: float,
 ) -> Tensor:
-    """The whole table ``(b, n1, n2)``, bool, of `Positives`: for tests and for small maps."""
+    """The whole table ``(b, n1, n2)``, bool, of `Positives`, for small maps."""
     positives = Positives(one, two, grid_one, grid_two, threshold)
     return positives.rows(0, positives.shape[1])
 

@@ -1,4 +1,4 @@
-"""What the learner accepts: images or ready views, looked at without waiting for the device."""
+"""What the learner accepts: images or ready views, checked without waiting for the device."""
 
 import warnings
 from collections.abc import Sequence
@@ -10,29 +10,19 @@ from torch import Tensor
 from .views import View
 
 LARGEST = 16.0
-"""Images are meant to lie in [0, 1]; beyond this, no normalised image lies either."""
-PRECISE = (torch.float32, torch.float64)
-"""What coordinates may be held in: halves round them by whole pixels."""
+"""Images should lie in [0, 1]; even normalised images lie within this."""
 
 
 def check_images(images: object, channels: int, smallest: int = 1) -> Tensor:
-    """The images, once they have been found to be floats ``(b, channels, height, width)``.
-
-    Args:
-        images: Whatever was passed.
-        channels: Channels they must have.
-        smallest: Height and width they must at least have.
-
-    Raises:
-        ValueError: Anything else, with the way to make them so.
-    """
+    """The images, if they are floats ``(b, channels, height, width)`` and not too small."""
     if not isinstance(images, Tensor):
         raise ValueError(
             f"images are a {type(images).__name__}; they must be a float tensor (b, {channels}, "
             "height, width), or a pair of View(pixels, to_image) cut elsewhere"
         )
     if not images.is_floating_point():
-        largest = min(torch.iinfo(images.dtype).max, 65535) if is_integer(images) else 1
+        counted = not images.is_complex() and images.dtype != torch.bool
+        largest = min(torch.iinfo(images.dtype).max, 65535) if counted else 1
         raise ValueError(
             f"images have dtype {images.dtype}; they must be floats in [0, 1]: "
             f"pass images.float(){f' / {largest}' if largest > 1 else ''}"
@@ -58,17 +48,8 @@ def check_images(images: object, channels: int, smallest: int = 1) -> Tensor:
     return images
 
 
-def is_integer(images: Tensor) -> bool:
-    """Whether the dtype is one of the integers (and not bool or complex)."""
-    return not images.is_complex() and images.dtype != torch.bool
-
-
 def check_views(views: Sequence[Any], channels: int) -> tuple[View, View]:
-    """Two views of the same images, once shapes and dtypes have been found to agree.
-
-    Raises:
-        ValueError: Not two, not views, or of different batches.
-    """
+    """Two views of the same images, if shapes, dtypes and devices agree."""
     if len(views) != 2:
         raise ValueError(f"got {len(views)} views; the learner takes (view_one, view_two)")
     for view in views:
@@ -82,7 +63,9 @@ def check_views(views: Sequence[Any], channels: int) -> tuple[View, View]:
         found: object = None  # what is wrong with the map, if anything
         if not isinstance(to_image, Tensor):
             found = type(to_image).__name__
-        elif to_image.dtype not in PRECISE or to_image.device != pixels.device:
+        elif (
+            to_image.dtype not in (torch.float32, torch.float64) or to_image.device != pixels.device
+        ):
             found = f"{to_image.dtype} on {to_image.device}"
         elif to_image.shape != (len(pixels), 2, 3):
             found = tuple(to_image.shape)
@@ -102,10 +85,10 @@ def check_views(views: Sequence[Any], channels: int) -> tuple[View, View]:
 
 
 class ValueWatch:
-    """Looks at the values of each batch without ever making the device wait.
+    """Checks the values of each batch without making the device wait.
 
-    On the CPU the verdict is immediate. Elsewhere the extremes of a batch travel to the host while
-    work goes on, and are judged at a later call, once they have arrived.
+    On the CPU at once; on a GPU the extremes of a batch are copied to the host while work goes on,
+    and checked by a later call, once they have arrived.
     """
 
     def __init__(self) -> None:
@@ -116,19 +99,10 @@ class ValueWatch:
         return {"warned": self.warned, "pending": []}  # events neither pickle nor copy
 
     def __call__(self, images: Tensor, *, in_unit_range: bool) -> None:
-        """Note the extremes of ``images`` and judge every batch whose extremes have arrived.
-
-        Args:
-            images: ``(b, c, h, w)`` float.
-            in_unit_range: Whether values are meant to lie in [0, 1]; ready views are normalised
-                already and need only be finite.
-
-        Raises:
-            ValueError: NaN, infinite, or beyond 16 where [0, 1] was meant; names the image.
-        """
+        """Refuse NaN, infinite and, ``in_unit_range``, values beyond 16; warn of those beyond 1."""
         lowest, highest = torch.aminmax(images.detach().flatten(1), dim=1)
         extremes = torch.stack((lowest, highest))
-        if not in_unit_range:  # finite values pass for 0 and keep NaN and infinity in view
+        if not in_unit_range:  # finite values become 0; NaN and infinity become NaN
             extremes = extremes * 0
         if images.device.type == "cpu":
             self.judge(extremes)
@@ -141,16 +115,12 @@ class ValueWatch:
             self.judge_arrived()
 
     def judge_arrived(self) -> None:
-        """Judge the batches whose extremes have reached the host."""
+        """Check the batches whose extremes have reached the host."""
         while self.pending and self.pending[0][1].query():
             self.judge(self.pending.pop(0)[0])
 
     def judge(self, extremes: Tensor) -> None:
-        """Say no to the worst image of a batch, warn once of values outside [0, 1].
-
-        Args:
-            extremes: ``(2, b)`` lowest and highest value of each image, on the CPU.
-        """
+        """Refuse or warn, given the lowest and highest value ``(2, b)`` of each image."""
         lowest, highest = extremes.double()
         worst = torch.maximum(lowest.abs(), highest.abs()).nan_to_num(nan=torch.inf)
         image = int(worst.argmax())

@@ -87,8 +87,9 @@ def pixpro_loss(propagated: Tensor, target: Tensor, positives: Positives | Tenso
         ValueError: The shapes do not belong together, or the table is not bool.
 
     >>> pixels = torch.eye(2)[None]
-    >>> pixpro_loss(pixels, pixels, torch.tensor([[[True, True], [False, True]]])).item()
-    0.6666667461395264
+    >>> table = torch.tensor([[[True, True], [False, False]]])
+    >>> pixpro_loss(pixels, pixels, table).item()
+    1.0
     """
     return pixpro(propagated, target, as_positives(propagated, target, positives)).loss
 

@@ -101,6 +101,11 @@ class PixelCL(nn.Module):
     Raises:
         ValueError: A value out of its range (all at once), an unknown layer, or a layer that gives
             no map.
+
+    >>> net = nn.Sequential(nn.Conv2d(3, 8, 8, 8), nn.ReLU(), nn.AdaptiveAvgPool2d(1))
+    >>> learner = PixelCL(net, image_size=64, projection_size=16, projection_hidden_size=32)
+    >>> learner(torch.rand(2, 3, 80, 100)).backward()
+    >>> learner.update_moving_average()
     """
 
     def __init__(
@@ -271,7 +276,7 @@ class PixelCL(nn.Module):
             ) from error
 
     def predictions(self, pixels: Tensor, branches: Branches) -> Projections:
-        """What the online network says of a view: its pixels propagated, its whole predicted."""
+        """The online network's projections, its pixels propagated and its instance predicted."""
         pixel, instance = self.online_encoder(pixels, branches)
         if pixel is not None and self.use_pixpro:
             pixel = self.propagate_pixels(pixel)
@@ -298,10 +303,7 @@ class PixelCL(nn.Module):
     def terms(
         self, loss: Tensor, pixel: Tensor, instance: Tensor, cosines: Tensor, pairs: Tensor
     ) -> Terms:
-        """The loss with the figures that show how training goes.
-
-        ``cosines`` are those of both directions, ``(2, b)``, and ``pairs`` those of each image.
-        """
+        """The loss and its figures, from ``(2, b)`` cosines and ``(b,)`` numbers of pairs."""
         with_pairs = (pairs > 0).sum()
         return Terms(
             loss=loss,
@@ -338,8 +340,8 @@ class PixelCL(nn.Module):
     def unreached_parameters(self) -> list[str]:
         """The names, as in `named_parameters`, of trainable parameters that the loss never reaches.
 
-        A classifier head behind the hooked layers, or the heads of a skipped branch: never
-        trained, and left out by ``DistributedDataParallel`` without searching for them.
+        A classifier head behind the hooked layers, or the heads of a skipped branch. They are never
+        trained, and ``DistributedDataParallel`` ignores them.
         """
         pixel, instance = self.branches
         hooked = (self.unreached_by_pixel, pixel), (self.unreached_by_instance, instance)
@@ -358,7 +360,7 @@ class PixelCL(nn.Module):
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
-        """Where ``DistributedDataParallel`` looks for parameters that never get a gradient."""
+        """Read by ``DistributedDataParallel``."""
         return self.unreached_parameters()
 
 

@@ -1,7 +1,6 @@
-"""Views: pixels that know where they came from. Drawing their maps, cutting them out of images.
+"""Views: pixels and the map to where they came from. Drawing maps, cutting views out of images.
 
-Maps are drawn on the CPU from torch's generator and travel to the images' device; what is cut
-there is a function of image and map alone.
+Maps are drawn on the CPU from torch's generator; the pixels are a function of image and map alone.
 """
 
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ from .geometry import cell_centres
 class View(NamedTuple):
     """A view of each image of a batch, and where it lies in its image.
 
-    A NamedTuple, so that a data loader collates it and moving it to a device needs no care.
+    As a NamedTuple it is collated by a data loader and moved to a device as it is.
 
     Attributes:
         pixels: ``(b, c, h, w)`` float, ready for the network (cut, changed in colour, normalised).
@@ -42,8 +41,8 @@ class Placement:
         prob_hflip: Share of views that are flipped left to right.
         prob_vflip: Share of views that are flipped upside down.
         max_rotation: Largest turn in degrees, either way.
-        area_range: Smallest and largest share of the image's *area*, in (0, 1]: takes the place of
-            ``ratio_range`` where it is given, and the aspect is drawn.
+        area_range: Smallest and largest share of the image's *area*, in (0, 1], in place of
+            ``ratio_range``; the aspect is drawn.
         aspect_range: Smallest and largest width over height of a crop whose area is drawn.
     """
 
@@ -69,6 +68,9 @@ def draw_maps(count: int, image_size: tuple[int, int], placement: Placement) -> 
     Returns:
         ``(b, 2, 3)`` float32 maps on the CPU, from the CPU's generator: six numbers an image, and
         a seventh for the aspect where the area is drawn.
+
+    >>> draw_maps(1, (40, 60), Placement()).tolist()
+    [[[60.0, 0.0, 0.0], [0.0, 40.0, 0.0]]]
     """
     numbers = 6 if placement.area_range is None else 7
     drawn = torch.rand(numbers, count, dtype=torch.float32, device="cpu")
@@ -76,16 +78,7 @@ def draw_maps(count: int, image_size: tuple[int, int], placement: Placement) -> 
 
 
 def lay_maps(drawn: Tensor, size: Tensor, placement: Placement) -> Tensor:
-    """The view maps that follow from numbers drawn elsewhere, as `draw_maps` says.
-
-    Args:
-        drawn: ``(6, b)`` float32 numbers of [0, 1), or ``(7, b)`` where the area is drawn.
-        size: ``(2,)`` or ``(b, 2)`` float32 sides of the images, (width, height).
-        placement: Ranges and probabilities.
-
-    Returns:
-        ``(b, 2, 3)`` float32 maps.
-    """
+    """The maps of `draw_maps` for random numbers ``(6 or 7, b)`` and sizes (width, height)."""
     angle = torch.deg2rad((2 * drawn[3] - 1) * placement.max_rotation)
     turn = torch.stack((angle.cos(), -angle.sin(), angle.sin(), angle.cos()))
     turn = rearrange(turn, "(row column) b -> b row column", row=2)
@@ -101,14 +94,7 @@ def lay_maps(drawn: Tensor, size: Tensor, placement: Placement) -> Tensor:
 
 
 def crop_sides(drawn: Tensor, size: Tensor, placement: Placement) -> Tensor:
-    """The sides ``(b, 2)`` of the crops in pixels, (width, height), before they are made to fit.
-
-    Args:
-        drawn: ``(6 or 7, b)`` numbers from 0 to 1; the first is the crop's size, the last its
-            aspect where the area is drawn.
-        size: ``(2,)`` or ``(b, 2)``, the images' width and height.
-        placement: Ranges.
-    """
+    """The sides ``(b, 2)`` of the crops in pixels, (width, height), before they are made to fit."""
     if placement.area_range is None:
         low, high = placement.ratio_range
         return (low + (high - low) * drawn[0])[:, None] * size
@@ -122,21 +108,24 @@ def crop_sides(drawn: Tensor, size: Tensor, placement: Placement) -> Tensor:
 def cut_views(
     images: Tensor, to_image: Tensor, size: tuple[int, int], mode: str = "bilinear"
 ) -> Tensor:
-    """The pixels of the views: images sampled where the centres of the views' pixels lie.
+    """The pixels of the views: images sampled at the centres of the views' pixels.
 
-    Views whose pixels cover less than twice the image's, each way, are cut in one sampling call.
-    For smaller ones the image is first averaged down by the largest power of two that leaves it
-    at least the view's resolution, so that nothing aliases; one call for each power met.
+    Where a view's pixels cover at least two of the image's, the image is first averaged down by
+    the largest power of two that leaves it the view's resolution, so that nothing aliases.
 
     Args:
         images: ``(b, c, height, width)`` float.
-        to_image: ``(b, 2, 3)`` float32 maps, on the CPU: how far to average is decided there,
-            without waiting for the images' device.
+        to_image: ``(b, 2, 3)`` float32 maps, on the CPU, so that nothing waits for the device.
         size: ``(h, w)`` of the views.
         mode: ``bilinear``, ``nearest`` or ``bicubic``.
 
     Returns:
         ``(b, c, h, w)``, in at least float32.
+
+    >>> image = torch.arange(16.0).view(1, 1, 4, 4)
+    >>> whole = torch.tensor([[[4.0, 0, 0], [0, 4, 0]]])
+    >>> cut_views(image, whole, (2, 2))[0, 0].tolist()
+    [[2.5, 4.5], [10.5, 12.5]]
     """
     images = images if images.dtype == torch.float64 else images.float()
     height, width = images.shape[-2:]

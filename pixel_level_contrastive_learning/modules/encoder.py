@@ -26,7 +26,7 @@ HALVES = (torch.float16, torch.bfloat16)
 
 
 class Branches(NamedTuple):
-    """Which of the two losses need projections; what neither needs is not computed."""
+    """Which of the two losses need projections."""
 
     pixel: bool = True
     instance: bool = True
@@ -36,15 +36,10 @@ BOTH = Branches()
 
 
 class Projections(NamedTuple):
-    """The projections of a view; None for a branch that was not asked for.
+    """The projections of a view; None for a branch that was not asked for."""
 
-    Attributes:
-        pixel: ``(b, d, h, w)`` float, a vector for each cell of the pixel layer's map.
-        instance: ``(b, d)`` float, a vector for the view.
-    """
-
-    pixel: Tensor | None
-    instance: Tensor | None
+    pixel: Tensor | None  # (b, d, h, w), a vector for each cell of the pixel layer's map
+    instance: Tensor | None  # (b, d), a vector for the view
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -53,15 +48,7 @@ class Projections(NamedTuple):
 
 
 class Encoder(nn.Module):
-    """From a view to a projection of each of its pixels and one of the whole.
-
-    Args:
-        net: The backbone; no weight, mode or hook of it is changed here.
-        pixel_hook: The layer whose map goes to the pixel projector.
-        instance_hook: The layer whose average goes to the instance projector.
-        pixel_projector: Maps ``(b, c, h, w)`` to ``(b, d, h, w)``.
-        instance_projector: Maps ``(b, c)`` to ``(b, d)``.
-    """
+    """A backbone read by two hooks: a view's map and its average, each through a projector."""
 
     def __init__(
         self,
@@ -80,16 +67,7 @@ class Encoder(nn.Module):
         self.hooks = FeatureHooks(pixel_hook, instance_hook)
 
     def forward(self, pixels: Tensor, branches: Branches = BOTH) -> Projections:
-        """Project a view.
-
-        Args:
-            pixels: ``(b, c, h, w)`` float, ready for the backbone.
-            branches: What to compute.
-
-        Raises:
-            NoGradientError: A layer's output is without gradient while gradients are on.
-            ValueError: A layer did not run, or its output has another layout than before.
-        """
+        """Project views ``(b, c, h, w)``; a branch that is not asked for is not computed."""
         outputs = self.hooks.run(self.net, pixels)
         pixel = instance = None
         if branches.pixel:
@@ -158,17 +136,11 @@ def predictor(size: int, hidden: int) -> nn.Sequential:
 
 
 class TargetEncoder(Encoder):
-    """The moving average of an encoder (arXiv:2011.10043, sec. 3.1).
+    """The moving average of an encoder, which starts as a copy (arXiv:2011.10043, sec. 3.1).
 
     Runs without gradient and in train mode: its batch norm has statistics of its own. Its
     parameters are held in at least float32, whatever the learner is cast to, since in half
     precision a step of one per cent would round away; it computes in the precision of the cast.
-
-    Args:
-        online: The encoder whose average it is; it starts as a copy.
-
-    Raises:
-        ValueError: The network has lazy layers without weights.
     """
 
     def __init__(self, online: Encoder) -> None:
@@ -202,17 +174,7 @@ class TargetEncoder(Encoder):
 
     @torch.no_grad()
     def update(self, online: Encoder, decay: float) -> None:
-        """Move every parameter: ``decay`` of itself plus ``1 - decay`` of the online one.
-
-        Batch-norm buffers are the target's own and stay.
-
-        Args:
-            online: The encoder whose average it is.
-            decay: Share of itself that the target keeps, in [0, 1].
-
-        Raises:
-            ValueError: A decay outside [0, 1].
-        """
+        """Move every parameter, but no buffer: ``decay`` of itself plus the rest of the online."""
         raise_together(LIMITS["moving_average_decay"]("decay", decay))
         pairs = list(zip(self.parameters(), online.parameters(), strict=True))
         moving = [(mine.detach(), other) for mine, other in pairs if can_learn(mine)]

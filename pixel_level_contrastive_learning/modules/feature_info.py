@@ -33,34 +33,19 @@ ONE_BLOCK = 3.0
 
 @dataclass(eq=False)
 class Layer:
-    """A layer of a backbone as it ran.
+    """A layer of a backbone as it ran."""
 
-    Attributes:
-        name: Its name in the backbone, such as ``layer4``.
-        module: The layer.
-        output: What it gave. Layers that give the very same tensor hold the same object.
-        layout: How that is laid out, or None where it is no map, tokens or vector.
-        stride: Pixels of the image a cell covers, along the longer way; 0 without a layout.
-        input_stride: The stride of the map it was given, likewise.
-        version: How often the output had been changed in place when the layer was done.
-        root: The last step of the gradient of what a hook reads.
-        carries_gradient: Whether a loss on the output would reach weights.
-        overwritten: Whether a later layer changes the output in place, be it in training alone.
-        is_default: Whether it may be used without being named: neither the inside of a block that
-            makes the map coarser, nor class scores.
-    """
-
-    name: str
+    name: str  # in the backbone, such as layer4
     module: nn.Module
-    output: object
-    layout: Layout | None
-    stride: float
-    input_stride: float
-    version: int
-    root: Any
+    output: object  # the same object for layers that give the very same tensor
+    layout: Layout | None  # None for an output that is no map, tokens or vector
+    stride: float  # pixels of the image a cell covers, along the longer way; 0 without a layout
+    input_stride: float  # of the map it was given, likewise
+    version: int  # of the output when the layer was done; later changes in place count it up
+    root: Any  # the last step of the gradient of what a hook reads
     carries_gradient: bool
-    overwritten: bool = False
-    is_default: bool = True
+    overwritten: bool = False  # whether a later layer changes the output, be it in training alone
+    is_default: bool = True  # neither the inside of a downsampling block nor class scores
 
     @property
     def type_name(self) -> str:
@@ -86,11 +71,7 @@ class Layer:
 
 
 def default_maps(layers: Sequence[Layer]) -> list[Layer]:
-    """The maps among layers that may be used without being named.
-
-    Their cells are square, and they are neither attention nor dropped out. Maps that are no
-    default, see `Layer`, are left out where there is anything else.
-    """
+    """The maps that may be used unnamed; those that are no default only where there is no other."""
     maps = [
         layer
         for layer in layers
@@ -103,11 +84,7 @@ def default_maps(layers: Sequence[Layer]) -> list[Layer]:
 
 
 def inside_downsampling(strides: Mapping[str, tuple[float, float]]) -> set[str]:
-    """The names of layers in a block that makes the map coarser, whose own map is still as fine.
-
-    Args:
-        strides: By a layer's name, the stride of its input and of its output.
-    """
+    """The layers of a downsampling block before it gets coarser, by strides of input and output."""
     return {
         name
         for name, (_, own) in strides.items()
@@ -122,15 +99,6 @@ class FeatureInfo:
 
     The copy takes two blank images, in eval mode by default; the backbone keeps its weights,
     buffers, mode and hooks, and no random generator moves on.
-
-    Args:
-        net: The backbone.
-        channels: Channels of its images.
-        size: Their ``(height, width)``.
-        training: Whether the copy runs in train mode instead.
-
-    Raises:
-        ValueError: The backbone refuses images of this size, or to be copied.
 
     >>> info = FeatureInfo(nn.Sequential(nn.Conv2d(3, 8, 8, 8), nn.ReLU()), 3, (64, 64))
     >>> print(info.layers[0], info.default_pixel())
@@ -217,15 +185,7 @@ class FeatureInfo:
             yield
 
     def hook(self, wanted: str | int, *, pixel: bool) -> FeatureHook:
-        """The hook for a layer, once its output is known to serve as pixels or as an instance.
-
-        Args:
-            wanted: Its name, or an index into the network's children.
-            pixel: Whether a map is needed; otherwise a vector, a map or tokens will do.
-
-        Raises:
-            ValueError: There is no such layer, it did not run, or its output does not serve.
-        """
+        """The hook for a layer, by its name or index, if its output serves as map or vector."""
         kind = "pixel" if pixel else "instance"
         name = self.name_of(wanted, kind)
         layer = self.get(name)
@@ -277,13 +237,7 @@ class FeatureInfo:
         raise ValueError(f"{found}; {self.advice(pixel=kind == 'pixel')}")
 
     def default_pixel(self) -> str:
-        """The deepest of the `default_maps` with at least 4 x 4 cells and a stride up to 32.
-
-        Deepest is the largest stride; among equals, see `deepest`.
-
-        Raises:
-            ValueError: There is none.
-        """
+        """The `deepest` map of the largest stride up to 32, with at least 4 x 4 cells."""
         fit = [
             layer
             for layer in self.layers
@@ -302,10 +256,7 @@ class FeatureInfo:
         return self.deepest([own for own in maps if own.stride > largest / SAME_STRIDE]).name
 
     def deepest(self, layers: Sequence[Layer]) -> Layer:
-        """The layer that most weights lead to, since an auxiliary head may run last.
-
-        Among equals, it is the last to run.
-        """
+        """The layer that most weights lead to, since an auxiliary head may run last."""
         deepest, most, counted = layers[-1], -1, set[Any]()
         for layer in reversed(layers):
             if layer.root in counted:
@@ -318,13 +269,9 @@ class FeatureInfo:
         return deepest
 
     def default_instance(self, pixel: str) -> str:
-        """The pooled vector, which follows the last map; the pixel layer where there is none.
-
-        The output of the last layer is the network's answer and no feature; dropout zeroes a share
-        of the features.
-        """
+        """The pooled vector, which follows the last map; the pixel layer where there is none."""
         last_map = max(index for index, layer in enumerate(self.layers) if layer.is_map)
-        answer = self.layers[-1].output
+        answer = self.layers[-1].output  # is no feature, and dropout zeroes a share of them
         vectors = [
             layer
             for layer in self.layers[last_map + 1 :]

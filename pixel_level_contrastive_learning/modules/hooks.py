@@ -23,21 +23,13 @@ WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
 
 
 class Layout(NamedTuple):
-    """How the output of a layer is laid out.
+    """How the output of a layer is laid out."""
 
-    Attributes:
-        axes: ``b c h w``, ``b h w c``, ``b n c`` (tokens) or ``b c`` (a vector).
-        channels: Its channels ``c``.
-        grid: Its cells ``(h, w)``; ``(1, 1)`` for a vector.
-        prefix: Tokens before the first patch token.
-        distortion: ``|log|`` of a cell's height over its width in pixels; 0 is square.
-    """
-
-    axes: str
+    axes: str  # "b c h w", "b h w c", "b n c" (tokens) or "b c" (a vector)
     channels: int
-    grid: tuple[int, int]
-    prefix: int = 0
-    distortion: float = 0.0
+    grid: tuple[int, int]  # cells (h, w); (1, 1) for a vector
+    prefix: int = 0  # tokens before the first patch token
+    distortion: float = 0.0  # |log| of a cell's height over its width in pixels; 0 is square
 
     @property
     def is_square(self) -> bool:
@@ -46,12 +38,7 @@ class Layout(NamedTuple):
 
 
 def layout_of(output: object, size: tuple[int, int], batch: int) -> Layout | None:
-    """The layout of a layer's output, or None where it is no map, tokens or vector.
-
-    Args:
-        output: Whatever the layer gave.
-        size: ``(height, width)`` of the images that went in.
-        batch: How many images went in.
+    """The layout of a layer's output for so many images of a size; None if it has none of these.
 
     >>> layout_of(torch.zeros(2, 25, 7), size=(64, 96), batch=2)[:4]
     ('b n c', 7, (4, 6), 1)
@@ -117,9 +104,6 @@ class FeatureHooks:
     The hooks are the same objects at every run, which lets a compiled network keep its code. The
     first `FeatureHooks` of a process sets ``torch._dynamo.config.skip_nnmodule_hook_guards`` to
     False: without these guards, code compiled without our hooks would run in their place.
-
-    Args:
-        hooks: The layers to read.
     """
 
     def __init__(self, *hooks: FeatureHook) -> None:
@@ -134,10 +118,7 @@ class FeatureHooks:
     # Hooks come and go outside of compiled code; the network between is compiled, hooks and all.
     @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator, no-untyped-call]
     def run(self, net: nn.Module, pixels: Tensor) -> dict[str, Any]:
-        """The output of each layer for ``pixels``; a layer that did not run has no entry.
-
-        Pixels are cast to the dtype of the network.
-        """
+        """The output of each layer that ran, for pixels cast to the dtype of the network."""
         handles = self.attach(net)
         try:
             net(pixels.to(first_weight(net, pixels).dtype))
@@ -191,12 +172,7 @@ def first_weight(net: nn.Module, default: Tensor) -> Tensor:
 
 
 def find_layer(net: nn.Module, name: str) -> nn.Module:
-    """The submodule called ``name``, such as ``layer4``, whatever was wrapped around it.
-
-    Raises:
-        ValueError: The network no longer has it; or copies of it run on several devices, which one
-            hook cannot tell apart.
-    """
+    """The submodule called ``name``, such as ``layer4``, whatever was wrapped around it."""
     if isinstance(net, nn.DataParallel) and len(net.device_ids) > 1:
         raise ValueError(
             f"the network is a DataParallel over {len(net.device_ids)} devices, whose copies "
@@ -218,13 +194,7 @@ def find_layer(net: nn.Module, name: str) -> nn.Module:
 
 
 class NoGradientError(ValueError):
-    """A layer's output carries no gradient.
-
-    Args:
-        kind: ``pixel`` or ``instance``.
-        name: The layer's name.
-        instead: A later layer whose output does, as text.
-    """
+    """A layer's output carries no gradient; ``instead`` is a later layer whose output does."""
 
     def __init__(self, kind: str, name: str, instead: object = None) -> None:
         there = f"; use {instead} instead" if instead is not None else ""

@@ -24,8 +24,7 @@ class PPM(nn.Module):
 
     ``y_i = sum_j relu(cos(x_i, x_j)) ** gamma * g(x_j)`` (arXiv:2011.10043, sec. 3.2), ``g`` scaled
     to length 1 as in the authors' code. Maps ``(b, c, h, w)`` to the same shape, in at least
-    float32. Time grows with ``(h * w) ** 2``, memory with ``h * w``; it can be
-    differentiated once.
+    float32, differentiable once. Time grows with ``(h * w) ** 2``, memory with ``h * w``.
 
     Args:
         chan: Channels ``c``.
@@ -34,6 +33,10 @@ class PPM(nn.Module):
 
     Raises:
         ValueError: A depth other than 0, 1 or 2, or ``gamma`` under 1.
+
+    >>> import torch
+    >>> PPM(chan=8)(torch.rand(2, 8, 7, 7)).shape
+    torch.Size([2, 8, 7, 7])
     """
 
     def __init__(self, *, chan: int, num_layers: int = 1, gamma: float = 2.0) -> None:
