@@ -60,7 +60,7 @@ class PixelLoss(NamedTuple):
     Attributes:
         loss: A scalar, at least float32.
         cosine: ``(b,)`` mean cosine of each image's positive pairs, without gradient; 0 for an
-            image without pairs.
+            image without pairs, and where it is not asked for.
     """
 
     loss: Tensor
@@ -146,9 +146,14 @@ def pixcontrast_loss(
 
 
 def pixcontrast(
-    online: Tensor, target: Tensor, positives: Positives, temperature: float
+    online: Tensor,
+    target: Tensor,
+    positives: Positives,
+    temperature: float,
+    *,
+    with_cosine: bool = False,
 ) -> PixelLoss:
-    """`pixcontrast_loss` with the cosine of its positive pairs."""
+    """`pixcontrast_loss`, with the cosine of its positive pairs at the cost of another sum."""
     x, t = unit(rearrange(online, "b d i -> b i d")), unit(rearrange(target, "b d j -> b j d"))
 
     def of_pixels(block: Block, ours: Tensor, theirs: Tensor) -> Tensor:
@@ -157,12 +162,16 @@ def pixcontrast(
         positive = positives.block(block)
         counted = positive.amax(dim=-1)
         losses = _NegativeLogShare.apply(scores, positive)
-        cosines = (scores.detach() * positive).sum(dim=-1)
-        return torch.stack((torch.where(counted, losses, 0), counted.to(losses), cosines), dim=-1)
+        sums = [torch.where(counted, losses, 0), counted.to(losses)]
+        if with_cosine:
+            sums.append((scores.detach() * positive).sum(dim=-1))
+        return torch.stack(sums, dim=-1)
 
-    losses, counted, cosines = by_blocks(of_pixels, positives.shape, x, t).sum(dim=1).unbind(dim=-1)
-    cosine = temperature * cosines.detach() / positives.count().clamp(min=1)
-    return PixelLoss((losses / counted.clamp(min=1)).mean(), cosine)
+    losses, counted, *cosines = by_blocks(of_pixels, positives.shape, x, t).sum(1).unbind(dim=-1)
+    loss = (losses / counted.clamp(min=1)).mean()
+    if not cosines:
+        return PixelLoss(loss, torch.zeros_like(counted))
+    return PixelLoss(loss, temperature * cosines[0].detach() / positives.count().clamp(min=1))
 
 
 class _NegativeLogShare(torch.autograd.Function):

@@ -246,7 +246,7 @@ class PixelCL(nn.Module):
         grids = online_one.grid, online_two.grid
         matches = Positives(one.to_image, two.to_image, *grids, self.distance_thres)
         directions = ((online_one, target_two, matches), (online_two, target_one, matches.mT))
-        pixels = [self.pixel_loss(o, t, m) for o, t, m in directions]
+        pixels = [self.pixel_loss(o, t, m, return_terms) for o, t, m in directions]
         pixel = torch.stack([found.loss for found in pixels]).sum()
         instance = torch.stack([self.instance_loss(o, t, m) for o, t, m in directions]).sum()
         loss = self.alpha * pixel + self.instance_weight * instance
@@ -284,14 +284,17 @@ class PixelCL(nn.Module):
             instance = self.online_predictor(instance)
         return Projections(pixel, instance)
 
-    def pixel_loss(self, online: Projections, target: Projections, matches: Positives) -> PixelLoss:
+    def pixel_loss(
+        self, online: Projections, target: Projections, matches: Positives, with_cosine: bool
+    ) -> PixelLoss:
         """PixPro or pixel contrast of one direction; 0 if the branch is skipped."""
         if online.pixel is None or target.pixel is None:
             return PixelLoss(matches.reach.new_zeros(()), torch.zeros_like(matches.reach))
         ours, theirs = (rearrange(o, "b d h w -> b d (h w)") for o in (online.pixel, target.pixel))
         if self.use_pixpro:
             return pixpro(ours, theirs, matches)
-        return pixcontrast(ours, theirs, matches, self.similarity_temperature)
+        temperature = self.similarity_temperature
+        return pixcontrast(ours, theirs, matches, temperature, with_cosine=with_cosine)
 
     def instance_loss(self, online: Projections, target: Projections, matches: Positives) -> Tensor:
         """The instance loss of one direction; 0 if the branch is skipped."""

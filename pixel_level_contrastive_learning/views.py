@@ -69,8 +69,8 @@ def draw_maps(count: int, image_size: tuple[int, int], placement: Placement) -> 
         ``(b, 2, 3)`` float32 maps on the CPU, from the CPU's generator: six numbers an image, and
         a seventh for the aspect where the area is drawn.
 
-    >>> draw_maps(1, (40, 60), Placement()).tolist()
-    [[[60.0, 0.0, 0.0], [0.0, 40.0, 0.0]]]
+    >>> draw_maps(2, (40, 60), Placement(max_rotation=10)).shape
+    torch.Size([2, 2, 3])
     """
     numbers = 6 if placement.area_range is None else 7
     drawn = torch.rand(numbers, count, dtype=torch.float32, device="cpu")
