@@ -377,9 +377,9 @@ def damage(ground: Ground, folder: Path, name: str, how: str) -> str:
         told = "changed: " in command.ends(0)  # other settings, as a user may give them
         ground.compare(run, bits=not told)
         return "told as changed settings" if told else "the same bits"
-    command.ends(
-        1, 2, says=["error: ", re.escape(Path(name).name) if len(held) == 1 else "checkpoints"]
-    )
+    named = re.escape(Path(name).name) if len(held) == 1 else "checkpoints"
+    # Settings that are gone read as settings that were changed.
+    command.ends(1, 2, says=["error: ", f"{named}|cannot go on with other weights"])
     for path, content in held.items():
         path.write_bytes(content)
     ground.finish(run)

@@ -13,7 +13,6 @@ FILES = sorted((ROOT / PACKAGE).rglob("*.py"))
 HOMELESS = {"utils", "util", "helpers", "helper", "common", "misc"}
 LONGEST = 420
 LONGER = {  # to be emptied as these are rewritten
-    "modules/feature_info",
     "evaluation/evaluate",
 }
 LOADED = "print([name for name in ('torch', 'kornia') if name in sys.modules])"
