@@ -24,39 +24,25 @@ sharper and faster, but its kernel is cut off at the crop's edges, where views a
 
 
 class CroppedView(NamedTuple):
-    """A view and where it lies.
-
-    Attributes:
-        pixels: ``(c, h, w)`` uint8, or float32 raw values.
-        to_image: ``(2, 3)`` float32 map from the view's unit square to source pixels: the map that
-            was asked for, its edges moved by less than a pixel of the view so that none is blended.
-    """
+    """Pixels ``(c, h, w)``, and the map ``(2, 3)`` from the view's unit square to source pixels."""
 
     pixels: Tensor
     to_image: Tensor
+    """The map asked for, its edges moved by less than a view pixel so that none is blended."""
 
 
 class Span(NamedTuple):
-    """One side of a crop, in pixels of the decoded image.
-
-    Attributes:
-        start: The first.
-        length: How many; a multiple of ``power``.
-        power: How many are averaged to one before the view is sampled.
-    """
+    """One side of a crop, in pixels of the decoded image."""
 
     start: int
     length: int
+    """A multiple of ``power``."""
     power: int
+    """How many pixels are averaged to one before the view is sampled."""
 
 
 def best_scale(maps: Tensor, size: tuple[int, int]) -> int:
-    """The largest scale to decode at without enlarging a view.
-
-    Args:
-        maps: ``(b, 2, 3)`` maps of all views that are cut from the image.
-        size: ``(h, w)`` of the views.
-    """
+    """The largest scale at which no view of size ``(h, w)`` and map ``(b, 2, 3)`` is enlarged."""
     h, w = size
     covered = torch.linalg.vector_norm(maps[..., :2], dim=-2) / maps.new_tensor((w, h))
     return largest_scale(covered.min().item() + 1e-6)
@@ -112,16 +98,7 @@ def whole_pixels(side: int, scale: int, origin: int) -> tuple[int, int]:
 
 
 def span(start: float, length: float, side: int, view: int, scale: int, origin: int = 0) -> Span:
-    """Where a side of a crop comes to lie on whole pixels of the decoded image.
-
-    Args:
-        start: Where it begins, in source pixels.
-        length: How long it is, in source pixels.
-        side: The source image's side.
-        view: The view's side in pixels.
-        scale: Source pixels per decoded pixel.
-        origin: Where the first decoded pixel begins, in source pixels.
-    """
+    """Where one side of a crop, in source pixels, comes to lie on whole decoded pixels."""
     lowest, whole = whole_pixels(side, scale, origin)
     wanted = length / scale
     power = 1 if length / view < ANTIALIAS_BELOW else power_below(wanted / view + 1e-6)
@@ -190,13 +167,7 @@ def corners(to_image: Tensor) -> tuple[Tensor, Tensor]:
 def averaged_crop(
     decoded: DecodedImage, box: tuple[int, int, int, int], power: tuple[int, int]
 ) -> Tensor:
-    """Part of an image ``(c, h, w)``, averaged to ``1 / power`` of its height and width.
-
-    Args:
-        decoded: The image.
-        box: ``(x0, y0, x1, y1)`` in its pixels; its sides are multiples of ``power``.
-        power: ``(down, across)``.
-    """
+    """A box ``(x0, y0, x1, y1)`` of the pixels, averaged by powers ``(down, across)``."""
     x0, y0, x1, y1 = box
     pixels, factor = decoded.pixels, (power[1], power[0])
     if not isinstance(pixels, Tensor):

@@ -7,7 +7,7 @@ index), on the CPU, by the worker that cuts it; colour itself is changed later, 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ from torch.utils.data import Dataset, get_worker_info
 
 from ..augment import DICE, VIEW_ONE, VIEW_TWO, Factors, Photometry
 from ..views import Placement, lay_maps
-from .crops import best_scale, cut_view
+from .crops import CroppedView, best_scale, cut_view
 from .image import ImageError, LazyImage
 from .sources import Source
 from .statistics import Statistics
@@ -99,32 +99,6 @@ class LoadedBatch(NamedTuple):
     broken: list[BrokenImage]
 
 
-class OpenedSample(NamedTuple):
-    """An opened image, and the sample that it is cut for."""
-
-    slot: int
-    """Where in the batch it goes."""
-    key: SampleKey
-    skipped: int
-    """How many broken images of the epoch's order it stands in for."""
-    image_index: int
-    image: LazyImage
-
-
-class BatchBuffers(NamedTuple):
-    """What a batch is written to, slot by slot."""
-
-    views: Tensor
-    """``(2, b, c, h, w)``."""
-    maps: Tensor
-    """``(2, b, 2, 3)``."""
-    drawn: Tensor
-    """``(b, 2, n)`` random numbers of [0, 1)."""
-    indices: Tensor
-    """``(b,)``."""
-    broken: dict[str, BrokenImage]
-
-
 class TwoViewDataset(Dataset[LoadedBatch | TooManyBrokenError]):
     """Two views of each image, by whole batches: an item's index is a list of `SampleKey`.
 
@@ -158,12 +132,13 @@ class TwoViewDataset(Dataset[LoadedBatch | TooManyBrokenError]):
         self.seed, self.max_broken = seed, max_broken
 
     def __getitem__(self, keys: Sequence[SampleKey]) -> LoadedBatch | TooManyBrokenError:
+        broken: dict[str, BrokenImage] = {}
         try:
-            return self.load(keys)
+            return LoadedBatch(self.load(keys, broken), list(broken.values()))
         except TooManyBrokenError as error:
             return error
 
-    def load(self, keys: Sequence[SampleKey]) -> LoadedBatch:
+    def load(self, keys: Sequence[SampleKey], broken: dict[str, BrokenImage]) -> TwoViewBatch:
         """A batch, its views written where they will be read, without a copy."""
         count, (h, w), channels = len(keys), self.size, self.statistics.channels
         dtype = torch.uint8 if self.statistics.low is None else torch.float32
@@ -171,79 +146,92 @@ class TwoViewDataset(Dataset[LoadedBatch | TooManyBrokenError]):
         if get_worker_info() is not None:
             views.share_memory_()  # type: ignore[no-untyped-call]  # the main process sees it
         views = views.movedim(-1, 2)  # channels last in memory, as the crops are
-        maps = torch.empty(2, count, 2, 3)
+        maps, indices = torch.empty(2, count, 2, 3), torch.empty(count, dtype=torch.int64)
         drawn = torch.stack([self.draw(key) for key in keys])
-        indices = torch.empty(count, dtype=torch.int64)
-        buffers = BatchBuffers(views, maps, drawn, indices, {})
-        opened: list[OpenedSample] = []
-        for slot, key in enumerate(keys):
-            opened.append(self.open(slot, key, buffers))
-            values = sum(own.image.size[0] * own.image.size[1] * channels for own in opened)
-            if slot == count - 1 or values > MAX_OPEN_VALUES:
-                self.cut(opened, buffers)
-                opened = []
+        candidates = [self.usable_images(key, broken) for key in keys]
+        opened: list[tuple[int, LazyImage]] = []
+        for slot in range(count):
+            opened.append(next(candidates[slot]))
+            values = channels * sum(image.size[0] * image.size[1] for _, image in opened)
+            if slot < count - 1 and values <= MAX_OPEN_VALUES:
+                continue
+            first = slot + 1 - len(opened)
+            asked = self.lay_maps([image for _, image in opened], drawn[first : slot + 1])
+            for i, (image, image_maps) in enumerate(zip(opened, asked, strict=True), first):
+                index, cuts = self.cut(*image, image_maps, drawn[i], candidates[i], broken)
+                indices[i] = index
+                for view, cut in enumerate(cuts):
+                    views[view, i] = self.statistics.convert(cut.pixels)
+                    maps[view, i] = cut.to_image
+            opened = []
         colour = rearrange(drawn[..., MAP_NUMBERS:], "b view number -> view number b")
         one, two = (
             without_solarising(photometry.factors(numbers), channels)
             for photometry, numbers in zip(self.photometry, colour, strict=True)
         )
-        batch = TwoViewBatch(views[0], views[1], maps[0], maps[1], one, two, indices)
-        return LoadedBatch(batch, list(buffers.broken.values()))
+        return TwoViewBatch(views[0], views[1], maps[0], maps[1], one, two, indices)
 
     def draw(self, key: SampleKey) -> Tensor:
         """All random numbers of a sample, ``(2, n)``: for each view its map, then its colour."""
         generator = seeded_generator(self.seed, key.epoch, key.index)
         return torch.rand(2, MAP_NUMBERS + DICE, generator=generator)
 
-    def open(
-        self, slot: int, key: SampleKey, buffers: BatchBuffers, skipped: int = 0
-    ) -> OpenedSample:
-        """The first usable image at or after a sample's, from some images further on."""
+    def usable_images(
+        self, key: SampleKey, broken: dict[str, BrokenImage]
+    ) -> Iterator[tuple[int, LazyImage]]:
+        """The usable images, with their indices, from a sample's on in the epoch's order."""
         count = len(self.source)
-        for further in range(skipped, count):
+        for ahead in range(count):
             index = key.index
-            if further:
-                position = (key.position + further) % count
+            if ahead:
+                position = (key.position + ahead) % count
                 index = int(epoch_order(self.seed, key.epoch, count)[position].item())
             try:
                 image = self.source.open(index)
                 self.statistics.check(image)
             except ImageError as error:
-                self.skip(index, error, buffers)
+                self.note_broken(index, error, broken)
             else:
-                return OpenedSample(slot, key, further, index, image)
+                yield index, image
         raise TooManyBrokenError(
-            "no image can be read any more; is the data still there?", buffers.broken.values()
+            "no image can be read any more; is the data still there?", broken.values()
         )
 
-    def cut(self, opened: Sequence[OpenedSample], buffers: BatchBuffers) -> None:
-        """Draw the maps of some images together, decode the images one by one, and cut."""
-        drawn = torch.stack([buffers.drawn[own.slot, :, :MAP_NUMBERS] for own in opened])
-        sides = torch.tensor([own.image.size[::-1] for own in opened], dtype=torch.float32)
+    def lay_maps(self, images: Sequence[LazyImage], drawn: Tensor) -> Tensor:
+        """The maps ``(b, 2, 2, 3)`` of two views of each image, from numbers ``(b, 2, n)``."""
+        sides = torch.tensor([image.size[::-1] for image in images], dtype=torch.float32)
         maps = lay_maps(
-            rearrange(drawn, "b view number -> number (b view)"),
+            rearrange(drawn[..., :MAP_NUMBERS], "b view number -> number (b view)"),
             repeat(sides, "b xy -> (b view) xy", view=2),
             self.placement,
         )
-        by_image = rearrange(maps, "(b view) row column -> b view row column", view=2)
-        for own, asked in zip(opened, by_image, strict=True):
-            try:
-                decoded = own.image.decode(best_scale(asked, self.size))
-            except ImageError as error:
-                self.skip(own.image_index, error, buffers)
-                self.cut([self.open(own.slot, own.key, buffers, own.skipped + 1)], buffers)
-                continue
-            buffers.indices[own.slot] = own.image_index
-            for view in range(2):
-                cut = cut_view(decoded, own.image.size, asked[view], self.size)
-                buffers.views[view, own.slot] = self.statistics.convert(cut.pixels)
-                buffers.maps[view, own.slot] = cut.to_image
+        return rearrange(maps, "(b view) row column -> b view row column", view=2)
 
-    def skip(self, index: int, error: ImageError, buffers: BatchBuffers) -> None:
+    def cut(
+        self,
+        index: int,
+        image: LazyImage,
+        maps: Tensor,
+        drawn: Tensor,
+        candidates: Iterator[tuple[int, LazyImage]],
+        broken: dict[str, BrokenImage],
+    ) -> tuple[int, list[CroppedView]]:
+        """Two views of an image, or of the next candidate that can be decoded, and its index."""
+        while True:
+            try:
+                decoded = image.decode(best_scale(maps, self.size))
+            except ImageError as error:
+                self.note_broken(index, error, broken)
+                index, image = next(candidates)
+                [maps] = self.lay_maps([image], drawn[None])
+            else:
+                return index, [cut_view(decoded, image.size, view, self.size) for view in maps]
+
+    def note_broken(self, index: int, error: ImageError, broken: dict[str, BrokenImage]) -> None:
         """Note a broken image, and raise `TooManyBrokenError` if it was one too many."""
         name = self.source.name(index)
-        buffers.broken[name] = BrokenImage(name, str(error))
-        check_broken(buffers.broken, len(self.source), self.max_broken)
+        broken[name] = BrokenImage(name, str(error))
+        check_broken(broken, len(self.source), self.max_broken)
 
 
 def seeded_generator(*numbers: int) -> torch.Generator:

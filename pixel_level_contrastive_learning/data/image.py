@@ -184,15 +184,7 @@ def lazy_pixels(pixels: Tensor) -> LazyImage:
 
 
 def array_to_pixels(array: Any, axes: str = "") -> Tensor:
-    """A NumPy array as pixels ``(c, h, w)``: uint8, or float32 raw values, which may be NaN.
-
-    Args:
-        array: ``(h, w)``, ``(c, h, w)`` or ``(h, w, c)``, whole numbers or floats.
-        axes: Their names as tifffile gives them; without, the shorter end is the channels.
-
-    Raises:
-        ImageError: Another shape, or other values.
-    """
+    """A NumPy array, whose axes tifffile may name, as pixels ``(c, h, w)`` that may be NaN."""
     import numpy as np
 
     array_layout(array.shape, axes)

@@ -90,7 +90,7 @@ class SegmentationDataset:
 
     def subset(self, indices: Sequence[int]) -> SegmentationDataset:
         """Some of the images, in the order given."""
-        images, masks = (tuple(own[i] for i in indices) for own in (self.images, self.masks))
+        images, masks = (tuple(paths[i] for i in indices) for paths in (self.images, self.masks))
         return replace(self, images=images, masks=masks)
 
     def share(self, fraction: float, seed: int) -> SegmentationDataset:
@@ -128,8 +128,8 @@ def open_labelled(
         more = len(problems) - SHOWN_PROBLEMS
         rest = [f"and {more} more"] if more > 0 else []
         raise ValueError("\n".join([*problems[:SHOWN_PROBLEMS], *rest]))
-    for split, own in zip(splits, ids, strict=True):
-        if set().union(*own) == {IGNORED}:
+    for split, masks in zip(splits, ids, strict=True):
+        if set().union(*masks) == {IGNORED}:
             raise ValueError(
                 f"all pixels of the masks in {folder / MASKS / split} are {IGNORED}, which means "
                 "ignored, so there is nothing to learn or to judge by; name a split that has "
@@ -138,10 +138,10 @@ def open_labelled(
     trained_on = set().union(*ids[0])
     if len(trained_on - {IGNORED}) < 2:
         raise ValueError(one_class_message(folder / MASKS / splits[0], trained_on))
-    classes = names or number_classes(folder, {i for own in ids for mask in own for i in mask})
+    classes = names or number_classes(folder, {i for masks in ids for mask in masks for i in mask})
     return [
         replace(
-            split.subset([i for i, own in enumerate(masks) if own != {IGNORED}]), classes=classes
+            split.subset([i for i, mask in enumerate(masks) if mask != {IGNORED}]), classes=classes
         )
         for split, masks in zip(opened, ids, strict=True)
     ]
@@ -152,7 +152,7 @@ def open_split(folder: Path, split: str, classes: tuple[str, ...]) -> Segmentati
     images, masks = folder / IMAGES / split, folder / MASKS / split
     for place in (images, masks):
         if not place.is_dir():
-            there = sorted(own.name for own in place.parent.glob("*") if own.is_dir())
+            there = sorted(path.name for path in place.parent.glob("*") if path.is_dir())
             near = get_close_matches(split, there, n=1)
             perhaps = f"; perhaps {near[0]!r} is meant" if near else ""
             found = f" (there is {', '.join(there)})" if there else ""
@@ -165,7 +165,7 @@ def open_split(folder: Path, split: str, classes: tuple[str, ...]) -> Segmentati
     missing = [mask for mask in wanted if not mask.is_file()]
     if missing:
         first = missing[0]
-        near = sorted(own.name for own in first.parent.glob(f"{glob.escape(first.stem)}.*"))
+        near = sorted(path.name for path in first.parent.glob(f"{glob.escape(first.stem)}.*"))
         raise ValueError(
             f"{first} is not there{f' (there is {near[0]})' if near else ''}; {len(missing)} of "
             f"{len(wanted)} images have no mask: masks are PNG files with the names of their "

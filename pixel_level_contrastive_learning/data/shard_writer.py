@@ -79,14 +79,7 @@ class ShardsReport(NamedTuple):
 
 
 class ShardEntry(NamedTuple):
-    """An image as it goes into a shard.
-
-    Attributes:
-        suffix: Of its file, which tells the format.
-        content: Its bytes.
-        original_size: The original's ``(height, width)``, upright.
-        original_bytes: The size of the original's file.
-    """
+    """An image's file as it goes into a shard, and the upright size and the bytes it had before."""
 
     suffix: str
     content: bytes
@@ -122,7 +115,7 @@ def write_shards(
     Raises:
         ValueError: A value out of range, no image, or a folder with something else in it.
         TooManyBrokenError: More images than allowed cannot be read.
-        OSError: A shard cannot be written, or reads back otherwise than it was written.
+        OSError: A shard cannot be written, or differs from what was written when it is read back.
     """
     raise_together(
         whole("max_side", max_side, 1),
@@ -170,15 +163,7 @@ def write_shards(
 
 
 class ShardIndex:
-    """The record of the shards that are done, kept beside them.
-
-    Args:
-        folder: New, or of an earlier call with the same settings.
-        settings: What is written and how.
-
-    Raises:
-        ValueError: There is something else in the folder, or other shards.
-    """
+    """The record of the shards that are done, in a folder that is new or of an earlier call."""
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
         self.path, self.settings = folder / INDEX, settings
@@ -244,7 +229,7 @@ def make_entry(source: Source, index: int, max_side: int, quality: int) -> Shard
 
 
 def suffix_of(name: str, content: bytes) -> str:
-    """The file's suffix, or else what its content begins as; empty where it cannot be told."""
+    """The file's suffix, or else that of the format its content begins with; empty if unknown."""
     suffix = Path(name).suffix.lower()
     if suffix in IMAGE_SUFFIXES:
         return suffix.removeprefix(".")
@@ -268,13 +253,13 @@ def encode(pixels: Tensor, quality: int) -> tuple[str, bytes]:
     import numpy as np
     from PIL import Image
 
-    held = BytesIO()
+    file = BytesIO()
     if pixels.dtype == torch.uint8 and len(pixels) in (1, 3):
         shape = "1 h w -> h w" if len(pixels) == 1 else "c h w -> h w c"
         Image.fromarray(rearrange(pixels, shape).contiguous().numpy()).save(
-            held, "JPEG", quality=quality
+            file, "JPEG", quality=quality
         )
-        return "jpg", held.getvalue()
+        return "jpg", file.getvalue()
     array = pixels.numpy()
     low, high = array.min(), array.max()
     if array.dtype != np.uint8 and low >= 0 and high < 2**16 and (array == array.round()).all():
@@ -282,10 +267,10 @@ def encode(pixels: Tensor, quality: int) -> tuple[str, bytes]:
     if channels_last(array.shape):  # more bands than columns: an array would be read otherwise
         from tifffile import imwrite
 
-        imwrite(held, array, photometric="minisblack", planarconfig="separate")
-        return "tif", held.getvalue()
-    np.save(held, np.ascontiguousarray(array))
-    return "npy", held.getvalue()
+        imwrite(file, array, photometric="minisblack", planarconfig="separate")
+        return "tif", file.getvalue()
+    np.save(file, np.ascontiguousarray(array))
+    return "npy", file.getvalue()
 
 
 def write_shard(
@@ -294,30 +279,32 @@ def write_shard(
     """Write a shard, read it back, and move it to its place; returns its record in the index."""
     from webdataset import TarWriter
 
-    skipped = [(names[i], str(own)) for i, own in entries.items() if isinstance(own, ImageError)]
-    good = {i: own for i, own in entries.items() if isinstance(own, ShardEntry)}
+    skipped = [
+        (names[i], str(entry)) for i, entry in entries.items() if isinstance(entry, ImageError)
+    ]
+    good = {i: entry for i, entry in entries.items() if isinstance(entry, ShardEntry)}
     record: dict[str, Any] = {"images": len(good), "skipped": skipped, "bytes": 0, "sha256": ""}
-    record["bytes_before"] = sum(own.original_bytes for own in good.values())
+    record["bytes_before"] = sum(entry.original_bytes for entry in good.values())
     path.parent.mkdir(parents=True, exist_ok=True)
     if not good:
         return record
     beside = path.with_name(f"{path.name}.part")
     with beside.open("wb") as file:
         writer = TarWriter(file, mtime=0)
-        for index, own in good.items():
+        for index, entry in good.items():
             name = os.path.relpath(names[index], shared) if shared else names[index]
             text = Path(os.fsencode(name).decode(errors="replace")).as_posix()
-            height, width = own.original_size
+            height, width = entry.original_size
             about = json.dumps({"name": text, "height": height, "width": width})
-            writer.write({"__key__": f"{index:09d}", own.suffix: own.content, "json": about})
+            writer.write({"__key__": f"{index:09d}", entry.suffix: entry.content, "json": about})
         writer.close()
         file.flush()
         os.fsync(file.fileno())
-    for written, own in zip(read_back(beside), good.values(), strict=True):
-        if written != own.content:
+    for written, entry in zip(read_back(beside), good.values(), strict=True):
+        if written != entry.content:
             raise OSError(
-                f"{beside} reads back otherwise than it was written; look at the disk, and call "
-                "again to go on"
+                f"{beside} differs from what was written when it is read back; check the disk, and "
+                "call again to go on"
             )
     record |= {"bytes": beside.stat().st_size, "sha256": digest(beside)}
     beside.replace(path)

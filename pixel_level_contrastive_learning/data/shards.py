@@ -69,14 +69,7 @@ class ShardSource:
 
     @classmethod
     def find(cls, place: str) -> Self:
-        """The shards that a pattern or a URL names; those named by URL are kept in ``~/.cache``.
-
-        Args:
-            place: Such as ``shards-{0000..0099}.tar``, local or by URL; ``::`` joins several.
-
-        Raises:
-            ValueError: A shard is not there, or cannot be downloaded.
-        """
+        """The shards that a pattern (``a-{00..99}.tar``) or a URL names; ``::`` joins several."""
         places = [place]
         if any(mark in place for mark in ("{", "::")):
             from webdataset.shardlists import expand_urls
@@ -92,18 +85,23 @@ class ShardSource:
 
     def content(self, index: int) -> bytes:
         shard, offset, length = self.positions[index].tolist()
-        try:
-            with open(self.paths[shard], "rb") as file:
-                file.seek(offset)
-                content = file.read(length)
-        except OSError as error:
-            raise ImageError(error.strerror or type(error).__name__) from error
+        content = read_bytes(self.paths[shard], offset, length)
         if len(content) < length:
             raise ImageError(f"the shard ends after {len(content)} of {length} bytes")
         return content
 
     def open(self, index: int) -> LazyImage:
         return open_image(self.content(index))
+
+
+def read_bytes(path: str, offset: int = 0, length: int = -1) -> bytes:
+    """A file, or a part of it."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(offset)
+            return file.read(length)
+    except OSError as error:
+        raise ImageError(error.strerror or type(error).__name__) from error
 
 
 def is_url(place: str) -> bool:

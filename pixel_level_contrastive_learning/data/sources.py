@@ -20,7 +20,7 @@ from torch import Tensor
 from .. import run_layout
 from .decoding import HIGH_DEPTH_MODES, IMAGE_SUFFIXES, open_image, to_eight_bit, to_float
 from .image import ImageError, LazyImage, array_to_pixels, lazy_pixels, to_tensor
-from .shards import NameList, ShardSource, is_shards
+from .shards import NameList, ShardSource, is_shards, read_bytes
 
 log = logging.getLogger(__name__)
 
@@ -54,11 +54,7 @@ class Source(Protocol):
 
 
 class FileSource:
-    """Images in files.
-
-    Args:
-        paths: Where they are.
-    """
+    """Images in files."""
 
     def __init__(self, paths: Sequence[str]) -> None:
         self.names = NameList([os.fsencode(path) for path in paths])
@@ -70,11 +66,7 @@ class FileSource:
         return self.names[index]
 
     def content(self, index: int) -> bytes:
-        try:
-            with open(self.name(index), "rb") as file:
-                return file.read()
-        except OSError as error:
-            raise ImageError(error.strerror or type(error).__name__) from error
+        return read_bytes(self.name(index))
 
     def open(self, index: int) -> LazyImage:
         return open_image(self.content(index))
@@ -112,9 +104,9 @@ class ItemSource:
 def item_pixels(item: object) -> Tensor:
     """The pixels ``(c, h, w)`` of an item: uint8, or float32 raw values."""
     if isinstance(item, Tensor):
-        held = item.detach().cpu()
-        held = held.float() if held.dtype == torch.bfloat16 else held  # which NumPy has not
-        return array_to_pixels(held.numpy(), "CYX"[-item.ndim :])
+        pixels = item.detach().cpu()
+        pixels = pixels.float() if pixels.dtype == torch.bfloat16 else pixels  # NumPy has none
+        return array_to_pixels(pixels.numpy(), "CYX"[-item.ndim :])
     if hasattr(item, "getbands"):
         picture: Any = item
         deep = picture.mode in HIGH_DEPTH_MODES
@@ -278,8 +270,8 @@ def find_files(
     found: list[str] = []
     others: Counter[str] = Counter()
     entered: set[tuple[int, int]] = set()
-    if leave_out is not None and (own := Path(leave_out).expanduser()).is_dir():
-        entered.add((own.stat().st_dev, own.stat().st_ino))
+    if leave_out is not None and (skipped := Path(leave_out).expanduser()).is_dir():
+        entered.add((skipped.stat().st_dev, skipped.stat().st_ino))
 
     def warn(error: OSError) -> None:
         log.warning("a folder cannot be read and is left out: %s", error)

@@ -92,14 +92,7 @@ def read_image(
     statistics: Statistics,
     at_least: int | tuple[int, int] | None = None,
 ) -> Tensor:
-    """The upright pixels ``(c, h, w)`` of an image that the statistics can convert.
-
-    Args:
-        source: The images.
-        index: Which of them.
-        statistics: What it must fit.
-        at_least: The shorter side, or ``(height, width)``, that must be left when a large JPEG is
-            decoded smaller; None for the full size.
+    """The upright pixels of an image that the statistics can convert; see `LazyImage.read`.
 
     Raises:
         ImageError: It cannot be read, or is of another kind.
@@ -216,12 +209,7 @@ def is_mask(values: Tensor) -> bool:
 
 
 def channel_statistics(values: list[tuple[Tensor, bool]]) -> Scaling:
-    """Mean, deviation, and the raw values that become 0 and 1, of each channel.
-
-    Args:
-        values: ``(c, n)`` values of each image, NaN where not measured, and whether they are raw
-            values of high bit depth.
-    """
+    """The scaling that follows from each image's values ``(c, n)`` and whether they are raw."""
     deep = [channels for channels, is_deep in values if is_deep]
     unit = [channels / 255 for channels, is_deep in values if not is_deep]
     low = high = None

@@ -83,12 +83,14 @@ def test_a_turned_view_reads_the_places_its_map_names(orientation) -> None:
 
 
 def test_a_turned_view_is_moved_out_of_the_last_pixels_that_stand_for_fewer() -> None:
-    image = decoded(coordinates((45, 45)), 4)  # eleven whole pixels, and one of one
-    # A square on its corner that touches the right edge and the lower one.
-    to_image = torch.tensor([[20.0, -20, 25], [20, 20, 5]])
-    found = cut_view(image, (45, 45), to_image, (5, 5)).to_image
-    assert torch.equal(found[:, :2], to_image[:, :2])
-    assert (to_image - found)[:, 2].tolist() == [1, 1]
+    # Eleven whole pixels, and one of one: the last, or the first of an image turned by 180 degrees.
+    # A square on its corner touches the right edge and the lower one, or the left and the upper.
+    for orientation, corner, moved in ((1, (25.0, 5.0), -1), (3, (20.0, 0.0), 1)):
+        image = decoded(coordinates((45, 45)), 4, orientation)
+        to_image = torch.tensor([[20.0, -20, corner[0]], [20, 20, corner[1]]])
+        found = cut_view(image, (45, 45), to_image, (5, 5)).to_image
+        assert torch.equal(found[:, :2], to_image[:, :2])
+        assert (found - to_image)[:, 2].tolist() == [moved, moved]
 
 
 def test_a_small_image_is_enlarged() -> None:

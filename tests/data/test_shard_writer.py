@@ -104,7 +104,7 @@ def test_a_shard_that_rotted_is_written_again(images, tmp_path) -> None:
 
 def test_a_disk_that_gives_back_something_else_is_told(images, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(shard_writer, "read_back", lambda _: iter([b"?"] * 5))
-    with pytest.raises(OSError, match=r"reads back otherwise .*; look at the disk"):
+    with pytest.raises(OSError, match=r"differs from what was written .*; check the disk"):
         write_shards(images, tmp_path / "out")
     assert not list((tmp_path / "out").glob("*.tar"))
 
