@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from inspect import Parameter, Signature
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -76,7 +76,7 @@ def fit(
         fabric, folder, schedule.steps, schedule.warmup_steps, lambda: stream.waited, loggers
     )
     pictures, probe = build_validation(setup, run_dir, colours, metrics)
-    saver = CheckpointSaver(step, run_dir, plan.keep_checkpoints, metrics, pictures)
+    saver = CheckpointSaver(step, run_dir, setup, metrics, pictures)
 
     with closing(stream), metrics.recording(step.step):
         if pictures:
@@ -176,11 +176,12 @@ class CheckpointSaver:
         self,
         step: TrainingStep,
         run_dir: RunDir,
-        keep: int,
+        setup: Setup,
         metrics: MetricsWriter,
         pictures: FeaturePictures | None,
     ) -> None:
-        self.step, self.run_dir, self.keep = step, run_dir, keep
+        self.step, self.run_dir, self.keep = step, run_dir, setup.plan.keep_checkpoints
+        self.statistics = asdict(setup.data.statistics)
         self.metrics, self.pictures = metrics, pictures
         self.saved_at = step.step
 
@@ -190,6 +191,7 @@ class CheckpointSaver:
             return
         self.metrics.settle()
         held = self.step.state_dict()
+        held["statistics"] = self.statistics
         held["colours"] = self.pictures.colours if self.pictures else None
         if self.step.fabric.is_global_zero:
             self.run_dir.save_checkpoint(held, self.step.step, self.keep)
@@ -346,6 +348,9 @@ def find_resume_point(setup: Setup, run_dir: RunDir) -> ResumePoint | None:
         numbered = path.stem.removeprefix("step-")
         number = int(numbered) if numbered.isdecimal() else done
         point = ResumePoint(held, step, samples)
+        statistics = asdict(setup.data.statistics)
+        if held.get("statistics", statistics) != statistics:
+            LOG.warning("the statistics of the images are not those that the run was trained with")
         check_idle_changes(changed, step, plan.schedule.steps)
         LOG.info("going on at step %d, from %s", step, path)
     elif setup.before is not None:

@@ -174,6 +174,16 @@ def test_settings_changed_in_the_file_are_told_too(tmp_path, settings) -> None:
     assert "changed: seed was 0 and is now 4" in (tmp_path / "run" / "train.log").read_text()
 
 
+def test_statistics_that_changed_are_told(tmp_path, settings) -> None:
+    pretrain(**settings())
+    file = tmp_path / "run" / "statistics.json"
+    values = json.loads(file.read_text())
+    file.write_text(json.dumps(values | {"std": [0.5, 0.5, 0.5]}))
+    pretrain(out=tmp_path / "run", resume=True, steps=8)
+    log = (tmp_path / "run" / "train.log").read_text()
+    assert log.count("statistics of the images are not those that the run was trained with") == 1
+
+
 @pytest.mark.parametrize(
     ("name", "text"),
     [("statistics.json", '{"channels": 3,'), ("config.yaml", "steps: 6\nmax_rotation:")],
