@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / PACKAGE).rglob("*.py"))
 HOMELESS = {"utils", "util", "helpers", "helper", "common", "misc"}
 LONGEST = 420
-LONGER = {  # to be emptied as these are rewritten
+LONGER = {
     "evaluation/evaluate",
 }
 LOADED = "print([name for name in ('torch', 'kornia') if name in sys.modules])"
