@@ -123,6 +123,11 @@ def to_tensor(image: Tensor | Image.Image) -> Tensor:
     return pixels[None] if pixels.ndim == 2 else rearrange(pixels, "h w c -> c h w")
 
 
+def to_rgb(pixels: Tensor) -> Tensor:
+    """Images ``(..., c, h, w)`` of any channels as three, for the eye: the first ones, or gray."""
+    return pixels[..., [0, 1, 2] if pixels.shape[-3] >= 3 else [0, 0, 0], :, :]
+
+
 # What is refused.
 
 

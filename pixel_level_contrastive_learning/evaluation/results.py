@@ -15,9 +15,10 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from einops import rearrange, repeat
+from einops import rearrange
 from torch import Tensor
 
+from ..data.image import to_rgb
 from ..data.segmentation import IGNORED, SegmentationDataset
 from ..files import write_whole
 from .features import Preparation
@@ -249,13 +250,6 @@ def class_colours(count: int) -> Tensor:
     return table
 
 
-def as_rgb(pixels: Tensor) -> Tensor:
-    """Pixels ``(c, h, w)`` in [0, 1] of any channels as ``(h, w, 3)``: the first three, or gray."""
-    if len(pixels) >= 3:
-        return rearrange(pixels[:3], "c h w -> h w c")
-    return repeat(pixels[0], "h w -> h w c", c=3)
-
-
 def write_panels(
     folder: Path,
     split: SegmentationDataset,
@@ -281,7 +275,8 @@ def write_panels(
     written = []
     for index in sorted(set().union(*predictions.values())):
         example = split.read(index, prepare.shortest)
-        image = as_rgb(prepare.in_range(example.pixels, str(split.images[index])))
+        shown = to_rgb(prepare.in_range(example.pixels, str(split.images[index])))
+        image = rearrange(shown, "rgb h w -> h w rgb")
         pictures = {"image": image, "truth": colours[example.mask.long()]}
         for name, kept in predictions.items():
             pictures[name] = colours[kept[index].long()]

@@ -17,7 +17,7 @@ from .. import run_layout
 from ..augment import Normalise
 from ..backbones.checkpoint import BackboneCard
 from ..data.dataset import TwoViewBatch
-from ..data.image import ImageError
+from ..data.image import ImageError, to_rgb
 from ..data.segmentation import SegmentationDataset
 from ..data.sources import Source
 from ..data.statistics import Statistics, read_image
@@ -121,7 +121,7 @@ class FeaturePictures:
         else:
             self.colours, _ = aligned_colours(features, self.colours)
         self.folder.mkdir(exist_ok=True)
-        picture = colours_picture(rgb(self.pictured), self.colours)
+        picture = colours_picture(to_rgb(self.pictured).clamp(0, 1), self.colours)
         picture.save(self.folder / f"step-{step.step:08d}.png")
 
 
@@ -214,7 +214,7 @@ def draw_batch(
     some: TwoViewBatch = slice_batch(batch, slice(0, count))
     device = normalise.mean.device
     views = [
-        rgb(view.pixels * normalise.std + normalise.mean).cpu()
+        to_rgb(view.pixels * normalise.std + normalise.mean).clamp(0, 1).cpu()
         for view in make_views(move_batch(some, device), normalise, plan)
     ]
     grid = learner.online_encoder.pixel_hook.layout.grid
@@ -226,10 +226,3 @@ def draw_batch(
         paths.append(previews / f"pairs-{number}.png")
         pairs_picture(one, two, *maps, grid, plan.distance_thres).save(paths[-1])
     return paths
-
-
-def rgb(pixels: Tensor) -> Tensor:
-    """Images ``(b, c, h, w)`` of any channels as three, in [0, 1], for the eye."""
-    if pixels.shape[1] < 3:
-        pixels = pixels[:, :1].expand(-1, 3, -1, -1)
-    return pixels[:, :3].clamp(0, 1)

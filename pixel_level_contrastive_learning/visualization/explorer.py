@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from einops import einsum, rearrange, repeat
+from einops import einsum, rearrange
 from torch import Tensor, cat
 from torch.nn.functional import interpolate
 
 from ..augment import Colour, Photometry
-from ..data.image import ImageError
+from ..data.image import ImageError, to_rgb
 from ..data.sources import Source, open_source
 from ..data.statistics import read_image
 from ..evaluation.evaluate import evenly, left_out, none_left
@@ -58,13 +58,6 @@ class Sample(NamedTuple):
     def size(self) -> tuple[int, int]:
         """Its ``(height, width)`` on the page."""
         return self.pixels.shape[-2], self.pixels.shape[-1]
-
-
-def rgb(pixels: Tensor) -> Tensor:
-    """Images ``(..., c, h, w)`` of any channels as three for the eye: the first ones, or gray."""
-    if pixels.shape[-3] >= 3:
-        return pixels[..., :3, :, :]
-    return repeat(pixels[..., 0, :, :], "... h w -> ... rgb h w", rgb=3)
 
 
 SHOWN_SIDE = 480
@@ -229,7 +222,7 @@ def cargo(samples: Sequence[Sample], networks: Mapping[str, Sequence[Tensor]]) -
                 "map": sample.to_source.flatten().tolist(),
                 "width": sample.size[1],
                 "height": sample.size[0],
-                "src": jpeg(picture(rgb(sample.pixels))),
+                "src": jpeg(picture(to_rgb(sample.pixels))),
                 "maps": [own[number] for own in maps],
             }
             for number, sample in enumerate(samples)

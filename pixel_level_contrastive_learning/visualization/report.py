@@ -16,6 +16,7 @@ from torch import Tensor, cat, nn
 from .. import run_layout
 from ..backbones.checkpoint import BackboneCard, Loaded, read_backbone
 from ..checks import raise_together, whole
+from ..data.image import to_rgb
 from ..data.shards import is_shards
 from ..evaluation.baselines import random_net
 from ..evaluation.correspondence import draw_pairs
@@ -23,7 +24,7 @@ from ..evaluation.features import Preparation, Reader, chosen_device
 from ..evaluation.results import Evaluation
 from ..files import write_whole
 from .curves import read_metrics
-from .explorer import Sample, cargo, fed, jpeg, other_view, read_samples, readable, rgb, webp
+from .explorer import Sample, cargo, fed, jpeg, other_view, read_samples, readable, webp
 from .matches import fine_map, pairs_picture, picture
 from .page import Page, ScoreTable, Tile, Trio, chart_views, in_short, render, score_table
 from .pca import pca_colours
@@ -244,7 +245,7 @@ def trios(samples: Sequence[Sample], maps: Mapping[str, Sequence[Tensor]]) -> li
                 colours, _ = pca_colours(own[number][None], basis)
                 words = f"{sample.name} as {scope} principal components, {name.lower()}"
                 tiles[name.split()[0].lower()] = tile(colours[0], sample, words)
-        image = tile(rgb(sample.pixels), sample, f"Image {sample.name}")
+        image = tile(to_rgb(sample.pixels), sample, f"Image {sample.name}")
         made.append(Trio(sample.name, image, *held))
     return made
 
@@ -267,7 +268,7 @@ def pairs(
     if not drawn:
         views = draw_pairs([own.pixels for own in samples[:2]], loaded.card.image_size, seed)
         drawn = [
-            pairs_picture(rgb(one), rgb(two), map_one, map_two, grid, threshold)
+            pairs_picture(to_rgb(one), to_rgb(two), map_one, map_two, grid, threshold)
             for one, two, map_one, map_two in zip(*views, strict=True)
         ]
     words = "Two views of one image, with lines between cells that see the same spot"

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pixel_level_contrastive_learning.data import decoding, image
 from pixel_level_contrastive_learning.data.decoding import NODATA_TAG, ORIENTATION_TAG, open_image
-from pixel_level_contrastive_learning.data.image import ImageError
+from pixel_level_contrastive_learning.data.image import ImageError, to_rgb
 
 RAMP = np.arange(12, dtype=np.uint8).reshape(3, 4) * 20
 COLOUR = np.stack((RAMP, RAMP[::-1], RAMP[:, ::-1]), axis=-1)
@@ -228,6 +228,13 @@ def test_a_tag_without_a_number_and_8_bit_data_are_taken_as_they_are(dtype, text
     ramp = np.arange(12, dtype=dtype).reshape(3, 4)
     raster = open_image(saved(ramp, extratags=[(NODATA_TAG, 2, 0, text, True)])).decode()
     assert raster.known is None
+
+
+@pytest.mark.parametrize(("channels", "shown"), [(1, [0, 0, 0]), (2, [0, 0, 0]), (5, [0, 1, 2])])
+def test_any_channels_are_shown_as_three(channels, shown) -> None:
+    pixels = torch.rand(2, channels, 4, 6)
+    assert torch.equal(to_rgb(pixels), pixels[:, shown])
+    assert torch.equal(to_rgb(pixels[0]), pixels[0, shown])
 
 
 # Orientation.

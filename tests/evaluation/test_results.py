@@ -14,7 +14,6 @@ from pixel_level_contrastive_learning.evaluation.features import Preparation
 from pixel_level_contrastive_learning.evaluation.results import (
     Evaluation,
     Row,
-    as_rgb,
     class_colours,
     write_panels,
 )
@@ -100,13 +99,6 @@ def test_every_class_has_its_own_colour_and_ignored_pixels_none(count) -> None:
     assert colours[255].tolist() == [0, 0, 0]
     assert len({tuple(colour) for colour in colours[: min(count, 100)].tolist()}) == min(count, 100)
     assert colours[: min(count, 100)].sum(1).min() > 0
-
-
-@pytest.mark.parametrize(("channels", "shown"), [(1, [0, 0, 0]), (2, [0, 0, 0]), (5, [0, 1, 2])])
-def test_any_channels_are_shown(channels, shown) -> None:
-    pixels = torch.rand(channels, 4, 6)
-    for colour, channel in enumerate(shown):
-        assert torch.equal(as_rgb(pixels)[..., colour], pixels[channel])
 
 
 def test_panels_show_truth_and_predictions(labelled, tmp_path) -> None:

@@ -34,7 +34,6 @@ from pixel_level_contrastive_learning.visualization.explorer import (
     middle_part,
     other_view,
     read_samples,
-    rgb,
     short_names,
 )
 from pixel_level_contrastive_learning.visualization.page import (
@@ -644,9 +643,3 @@ def test_another_view_is_the_same_for_a_seed_and_moves_no_generator() -> None:
     assert torch.equal(one.pixels, two.pixels)
     assert not torch.equal(one.pixels, three.pixels)
     assert one.pixels.shape == sample.pixels.shape
-
-
-@pytest.mark.parametrize(("channels", "shown"), [(1, [0, 0, 0]), (2, [0, 0, 0]), (5, [0, 1, 2])])
-def test_three_channels_are_shown(channels, shown) -> None:
-    pixels = torch.rand(channels, 4, 4)
-    assert torch.equal(rgb(pixels), pixels[shown])
