@@ -9,7 +9,7 @@ from pixel_level_contrastive_learning import PixelCL
 
 
 class SatelliteNet(nn.Module):
-    """A small network for five bands, with a head that the pretraining will not touch."""
+    """A small network for five bands, with a classifier that pretraining does not train."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,20 +31,20 @@ learner = PixelCL(
     net,
     image_size=64,
     channels=5,
-    hidden_layer_pixel="stages.2",  # any layer by name: here the 8x8 map of the last stage
-    hidden_layer_instance="stages.2",  # maps are averaged for the instance level
+    hidden_layer_pixel="stages.2",  # any layer by name: the 8x8 feature map of the last stage
+    hidden_layer_instance="stages.2",  # a map is averaged for the instance loss
     projection_size=64,
     projection_hidden_size=128,
-    prob_rand_vflip=0.5,  # from above, up is as good as down, and north may be anywhere
+    prob_rand_vflip=0.5,  # images from above have no up or down
     max_rotation=180,
-    mean=[0.2] * 5,  # of your own images, for values in [0, 1]
+    mean=[0.2] * 5,  # measure these on your images, scaled to [0, 1]
     std=[0.2] * 5,
 )
 opt = torch.optim.AdamW(learner.parameters(), lr=1e-3)
 ramp = torch.linspace(0, 1, 96).expand(5, 96, 96)
 for _ in range(5):
     shifts = torch.rand(4, 5, 1, 1)
-    images = (ramp + shifts).remainder(1)  # your own: float (b, 5, height, width) in [0, 1]
+    images = (ramp + shifts).remainder(1)  # use yours: float (b, 5, height, width) in [0, 1]
     terms = learner(images, return_terms=True)
     opt.zero_grad()
     terms.loss.backward()

@@ -15,7 +15,7 @@ from pixel_level_contrastive_learning import PixelCL
 
 
 class Folder(list[Path]):
-    """The images below a folder as squares ``(3, side, side)``, float in [0, 1]."""
+    """The images in a folder, as random squares ``(3, side, side)``, float in [0, 1]."""
 
     def __init__(self, folder: Path, side: int) -> None:
         endings = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
@@ -31,7 +31,7 @@ class Folder(list[Path]):
 flags = argparse.ArgumentParser(description=__doc__)
 flags.add_argument("images", type=Path, help="folder of images, searched to any depth")
 for flag, default in {"--out": "net.pt", "--size": 128, "--batch": 24, "--steps": 300}.items():
-    flags.add_argument(flag, type=type(default), default=default)  # size: the side of a view
+    flags.add_argument(flag, type=type(default), default=default)  # --size: side of the views
 args = flags.parse_args()
 torch.manual_seed(0)
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -53,8 +53,8 @@ for step, batch in enumerate(DataLoader(images, args.batch, sampler=draws, num_w
     schedule.step()
     learner.update_moving_average(1 - 0.005 * (1 + cos(pi * step / args.steps)))
     print(f"step {step}  loss {terms.loss:.3f}  pixel_cosine {terms.pixel_cosine:.3f}")
-torch.save(resnet.cpu().state_dict(), args.out)  # net.load_state_dict(torch.load("net.pt"))
-if find_spec("safetensors"):  # `pip install ".[train]"`: the card makes pixelcl take it, too
+torch.save(resnet.cpu().state_dict(), args.out)  # plain torchvision weights
+if find_spec("safetensors"):  # with `pip install ".[train]"`: a card, so that pixelcl can read them
     from pixel_level_contrastive_learning.backbones.checkpoint import card_of, save_card
 
     save_card(args.out, card_of(learner, "torchvision/resnet18"))
