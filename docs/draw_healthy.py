@@ -2,9 +2,9 @@
 
 python docs/draw_healthy.py GOOD COLLAPSED COLOUR    # three run directories
 
-Curves are the runs' own figures, smoothed as in the report. Colours are the first three principal
-components of the features of one image that was never trained on, step after step, as the runs
-drew them. The commands of the three runs are in docs/healthy-run.md.
+Curves are the runs' own metrics, smoothed as in the report. Colours are the first three principal
+components of the features of one image that was not trained on, over the course of the runs, as the
+runs drew them. The commands of the three runs are in docs/healthy-run.md.
 """
 
 import sys
@@ -35,7 +35,7 @@ SIDE, GAP = 160, 4  # of a picture in pictures/*.png, and between them
 
 
 def curves(runs: list[Path]) -> None:
-    """Draw the figures of the runs into each other."""
+    """Draw the metrics of the three runs, a panel a metric."""
     metrics = [read_metrics(run) for run in runs]
     mpl.rcParams["font.size"] = 9
     figure, axes = plt.subplots(3, 2, figsize=(9.6, 8.4), layout="constrained")

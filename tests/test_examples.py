@@ -215,7 +215,7 @@ def test_what_a_page_imports_is_there(page: Path) -> None:
 
 
 def test_a_run_opens_no_connection(scenes: Path, tmp_path: Path) -> None:
-    """The README says so."""
+    """The README says that nothing is sent or downloaded."""
     code = (
         "import sys\n"
         "told = ('socket.connect', 'socket.getaddrinfo', 'urllib.Request')\n"
