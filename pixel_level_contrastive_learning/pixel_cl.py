@@ -197,7 +197,7 @@ class PixelCL(nn.Module):
 
     @property
     def net(self) -> nn.Module:
-        """The backbone: the very object handed in, better with every step."""
+        """The backbone: the very object handed in."""
         return self.online_encoder.net
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -91,142 +91,161 @@ class PretrainConfig:
     """
 
     data: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Folders of images (searched to any depth), text files of paths, or WebDataset shards such as
-    shards-{0000..0099}.tar."""
+    """Images without labels: folders (searched recursively), text files with one path per line,
+    or WebDataset shards such as shards-{0000..0099}.tar."""
     out: str | None = None
-    """Folder of the run: new or empty, unless --resume or --overwrite is given. Required."""
+    """Folder of the run (required).
+    It must be new or empty, unless --resume or --overwrite is given."""
     config: str | None = None
-    """YAML file of settings, such as the config.yaml of a run; flags override it."""
+    """YAML file of settings, such as the config.yaml of an earlier run. Flags override it."""
     recipe: str | None = None
-    """The authors' settings: pixpro-100ep or pixpro-400ep; flags override it."""
+    """Settings of the PixPro authors: pixpro-100ep or pixpro-400ep. Flags override them."""
     resume: bool = False
-    """Continue the run in --out at the step where it stopped; settings not given are the run's."""
+    """Continue the run in --out from its last checkpoint.
+    Settings not given are taken from that run."""
     overwrite: bool = False
-    """Replace the run in --out."""
+    """Replace the run in --out with a new one."""
     dry_run: bool = False
-    """Print settings, matching pairs per image and a memory estimate, draw a preview, and stop."""
+    """Print the settings, pairs per image and estimated memory, draw a preview, and exit."""
 
     model: str = "torchvision/resnet50"
-    """The backbone: torchvision/NAME, timm/NAME, or your own path/to/file.py:function."""
+    """Backbone: torchvision/NAME, timm/NAME, or a function of yours, path/to/file.py:function."""
     weights: str | None = None
-    """Weights to start from: a file, a run, or `pretrained` for those of the model's library."""
+    """Initial weights: a file, a run's folder, or `pretrained` for those of torchvision or timm.
+    Random if not given."""
     channels: int | Auto = "auto"
-    """Channels of the images."""
+    """Channels of the images.
+    auto: found from the images."""
     pixel_layer: str | Auto = "auto"
-    """Layer for the pixel loss (see `pixelcl layers`); auto: the deepest map of at least 4x4 cells
-    and a stride of at most 32."""
+    """Layer whose feature map the pixel loss uses (`pixelcl layers MODEL` lists them).
+    auto: the deepest map with at least 4x4 cells and a stride of at most 32."""
     instance_layer: str | Auto = "auto"
-    """Layer for the instance loss; auto: the pooled vector."""
+    """Layer whose features the instance loss uses.
+    auto: the pooled vector after the last map, else the pixel layer, averaged."""
     zero_init_residual: bool = False
-    """Start with the last batch norm of each residual block at 0, unless --weights is given. For
-    long runs: in short ones the blocks hardly leave it."""
+    """Initialise the last batch norm of each residual block to 0.
+    Ignored if --weights is given.
+    For long runs only: in a few hundred steps the blocks hardly leave zero."""
 
     image_size: int | tuple[int, int] | Auto = "auto"
-    """Size of the views in pixels, one number or height and width; auto: 224, or less if the images
-    are smaller."""
+    """Size of the views in pixels: one number, or height and width.
+    auto: 224, or less (a multiple of 32, at least 64) if the images are smaller."""
     crop_area: tuple[float, float] = (0.2, 1.0)
-    """Smallest and largest area of a crop, as a share of the image's area."""
+    """Smallest and largest area of a crop, as a fraction of the image's area."""
     aspect_ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    """Smallest and largest width of a crop divided by its height."""
+    """Smallest and largest aspect ratio of a crop (width / height)."""
     prob_hflip: float = 0.5
     """Probability that a view is flipped left to right."""
     prob_vflip: float = 0.0
     """Probability that a view is flipped upside down."""
     max_rotation: float = 0.0
-    """Largest rotation of a view in degrees, either way."""
+    """Views are rotated by a random angle of up to this many degrees, in either direction."""
     jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.0)
-    """Strength of the colour jitter: brightness, contrast, saturation and hue."""
+    """Strength of the colour jitter: brightness, contrast, saturation, hue.
+    Saturation and hue apply to images of three channels only."""
     prob_jitter: float = 0.8
-    """Probability of colour jitter."""
+    """Probability of colour jitter for a view."""
     prob_gray: float = 0.2
-    """Probability that a view loses its colour."""
+    """Probability that a view is converted to grayscale."""
     prob_blur: tuple[float, float] = (0.5, 0.5)
-    """Probability of blur, first and second view."""
+    """Probability of Gaussian blur, for the first and the second view."""
     blur_sigma: tuple[float, float] | Auto = "auto"
-    """Smallest and largest sigma of the blur in pixels; auto: 0.1 and 2 for views of 224 pixels,
-    in proportion for other sizes."""
+    """Smallest and largest sigma of the Gaussian blur, in pixels.
+    auto: 0.1 and 2 for views of 224 pixels, in proportion for other sizes."""
     prob_solarise: tuple[float, float] = (0.0, 0.0)
-    """Probability of solarisation, first and second view (images of three channels only)."""
+    """Probability of solarising, for the first and the second view (three channels only)."""
 
     loss: Literal["pixpro", "pixcontrast"] = "pixpro"
-    """The pixel loss."""
+    """Pixel loss."""
     alpha: float = 1.0
-    """Weight of the pixel loss; 0 turns it off."""
+    """Weight of the pixel loss; 0 skips its computation."""
     instance_weight: float = 0.1
-    """Weight of the instance loss; 0 turns it off. At 1 it dominates on images of few scenes."""
+    """Weight of the instance loss; 0 skips its computation.
+    At 1 it dominates the pixel loss where the images show few different scenes."""
     projection_size: int = 256
-    """Channels of the projections."""
+    """Output channels of the projection heads."""
     projection_hidden_size: int = 2048
-    """Hidden channels of projectors and predictor."""
+    """Hidden channels of the projection and prediction heads."""
     ppm_num_layers: Literal[0, 1, 2] = 1
-    """Layers of the pixel propagation module's transform."""
+    """Layers of the transform in the pixel propagation module (PPM)."""
     ppm_gamma: float = 2.0
-    """Exponent of the pixel propagation module's similarity, at least 1."""
+    """Exponent of the similarity in the pixel propagation module, at least 1; higher is sharper."""
     distance_thres: float = 0.7
-    """Two cells match if their centres are closer than this, in diagonals of the larger cell."""
+    """Two cells are a positive pair if their centres are closer than this.
+    In diagonals of the larger of the two views' cells."""
     similarity_temperature: float = 0.3
-    """Temperature of pixcontrast."""
+    """Temperature of the PixContrast loss."""
 
     batch_size: int | Auto = "auto"
-    """Images per step, over all devices; auto: 256 on a GPU, 32 on a CPU, less for few images."""
+    """Images per step, summed over all devices.
+    auto: 256 on a GPU, 32 on a CPU, fewer if there are not that many images."""
     accumulate: int | Auto = "auto"
-    """Parts into which each device splits its share of a batch (gradient accumulation); auto: as
-    few as memory allows."""
+    """Micro-batches per step and device (gradient accumulation).
+    auto: as few as fit into memory."""
     epochs: int | Auto = "auto"
-    """Passes over the images; auto: 100, more for fewer than 3000 images."""
+    """Passes over the images.
+    auto: 100; up to 1000 below 3000 images, fewer than 100 above 1.28 million images."""
     steps: int | None = None
-    """Steps of the run, instead of epochs."""
+    """Length of the run in steps, instead of --epochs."""
     optimizer: str = "adamw"
-    """Any optimiser of timm by name, such as adamw, lars, sgd or lamb."""
+    """Name of an optimiser of timm, such as adamw, lars, sgd or lamb."""
     lr: float | Auto = "auto"
-    """Peak learning rate for 256 images per step. It is scaled with the batch: by the square root
-    for optimisers of the Adam family, linearly for others. auto: by optimiser (adamw: 2e-3),
-    less with --weights and for networks without batch norm (adamw: 1e-3)."""
+    """Peak learning rate for a batch of 256 images.
+    It is scaled with the batch: linearly, for the Adam family with the square root.
+    auto: by optimiser (adamw 2e-3; 1e-3 with --weights or without batch norm)."""
     weight_decay: float = 1e-4
-    """Weight decay; parameters of one dimension have none."""
+    """Weight decay; one-dimensional parameters (biases, norm layers) have none."""
     warmup_epochs: float | Auto = "auto"
-    """Epochs of linear warm-up; auto: a tenth of the run."""
+    """Epochs of linear warm-up.
+    auto: a tenth of the run."""
     final_lr: float = 1e-6
     """Learning rate at the end of the cosine schedule."""
     target_momentum: float = 0.99
-    """Momentum of the target network (EMA) at the start; it grows to 1 by a cosine."""
+    """EMA momentum of the target network at the start; a cosine schedule raises it to 1."""
     clip_grad: float = 0.0
-    """Largest norm of the gradient; 0 for no limit."""
+    """Maximum norm of the gradient (clipping); 0 turns clipping off."""
     seed: int = 0
     """Random seed."""
     precision: str = "auto"
-    """float32 or bfloat16 (autocast); auto: bfloat16 if the hardware supports it natively."""
+    """float32 or bfloat16 (mixed precision by autocast).
+    auto: bfloat16 where the hardware has native support."""
 
     workers: int | Auto = "auto"
-    """Data loader workers per device."""
+    """Data loading workers per device.
+    auto: a quarter of the cores for training on a CPU; on a GPU all but one, at most 16."""
     accelerator: Literal["auto", "cpu", "gpu", "mps"] = "auto"
-    """Kind of device; auto: gpu (CUDA) if there is one, else cpu. mps is untested."""
+    """Type of device.
+    auto: a CUDA GPU if there is one, else the CPU. mps is untested."""
     devices: int | Auto = "auto"
-    """Devices on each machine; auto: all GPUs (one in a notebook), or one CPU process."""
+    """Devices per machine.
+    auto: all GPUs (one in a notebook), or one process on the CPU."""
     num_nodes: int = 1
-    """Machines."""
+    """Number of machines."""
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
-    """How devices share the work: ddp copies the network, fsdp shards it."""
+    """How devices share the work: ddp replicates the network, fsdp (FSDP2) shards it.
+    auto: ddp."""
 
     checkpoint_every: int | Auto = "auto"
-    """Steps between checkpoints; auto: 1000 on a GPU, otherwise an epoch, 100 to 1000 steps."""
+    """Steps between checkpoints.
+    auto: 1000 on a GPU; on a CPU one epoch, but at least 100 and at most 1000 steps."""
     keep_checkpoints: int = 3
-    """Number of checkpoints to keep."""
+    """Number of checkpoints to keep; the oldest are deleted."""
     max_broken: float = 0.01
-    """Share of images that may be unreadable before the run stops; one always may, unless it is
-    0."""
+    """Largest fraction of unreadable images before the run stops.
+    Unless it is 0, a single unreadable image is always accepted."""
     loggers: tuple[Literal["tensorboard", "csv", "wandb", "mlflow"], ...] = ("tensorboard",)
-    """Loggers besides metrics.jsonl."""
+    """Loggers to write metrics to, in addition to metrics.jsonl."""
     picture_every: int | Auto = "auto"
-    """Steps between pictures of the features; auto: ten in a run, fewer in a run so short that they
-    would take more than 2 % of its time; 0 for none."""
+    """Steps between pictures of the features; 0 draws none.
+    auto: ten per run, fewer where they would take more than 2 % of the time."""
     probe: str | None = None
-    """Folder with images/{train,val} and masks/{train,val}: fits a probe during training and keeps
-    the best checkpoint by it."""
+    """Labelled folder (images/{train,val} and masks/{train,val}) to probe during training.
+    The checkpoint with the highest mean IoU is kept as best.ckpt."""
     probe_protocol: Literal["linear", "knn"] = "knn"
-    """The probe: a linear classifier, or k nearest neighbours."""
+    """Probe: a linear classifier, or k nearest neighbours."""
     probe_every: int | Auto = "auto"
-    """Epochs between probes; auto: ten in a run."""
+    """Epochs between probes.
+    auto: ten probes per run."""
 
     def __post_init__(self) -> None:
         values = {name: getattr(self, name) for name in NAMES}
