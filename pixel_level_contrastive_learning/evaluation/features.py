@@ -45,25 +45,25 @@ class Reader:
         channels: int,
         size: tuple[int, int],
     ) -> None:
-        # Frozen weights may be read as well as others, but a survey refuses taps without gradient.
-        survey = FeatureInfo(unfreeze(duplicate(net)), channels, size)
-        names = list(layers) if layers else [survey.default_pixel()]
-        taps = [survey.hook(name, pixel=True) for name in dict.fromkeys(names)]
+        # Frozen weights are read like others; feature info refuses hooks without gradient.
+        info = FeatureInfo(unfreeze(duplicate(net)), channels, size)
+        names = list(layers) if layers else [info.default_pixel()]
+        hooks = [info.hook(name, pixel=True) for name in dict.fromkeys(names)]
         self.net = net
-        self.channels = sum(tap.layout.channels for tap in taps)
-        self.readings = {tap.name: tap.layout for tap in taps}
-        self.taps = FeatureHooks(*taps)
+        self.channels = sum(hook.layout.channels for hook in hooks)
+        self.layouts = {hook.name: hook.layout for hook in hooks}
+        self.hooks = FeatureHooks(*hooks)
 
     @property
     def layers(self) -> list[str]:
         """The names of the layers."""
-        return list(self.readings)
+        return list(self.layouts)
 
     def maps(self, pixels: Tensor) -> list[Tensor]:
         """Each layer's map ``(b, c, h, w)``, with whatever gradient and mode the network is in."""
-        outputs = self.taps.run(self.net, pixels)
+        outputs = self.hooks.run(self.net, pixels)
         size = pixels.shape[-2], pixels.shape[-1]
-        return [as_map(outputs[name], reading, size) for name, reading in self.readings.items()]
+        return [as_map(outputs[name], reading, size) for name, reading in self.layouts.items()]
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor) -> Tensor:

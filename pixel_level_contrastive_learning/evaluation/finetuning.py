@@ -57,7 +57,7 @@ class Segmenter(nn.Module):
         levels = deepest_maps(FeatureInfo(unfreeze(net), channels, size))
         self.net = net
         self.reader = Reader(net, [level.name for level in levels], channels, size)
-        widths = [reading.channels for reading in self.reader.readings.values()]
+        widths = [reading.channels for reading in self.reader.layouts.values()]
         ways = pairwise([0, *widths])
         self.blocks = nn.ModuleList(
             UnetDecoderBlock(width if before == 0 else WIDTH, 0 if before == 0 else width, WIDTH)
@@ -75,22 +75,22 @@ class Segmenter(nn.Module):
         return scores
 
 
-def deepest_maps(survey: FeatureInfo) -> list[Layer]:
+def deepest_maps(info: FeatureInfo) -> list[Layer]:
     """The deepest map of each stride from `FINEST_STRIDE` up, the coarsest first.
 
     Raises:
         ValueError: There is none.
     """
-    fit = [own for own in survey.layers if own.carries_gradient and own.stride >= FINEST_STRIDE]
+    fit = [own for own in info.layers if own.carries_gradient and own.stride >= FINEST_STRIDE]
     found: dict[int, list[Layer]] = {}
     for layer in default_maps(fit):
         found.setdefault(round(log2(layer.stride)), []).append(layer)
     if not found:
         raise ValueError(
-            f"{survey.net_type} has no map of a stride of {FINEST_STRIDE} or more that could be "
-            f"decoded; {survey.advice(pixel=True)}"
+            f"{info.net_type} has no map of a stride of {FINEST_STRIDE} or more that could be "
+            f"decoded; {info.advice(pixel=True)}"
         )
-    return [survey.deepest(equals) for _, equals in sorted(found.items(), reverse=True)]
+    return [info.deepest(equals) for _, equals in sorted(found.items(), reverse=True)]
 
 
 def finetuned(

@@ -171,7 +171,7 @@ def look(loaded: Loaded, inputs: Sequence[Tensor], device: torch.device, *, fixe
     maps, grid = {}, (1, 1)
     for name, net in networks.items():
         reader = Reader(net.to(device), [card.pixel_layer], card.channels, card.image_size)
-        grid = reader.readings[reader.layers[0]].grid
+        grid = reader.layouts[reader.layers[0]].grid
         stride = None if fixed else stride_of(reader, card)
         maps[name] = [fine_map(reader, pixels, stride) for pixels in inputs]
     return Seen(maps, grid)
