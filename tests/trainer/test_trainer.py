@@ -584,7 +584,7 @@ def test_a_run_that_did_not_end_can_be_read(tmp_path, settings, monkeypatch, cap
     run = tmp_path / "run"
     assert not (run / "backbone.safetensors").exists()
     last, middle = (read_backbone(run / part) for part in ("", "checkpoints/step-00000004.ckpt"))
-    assert f"{run} has no backbone.safetensors yet: taking its last checkpoint" in caplog.text
+    assert f"{run} has no backbone.safetensors yet: loading its last checkpoint" in caplog.text
     for loaded, name in ((last, "last"), (middle, "step-00000004")):
         held = torch.load(
             run / "checkpoints" / f"{name}.ckpt", weights_only=True, map_location="cpu"
