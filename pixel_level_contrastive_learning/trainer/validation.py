@@ -82,6 +82,7 @@ class FeaturePictures:
                 for recoloured in (True, False)
             ]
         self.colours = colours
+        self.reader: Reader | None = None  # looking through the network costs more than a picture
         self.drawn_at = -1
 
     def draw(self, step: TrainingStep) -> None:
@@ -90,7 +91,10 @@ class FeaturePictures:
             return
         self.drawn_at = step.step
         card = self.card
-        reader = Reader(step.learner.net, [card.pixel_layer], card.channels, card.image_size)
+        if self.reader is None:
+            net, layers = step.learner.net, [card.pixel_layer]
+            self.reader = Reader(net, layers, card.channels, card.image_size)
+        reader = self.reader
 
         def read(pixels: Tensor) -> Tensor:
             with step.fabric.autocast():  # as fast as the training
