@@ -32,6 +32,16 @@ from .image import (
     lazy_pixels,
     too_large,
 )
+from .orientation import (
+    ORIENTATION_TAG,
+    PNG,
+    first_pixel,
+    orientation_of,
+    split_png,
+    turn_picture,
+    turn_upright,
+    upright_size,
+)
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -49,10 +59,6 @@ TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 """How a TIFF begins: both byte orders, classic and big."""
 NODATA_TAG = 42113
 """GDAL's TIFF tag: the value, as text, that stands where nothing was measured."""
-ORIENTATION_TAG = 274
-"""The EXIF tag of how a stored image is turned upright."""
-SIDEWAYS, FLIPPED_X, FLIPPED_Y = (5, 6, 7, 8), (2, 3, 6, 7), (3, 4, 7, 8)
-"""EXIF orientations whose sides are swapped, and then those flipped left-right and up-down."""
 
 
 def open_image(content: bytes) -> LazyImage:
@@ -138,14 +144,21 @@ def open_picture(content: bytes) -> LazyImage:
     from PIL.PngImagePlugin import PngImageFile
     from PIL.TiffImagePlugin import TiffImageFile
 
-    png = content.startswith(b"\x89PNG\r\n\x1a\n")
+    png, orientation = content.startswith(PNG), 1
+    if png:
+        content, orientation = split_png(content)
     kind: Any = PngImageFile if png else TiffImageFile if content.startswith(TIFF) else Image.open
     try:
         # Not by Image.open: a large PNG or TIFF is a bomb by what it grows to, not by its size.
         image = kind(BytesIO(content))
     except Image.DecompressionBombError as error:
         raise ImageError(bomb(str(error))) from None
-    orientation = orientation_of(image)
+    except ValueError:
+        if b"ftypavi" not in content[:16]:
+            raise
+        image = Image.open(BytesIO(content.replace(b"Exif", b"free")))  # its EXIF may be broken
+    if not png:
+        orientation = orientation_of(image)
     size = upright_size(image.height, image.width, orientation)
     deep_png = png and content[24] == 16  # bits per channel
     check_memory(*size, 6 * len(image.getbands()) if deep_png else 4, len(content))
@@ -159,7 +172,7 @@ def open_picture(content: bytes) -> LazyImage:
         return DecodedImage(turn_upright(pixels, orientation))
 
     def load_eight_bit(scale: int) -> DecodedImage:
-        pixels = to_eight_bit(image)
+        pixels = to_eight_bit(image, orientation)
         if scale > 1 and pixels.width * pixels.height > GIANT:
             return DecodedImage(pixels.reduce(scale), scale)
         return DecodedImage(pixels)
@@ -168,7 +181,7 @@ def open_picture(content: bytes) -> LazyImage:
         channels = 1 if content[25] in (0, 4) else 3  # colour type: gray, with or without alpha
         return LazyImage(size, channels, True, load_deep_png)
     if image.mode in HIGH_DEPTH_MODES:
-        return LazyImage(size, 1, True, lambda _: DecodedImage(to_float(image)))
+        return LazyImage(size, 1, True, lambda _: DecodedImage(to_float(image, orientation)))
     return LazyImage(size, 1 if image.mode in GRAY_MODES else 3, False, load_eight_bit)
 
 
@@ -229,54 +242,14 @@ def as_bytes(content: bytes) -> Tensor:
     return torch.frombuffer(bytearray(content), dtype=torch.uint8)
 
 
-# Orientation.
-
-
-def orientation_of(image: Image.Image) -> int:
-    """The EXIF orientation of a Pillow image; 1 for a TIFF's, which Pillow applies itself."""
-    holders = {"exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp"}
-    if image.format == "TIFF" or not holders & set(image.info):
-        return 1
-    tag = image.getexif().get(ORIENTATION_TAG)
-    return tag if isinstance(tag, int) else 1
-
-
-def upright_size(height: int, width: int, orientation: int) -> tuple[int, int]:
-    """The upright ``(height, width)`` of an image from that of the stored one."""
-    return (width, height) if orientation in SIDEWAYS else (height, width)
-
-
-def turn_upright(pixels: Tensor, orientation: int) -> Tensor:
-    """Stored pixels ``(c, h, w)`` turned upright."""
-    pixels = pixels.mT if orientation in SIDEWAYS else pixels
-    flipped = [-1] * (orientation in FLIPPED_X) + [-2] * (orientation in FLIPPED_Y)
-    return pixels.flip(flipped) if flipped else pixels
-
-
-def first_pixel(size: tuple[int, int], scale: int, orientation: int) -> tuple[int, int]:
-    """Where the first pixel ``(x, y)`` of a scaled image begins: flips bring the last one there."""
-    x, y = -(-size[1] % scale), -(-size[0] % scale)
-    return x * (orientation in FLIPPED_X), y * (orientation in FLIPPED_Y)
-
-
 # Pillow images.
 
 
-def upright_picture(image: Image.Image) -> Image.Image:
-    """A decoded Pillow image turned upright; `exif_transpose` would also copy upright ones."""
-    from PIL import Image
-
-    image.load()
-    orientation = orientation_of(image)
-    turn = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}.get(orientation)
-    return image if turn is None else image.transpose(Image.Transpose(turn))
-
-
-def to_eight_bit(image: Image.Image) -> Image.Image:
+def to_eight_bit(image: Image.Image, orientation: int | None = None) -> Image.Image:
     """A Pillow image of any 8-bit mode, upright, as L or RGB; transparent parts over black."""
     from PIL import Image
 
-    image = upright_picture(image)
+    image = turn_picture(image, orientation)
     if image.mode in ("L", "RGB"):
         return image
     if image.mode == "1":
@@ -288,8 +261,8 @@ def to_eight_bit(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def to_float(image: Image.Image) -> Tensor:
+def to_float(image: Image.Image, orientation: int | None = None) -> Tensor:
     """The values ``(1, h, w)`` float32 of a 16-bit, 32-bit or float Pillow image, upright."""
     import numpy as np
 
-    return torch.from_numpy(np.array(upright_picture(image), dtype=np.float32))[None]
+    return torch.from_numpy(np.array(turn_picture(image, orientation), dtype=np.float32))[None]

@@ -10,13 +10,13 @@ from PIL import Image
 from torch import Tensor
 
 from pixel_level_contrastive_learning.data.crops import best_scale, cut_view, span
-from pixel_level_contrastive_learning.data.decoding import (
+from pixel_level_contrastive_learning.data.decoding import open_image
+from pixel_level_contrastive_learning.data.image import DecodedImage
+from pixel_level_contrastive_learning.data.orientation import (
     ORIENTATION_TAG,
     first_pixel,
-    open_image,
     turn_upright,
 )
-from pixel_level_contrastive_learning.data.image import DecodedImage
 from pixel_level_contrastive_learning.geometry import cell_centres
 from pixel_level_contrastive_learning.views import Placement, cut_views, draw_maps
 

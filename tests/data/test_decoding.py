@@ -12,8 +12,9 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from pixel_level_contrastive_learning.data import decoding, image
-from pixel_level_contrastive_learning.data.decoding import NODATA_TAG, ORIENTATION_TAG, open_image
+from pixel_level_contrastive_learning.data.decoding import NODATA_TAG, open_image
 from pixel_level_contrastive_learning.data.image import ImageError, to_rgb
+from pixel_level_contrastive_learning.data.orientation import ORIENTATION_TAG
 
 RAMP = np.arange(12, dtype=np.uint8).reshape(3, 4) * 20
 COLOUR = np.stack((RAMP, RAMP[::-1], RAMP[:, ::-1]), axis=-1)
