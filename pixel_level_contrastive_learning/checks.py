@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from functools import partial
 from math import isfinite
 from numbers import Real
-from typing import TypeGuard
+from typing import Literal, TypeGuard, get_args
 
 
 def raise_together(*messages: str | None) -> None:
@@ -127,6 +127,8 @@ def not_installed(library: str | None) -> str:
     )
 
 
+Pages = Literal["auto", "images", "channels", "first"]
+"""What several images in a file are read as."""
 Check = Callable[[str, object], str | None]
 """Takes a name and a value; returns None or the error message."""
 
@@ -149,6 +151,7 @@ LIMITS: Mapping[str, Check] = {
     **dict.fromkeys(("alpha", "instance_weight"), partial(at_least, low=0)),
     **dict.fromkeys(("moving_average_decay", "target_momentum"), partial(within, low=0, high=1)),
     "seed": partial(whole, low=0),
+    "pages": partial(one_of, allowed=get_args(Pages)),
 }
 """The limits of every value that more than one module takes, by the value's name."""
 

@@ -17,7 +17,7 @@ from typing import Literal
 import tyro
 
 from . import run_layout
-from .checks import not_installed
+from .checks import Pages, not_installed
 from .trainer.config import PretrainConfig
 from .trainer.config_io import settings_of, to_config
 
@@ -48,6 +48,7 @@ def evaluate(
     steps: int = 200,
     out: str | None = None,
     device: str | None = None,
+    pages: Pages = "auto",
 ) -> None:
     """Evaluate weights beside random ones, with labels (--data) or without (--images).
 
@@ -66,6 +67,7 @@ def evaluate(
         steps: Steps of fine-tuning.
         out: Folder for evaluation.json (without labels: correspondence.json) and pictures.
         device: Device to compute on, such as cpu or cuda:1; by default a GPU if there is one.
+        pages: What several pages or frames in a file are, as for `pixelcl pretrain`.
     """
     from .evaluation.evaluate import evaluate as evaluated
     from .trainer.logging import logging_to
@@ -85,6 +87,7 @@ def evaluate(
             steps=steps,
             out=out,
             device=device,
+            pages=pages,
         )
     print(result.table())
     print(result.sentence)
@@ -138,6 +141,7 @@ def prepare(
     images_each: int = 1000,
     max_broken: float = 0.01,
     workers: int | None = None,
+    pages: Pages = "auto",
 ) -> None:
     """Write images into shards, large ones scaled down, so that training decodes less.
 
@@ -151,6 +155,7 @@ def prepare(
         images_each: Images per shard.
         max_broken: Share of images that may be unreadable before it stops; unless it is 0, one may.
         workers: Threads; by default one per core.
+        pages: What several pages or frames in a file are, as for `pixelcl pretrain`.
     """
     from .data.shard_writer import write_shards
     from .trainer.logging import logging_to
@@ -164,6 +169,7 @@ def prepare(
             images_each=images_each,
             max_broken=max_broken,
             workers=workers,
+            pages=pages,
         )
     print(report)
 

@@ -17,8 +17,9 @@ from pixel_level_contrastive_learning.trainer.config import PretrainConfig
 
 PACKAGE = "pixel_level_contrastive_learning"
 FLAGS_OF_PRETRAIN = """
---out --config --recipe --resume --overwrite --dry-run --model --weights --channels --pixel-layer
---instance-layer --zero-init-residual --image-size --crop-area --aspect-ratio --prob-hflip
+--out --config --recipe --resume --overwrite --dry-run --pages --model --weights --channels
+--pixel-layer --instance-layer --zero-init-residual --image-size --crop-area --aspect-ratio
+--prob-hflip
 --prob-vflip --max-rotation --jitter --prob-jitter --prob-gray --prob-blur --blur-sigma
 --prob-solarise --loss --alpha --instance-weight --projection-size --projection-hidden-size
 --ppm-num-layers --ppm-gamma --distance-thres --similarity-temperature --batch-size --accumulate

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -92,6 +92,41 @@ class LazyImage:
         return to_tensor(self.decode(largest_scale(factor)).pixels)
 
 
+class Stack(NamedTuple):
+    """What a file holds beside its first image.
+
+    Attributes:
+        images: Those of full size.
+        joinable: Whether they are gray pages without a name, and so perhaps channels of one image.
+        reduced: Smaller copies of them, such as previews, which are no images.
+    """
+
+    images: int
+    joinable: bool = False
+    reduced: int = 0
+
+
+MOST_JOINED = 16
+"""Gray pages without a name that are taken for the channels of one image, at most."""
+ALL = -1
+"""In place of an image's number in its file: all of them, as the channels of one."""
+
+
+def join(images: Sequence[LazyImage]) -> LazyImage:
+    """Images of one size as the channels of one."""
+    sizes = {image.size for image in images}
+    if len(sizes) > 1:
+        raise ImageError(pages_differ(sizes))
+
+    def load(_: int) -> DecodedImage:
+        parts = [to_tensor(image.load(1).pixels) for image in images]
+        return DecodedImage(torch.cat([part.float() if deep else part for part in parts]))
+
+    deep = any(image.high_depth for image in images)
+    channels = sum(image.channels for image in images)
+    return LazyImage(images[0].size, channels, deep, load)
+
+
 def largest_scale(factor: float) -> int:
     """The largest of `SCALES` that is at most ``factor``, and at least 1."""
     return max((scale for scale in SCALES if scale <= factor), default=1)
@@ -176,6 +211,15 @@ def decoder_message(error: Exception, content: bytes = b"") -> str:
         return "not enough memory to decode it"
     text = " ".join(str(error).split())
     return f"damaged: {text or type(error).__name__}"
+
+
+def pages_differ(sizes: Set[tuple[int, ...]]) -> str:
+    """The message about pages that cannot be channels of one image."""
+    listed = ", ".join("x".join(map(str, size)) for size in sorted(sizes))
+    return (
+        f"its pages differ in size ({listed}), so they are no channels of one image; read them as "
+        "images (--pages images)"
+    )
 
 
 # Arrays.

@@ -23,7 +23,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from ..checks import LIMITS, raise_together, whole, within
+from ..checks import LIMITS, Pages, raise_together, whole, within
 from ..files import write_whole
 from ..run_layout import SKIPPED
 from .dataset import BrokenImage, check_broken
@@ -96,6 +96,7 @@ def write_shards(
     images_each: int = 1000,
     max_broken: float = 0.01,
     workers: int | None = None,
+    pages: Pages = "auto",
 ) -> ShardsReport:
     """Write images into shards, large ones made smaller, going on where an earlier call stopped.
 
@@ -111,6 +112,7 @@ def write_shards(
         images_each: Images a shard.
         max_broken: Share of images that may be unreadable, 0 to 1.
         workers: Threads; default: one for each core.
+        pages: What several images in a file are read as, see `open_source`.
 
     Raises:
         ValueError: A value out of range, no image, or a folder with something else in it.
@@ -124,7 +126,8 @@ def write_shards(
         LIMITS["max_broken"]("max_broken", max_broken),
         None if workers is None else whole("workers", workers, 1),
     )
-    source = open_source([data] if isinstance(data, (str, Path)) else list(data))
+    places = [data] if isinstance(data, (str, Path)) else list(data)
+    source = open_source(places, pages=pages)
     folder = Path(out).expanduser()
     names = [source.name(index) for index in range(len(source))]
     absolute = [name if "://" in name else os.path.abspath(name) for name in names]
@@ -134,6 +137,7 @@ def write_shards(
         "max_side": max_side,
         "quality": quality,
         "images_each": images_each,
+        "pages": None if pages == "auto" else pages,
     }
     index = ShardIndex(folder, settings)
     total, kept, bytes_before = -(-len(names) // images_each), 0, 0

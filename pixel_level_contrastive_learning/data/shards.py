@@ -19,8 +19,9 @@ from uuid import uuid4
 
 import torch
 
-from .decoding import IMAGE_SUFFIXES, open_image
-from .image import ImageError, LazyImage
+from .decoding import IMAGE_SUFFIXES
+from .image import ImageError
+from .pages import PagedFiles, Place, chance_of_several, read_bytes
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ class NameList:
         return os.fsdecode(self.block[start:end])
 
 
-class ShardSource:
+class ShardSource(PagedFiles):
     """The images in some tar files.
 
     Args:
@@ -66,6 +67,7 @@ class ShardSource:
             log.warning("%s holds no image and is left out", paths[empty])
         self.positions = torch.tensor([member[:3] for member in members], dtype=torch.int64)
         self.names = NameList([name for *_, name in members])
+        self.chances = bytes(chance_of_several(os.fsdecode(name)) for *_, name in members)
 
     @classmethod
     def find(cls, place: str) -> Self:
@@ -77,31 +79,19 @@ class ShardSource:
             places = expand_urls(place)
         return cls([download(one) if is_url(one) else find_local(one) for one in places])
 
-    def __len__(self) -> int:
-        return len(self.positions)
+    def file_name(self, file: int) -> str:
+        return f"{self.paths[int(self.positions[file, 0])]}:{self.names[file]}"
 
-    def name(self, index: int) -> str:
-        return f"{self.paths[int(self.positions[index, 0])]}:{self.names[index]}"
+    def place(self, file: int) -> Place:
+        shard, offset, length = self.positions[file].tolist()
+        return Place(self.paths[shard], offset, length)
 
-    def content(self, index: int) -> bytes:
-        shard, offset, length = self.positions[index].tolist()
-        content = read_bytes(self.paths[shard], offset, length)
-        if len(content) < length:
-            raise ImageError(f"the shard ends after {len(content)} of {length} bytes")
+    def file_content(self, file: int) -> bytes:
+        place = self.place(file)
+        content = read_bytes(*place)
+        if len(content) < place.length:
+            raise ImageError(f"the shard ends after {len(content)} of {place.length} bytes")
         return content
-
-    def open(self, index: int) -> LazyImage:
-        return open_image(self.content(index))
-
-
-def read_bytes(path: str, offset: int = 0, length: int = -1) -> bytes:
-    """A file, or a part of it."""
-    try:
-        with open(path, "rb") as file:
-            file.seek(offset)
-            return file.read(length)
-    except OSError as error:
-        raise ImageError(error.strerror or type(error).__name__) from error
 
 
 def is_url(place: str) -> bool:

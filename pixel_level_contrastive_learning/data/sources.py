@@ -18,9 +18,12 @@ import torch
 from torch import Tensor
 
 from .. import run_layout
-from .decoding import HIGH_DEPTH_MODES, IMAGE_SUFFIXES, open_image, to_eight_bit, to_float
+from ..checks import Pages
+from .decoding import IMAGE_SUFFIXES
 from .image import ImageError, LazyImage, array_to_pixels, lazy_pixels, to_tensor
-from .shards import NameList, ShardSource, is_shards, read_bytes
+from .pages import PagedFiles, Place, chance_of_several, settle_pages
+from .picture import HIGH_DEPTH_MODES, to_eight_bit, to_float
+from .shards import NameList, ShardSource, is_shards
 
 log = logging.getLogger(__name__)
 
@@ -53,23 +56,18 @@ class Source(Protocol):
         """What the image is called, for people."""
 
 
-class FileSource:
+class FileSource(PagedFiles):
     """Images in files."""
 
     def __init__(self, paths: Sequence[str]) -> None:
         self.names = NameList([os.fsencode(path) for path in paths])
+        self.chances = bytes(map(chance_of_several, paths))
 
-    def __len__(self) -> int:
-        return len(self.names)
+    def file_name(self, file: int) -> str:
+        return self.names[file]
 
-    def name(self, index: int) -> str:
-        return self.names[index]
-
-    def content(self, index: int) -> bytes:
-        return read_bytes(self.name(index))
-
-    def open(self, index: int) -> LazyImage:
-        return open_image(self.content(index))
+    def place(self, file: int) -> Place:
+        return Place(self.names[file])
 
 
 class ItemSource:
@@ -123,6 +121,9 @@ def item_pixels(item: object) -> Tensor:
 
 class IndexedSource:
     """Images of other sources under indices of their own."""
+
+    def __len__(self) -> int:
+        raise NotImplementedError
 
     def locate(self, index: int) -> tuple[Source, int]:
         """The source that an image is in, and its index there."""
@@ -200,15 +201,17 @@ def split_held_out(source: Source, seed: int) -> tuple[Subset, Subset]:
     return Subset(source, drawn[few:].sort().values), Subset(source, drawn[:few].sort().values)
 
 
-def open_source(data: Any, *, leave_out: str | Path | None = None) -> Source:
+def open_source(data: Any, *, leave_out: str | Path | None = None, pages: Pages = "auto") -> Source:
     """The images that the user means.
 
     Args:
         data: A folder (searched through, links followed), an image, a text file of paths (one a
             line, relative to the file), shards (``name-{0000..0099}.tar``, local or by URL), or a
             sequence of these; or a sequence or torch ``Dataset`` of tensors, arrays or Pillow
-            images.
+            images; or a source, which stays as it is.
         leave_out: A folder that is not searched: the run's own.
+        pages: What several images in a file are read as: images of their own, the channels of one,
+            or the first alone; auto: see `settle_pages`.
 
     Raises:
         ValueError: Nothing usable is there: what was looked for and what was found.
@@ -218,12 +221,15 @@ def open_source(data: Any, *, leave_out: str | Path | None = None) -> Source:
         >>> len(source), source.name(1), source.open(0).size
         (2, 'item 1', (32, 48))
     """
+    if isinstance(data, (PagedFiles, ItemSource, IndexedSource)):
+        return data
     if isinstance(data, (str, os.PathLike)):
-        return open_path(os.fspath(data), leave_out)
+        data = [data]
     if isinstance(data, Sized) and len(data) == 0:
         raise ValueError("data is empty; name a folder, a list of paths, shards or images")
     if isinstance(data, Sequence) and all(isinstance(part, (str, os.PathLike)) for part in data):
         parts = [open_path(os.fspath(part), leave_out) for part in data]
+        settle_pages(parts, pages)
         return parts[0] if len(parts) == 1 else ConcatSource(parts)
     if hasattr(data, "__getitem__") and isinstance(data, Sized):
         return ItemSource(data)
@@ -234,7 +240,7 @@ def open_source(data: Any, *, leave_out: str | Path | None = None) -> Source:
     )
 
 
-def open_path(place: str, leave_out: str | Path | None) -> Source:
+def open_path(place: str, leave_out: str | Path | None) -> PagedFiles:
     """The images of a folder, a file or a pattern of shards."""
     if is_shards(place):
         return ShardSource.find(place)

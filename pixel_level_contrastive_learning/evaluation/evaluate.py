@@ -13,7 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..backbones.checkpoint import BackboneCard
-from ..checks import one_of, raise_together, share, size_pair, whole
+from ..checks import Pages, one_of, raise_together, share, size_pair, whole
 from ..data.image import ImageError
 from ..data.segmentation import SegmentationDataset, open_labelled
 from ..data.sources import FileSource, Source, open_source
@@ -51,6 +51,7 @@ def without_labels(
     size: int | Size | None,
     seeds: range,
     device: torch.device,
+    pages: Pages = "auto",
 ) -> Evaluation:
     """Judge weights and random ones by images alone.
 
@@ -61,11 +62,12 @@ def without_labels(
         size: Pixels a side of the views, or ``(height, width)``; None for those of the training.
         seeds: Each decides the views and the random weights of a repeat.
         device: Where to compute.
+        pages: What several images in a file are read as, see `open_source`.
 
     Raises:
         ValueError: No image can be read and is for this network.
     """
-    source = open_source(images)
+    source = open_source(images, pages=pages)
     field = line_up(weights, source)
     card = field.card
     views = (size, size) if isinstance(size, int) else size or card.image_size
@@ -242,6 +244,7 @@ def evaluate(
     steps: int = STEPS,
     out: str | Path | None = None,
     device: str | None = None,
+    pages: Pages = "auto",
 ) -> Evaluation:
     """What weights are worth: the same network with random weights stands beside them.
 
@@ -271,6 +274,7 @@ def evaluate(
         steps: Updates of fine-tuning.
         out: Folder for ``evaluation.json``, without labels ``correspondence.json``, and pictures.
         device: Where to compute; default: a GPU if there is one.
+        pages: What several images in a file are read as, see `open_source`.
 
     Raises:
         ValueError: Values out of range (all at once), weights or layers that are not there, or
@@ -305,7 +309,7 @@ def evaluate(
     if data is None:
         assert images is not None
         repeats = range(seed, seed + (seeds or 1))
-        found = without_labels(weights, images, layers, size, repeats, place)
+        found = without_labels(weights, images, layers, size, repeats, place, pages)
     else:
         train, judged = open_labelled(data, ("train", split))
         field = line_up(weights, FileSource([str(path) for path in train.images]))

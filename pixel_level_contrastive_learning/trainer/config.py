@@ -16,6 +16,7 @@ import tyro
 from ..checks import (
     LIMITS,
     Check,
+    Pages,
     above,
     at_least,
     check_limits,
@@ -107,6 +108,12 @@ class PretrainConfig:
     """Replace the run in --out with a new one."""
     dry_run: bool = False
     """Print the settings, pairs per image and estimated memory, draw a preview, and exit."""
+
+    pages: Pages = "auto"
+    """What several pages or frames in a file are: images of their own, channels of one image, or
+    the first alone.
+    auto: gray pages without a name are channels where every file has the same number of at most 16;
+    all others are images. What was found is printed."""
 
     model: str = "torchvision/resnet50"
     """Backbone: torchvision/NAME, timm/NAME, or a function of yours, path/to/file.py:function."""

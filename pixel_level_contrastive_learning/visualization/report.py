@@ -18,6 +18,7 @@ from ..backbones.checkpoint import BackboneCard, Loaded, read_backbone
 from ..checks import raise_together, whole
 from ..data.image import to_rgb
 from ..data.shards import is_shards
+from ..data.sources import open_source
 from ..evaluation.baselines import random_net
 from ..evaluation.correspondence import draw_pairs
 from ..evaluation.features import Preparation, Reader, chosen_device
@@ -92,7 +93,9 @@ def visualize(
     with torch.random.fork_rng(devices=[]):  # building a network draws its weights first
         loaded = read_backbone(run)
     prepare = Preparation.of(loaded.card, net=loaded.net)
-    wholes = read_samples(training_images(settings) if images is None else images, prepare, count)
+    places = training_images(settings) if images is None else images
+    source = open_source(places, pages=settings.get("pages", "auto"))
+    wholes = read_samples(source, prepare, count)
     samples = wholes + [other_view(sample, seed + k) for k, sample in enumerate(wholes)]
     tables = evaluations(folder)
     metrics_file = folder / run_layout.METRICS

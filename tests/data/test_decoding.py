@@ -11,10 +11,11 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from pixel_level_contrastive_learning.data import decoding, image
-from pixel_level_contrastive_learning.data.decoding import NODATA_TAG, open_image
+from pixel_level_contrastive_learning.data import image, picture
+from pixel_level_contrastive_learning.data.decoding import open_image
 from pixel_level_contrastive_learning.data.image import ImageError, to_rgb
 from pixel_level_contrastive_learning.data.orientation import ORIENTATION_TAG
+from pixel_level_contrastive_learning.data.tiff import NODATA_TAG
 
 RAMP = np.arange(12, dtype=np.uint8).reshape(3, 4) * 20
 COLOUR = np.stack((RAMP, RAMP[::-1], RAMP[:, ::-1]), axis=-1)
@@ -278,7 +279,7 @@ def test_a_turned_deep_tiff_stands_upright(tag) -> None:
     ("shortest", "height"), [(None, 603), (400, 603), (301, 302), (150, 151), (75, 76), (10, 76)]
 )
 def test_a_large_jpeg_is_decoded_no_smaller_than_asked(shortest, height) -> None:
-    assert decoding.SMALL < 603 * 1001
+    assert picture.SMALL < 603 * 1001
     content = encoded(Image.new("RGB", (1001, 603), (200, 100, 50)), "JPEG")
     pixels = decode(content, shortest)
     assert pixels.shape[1] == height  # rounded up
@@ -289,7 +290,7 @@ def test_a_large_jpeg_is_decoded_no_smaller_than_asked(shortest, height) -> None
 def test_a_giant_that_has_to_be_decoded_whole_is_averaged_down(monkeypatch) -> None:
     content = encoded(Image.fromarray(COLOUR).resize((64, 48), Image.Resampling.NEAREST), "PNG")
     assert open_image(content).decode(4).scale == 1
-    monkeypatch.setattr(decoding, "GIANT", 1000)
+    monkeypatch.setattr(picture, "GIANT", 1000)
     smaller = open_image(content).decode(4)
     assert (smaller.scale, smaller.pixels.size) == (4, (16, 12))
 

@@ -178,7 +178,7 @@ def test_nothing_usable_is_told_at_once(tmp_path) -> None:
         (tmp_path / name).write_text("text")
     with pytest.raises(ValueError) as error:
         open_source(tmp_path)
-    assert ".avif, .bmp, .gif, .jfif, .jpeg, .jpg, .npy" in str(error.value)
+    assert ".apng, .avif, .bmp, .gif, .jfif, .jpeg, .jpg, .mpo, .npy" in str(error.value)
     assert "found 4 other files, by ending: 2 .doc, " in str(error.value)
     for data, text in {
         str(tmp_path / "gone"): "does not exist; name a folder of images",

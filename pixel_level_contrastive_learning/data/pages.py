@@ -1,0 +1,311 @@
+"""Files with several images in them: pages, frames, stacks. Which of them are images of a source.
+
+What a file holds is found when its source is opened, since a source is counted by index. Headers
+tell whether a file may hold several; only such files are looked through.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import stat
+import struct
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from io import BytesIO
+from struct import unpack
+from types import MappingProxyType
+from typing import IO, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..checks import Pages
+from .decoding import TIFF, open_image, stack_in
+from .image import ALL, MOST_JOINED, ImageError, LazyImage, Stack, to_tensor
+from .orientation import PNG
+from .picture import AVIF, JPEG
+
+log = logging.getLogger(__name__)
+
+LOOKED_AT = 10_000
+"""JPEG and PNG files of a source whose headers are looked at, evenly spread; all of them where one
+holds several images. Other formats, which often do, are all looked at."""
+NEVER, SELDOM, OFTEN = range(3)
+GRAY_PAGES = "gray pages"
+SELDOM_SEVERAL = (".jpg", ".jpeg", ".jfif", ".png")
+NEVER_SEVERAL = (".npy", ".bmp", ".ppm", ".pgm", ".pbm", ".pnm")
+WEBP_ANIMATION = 2
+"""The bit of a WebP's flags that announces frames."""
+MOST_TAGS, LONGEST_DESCRIPTION = 4096, 2**16
+"""What is looked at of the first page of a TIFF, at most."""
+NO_WAITING = getattr(os, "O_NONBLOCK", 0)
+"""A flag with which the opening of a named pipe does not wait for somebody to write to it."""
+DESCRIPTION_TAG, UIC_TAG = 270, 33629
+PLANES_DESCRIBED = (b"images=", b"truncated", b"<OME")
+"""In the description of a TIFF's page: it may hold several planes."""
+
+
+def chance_of_several(name: str) -> int:
+    """How likely a file of this name holds several images: `NEVER`, `SELDOM` or `OFTEN`."""
+    name = name.lower()
+    return (
+        NEVER
+        if name.endswith(NEVER_SEVERAL)
+        else SELDOM
+        if name.endswith(SELDOM_SEVERAL)
+        else OFTEN
+    )
+
+
+def may_hold_several(file: IO[bytes], start: int = 0) -> bool:
+    """Whether a file, or the part of it that begins at ``start``, may hold several images."""
+    file.seek(start)
+    head = file.read(32)
+    if head.startswith(PNG):
+        return any(kind == b"acTL" for kind in png_chunks(file, start))
+    if head.startswith(JPEG):
+        return any(segment == b"MPF\0" for segment in jpeg_segments(file, start))
+    if head.startswith(TIFF):
+        return tiff_may_hold_several(file, start, head)
+    if head[8:16] == b"WEBPVP8X":
+        return bool(head[20] & WEBP_ANIMATION)
+    return head.startswith(b"GIF8") or (AVIF in head[:16] and b"avis" in head)
+
+
+def png_chunks(file: IO[bytes], start: int) -> Iterator[bytes]:
+    """The kinds of a PNG's chunks before its pixels."""
+    place = start + len(PNG)
+    while True:
+        file.seek(place)
+        head = file.read(8)
+        if len(head) < 8 or head[4:] == b"IDAT":
+            return
+        yield head[4:]
+        place += 12 + int.from_bytes(head[:4])
+
+
+def jpeg_segments(file: IO[bytes], start: int) -> Iterator[bytes]:
+    """The first four bytes of each segment of a JPEG before its pixels."""
+    place = start + 2
+    while True:
+        file.seek(place)
+        head = file.read(8)
+        if len(head) < 8 or head[0] != 0xFF or head[1] == 0xDA:
+            return
+        yield head[4:]
+        place += 2 + int.from_bytes(head[2:4])
+
+
+def tiff_may_hold_several(file: IO[bytes], start: int, head: bytes) -> bool:
+    """Whether a TIFF has a second page, or a first one that may hold several planes."""
+    order = "<" if head[:2] == b"II" else ">"
+    large = b"+" in head[2:4]
+    number, wide, entry = ("Q", 8, "HHQQ") if large else ("I", 4, "HHII")
+    (place,) = unpack(order + number, head[8:16] if large else head[4:8])
+    file.seek(start + place)
+    (count,) = unpack(order + ("Q" if large else "H"), file.read(8 if large else 2))
+    size = 4 + 2 * wide
+    block = file.read(min(count, MOST_TAGS) * size + wide)
+    if any(block[-wide:]):
+        return True
+    for place in range(0, len(block) - wide, size):
+        tag, _, length, value = unpack(order + entry, block[place : place + size])
+        if tag == UIC_TAG:
+            return True
+        if tag == DESCRIPTION_TAG and length > wide:
+            file.seek(start + value)
+            description = file.read(min(length, LONGEST_DESCRIPTION))
+            return any(word in description for word in PLANES_DESCRIBED)
+    return False
+
+
+def open_regular(path: str) -> IO[bytes]:
+    """A file, opened for reading.
+
+    Raises:
+        OSError: It cannot be opened.
+        ImageError: It is a pipe, a socket or a device, which may never end.
+    """
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | NO_WAITING))  # noqa: SIM115
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise ImageError("a pipe, a socket or a device, which is no file")
+    return file
+
+
+def read_bytes(path: str, offset: int = 0, length: int = -1) -> bytes:
+    """A file, or a part of it."""
+    try:
+        with open_regular(path) as file:
+            file.seek(offset)
+            return file.read(length)
+    except OSError as error:
+        raise ImageError(error.strerror or type(error).__name__) from error
+
+
+class Place(NamedTuple):
+    """Where the bytes of a file lie: in a file of their own, or in a shard."""
+
+    path: str
+    offset: int = 0
+    length: int = -1
+
+
+class PagedFiles:
+    """Files with one image or several in each, counted and opened by the index of an image.
+
+    Attributes:
+        chances: For each file the chance that it holds several, see `chance_of_several`.
+        split: How many images of the source a file is, by its number, where it is several.
+        merged: Which image of a file stands for all of its, by its number: `ALL`, or the first.
+        starts: ``(files,)`` int64, the index of each file's first image; None where each is one.
+    """
+
+    chances: bytes
+    split: Mapping[int, int] = MappingProxyType({})
+    merged: Mapping[int, int] = MappingProxyType({})
+    starts: Tensor | None = None
+
+    @property
+    def files(self) -> int:
+        """How many files there are."""
+        return len(self.chances)
+
+    def file_name(self, file: int) -> str:
+        """What a file is called."""
+        raise NotImplementedError
+
+    def place(self, file: int) -> Place:
+        """Where a file lies."""
+        raise NotImplementedError
+
+    def file_content(self, file: int) -> bytes:
+        """The bytes of a file."""
+        return read_bytes(*self.place(file))
+
+    def __len__(self) -> int:
+        return self.files + sum(count - 1 for count in self.split.values())
+
+    def locate(self, index: int) -> tuple[int, int | None]:
+        """The file that an image is in, and which it is there; None for the only one."""
+        file = index
+        if self.starts is not None:
+            file = int(torch.searchsorted(self.starts, index, right=True)) - 1
+            if file in self.split:
+                return file, index - int(self.starts[file])
+        return file, self.merged.get(file)
+
+    def name(self, index: int) -> str:
+        """What an image is called: its file, and its number if that has several."""
+        file, image = self.locate(index)
+        number = f"[{image}]" if file in self.split else ""
+        return f"{self.file_name(file)}{number}"
+
+    def content(self, index: int) -> bytes:
+        """The bytes of an image's file; of one of several in a file, an array of its own."""
+        file, image = self.locate(index)
+        if image is None:
+            return self.file_content(file)
+        pixels, _, _, known = self.open(index).decode()
+        pixels = to_tensor(pixels)
+        stream = BytesIO()
+        np.save(stream, (pixels if known is None else pixels.where(known, torch.nan)).numpy())
+        return stream.getvalue()
+
+    def open(self, index: int) -> LazyImage:
+        """Read the header of an image."""
+        file, image = self.locate(index)
+        if image is None:
+            return open_image(self.file_content(file))
+        return open_image(self.stacked(file), image)
+
+    def stacked(self, file: int) -> bytes | str:
+        """A file with several images, as `open_image` takes it: a TIFF is not read as a whole."""
+        path, offset, _ = place = self.place(file)
+        if offset == 0:
+            with open_regular(path) as opened:
+                if opened.read(4) in TIFF:
+                    return path
+        return read_bytes(*place)
+
+    def several(self) -> dict[int, Stack]:
+        """What files hold, by their number, where it is more than one image."""
+        often = [file for file, chance in enumerate(self.chances) if chance == OFTEN]
+        seldom = [file for file, chance in enumerate(self.chances) if chance == SELDOM]
+        some = seldom[:: -(-len(seldom) // LOOKED_AT) or 1]
+        found = self.looked_through([*often, *some])
+        if len(some) < len(seldom) and any(file in found for file in some):
+            found |= self.looked_through(sorted({*seldom} - {*some}))
+        return found
+
+    def looked_through(self, files: Iterable[int]) -> dict[int, Stack]:
+        """What some files hold, by their number, where it is more than one image."""
+        found: dict[int, Stack] = {}
+        for file in files:
+            place = self.place(file)
+            with suppress(ImageError, OSError, struct.error, IndexError):  # told when it is opened
+                with open_regular(place.path) as opened:
+                    if not may_hold_several(opened, place.offset):
+                        continue
+                stack = stack_in(self.stacked(file))
+                if stack.images > 1 or stack.reduced:
+                    found[file] = stack
+        return found
+
+    def settle(self, stacks: Mapping[int, Stack], pages: Pages) -> None:
+        """Decide what files with several images are read as."""
+        several = {file: stack for file, stack in stacks.items() if stack.images > 1}
+        self.split = {f: stack.images for f, stack in several.items() if is_split(stack, pages)}
+        merged = 0 if pages == "first" else ALL
+        self.merged = {file: merged for file in several if file not in self.split}
+        if self.split:
+            counts = torch.ones(self.files, dtype=torch.int64)
+            counts[list(self.split)] = torch.tensor(list(self.split.values()))
+            self.starts = counts.cumsum(0) - counts
+
+
+def is_split(stack: Stack, pages: Pages) -> bool:
+    """Whether the images of a file are images of the source."""
+    return pages == "images" or (pages == "auto" and not stack.joinable)
+
+
+def settle_pages(parts: Sequence[PagedFiles], pages: Pages) -> None:
+    """Decide what the files of a source are read as, and say what was found.
+
+    Without a word on it, gray pages without a name are channels where every file has as many, 16 at
+    most; files whose pages have a name are not counted. All other images of a file are images.
+    """
+    found = [part.several() for part in parts]
+    stacks = [stack for part in found for stack in part.values() if stack.images > 1]
+    gray = [stack.images for stack in stacks if stack.joinable]
+    plain = sum(part.files for part in parts) - len(stacks)
+    alike = len(set(gray)) == 1 and gray[0] <= MOST_JOINED and not plain
+    for part, several in zip(parts, found, strict=True):
+        if not alike:
+            several = {file: stack._replace(joinable=False) for file, stack in several.items()}
+        part.settle(several, pages)
+    for joinable, kind in ((True, GRAY_PAGES), (False, "pages")):
+        kin = [stack for stack in stacks if stack.joinable == joinable]
+        if kin:
+            split = is_split(kin[0]._replace(joinable=joinable and alike), pages)
+            log.info("%s", pages_message([stack.images for stack in kin], kind, split, pages))
+    copies = sum(stack.reduced > 0 for part in found for stack in part.values())
+    if copies:
+        log.info("smaller copies or masks in %d files are left out", copies)
+
+
+def pages_message(counts: Sequence[int], kind: str, split: bool, pages: Pages) -> str:
+    """What was found in files of several images, and the flag that reads them otherwise."""
+    low, high = min(counts), max(counts)
+    number = f"{low}" if low == high else f"{low} to {high}"
+    found = f"{len(counts)} file{'s' * (len(counts) > 1)} of {number} {kind}: "
+    if split:
+        return (
+            f"{found}read as {sum(counts)} images; `--pages channels` makes one image of each file"
+        )
+    other = f"`--pages images` makes {sum(counts)} images"
+    if pages == "first":
+        return f"{found}only the first of each file is read; {other}"
+    return f"{found}read as {f'{number} ' * (kind == GRAY_PAGES)}channels; {other}"

@@ -1,0 +1,299 @@
+"""TIFF of any bit depth, number of bands and writer: which images a file holds, and their pixels.
+
+Named axes count: C and S are channels, all others (Z, T and so on) count images. Pages without a
+name are images, too, which `Stack.joinable` says may as well be the channels of one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from io import BytesIO
+from math import isnan, nan, prod
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from .image import (
+    ALL,
+    EIGHT_BIT,
+    MOST_JOINED,
+    DecodedImage,
+    ImageError,
+    LazyImage,
+    Stack,
+    array_layout,
+    array_to_pixels,
+    check_memory,
+    pages_differ,
+    to_tensor,
+)
+from .orientation import ORIENTATION_TAG, turn_upright, upright_size
+from .picture import averaged, to_eight_bit, to_float
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from PIL import Image
+
+T = TypeVar("T")
+NODATA_TAG = 42113
+"""GDAL's TIFF tag: the value, as text, that stands where nothing was measured."""
+IMAGEJ_CHANNELS = 7
+"""Channels that ImageJ shows at most: with more, a writer has named an axis without being told."""
+SMALLER_COPY = 0.02
+"""Difference of two aspect ratios below which a smaller page is a copy of a larger one."""
+ROWS = -1
+"""In place of a plane's number: all pages, as the rows of an image."""
+WIDEST_ROW = 16
+"""Width of a page up to which it is no picture but a row of pixels, and its columns are channels:
+what tifffile makes of an array ``(h, w, c)`` without being told."""
+GRAY = ("MINISBLACK", "MINISWHITE")
+PILLOW_READS = frozenset(
+    {(gray, 1) for gray in GRAY}
+    | {("PALETTE", 1), ("RGB", 3), ("YCBCR", 3), ("CIELAB", 3), ("SEPARATED", 4)}
+)
+"""What 8-bit samples mean, and how many there are, where Pillow is asked for the pixels."""
+REDUCED, TRANSPARENCY = 1, 4
+"""Bits of a page's subfile type: a smaller copy, and a mask of what is transparent."""
+
+
+class Plane(NamedTuple):
+    """One page, or one stretch of a page that holds many: its series and its number in it.
+
+    The number is `ROWS` where the pages are the rows of one image whose channels stand last.
+    """
+
+    series: int
+    number: int
+
+
+class TiffImages(NamedTuple):
+    """The images of a TIFF, each a list of the planes that make its channels."""
+
+    images: list[list[Plane]]
+    stack: Stack
+
+
+def tiff_images(file: Any) -> TiffImages:
+    """What images a file holds, opened by tifffile."""
+    import numpy as np
+
+    kept = full_size(file)
+    images: list[list[Plane]] = []
+    named, gray = False, len(kept) == 1
+    for place in kept:
+        series = file.series[place]
+        page = series.keyframe
+        axes = series.axes[: len(series.axes) - len(page.axes)]
+        sides = series.shape[: len(axes)]
+        if is_rows(series):
+            images.append([Plane(place, ROWS)])
+            gray = False
+            continue
+        many = file.is_imagej and dict(zip(axes, sides, strict=True)).get("C", 0) > IMAGEJ_CHANNELS
+        channels = [i for i, axis in enumerate(axes) if axis == "C" and not many]
+        numbers = np.arange(prod(sides)).reshape(sides)
+        numbers = np.moveaxis(numbers, channels, range(len(axes) - len(channels), len(axes)))
+        each = prod(sides[i] for i in channels)
+        rows = numbers.reshape(-1, each).tolist()
+        images += [[Plane(place, number) for number in row] for row in rows]
+        named = named or many or not set(axes) <= set("CQI")
+        gray = gray and each == page.samplesperpixel == 1 and photometric_of(page) in GRAY
+    levels = sum(len(file.series[place].levels) - 1 for place in kept)
+    reduced = len(file.series) - len(kept) + levels
+    joinable = gray and not named and len(images) > 1
+    return TiffImages(images, Stack(len(images), joinable=joinable, reduced=reduced))
+
+
+def is_rows(series: Any) -> bool:
+    """Whether a series' unnamed pages are rows of pixels rather than pictures."""
+    if series.axes not in ("QYX", "IYX"):
+        return False
+    count, height, width = series.shape
+    return bool(width <= WIDEST_ROW and width < min(count, height))
+
+
+def full_size(file: Any) -> list[int]:
+    """The series of a file that are no masks and no smaller copies of another one."""
+    kinds = [int(getattr(series.keyframe, "subfiletype", 0)) for series in file.series]
+    flagged = {i for i, kind in enumerate(kinds) if kind & (REDUCED | TRANSPARENCY)}
+    sizes = [(s.keyframe.imagelength, s.keyframe.imagewidth) for s in file.series]
+    copies = {
+        i
+        for i, (h, w) in enumerate(sizes)
+        for height, width in sizes
+        if 2 * h <= height and abs(h * width - w * height) <= SMALLER_COPY * h * width
+    }
+    everything = range(len(sizes))
+    return [i for i in everything if i not in flagged | copies] or list(everything)[:1]
+
+
+def photometric_of(page: Any) -> str:
+    """How a page's samples are meant, such as MINISBLACK or RGB."""
+    return getattr(page.photometric, "name", "")
+
+
+def nodata(page: Any) -> float:
+    """The value of a TIFF where nothing was measured; NaN if it names no number."""
+    tag = page.tags.get(NODATA_TAG)
+    with suppress(TypeError, ValueError):
+        return float(tag.value) if tag else nan
+    return nan
+
+
+def opened_tiff(content: bytes | str) -> Any:
+    """A TIFF opened by tifffile."""
+    from tifffile import TiffFile
+
+    source = BytesIO(content) if isinstance(content, bytes) else content
+    return TiffFile(source, _multifile=False)  # of one in several files, this one
+
+
+def stack_of_tiff(content: bytes | str) -> Stack:
+    """Which images a TIFF holds."""
+    with opened_tiff(content) as file:
+        return tiff_images(file).stack
+
+
+class Samples(NamedTuple):
+    """How the numbers of a page become pixels.
+
+    Attributes:
+        photometric: What they mean, such as MINISBLACK or RGB.
+        samples: How many a pixel has.
+        white: The largest number that they may be, or 1 of floats.
+        deep: Whether they are more than 8-bit.
+        palette: ``(3, n)`` colours of whole numbers, or None.
+    """
+
+    photometric: str
+    samples: int
+    white: float
+    deep: bool
+    palette: NDArray[Any] | None
+
+    @classmethod
+    def of(cls, page: Any) -> Samples:
+        """Those of a page.
+
+        Raises:
+            ImageError: They would be reduced to 8 bits, or are of an unknown type.
+        """
+        if page.dtype is None:
+            raise ImageError(f"values of {page.bitspersample} bits in a format that is not known")
+        photometric, deep = photometric_of(page), page.dtype.name not in EIGHT_BIT
+        if deep and photometric in ("YCBCR", "CIELAB", "ICCLAB", "ITULAB"):
+            raise ImageError(
+                f"{page.dtype} {photometric} colours, of which only 8 bits would be kept; save "
+                "it as RGB"
+            )
+        white = 2.0**page.bitspersample - 1 if page.dtype.kind == "u" else 1.0
+        palette = page.colormap if photometric == "PALETTE" else None
+        return cls(photometric, page.samplesperpixel, white, deep, palette)
+
+    @property
+    def by_pillow(self) -> bool:
+        """Whether Pillow reads them whole; it knows colours, and more compressions."""
+        return not self.deep and (self.photometric, self.samples) in PILLOW_READS
+
+    @property
+    def channels(self) -> int | None:
+        """Channels of the pixels; None for as many as there are numbers."""
+        if self.by_pillow:
+            return 1 if self.photometric in GRAY else 3
+        inks = self.photometric == "SEPARATED" and self.samples == 4
+        return 3 if inks or self.palette is not None else None
+
+    def to_pixels(self, pixels: Tensor) -> Tensor:
+        """Numbers ``(count, h, w)`` as pixels ``(c, h, w)``."""
+        if self.palette is not None:
+            return torch.from_numpy(self.palette.astype("float32"))[:, pixels[0].long()]
+        if self.photometric == "MINISWHITE":
+            return (self.white - pixels.float()).to(pixels.dtype)
+        if self.channels == 3:  # inks
+            return (self.white - pixels[:3]) * (self.white - pixels[3:]) / self.white
+        return pixels
+
+
+def open_tiff(content: bytes | str, image: int | None = None) -> LazyImage:
+    """Open one of the images in a TIFF, see `open_image`."""
+    with opened_tiff(content) as file:
+        images, stack = tiff_images(file)
+        joined = image == ALL or (image is None and stack.joinable and len(images) <= MOST_JOINED)
+        planes = [plane for one in images for plane in one] if joined else images[image or 0]
+        shapes = {layout_of(file, plane) for plane in planes}
+        shape, axes = layout_of(file, planes[0])
+        page = file.series[planes[0].series].keyframe
+        dtype, samples = page.dtype, Samples.of(page)
+        tag = page.tags.get(ORIENTATION_TAG)
+        orientation, missing = int(tag.value) if tag else 1, nodata(page)
+        file_bytes = file.filehandle.size
+    if len(shapes) > 1:
+        raise ImageError(pages_differ({shape for shape, _ in shapes}))
+    found, height, width = array_layout(shape, axes)
+    rows = planes[0].number == ROWS
+    channels = (found if rows else samples.channels or found) * len(planes)
+    check_memory(height, width, channels * (dtype.itemsize + 4 * samples.deep), file_bytes)
+
+    def load(scale: int) -> DecodedImage:
+        with opened_tiff(content) as file:
+            parts = [read_plane(file, plane, content, samples, orientation) for plane in planes]
+        if len(parts) == 1 and not isinstance(parts[0], Tensor):
+            return averaged(parts[0], scale)
+        pixels = torch.cat([to_tensor(part) for part in parts])
+        if samples.deep and not isnan(missing):
+            rounded = torch.tensor(missing, dtype=pixels.dtype)  # as they are
+            pixels.masked_fill_(pixels == rounded, torch.nan)
+        return DecodedImage(pixels)
+
+    return LazyImage(upright_size(height, width, orientation), channels, samples.deep, load)
+
+
+def layout_of(file: Any, plane: Plane) -> tuple[tuple[int, ...], str]:
+    """Shape and axes of a plane, as `array_to_pixels` takes them."""
+    series = file.series[plane.series]
+    if plane.number == ROWS:
+        return series.shape, ""
+    return series.keyframe.shape, series.keyframe.axes
+
+
+def read_plane(
+    file: Any, plane: Plane, content: bytes | str, samples: Samples, orientation: int
+) -> Tensor | Image.Image:
+    """The upright pixels of one plane of a TIFF."""
+    series = file.series[plane.series]
+    whole = len(series.pages) > plane.number
+    page = series.pages[plane.number] if whole else series.keyframe
+    if page is None:
+        raise ImageError(f"page {plane.number + 1} of it is in another file, or missing")
+    if samples.by_pillow and whole and plane.number != ROWS:
+        return read_by_pillow(content, page.index, to_eight_bit)
+    try:
+        if plane.number == ROWS:
+            array = series.asarray()
+        elif whole:
+            array = page.asarray()
+        else:  # planes that lie one after the other behind a single page
+            start = series.dataoffset + plane.number * page.nbytes
+            dtype = page.dtype.newbyteorder(file.byteorder)
+            array = file.filehandle.read_array(dtype, page.size, start).reshape(page.shape)
+    except (KeyError, ValueError) as error:
+        if "imagecodecs" not in str(error):
+            raise
+        if samples.samples != 1 or samples.palette is not None:
+            raise ImageError(f"{error.args[0]}: pip install imagecodecs") from error
+        return read_by_pillow(content, page.index, to_float)
+    return turn_upright(
+        samples.to_pixels(array_to_pixels(array, layout_of(file, plane)[1])), orientation
+    )
+
+
+def read_by_pillow(content: bytes | str, page: int, convert: Callable[[Image.Image], T]) -> T:
+    """A page read by Pillow, which turns it upright itself, and converted."""
+    from PIL.TiffImagePlugin import TiffImageFile
+
+    with BytesIO(content) if isinstance(content, bytes) else open(content, "rb") as stream:
+        image = TiffImageFile(stream)
+        image.seek(page)
+        return convert(image)

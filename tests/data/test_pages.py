@@ -1,0 +1,213 @@
+"""Files with several images in them: which are images of a source, and what is said of it."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+from PIL import Image
+from webdataset import TarWriter
+
+from pixel_level_contrastive_learning.data import pages as module
+from pixel_level_contrastive_learning.data.decoding import stack_in
+from pixel_level_contrastive_learning.data.image import ImageError, Stack
+from pixel_level_contrastive_learning.data.pages import may_hold_several
+from pixel_level_contrastive_learning.data.shard_writer import write_shards
+from pixel_level_contrastive_learning.data.sources import Source, open_source
+
+SIZE = (24, 32)
+COLOURS = [(250, 20, 20), (20, 250, 20), (20, 20, 250), (250, 250, 20), (20, 250, 250)]
+
+
+def gray(path: Path, count: int, first: int = 0, **how: object) -> Path:
+    """A TIFF of gray pages of one value each: first, first + 1, ..."""
+    values = np.arange(first, first + count, dtype=np.uint8)
+    pages = np.broadcast_to(values[:, None, None], (count, *SIZE)).copy()
+    tifffile.imwrite(path, pages if count > 1 else pages[0], photometric="minisblack", **how)
+    return path
+
+
+def frames(kind: str, count: int = 3, **how: object) -> bytes:
+    """An animation or a file of several pictures, each of one colour."""
+    first, *others = (Image.new("RGB", SIZE[::-1], colour) for colour in COLOURS[:count])
+    stream = io.BytesIO()
+    lossless = {"lossless": True} if kind == "WEBP" else {}
+    first.save(stream, kind, save_all=True, append_images=others, **lossless, **how)
+    return stream.getvalue()
+
+
+def values(source: Source) -> list[list[int]]:
+    """For each image the first value of each of its channels, which is true of all its pixels."""
+    found = []
+    for index in range(len(source)):
+        pixels = source.open(index).read()
+        assert source.open(index).channels == len(pixels)
+        assert (pixels == pixels[:, :1, :1]).all()
+        found.append(pixels[:, 0, 0].int().tolist())
+    return found
+
+
+SAID = {
+    "auto": "2 files of 3 gray pages: read as 3 channels; `--pages images` makes 6 images",
+    "images": "2 files of 3 gray pages: read as 6 images; `--pages channels` makes one image of",
+    "channels": "2 files of 3 gray pages: read as 3 channels; `--pages images` makes 6 images",
+    "first": "2 files of 3 gray pages: only the first of each file is read; `--pages images` makes",
+}
+
+
+@pytest.mark.parametrize("how", SAID)
+def test_gray_pages_are_read_as_they_are_asked_for(tmp_path, caplog, how) -> None:
+    caplog.set_level("INFO")
+    gray(tmp_path / "a.tif", 3, 10)
+    gray(tmp_path / "b.tif", 3, 20)
+    expected = {
+        "auto": [[10, 11, 12], [20, 21, 22]],
+        "images": [[10], [11], [12], [20], [21], [22]],
+        "channels": [[10, 11, 12], [20, 21, 22]],
+        "first": [[10], [20]],
+    }
+    source = open_source(tmp_path, pages=how)
+    assert values(source) == expected[how]
+    [record] = caplog.records
+    assert record.message.startswith(SAID[how])
+    names = [source.name(index) for index in range(len(source))]
+    numbered = [f"{tmp_path}/{name}.tif[{i}]" for name in "ab" for i in range(3)]
+    assert names == (numbered if how == "images" else [f"{tmp_path}/{n}.tif" for n in "ab"])
+
+
+@pytest.mark.parametrize(
+    ("counts", "images"),
+    [((3, 3), 2), ((16, 16), 2), ((17, 17), 34), ((3, 4), 7), ((3, 1), 4), ((1, 1), 2)],
+)
+def test_gray_pages_are_channels_where_every_file_has_as_many(tmp_path, counts, images) -> None:
+    for number, count in enumerate(counts):
+        gray(tmp_path / f"{number}.tif", count)
+    assert len(open_source(tmp_path)) == images
+
+
+def test_a_photo_beside_stacks_makes_images_of_them(tmp_path) -> None:
+    gray(tmp_path / "a.tif", 3)
+    Image.new("RGB", (4, 4)).save(tmp_path / "b.png")
+    assert values(open_source(tmp_path)) == [[0], [1], [2], [0, 0, 0]]
+
+
+def test_folders_decide_together(tmp_path) -> None:
+    for name, count in (("one", 3), ("two", 4)):
+        (tmp_path / name).mkdir()
+        gray(tmp_path / name / "a.tif", count)
+    assert len(open_source([tmp_path / "one", tmp_path / "two"])) == 7
+    assert len(open_source([tmp_path / "one"])) == 1
+
+
+def test_named_pages_are_images_beside_unnamed_ones(tmp_path, caplog) -> None:
+    caplog.set_level("INFO")
+    gray(tmp_path / "a.tif", 3, metadata={"axes": "ZYX"})
+    gray(tmp_path / "b.tif", 4, 7)
+    assert values(open_source(tmp_path)) == [[0], [1], [2], [7, 8, 9, 10]]
+    assert [record.message.split(";")[0] for record in caplog.records] == [
+        "1 file of 4 gray pages: read as 4 channels",
+        "1 file of 3 pages: read as 3 images",
+    ]
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "AVIF", "TIFF", "MPO"])
+def test_frames_and_pages_in_colour_are_images(tmp_path, caplog, kind) -> None:
+    caplog.set_level("INFO")
+    (tmp_path / f"a.{kind.lower().replace('mpo', 'jpg')}").write_bytes(frames(kind, quality=100))
+    source = open_source(tmp_path)
+    near = np.array([source.open(i).read().float().mean((1, 2)).tolist() for i in range(3)])
+    assert np.abs(near - np.array(COLOURS[:3])).max() < 3
+    assert len(source) == 3
+    assert "1 file of 3 pages: read as 3 images" in caplog.text
+    [joined] = [open_source(tmp_path, pages="channels").open(0)]
+    assert joined.channels == 9
+    assert np.abs(joined.read().float().mean((1, 2)).view(3, 3).numpy() - near).max() < 0.01
+    assert len(open_source(tmp_path, pages="first")) == 1
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "AVIF", "TIFF", "JPEG"])
+def test_a_single_picture_is_no_stack(kind) -> None:
+    stream = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(stream, kind)
+    assert stack_in(stream.getvalue()) == Stack(1)
+    assert may_hold_several(stream) == (kind == "GIF")  # whose frames are not announced
+
+
+def test_smaller_pictures_of_a_photo_are_left_out(tmp_path, caplog) -> None:
+    caplog.set_level("INFO")
+    stream = io.BytesIO()
+    photo, preview = Image.new("RGB", (64, 48), COLOURS[0]), Image.new("RGB", (16, 12))
+    photo.save(stream, "MPO", save_all=True, append_images=[preview])
+    (tmp_path / "a.jpg").write_bytes(stream.getvalue())
+    source = open_source(tmp_path)
+    assert [source.open(i).size for i in range(len(source))] == [(48, 64)]
+    assert source.name(0) == str(tmp_path / "a.jpg")
+    assert "smaller copies or masks in 1 files are left out" in caplog.text
+
+
+def test_a_broken_list_of_pictures_costs_no_pixels(tmp_path) -> None:
+    content = frames("MPO")
+    start = content.index(b"MPF\0")
+    for cut in (content[: start + 4] + bytes(40) + content[start + 44 :], content[: start + 3000]):
+        (tmp_path / "a.jpg").write_bytes(cut)
+        source = open_source(tmp_path)
+        assert len(source) in (1, 3)
+        assert source.open(0).size == SIZE
+
+
+def test_of_many_photos_some_are_looked_at_and_all_where_one_holds_several(
+    tmp_path, monkeypatch
+) -> None:
+    looked_at = []
+    holds = module.may_hold_several
+    monkeypatch.setattr(module, "LOOKED_AT", 3)
+    monkeypatch.setattr(
+        module, "may_hold_several", lambda file, start: looked_at.append(file) or holds(file, start)
+    )
+    for number in range(9):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{number}.jpg")
+    assert len(open_source(tmp_path)) == 9
+    assert len(looked_at) == 3
+    (tmp_path / "3.jpg").write_bytes(frames("MPO"))
+    (tmp_path / "4.jpg").write_bytes(frames("MPO", 2))
+    assert len(open_source(tmp_path)) == 12
+
+
+def test_what_cannot_be_read_is_one_image_that_is_broken(tmp_path) -> None:
+    content = frames("GIF")
+    for number, broken in enumerate((content[:20], b"GIF8", b"II*\0", b"MM\0*\0\0\0\x08\0\x09")):
+        (tmp_path / f"{number}.tif").write_bytes(broken)
+    source = open_source(tmp_path)
+    assert len(source) == 4
+    for index in range(4):
+        with pytest.raises(ImageError):
+            source.open(index).read()
+
+
+@pytest.mark.parametrize("how", ["images", "channels", "first"])
+def test_pages_in_shards_are_found_and_written(tmp_path, how) -> None:
+    gray(tmp_path / "a.tif", 3, 10)
+    with TarWriter(str(tmp_path / "part-0.tar")) as writer:
+        writer.write({"__key__": "a", "tif": (tmp_path / "a.tif").read_bytes()})
+    expected = {"images": [[10], [11], [12]], "channels": [[10, 11, 12]], "first": [[10]]}[how]
+    assert values(open_source(str(tmp_path / "part-0.tar"), pages=how)) == expected
+    for max_side in (640, 16):
+        out = tmp_path / f"shards-{max_side}"
+        report = write_shards(tmp_path / "a.tif", out, pages=how, max_side=max_side)
+        assert report.images == len(expected)
+        got = values(open_source(out))
+        assert np.abs(np.array(got) - np.array(expected)).max() <= 1  # JPEG
+        with pytest.raises(ValueError, match="holds shards of another call"):
+            write_shards(tmp_path / "a.tif", out, max_side=max_side)
+
+
+def test_pages_of_a_long_file_are_found_in_any_order(tmp_path) -> None:
+    gray(tmp_path / "a.tif", 2, 1)
+    gray(tmp_path / "b.tif", 200)
+    gray(tmp_path / "c.tif", 1, 77)
+    gray(tmp_path / "d.tif", 4, 90)
+    source = open_source(tmp_path)
+    assert len(source) == 207
+    expected = [1, 2, *range(200), 77, 90, 91, 92, 93]
+    assert [source.open(i).read()[0, 0, 0].item() for i in reversed(range(207))] == expected[::-1]

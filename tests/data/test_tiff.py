@@ -1,0 +1,208 @@
+"""Which images a TIFF holds, whoever wrote it, and their pixels."""
+
+import io
+
+import numpy as np
+import pytest
+import tifffile
+from PIL import Image
+
+from pixel_level_contrastive_learning.data.decoding import open_image, stack_in
+from pixel_level_contrastive_learning.data.image import ALL, ImageError, Stack
+from pixel_level_contrastive_learning.data.orientation import ORIENTATION_TAG
+
+RANDOM = np.random.default_rng(0)
+
+
+def pages(*shape: int, dtype: str = "uint8") -> np.ndarray:
+    """Pages of noise."""
+    return RANDOM.integers(0, 256, shape).astype(dtype)
+
+
+def tiff(array: np.ndarray, **how: object) -> bytes:
+    """An array as a TIFF."""
+    stream = io.BytesIO()
+    tifffile.imwrite(stream, array, **how)
+    return stream.getvalue()
+
+
+def by_pillow(array: np.ndarray, **how: object) -> bytes:
+    """Pages as Pillow writes them."""
+    first, *others = map(Image.fromarray, array)
+    stream = io.BytesIO()
+    first.save(stream, "TIFF", save_all=True, append_images=others, **how)
+    return stream.getvalue()
+
+
+def read(content: bytes, image: int | None = None) -> np.ndarray:
+    """The pixels ``(c, h, w)`` of an image in a file, its header being true."""
+    opened = open_image(content, image)
+    pixels = opened.read()
+    assert (opened.size, opened.channels) == (tuple(pixels.shape[1:]), len(pixels))
+    assert opened.high_depth == pixels.is_floating_point()
+    return pixels.numpy()
+
+
+def each(content: bytes) -> np.ndarray:
+    """All images of a file, ``(n, c, h, w)``."""
+    return np.stack([read(content, i) for i in range(stack_in(content).images)])
+
+
+UNNAMED = {
+    "tifffile": lambda array: tiff(array, photometric="minisblack"),
+    "tifffile without a word": lambda array: tiff(array, photometric="minisblack", metadata=None),
+    "Pillow": by_pillow,
+}
+NAMED = {
+    "tifffile": lambda array, axes: tiff(array, photometric="minisblack", metadata={"axes": axes}),
+    "ImageJ": lambda array, axes: tiff(array, imagej=True, metadata={"axes": axes}),
+    "OME": lambda array, axes: tiff(
+        array, ome=True, photometric="minisblack", metadata={"axes": axes}
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
+@pytest.mark.parametrize("writer", UNNAMED)
+def test_gray_pages_without_a_name_are_channels_or_images(writer, dtype) -> None:
+    array = pages(12, 20, 30, dtype=dtype)
+    content = UNNAMED[writer](array)
+    assert stack_in(content) == Stack(12, joinable=True)
+    assert (each(content)[:, 0] == array).all()
+    assert (read(content, ALL) == array).all()
+    assert (read(content) == array).all()
+    more = UNNAMED[writer](pages(17, 20, 30, dtype=dtype))
+    assert read(more).shape == (1, 20, 30)
+
+
+@pytest.mark.parametrize("axis", ["Z", "T"])
+@pytest.mark.parametrize("dtype", ["uint8", "uint16"])
+@pytest.mark.parametrize("writer", NAMED)
+def test_pages_in_depth_or_time_are_images(writer, dtype, axis) -> None:
+    array = pages(5, 20, 30, dtype=dtype)
+    content = NAMED[writer](array, f"{axis}YX")
+    assert stack_in(content) == Stack(5)
+    assert (each(content)[:, 0] == array).all()
+    assert (read(content) == array[:1]).all()
+    assert (read(content, ALL) == array).all()
+
+
+@pytest.mark.parametrize("writer", NAMED)
+def test_named_channels_are_channels(writer) -> None:
+    array = pages(5, 20, 30, dtype="uint16")
+    content = NAMED[writer](array, "CYX")
+    assert stack_in(content) == Stack(1)
+    assert (read(content) == array).all()
+
+
+@pytest.mark.parametrize(("writer", "axes"), [("OME", "ZCYX"), ("OME", "CZYX"), ("ImageJ", "ZCYX")])
+def test_images_in_depth_have_their_channels(writer, axes) -> None:
+    array = pages(3, 2, 20, 30, dtype="uint16")
+    content = NAMED[writer](array if axes == "ZCYX" else array.swapaxes(0, 1), axes)
+    assert stack_in(content) == Stack(3)
+    assert (each(content) == array).all()
+    assert read(content, ALL).shape == (6, 20, 30)
+
+
+def test_more_channels_than_imagej_has_are_a_stack_without_a_name() -> None:
+    few, many = pages(7, 20, 30), pages(12, 20, 30)
+    assert (read(tiff(few, imagej=True)) == few).all()
+    content = tiff(many, imagej=True)
+    assert stack_in(content) == Stack(12)
+    assert (each(content)[:, 0] == many).all()
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16"])
+@pytest.mark.parametrize("axes", [None, "ZYXS"])
+def test_pages_in_colour_are_images(dtype, axes) -> None:
+    array = pages(6, 20, 30, 3, dtype=dtype)
+    content = tiff(array, photometric="rgb", metadata={"axes": axes} if axes else {})
+    assert stack_in(content) == Stack(6)
+    assert (each(content) == array.transpose(0, 3, 1, 2)).all()
+    assert (read(content, ALL) == array.transpose(0, 3, 1, 2).reshape(18, 20, 30)).all()
+
+
+def test_the_rows_of_an_array_are_no_pages() -> None:
+    array = pages(20, 30, 7)  # (h, w, c), which a writer took for 20 pages of 30 x 7
+    content = tiff(array, photometric="minisblack")
+    assert stack_in(content) == Stack(1)
+    assert (read(content) == array.transpose(2, 0, 1)).all()
+    assert stack_in(tiff(pages(20, 7, 30), photometric="minisblack")).images == 20
+
+
+@pytest.mark.parametrize(("dtype", "order"), [("uint8", "<"), ("uint16", ">")])
+def test_many_planes_may_lie_behind_one_page(dtype, order) -> None:
+    array = pages(4, 20, 30, dtype=dtype)
+    stream = io.BytesIO()
+    with tifffile.TiffWriter(stream, byteorder=order) as to:
+        to.write(array, photometric="minisblack", metadata={"axes": "ZYX"}, truncate=True)
+    content = stream.getvalue()
+    with tifffile.TiffFile(io.BytesIO(content)) as file:
+        assert len(file.pages) == 1
+    assert stack_in(content) == Stack(4)
+    assert (each(content)[:, 0] == array).all()
+
+
+def test_smaller_copies_and_masks_are_no_images() -> None:
+    large, small = pages(40, 60, 3), pages(20, 30, 3)
+    for flags in ({"subfiletype": 1}, {}):
+        stream = io.BytesIO()
+        with tifffile.TiffWriter(stream) as to:
+            to.write(small, photometric="rgb", metadata=None, **flags)
+            to.write(large, photometric="rgb", metadata=None)
+            to.write(large[..., 0] > 9, photometric="minisblack", subfiletype=4, metadata=None)
+        content = stream.getvalue()
+        assert stack_in(content) == Stack(1, reduced=2)
+        assert (read(content) == large.transpose(2, 0, 1)).all()
+
+
+def test_overviews_are_no_images() -> None:
+    stream = io.BytesIO()
+    large = pages(64, 64, 3)
+    with tifffile.TiffWriter(stream) as to:
+        to.write(large, photometric="rgb", subifds=2, tile=(16, 16))
+        for step in (2, 4):
+            to.write(large[::step, ::step], photometric="rgb", subfiletype=1, tile=(16, 16))
+    assert stack_in(stream.getvalue()) == Stack(1, reduced=2)
+    assert (read(stream.getvalue()) == large.transpose(2, 0, 1)).all()
+
+
+def test_pages_of_several_sizes_are_images() -> None:
+    stream = io.BytesIO()
+    with tifffile.TiffWriter(stream) as to:
+        for shape in ((20, 30), (25, 28), (20, 30)):
+            to.write(pages(*shape), photometric="minisblack", metadata=None)
+    content = stream.getvalue()
+    assert stack_in(content) == Stack(3)
+    assert sorted(read(content, i).shape[1:] for i in range(3)) == [(20, 30), (20, 30), (25, 28)]
+    with pytest.raises(
+        ImageError, match=r"^its pages differ in size \(20x30, 25x28\), so they are"
+    ):
+        read(content, ALL)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16"])
+def test_each_page_is_turned(dtype) -> None:
+    array = pages(3, 20, 30, dtype=dtype)
+    content = tiff(array, photometric="minisblack", extratags=[(ORIENTATION_TAG, "H", 1, 6, False)])
+    assert (each(content)[:, 0] == array.swapaxes(1, 2)[:, :, ::-1]).all()
+
+
+def test_compressed_pages_need_no_further_library() -> None:
+    array = pages(3, 20, 30)
+    content = by_pillow(array, compression="tiff_lzw")
+    assert (each(content)[:, 0] == array).all()
+
+
+def test_a_page_of_a_file_is_read_alone(tmp_path, monkeypatch) -> None:
+    array = pages(12, 20, 30, dtype="uint16")
+    path = tmp_path / "a.tif"
+    path.write_bytes(NAMED["ImageJ"](array, "ZYX"))
+    read_pages = []
+    asarray = tifffile.TiffPage.asarray
+    monkeypatch.setattr(
+        tifffile.TiffPage, "asarray", lambda page: read_pages.append(page.index) or asarray(page)
+    )
+    monkeypatch.setattr(tifffile.TiffFrame, "asarray", tifffile.TiffPage.asarray)
+    assert (open_image(str(path), 7).read()[0].numpy() == array[7]).all()
+    assert read_pages == [7]
