@@ -49,6 +49,8 @@ def evaluate(
     out: str | None = None,
     device: str | None = None,
     pages: Pages = "auto",
+    ids: str | None = None,
+    colours: str | None = None,
 ) -> None:
     """Evaluate weights beside random ones, with labels (--data) or without (--images).
 
@@ -68,6 +70,8 @@ def evaluate(
         out: Folder for evaluation.json (without labels: correspondence.json) and pictures.
         device: Device to compute on, such as cpu or cuda:1; by default a GPU if there is one.
         pages: What several pages or frames in a file are, as for `pixelcl pretrain`.
+        ids: Ids of the values in the masks, such as "0:0,255:1"; by default values are ids.
+        colours: File that names the class of each colour in the masks, one a line: 128 0 0 road.
     """
     from .evaluation.evaluate import evaluate as evaluated
     from .trainer.logging import logging_to
@@ -88,6 +92,8 @@ def evaluate(
             out=out,
             device=device,
             pages=pages,
+            ids=ids,
+            colours=colours,
         )
     print(result.table())
     print(result.sentence)

@@ -26,7 +26,7 @@ FLAGS_OF_PRETRAIN = """
 --epochs --steps --optimizer --lr --weight-decay --warmup-epochs --final-lr --target-momentum
 --clip-grad --seed --precision --workers --accelerator --devices --num-nodes --strategy
 --checkpoint-every --keep-checkpoints --max-broken --loggers --picture-every --probe
---probe-protocol --probe-every
+--ids --colours --probe-protocol --probe-every
 """
 FLAGS = FLAGS_OF_PRETRAIN.split()
 

@@ -3,30 +3,40 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from ..checks import Pages
 from .decoding import open_image
 from .image import ImageError, LazyImage
-from .sources import IMAGES, MASKS, find_files, no_image_message
+from .masks import IGNORED as IGNORED
+from .masks import (
+    MASK_SUFFIXES,
+    PLAIN,
+    MaskCoding,
+    Palettes,
+    find_masks,
+    read_coded,
+    read_coding,
+    read_mask,
+)
+from .pages import settle_pages
+from .sources import IMAGES, MASKS, FileSource, find_files, no_image_message
 
-IGNORED = 255
-"""The id of pixels that are neither trained on nor counted."""
 SHOWN_PROBLEMS = 5
 """Wrong masks that an error lists; it counts the rest."""
 SPARSE_FROM, MIN_SHARE_OF_IDS = 64, 0.25
 """From this largest id on, the share of ids up to it that masks without class names must hold:
 colours turned to gray are fewer, of VOC 13 %, of CamVid 17 %."""
 LAYOUT = (
-    "it must hold images/train, images/val, masks/train and masks/val, masks being PNG files of "
-    "class ids with the names of their images"
+    "it must hold images/train, images/val, masks/train and masks/val, masks being files of class "
+    f"ids with the names of their images, which end in {', '.join(MASK_SUFFIXES)}"
 )
 
 
@@ -54,12 +64,16 @@ class SegmentationDataset:
         masks: Their masks.
         classes: The names of the classes, by id.
         folder: What names are relative to.
+        coding: How the values of the masks become ids.
+        merged: Which image of a file is read where it holds several, see `PagedFiles`.
     """
 
     images: tuple[Path, ...]
     masks: tuple[Path, ...]
     classes: tuple[str, ...]
     folder: Path
+    coding: MaskCoding = PLAIN
+    merged: Mapping[Path, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -79,14 +93,22 @@ class SegmentationDataset:
         Raises:
             ValueError: The image cannot be read, or its size is not the mask's.
         """
-        mask = read_mask(self.masks[index])
-        image = open_file(self.images[index])
+        mask = read_mask(self.masks[index], self.coding)
+        image = self.open(index)
         check_size(self.masks[index], mask, image)
         try:
             pixels = image.read(shortest)
         except ImageError as error:
             raise ValueError(f"{self.images[index]} cannot be read: {error}") from error
         return SegmentationSample(pixels, mask, self.name(index))
+
+    def open(self, index: int) -> LazyImage:
+        """An image, not yet decoded; a `ValueError` names it where that cannot be."""
+        path = self.images[index]
+        try:
+            return open_image(path.read_bytes(), self.merged.get(path))
+        except (ImageError, OSError) as error:
+            raise ValueError(f"{path} cannot be read: {error}; replace or remove it") from error
 
     def subset(self, indices: Sequence[int]) -> SegmentationDataset:
         """Some of the images, in the order given."""
@@ -101,18 +123,27 @@ class SegmentationDataset:
 
 
 def open_labelled(
-    data: str | Path, splits: Sequence[str] = ("train", "val")
+    data: str | Path,
+    splits: Sequence[str] = ("train", "val"),
+    *,
+    ids: str | None = None,
+    colours: str | Path | None = None,
+    pages: Pages = "auto",
 ) -> list[SegmentationDataset]:
     """The splits of a folder of images and masks, every mask checked.
 
-    The folder holds ``images/SPLIT`` and ``masks/SPLIT``, any nesting below: for each image a PNG
-    of the same name whose pixels are class ids, `IGNORED` where nothing is known. ``classes.txt``
+    The folder holds ``images/SPLIT`` and ``masks/SPLIT``, any nesting below: for each image a file
+    of the same name, perhaps with ``_mask`` or the like after it, whose pixels are class ids,
+    `IGNORED` where nothing is known. ``classes.txt``
     has a name a line in the order of ids, which may stand before it; without it the classes are the
     ids up to the largest in the masks. Images whose pixels are all `IGNORED` are left out.
 
     Args:
         data: The folder.
         splits: Which splits are wanted; the first is the one that is trained on.
+        ids: The id of each value in the masks, such as ``0:0,255:1``; by default values are ids.
+        colours: A file with the class of each colour: for masks of colours, or of other palettes.
+        pages: What several images in a file are read as, see `open_source`.
 
     Raises:
         ValueError: Something is missing, or masks are wrong: the first files, and what to do.
@@ -121,33 +152,55 @@ def open_labelled(
     if not folder.is_dir():
         raise ValueError(f"data is {str(data)!r}, which is no folder; {LAYOUT}")
     names = read_classes(folder / "classes.txt")
-    opened = [open_split(folder, split, names or ()) for split in splits]
+    coding, named = read_coding(ids, colours, names)
+    names = names or named
+    opened = [open_split(folder, split, names or (), coding) for split in splits]
+    merged = merge_pages([path for split in opened for path in split.images], pages)
+    opened = [replace(split, merged=merged) for split in opened]
     problems: list[str] = []
-    ids = [check_masks(split, len(names) if names else IGNORED, problems) for split in opened]
+    palettes, count = Palettes(), len(names) if names else IGNORED
+    found = [check_masks(split, count, palettes, problems) for split in opened]
     if problems:
         more = len(problems) - SHOWN_PROBLEMS
         rest = [f"and {more} more"] if more > 0 else []
         raise ValueError("\n".join([*problems[:SHOWN_PROBLEMS], *rest]))
-    for split, masks in zip(splits, ids, strict=True):
+    for split, masks in zip(splits, found, strict=True):
         if set().union(*masks) == {IGNORED}:
             raise ValueError(
                 f"all pixels of the masks in {folder / MASKS / split} are {IGNORED}, which means "
                 "ignored, so there is nothing to learn or to judge by; name a split that has "
                 "labels, or write class ids"
             )
-    trained_on = set().union(*ids[0])
+    trained_on = set().union(*found[0])
     if len(trained_on - {IGNORED}) < 2:
         raise ValueError(one_class_message(folder / MASKS / splits[0], trained_on))
-    classes = names or number_classes(folder, {i for masks in ids for mask in masks for i in mask})
+    classes = names or number_classes(
+        folder, {i for masks in found for mask in masks for i in mask}
+    )
     return [
         replace(
             split.subset([i for i, mask in enumerate(masks) if mask != {IGNORED}]), classes=classes
         )
-        for split, masks in zip(opened, ids, strict=True)
+        for split, masks in zip(opened, found, strict=True)
     ]
 
 
-def open_split(folder: Path, split: str, classes: tuple[str, ...]) -> SegmentationDataset:
+def merge_pages(paths: Sequence[Path], pages: Pages) -> dict[Path, int]:
+    """Which image is read of files that hold several, since a mask belongs to one image."""
+    source = FileSource(list(map(str, paths)))
+    settle_pages([source], pages)
+    for file, images in source.split.items():
+        raise ValueError(
+            f"{paths[file]} holds {images} images, and its mask belongs to one; read them as "
+            "channels or the first alone (--pages channels, --pages first), or write each to a "
+            "file of its own with a mask"
+        )
+    return {paths[file]: image for file, image in source.merged.items()}
+
+
+def open_split(
+    folder: Path, split: str, classes: tuple[str, ...], coding: MaskCoding
+) -> SegmentationDataset:
     """One split, its masks not yet checked."""
     images, masks = folder / IMAGES / split, folder / MASKS / split
     for place in (images, masks):
@@ -161,17 +214,18 @@ def open_split(folder: Path, split: str, classes: tuple[str, ...]) -> Segmentati
     if not paths:
         raise ValueError(no_image_message(images, others))
     files = tuple(Path(path) for path in paths)
-    wanted = tuple((masks / file.relative_to(images)).with_suffix(".png") for file in files)
-    missing = [mask for mask in wanted if not mask.is_file()]
+    own = find_masks(masks, [file.relative_to(images) for file in files])
+    missing = [file for file, mask in zip(files, own, strict=True) if mask is None]
     if missing:
-        first = missing[0]
+        first = (masks / missing[0].relative_to(images)).with_suffix(".png")
         near = sorted(path.name for path in first.parent.glob(f"{glob.escape(first.stem)}.*"))
         raise ValueError(
             f"{first} is not there{f' (there is {near[0]})' if near else ''}; {len(missing)} of "
-            f"{len(wanted)} images have no mask: masks are PNG files with the names of their "
-            "images, so write them, or remove those images"
+            f"{len(files)} images have no mask: masks have the names of their images, perhaps with "
+            f"_mask after it, and end in {', '.join(MASK_SUFFIXES)}, so write them, or remove "
+            "those images"
         )
-    return SegmentationDataset(files, wanted, classes, images)
+    return SegmentationDataset(files, tuple(filter(None, own)), classes, images, coding)
 
 
 def read_classes(path: Path) -> tuple[str, ...] | None:
@@ -219,52 +273,31 @@ def number_classes(folder: Path, ids: set[int]) -> tuple[str, ...]:
     ids = ids - {IGNORED}
     largest = max(ids)
     if largest >= SPARSE_FROM and len(ids) < MIN_SHARE_OF_IDS * (largest + 1):
-        some = ", ".join(map(str, sorted(ids)[:3]))
+        some = sorted(ids)[:3]
+        pairs = ",".join(f"{value}:{label}" for label, value in enumerate(some))
         raise ValueError(
             f"the masks in {folder / 'masks'} hold only {len(ids)} of the ids up to {largest}, "
-            f"such as {some}, like colours turned to gray; number the classes 0, 1, 2 and so on, "
-            f"or name all {largest + 1} in {folder / 'classes.txt'} if these are their ids"
+            f"such as {', '.join(map(str, some))}, like colours turned to gray; number the classes "
+            f'0, 1, 2 and so on (--ids "{pairs}" does so), or name all {largest + 1} in '
+            f"{folder / 'classes.txt'} if these are their ids"
         )
     return tuple(f"class {label}" for label in range(largest + 1))
 
 
-def open_file(path: Path) -> LazyImage:
-    """The image of a file, not yet decoded."""
-    try:
-        return open_image(path.read_bytes())
-    except (ImageError, OSError) as error:
-        raise ValueError(f"{path} cannot be read: {error}; replace or remove it") from error
-
-
-def read_mask(path: Path) -> Tensor:
-    """The ids ``(height, width)`` uint8 in a mask."""
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            mode, ids = image.mode, np.array(image)  # of a palette the indices, which are the ids
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} cannot be read as a mask: {error}; write it anew") from error
-    if ids.ndim != 2:
-        raise ValueError(colours_message(path, mode, ids))
-    if ids.dtype != np.uint8 and (ids.min() < 0 or ids.max() > IGNORED):
-        raise ValueError(
-            f"{path} has ids from {ids.min()} to {ids.max()}; write 8-bit PNG with ids from 0 to "
-            f"{IGNORED - 1}, and {IGNORED} for pixels to ignore"
-        )
-    return torch.from_numpy(ids.astype(np.uint8))
-
-
-def check_masks(split: SegmentationDataset, count: int, problems: list[str]) -> list[set[int]]:
+def check_masks(
+    split: SegmentationDataset, count: int, palettes: Palettes, problems: list[str]
+) -> list[set[int]]:
     """The ids in each of a split's masks; what is wrong with them is added to ``problems``."""
     found: list[set[int]] = []
-    for image, path in zip(split.images, split.masks, strict=True):
+    for index, path in enumerate(split.masks):
         try:
-            mask = read_mask(path)
-            opened = open_file(image)
+            mask, palette = read_coded(path, split.coding)
+            opened = split.open(index)
         except ValueError as error:
             problems.append(str(error))
             continue
+        if differ := palettes.differ(path, palette):
+            problems.append(differ)
         try:
             check_size(path, mask, opened)
         except ValueError as error:
@@ -293,25 +326,13 @@ def check_size(path: Path, mask: Tensor, image: LazyImage) -> None:
     )
 
 
-def colours_message(path: Path, mode: str, colours: np.ndarray[Any, Any]) -> str:
-    """The message about a mask that holds colours."""
-    count = len(np.unique(colours.reshape(-1, colours.shape[-1]), axis=0))
-    if colours.shape[-1] == 2 or (colours[..., 0] == colours[..., 1]).all():  # gray, or with alpha
-        way = "if its gray values are the ids, write one channel: Image.open(path).getchannel(0)"
-    else:
-        way = "write one channel that holds the number of each pixel's class in place of its colour"
-    return (
-        f"{path} is coded in colours ({mode}, {count} different ones); masks are PNG of class ids: "
-        f"{way}"
-    )
-
-
 def one_class_message(place: Path, ids: set[int]) -> str:
     """The message about masks with a single class."""
     if ids == {0, IGNORED}:
         return (
             f"the masks in {place} hold 0 and {IGNORED} alone, and {IGNORED} means ignored, so "
-            f"only class 0 is left; write 1 in place of {IGNORED} if it is your second class"
+            f"only class 0 is left; write 1 in place of {IGNORED} if it is your second class, or "
+            f'give --ids "0:0,{IGNORED}:1"'
         )
     return (
         f"the masks in {place} hold the ids {', '.join(map(str, sorted(ids)))} alone ({IGNORED} "

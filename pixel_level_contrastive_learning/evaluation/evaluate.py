@@ -245,6 +245,8 @@ def evaluate(
     out: str | Path | None = None,
     device: str | None = None,
     pages: Pages = "auto",
+    ids: str | None = None,
+    colours: str | Path | None = None,
 ) -> Evaluation:
     """What weights are worth: the same network with random weights stands beside them.
 
@@ -275,6 +277,8 @@ def evaluate(
         out: Folder for ``evaluation.json``, without labels ``correspondence.json``, and pictures.
         device: Where to compute; default: a GPU if there is one.
         pages: What several images in a file are read as, see `open_source`.
+        ids: The id of each value in the masks, see `open_labelled`.
+        colours: A file with the class of each colour in the masks, likewise.
 
     Raises:
         ValueError: Values out of range (all at once), weights or layers that are not there, or
@@ -296,6 +300,8 @@ def evaluate(
                 ("fraction", fraction, 1.0),
                 ("split", split, "val"),
                 ("steps", steps, STEPS),
+                ("ids", ids, None),
+                ("colours", colours, None),
             )
             if data is None and images is not None
         ),
@@ -311,7 +317,7 @@ def evaluate(
         repeats = range(seed, seed + (seeds or 1))
         found = without_labels(weights, images, layers, size, repeats, place, pages)
     else:
-        train, judged = open_labelled(data, ("train", split))
+        train, judged = open_labelled(data, ("train", split), ids=ids, colours=colours, pages=pages)
         field = line_up(weights, FileSource([str(path) for path in train.images]))
         count = seeds or (FINETUNE_SEEDS if protocol == "finetune" else 1)
         prepare = Preparation.of(field.card, size, field.contenders[-1].build(seed))

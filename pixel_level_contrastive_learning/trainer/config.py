@@ -248,6 +248,10 @@ class PretrainConfig:
     probe: str | None = None
     """Labelled folder (images/{train,val} and masks/{train,val}) to probe during training.
     The checkpoint with the highest mean IoU is kept as best.ckpt."""
+    ids: str | None = None
+    """Ids of the values in the masks of --probe, such as "0:0,255:1". By default values are ids."""
+    colours: str | None = None
+    """File of the colours in the masks of --probe and their classes, one a line: 128 0 0 road."""
     probe_protocol: Literal["linear", "knn"] = "knn"
     """Probe: a linear classifier, or k nearest neighbours."""
     probe_every: int | Auto = "auto"
@@ -302,7 +306,7 @@ def precision(name: str, value: object) -> str | None:
 
 
 OWN_LIMITS: Mapping[str, Check] = {
-    **dict.fromkeys(("out", "config", "weights", "probe"), plain_text),
+    **dict.fromkeys(("out", "config", "weights", "probe", "ids", "colours"), plain_text),
     **dict.fromkeys(("model", "pixel_layer", "instance_layer", "optimizer"), plain_text),
     **dict.fromkeys(
         ("resume", "overwrite", "dry_run", "zero_init_residual"),

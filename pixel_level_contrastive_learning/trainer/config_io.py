@@ -155,6 +155,7 @@ def absolute_settings(config: PretrainConfig) -> dict[str, Any]:
         "out": config.out and absolute(config.out),
         "weights": start_weights(config.weights),
         "probe": config.probe and absolute(config.probe),
+        "colours": config.colours and absolute(config.colours),
     }
 
 

@@ -105,7 +105,11 @@ def set_up(config: PretrainConfig, objects: Any, run_dir: RunDir) -> Setup:
     resume_changes(config, before)  # refuses another model before it is built
     resumed = run_dir.path if config.resume else None
     data = build.open_data(objects if objects is not None else config.data, config, resumed)
-    probe_splits = open_labelled(config.probe) if config.probe is not None else ()
+    probe_splits: Sequence[SegmentationDataset] = ()
+    if config.probe is not None:
+        probe_splits = open_labelled(
+            config.probe, ids=config.ids, colours=config.colours, pages=config.pages
+        )
     size, channels = view_size(config, data.statistics.median_size), data.statistics.channels
     torch.manual_seed(config.seed)
     load = not (config.resume and run_dir.checkpoint_paths())

@@ -8,11 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
+from pixel_level_contrastive_learning.data.masks import read_mask
 from pixel_level_contrastive_learning.data.segmentation import (
     SegmentationDataset,
     open_labelled,
     read_classes,
-    read_mask,
 )
 
 
@@ -160,8 +160,8 @@ def test_colours_turned_to_gray_are_refused_unless_they_are_named(labelled) -> N
     names = labelled / "classes.txt"
     assert refusal(labelled) == (
         f"the masks in {labelled / 'masks'} hold only 3 of the ids up to 150, such as 0, 76, "
-        "150, like colours turned to gray; number the classes 0, 1, 2 and so on, or name all "
-        f"151 in {names} if these are their ids"
+        "150, like colours turned to gray; number the classes 0, 1, 2 and so on (--ids "
+        f'"0:0,76:1,150:2" does so), or name all 151 in {names} if these are their ids'
     )
     names.write_text("\n".join(f"kind {label}" for label in range(151)))
     assert len(opened(labelled)[0].classes) == 151
@@ -226,11 +226,12 @@ def test_another_size_is_refused(labelled) -> None:
 def test_a_missing_mask_is_named(labelled) -> None:
     path = labelled / "masks/train/4.png"
     with Image.open(path) as mask:
-        mask.save(path.with_suffix(".bmp"))
+        mask.save(path.with_suffix(".webp"))
     path.unlink()
     assert refusal(labelled) == (
-        f"{path} is not there (there is 4.bmp); 1 of 10 images have no mask: masks are PNG files "
-        "with the names of their images, so write them, or remove those images"
+        f"{path} is not there (there is 4.webp); 1 of 10 images have no mask: masks have the names "
+        "of their images, perhaps with _mask after it, and end in .png, .tif, .tiff, .bmp, .gif, "
+        ".npy, so write them, or remove those images"
     )
 
 
@@ -240,8 +241,9 @@ def test_colours_are_refused(labelled) -> None:
     colours[:10] = (0, 128, 0)
     write(path, colours)
     assert refusal(labelled) == (
-        f"{path} is coded in colours (RGB, 2 different ones); masks are PNG of class ids: write "
-        "one channel that holds the number of each pixel's class in place of its colour"
+        f"{path} is coded in colours (RGB, 2 different ones), where masks hold class ids: name the "
+        "class of each colour in a file (--colours FILE, lines such as '128 0 0 1'), or write one "
+        "channel that holds the number of each pixel's class"
     )
     for channels in (2, 3):  # gray with alpha, gray as RGB
         write(path, np.ones((32, 48, channels), np.uint8))
@@ -256,7 +258,7 @@ def test_ids_that_are_none_are_refused(labelled) -> None:
     write(path, np.full((32, 48), 700, np.uint16))
     assert refusal(labelled) == (
         f"{path} has ids from 700 to 700; write 8-bit PNG with ids from 0 to 254, and 255 for "
-        "pixels to ignore"
+        'pixels to ignore, or name the id of each value with --ids "700:0,700:1"'
     )
 
 
@@ -283,7 +285,8 @@ def test_masks_of_nothing_and_all_are_explained(labelled) -> None:
         write(path, np.kron([[0, 255]], np.ones((32, 24))).astype(np.uint8))
     assert refusal(labelled) == (
         f"the masks in {labelled / 'masks/train'} hold 0 and 255 alone, and 255 means ignored, so "
-        "only class 0 is left; write 1 in place of 255 if it is your second class"
+        "only class 0 is left; write 1 in place of 255 if it is your second class, or give --ids "
+        '"0:0,255:1"'
     )
 
 

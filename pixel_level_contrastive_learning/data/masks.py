@@ -1,0 +1,364 @@
+"""Masks: files of class ids or of colours, read exactly or refused with the file's name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .decoding import NPY, TIFF
+from .image import ImageError
+from .orientation import ORIENTATION_TAG, PNG, orientation_of, split_png, turn_upright
+from .picture import open_by_pillow
+from .tiff import opened_tiff, photometric_of, tiff_images
+
+IGNORED = 255
+"""The id of pixels that are neither trained on nor counted."""
+MASK_SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".gif", ".npy")
+"""Of several files with the name of an image, the first of these is its mask."""
+MASK_ENDINGS = ("", "_mask", "-mask", "_masks", "_label", "_labels", "_seg", "_gt")
+"""What may stand after the name of the image."""
+SHOWN_COLOURS = 3
+"""Colours or ids that an error lists."""
+
+Colour = tuple[int, int, int]
+Palette = Mapping[int, Colour]
+"""The colours of the indices that a mask uses."""
+
+
+@dataclass(frozen=True)
+class MaskCoding:
+    """How the values of masks become ids; without both, values are ids.
+
+    Attributes:
+        ids: The id of each value.
+        colours: The id of each colour.
+        file: The file that the colours stand in.
+    """
+
+    ids: Mapping[int, int] | None = None
+    colours: Mapping[Colour, int] | None = None
+    file: str = ""
+
+
+PLAIN = MaskCoding()
+
+
+class Stored(NamedTuple):
+    """A mask as it is stored, upright.
+
+    Attributes:
+        values: ``(h, w)`` whole numbers, or ``(h, w, 3)`` uint8 colours.
+        palette: ``(n, 3)`` uint8 colours of the values, where it has such.
+        mode: What kind of pixels they are, for people.
+    """
+
+    values: np.ndarray[Any, Any]
+    palette: np.ndarray[Any, Any] | None
+    mode: str
+
+
+def find_masks(folder: Path, images: Sequence[Path]) -> list[Path | None]:
+    """The mask of each image, whose paths are relative: the same name, with another ending."""
+    there: dict[Path, dict[str, str]] = {}
+    found: list[Path | None] = []
+    for image in images:
+        place = folder / image.parent
+        if place not in there:
+            files = sorted(place.iterdir(), reverse=True) if place.is_dir() else []
+            there[place] = {file.stem + file.suffix.lower(): file.name for file in files}
+        names = [image.stem + end + suffix for end in MASK_ENDINGS for suffix in MASK_SUFFIXES]
+        name = next((there[place][name] for name in names if name in there[place]), None)
+        found.append(None if name is None else place / name)
+    return found
+
+
+def read_mask(path: Path, coding: MaskCoding = PLAIN) -> Tensor:
+    """The ids ``(height, width)`` uint8 in a mask, upright."""
+    return read_coded(path, coding)[0]
+
+
+def read_coded(path: Path, coding: MaskCoding) -> tuple[Tensor, Palette]:
+    """The ids ``(height, width)`` uint8 in a mask, and their colours where it has a palette.
+
+    Raises:
+        ValueError: It cannot be read exactly: why, and what to do.
+    """
+    try:
+        stored = read_stored(path.read_bytes())
+    except Exception as error:  # damaged bytes make decoders raise anything at all
+        raise ValueError(f"{path} cannot be read as a mask: {error}; write it anew") from error
+    values = stored.values
+    if coding.colours is not None:
+        return torch.from_numpy(ids_of_colours(path, stored, coding)), {}
+    if values.ndim != 2:
+        raise ValueError(colours_message(path, stored.mode, values))
+    if values.dtype.kind == "f":
+        if not (values == np.round(values)).all():
+            raise ValueError(
+                f"{path} has values that are no whole numbers, such as "
+                f"{values[values != np.round(values)][0]:g}; write class ids"
+            )
+        values = values.astype(np.int64)
+    used = np.unique(values).tolist()
+    if stored.mode == "MINISWHITE" and coding.ids is None:
+        raise ValueError(
+            f"{path} says that white is 0, so its values, {used[0]} to {used[-1]}, may be meant "
+            'the other way round; name the id of each, such as --ids "0:0,1:1"'
+        )
+    if coding.ids is not None:
+        unknown = [value for value in used if value not in coding.ids]
+        if unknown:
+            raise ValueError(
+                f"{path} has {', '.join(map(str, unknown[:SHOWN_COLOURS]))}, which --ids does not "
+                f"name; add {unknown[0]}:ID to it, or {unknown[0]}:{IGNORED} to ignore such pixels"
+            )
+        values = np.array([coding.ids[v] for v in used])[np.searchsorted(used, values)]
+        return torch.from_numpy(values.astype(np.uint8)), {}
+    if used[0] < 0 or used[-1] > IGNORED:
+        raise ValueError(
+            f"{path} has ids from {used[0]} to {used[-1]}; write 8-bit PNG with ids from 0 to "
+            f"{IGNORED - 1}, and {IGNORED} for pixels to ignore, or name the id of each value "
+            f'with --ids "{used[0]}:0,{used[-1]}:1"'
+        )
+    colours = {} if stored.palette is None else dict(enumerate(map(tuple, stored.palette.tolist())))
+    kept = {index: colours[index] for index in used if index in colours}
+    return torch.from_numpy(values.astype(np.uint8)), kept
+
+
+def read_stored(content: bytes) -> Stored:
+    """What a mask's file holds."""
+    if content.startswith(NPY):
+        array = np.load(BytesIO(content), allow_pickle=False)
+        return Stored(array.squeeze() if array.ndim > 2 else array, None, f"{array.dtype} array")
+    if content.startswith(TIFF):
+        return read_tiff_mask(content)
+    return read_picture_mask(content)
+
+
+def read_tiff_mask(content: bytes) -> Stored:
+    """A mask in a TIFF."""
+    with opened_tiff(content) as file:
+        [*others, planes] = tiff_images(file).images
+        if others or len(planes) != 1:
+            raise ImageError(f"it has {len(file.pages)} pages, and a mask has one")
+        page = file.series[planes[0].series].keyframe
+        photometric, tag = photometric_of(page), page.tags.get(ORIENTATION_TAG)
+        if photometric in ("YCBCR", "SEPARATED", "CIELAB"):
+            raise ImageError(f"its pixels are {photometric}; they must be ids or RGB")
+        try:
+            values = page.asarray()
+        except (KeyError, ValueError) as error:
+            raise ImageError(f"{error.args[0]}: pip install imagecodecs") from error
+        palette = page.colormap
+    if "S" in page.axes and page.axes[0] == "S":
+        values = np.moveaxis(values, 0, -1)
+    orientation = int(tag.value) if tag else 1
+    colours = None if palette is None else (palette.T >> 8).astype(np.uint8)
+    return Stored(turned(values, orientation), colours, photometric)
+
+
+def read_picture_mask(content: bytes) -> Stored:
+    """A mask in a PNG, BMP or GIF."""
+    bits, orientation = 8, 1
+    if png := content.startswith(PNG):
+        content, orientation = split_png(content)
+        bits = content[24]
+    image = open_by_pillow(content)
+    if getattr(image, "n_frames", 1) > 1:
+        raise ImageError("it has several frames, and a mask has one")
+    orientation = orientation if png else orientation_of(image)
+    if bits == 16 and image.mode in ("RGB", "RGBA", "LA"):
+        raise ImageError("it has 16-bit colours, of which only 8 bits would be read")
+    values = np.array(image)
+    if bits in (2, 4) and image.mode == "L":
+        values //= 255 // (2**bits - 1)  # Pillow spreads them over 8 bits
+    palette = None
+    if image.mode == "P":
+        palette = np.array(image.getpalette("RGB"), np.uint8).reshape(-1, 3)
+        if image.format == "GIF" and (palette == palette[:, :1]).all():
+            values, palette = palette[values, 0], None  # writers number its grays anew
+    return Stored(turned(values, orientation), palette, image.mode)
+
+
+def turned(values: np.ndarray[Any, Any], orientation: int) -> np.ndarray[Any, Any]:
+    """Stored values ``(h, w, ...)`` turned upright."""
+    if orientation == 1:
+        return values
+    places = torch.arange(values.shape[0] * values.shape[1]).view(values.shape[:2])
+    flat = values.reshape(-1, *values.shape[2:])
+    upright: np.ndarray[Any, Any] = flat[turn_upright(places[None], orientation)[0].numpy()]
+    return upright
+
+
+def ids_of_colours(path: Path, stored: Stored, coding: MaskCoding) -> np.ndarray[Any, Any]:
+    """The ids of a mask's colours; gray values are colours, too."""
+    assert coding.colours is not None
+    values = stored.values
+    if stored.palette is not None:
+        values = stored.palette[values]
+    if values.dtype == np.bool_:
+        values = values * np.uint8(255)
+    if values.dtype != np.uint8:
+        raise ValueError(f"{path} has values of type {values.dtype}, which are no 8-bit colours")
+    if values.ndim == 2 or values.shape[-1] < 3:
+        values = np.repeat(values.reshape(*values.shape[:2], -1)[..., :1], 3, axis=-1)
+    packed = values[..., :3].astype(np.int64) @ (65536, 256, 1)
+    used, counts = np.unique(packed, return_counts=True)
+    colours = [(code >> 16, code >> 8 & 255, code & 255) for code in used.tolist()]
+    unknown = [
+        (-n, c) for c, n in zip(colours, counts.tolist(), strict=True) if c not in coding.colours
+    ]
+    if unknown:
+        some = "; ".join(
+            f"{' '.join(map(str, colour))} ({-count / packed.size:.1%} of it)"
+            for count, colour in sorted(unknown)[:SHOWN_COLOURS]
+        )
+        raise ValueError(
+            f"{path} has {len(unknown)} colours that {coding.file} does not name: {some}; add "
+            f"them there, with {IGNORED} as the class to ignore them"
+        )
+    ids = np.array([coding.colours[colour] for colour in colours], np.uint8)
+    found: np.ndarray[Any, Any] = ids[np.searchsorted(used, packed)]
+    return found
+
+
+def colours_message(path: Path, mode: str, colours: np.ndarray[Any, Any]) -> str:
+    """The message about a mask that holds colours."""
+    if colours.ndim != 3 or colours.shape[-1] > 4:
+        return f"{path} has the shape {colours.shape}; a mask is (height, width)"
+    count = len(np.unique(colours.reshape(-1, colours.shape[-1]), axis=0))
+    if colours.shape[-1] == 2 or (colours[..., 0] == colours[..., 1]).all():  # gray, or with alpha
+        way = "if its gray values are the ids, write one channel: Image.open(path).getchannel(0)"
+    else:
+        way = (
+            "name the class of each colour in a file (--colours FILE, lines such as '128 0 0 1'), "
+            "or write one channel that holds the number of each pixel's class"
+        )
+    return (
+        f"{path} is coded in colours ({mode}, {count} different ones), where masks hold class ids: "
+        f"{way}"
+    )
+
+
+class Palettes:
+    """The colours that ids have in all masks looked at, which must not differ."""
+
+    def __init__(self) -> None:
+        self.seen: dict[int, tuple[Colour, Path]] = {}
+
+    def differ(self, path: Path, palette: Palette) -> str | None:
+        """The message where an id has another colour here than in an earlier mask."""
+        for label, colour in palette.items():
+            before, other = self.seen.setdefault(label, (colour, path))
+            if before != colour:
+                return (
+                    f"{path} gives id {label} the colour {' '.join(map(str, colour))}, and {other} "
+                    f"{' '.join(map(str, before))}: their palettes differ, so the same id is not "
+                    "the same class. Name the class of each colour in a file (--colours FILE, "
+                    "lines such as '128 0 0 1'), or give --ids with all ids (\"0:0,1:1\") if they "
+                    "are right whatever their colours"
+                )
+        return None
+
+
+# What the user says of the coding.
+
+
+def read_coding(
+    ids: str | None, colours: str | Path | None, classes: Sequence[str] | None
+) -> tuple[MaskCoding, tuple[str, ...] | None]:
+    """The coding that is asked for, and the names of the classes that its file brings.
+
+    Args:
+        ids: Values and their ids, such as ``0:0,255:1``.
+        colours: A file with a line for each colour, ``red green blue class``.
+        classes: The names of the classes, where they are known.
+
+    Raises:
+        ValueError: Both are given, or one cannot be read.
+    """
+    if ids is not None and colours is not None:
+        raise ValueError("ids and colours are both given; masks hold either values or colours")
+    if ids is not None:
+        return MaskCoding(ids=parse_ids(ids)), None
+    if colours is None:
+        return PLAIN, None
+    return read_colours(Path(colours).expanduser(), classes)
+
+
+def parse_ids(text: str) -> dict[int, int]:
+    """Values and their ids, from a text such as ``0:0,255:1``."""
+    parts = [part.strip() for part in text.split(",")]
+    pairs = [re.fullmatch(r"(-?\d+)\s*:\s*(\d+)", part) for part in parts]
+    found = {int(pair[1]): int(pair[2]) for pair in pairs if pair}
+    if len(found) != len(parts) or max(found.values()) > IGNORED:
+        raise ValueError(
+            f"ids is {text!r}; it must be VALUE:ID pairs such as 0:0,255:1, each value once, ids "
+            f"from 0 to {IGNORED - 1}, or {IGNORED} for pixels to ignore"
+        )
+    return found
+
+
+def read_colours(
+    path: Path, classes: Sequence[str] | None
+) -> tuple[MaskCoding, tuple[str, ...] | None]:
+    """The coding in a file of colours, and its classes where they are names not known yet."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"colours is {str(path)!r}, which cannot be read ({error}); name a text file of lines "
+            "such as '128 0 0 1' or '128 0 0 road'"
+        ) from error
+    labels: dict[Colour, str] = {}
+    for number, line in enumerate(lines, 1):
+        fields = [field for field in re.split(r"[\s,;]+", line.strip()) if field]
+        if not fields or (number == 1 and not re.search(r"\d", line)):  # a header
+            continue
+        colour, label = colour_and_label(fields)
+        if colour is None or not label:
+            raise ValueError(
+                f"{path} has {line!r} in line {number}, where red, green, blue (0 to 255) and a "
+                "class must stand, such as '128 0 0 1' or '128 0 0 road'"
+            )
+        if labels.setdefault(colour, label) != label:
+            raise ValueError(
+                f"{path} names {' '.join(map(str, colour))} twice, as {labels[colour]!r} and "
+                f"{label!r}; give each colour one class"
+            )
+    if not labels:
+        raise ValueError(f"{path} names no colour; write lines such as '128 0 0 1'")
+    known = [label for label in labels.values() if not label.isdecimal()]
+    names = tuple(classes) if classes else tuple(dict.fromkeys(known))
+    coded = {colour: class_id(path, label, names) for colour, label in labels.items()}
+    return MaskCoding(colours=coded, file=str(path)), names if known and not classes else None
+
+
+def colour_and_label(fields: Sequence[str]) -> tuple[Colour | None, str]:
+    """The colour and the class in a line: ``red green blue class``, or the class first."""
+    for start in (0, len(fields) - 3):
+        three = [int(f) if f.isdecimal() else -1 for f in fields[start : start + 3]]
+        if len(three) == 3 and all(0 <= value <= 255 for value in three):
+            red, green, blue = three
+            return (red, green, blue), " ".join((*fields[:start], *fields[start + 3 :]))
+    return None, ""
+
+
+def class_id(path: Path, label: str, names: Sequence[str]) -> int:
+    """The id of a class that a file of colours names or numbers."""
+    if label.isdecimal() and int(label) <= IGNORED:
+        return int(label)
+    if label in names:
+        return list(names).index(label)
+    raise ValueError(
+        f"{path} names the class {label!r}, which is not among {', '.join(names) or 'the ids'}; "
+        f"take one of these, or an id from 0 to {IGNORED - 1}, or {IGNORED} to ignore the colour"
+    )

@@ -1,0 +1,315 @@
+"""Masks of any format give the ids that were meant, or are refused with the way out."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import tifffile
+from PIL import Image
+
+from pixel_level_contrastive_learning.data.masks import (
+    IGNORED,
+    MaskCoding,
+    parse_ids,
+    read_coding,
+    read_mask,
+)
+from pixel_level_contrastive_learning.data.orientation import ORIENTATION_TAG
+from pixel_level_contrastive_learning.data.segmentation import open_labelled
+
+IDS = np.random.default_rng(0).integers(0, 3, (6, 8)).astype(np.uint8)
+COLOURS = np.array([[0, 0, 0], [128, 0, 0], [0, 128, 0]], np.uint8)
+
+
+def picture(kind: str, array: np.ndarray, mode: str | None = None, **how: object) -> bytes:
+    """An array as Pillow writes it; a palette of `COLOURS` where it is of indices."""
+    image = Image.fromarray(array, mode)
+    if mode == "P":
+        image.putpalette(COLOURS.flatten().tolist())
+    stream = io.BytesIO()
+    image.save(stream, kind, **how)
+    return stream.getvalue()
+
+
+def tiff(array: np.ndarray, **how: object) -> bytes:
+    """An array as a TIFF."""
+    stream = io.BytesIO()
+    tifffile.imwrite(stream, array, **how)
+    return stream.getvalue()
+
+
+def npy(array: np.ndarray) -> bytes:
+    """An array as a NumPy file."""
+    stream = io.BytesIO()
+    np.save(stream, array)
+    return stream.getvalue()
+
+
+def low_bits(bits: int) -> bytes:
+    """The ids as a gray PNG of 1, 2 or 4 bits, written by hand."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        check = struct.pack(">I", zlib.crc32(kind + data))
+        return struct.pack(">I", len(data)) + kind + data + check
+
+    rows = [
+        b"\0" + np.packbits([[v >> (bits - 1 - b) & 1 for b in range(bits)] for v in row]).tobytes()
+        for row in (IDS % 2**bits).tolist()
+    ]
+    head = struct.pack(">IIBBBBB", 8, 6, bits, 0, 0, 0, 0)
+    body = chunk(b"IDAT", zlib.compress(b"".join(rows)))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + body + chunk(b"IEND", b"")
+
+
+FILES = {
+    "gray.png": picture("PNG", IDS),
+    "palette.png": picture("PNG", IDS, "P"),
+    "deep.png": picture("PNG", IDS.astype(np.uint16)),
+    "bits2.png": low_bits(2),
+    "bits4.png": low_bits(4),
+    "gray.bmp": picture("BMP", IDS),
+    "palette.bmp": picture("BMP", IDS, "P"),
+    "palette.gif": picture("GIF", IDS, "P"),
+    "gray.tif": tiff(IDS),
+    "deep.tiff": tiff(IDS.astype(np.int32)),
+    "float.tif": tiff(IDS.astype(np.float32)),
+    "palette.tif": picture("TIFF", IDS, "P"),
+    "pillow.tif": picture("TIFF", IDS),
+    "whole.npy": npy(IDS.astype(np.int64)),
+    "float.npy": npy(IDS.astype(np.float64)),
+    "first.npy": npy(IDS[None]),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_ids_are_read_exactly(tmp_path, name) -> None:
+    (tmp_path / name).write_bytes(FILES[name])
+    assert read_mask(tmp_path / name).tolist() == IDS.tolist()
+
+
+def test_two_values_may_be_bits(tmp_path) -> None:
+    files = {
+        "a.png": low_bits(1),
+        "b.npy": npy(IDS % 2 > 0),
+        "c.tif": tiff(IDS % 2 > 0, photometric="minisblack"),
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+        assert read_mask(tmp_path / name).tolist() == (IDS % 2).tolist()
+
+
+@pytest.mark.parametrize("tag", range(1, 9))
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_masks_are_turned_as_images_are(tmp_path, tag, kind) -> None:
+    exif = Image.Exif()
+    exif[ORIENTATION_TAG] = tag
+    twin = picture("PNG", IDS, exif=exif)
+    path = tmp_path / "a.png"
+    turned = tiff(IDS, extratags=[(ORIENTATION_TAG, "H", 1, tag, True)])
+    path.write_bytes(twin if kind == "PNG" else turned)
+    from pixel_level_contrastive_learning.data.decoding import open_image
+
+    assert read_mask(path).tolist() == open_image(twin).read()[0].tolist()
+
+
+REFUSED = {
+    "values that are no whole numbers, such as 0.5": npy(np.full((2, 2), 0.5)),
+    "values that are no whole numbers, such as nan": npy(np.full((2, 2), np.nan)),
+    "has ids from -1 to 2": npy(IDS.astype(int) - (IDS == 0)),
+    "it has 3 pages, and a mask has one": tiff(np.stack([IDS] * 3), photometric="minisblack"),
+    "it has several frames": picture(
+        "GIF", IDS, "P", save_all=True, append_images=[Image.fromarray(IDS + 9)]
+    ),
+    "says that white is 0, so its values, 0 to 2, may be meant the other way": tiff(
+        IDS, photometric="miniswhite"
+    ),
+    "is coded in colours (RGB, 3 different ones)": picture("PNG", COLOURS[IDS]),
+    "has the shape (2, 6, 8)": npy(np.stack([IDS, IDS])),
+    "not an image": picture("JPEG", IDS),
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_what_is_no_mask_of_ids_is_refused(tmp_path, reason) -> None:
+    (tmp_path / "a.png").write_bytes(REFUSED[reason])
+    with pytest.raises(ValueError) as error:
+        read_mask(tmp_path / "a.png")
+    said = str(error.value)
+    assert reason in said or (reason == "not an image" and "cannot be read as a mask" in said)
+
+
+# Values and colours.
+
+
+def test_the_id_of_each_value_can_be_named(tmp_path) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(picture("PNG", np.array([[0, 128, 255]], np.uint8)))
+    assert read_mask(path, MaskCoding(ids=parse_ids("0:0, 128:255, 255:1"))).tolist() == [
+        [0, 255, 1]
+    ]
+    with pytest.raises(ValueError) as error:
+        read_mask(path, MaskCoding(ids=parse_ids("0:0,255:1")))
+    assert str(error.value) == (
+        f"{path} has 128, which --ids does not name; add 128:ID to it, or 128:255 to ignore such "
+        "pixels"
+    )
+    path.write_bytes(tiff(IDS > 0))  # which tifffile marks so that white is 0
+    named = read_mask(path, MaskCoding(ids={0: 0, 1: 1}))
+    assert named.tolist() == (IDS > 0).astype(int).tolist()
+    path.write_bytes(npy(np.array([[-1, 0, 7]])))
+    assert read_mask(path, MaskCoding(ids=parse_ids("-1:255,0:0,7:1"))).tolist() == [[255, 0, 1]]
+
+
+@pytest.mark.parametrize("text", ["", "0", "0:0,0:1", "0:256", "a:1", "0:-1", "0:0;255:1"])
+def test_ids_that_cannot_be_read_are_refused(text) -> None:
+    with pytest.raises(ValueError, match=r"^ids is .*; it must be VALUE:ID pairs such as"):
+        parse_ids(text)
+
+
+CODED = {
+    "RGB": picture("PNG", COLOURS[IDS]),
+    "RGBA": picture("PNG", np.dstack([COLOURS[IDS], np.full(IDS.shape, 9, np.uint8)])),
+    "palette": picture("PNG", IDS, "P"),
+    "BMP": picture("BMP", COLOURS[IDS]),
+    "TIFF": tiff(COLOURS[IDS], photometric="rgb"),
+    "TIFF palette": picture("TIFF", IDS, "P"),
+    "array": npy(COLOURS[IDS]),
+}
+WRITTEN = {
+    "numbers": "0 0 0 0\n128 0 0 1\n0 128 0 2\n",
+    "names": "0 0 0 ground\n128 0 0 red roof\n\n0,128,0,green\n",
+    "names first, a header": "name,r,g,b\nground,0,0,0\nred roof,128,0,0\ngreen,0,128,0\n",
+}
+
+
+@pytest.mark.parametrize("kind", CODED)
+@pytest.mark.parametrize("text", WRITTEN)
+def test_masks_of_colours_are_read_by_a_file(tmp_path, kind, text) -> None:
+    (tmp_path / "a.png").write_bytes(CODED[kind])
+    (tmp_path / "colours.txt").write_text(WRITTEN[text])
+    for classes in (None, ("ground", "red roof", "green")):
+        coding, names = read_coding(None, tmp_path / "colours.txt", classes)
+        assert read_mask(tmp_path / "a.png", coding).tolist() == IDS.tolist()
+        new = text != "numbers" and classes is None
+        assert names == (("ground", "red roof", "green") if new else None)
+
+
+def test_gray_values_are_colours_too(tmp_path) -> None:
+    (tmp_path / "a.png").write_bytes(picture("PNG", np.array([[0, 255]], np.uint8)))
+    (tmp_path / "colours.txt").write_text("0 0 0 0\n255 255 255 255\n")
+    coding, _ = read_coding(None, tmp_path / "colours.txt", None)
+    assert read_mask(tmp_path / "a.png", coding).tolist() == [[0, IGNORED]]
+
+
+def test_colours_that_are_not_named_are_refused(tmp_path) -> None:
+    path, file = tmp_path / "a.png", tmp_path / "colours.txt"
+    path.write_bytes(picture("PNG", COLOURS[np.array([[0, 1, 1, 2]])]))
+    file.write_text("0 0 0 0\n")
+    coding, _ = read_coding(None, file, None)
+    with pytest.raises(ValueError) as error:
+        read_mask(path, coding)
+    assert str(error.value) == (
+        f"{path} has 2 colours that {file} does not name: 128 0 0 (50.0% of it); 0 128 0 (25.0% of "
+        "it); add them there, with 255 as the class to ignore them"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "names no colour"),
+        ("1 2 3\n", "in line 1, where red, green, blue (0 to 255) and a class must stand"),
+        ("1 2 300 road\n", "in line 1, where red, green, blue"),
+        ("1 2 3 road\n1 2 3 sky\n", "names 1 2 3 twice, as 'road' and 'sky'"),
+        ("1 2 3 moon\n", "names the class 'moon', which is not among road, sky"),
+        ("1 2 3 256\n", "names the class '256', which is not among road, sky"),
+    ],
+)
+def test_files_of_colours_that_cannot_be_read_are_refused(tmp_path, text, reason) -> None:
+    (tmp_path / "colours.txt").write_text(text)
+    with pytest.raises(ValueError) as error:
+        read_coding(None, tmp_path / "colours.txt", ("road", "sky"))
+    assert reason in str(error.value)
+    with pytest.raises(ValueError, match=r"^colours is .*nowhere.*, which cannot be read"):
+        read_coding(None, tmp_path / "nowhere", None)
+    with pytest.raises(ValueError, match=r"^ids and colours are both given"):
+        read_coding("0:0", tmp_path / "colours.txt", None)
+
+
+# In a labelled folder.
+
+
+def repainted(folder, orders) -> None:
+    """Write the masks as palettes whose colours stand in the order given for each file."""
+    for number, path in enumerate(sorted((folder / "masks").rglob("*.png"))):
+        order = np.array(orders[number % len(orders)])
+        with Image.open(path) as image:
+            ids = np.where(np.array(image) == 255, 0, np.array(image))
+        written = Image.fromarray(np.argsort(order)[ids].astype(np.uint8), "P")
+        written.putpalette(COLOURS[order].flatten().tolist())
+        written.save(path)
+
+
+def test_palettes_that_differ_are_refused_or_read_by_colour(labelled, tmp_path) -> None:
+    repainted(labelled, [[0, 1, 2], [2, 1, 0]])
+    with pytest.raises(ValueError) as error:
+        open_labelled(labelled)
+    first, second = labelled / "masks/train/0.png", labelled / "masks/train/1.png"
+    assert str(error.value).splitlines()[0] == (
+        f"{second} gives id 0 the colour 0 128 0, and {first} 0 0 0: their palettes differ, so the "
+        "same id is not the same class. Name the class of each colour in a file (--colours FILE, "
+        "lines such as '128 0 0 1'), or give --ids with all ids (\"0:0,1:1\") if they are right "
+        "whatever their colours"
+    )
+    file = tmp_path / "colours.txt"
+    file.write_text("0 0 0 red\n128 0 0 green\n0 128 0 blue\n")
+    train, _ = open_labelled(labelled, colours=file)
+    for index in range(2):
+        sample = train.read(index)
+        shown = sample.mask != 0  # where nothing was known, 0 was written
+        assert (sample.pixels.argmax(0)[shown] == sample.mask[shown]).all()
+    assert len(open_labelled(labelled, ids="0:0,1:1,2:2")[0]) == 10
+
+
+def test_palettes_that_agree_where_they_are_used_are_ids(labelled) -> None:
+    repainted(labelled, [[0, 1, 2]])
+    assert len(open_labelled(labelled)[0]) == 10
+
+
+@pytest.mark.parametrize(
+    "ending", ["_mask.png", ".tif", "_label.TIF", "-mask.bmp", ".npy", "_gt.gif"]
+)
+def test_masks_are_found_by_other_endings(labelled, ending) -> None:
+    expected = [open_labelled(labelled)[0].read(i).mask.tolist() for i in range(10)]
+    for path in sorted((labelled / "masks").rglob("*.png")):
+        with Image.open(path) as image:
+            ids = np.array(image)
+        path.unlink()
+        to = path.with_name(path.stem + ending)
+        np.save(to, ids) if ending == ".npy" else Image.fromarray(ids).save(to)
+    train, _ = open_labelled(labelled)
+    assert [train.read(i).mask.tolist() for i in range(10)] == expected
+
+
+def test_names_in_a_file_of_colours_name_the_classes(labelled, tmp_path) -> None:
+    repainted(labelled, [[0, 1, 2]])
+    (labelled / "classes.txt").unlink()
+    file = tmp_path / "colours.txt"
+    file.write_text("0 0 0 rot\n128 0 0 grün\n0 128 0 blau\n", encoding="utf-8")
+    assert open_labelled(labelled, colours=file)[0].classes == ("rot", "grün", "blau")
+
+
+def test_an_image_of_several_pages_has_no_mask(labelled) -> None:
+    path = labelled / "images/train/0.png"
+    path.unlink()
+    pages = np.zeros((3, 32, 48), np.uint8)
+    tifffile.imwrite(
+        path.with_suffix(".tif"), pages, photometric="minisblack", metadata={"axes": "ZYX"}
+    )
+    with pytest.raises(ValueError, match=r"0.tif holds 3 images, and its mask belongs to one"):
+        open_labelled(labelled)
+    train, _ = open_labelled(labelled, pages="channels")
+    assert train.read(0).pixels.shape == (3, 32, 48)
+    assert open_labelled(labelled, pages="first")[0].read(0).pixels.shape == (1, 32, 48)
