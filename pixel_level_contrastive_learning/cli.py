@@ -49,6 +49,7 @@ def evaluate(
     out: str | None = None,
     device: str | None = None,
     pages: Pages = "auto",
+    nodata: float | None = None,
     ids: str | None = None,
     colours: str | None = None,
 ) -> None:
@@ -70,6 +71,7 @@ def evaluate(
         out: Folder for evaluation.json (without labels: correspondence.json) and pictures.
         device: Device to compute on, such as cpu or cuda:1; by default a GPU if there is one.
         pages: What several pages or frames in a file are, as for `pixelcl pretrain`.
+        nodata: Value of images where nothing was measured, such as -9999.
         ids: Ids of the values in the masks, such as "0:0,255:1"; by default values are ids.
         colours: File that names the class of each colour in the masks, one a line: 128 0 0 road.
     """
@@ -92,6 +94,7 @@ def evaluate(
             out=out,
             device=device,
             pages=pages,
+            nodata=nodata,
             ids=ids,
             colours=colours,
         )
@@ -148,6 +151,7 @@ def prepare(
     max_broken: float = 0.01,
     workers: int | None = None,
     pages: Pages = "auto",
+    nodata: float | None = None,
 ) -> None:
     """Write images into shards, large ones scaled down, so that training decodes less.
 
@@ -162,6 +166,7 @@ def prepare(
         max_broken: Share of images that may be unreadable before it stops; unless it is 0, one may.
         workers: Threads; by default one per core.
         pages: What several pages or frames in a file are, as for `pixelcl pretrain`.
+        nodata: Value of images where nothing was measured, such as -9999.
     """
     from .data.shard_writer import write_shards
     from .trainer.logging import logging_to
@@ -176,6 +181,7 @@ def prepare(
             max_broken=max_broken,
             workers=workers,
             pages=pages,
+            nodata=nodata,
         )
     print(report)
 

@@ -17,10 +17,10 @@ from pixel_level_contrastive_learning.trainer.config import PretrainConfig
 
 PACKAGE = "pixel_level_contrastive_learning"
 FLAGS_OF_PRETRAIN = """
---out --config --recipe --resume --overwrite --dry-run --pages --model --weights --channels
---pixel-layer --instance-layer --zero-init-residual --image-size --crop-area --aspect-ratio
---prob-hflip
---prob-vflip --max-rotation --jitter --prob-jitter --prob-gray --prob-blur --blur-sigma
+--out --config --recipe --resume --overwrite --dry-run --pages --nodata --model --weights
+--channels --pixel-layer --instance-layer --zero-init-residual --image-size --crop-area
+--aspect-ratio --prob-hflip --prob-vflip --max-rotation --jitter --prob-jitter --prob-gray
+--prob-blur --blur-sigma
 --prob-solarise --loss --alpha --instance-weight --projection-size --projection-hidden-size
 --ppm-num-layers --ppm-gamma --distance-thres --similarity-temperature --batch-size --accumulate
 --epochs --steps --optimizer --lr --weight-decay --warmup-epochs --final-lr --target-momentum
@@ -215,11 +215,15 @@ def test_flags_of_evaluate_arrive(monkeypatch) -> None:
         raise ValueError
 
     monkeypatch.setattr(evaluate, "evaluate", noted)
-    for flags in ((), ("--steps", "1000", "--fraction", "0.1", "--device", "cpu")):
+    reading = ("--pages", "first", "--nodata", "-1", "--ids", "0:0", "--colours", "c.txt")
+    for flags in ((), ("--steps", "1000", "--fraction", "0.1", "--device", "cpu", *reading)):
         cli.main(["evaluate", "w", "--data", "d", "--protocol", "finetune", *flags])
     assert [one["steps"] for one in asked] == [finetuning.STEPS, 1000]
     assert [one["fraction"] for one in asked] == [1.0, 0.1]
     assert [one["device"] for one in asked] == [None, "cpu"]
+    names = ("pages", "nodata", "ids", "colours")
+    assert [asked[0][name] for name in names] == ["auto", None, None, None]
+    assert [asked[1][name] for name in names] == ["first", -1, "0:0", "c.txt"]
 
 
 def test_layers_are_listed(capsys) -> None:

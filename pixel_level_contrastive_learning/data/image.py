@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from io import BytesIO
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -125,6 +126,35 @@ def join(images: Sequence[LazyImage]) -> LazyImage:
     deep = any(image.high_depth for image in images)
     channels = sum(image.channels for image in images)
     return LazyImage(images[0].size, channels, deep, load)
+
+
+def without_value(image: LazyImage, value: float) -> LazyImage:
+    """An image in which a value means that nothing was measured, as NaN does.
+
+    8-bit pixels keep it: there it is only known which values were measured.
+    """
+    if not image.high_depth and value not in range(256):
+        return image
+
+    def load(scale: int) -> DecodedImage:
+        decoded = image.load(scale)
+        pixels = to_tensor(decoded.pixels)
+        gone = pixels == torch.tensor(value, dtype=pixels.dtype)  # rounded as they are
+        if pixels.is_floating_point():
+            return decoded._replace(pixels=pixels.masked_fill(gone, torch.nan))
+        return decoded._replace(pixels=pixels, known=~gone)
+
+    return replace(image, load=load)
+
+
+def to_array_file(image: LazyImage) -> bytes:
+    """An image as a NumPy file, NaN where nothing was measured."""
+    import numpy as np
+
+    decoded, stream = image.decode(), BytesIO()
+    pixels, known = to_tensor(decoded.pixels), decoded.known
+    np.save(stream, (pixels if known is None else pixels.where(known, torch.nan)).numpy())
+    return stream.getvalue()
 
 
 def largest_scale(factor: float) -> int:

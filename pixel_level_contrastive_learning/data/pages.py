@@ -12,18 +12,16 @@ import stat
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from io import BytesIO
 from struct import unpack
 from types import MappingProxyType
 from typing import IO, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..checks import Pages
 from .decoding import TIFF, open_image, stack_in
-from .image import ALL, MOST_JOINED, ImageError, LazyImage, Stack, to_tensor
+from .image import ALL, MOST_JOINED, ImageError, LazyImage, Stack, to_array_file
 from .orientation import PNG
 from .picture import AVIF, JPEG
 
@@ -208,11 +206,7 @@ class PagedFiles:
         file, image = self.locate(index)
         if image is None:
             return self.file_content(file)
-        pixels, _, _, known = self.open(index).decode()
-        pixels = to_tensor(pixels)
-        stream = BytesIO()
-        np.save(stream, (pixels if known is None else pixels.where(known, torch.nan)).numpy())
-        return stream.getvalue()
+        return to_array_file(self.open(index))
 
     def open(self, index: int) -> LazyImage:
         """Read the header of an image."""

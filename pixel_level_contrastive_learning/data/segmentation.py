@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..checks import Pages
 from .decoding import open_image
-from .image import ImageError, LazyImage
+from .image import ImageError, LazyImage, without_value
 from .masks import IGNORED as IGNORED
 from .masks import (
     MASK_SUFFIXES,
@@ -65,6 +65,7 @@ class SegmentationDataset:
         classes: The names of the classes, by id.
         folder: What names are relative to.
         coding: How the values of the masks become ids.
+        nodata: The value that stands in images where nothing was measured, beside NaN.
         merged: Which image of a file is read where it holds several, see `PagedFiles`.
     """
 
@@ -73,6 +74,7 @@ class SegmentationDataset:
     classes: tuple[str, ...]
     folder: Path
     coding: MaskCoding = PLAIN
+    nodata: float | None = None
     merged: Mapping[Path, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -106,9 +108,10 @@ class SegmentationDataset:
         """An image, not yet decoded; a `ValueError` names it where that cannot be."""
         path = self.images[index]
         try:
-            return open_image(path.read_bytes(), self.merged.get(path))
+            image = open_image(path.read_bytes(), self.merged.get(path))
         except (ImageError, OSError) as error:
             raise ValueError(f"{path} cannot be read: {error}; replace or remove it") from error
+        return image if self.nodata is None else without_value(image, self.nodata)
 
     def subset(self, indices: Sequence[int]) -> SegmentationDataset:
         """Some of the images, in the order given."""
@@ -129,6 +132,7 @@ def open_labelled(
     ids: str | None = None,
     colours: str | Path | None = None,
     pages: Pages = "auto",
+    nodata: float | None = None,
 ) -> list[SegmentationDataset]:
     """The splits of a folder of images and masks, every mask checked.
 
@@ -144,6 +148,7 @@ def open_labelled(
         ids: The id of each value in the masks, such as ``0:0,255:1``; by default values are ids.
         colours: A file with the class of each colour: for masks of colours, or of other palettes.
         pages: What several images in a file are read as, see `open_source`.
+        nodata: The value of images where nothing was measured, likewise.
 
     Raises:
         ValueError: Something is missing, or masks are wrong: the first files, and what to do.
@@ -156,7 +161,7 @@ def open_labelled(
     names = names or named
     opened = [open_split(folder, split, names or (), coding) for split in splits]
     merged = merge_pages([path for split in opened for path in split.images], pages)
-    opened = [replace(split, merged=merged) for split in opened]
+    opened = [replace(split, merged=merged, nodata=nodata) for split in opened]
     problems: list[str] = []
     palettes, count = Palettes(), len(names) if names else IGNORED
     found = [check_masks(split, count, palettes, problems) for split in opened]

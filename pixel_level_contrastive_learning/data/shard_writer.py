@@ -97,6 +97,7 @@ def write_shards(
     max_broken: float = 0.01,
     workers: int | None = None,
     pages: Pages = "auto",
+    nodata: float | None = None,
 ) -> ShardsReport:
     """Write images into shards, large ones made smaller, going on where an earlier call stopped.
 
@@ -113,6 +114,7 @@ def write_shards(
         max_broken: Share of images that may be unreadable, 0 to 1.
         workers: Threads; default: one for each core.
         pages: What several images in a file are read as, see `open_source`.
+        nodata: The value where nothing was measured; 16-bit and float images have NaN in its place.
 
     Raises:
         ValueError: A value out of range, no image, or a folder with something else in it.
@@ -127,7 +129,7 @@ def write_shards(
         None if workers is None else whole("workers", workers, 1),
     )
     places = [data] if isinstance(data, (str, Path)) else list(data)
-    source = open_source(places, pages=pages)
+    source = open_source(places, pages=pages, nodata=nodata)
     folder = Path(out).expanduser()
     names = [source.name(index) for index in range(len(source))]
     absolute = [name if "://" in name else os.path.abspath(name) for name in names]
@@ -138,6 +140,7 @@ def write_shards(
         "quality": quality,
         "images_each": images_each,
         "pages": None if pages == "auto" else pages,
+        "nodata": nodata,
     }
     index = ShardIndex(folder, settings)
     total, kept, bytes_before = -(-len(names) // images_each), 0, 0

@@ -20,7 +20,15 @@ from torch import Tensor
 from .. import run_layout
 from ..checks import Pages
 from .decoding import IMAGE_SUFFIXES
-from .image import ImageError, LazyImage, array_to_pixels, lazy_pixels, to_tensor
+from .image import (
+    ImageError,
+    LazyImage,
+    array_to_pixels,
+    lazy_pixels,
+    to_array_file,
+    to_tensor,
+    without_value,
+)
 from .pages import PagedFiles, Place, chance_of_several, settle_pages
 from .picture import HIGH_DEPTH_MODES, to_eight_bit, to_float
 from .shards import NameList, ShardSource, is_shards
@@ -178,6 +186,26 @@ class Subset(IndexedSource):
         return self.source, int(self.indices[index])
 
 
+class NodataSource(IndexedSource):
+    """A source in whose images a value means that nothing was measured."""
+
+    def __init__(self, source: Source, value: float) -> None:
+        self.source, self.value = source, value
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def locate(self, index: int) -> tuple[Source, int]:
+        return self.source, index
+
+    def content(self, index: int) -> bytes:
+        image = self.open(index)
+        return to_array_file(image) if image.high_depth else self.source.content(index)
+
+    def open(self, index: int) -> LazyImage:
+        return without_value(self.source.open(index), self.value)
+
+
 def split_held_out(source: Source, seed: int) -> tuple[Subset, Subset]:
     """Images to train on, and a few to look at that are never trained on.
 
@@ -201,7 +229,13 @@ def split_held_out(source: Source, seed: int) -> tuple[Subset, Subset]:
     return Subset(source, drawn[few:].sort().values), Subset(source, drawn[:few].sort().values)
 
 
-def open_source(data: Any, *, leave_out: str | Path | None = None, pages: Pages = "auto") -> Source:
+def open_source(
+    data: Any,
+    *,
+    leave_out: str | Path | None = None,
+    pages: Pages = "auto",
+    nodata: float | None = None,
+) -> Source:
     """The images that the user means.
 
     Args:
@@ -212,6 +246,7 @@ def open_source(data: Any, *, leave_out: str | Path | None = None, pages: Pages 
         leave_out: A folder that is not searched: the run's own.
         pages: What several images in a file are read as: images of their own, the channels of one,
             or the first alone; auto: see `settle_pages`.
+        nodata: The value that stands where nothing was measured, beside NaN and GDAL's tag.
 
     Raises:
         ValueError: Nothing usable is there: what was looked for and what was found.
@@ -223,6 +258,8 @@ def open_source(data: Any, *, leave_out: str | Path | None = None, pages: Pages 
     """
     if isinstance(data, (PagedFiles, ItemSource, IndexedSource)):
         return data
+    if nodata is not None:
+        return NodataSource(open_source(data, leave_out=leave_out, pages=pages), nodata)
     if isinstance(data, (str, os.PathLike)):
         data = [data]
     if isinstance(data, Sized) and len(data) == 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from dataclasses import dataclass
 from statistics import median
@@ -9,12 +10,14 @@ from typing import NamedTuple
 
 import torch
 from einops import rearrange
-from numpy import percentile
+from numpy import percentile, unique
 from torch import Tensor
 
 from ..augment import IMAGENET_MEAN, IMAGENET_STD
 from .image import ImageError, LazyImage, largest_scale, to_tensor
 from .sources import Source
+
+log = logging.getLogger(__name__)
 
 PerChannel = tuple[float, ...]
 Scaling = tuple[PerChannel, PerChannel, PerChannel | None, PerChannel | None]
@@ -26,6 +29,17 @@ VALUES_PER_IMAGE = 2**15
 """Values of one image that are measured, at most."""
 CONVERTIBLE = {(1, 3), (3, 1), (4, 3)}
 """Channels found and wanted that can be converted: gray, RGB, RGB and a mask."""
+
+
+USUAL_NODATA = (0, -999, -9999, -99999, -32768, 32767, 65535)
+"""Values that are often written where nothing was measured."""
+FAR, FAR_USUAL = 10.0, 1.0
+"""How many ranges of all other values a value lies away from them to be taken for no value: any,
+and one of the usual ones. What is bright or dark is rarely that far."""
+LEAST_SHARE = (100 - PERCENTILES[1]) / 100
+"""Share of all values that such a value has at least: with less, it moves no percentile."""
+LEAST_KINDS = 16
+"""Different values that the others must have: a few kinds of values are classes, not a range."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +76,7 @@ class Statistics:
         if not can_convert(image.channels, self.channels):
             raise ImageError(
                 f"it has {image.channels} channels where the others have {self.channels}; keep "
-                "images of one kind in a folder"
+                "images of one kind in a folder, or read pages otherwise (--pages)"
             )
         if image.high_depth and self.low is None:
             raise ImageError("it is 16-bit or float, where the images looked at were 8-bit")
@@ -215,6 +229,7 @@ def channel_statistics(values: list[tuple[Tensor, bool]]) -> Scaling:
     low = high = None
     if deep:
         raw = torch.cat(deep, dim=1).double()
+        warn_of_nodata(raw, leave_out_far(raw))
         both = [percentile(measured_only(channel).numpy(), PERCENTILES) for channel in raw]
         ends = torch.stack(list(map(torch.from_numpy, both)), dim=1)
         ends[1] = torch.where(ends[1] > ends[0], ends[1], ends[0] + 1)  # constant: no range
@@ -226,6 +241,48 @@ def channel_statistics(values: list[tuple[Tensor, bool]]) -> Scaling:
     mean = tuple(channel.mean().item() for channel in channels)
     std = tuple(channel.std(correction=0).clamp(min=1 / 255).item() for channel in channels)
     return mean, std, low, high
+
+
+def leave_out_far(raw: Tensor) -> Counter[float]:
+    """Values that stretch the range of a channel because they lie far from all others.
+
+    They are replaced by NaN in place.
+
+    Args:
+        raw: ``(c, n)`` float64.
+
+    Returns:
+        How often each was there.
+    """
+    found: Counter[float] = Counter()
+    for channel in raw:
+        for _ in range(2):  # one below all others, and one above
+            values = measured_only(channel)
+            for value in (values.min(), values.max()):
+                gone = channel == value
+                others = measured_only(channel.where(~gone, torch.nan))
+                count = int(gone.sum())
+                if count < LEAST_SHARE * len(values) or len(unique(others.numpy())) < LEAST_KINDS:
+                    continue
+                low, high = percentile(others.numpy(), PERCENTILES)
+                far = FAR_USUAL if value.item() in USUAL_NODATA else FAR
+                if max(low - value, value - high) > far * (high - low):
+                    channel[gone] = torch.nan
+                    found[value.item()] += count
+    return found
+
+
+def warn_of_nodata(raw: Tensor, found: Counter[float]) -> None:
+    """Warn of values that were left out, which perhaps mean that nothing was measured."""
+    total = int((~raw.isnan()).sum()) + found.total()
+    for value, count in found.items():
+        log.warning(
+            "%g fills %.2g %% of the values and lies far from all others: the range is taken "
+            "without it. Give --nodata %g if it stands where nothing was measured",
+            value,
+            100 * count / total,
+            value,
+        )
 
 
 def measured_only(values: Tensor) -> Tensor:

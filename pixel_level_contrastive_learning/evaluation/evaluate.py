@@ -52,6 +52,7 @@ def without_labels(
     seeds: range,
     device: torch.device,
     pages: Pages = "auto",
+    nodata: float | None = None,
 ) -> Evaluation:
     """Judge weights and random ones by images alone.
 
@@ -63,11 +64,12 @@ def without_labels(
         seeds: Each decides the views and the random weights of a repeat.
         device: Where to compute.
         pages: What several images in a file are read as, see `open_source`.
+        nodata: The value of images where nothing was measured, likewise.
 
     Raises:
         ValueError: No image can be read and is for this network.
     """
-    source = open_source(images, pages=pages)
+    source = open_source(images, pages=pages, nodata=nodata)
     field = line_up(weights, source)
     card = field.card
     views = (size, size) if isinstance(size, int) else size or card.image_size
@@ -245,6 +247,7 @@ def evaluate(
     out: str | Path | None = None,
     device: str | None = None,
     pages: Pages = "auto",
+    nodata: float | None = None,
     ids: str | None = None,
     colours: str | Path | None = None,
 ) -> Evaluation:
@@ -277,6 +280,7 @@ def evaluate(
         out: Folder for ``evaluation.json``, without labels ``correspondence.json``, and pictures.
         device: Where to compute; default: a GPU if there is one.
         pages: What several images in a file are read as, see `open_source`.
+        nodata: The value of images where nothing was measured, likewise.
         ids: The id of each value in the masks, see `open_labelled`.
         colours: A file with the class of each colour in the masks, likewise.
 
@@ -315,9 +319,11 @@ def evaluate(
     if data is None:
         assert images is not None
         repeats = range(seed, seed + (seeds or 1))
-        found = without_labels(weights, images, layers, size, repeats, place, pages)
+        found = without_labels(weights, images, layers, size, repeats, place, pages, nodata)
     else:
-        train, judged = open_labelled(data, ("train", split), ids=ids, colours=colours, pages=pages)
+        train, judged = open_labelled(
+            data, ("train", split), ids=ids, colours=colours, pages=pages, nodata=nodata
+        )
         field = line_up(weights, FileSource([str(path) for path in train.images]))
         count = seeds or (FINETUNE_SEEDS if protocol == "finetune" else 1)
         prepare = Preparation.of(field.card, size, field.contenders[-1].build(seed))

@@ -61,7 +61,7 @@ def open_data(data: Any, config: PretrainConfig, resumed: Path | None) -> Traini
         config: The settings.
         resumed: Folder of the run that is resumed; None for a new one.
     """
-    source = open_source(data, leave_out=config.out, pages=config.pages)
+    source = open_source(data, leave_out=config.out, pages=config.pages, nodata=config.nodata)
     stored = None if resumed is None else resumed / run_layout.STATISTICS
     if stored is not None and stored.exists():
         try:

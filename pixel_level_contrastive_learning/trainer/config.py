@@ -114,6 +114,8 @@ class PretrainConfig:
     the first alone.
     auto: gray pages without a name are channels where every file has the same number of at most 16;
     all others are images. What was found is printed."""
+    nodata: float | None = None
+    """Value that stands where nothing was measured, such as -9999, beside NaN and GDAL's tag."""
 
     model: str = "torchvision/resnet50"
     """Backbone: torchvision/NAME, timm/NAME, or a function of yours, path/to/file.py:function."""
@@ -285,6 +287,11 @@ def texts(name: str, value: object, allowed: tuple[str, ...] | None = None) -> s
     return next((message for message in wrong if message), None)
 
 
+def number(name: str, value: object) -> str | None:
+    """The error message about anything but a finite number."""
+    return None if is_number(value) else f"{name} is {value!r}; it must be a number"
+
+
 def numbers(name: str, value: object, count: int) -> str | None:
     """The error message about anything but ``count`` numbers from 0 to 1."""
     if not isinstance(value, (tuple, list)) or len(value) != count:
@@ -313,6 +320,7 @@ OWN_LIMITS: Mapping[str, Check] = {
         partial(one_of, allowed=(True, False)),
     ),
     "data": texts,
+    "nodata": number,
     "recipe": partial(one_of, allowed=tuple(RECIPES)),
     "loss": partial(one_of, allowed=("pixpro", "pixcontrast")),
     **dict.fromkeys(("aspect_ratio", "blur_sigma"), low_high),

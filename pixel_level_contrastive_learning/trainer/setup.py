@@ -108,7 +108,11 @@ def set_up(config: PretrainConfig, objects: Any, run_dir: RunDir) -> Setup:
     probe_splits: Sequence[SegmentationDataset] = ()
     if config.probe is not None:
         probe_splits = open_labelled(
-            config.probe, ids=config.ids, colours=config.colours, pages=config.pages
+            config.probe,
+            ids=config.ids,
+            colours=config.colours,
+            pages=config.pages,
+            nodata=config.nodata,
         )
     size, channels = view_size(config, data.statistics.median_size), data.statistics.channels
     torch.manual_seed(config.seed)

@@ -177,3 +177,15 @@ def test_a_folder_may_be_spelled_otherwise_when_it_goes_on(images, tmp_path, mon
     write_shards(images, tmp_path / "out")
     monkeypatch.chdir(tmp_path)
     assert "5 images" in str(write_shards("images/../images", tmp_path / "out"))
+
+
+def test_what_was_not_measured_is_not_blended_with_what_was(tmp_path) -> None:
+    bands = np.full((3, 40, 60), 7.5, np.float32)
+    bands[:, :, 30:] = -9999
+    np.save(tmp_path / "a.npy", bands)
+    for max_side in (640, 31):  # kept, and made smaller
+        out = tmp_path / f"out-{max_side}"
+        write_shards(tmp_path / "a.npy", out, max_side=max_side, nodata=-9999)
+        assert torch.allclose(open_source(out).open(0).read(), torch.tensor(7.5))
+        with pytest.raises(ValueError, match=r"holds shards of another call .nodata -9999 and now"):
+            write_shards(tmp_path / "a.npy", out, max_side=max_side)

@@ -90,6 +90,91 @@ def test_nodata_of_a_geotiff_does_not_count(tmp_path) -> None:
     assert found.mean == pytest.approx((0.5,), abs=0.02)
 
 
+def filled(values: torch.Tensor, value: float, rows: int = 5) -> torch.Tensor:
+    """Values of which some rows are another one."""
+    values = values.clone()
+    values[:, :rows] = value
+    return values
+
+
+RAMP = torch.linspace(0, 1, 80 * 90).view(1, 80, 90)[:, torch.randperm(80)]
+NODATA = {
+    "reflectance": (0.3 * RAMP, -9999),
+    "reflectance in whole numbers": (10000 * RAMP, 65535),
+    "twelve bits": (4000 * RAMP, 65535),
+    "heights": (280 + 20 * RAMP, 0),
+    "tissue": (3000 * RAMP - 1000, -32768),
+    "float's lowest": (RAMP, torch.finfo(torch.float32).min),
+    "a value of one's own": (RAMP, -123),
+}
+
+
+@pytest.mark.parametrize("kind", NODATA)
+def test_a_value_far_from_all_others_is_left_out_and_told(kind, caplog) -> None:
+    values, value = NODATA[kind]
+    expected = measure(open_source([values, values]))
+    assert caplog.text == ""
+    found = measure(open_source([values, filled(values, value)]))
+    for name in ("low", "high", "mean", "std"):
+        assert getattr(found, name) == pytest.approx(getattr(expected, name), rel=0.05, abs=0.05)
+    [record] = caplog.records
+    assert record.levelname == "WARNING"
+    assert record.message == (
+        f"{value:g} fills 3.1 % of the values and lies far from all others: the range is taken "
+        f"without it. Give --nodata {value:g} if it stands where nothing was measured"
+    )
+    caplog.clear()
+    told = measure(open_source([values, filled(values, value)], nodata=value))
+    assert caplog.text == ""
+    assert told.low == pytest.approx(found.low, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("values", "value"),
+    [
+        (3000 * RAMP - 1000, -1024),  # air around a body
+        (3000 * RAMP - 1000, -2000),  # padding of a scanner
+        (10000 * RAMP, 0),
+        (0.1 + 0.1 * RAMP, 0.35),  # something bright
+        (500 * RAMP, 4095),  # and saturated
+        ((RAMP > 0.5).float(), 1),  # classes
+        (torch.zeros(1, 80, 90), 7),
+    ],
+)
+def test_values_that_may_be_measured_stay_in_the_range(values, value, caplog) -> None:
+    found = measure(open_source([values, filled(values, value)]))
+    assert caplog.text == ""
+    low, high = min(values.min().item(), value), max(values.max().item(), value)
+    assert found.low == pytest.approx((low,), abs=0.01 * (high - low))
+    assert found.high == pytest.approx((high,), abs=0.01 * (high - low))
+
+
+def test_both_ends_may_be_no_values(caplog) -> None:
+    values = filled(filled(4000 * RAMP, 65535, 10), -9999)
+    found = measure(open_source([values]))
+    assert len(caplog.records) == 2
+    assert -1 < found.low[0] < found.high[0] < 4001
+
+
+def test_some_pixels_that_move_no_percentile_are_not_told(caplog) -> None:
+    values = RAMP.clone()
+    values[0, 0, :3] = -9999
+    assert measure(open_source([values])).low[0] > -1
+    assert caplog.text == ""
+
+
+def test_what_is_named_as_nodata_becomes_the_lowest() -> None:
+    source = open_source(
+        [torch.tensor([[[5.0, -1, 7]]]), torch.tensor([[[3, 255]]]).byte()], nodata=-1
+    )
+    assert source.open(0).read().tolist() == [[[5, 5, 7]]]
+    assert source.open(0).decode().known.tolist() == [[[True, False, True]]]
+    assert source.open(1).read().tolist() == [[[3, 255]]]
+    eight = open_source([torch.tensor([[[51, 153, 0]]]).byte()], nodata=0)
+    assert eight.open(0).read().tolist() == [[[51, 153, 0]]]
+    assert measure(eight).mean == pytest.approx((0.4,))
+
+
 def test_a_fourth_band_of_two_values_is_a_mask() -> None:
     image = torch.randint(0, 256, (4, 8, 8), dtype=torch.uint8)
     assert measure(open_source([image])).channels == 4
