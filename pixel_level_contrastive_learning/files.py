@@ -6,12 +6,22 @@ A full disk or a killed process leaves what was there before.
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import shutil
+import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import IO
+
+log = logging.getLogger(__name__)
+
+CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+"""What file systems answer that know no fsync."""
+BEFORE_RENAMING_AGAIN = 0.2
+"""Seconds after which a renaming that failed is tried once more."""
 
 
 class CannotWriteError(OSError):
@@ -33,9 +43,8 @@ def write_whole(path: Path, content: str | bytes | Callable[[IO[bytes]], object]
                 file.write(content)
             else:
                 content(file)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
+            sync(file)
+        rename(beside, path)
         sync_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch's writer tells a full disk as RuntimeError
         raise cannot_write(path, error) from error
@@ -58,6 +67,49 @@ def cannot_write(path: Path, error: OSError | RuntimeError) -> CannotWriteError:
         "that existed is lost: make room or choose another place, and try again (a run goes on "
         "with --resume)"
     )
+
+
+def sync(file: IO[bytes]) -> None:
+    """Make what was written to a file durable, where its file system can."""
+    file.flush()
+    try:
+        os.fsync(file.fileno())
+    except OSError as error:
+        if error.errno not in CANNOT_SYNC:
+            raise
+        tell_once("files cannot be synced here, so a power cut may cost new ones", str(error))
+
+
+def rename(path: Path, to: Path) -> None:
+    """Move a file to its place, in a second attempt if need be, as network file systems ask for."""
+    try:
+        path.replace(to)
+    except OSError as error:
+        if not path.exists():
+            raise
+        tell_once("a file could not be renamed at once and is tried again", str(error))
+        time.sleep(BEFORE_RENAMING_AGAIN)
+        path.replace(to)
+
+
+@cache
+def tell_once(message: str, reason: str) -> None:
+    """Warn of something about the disk, the first time that it happens."""
+    log.warning("%s (%s)", message, reason)
+
+
+def check_writable(name: str, place: str | Path) -> None:
+    """Refuse a place where nothing can be written, before any work is done for it.
+
+    Nothing is written. Raises `ValueError`.
+    """
+    path = Path(place).expanduser().absolute()
+    there = next(folder for folder in (path, *path.parents) if folder.exists())
+    if not os.access(there, os.W_OK):
+        raise ValueError(
+            f"{name} is {str(place)!r}, where nothing can be written ({there} is read-only or not "
+            "yours); name a place that you may write to"
+        )
 
 
 def sync_folder(folder: Path) -> None:

@@ -1,10 +1,12 @@
 """Files that are whole or not there."""
 
+import errno
 import os
 
 import pytest
 
-from pixel_level_contrastive_learning.files import CannotWriteError, write_whole
+from pixel_level_contrastive_learning import files
+from pixel_level_contrastive_learning.files import CannotWriteError, check_writable, write_whole
 
 
 def test_a_file_is_replaced_only_when_it_is_whole(tmp_path, monkeypatch) -> None:
@@ -53,3 +55,50 @@ def test_the_bytes_are_on_the_disk_before_the_name_is(tmp_path, monkeypatch) -> 
     write_whole(tmp_path / "file.txt", b"new")
     assert done == ["sync", "replace", "sync"]
     assert (tmp_path / "file.txt").read_bytes() == b"new"
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS])
+def test_a_file_system_without_sync_is_told_once(tmp_path, monkeypatch, caplog, number) -> None:
+    def unknown(_: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    files.tell_once.cache_clear()
+    monkeypatch.setattr(os, "fsync", unknown)
+    for name in ("a", "b"):
+        write_whole(tmp_path / name, b"new")
+        assert (tmp_path / name).read_bytes() == b"new"
+    [record] = caplog.records
+    assert record.message.startswith("files cannot be synced here, so a power cut may")
+
+
+def test_a_renaming_that_fails_once_is_tried_again(tmp_path, monkeypatch, caplog) -> None:
+    failures = [OSError(errno.ESTALE, "Stale file handle")]
+    rename = os.replace
+
+    def once(*paths: object) -> None:
+        if failures:
+            raise failures.pop()
+        rename(*paths)
+
+    files.tell_once.cache_clear()
+    monkeypatch.setattr(files, "BEFORE_RENAMING_AGAIN", 0)
+    monkeypatch.setattr(os, "replace", once)
+    write_whole(tmp_path / "a", b"new")
+    assert (tmp_path / "a").read_bytes() == b"new"
+    assert "a file could not be renamed at once and is tried again" in caplog.text
+    failures += [OSError(errno.EIO, "Input/output error")] * 2
+    with pytest.raises(CannotWriteError, match="Input/output error"):
+        write_whole(tmp_path / "a", b"newer")
+    assert (tmp_path / "a").read_bytes() == b"new"
+
+
+def test_a_place_that_cannot_be_written_is_refused_without_a_trace(tmp_path, monkeypatch) -> None:
+    check_writable("out", tmp_path / "new" / "folder")
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    with pytest.raises(ValueError) as error:
+        check_writable("out", tmp_path / "new" / "folder")
+    assert str(error.value) == (
+        f"out is {str(tmp_path / 'new' / 'folder')!r}, where nothing can be written ({tmp_path} is "
+        "read-only or not yours); name a place that you may write to"
+    )
+    assert not any(tmp_path.iterdir())

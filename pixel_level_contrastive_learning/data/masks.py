@@ -16,6 +16,7 @@ from torch import Tensor
 from .decoding import NPY, TIFF
 from .image import ImageError
 from .orientation import ORIENTATION_TAG, PNG, orientation_of, split_png, turn_upright
+from .pages import read_bytes
 from .picture import open_by_pillow
 from .tiff import opened_tiff, photometric_of, tiff_images
 
@@ -92,7 +93,7 @@ def read_coded(path: Path, coding: MaskCoding) -> tuple[Tensor, Palette]:
         ValueError: It cannot be read exactly: why, and what to do.
     """
     try:
-        stored = read_stored(path.read_bytes())
+        stored = read_stored(read_bytes(str(path)))
     except Exception as error:  # damaged bytes make decoders raise anything at all
         raise ValueError(f"{path} cannot be read as a mask: {error}; write it anew") from error
     values = stored.values

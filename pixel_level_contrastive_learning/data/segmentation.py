@@ -26,7 +26,7 @@ from .masks import (
     read_coding,
     read_mask,
 )
-from .pages import settle_pages
+from .pages import read_bytes, settle_pages
 from .sources import IMAGES, MASKS, FileSource, find_files, no_image_message
 
 SHOWN_PROBLEMS = 5
@@ -108,8 +108,8 @@ class SegmentationDataset:
         """An image, not yet decoded; a `ValueError` names it where that cannot be."""
         path = self.images[index]
         try:
-            image = open_image(path.read_bytes(), self.merged.get(path))
-        except (ImageError, OSError) as error:
+            image = open_image(read_bytes(str(path)), self.merged.get(path))
+        except ImageError as error:
             raise ValueError(f"{path} cannot be read: {error}; replace or remove it") from error
         return image if self.nodata is None else without_value(image, self.nodata)
 

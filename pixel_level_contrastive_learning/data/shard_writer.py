@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from ..checks import LIMITS, Pages, raise_together, whole, within
-from ..files import write_whole
+from ..files import check_writable, rename, sync, write_whole
 from ..run_layout import SKIPPED
 from .dataset import BrokenImage, check_broken
 from .decoding import IMAGE_SUFFIXES, TIFF, open_image
@@ -128,6 +128,7 @@ def write_shards(
         LIMITS["max_broken"]("max_broken", max_broken),
         None if workers is None else whole("workers", workers, 1),
     )
+    check_writable("out", out)
     places = [data] if isinstance(data, (str, Path)) else list(data)
     source = open_source(places, pages=pages, nodata=nodata)
     folder = Path(out).expanduser()
@@ -305,8 +306,7 @@ def write_shard(
             about = json.dumps({"name": text, "height": height, "width": width})
             writer.write({"__key__": f"{index:09d}", entry.suffix: entry.content, "json": about})
         writer.close()
-        file.flush()
-        os.fsync(file.fileno())
+        sync(file)
     for written, entry in zip(read_back(beside), good.values(), strict=True):
         if written != entry.content:
             raise OSError(
@@ -314,7 +314,7 @@ def write_shard(
                 "call again to go on"
             )
     record |= {"bytes": beside.stat().st_size, "sha256": digest(beside)}
-    beside.replace(path)
+    rename(beside, path)
     return record
 
 

@@ -11,6 +11,7 @@ import os
 from codecs import BOM_UTF8
 from collections import Counter
 from collections.abc import Iterable, Sequence, Set, Sized
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,7 +30,7 @@ from .image import (
     to_tensor,
     without_value,
 )
-from .pages import PagedFiles, Place, chance_of_several, settle_pages
+from .pages import PagedFiles, Place, chance_of_several, read_bytes, settle_pages
 from .picture import HIGH_DEPTH_MODES, to_eight_bit, to_float
 from .shards import NameList, ShardSource, is_shards
 
@@ -336,13 +337,30 @@ def find_files(
                 path = Path(place) / name
                 log.info("%s belongs to the images beside it and is not searched", path)
                 folders.remove(name)
+        special = special_files(place)
         for name in files:
+            if name in special:
+                special_path = os.path.join(place, name)
+                log.warning("%s is a pipe, a socket or a device: left out", special_path)
+                continue
             suffix = os.path.splitext(name)[1].lower()
             if suffix in suffixes and not name.startswith("."):
                 found.append(os.path.join(place, name))
             else:
                 others[suffix] += 1
     return sorted(found), others
+
+
+def special_files(folder: str) -> set[str]:
+    """The names in a folder that are pipes, sockets or devices, whose reading may never end."""
+    found = set()
+    with suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            if not entry.is_file() and not entry.is_dir():  # a link to nowhere is a broken image
+                with suppress(OSError):
+                    entry.stat()
+                    found.add(entry.name)
+    return found
 
 
 def no_image_message(folder: Path, others: Counter[str]) -> str:
@@ -362,7 +380,10 @@ def count_by_ending(others: Counter[str]) -> str:
 
 def read_list(path: Path) -> list[str]:
     """The paths that a text file names, one a line."""
-    content = path.read_bytes().removeprefix(BOM_UTF8)
+    try:
+        content = read_bytes(str(path)).removeprefix(BOM_UTF8)
+    except ImageError as error:
+        raise ValueError(f"data is {str(path)!r}, which cannot be read: {error}") from error
     if b"\0" in content:
         raise ValueError(
             f"data is {str(path)!r}, which is neither an image by its ending nor a text file of "

@@ -18,6 +18,7 @@ from ..data.image import ImageError
 from ..data.segmentation import SegmentationDataset, open_labelled
 from ..data.sources import FileSource, Source, open_source
 from ..data.statistics import read_image
+from ..files import check_writable
 from ..run_layout import PREDICTIONS
 from .baselines import RANDOM, SHUT, Contender, Field, line_up
 from .correspondence import Correspondence, ViewPairs, draw_pairs, matched
@@ -315,6 +316,8 @@ def evaluate(
             f"weights is a {type(weights).__name__}; give the folder of its run (result.run_dir), "
             "or a file of its weights with a card, see save_card"
         )
+    if out is not None:
+        check_writable("out", out)
     place = chosen_device(device)
     if data is None:
         assert images is not None

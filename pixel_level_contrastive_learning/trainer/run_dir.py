@@ -18,7 +18,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from .. import run_layout
-from ..files import cannot_write, write_whole
+from ..files import cannot_write, check_writable, write_whole
 from .logging import LOG
 
 NUMBERED = "step-*.ckpt"
@@ -48,6 +48,7 @@ class RunDir:
             raise ValueError(f"out is {self.path}, which is a file; name a folder")
         if str(self.path).encode(errors="ignore").decode() != str(self.path):
             raise ValueError(f"out is {str(self.path)!r}, which is no UTF-8; name a folder that is")
+        check_writable("out", self.path)
         if overwrite and not self.holds_run():
             for name in run_layout.EVERYTHING:
                 dry_run = name == run_layout.PREVIEW and self.holds_dry_run()

@@ -23,7 +23,7 @@ from ..evaluation.baselines import random_net
 from ..evaluation.correspondence import draw_pairs
 from ..evaluation.features import Preparation, Reader, chosen_device
 from ..evaluation.results import Evaluation
-from ..files import write_whole
+from ..files import check_writable, write_whole
 from .curves import read_metrics
 from .explorer import Sample, cargo, fed, jpeg, other_view, read_samples, readable, webp
 from .matches import fine_map, pairs_picture, picture
@@ -90,6 +90,7 @@ def visualize(
         raise ValueError(f"out is {str(out)!r}, a folder; name a file, such as report.html")
     folder = Path(run).expanduser()
     settings = read_settings(folder)
+    check_writable("out", out)
     with torch.random.fork_rng(devices=[]):  # building a network draws its weights first
         loaded = read_backbone(run)
     prepare = Preparation.of(loaded.card, net=loaded.net)

@@ -322,3 +322,20 @@ def test_a_list_may_hold_any_name(tmp_path, start) -> None:
         Image.new("L", (4, 3), value).save(tmp_path / os.fsdecode(name), "PPM")
     (tmp_path / "list.txt").write_bytes(start + b"\n".join(names))
     assert values(open_source(tmp_path / "list.txt")) == [0, 1]
+
+
+def test_pipes_and_devices_are_told_and_passed_over(tmp_path, caplog) -> None:
+    paint(tmp_path / "a.png", 3)
+    os.mkfifo(tmp_path / "b.png")
+    (tmp_path / "c.png").symlink_to("/dev/zero")
+    (tmp_path / "list.txt").write_text("a.png\nb.png\nc.png\n")
+    assert values(open_source(tmp_path)) == [3]
+    for name in ("b.png", "c.png"):
+        assert f"{tmp_path / name} is a pipe, a socket or a device: left out" in caplog.text
+    listed = open_source(tmp_path / "list.txt")
+    for place, index in ((listed, 1), (listed, 2), (open_source(tmp_path / "b.png"), 0)):
+        with pytest.raises(ImageError, match=r"^a pipe, a socket or a device, which is no file$"):
+            place.open(index)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="which cannot be read: a pipe, a socket or a device"):
+        open_source(tmp_path / "pipe")
