@@ -19,8 +19,9 @@ SCALES = (1, 2, 4, 8)
 """How many times smaller a JPEG can be decoded."""
 MAX_BYTES = 4 * 2**30
 """Memory that decoding one image may take; an image that would take more is refused."""
-MAX_COMPRESSION = 200
-"""Decoded bytes per byte of a file, above which an image beyond Pillow's limit is refused."""
+MAX_COMPRESSION, LARGE_BYTES = 200, 2**30
+"""Decoded bytes per byte of a file, above which an image beyond Pillow's limit, or one that takes
+so much memory, is refused."""
 EIGHT_BIT = ("uint8", "bool")
 """Types of values that stay 8-bit; all others become float32."""
 
@@ -208,7 +209,8 @@ def check_memory(height: int, width: int, bytes_per_pixel: int, file_bytes: int)
     decoded_bytes = height * width * bytes_per_pixel
     if decoded_bytes > MAX_BYTES:
         raise ImageError(too_large(height, width))
-    if exceeds_pillow_limit(height * width) and decoded_bytes > MAX_COMPRESSION * file_bytes:
+    large = exceeds_pillow_limit(height * width) or decoded_bytes > LARGE_BYTES
+    if large and decoded_bytes > MAX_COMPRESSION * file_bytes:
         raise ImageError(bomb(f"{height}x{width} pixels in a file of {file_bytes} bytes"))
 
 

@@ -9,6 +9,7 @@ from contextlib import suppress
 from io import BytesIO
 from struct import unpack_from
 from typing import TYPE_CHECKING
+from zlib import crc32
 
 from torch import Tensor
 
@@ -63,6 +64,28 @@ def split_png(content: bytes) -> tuple[bytes, int]:
     told.sort(key=lambda chunk: ORIENTATION_CHUNKS.index(chunk[4:8]))
     orientations = (png_orientation(content[:IHDR_END], chunk) for chunk in told)
     return b"".join((*kept, content[last:])), next((o for o in orientations if o != 1), 1)
+
+
+def check_png(content: bytes) -> None:
+    """Refuse a 16-bit PNG that is not whole: torchvision's decoder would end the process.
+
+    Raises:
+        ValueError: What is wrong with it.
+    """
+    start, kind = len(PNG), b""
+    while start + 12 <= len(content) and kind != b"IEND":
+        length, kind = unpack_from(">I4s", content, start)
+        end = start + 12 + length
+        if end > len(content) or crc32(content[start + 4 : end - 4]) != int.from_bytes(
+            content[end - 4 : end]
+        ):
+            raise ValueError(f"the chunk {kind!r} is cut off, or its checksum is wrong")
+        start = end
+    if kind != b"IEND":
+        raise ValueError("the file is cut off")
+    _, _, _, colour, *others = unpack_from(">IIBBBBB", content, len(PNG) + 8)
+    if colour not in (0, 2, 4, 6) or others[:2] != [0, 0] or others[2] > 1:
+        raise ValueError(f"a header of colour type {colour} and methods {others}")
 
 
 def png_orientation(header: bytes, chunk: bytes) -> int:

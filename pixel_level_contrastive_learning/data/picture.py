@@ -22,6 +22,7 @@ from .image import (
 )
 from .orientation import (
     PNG,
+    check_png,
     first_pixel,
     orientation_of,
     split_png,
@@ -102,6 +103,7 @@ def open_picture(content: bytes, frame: int = 0) -> LazyImage:
 
         if frame:
             raise ImageError("a 16-bit animation, of which only the first frame can be read")
+        check_png(content)
         pixels = decode_png(as_bytes(content)).float()  # Pillow reads 16-bit colour as 8 bits
         if len(pixels) not in (1, 3):
             pixels = pixels[:-1] * (pixels[-1:] / 65535)  # over black

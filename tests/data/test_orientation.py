@@ -132,3 +132,26 @@ def test_a_cut_off_png_is_damaged_all_the_same() -> None:
     content = encoded("PNG", exif=TURNED)
     with pytest.raises(ImageError, match="damaged"):
         read(content[: len(content) // 2])
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.99])
+def test_a_deep_png_that_is_not_whole_does_not_end_the_process(share) -> None:
+    """Torchvision's decoder reads past the end of such files, and the process with it."""
+    rows = b"".join(b"\0" + row.tobytes() for row in COLOUR.astype(">u2"))
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 6, 16, 2, 0, 0, 0))
+    whole = encoded("PNG")[:8] + head + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    assert (read(whole) == COLOUR).all()
+    with pytest.raises(ImageError, match="damaged"):
+        read(whole[: int(share * len(whole))])
+    wrong = bytearray(whole)
+    wrong[-20] ^= 1  # in the pixels, under a checksum that was right
+    with pytest.raises(
+        ImageError, match=r"^damaged: the chunk b'IDAT' is cut off, or its checksum"
+    ):
+        read(bytes(wrong))
+    for place in (25, 26, 27, 28):  # colour type, compression, filter, interlacing
+        header = bytearray(head)
+        header[place - 8] = 5
+        content = encoded("PNG")[:8] + chunk(b"IHDR", bytes(header[8:-4])) + whole[33:]
+        with pytest.raises(ImageError):
+            read(content)

@@ -1,0 +1,372 @@
+"""Odd files, made by small functions: each with its right pixels, or the start of its refusal."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import tifffile
+from PIL import Image
+
+RANDOM = np.random.default_rng(0)
+GRAY = RANDOM.integers(0, 256, (24, 32)).astype(np.uint8)
+RGB = RANDOM.integers(0, 256, (24, 32, 3)).astype(np.uint8)
+FINE = RANDOM.integers(0, 65536, (24, 32, 4)).astype(np.uint16)
+ROWS, COLUMNS = np.mgrid[0:24, 0:32]
+SMOOTH = np.dstack([10 * ROWS, 8 * COLUMNS, 4 * ROWS + 4 * COLUMNS]).astype(np.uint8)
+LONG = zlib.compress(b"a" * 2**21)
+SIGNATURE = b"\x89PNG\r\n\x1a\n"
+
+
+class Odd(NamedTuple):
+    """An odd file.
+
+    Attributes:
+        name: Its name, which says what is odd.
+        content: Its bytes.
+        images: ``(c, h, w)`` pixels of each image in it; none where it is refused.
+        refusal: What the reason begins with; a regular expression.
+        near: How far pixels may lie from those right: 0 unless the format loses some.
+    """
+
+    name: str
+    content: bytes
+    images: tuple[np.ndarray, ...] = ()
+    refusal: str = ""
+    near: float = 0
+
+
+def first(array: np.ndarray) -> np.ndarray:
+    """An array ``(h, w)`` or ``(h, w, c)`` with its channels first."""
+    return np.atleast_3d(array).transpose(2, 0, 1)
+
+
+def picture(kind: str, array: np.ndarray | Image.Image, **how: object) -> bytes:
+    """An array as Pillow writes it."""
+    stream = io.BytesIO()
+    image = Image.fromarray(array) if isinstance(array, np.ndarray) else array
+    image.save(stream, kind, **how)
+    return stream.getvalue()
+
+
+def tiff(array: np.ndarray, **how: object) -> bytes:
+    """An array as tifffile writes it."""
+    stream = io.BytesIO()
+    opened = {
+        name: how.pop(name) for name in ("bigtiff", "byteorder", "imagej", "ome") if name in how
+    }
+    tifffile.imwrite(stream, array, **opened, **how)
+    return stream.getvalue()
+
+
+def npy(array: np.ndarray) -> bytes:
+    """An array as NumPy writes it."""
+    stream = io.BytesIO()
+    np.save(stream, array)
+    return stream.getvalue()
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    """A chunk of a PNG."""
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png(array: np.ndarray, bits: int, colour: int, extra: bytes = b"", last: bytes = b"") -> bytes:
+    """A PNG of any bits and colour type, written by hand."""
+    height, width = array.shape[:2]
+    rows = array.reshape(height, -1)
+    if bits < 8:
+        shifts = np.arange(bits - 1, -1, -1)
+        packed = np.packbits((rows[..., None] >> shifts & 1).reshape(height, -1), axis=1)
+    else:
+        packed = rows.astype(f">u{bits // 8}").view(np.uint8).reshape(height, -1)
+    body = b"".join(b"\0" + row.tobytes() for row in packed)
+    head = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
+    end = last + chunk(b"IEND", b"")
+    return SIGNATURE + chunk(b"IHDR", head) + extra + chunk(b"IDAT", zlib.compress(body)) + end
+
+
+def formats() -> Iterator[Odd]:
+    """Each format with gray and with colour."""
+    for kind in ("PNG", "BMP", "TIFF", "PPM"):
+        for name, array in (("gray", GRAY), ("colour", RGB)):
+            yield Odd(f"{name}.{kind}", picture(kind, array), (first(array),))
+    yield Odd("lossless.webp", picture("WEBP", RGB, lossless=True), (first(RGB),))
+    yield Odd("gray.gif", picture("GIF", GRAY), (first(GRAY).repeat(3, axis=0),))
+    yield Odd(
+        "smooth.jpg", picture("JPEG", SMOOTH, quality=98, subsampling=0), (first(SMOOTH),), near=12
+    )
+    yield Odd(
+        "progressive.jpg",
+        picture("JPEG", SMOOTH, quality=98, progressive=True, subsampling=0),
+        (first(SMOOTH),),
+        near=12,
+    )
+    yield Odd("smooth.avif", picture("AVIF", SMOOTH, quality=100), (first(SMOOTH),), near=12)
+    red = Image.new("CMYK", (16, 16), (0, 255, 255, 0))
+    expected = np.broadcast_to(np.array([255, 0, 0])[:, None, None], (3, 16, 16))
+    yield Odd("inks.jpg", picture("JPEG", red, quality=100), (expected,), near=3)
+    yield Odd("png called jpg.jpg", picture("PNG", RGB), (first(RGB),))
+    yield Odd("tiff called png.png", picture("TIFF", RGB), (first(RGB),))
+
+
+def modes() -> Iterator[Odd]:
+    """Bits, palettes and alpha."""
+    for bits in (1, 2, 4):
+        values = GRAY % 2**bits
+        yield Odd(
+            f"{bits} bits.png", png(values, bits, 0), (first(values * (255 // (2**bits - 1))),)
+        )
+        palette = RGB[0, : 2**bits]
+        content = png(values, bits, 3, chunk(b"PLTE", palette.tobytes()))
+        yield Odd(f"palette of {bits} bits.png", content, (first(palette[values]),))
+    for name, colour, channels in (("gray", 0, 1), ("colour", 2, 3)):
+        values = FINE[..., :channels]
+        yield Odd(f"16 bits {name}.png", png(values, 16, colour), (first(values),))
+    for name, colour, channels in (("gray", 4, 1), ("colour", 6, 3)):
+        values = np.dstack([FINE[..., :channels], np.full((24, 32), 65535, np.uint16)])
+        yield Odd(f"16 bits {name} opaque.png", png(values, 16, colour), (first(values[..., :-1]),))
+    for alpha, share in ((255, 1), (0, 0)):
+        rgba = np.dstack([RGB, np.full((24, 32), alpha, np.uint8)])
+        yield Odd(f"alpha {alpha}.png", picture("PNG", rgba), (first(RGB * share),))
+        gray = np.dstack([GRAY, np.full((24, 32), alpha, np.uint8)])
+        yield Odd(f"gray alpha {alpha}.png", picture("PNG", gray), (first(GRAY * share),))
+    yield Odd(
+        "one bit.tif", picture("TIFF", Image.fromarray(GRAY > 99)), (first((GRAY > 99) * 255),)
+    )
+    yield Odd("one pixel.png", picture("PNG", RGB[:1, :1]), (first(RGB[:1, :1]),))
+    yield Odd("one row.png", picture("PNG", RGB[:1]), (first(RGB[:1]),))
+
+
+def orientations() -> Iterator[Odd]:
+    """Each orientation in each place that may tell it."""
+    turns: list[Callable[[np.ndarray], np.ndarray]] = [
+        lambda a: a,
+        lambda a: a[:, ::-1],
+        lambda a: a[::-1, ::-1],
+        lambda a: a[::-1],
+        lambda a: a.swapaxes(0, 1),
+        lambda a: a.swapaxes(0, 1)[:, ::-1],
+        lambda a: a[::-1, ::-1].swapaxes(0, 1),
+        lambda a: a.swapaxes(0, 1)[::-1],
+    ]
+    for tag, turn in enumerate(turns, 1):
+        exif = Image.Exif()
+        exif[274] = tag
+        for kind in ("PNG", "WEBP", "TIFF"):
+            how = {"lossless": True} if kind == "WEBP" else {}
+            yield Odd(
+                f"turned {tag}.{kind}", picture(kind, RGB, exif=exif, **how), (first(turn(RGB)),)
+            )
+        deep = tiff(FINE[..., 0], extratags=[(274, "H", 1, tag, True)])
+        yield Odd(f"turned deep {tag}.tif", deep, (first(turn(FINE[..., 0])),))
+
+
+METADATA = {
+    "no tiff": chunk(b"eXIf", b"\0\x08\0\x02\x01\x12\0\x03"),
+    "cut": chunk(b"eXIf", b"II*\0\x08\0\0\0\x05\0"),
+    "far": chunk(b"eXIf", b"MM\0*\x7f\xff\xff\xff"),
+    "none": chunk(b"eXIf", b""),
+    "long text": chunk(b"zTXt", b"k\0\0" + LONG),
+    "long xmp": chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + LONG),
+    "long profile": chunk(b"iCCP", b"icc\0\0" + LONG),
+    "garbled text": chunk(b"zTXt", b"k\0\0garbage"),
+    "wrong sum": chunk(b"tEXt", b"k\0v")[:-4] + bytes(4),
+    "private": chunk(b"prVt", bytes(2**20)),
+}
+
+
+def metadata() -> Iterator[Odd]:
+    """Metadata that are broken or long, before the pixels and after."""
+    for name, extra in METADATA.items():
+        yield Odd(f"{name} before.png", png(RGB, 8, 2, extra), (first(RGB),))
+        yield Odd(f"{name} after.png", png(RGB, 8, 2, last=extra), (first(RGB),))
+        yield Odd(f"{name} deep.png", png(FINE[..., :3], 16, 2, extra), (first(FINE[..., :3]),))
+    packer = zlib.compressobj(1)
+    bomb = b"".join(packer.compress(bytes(2**20)) for _ in range(200)) + packer.flush()
+    yield Odd("200 MB text.png", png(RGB, 8, 2, chunk(b"zTXt", b"k\0\0" + bomb)), (first(RGB),))
+    for number, exif in enumerate((b"Exif\0\0garbage", b"\0\0\0\0", b"II*\0\x08\0\0\0\x05\0")):
+        content = picture("WEBP", RGB, lossless=True, exif=exif)
+        yield Odd(f"broken exif {number}.webp", content, (first(RGB),))
+    long = picture("WEBP", RGB, lossless=True, xmp=bytes(2**21), icc_profile=bytes(2**21))
+    yield Odd("long.webp", long, (first(RGB),))
+
+
+def tiffs() -> Iterator[Odd]:
+    """Types, bands and layouts of TIFF."""
+    for dtype in ("uint8", "uint16", "int16", "uint32", "float16", "float32", "float64"):
+        for bands in (1, 2, 3, 5):
+            values = RANDOM.integers(0, 200, (24, 32, bands)).astype(dtype)
+            for planar in ("contig", "separate"):
+                array = values if planar == "contig" else values.transpose(2, 0, 1)
+                how = {"photometric": "minisblack", "planarconfig": planar, "metadata": None}
+                content = tiff(array, **how) if bands > 1 else tiff(values[..., 0])
+                yield Odd(f"{dtype} {bands} {planar}.tif", content, (first(values),))
+    for order in "<>":
+        for large in (False, True):
+            for tile in (None, (16, 16)):
+                how = {"byteorder": order, "bigtiff": large, "tile": tile, "photometric": "rgb"}
+                name = f"{order == '<'} {large} {tile is not None}.tif"
+                yield Odd(f"layout {name}", tiff(FINE[..., :3], **how), (first(FINE[..., :3]),))
+    yield Odd("zlib.tif", tiff(FINE[..., 0], compression="zlib"), (first(FINE[..., 0]),))
+    for how in ("tiff_lzw", "packbits", "tiff_adobe_deflate"):
+        yield Odd(f"{how}.tif", picture("TIFF", RGB, compression=how), (first(RGB),))
+    yield Odd(
+        "white is 0.tif",
+        tiff(FINE[..., 0], photometric="miniswhite"),
+        (first(65535 - FINE[..., 0]),),
+    )
+    inks = FINE.astype(np.float64)
+    colours = (65535 - inks[..., :3]) * (65535 - inks[..., 3:]) / 65535
+    yield Odd("inks.tif", tiff(FINE, photometric="separated"), (first(colours),), near=0.1)
+    nodata = FINE[..., 0].astype(np.float32)
+    nodata[:4] = -9999
+    filled = np.where(nodata == -9999, nodata[4:].min(), nodata)
+    content = tiff(nodata, extratags=[(42113, 2, 0, "-9999", True)])
+    yield Odd("nodata.tif", content, (first(filled),))
+
+
+def arrays() -> Iterator[Odd]:
+    """NumPy arrays of any type and order."""
+    for dtype in (
+        "uint8",
+        "int8",
+        "uint16",
+        ">u2",
+        "int32",
+        "int64",
+        "float16",
+        "float32",
+        "float64",
+    ):
+        values = RANDOM.integers(0, 100, (24, 32)).astype(dtype)
+        yield Odd(f"{dtype.replace('>', 'big ')}.npy", npy(values), (first(values),))
+    yield Odd("bool.npy", npy(GRAY > 99), (first((GRAY > 99) * 255),))
+    yield Odd("columns.npy", npy(np.asfortranarray(RGB)), (first(RGB),))
+    yield Odd("bands first.npy", npy(first(FINE)), (first(FINE),))
+    holes = GRAY.astype(np.float32)
+    holes[0], filled = np.nan, holes.copy()
+    filled[0] = GRAY[1:].min()
+    yield Odd("holes.npy", npy(holes), (first(filled),))
+
+
+def pnms() -> Iterator[Odd]:
+    """PNM of any kind and largest value."""
+    for largest in (255, 1023, 65535):
+        for kind, channels in ((2, 1), (3, 3), (5, 1), (6, 3)):
+            values = FINE[..., :channels].astype(int) % (largest + 1)
+            header = f"P{kind}\n# made by hand\n32 24\n{largest}\n".encode()
+            text = " ".join(map(str, values.flatten())).encode()
+            body = text if kind < 4 else values.astype(">u2" if largest > 255 else "u1").tobytes()
+            yield Odd(f"P{kind} {largest}.pnm", header + body, (first(values),))
+    yield Odd("bits.pbm", b"P4\n8 1\n\x0f", (first(np.array([[255] * 4 + [0] * 4])),))
+
+
+def stacks() -> Iterator[Odd]:
+    """Several images in a file."""
+    pages = np.stack([GRAY, GRAY[::-1], GRAY[:, ::-1]])
+    each, joined = tuple(page[None] for page in pages), (pages,)
+    for dtype in (np.uint8, np.uint16, np.float32):
+        typed, kind = pages.astype(dtype), np.dtype(dtype).name
+        how = {"photometric": "minisblack"}
+        yield Odd(f"unnamed {kind}.tif", tiff(typed, **how), joined)
+        yield Odd(f"depth {kind}.tif", tiff(typed, **how, metadata={"axes": "ZYX"}), each)
+        yield Odd(f"time {kind}.tif", tiff(typed, imagej=True, metadata={"axes": "TYX"}), each)
+        yield Odd(
+            f"bands {kind}.tif", tiff(typed, **how, ome=True, metadata={"axes": "CYX"}), joined
+        )
+    frames = [
+        np.full((8, 8, 3), value, np.uint8) * np.array([1, 0, 2], np.uint8) for value in (9, 99)
+    ]
+    right = tuple(map(first, frames))
+    for kind in ("GIF", "PNG", "WEBP", "TIFF"):
+        how = {"lossless": True} if kind == "WEBP" else {}
+        others = [Image.fromarray(frames[1])]
+        content = picture(kind, frames[0], save_all=True, append_images=others, **how)
+        yield Odd(f"frames.{kind}", content, right)
+    copy = Image.fromarray(SMOOTH[::2, ::2])
+    small = picture("MPO", SMOOTH, save_all=True, append_images=[copy], quality=98)
+    yield Odd("preview.jpg", small, (first(SMOOTH),), near=12)
+
+
+def huge(kind: str, height: int = 20000, width: int = 20000) -> bytes:
+    """A file whose header names more pixels than it holds."""
+    if kind == "png":
+        head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+        return SIGNATURE + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(bytes(9)))
+    if kind == "gif":
+        return (
+            b"GIF89a"
+            + struct.pack("<HH", width, height)
+            + bytes(3)
+            + b","
+            + bytes(9)
+            + b"\2\2L\1\0;"
+        )
+    if kind == "bmp":
+        return b"BM" + struct.pack(
+            "<IIIIiiHHIIiiII", 99, 0, 54, 40, width, height, 1, 24, 0, 0, 0, 0, 0, 0
+        )
+    if kind == "pnm":
+        return f"P6 {width} {height} 255\n".encode()
+    if kind == "deep pnm":
+        return f"P6 {width} {height} 65535\n".encode()
+    entries = {256: width, 257: height, 258: 8, 259: 1, 262: 1, 273: 8, 277: 1, 278: height, 279: 9}
+    if kind == "float tif":
+        entries |= {258: 32, 339: 3}
+    body = b"".join(
+        struct.pack("<HHII", tag, 4, 1, value) for tag, value in sorted(entries.items())
+    )
+    return b"II*\0\x08\0\0\0" + struct.pack("<H", len(entries)) + body + bytes(4)
+
+
+def refusals() -> Iterator[Odd]:
+    """What is no image, is damaged, or would not be read right."""
+    damaged = {
+        "png": picture("PNG", RGB),
+        "jpg": picture("JPEG", RGB),
+        "bmp": picture("BMP", RGB),
+        "tif": tiff(FINE),
+        "webp": picture("WEBP", RGB),
+        "gif": picture("GIF", GRAY),
+        "npy": npy(FINE),
+        "pnm": b"P6 32 24 65535\n" + FINE[..., :3].tobytes(),
+    }
+    for kind, content in damaged.items():
+        for share in (0.1, 0.5):
+            yield Odd(f"cut at {share}.{kind}", content[: int(share * len(content))], refusal="")
+    yield Odd("empty.png", b"", refusal=r"the file is empty")
+    yield Odd("text.jpg", b"Dear diary", refusal="not an image that can be read")
+    yield Odd("html.jpg", b"<!DOCTYPE html><html>", refusal="not an image that can be read")
+    yield Odd("postscript.png", b"%!PS-Adobe-3.0 EPSF-3.0\n" + bytes(99), refusal="not an image")
+    for kind in ("png", "bmp", "pnm", "deep pnm", "tif", "float tif"):
+        yield Odd(
+            f"huge {kind}.{kind.split()[-1]}",
+            huge(kind),
+            refusal="(a decompression bomb|20000x20000 pix)",
+        )
+    yield Odd("four axes.npy", npy(np.zeros((2, 3, 4, 5))), refusal="an array of shape")
+    yield Odd("no pixel.npy", npy(np.zeros((0, 5))), refusal="an array of shape")
+    yield Odd("words.npy", npy(np.array([["a"]])), refusal="values of type")
+    yield Odd("complex.npy", npy(np.zeros((4, 4), complex)), refusal="values of type")
+    yield Odd("objects.npy", npy(np.array([[{}]])), refusal="damaged")
+    yield Odd("nothing known.npy", npy(np.full((4, 4), np.nan)), refusal="not one of its values")
+    yield Odd("complex.tif", tiff(np.zeros((4, 4), np.complex64)), refusal="values of type")
+    for kind in ("cielab", "ycbcr"):
+        content = tiff(FINE[..., :3], photometric=kind)
+        yield Odd(f"{kind}.tif", content, refusal="uint16 .* colours, of which only 8 bits")
+    avif = bytearray(picture("AVIF", RGB))
+    avif[avif.index(b"av1C") + 6] |= 0x40
+    yield Odd("10 bits.avif", bytes(avif), refusal="more than 8 bits")
+
+
+GROUPS = (formats, modes, orientations, metadata, tiffs, arrays, pnms, stacks, refusals)
+
+
+def all_files() -> list[Odd]:
+    """All of them."""
+    return [odd for group in GROUPS for odd in group()]
