@@ -127,7 +127,7 @@ def not_installed(library: str | None) -> str:
     )
 
 
-Pages = Literal["auto", "images", "channels", "first"]
+Pages = Literal["images", "channels", "first"]
 """What several images in a file are read as."""
 Check = Callable[[str, object], str | None]
 """Takes a name and a value; returns None or the error message."""

@@ -48,7 +48,7 @@ def evaluate(
     steps: int = 200,
     out: str | None = None,
     device: str | None = None,
-    pages: Pages = "auto",
+    pages: Pages | None = None,
     nodata: float | None = None,
     ids: str | None = None,
     colours: str | None = None,
@@ -150,7 +150,7 @@ def prepare(
     images_each: int = 1000,
     max_broken: float = 0.01,
     workers: int | None = None,
-    pages: Pages = "auto",
+    pages: Pages | None = None,
     nodata: float | None = None,
 ) -> None:
     """Write images into shards, large ones scaled down, so that training decodes less.

@@ -222,7 +222,7 @@ def test_flags_of_evaluate_arrive(monkeypatch) -> None:
     assert [one["fraction"] for one in asked] == [1.0, 0.1]
     assert [one["device"] for one in asked] == [None, "cpu"]
     names = ("pages", "nodata", "ids", "colours")
-    assert [asked[0][name] for name in names] == ["auto", None, None, None]
+    assert [asked[0][name] for name in names] == [None, None, None, None]
     assert [asked[1][name] for name in names] == ["first", -1, "0:0", "c.txt"]
 
 

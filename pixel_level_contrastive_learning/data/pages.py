@@ -248,7 +248,7 @@ class PagedFiles:
                     found[file] = stack
         return found
 
-    def settle(self, stacks: Mapping[int, Stack], pages: Pages) -> None:
+    def settle(self, stacks: Mapping[int, Stack], pages: Pages | None) -> None:
         """Decide what files with several images are read as."""
         several = {file: stack for file, stack in stacks.items() if stack.images > 1}
         self.split = {f: stack.images for f, stack in several.items() if is_split(stack, pages)}
@@ -260,12 +260,12 @@ class PagedFiles:
             self.starts = counts.cumsum(0) - counts
 
 
-def is_split(stack: Stack, pages: Pages) -> bool:
+def is_split(stack: Stack, pages: Pages | None) -> bool:
     """Whether the images of a file are images of the source."""
-    return pages == "images" or (pages == "auto" and not stack.joinable)
+    return pages == "images" or (pages is None and not stack.joinable)
 
 
-def settle_pages(parts: Sequence[PagedFiles], pages: Pages) -> None:
+def settle_pages(parts: Sequence[PagedFiles], pages: Pages | None) -> None:
     """Decide what the files of a source are read as, and say what was found.
 
     Without a word on it, gray pages without a name are channels where every file has as many, 16 at
@@ -290,7 +290,7 @@ def settle_pages(parts: Sequence[PagedFiles], pages: Pages) -> None:
         log.info("smaller copies or masks in %d files are left out", copies)
 
 
-def pages_message(counts: Sequence[int], kind: str, split: bool, pages: Pages) -> str:
+def pages_message(counts: Sequence[int], kind: str, split: bool, pages: Pages | None) -> str:
     """What was found in files of several images, and the flag that reads them otherwise."""
     low, high = min(counts), max(counts)
     number = f"{low}" if low == high else f"{low} to {high}"

@@ -131,7 +131,7 @@ def open_labelled(
     *,
     ids: str | None = None,
     colours: str | Path | None = None,
-    pages: Pages = "auto",
+    pages: Pages | None = None,
     nodata: float | None = None,
 ) -> list[SegmentationDataset]:
     """The splits of a folder of images and masks, every mask checked.
@@ -190,7 +190,7 @@ def open_labelled(
     ]
 
 
-def merge_pages(paths: Sequence[Path], pages: Pages) -> dict[Path, int]:
+def merge_pages(paths: Sequence[Path], pages: Pages | None) -> dict[Path, int]:
     """Which image is read of files that hold several, since a mask belongs to one image."""
     source = FileSource(list(map(str, paths)))
     settle_pages([source], pages)

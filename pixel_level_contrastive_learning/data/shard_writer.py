@@ -96,7 +96,7 @@ def write_shards(
     images_each: int = 1000,
     max_broken: float = 0.01,
     workers: int | None = None,
-    pages: Pages = "auto",
+    pages: Pages | None = None,
     nodata: float | None = None,
 ) -> ShardsReport:
     """Write images into shards, large ones made smaller, going on where an earlier call stopped.
@@ -140,7 +140,7 @@ def write_shards(
         "max_side": max_side,
         "quality": quality,
         "images_each": images_each,
-        "pages": None if pages == "auto" else pages,
+        "pages": pages,
         "nodata": nodata,
     }
     index = ShardIndex(folder, settings)

@@ -234,7 +234,7 @@ def open_source(
     data: Any,
     *,
     leave_out: str | Path | None = None,
-    pages: Pages = "auto",
+    pages: Pages | None = None,
     nodata: float | None = None,
 ) -> Source:
     """The images that the user means.
@@ -246,7 +246,7 @@ def open_source(
             images; or a source, which stays as it is.
         leave_out: A folder that is not searched: the run's own.
         pages: What several images in a file are read as: images of their own, the channels of one,
-            or the first alone; auto: see `settle_pages`.
+            or the first alone; None: see `settle_pages`.
         nodata: The value that stands where nothing was measured, beside NaN and GDAL's tag.
 
     Raises:

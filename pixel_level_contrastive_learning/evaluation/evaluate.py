@@ -52,7 +52,7 @@ def without_labels(
     size: int | Size | None,
     seeds: range,
     device: torch.device,
-    pages: Pages = "auto",
+    pages: Pages | None = None,
     nodata: float | None = None,
 ) -> Evaluation:
     """Judge weights and random ones by images alone.
@@ -247,7 +247,7 @@ def evaluate(
     steps: int = STEPS,
     out: str | Path | None = None,
     device: str | None = None,
-    pages: Pages = "auto",
+    pages: Pages | None = None,
     nodata: float | None = None,
     ids: str | None = None,
     colours: str | Path | None = None,

@@ -109,11 +109,11 @@ class PretrainConfig:
     dry_run: bool = False
     """Print the settings, pairs per image and estimated memory, draw a preview, and exit."""
 
-    pages: Pages = "auto"
+    pages: Pages | None = None
     """What several pages or frames in a file are: images of their own, channels of one image, or
     the first alone.
-    auto: gray pages without a name are channels where every file has the same number of at most 16;
-    all others are images. What was found is printed."""
+    By default gray pages without a name are channels where every file has the same number of at
+    most 16, and all others are images. What was found is printed."""
     nodata: float | None = None
     """Value that stands where nothing was measured, such as -9999, beside NaN and GDAL's tag."""
 

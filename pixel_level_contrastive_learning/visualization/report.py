@@ -95,7 +95,7 @@ def visualize(
         loaded = read_backbone(run)
     prepare = Preparation.of(loaded.card, net=loaded.net)
     places = training_images(settings) if images is None else images
-    source = open_source(places, pages=settings.get("pages", "auto"), nodata=settings.get("nodata"))
+    source = open_source(places, pages=settings.get("pages"), nodata=settings.get("nodata"))
     wholes = read_samples(source, prepare, count)
     samples = wholes + [other_view(sample, seed + k) for k, sample in enumerate(wholes)]
     tables = evaluations(folder)

@@ -49,7 +49,7 @@ def values(source: Source) -> list[list[int]]:
 
 
 SAID = {
-    "auto": "2 files of 3 gray pages: read as 3 channels; `--pages images` makes 6 images",
+    None: "2 files of 3 gray pages: read as 3 channels; `--pages images` makes 6 images",
     "images": "2 files of 3 gray pages: read as 6 images; `--pages channels` makes one image of",
     "channels": "2 files of 3 gray pages: read as 3 channels; `--pages images` makes 6 images",
     "first": "2 files of 3 gray pages: only the first of each file is read; `--pages images` makes",
@@ -62,7 +62,7 @@ def test_gray_pages_are_read_as_they_are_asked_for(tmp_path, caplog, how) -> Non
     gray(tmp_path / "a.tif", 3, 10)
     gray(tmp_path / "b.tif", 3, 20)
     expected = {
-        "auto": [[10, 11, 12], [20, 21, 22]],
+        None: [[10, 11, 12], [20, 21, 22]],
         "images": [[10], [11], [12], [20], [21], [22]],
         "channels": [[10, 11, 12], [20, 21, 22]],
         "first": [[10], [20]],
