@@ -34,31 +34,41 @@ def pretrain(config: PretrainConfig) -> None:
         print(f"run: {result.run_dir}")
 
 
+Protocol = Literal["linear", "linear-all", "knn", "hummingbird", "overclustering", "finetune"]
+
+
 def evaluate(
-    weights: tyro.conf.Positional[str],
+    weights: tyro.conf.Positional[tuple[str, ...]],
     data: str | None = None,
     images: str | None = None,
-    protocol: Literal["linear", "knn", "finetune"] = "linear",
+    protocol: tuple[Protocol, ...] | None = None,
     layers: tuple[str, ...] | None = None,
     fraction: float = 1.0,
+    fractions: tuple[float, ...] | None = None,
     seeds: int | None = None,
     seed: int = 0,
     size: int | tuple[int, int] | None = None,
     split: str = "val",
-    steps: int = 200,
+    steps: int = 400,
     out: str | None = None,
     device: str | None = None,
+    json: bool = False,
 ) -> None:
     """Evaluate weights beside random ones, with labels (--data) or without (--images).
 
     Args:
-        weights: A run, an exported file, torchvision/NAME, timm/NAME or random:MODEL.
+        weights: One or several: a run, an exported file, torchvision/NAME, timm/NAME or
+            random:MODEL.
         data: Folder with images/{train,val} and masks/{train,val}.
         images: Folder of images without labels.
-        protocol: Linear probe, k-nearest-neighbour probe or fine-tuning on the labels.
-        layers: Layers to probe; by default the one that was trained.
+        protocol: How to evaluate with labels. linear, linear-all (a map of each stride), knn,
+            hummingbird and overclustering read frozen features, finetune trains the network. By
+            default linear, linear-all and knn; with --fractions finetune, too.
+        layers: Layers to read; by default the one that was trained.
         fraction: Share of the masks to use.
-        seeds: How many seeds to repeat with; by default 3 for finetune, else 1.
+        fractions: Several shares, for a label curve: mIoU over the number of masks.
+        seeds: How many seeds to repeat with; by default 3 for finetune and with --fractions,
+            else 1.
         seed: The first seed.
         size: Size of the images, their shorter side or height and width; without labels, size of
             the views.
@@ -66,6 +76,7 @@ def evaluate(
         steps: Steps of fine-tuning.
         out: Folder for evaluation.json (without labels: correspondence.json) and pictures.
         device: Device to compute on, such as cpu or cuda:1; by default a GPU if there is one.
+        json: Print the content of evaluation.json instead of a table.
     """
     from .evaluation.evaluate import evaluate as evaluated
     from .trainer.logging import logging_to
@@ -78,6 +89,7 @@ def evaluate(
             protocol=protocol,
             layers=layers,
             fraction=fraction,
+            fractions=fractions,
             seeds=seeds,
             seed=seed,
             size=size,
@@ -86,10 +98,15 @@ def evaluate(
             out=out,
             device=device,
         )
+    if json:
+        print(result.to_json(), end="")
+        return
     print(result.table())
     print(result.sentence)
-    if out is None and (Path(weights).expanduser() / run_layout.CONFIG).is_file():
-        print(f"(--out {weights} keeps this with the run, for the report of `pixelcl visualize`)")
+    if out is None and (Path(weights[-1]).expanduser() / run_layout.CONFIG).is_file():
+        print(
+            f"(--out {weights[-1]} keeps this with the run, for the report of `pixelcl visualize`)"
+        )
 
 
 def visualize(

@@ -266,11 +266,10 @@ def read_backbone(
     >>> card.pixel_layer, card.instance_layer
     ('layer4', 'avgpool')
     """
-    text = str(source)
-    if text.startswith("random:"):
-        return from_library(text.removeprefix("random:"), channels, image_size, pretrained=False)
-    if text.startswith(("torchvision/", "timm/")) and not Path(text).exists():
-        return from_library(text, channels, image_size, pretrained=True)
+    if not is_file(source):
+        name = str(source)
+        pretrained = not name.startswith("random:")
+        return from_library(name.removeprefix("random:"), channels, image_size, pretrained)
     path = find_weights(source)
     card = read_card(path)
     if channels is not None and channels != card.channels:
@@ -304,8 +303,16 @@ def load_backbone(path: str | Path) -> nn.Module:
     return read_backbone(path).net
 
 
+def is_file(source: str | Path) -> bool:
+    """Whether weights are a run or a file, and not a library's or random ones."""
+    name = str(source)
+    if name.startswith("random:"):
+        return False
+    return not name.startswith(("torchvision/", "timm/")) or Path(name).exists()
+
+
 def from_library(
-    model: str, channels: int | None, image_size: tuple[int, int] | None, *, pretrained: bool
+    model: str, channels: int | None, image_size: tuple[int, int] | None, pretrained: bool
 ) -> Loaded:
     """A backbone without a file, and the card it would have."""
     channels = 3 if channels is None else channels

@@ -27,13 +27,14 @@ from ..backbones.state_dict import load_weights
 from ..data.loader import TwoViewLoader, build_loader
 from ..data.sources import Source, open_source, split_held_out
 from ..data.statistics import Statistics, measure
+from ..evaluation.features import native_bfloat16
 from ..files import write_whole
 from ..pixel_cl import PixelCL
 from .auto import Info, RunPlan
 from .config import PRETRAINED, PretrainConfig
 from .config_io import start_weights
 from .logging import LOG
-from .system import Devices, cores_per_process, native_bfloat16
+from .system import Devices, cores_per_process
 
 FUSED = ("adam", "adamw", "sgd")
 """Optimisers that torch updates in one pass over the weights: a third of the time on a CPU."""

@@ -22,7 +22,7 @@ from ..data.image import ImageError
 from ..data.sources import open_source
 from ..data.statistics import read_image
 from ..evaluation.baselines import random_net
-from ..evaluation.evaluate import evenly, left_out, none_left
+from ..evaluation.correspondence import evenly, left_out, none_left
 from ..evaluation.features import Preparation, Reader
 from ..views import Placement, cut_views, draw_maps
 from .matches import fit_size

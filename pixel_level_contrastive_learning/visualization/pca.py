@@ -113,7 +113,7 @@ def check_maps(features: object) -> str | None:
     if isinstance(features, Tensor) and features.ndim == 4 and features.numel() > 0:
         return None
     found = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
-    return f"features is {found}; it must be maps (n, c, h, w), as dense_features gives them"
+    return f"features is {found}; it must be maps (n, c, h, w), such as the outputs of a layer"
 
 
 def unit_cells(features: Tensor) -> Tensor:

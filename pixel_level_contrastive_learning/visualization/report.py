@@ -105,6 +105,7 @@ class Report:
     gallery: Sequence[GalleryRow]
     charts: Sequence[DrawnChart]
     evaluations: Sequence[Evaluation]
+    label_curve: Sequence[Picture]
     predictions: Sequence[Picture]
     pairs: Sequence[Picture]
     threshold: float
@@ -168,6 +169,9 @@ def visualize(
         gallery=draw_gallery(wholes, maps),
         charts=draw_charts(metrics),
         evaluations=evaluations,
+        label_curve=saved_pictures(
+            folder, "Mean IoU over the number of masks", run_layout.LABEL_CURVE
+        ),
         predictions=saved_pictures(
             folder / run_layout.PREDICTIONS, "Image, truth, and what each network made of it"
         ),
@@ -341,11 +345,11 @@ def pairs_pictures(
     return [embed(own, alt) for own in drawn]
 
 
-def saved_pictures(folder: Path, alt: str) -> list[Picture]:
+def saved_pictures(folder: Path, alt: str, pattern: str = "*.png") -> list[Picture]:
     """Some of the PNG files of a folder, evenly spread, the first and the last included."""
     from PIL import Image as Pillow
 
-    paths = sorted(folder.glob("*.png"))
+    paths = sorted(folder.glob(pattern))
     if len(paths) > MAX_PICTURES:
         last = len(paths) - 1
         paths = [paths[last * k // (MAX_PICTURES - 1)] for k in range(MAX_PICTURES)]

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from einops import rearrange
 from torch import Tensor, cat
 
-from ..evaluation.evaluate import BY_COLOUR
+from ..evaluation.correspondence import BY_COLOUR
 from ..evaluation.health import gauge, verdict
 from ..evaluation.results import CLEAR
 from .curves import Metrics, curve, running_mean

@@ -114,7 +114,7 @@ def test_wrong_maps_are_refused() -> None:
     with pytest.raises(ValueError) as error:
         pca_colours(features[0])
     assert str(error.value) == (
-        "features is (4, 3, 3); it must be maps (n, c, h, w), as dense_features gives them"
+        "features is (4, 3, 3); it must be maps (n, c, h, w), such as the outputs of a layer"
     )
     _, basis = pca_colours(features)
     with pytest.raises(ValueError) as error:

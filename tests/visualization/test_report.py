@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 from evil_run import EVIL, NAMES, make_images
 from PIL import Image
 
-from pixel_level_contrastive_learning.evaluation.results import Evaluation, Row
+from pixel_level_contrastive_learning.evaluation.results import CurvePoint, Evaluation, Row
 from pixel_level_contrastive_learning.visualization.report import (
     POLICY,
     Report,
@@ -246,6 +247,22 @@ def test_figures_with_labels_and_without_are_both_shown(run_maker, tmp_path) -> 
     assert text.count('id="whether-spots-are-found-again"') == 1
 
 
+def test_a_label_curve_stands_before_the_predictions(run_maker, tmp_path) -> None:
+    run = run_maker("curved")
+    (run / "predictions").mkdir()
+    for path in (run / "predictions" / "0000_a.png", run / "label-curve.png"):
+        Image.new("RGB", (8, 4)).save(path)
+    found = scores("finetune", "Masks were saved.")
+    found.write(run)
+    page = tmp_path / "page.html"
+    assert "How many masks they need" not in visualize(run, out=page, count=1).read_text()
+    points = (CurvePoint(3, 0.4, 0.0, (0.4,)), CurvePoint(9, 0.5, 0.0, (0.5,)))
+    row = replace(found.rows[0], curves={"finetune": points})
+    replace(found, rows=(row,)).write(run)
+    text = visualize(run, out=page, count=1).read_text()
+    assert text.index("How many masks they need") < text.index("What they predict")
+
+
 def test_figures_of_earlier_weights_are_said_to_be_old(run_maker, tmp_path) -> None:
     run = run_maker("resumed")
     found = scores("linear", "Classes were found.").write(run)
@@ -276,7 +293,17 @@ def test_a_broken_evaluation_is_named(run_maker, tmp_path) -> None:
 def bare(**given: object) -> Report:
     """A report of nothing but these parts."""
     parts = dict.fromkeys(
-        ("networks", "gallery", "charts", "evaluations", "predictions", "pairs", "steps"), ()
+        (
+            "networks",
+            "gallery",
+            "charts",
+            "evaluations",
+            "label_curve",
+            "predictions",
+            "pairs",
+            "steps",
+        ),
+        (),
     )
     held = {"name": "", "facts": {}, "verdict": RunVerdict(True, "", "", []), "settings": {}}
     return Report(**parts | held | {"threshold": 0.7, "version": ""} | given)
