@@ -119,11 +119,19 @@ def per_channel(name: str, values: Sequence[float] | None, channels: object) -> 
     return None
 
 
+EXTRAS = {
+    "rasterio": ("rasters", "cutting TIFFs and giant pictures into tiles"),
+    "openslide": ("slides", "cutting whole-slide images into tiles"),
+}
+"""The extra of a library that is not in ``train``, and what it is for."""
+
+
 def not_installed(library: str | None) -> str:
     """The error message for a library that comes with the extras."""
+    extra, what = EXTRAS.get(library or "", ("train", "everything beside PixelCL itself"))
     return (
-        f"{library} is not installed; everything beside PixelCL itself needs the extras: "
-        "pip install 'pixel-level-contrastive-learning[train]'"
+        f"{library} is not installed; {what} needs the extra {extra}: "
+        f"pip install 'pixel-level-contrastive-learning[{extra}]'"
     )
 
 

@@ -155,10 +155,16 @@ def prepare(
     images_each: int = 1000,
     max_broken: float = 0.01,
     workers: int | None = None,
+    tile: int | None = None,
+    overlap: int = 0,
+    level: int | None = None,
+    mpp: float | None = None,
+    keep_empty: bool = False,
 ) -> None:
-    """Write images into shards, large ones scaled down, so that training decodes less.
+    """Write images into shards, large ones scaled down or cut, so that training decodes less.
 
-    Run it again to continue after an interruption.
+    Run it again to continue after an interruption. With --tile, rasters, slides and all images
+    larger than a tile are cut, in bounded memory.
 
     Args:
         data: Folders of images, text files of paths, or shards.
@@ -168,6 +174,11 @@ def prepare(
         images_each: Images per shard.
         max_broken: Share of images that may be unreadable before it stops; unless it is 0, one may.
         workers: Threads; by default one per core.
+        tile: Side of the tiles that large images are cut into, in pixels; by default none is cut.
+        overlap: How far neighbouring tiles overlap, in pixels.
+        level: Level of pyramids and slides to cut; by default 0, the full image.
+        mpp: Size of a tile's pixels, in place of a level: micrometres, or metres of a map.
+        keep_empty: Keep tiles that hold nothing but nodata or plain background.
     """
     from .data.shard_writer import write_shards
     from .trainer.logging import logging_to
@@ -181,6 +192,11 @@ def prepare(
             images_each=images_each,
             max_broken=max_broken,
             workers=workers,
+            tile=tile,
+            overlap=overlap,
+            level=level,
+            mpp=mpp,
+            keep_empty=keep_empty,
         )
     print(report)
 

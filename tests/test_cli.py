@@ -141,7 +141,7 @@ def test_without_the_extras_the_error_says_how_to_install_them(code) -> None:
     )
     told = done.stderr.splitlines()[-1]
     assert told.endswith(
-        " is not installed; everything beside PixelCL itself needs the extras: pip install "
+        " is not installed; everything beside PixelCL itself needs the extra train: pip install "
         "'pixel-level-contrastive-learning[train]'"
     )
 

@@ -20,7 +20,7 @@ from uuid import uuid4
 import torch
 
 from .decoding import IMAGE_SUFFIXES, open_image
-from .image import ImageError, LazyImage
+from .image import CUT, MAX_BYTES, ImageError, LazyImage
 
 log = logging.getLogger(__name__)
 
@@ -98,6 +98,9 @@ def read_bytes(path: str, offset: int = 0, length: int = -1) -> bytes:
     """A file, or a part of it."""
     try:
         with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if length < 0 and size > MAX_BYTES:
+                raise ImageError(f"a file of {size / 2**30:.1f} GiB; {CUT}")
             file.seek(offset)
             return file.read(length)
     except OSError as error:

@@ -19,11 +19,14 @@ from torch import Tensor
 
 from .. import run_layout
 from .decoding import HIGH_DEPTH_MODES, IMAGE_SUFFIXES, open_image, to_eight_bit, to_float
-from .image import ImageError, LazyImage, array_to_pixels, lazy_pixels, to_tensor
+from .image import CUT, ImageError, LazyImage, array_to_pixels, lazy_pixels, to_tensor
 from .shards import NameList, ShardSource, is_shards, read_bytes
 
 log = logging.getLogger(__name__)
 
+SLIDES = ".svs .ndpi .mrxs .scn .bif .vms .vmu .svslide .jp2"
+SLIDE_SUFFIXES = frozenset(SLIDES.split())
+"""Files that are cut into tiles before they can be trained on: slides and JPEG 2000."""
 IMAGES, MASKS = "images", "masks"
 """Folders of labelled images."""
 MIN_IMAGES_TO_HOLD_OUT, HELD_OUT_SHARE, MAX_HELD_OUT = 200, 0.02, 256
@@ -255,6 +258,8 @@ def open_path(place: str, leave_out: str | Path | None) -> Source:
         )
     if path.suffix.lower() in IMAGE_SUFFIXES:
         return FileSource([str(path)])
+    if path.suffix.lower() in SLIDE_SUFFIXES:
+        raise ValueError(f"{place!r} is a slide or the like; {CUT}")
     return FileSource(read_list(path))
 
 
@@ -314,7 +319,8 @@ def no_image_message(folder: Path, others: Counter[str]) -> str:
 def count_by_ending(others: Counter[str]) -> str:
     """Files that are no images, counted by their endings."""
     kinds = ", ".join(f"{count} {suffix or 'without'}" for suffix, count in others.most_common(5))
-    return f"{others.total()} other files, by ending: {kinds}"
+    slides = "; slides: " + CUT.replace("it", "them", 1) if SLIDE_SUFFIXES & set(others) else ""
+    return f"{others.total()} other files, by ending: {kinds}{slides}"
 
 
 def read_list(path: Path) -> list[str]:
