@@ -37,7 +37,8 @@ def gdal_raster(places: Sequence[str], driver: str, orientation: int = 1) -> Ras
     from rasterio.enums import ColorInterp, Resampling
     from rasterio.windows import Window as Part
 
-    with rasterio.Env(GDAL_CACHEMAX=CACHE_BYTES, GDAL_NUM_THREADS="ALL_CPUS"):
+    # Threads of GDAL's own would keep a block that they failed to decode, and give it as read.
+    with rasterio.Env(GDAL_CACHEMAX=CACHE_BYTES, GDAL_NUM_THREADS=1):
         files = [rasterio.open(place, driver=driver) for place in places]
     first = files[0]
     stored, kinds, nodata = first.shape, first.colorinterp, first.nodata

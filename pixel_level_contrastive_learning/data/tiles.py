@@ -7,7 +7,8 @@ cuts the same tiles again, and work that was cut off goes on at any of them.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -204,7 +205,7 @@ class Tiling:
         try:
             window = raster.read(box, grid.size)
         except Exception as error:  # damaged bytes make decoders raise anything at all
-            text = " ".join(str(error).split())
+            text = " ".join(str(error.__cause__ or error).split())
             raise ImageError(f"damaged: {text} (tile at x {box[0]}, y {box[1]})") from error
         has_nodata = raster.nodata is not None and bool((window.pixels == raster.nodata).any())
         height, width = grid.full_size
@@ -276,19 +277,28 @@ def spread(values: Array, percentiles: tuple[float, float]) -> Array:
 
 def background_contrast(raster: Raster) -> Array:
     """Per band ``(c,)``, how far the values of a tile may lie apart that is plain background."""
+    values = np.concatenate(list(looks(raster)), axis=1)
+    low, high = spread(values, PERCENTILES)
+    return np.asarray((high - low) * PLAIN_CONTRAST)
+
+
+def looks(raster: Raster) -> Iterator[Array]:
+    """Measured values ``(c, n)`` from all over an image."""
     height, width = raster.size
     coarsest = raster.scales[-1]
+    yield np.zeros((raster.bands, 0), raster.dtype)
     if coarsest > 1 and height * width / coarsest**2 <= MAX_OVERVIEW:
         scale = max(coarsest, max(raster.size) / OVERVIEW_SIDE)
         size = max(1, int(height / scale)), max(1, int(width / scale))
-        windows = [raster.read((0, 0, width, height), size)]
+        boxes = [(0, 0, width, height)]
     else:
-        h, w = (min(LOOK_SIDE, side) for side in raster.size)
+        h, w = size = min(LOOK_SIDE, height), min(LOOK_SIDE, width)
         ys, xs = (
             np.linspace(0, side - look, LOOKS, dtype=int).tolist()
             for side, look in ((height, h), (width, w))
         )
-        windows = [raster.read((x, y, x + w, y + h), (h, w)) for y in ys for x in xs]
-    values = [window.pixels[:, window.known] for window in windows]
-    low, high = spread(np.concatenate(values, axis=1), PERCENTILES)
-    return np.asarray((high - low) * PLAIN_CONTRAST)
+        boxes = [(x, y, x + w, y + h) for y in ys for x in xs]
+    for box in boxes:
+        with suppress(Exception):  # damage is told where a tile meets it
+            window = raster.read(box, size)
+            yield window.pixels[:, window.known]
