@@ -52,6 +52,12 @@ def test_a_step_is_measured_against_the_floor() -> None:
     assert "| ours / floor |" in out
 
 
+def test_a_raster_is_cut_beside_writing_it() -> None:
+    out = run("tiles", "--side", "700")
+    assert out.count(", tiles 4.0, ") == 2
+    assert out.count("| memory / 2 GiB |") == 2
+
+
 def test_the_peer_must_not_be_this_package() -> None:
     with pytest.raises(AssertionError, match="an environment of its own"):
         run("step", "--size", "64", "--batch", "2", "--serve", "published")

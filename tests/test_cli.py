@@ -265,7 +265,10 @@ def test_each_command_takes_what_the_one_before_it_left(labelled, tmp_path, caps
     assert "mIoU" in table
     assert (run / "evaluation.json").exists()
     assert "--out" not in table
-    figures = said("evaluate", run, "--images", images)
+    cut = tmp_path / "tiles"
+    told = said("prepare", images, "--out", cut, "--tile", 64, "--overlap", 8, "--keep-empty")
+    assert told.splitlines()[-1] == f"shards: {cut}"
+    figures = said("evaluate", run, "--images", cut)
     assert "hit@1" in figures
     assert figures.splitlines()[-1].startswith(f"(--out {run} keeps this with the run")
     assert f"report: {page}" in said("visualize", run, "--images", images, "--out", page)

@@ -19,8 +19,10 @@ from .decoding import FLIPPED_X, FLIPPED_Y, SIDEWAYS, upright_size
 from .image import ImageError
 from .rasters import Array, Box, Raster, Window, is_known
 
-CACHE_BYTES = 2**28
+CACHE_BYTES = 2**29
 """Decoded blocks that GDAL keeps: a row of strips or blocks serves a whole row of tiles."""
+LOCK = Lock()
+"""GDAL's files serve one thread at a time, and its cache has one size for all."""
 
 
 def installed(library: str) -> Any:
@@ -38,7 +40,8 @@ def gdal_raster(places: Sequence[str], driver: str, orientation: int = 1) -> Ras
     from rasterio.windows import Window as Part
 
     # Threads of GDAL's own would keep a block that they failed to decode, and give it as read.
-    with rasterio.Env(GDAL_CACHEMAX=CACHE_BYTES, GDAL_NUM_THREADS=1):
+    settings = {"GDAL_CACHEMAX": CACHE_BYTES, "GDAL_NUM_THREADS": 1}
+    with LOCK, rasterio.Env(**settings):
         files = [rasterio.open(place, driver=driver) for place in places]
     first = files[0]
     stored, kinds, nodata = first.shape, first.colorinterp, first.nodata
@@ -65,13 +68,12 @@ def gdal_raster(places: Sequence[str], driver: str, orientation: int = 1) -> Ras
             table = table[:, :1]  # GDAL tells gray by a palette, too
         nodata = None
     how = Resampling.nearest if palette else Resampling.average
-    lock = Lock()
 
     def read(box: Box, size: tuple[int, int]) -> Window:
         x0, y0, x1, y1 = stored_box(box, stored, orientation)
         h, w = size[::-1] if orientation in SIDEWAYS else size
         part = Part(x0, y0, x1 - x0, y1 - y0)
-        with lock:  # GDAL's files serve one thread at a time
+        with LOCK, rasterio.Env(**settings):
             bands = [
                 file.read(window=part, out_shape=(file.count, h, w), resampling=how)
                 for file in files

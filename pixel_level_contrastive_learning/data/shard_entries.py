@@ -46,6 +46,10 @@ class ShardEntry(NamedTuple):
     original_bytes: int = 0
 
 
+Entry = ShardEntry | ImageError | str
+"""An image as it goes into a shard, why it cannot be used, or what alone an empty tile holds."""
+
+
 def make_entry(source: Source, index: int, max_side: int, quality: int) -> ShardEntry | ImageError:
     """An image in the form it has in a shard; or why it cannot be used."""
     try:
@@ -63,9 +67,7 @@ def make_entry(source: Source, index: int, max_side: int, quality: int) -> Shard
     return ShardEntry(*encode(as_whole_numbers(array), quality), about, len(content))
 
 
-def make_tile(
-    source: Source, tiling: Tiling, index: int, quality: int, keep_empty: bool
-) -> ShardEntry | ImageError | str:
+def make_tile(source: Source, tiling: Tiling, index: int, quality: int, keep_empty: bool) -> Entry:
     """A tile in the form it has in a shard; or why it cannot be used, or what alone it holds."""
     grid, number = tiling.locate(index)
     if grid.file in tiling.refused:

@@ -12,12 +12,12 @@ import hashlib
 import json
 import logging
 import os
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 from warnings import catch_warnings, simplefilter
 
 from ..checks import LIMITS, raise_together, whole, within
@@ -25,8 +25,7 @@ from ..files import write_whole
 from ..run_layout import SKIPPED
 from .dataset import BrokenImage, check_broken
 from .image import ImageError
-from .shard_entries import ShardEntry, make_entry, make_tile
-from .shards import ShardSource
+from .shard_entries import Entry, make_entry, make_tile
 from .sources import FileSource, open_source
 from .tiles import Tiling, find_rasters
 
@@ -35,7 +34,7 @@ log = logging.getLogger(__name__)
 INDEX = "shards.json"
 """The settings, and the digest of each shard that is done."""
 SHARD_BYTES = 2**28
-"""What the tiles of a shard may take in memory, where they are together until it is written."""
+"""What the tiles of a shard may take uncompressed: what a killed call does again."""
 
 
 class ShardsReport(NamedTuple):
@@ -151,7 +150,7 @@ def write_shards(
         refused = {files[i]: BrokenImage(files[i], why) for i, why in tiling.refused.items()}
         check_broken(refused, len(files), max_broken)
 
-    def make(index: int) -> ShardEntry | ImageError | str:
+    def make(index: int) -> Entry:
         if tiling is None:
             return make_entry(source, index, max_side, quality)
         return make_tile(source, tiling, index, quality, keep_empty)
@@ -164,6 +163,7 @@ def write_shards(
     total, kept = -(-count // images_each), 0
     shared = common_folder(files)
     broken: dict[str, BrokenImage] = {}
+    workers = workers or os.cpu_count() or 1
     with ThreadPoolExecutor(workers) as threads, catch_warnings():
         # Decoding ignores warnings, too, but filters are shared by all threads.
         simplefilter("ignore")
@@ -172,8 +172,8 @@ def write_shards(
             record = index.find(path)
             if record is None:
                 indices = range(number * images_each, min((number + 1) * images_each, count))
-                entries = dict(zip(indices, threads.map(make, indices), strict=True))
-                record = write_shard(path, entries, {i: name(i) for i in indices}, shared)
+                entries = in_order(make, indices, workers, threads)
+                record = write_shard(path, entries, name, shared)
                 index.add(path, record)
                 log.info("%s: %d images, %s of %d", path.name, record["images"], number + 1, total)
             else:
@@ -253,52 +253,74 @@ def common_folder(names: Sequence[str]) -> str:
     return ""
 
 
+def in_order(
+    make: Callable[[int], Entry], indices: Iterable[int], workers: int, threads: Executor
+) -> Iterator[tuple[int, Entry]]:
+    """What is made of each index, by threads that are never far ahead: memory is bounded."""
+    waiting: deque[tuple[int, Future[Entry]]] = deque()
+    for index in indices:
+        waiting.append((index, threads.submit(make, index)))
+        if len(waiting) > 2 * workers:
+            first, future = waiting.popleft()
+            yield first, future.result()
+    for first, future in waiting:
+        yield first, future.result()
+
+
+class HashedFile:
+    """A file that is written, with the SHA-256 of what was."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file, self.sha = file, hashlib.sha256()
+
+    def write(self, content: bytes) -> int:
+        """Write some bytes; how many."""
+        self.sha.update(content)
+        return self.file.write(content)
+
+
 def write_shard(
-    path: Path,
-    entries: Mapping[int, ShardEntry | ImageError | str],
-    names: Mapping[int, str],
-    shared: str,
+    path: Path, entries: Iterable[tuple[int, Entry]], name: Callable[[int], str], shared: str
 ) -> dict[str, Any]:
     """Write a shard, read it back, and move it to its place; returns its record in the index."""
     from webdataset import TarWriter
 
-    skipped = [
-        (names[i], str(entry)) for i, entry in entries.items() if isinstance(entry, ImageError)
-    ]
-    good = {i: entry for i, entry in entries.items() if isinstance(entry, ShardEntry)}
-    record: dict[str, Any] = {"images": len(good), "skipped": skipped, "bytes": 0, "sha256": ""}
-    empty = Counter(entry for entry in entries.values() if isinstance(entry, str))
-    record |= {"empty": empty} if empty else {}
-    record["bytes_before"] = sum(entry.original_bytes for entry in good.values())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not good:
-        return record
+    record: dict[str, Any] = {"images": 0, "skipped": [], "bytes": 0, "sha256": ""}
+    record["bytes_before"] = 0
+    empty = Counter[str]()
     beside = path.with_name(f"{path.name}.part")
+    beside.parent.mkdir(parents=True, exist_ok=True)
     with beside.open("wb") as file:
-        writer = TarWriter(file, mtime=0)
-        for index, entry in good.items():
-            name = os.path.relpath(names[index], shared) if shared else names[index]
-            text = Path(os.fsencode(name).decode(errors="replace")).as_posix()
+        hashed = HashedFile(file)
+        writer = TarWriter(hashed, mtime=0)
+        for index, entry in entries:
+            if isinstance(entry, ImageError):
+                record["skipped"].append((name(index), str(entry)))
+                continue
+            if isinstance(entry, str):
+                empty[entry] += 1
+                continue
+            record["images"] += 1
+            record["bytes_before"] += entry.original_bytes
+            called = os.path.relpath(name(index), shared) if shared else name(index)
+            text = Path(os.fsencode(called).decode(errors="replace")).as_posix()
             about = json.dumps({"name": text, **entry.about})
             writer.write({"__key__": f"{index:09d}", entry.suffix: entry.content, "json": about})
         writer.close()
         file.flush()
         os.fsync(file.fileno())
-    for written, entry in zip(read_back(beside), good.values(), strict=True):
-        if written != entry.content:
-            raise OSError(
-                f"{beside} differs from what was written when it is read back; check the disk, and "
-                "call again to go on"
-            )
+    record |= {"empty": empty} if empty else {}
+    if not record["images"]:
+        beside.unlink()
+        return record
     record |= {"bytes": beside.stat().st_size, "sha256": digest(beside)}
+    if record["sha256"] != hashed.sha.hexdigest():
+        raise OSError(
+            f"{beside} differs from what was written when it is read back; check the disk, and "
+            "call again to go on"
+        )
     beside.replace(path)
     return record
-
-
-def read_back(path: Path) -> Iterator[bytes]:
-    """The bytes of each image in a shard."""
-    shards = ShardSource([str(path)])
-    return (shards.content(index) for index in range(len(shards)))
 
 
 def digest(path: Path) -> str:
