@@ -36,7 +36,7 @@ def installed(library: str) -> Any:
 def gdal_raster(places: Sequence[str], driver: str, orientation: int = 1) -> Raster:
     """An image whose bands lie in one place or several; a picture's alpha is laid over black."""
     rasterio = installed("rasterio")
-    from rasterio.enums import ColorInterp, Resampling
+    from rasterio.enums import ColorInterp, MaskFlags, Resampling
     from rasterio.windows import Window as Part
 
     # Threads of GDAL's own would keep a block that they failed to decode, and give it as read.
@@ -57,6 +57,7 @@ def gdal_raster(places: Sequence[str], driver: str, orientation: int = 1) -> Ras
     bits = int(first.tags(1, ns="IMAGE_STRUCTURE").get("NBITS", 8))
     palette = kinds[0] == ColorInterp.palette
     alpha = kinds.index(ColorInterp.alpha) if ColorInterp.alpha in kinds else None
+    masked = alpha is None and MaskFlags.per_dataset in first.mask_flag_enums[0]
     blend = alpha is not None and driver != "GTiff"
     table = np.zeros((0, 0), np.uint8)
     if palette:
@@ -78,8 +79,9 @@ def gdal_raster(places: Sequence[str], driver: str, orientation: int = 1) -> Ras
                 file.read(window=part, out_shape=(file.count, h, w), resampling=how)
                 for file in files
             ]
+            mask = first.read_masks(1, window=part, out_shape=(h, w)) if masked else np.ones((h, w))
         pixels = turned(np.concatenate(bands), orientation)
-        known = is_known(pixels, nodata)
+        known = is_known(pixels, nodata) & (turned(mask[None], orientation)[0] > 0)
         if alpha is not None:
             known &= pixels[alpha] > 0
         if palette:

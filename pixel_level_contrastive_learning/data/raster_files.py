@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -13,12 +15,14 @@ import numpy as np
 from .decoding import GIANT, ORIENTATION_TAG, TIFF, open_image
 from .image import ImageError, array_layout, decoder_message
 from .raster_drivers import gdal_raster, slide_raster
-from .rasters import Raster, decoded_raster, mapped_raster, npy_raster
+from .rasters import Array, Raster, decoded_raster, mapped_raster, npy_raster
 from .shards import read_bytes
 from .sources import SLIDE_SUFFIXES
 
 MAX_CHANNEL_PAGES = 16
 """Unnamed gray pages up to which a stack is one image of so many channels."""
+MASK = 4
+"""Bit of a TIFF page's type: it says where another page was measured."""
 NO_RGB = ("SEPARATED", "CIELAB", "ICCLAB", "ITULAB")
 SLIDE_KINDS = ("svs", "ndpi", "scn", "bif", "philips")
 """TIFFs that tifffile knows as slides, whatever their ending."""
@@ -99,29 +103,33 @@ def tiff_rasters(path: str) -> list[Raster]:
             raise ImageError(f"its colours are {photometric}; save it as RGB")
         tag = page.tags.get(ORIENTATION_TAG)
         orientation = int(tag.value) if tag else 1
+        others = [str(s.shape) for s in file.series[1:] if not s.keyframe.subfiletype & MASK]
+        note = f"left out: images of other sizes, {', '.join(others)}" if others else ""
         pages: list[Any] = list(series.pages)
         if len(pages) == 1 and series.size == page.size:
-            return [gdal_raster([path], "GTiff", orientation)]
+            return [replace(gdal_raster([path], "GTiff", orientation), note=note)]
         if page.axes not in ("YX", "YXS", "SYX") or None in pages:
             raise ImageError(f"its axes are {series.axes}; save each image in a file of its own")
         outer = series.ndim - page.ndim
-        choices = stacked(series.axes[:outer], series.shape[:outer], page.samplesperpixel == 1)
+        axes, shape = series.axes[:outer], series.shape[:outer]
+        choices = stacked(axes, shape, page.samplesperpixel == 1)
         if series.dataoffset is not None and orientation == 1:  # all of it lies in one piece
-            dtype, shape = series.dtype.newbyteorder(file.byteorder), series.shape
-            offset, last = series.dataoffset, page.axes == "YXS"
+            dtype, offset = series.dtype.newbyteorder(file.byteorder), series.dataoffset
 
-            def chosen(choice: tuple[int | slice, ...]) -> Raster:
-                return mapped_raster(
-                    lambda: np.memmap(path, dtype, "r", offset, shape)[choice], last
-                )
+            def mapping(choice: tuple[int | slice, ...]) -> Callable[[], Array]:
+                return lambda: np.memmap(path, dtype, "r", offset, series.shape)[choice]
 
-            return [chosen(choice) for choice in choices]
-        numbers = np.arange(len(pages)).reshape(series.shape[:outer])
-        offsets = [[pages[k].offset for k in numbers[choice].flat] for choice in choices]
-    return [
-        gdal_raster([f"GTIFF_DIR:off:{offset}:{path}" for offset in image], "GTiff", orientation)
-        for image in offsets
-    ]
+            last = page.axes == "YXS"
+            images = [mapped_raster(mapping(choice), last) for choice in choices]
+        else:
+            numbers = np.arange(len(pages)).reshape(shape)
+            places = [
+                [f"GTIFF_DIR:off:{pages[k].offset}:{path}" for k in numbers[choice].flat]
+                for choice in choices
+            ]
+            images = [gdal_raster(image, "GTiff", orientation) for image in places]
+    found = f"{len(pages)} pages along {axes}: {len(images)} images"
+    return [replace(image, note="; ".join(filter(None, (found, note)))) for image in images]
 
 
 def stacked(axes: str, shape: tuple[int, ...], gray: bool) -> list[tuple[int | slice, ...]]:

@@ -47,6 +47,7 @@ class Raster:
         mpp: Size of a pixel: metres where the file is georeferenced, else micrometres; None if it
             does not say.
         nodata: The value that stands where nothing was measured; None if there is none.
+        note: How the pages of its file were understood, where there was a choice.
     """
 
     size: tuple[int, int]
@@ -56,6 +57,7 @@ class Raster:
     scales: tuple[float, ...] = (1.0,)
     mpp: float | None = None
     nodata: float | None = None
+    note: str = ""
 
 
 def npy_raster(path: str) -> Raster:

@@ -67,20 +67,62 @@ def make_entry(source: Source, index: int, max_side: int, quality: int) -> Shard
     return ShardEntry(*encode(as_whole_numbers(array), quality), about, len(content))
 
 
-def make_tile(source: Source, tiling: Tiling, index: int, quality: int, keep_empty: bool) -> Entry:
-    """A tile in the form it has in a shard; or why it cannot be used, or what alone it holds."""
-    grid, number = tiling.locate(index)
-    if grid.file in tiling.refused:
-        return ImageError(tiling.refused[grid.file])
-    if not grid.xs:
-        return make_entry(source, grid.file, tiling.tile, quality)
-    try:
-        tile = tiling.cut(grid, number)
-    except ImageError as error:
-        return error
-    if tile.empty and not keep_empty:
-        return tile.empty
-    return ShardEntry(*encode(tile.pixels, quality, tile.nodata), tile.about)
+class Copies:
+    """Images as they are, or made smaller, one by one."""
+
+    def __init__(self, source: Source, max_side: int, quality: int) -> None:
+        self.source, self.max_side, self.quality = source, max_side, quality
+        self.settings = {"max_side": max_side}
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def name(self, index: int) -> str:
+        """The image's name."""
+        return self.source.name(index)
+
+    def make(self, index: int) -> Entry:
+        """The image as it goes into a shard."""
+        return make_entry(self.source, index, self.max_side, self.quality)
+
+
+class Tiles:
+    """Tiles of large images, and small images as they are, one by one."""
+
+    def __init__(self, source: Source, tiling: Tiling, quality: int, keep_empty: bool) -> None:
+        self.source, self.tiling, self.quality = source, tiling, quality
+        self.keep_empty = keep_empty
+        self.settings = {
+            "max_side": tiling.tile,
+            "tile": tiling.tile,
+            "overlap": tiling.overlap,
+            "level": tiling.level,
+            "mpp": tiling.mpp,
+            "keep_empty": keep_empty,
+            "tiles": len(tiling),
+        }
+
+    def __len__(self) -> int:
+        return len(self.tiling)
+
+    def name(self, index: int) -> str:
+        """The name of the image that a tile is of."""
+        return self.source.name(self.tiling.locate(index)[0].file)
+
+    def make(self, index: int) -> Entry:
+        """The tile, or small image, as it goes into a shard."""
+        grid, number = self.tiling.locate(index)
+        if grid.file in self.tiling.refused:
+            return ImageError(self.tiling.refused[grid.file])
+        if not grid.xs:
+            return make_entry(self.source, grid.file, self.tiling.tile, self.quality)
+        try:
+            tile = self.tiling.cut(grid, number)
+        except ImageError as error:
+            return error
+        if tile.empty and not self.keep_empty:
+            return tile.empty
+        return ShardEntry(*encode(tile.pixels, self.quality, tile.nodata), tile.about)
 
 
 def suffix_of(name: str, content: bytes) -> str:

@@ -25,7 +25,7 @@ from ..files import write_whole
 from ..run_layout import SKIPPED
 from .dataset import BrokenImage, check_broken
 from .image import ImageError
-from .shard_entries import Entry, make_entry, make_tile
+from .shard_entries import Copies, Entry, Tiles
 from .sources import FileSource, open_source
 from .tiles import Tiling, find_rasters
 
@@ -134,33 +134,24 @@ def write_shards(
     folder = Path(out).expanduser()
     files = [source.name(index) for index in range(len(source))]
     absolute = [name if "://" in name else os.path.abspath(name) for name in files]
+    samples: Copies | Tiles = Copies(source, max_side, quality)
+    each = images_each
+    if tile is not None:
+        tiling = Tiling(files, tile, overlap, level, mpp)
+        samples = Tiles(source, tiling, quality, keep_empty)
+        each = min(each, max(1, SHARD_BYTES // max(1, tiling.tile_bytes)))
+        refused = {files[i]: BrokenImage(files[i], why) for i, why in tiling.refused.items()}
+        check_broken(refused, len(files), max_broken)
     settings = {
         "images": len(files),
         "names": hashlib.sha256(os.fsencode("\n".join(absolute))).hexdigest(),
-        "max_side": max_side,
         "quality": quality,
         "images_each": images_each,
+        **samples.settings,
     }
-    tiling = None
-    if tile is not None:
-        tiling = Tiling(files, tile, overlap, level, mpp)
-        settings |= {"max_side": tile, "tile": tile, "overlap": overlap, "level": level, "mpp": mpp}
-        settings |= {"keep_empty": keep_empty, "tiles": len(tiling)}
-        images_each = min(images_each, max(1, SHARD_BYTES // max(1, tiling.tile_bytes)))
-        refused = {files[i]: BrokenImage(files[i], why) for i, why in tiling.refused.items()}
-        check_broken(refused, len(files), max_broken)
-
-    def make(index: int) -> Entry:
-        if tiling is None:
-            return make_entry(source, index, max_side, quality)
-        return make_tile(source, tiling, index, quality, keep_empty)
-
-    def name(index: int) -> str:
-        return files[index if tiling is None else tiling.locate(index)[0].file]
-
     index = ShardIndex(folder, settings)
-    count = len(files) if tiling is None else len(tiling)
-    total, kept = -(-count // images_each), 0
+    count = len(samples)
+    total, kept = -(-count // each), 0
     shared = common_folder(files)
     broken: dict[str, BrokenImage] = {}
     workers = workers or os.cpu_count() or 1
@@ -171,9 +162,9 @@ def write_shards(
             path = folder / f"shards-{number:06d}.tar"
             record = index.find(path)
             if record is None:
-                indices = range(number * images_each, min((number + 1) * images_each, count))
-                entries = in_order(make, indices, workers, threads)
-                record = write_shard(path, entries, name, shared)
+                indices = range(number * each, min((number + 1) * each, count))
+                entries = in_order(samples.make, indices, workers, threads)
+                record = write_shard(path, entries, samples.name, shared)
                 index.add(path, record)
                 log.info("%s: %d images, %s of %d", path.name, record["images"], number + 1, total)
             else:
@@ -187,7 +178,7 @@ def write_shards(
     images, before, after = (
         sum(record[what] for record in records) for what in ("images", "bytes_before", "bytes")
     )
-    if tiling is not None:
+    if tile is not None:
         before = sum(map(os.path.getsize, files))
     empty = sum((Counter(record.get("empty", {})) for record in records), Counter[str]())
     return ShardsReport(folder, images, total, kept, len(broken), before, after, empty)

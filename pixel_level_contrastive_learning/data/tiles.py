@@ -6,6 +6,7 @@ cuts the same tiles again, and work that was cut off goes on at any of them.
 
 from __future__ import annotations
 
+import logging
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -25,6 +26,8 @@ from .rasters import Array, Box, Raster, Window
 from .shards import is_shards
 from .sources import SLIDE_SUFFIXES, find_files, no_image_message, open_source
 from .statistics import PERCENTILES
+
+log = logging.getLogger(__name__)
 
 PLAIN_SHARE = 0.99
 """Share of a tile's pixels that must hold nothing for it to be empty."""
@@ -154,6 +157,8 @@ class Tiling:
         except ImageError as error:
             self.refused[index] = str(error)
             return [Grid(index)]
+        if rasters[0].note:
+            log.info("%s: %s", path, rasters[0].note)
         return [
             self.grid(index, raster, page if len(rasters) > 1 else None)
             for page, raster in enumerate(rasters)

@@ -2,6 +2,7 @@
 
 import io
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -174,6 +175,28 @@ def test_what_was_not_measured_is_known(tmp_path) -> None:
     assert raster.nodata == -9999
     assert known[0].tolist() == [False] * 10 + [True] * 10 + [False] * 10 + [True] * 20
     assert np.array_equal(pixels, bands, equal_nan=True)
+
+
+def test_a_mask_beside_the_pixels_says_what_was_measured(tmp_path) -> None:
+    how = {"driver": "GTiff", "height": 40, "width": 50, "count": 3, "dtype": "uint8"}
+    measured = np.tri(40, 50, dtype=bool)
+    with (
+        warnings.catch_warnings(action="ignore"),
+        rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True),
+        rasterio.open(tmp_path / "a.tif", "w", **how) as file,
+    ):
+        file.write(values((3, 40, 50), np.uint8))
+        file.write_mask(measured)
+    [raster] = open_rasters(str(tmp_path / "a.tif"))
+    assert (raster.read((5, 3, 45, 33), (30, 40)).known == measured[3:33, 5:45]).all()
+    assert raster.note == ""
+
+
+def test_how_pages_were_understood_is_said(tmp_path) -> None:
+    imwrite(tmp_path / "a.tif", values((5, 40, 50)), photometric="minisblack")
+    imwrite(tmp_path / "a.tif", values((30, 20)), append=True)
+    [raster] = open_rasters(str(tmp_path / "a.tif"))
+    assert raster.note == "5 pages along Q: 1 images; left out: images of other sizes, (30, 20)"
 
 
 def test_a_slide_is_read_at_any_scale(tmp_path) -> None:

@@ -54,12 +54,14 @@ def test_tiles_cover_an_image_and_hold_its_values_where_they_say(tmp_path) -> No
     assert seen.min() == 1
 
 
-def test_images_are_numbered_one_after_the_other(tmp_path) -> None:
+def test_images_are_numbered_one_after_the_other(tmp_path, caplog) -> None:
+    caplog.set_level("INFO")
     rng = np.random.default_rng(0)
     for name, shape in {"a.npy": (40, 64), "b.npy": (100, 64), "c.npy": (64, 200)}.items():
         np.save(tmp_path / name, rng.normal(size=shape))
     imwrite(tmp_path / "d.tif", rng.normal(size=(2, 70, 64)), metadata={"axes": "ZYX"}, ome=True)
     tiling = Tiling([str(tmp_path / name) for name in ("a.npy", "b.npy", "c.npy", "d.tif")], 64)
+    assert caplog.messages == [f"{tmp_path}/d.tif: 2 pages along Z: 2 images"]
     found = [tiling.locate(index) for index in range(len(tiling))]
     assert [(grid.file, grid.page, number) for grid, number in found] == [
         (0, None, 0), (1, None, 0), (1, None, 1), *((2, None, k) for k in range(4)),
