@@ -290,6 +290,12 @@ def test_cutting_that_was_killed_goes_on_and_ends_the_same(scenes, tmp_path, mon
             write_shards(scenes, tmp_path / "out", **changed)
 
 
+def test_shards_of_tiles_are_not_gone_on_with_by_copies(images, tmp_path) -> None:
+    write_shards(images, tmp_path / "out", tile=640)
+    with pytest.raises(ValueError, match=r"another call \(tile 640 and now None, overlap 0 and"):
+        write_shards(images, tmp_path / "out", max_side=640)
+
+
 def test_what_cannot_be_cut_is_told_before_work_begins(scenes, tmp_path) -> None:
     for name in ("b.tif", "c.tif"):
         Image.new("CMYK", (70, 70)).save(scenes / name)

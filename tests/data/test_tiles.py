@@ -12,6 +12,7 @@ from pixel_level_contrastive_learning.data.image import ImageError
 from pixel_level_contrastive_learning.data.raster_files import open_rasters
 from pixel_level_contrastive_learning.data.rasters import Window
 from pixel_level_contrastive_learning.data.tiles import (
+    Grid,
     Tiling,
     background_contrast,
     emptiness,
@@ -153,6 +154,23 @@ def test_background_is_what_hardly_varies_beside_the_whole_image(tmp_path, pyram
     assert np.array(kinds).reshape(8, 8)[0].tolist() == ["background"] * 8
     assert {kinds[8 * y + x] for y in range(2, 6) for x in range(2, 6)} == {""}
     assert kinds.count("background") == 64 - 16
+
+
+def test_the_range_is_found_in_a_small_copy_where_there_is_one(tmp_path) -> None:
+    array = np.full((1024, 1024), 100, np.uint16)
+    for k in range(8):  # between the windows that are looked at
+        array[34:64, 66 * k + 34 : 66 * k + 64] = 9000
+    for pyramid, contrast in {False: 0, True: 8900 / 16}.items():
+        with TiffWriter(tmp_path / "a.tif") as file:
+            for k in range(1 + pyramid):
+                part = array[:: 2**k, :: 2**k]
+                file.write(part, tile=(64, 64), metadata=None, subfiletype=int(k > 0))
+        [raster] = open_rasters(str(tmp_path / "a.tif"))
+        assert background_contrast(raster).tolist() == [contrast]
+
+
+def test_a_tile_of_a_strip_thinner_than_its_scale_stays_inside() -> None:
+    assert Grid(0, None, (2, 3), (1, 1), (0,), (0,), 4.0).box(0) == (0, 0, 3, 2)
 
 
 def test_an_image_without_a_measured_value_is_nodata(tmp_path) -> None:
