@@ -18,14 +18,14 @@ from pixel_level_contrastive_learning.trainer.config import PretrainConfig
 PACKAGE = "pixel_level_contrastive_learning"
 FLAGS_OF_PRETRAIN = """
 --out --config --recipe --resume --overwrite --dry-run --model --weights --channels --pixel-layer
---instance-layer --zero-init-residual --image-size --crop-area --aspect-ratio --prob-hflip
---prob-vflip --max-rotation --jitter --prob-jitter --prob-gray --prob-blur --blur-sigma
---prob-solarise --loss --alpha --instance-weight --projection-size --projection-hidden-size
---ppm-num-layers --ppm-gamma --distance-thres --similarity-temperature --batch-size --accumulate
---epochs --steps --optimizer --lr --weight-decay --warmup-epochs --final-lr --target-momentum
---clip-grad --seed --precision --workers --accelerator --devices --num-nodes --strategy
---checkpoint-every --keep-checkpoints --max-broken --loggers --picture-every --probe
---probe-protocol --probe-every
+--pixel-levels --level-weights --instance-layer --zero-init-residual --image-size --crop-area
+--aspect-ratio --prob-hflip --prob-vflip --max-rotation --jitter --prob-jitter --prob-gray
+--prob-blur --blur-sigma --prob-solarise --loss --alpha --instance-weight --projection-size
+--projection-hidden-size --ppm-num-layers --ppm-gamma --distance-thres --similarity-temperature
+--batch-size --accumulate --epochs --steps --optimizer --lr --weight-decay --warmup-epochs
+--final-lr --target-momentum --clip-grad --seed --precision --workers --accelerator --devices
+--num-nodes --strategy --checkpoint-every --keep-checkpoints --max-broken --loggers --picture-every
+--probe --probe-protocol --probe-every
 """
 FLAGS = FLAGS_OF_PRETRAIN.split()
 

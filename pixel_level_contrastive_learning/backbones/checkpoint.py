@@ -64,7 +64,7 @@ class BackboneCard:
         low: Per-channel value that becomes 0 where 16-bit or float data are scaled to [0, 1]; None
             for 8-bit data, which are divided by 255.
         high: The value that becomes 1, likewise.
-        pixel_layer: The layer whose map the pixel loss read.
+        pixel_layer: The layer whose map the pixel loss read; or several, see `shown_layer`.
         instance_layer: The layer whose average the instance loss read.
         start: What training started from: ``random``, ``zero-init residual`` (random, residual
             blocks as identities), ``pretrained``, or a file.
@@ -82,7 +82,7 @@ class BackboneCard:
     std: tuple[float, ...]
     low: tuple[float, ...] | None = None
     high: tuple[float, ...] | None = None
-    pixel_layer: str
+    pixel_layer: str | tuple[str, ...]
     instance_layer: str
     start: str = "random"
     seed: int = 0
@@ -97,6 +97,11 @@ class BackboneCard:
             *check_limits({"channels": self.channels, "image_size": self.image_size}),
             *(per_channel(name, values, self.channels) for name, values in statistics.items()),
         )
+
+    @property
+    def shown_layer(self) -> str:
+        """The layer that evaluation, probes and pictures read: the first pixel layer."""
+        return self.pixel_layer if isinstance(self.pixel_layer, str) else self.pixel_layer[0]
 
     def to_json(self) -> str:
         """The card as JSON text."""
@@ -184,7 +189,7 @@ def card_of(learner: PixelCL, model: str, **fields: Any) -> BackboneCard:
         "model": model,
         "channels": learner.views.channels,
         "image_size": learner.views.size,
-        "pixel_layer": encoder.pixel_hook.name,
+        "pixel_layer": encoder.pixel_layer,
         "instance_layer": encoder.instance_hook.name,
     }
     if normalise is not None:

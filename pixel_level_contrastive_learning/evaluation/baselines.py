@@ -110,7 +110,7 @@ def sizing_card(contenders: Sequence[Contender]) -> BackboneCard:
 
 def layers_read(contenders: Sequence[Contender], layers: Sequence[str] | None) -> list[str]:
     """The layers that are read: those named, else the trained or deepest one of each network."""
-    return list(layers or dict.fromkeys(own.card.pixel_layer for own in contenders))
+    return list(layers or dict.fromkeys(own.card.shown_layer for own in contenders))
 
 
 def start_of(card: BackboneCard, taken: Collection[str]) -> Contender | None:

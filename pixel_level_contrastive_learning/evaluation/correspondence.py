@@ -220,7 +220,7 @@ def evaluate_unlabelled(
     rows = []
     for contender in contenders:
         own = replace(prepare, statistics=Preparation.of(contender.card, views).statistics)
-        names = list(layers or [contender.card.pixel_layer])
+        names = list(layers or [contender.card.shown_layer])
         figures = []
         for seed, pairs, plain in zip(seeds, changed, kept, strict=True):
             net = contender.build(seed).to(device)

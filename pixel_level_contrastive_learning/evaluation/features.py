@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import log2, prod
+from math import prod
 from typing import Self
 
 import torch
@@ -53,7 +53,7 @@ class Reader:
     ) -> None:
         # Frozen weights are read like others; feature info refuses hooks without gradient.
         info = FeatureInfo(unfreeze(duplicate(net)), channels, size)
-        names = list(layers) if layers else [info.default_pixel()]
+        names = list(layers) if layers else info.default_pixels()
         hooks = [info.hook(name, pixel=True) for name in dict.fromkeys(names)]
         self.net, self.fast = net, fast
         self.layouts = {hook.name: hook.layout for hook in hooks}
@@ -104,15 +104,13 @@ def deepest_maps(info: FeatureInfo) -> list[Layer]:
         ValueError: There is none.
     """
     fit = [own for own in info.layers if own.carries_gradient and own.stride >= FINEST_STRIDE]
-    found: dict[int, list[Layer]] = {}
-    for layer in default_maps(fit):
-        found.setdefault(round(log2(layer.stride)), []).append(layer)
-    if not found:
+    maps = default_maps(fit)
+    if not maps:
         raise ValueError(
             f"{info.net_type} has no map of a stride of {FINEST_STRIDE} or more that could be "
             f"decoded; {info.advice(pixel=True)}"
         )
-    return [info.deepest(equals) for _, equals in sorted(found.items(), reverse=True)]
+    return list(info.pyramid(maps))
 
 
 def resized(maps: Tensor, grid: tuple[int, ...], *, antialias: bool = False) -> Tensor:

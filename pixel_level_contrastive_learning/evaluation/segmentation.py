@@ -307,7 +307,7 @@ class Contest:
         """Run the protocols that read frozen features, all in one pass over the images."""
         plan = self.plan
         layers = {ALL_MAPS: self.every_stride(net)} if ALL_MAPS in plan.protocols else {}
-        usual = tuple(plan.layers or [self.contender.card.pixel_layer])
+        usual = tuple(plan.layers or [self.contender.card.shown_layer])
         probes: list[ProbeTask] = []
         labels: list[str] = []
         keep: Sequence[int] = ()

@@ -93,7 +93,7 @@ class FeaturePictures:
         self.drawn_at = step.step
         card = self.card
         if self.reader is None:
-            net, layers = step.learner.net, [card.pixel_layer]
+            net, layers = step.learner.net, [card.shown_layer]
             self.reader = Reader(net, layers, card.channels, card.image_size)
         reader = self.reader
 
@@ -159,7 +159,7 @@ class Probe:
     def run(self, step: TrainingStep) -> None:
         """Probe now, and mark the step's checkpoint if no step after the first was better."""
         net, card = step.learner.net, self.card
-        reader = Reader(net, [card.pixel_layer], card.channels, card.image_size, fast=True)
+        reader = Reader(net, [card.shown_layer], card.channels, card.image_size, fast=True)
         prepare = Preparation.of(card, net=net)
         try:
             train, val = (PreparedSplit(own, prepare) for own in (self.train, self.val))
@@ -227,7 +227,7 @@ def draw_batch(
         to_rgb(view.pixels * normalise.std + normalise.mean).clamp(0, 1).cpu()
         for view in make_views(move_batch(some, device), normalise, plan)
     ]
-    grid = learner.online_encoder.pixel_hook.layout.grid
+    grid = learner.online_encoder.pixel_hooks[0].layout.grid
     previews = folder / run_layout.PREVIEW
     previews.mkdir(parents=True, exist_ok=True)
     paths = []

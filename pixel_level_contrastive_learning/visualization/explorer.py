@@ -142,7 +142,7 @@ def extract_maps(
     card = loaded.card
     maps, grid = {}, (1, 1)
     for name, net in ((RANDOM, random_net(card, card.seed)), (TRAINED, loaded.net)):
-        reader = Reader(net.to(device), [card.pixel_layer], card.channels, card.image_size)
+        reader = Reader(net.to(device), [card.shown_layer], card.channels, card.image_size)
         grid = reader.layouts[reader.layers[0]].grid
         stride = None if fixed else stride_of(reader, card)
         maps[name] = [fine_map(reader, pixels, stride) for pixels in inputs]

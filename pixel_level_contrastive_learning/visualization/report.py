@@ -272,7 +272,7 @@ def run_facts(card: BackboneCard, metrics: Metrics) -> dict[str, str]:
     steps = {"steps": f"{max(metrics['step']):,.0f}"} if metrics.get("step") else {}
     return {
         "backbone": f"{Path(file).name}:{function}" if file else card.model,
-        "layer shown": card.pixel_layer,
+        "layer shown": card.shown_layer,
         "start": card.start,
         **steps,
         "views": f"{w} x {h} px",
