@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from multilevel import DEVICE, pretrain
+from in_memory import DEVICE, pretrain
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
