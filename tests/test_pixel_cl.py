@@ -77,6 +77,9 @@ def even_views(count: int = 4) -> tuple[View, View]:
     return one, two
 
 
+INSTANCE_HEADS = "online_encoder.instance_projector", "online_predictor"
+
+
 def trained(learner: PixelCL) -> list[nn.Parameter]:
     """The parameters that the loss reaches."""
     idle = learner.unreached_parameters()
@@ -548,7 +551,8 @@ def test_the_target_follows_by_the_decay_of_the_learner_or_of_the_call(decay) ->
         ({"use_pixpro": False}, ("propagate_pixels",)),
         ({"alpha": 0}, ("online_encoder.pixel_projector", "propagate_pixels")),
         (LEVELS | {"alpha": 0}, ("online_encoder.pixel_projector", "propagate_pixels")),
-        ({"instance_weight": 0}, ("online_encoder.instance_projector", "online_predictor")),
+        ({"instance_weight": 0}, INSTANCE_HEADS),
+        (LEVELS | {"instance_weight": 0}, INSTANCE_HEADS),
     ],
     ids=str,
 )

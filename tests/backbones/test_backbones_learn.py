@@ -67,7 +67,7 @@ BACKBONES: dict[str, Backbone] = {
     ),
     "smp/fpn": (
         lambda: smp.FPN("resnet18", encoder_weights=None),
-        {"hidden_layer_pixel": ["decoder.p5", "decoder.p4", "decoder.p3"]},
+        {"hidden_layer_pixel": ["decoder.p4", "decoder.p3"]},
     ),
     "our own": (five_bands, {"channels": 5}),
 }
