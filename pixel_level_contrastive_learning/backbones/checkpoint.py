@@ -18,7 +18,7 @@ from ..checks import check_limits, one_of, per_channel, raise_together
 from ..files import write_whole
 from ..modules.hooks import plain_name
 from ..run_layout import CARD
-from .custom import custom_file
+from .custom import Model, custom_file, handed_name, handing_over
 from .factory import (
     build_backbone,
     default_image_size,
@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
 ZERO_INIT = "zero-init residual"
 """A start from random weights whose residual blocks are identities."""
+AS_HANDED = "as handed over"
+"""A start from the weights that a network had which was handed over in Python."""
 log = logging.getLogger(__name__)
 
 
@@ -67,7 +69,7 @@ class BackboneCard:
         pixel_layer: The layer whose map the pixel loss read; or several, see `shown_layer`.
         instance_layer: The layer whose average the instance loss read.
         start: What training started from: ``random``, ``zero-init residual`` (random, residual
-            blocks as identities), ``pretrained``, or a file.
+            blocks as identities), ``pretrained``, ``as handed over``, or a file.
         seed: The seed of the run.
         version: The version of this package that wrote it.
 
@@ -131,6 +133,8 @@ def read_card(weights: Path) -> BackboneCard:
         card = BackboneCard.from_json(path.read_text(encoding="utf-8"))
     except (ValueError, TypeError) as error:  # not JSON is a ValueError, too
         raise ValueError(f"{path} is not a backbone's card: {error}") from error
+    if (handed := handed_name()) is not None:
+        return replace(card, model=handed)
     file = custom_file(card.model)
     if file is None or file.is_file():
         return card
@@ -293,11 +297,13 @@ def read_backbone(
     return Loaded(net, card, report)
 
 
-def load_backbone(path: str | Path) -> nn.Module:
+def load_backbone(path: str | Path, *, model: Model | None = None) -> nn.Module:
     """The backbone of a run or file, with its weights, in train mode as its library builds it.
 
     Args:
         path: As for `read_backbone`, which gives the card and the key report as well.
+        model: The network, or a function that builds it, in place of the one that the card names.
+            A run on a network that was handed over in Python needs it.
 
     Raises:
         ValueError: There is no backbone, or nothing in the file fits.
@@ -305,7 +311,8 @@ def load_backbone(path: str | Path) -> nn.Module:
     >>> load_backbone("random:torchvision/resnet18").fc
     Linear(in_features=512, out_features=1000, bias=True)
     """
-    return read_backbone(path).net
+    with handing_over(model):
+        return read_backbone(path).net
 
 
 def is_file(source: str | Path) -> bool:

@@ -10,7 +10,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..backbones.checkpoint import ZERO_INIT, BackboneCard, is_file, read_backbone
+from ..backbones.checkpoint import (
+    AS_HANDED,
+    ZERO_INIT,
+    BackboneCard,
+    is_file,
+    read_backbone,
+)
+from ..backbones.custom import draw_anew, is_module_handed
 from ..backbones.factory import build_backbone, zero_last_norms
 from ..backbones.state_dict import load_weights
 from ..data.sources import Source
@@ -147,7 +154,8 @@ def random_net(card: BackboneCard, seed: int) -> nn.Module:
     """The network of a card with random weights. No generator outside moves on."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        return build_backbone(card.model, channels=card.channels, image_size=card.image_size)
+        net = build_backbone(card.model, channels=card.channels, image_size=card.image_size)
+        return draw_anew(net) if is_module_handed() else net
 
 
 def zero_init_builder(card: BackboneCard) -> Callable[[int], nn.Module]:
@@ -167,6 +175,6 @@ def start_net(card: BackboneCard) -> nn.Module:
     net = build_backbone(
         card.model, channels=card.channels, image_size=card.image_size, pretrained=pretrained
     )
-    if not pretrained:
+    if card.start not in ("pretrained", AS_HANDED):
         load_weights(net, card.start)
     return net

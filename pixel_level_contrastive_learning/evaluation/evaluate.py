@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
+from ..backbones.custom import Model, handing_over
 from ..checks import one_of, raise_together, share, size_pair, whole
 from .correspondence import evaluate_unlabelled
 from .features import Size, chosen_device
@@ -34,6 +35,7 @@ def evaluate(
     steps: int = STEPS,
     out: str | Path | None = None,
     device: str | None = None,
+    model: Model | None = None,
 ) -> Evaluation:
     """What weights are worth: the same networks with random weights stand beside them.
 
@@ -70,6 +72,8 @@ def evaluate(
             held-out fifth of the masks.
         out: Folder for ``evaluation.json``, without labels ``correspondence.json``, and pictures.
         device: Where to compute; default: a GPU if there is one.
+        model: As for `load_backbone`. Of a network, random weights are drawn by the
+            ``reset_parameters`` of its layers.
 
     Raises:
         ValueError: Values out of range (all at once), weights or layers that are not there, or
@@ -109,16 +113,17 @@ def evaluate(
                 "or a file of its weights with a card, see save_card"
             )
     place = chosen_device(device)
-    if data is None:
-        assert images is not None
-        repeats = range(seed, seed + (seeds or 1))
-        found = evaluate_unlabelled(several, images, layers, size, repeats, place)
-    else:
-        usual = (*USUAL, FINETUNE) if fractions is not None else USUAL
-        plan = Plan(
-            tuple(dict.fromkeys(protocols)) or usual, layers, shares, seeds, seed, steps, place
-        )
-        found = evaluate_labelled(several, data, split, size, plan, out)
+    with handing_over(model):
+        if data is None:
+            assert images is not None
+            repeats = range(seed, seed + (seeds or 1))
+            found = evaluate_unlabelled(several, images, layers, size, repeats, place)
+        else:
+            usual = (*USUAL, FINETUNE) if fractions is not None else USUAL
+            plan = Plan(
+                tuple(dict.fromkeys(protocols)) or usual, layers, shares, seeds, seed, steps, place
+            )
+            found = evaluate_labelled(several, data, split, size, plan, out)
     if out is not None:
         found.write(out)
     return found

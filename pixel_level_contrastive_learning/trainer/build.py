@@ -21,7 +21,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import run_layout
-from ..backbones.checkpoint import ZERO_INIT, BackboneCard
+from ..backbones.checkpoint import AS_HANDED, ZERO_INIT, BackboneCard
+from ..backbones.custom import is_module_handed
 from ..backbones.factory import build_backbone, zero_last_norms
 from ..backbones.state_dict import load_weights
 from ..data.loader import TwoViewLoader, build_loader
@@ -183,7 +184,8 @@ def find_info(data: TrainingData, devices: Devices, learner: PixelCL) -> Info:
 def build_card(plan: RunPlan, statistics: Statistics) -> BackboneCard:
     """What is needed to use the backbone."""
     settings = plan.settings
-    random = ZERO_INIT if settings.zero_init_residual else "random"
+    random = AS_HANDED if is_module_handed() else "random"
+    random = ZERO_INIT if settings.zero_init_residual else random
     return BackboneCard(
         model=plan.model,
         channels=statistics.channels,

@@ -11,6 +11,7 @@ import torch
 
 from .. import run_layout
 from ..augment import Normalise
+from ..backbones.custom import OBJECT
 from ..data.segmentation import SegmentationDataset, open_labelled
 from ..pixel_cl import PixelCL
 from . import build
@@ -152,6 +153,12 @@ def log_setup(setup: Setup, *, dry_run: bool) -> None:
         LOG.info(
             "start weights are trained as a whole, with a learning rate of %.3g for 256 images",
             plan.settings.lr,
+        )
+    if plan.model.startswith(f"{OBJECT}:"):
+        LOG.info(
+            "the run cannot build %s again: pass it as model= to load_backbone, evaluate, "
+            "visualize and export, and to pretrain with resume=True",
+            plan.model.removeprefix(f"{OBJECT}:"),
         )
     if len(setup.data.train) < plan.batch_size:
         LOG.warning(

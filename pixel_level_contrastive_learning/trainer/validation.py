@@ -164,7 +164,7 @@ class Probe:
         try:
             train, val = (PreparedSplit(own, prepare) for own in (self.train, self.val))
             (scored,) = run_probes(
-                reader, [ProbeTask(self.protocol, train, (card.pixel_layer,))], val
+                reader, [ProbeTask(self.protocol, train, (card.shown_layer,))], val
             )
         except DivergedError:
             LOG.warning("step %d: not probed: %s", step.step, NOT_FINITE)

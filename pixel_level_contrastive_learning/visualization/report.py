@@ -19,6 +19,7 @@ from torch import Tensor, cat
 
 from .. import run_layout
 from ..backbones.checkpoint import BackboneCard, read_backbone
+from ..backbones.custom import Model, handing_over
 from ..checks import raise_together, whole
 from ..data.image import to_rgb
 from ..data.shards import is_shards
@@ -122,6 +123,7 @@ def visualize(
     count: int = 12,
     seed: int = 0,
     device: str | None = None,
+    model: Model | None = None,
 ) -> Path:
     """Write the report of a run: one HTML file that needs nothing else, not even a network.
 
@@ -135,6 +137,7 @@ def visualize(
         count: How many images, at most; they are spread evenly over all.
         seed: Decides the other views of the images.
         device: Where to compute; default: a GPU if there is one.
+        model: As for `load_backbone`.
 
     Returns:
         Where the page is.
@@ -149,8 +152,8 @@ def visualize(
         raise ValueError(f"out is {str(out)!r}, a folder; name a file, such as report.html")
     folder = Path(run).expanduser()
     settings = read_settings(folder)
-    with torch.random.fork_rng(devices=[]):  # building a network draws its weights first
-        loaded = read_backbone(run)
+    with torch.random.fork_rng(devices=[]), handing_over(model):
+        loaded = read_backbone(run)  # which draws the weights of the network first
     prepare = Preparation.of(loaded.card, net=loaded.net)
     wholes = read_samples(training_images(settings) if images is None else images, prepare, count)
     samples = wholes + [other_view(sample, seed + k) for k, sample in enumerate(wholes)]
@@ -158,7 +161,8 @@ def visualize(
     metrics_file = folder / run_layout.METRICS
     metrics = read_metrics(metrics_file) if metrics_file.is_file() else {}
     inputs = [prepare.normalised(prepare.resized(sample.pixels)) for sample in samples]
-    maps, grid = extract_maps(loaded, inputs, place, fixed=isinstance(prepare.size, tuple))
+    with handing_over(model):
+        maps, grid = extract_maps(loaded, inputs, place, fixed=isinstance(prepare.size, tuple))
 
     threshold = float(settings.get("distance_thres", 0.7))
     report = Report(
