@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
 from pixel_level_contrastive_learning import PixelCL, View, augment
-from pixel_level_contrastive_learning.trainer.system import native_bfloat16
+from pixel_level_contrastive_learning.evaluation.features import native_bfloat16
 from pixel_level_contrastive_learning.views import Placement, cut_views, lay_maps
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
