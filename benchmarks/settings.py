@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from multilevel import DEVICE, pretrain
+from in_memory import DEVICE, pretrain
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -43,8 +43,12 @@ from pixel_level_contrastive_learning.data.segmentation import SegmentationDatas
 from pixel_level_contrastive_learning.data.statistics import Statistics
 from pixel_level_contrastive_learning.evaluation import finetuning
 from pixel_level_contrastive_learning.evaluation.features import Preparation, Reader
-from pixel_level_contrastive_learning.evaluation.metrics import Predict, score
-from pixel_level_contrastive_learning.evaluation.probes import by_cells, gather, linear_judge
+from pixel_level_contrastive_learning.evaluation.metrics import Predict, PreparedSplit, score
+from pixel_level_contrastive_learning.evaluation.probes import (
+    by_cells,
+    gather,
+    linear_classifier,
+)
 
 BASE: dict[str, Any] = {
     "steps": 1000,
@@ -168,19 +172,21 @@ def measured(cell: Cell, domain: Domain, args: argparse.Namespace) -> Cell:
     prepare = Preparation(Statistics(*form), min(size))
 
     def scores(predict: Predict) -> list[float]:
-        judged = (score(predict, domain.splits[split], prepare) for split in args.splits)
-        return [round(own.scores.miou, 4) for own in judged]
+        splits = (PreparedSplit(domain.splits[split], prepare) for split in args.splits)
+        return [round(score(predict, own)[0].scores.miou, 4) for own in splits]
 
     def linear(layers: list[str]) -> list[float]:
         reader = Reader(net, layers, 3, size)
-        bank = gather(reader, train, prepare).to(DEVICE)
-        return scores(by_cells(reader, linear_judge(bank), DEVICE))
+        (bank,) = gather(reader, PreparedSplit(train, prepare), [layers])
+        classify = linear_classifier(bank.to(torch.device(DEVICE)))
+        return scores(by_cells(reader, [(layers, classify)], torch.device(DEVICE)))
 
     def finetuned(lr: float, draw: int) -> list[float]:
-        finetuning.BACKBONE_LR, finetuning.LR = lr, 2e-3  # this benchmark's own choice
-        masks, steps = train.share(args.fraction, draw), args.finetune_steps
-        tuned = finetuning.trained(net, masks, prepare, steps=steps, batch=12, seed=draw)
-        return scores(lambda pixels: tuned(pixels.to(DEVICE)).float().cpu())
+        rates = finetuning.LearningRates(lr, 2e-3)
+        masks = PreparedSplit(train.share(args.fraction, draw), prepare, finetuning.CROP_DETAIL)
+        steps = args.finetune_steps
+        tuned = finetuning.fit_segmenter(net, masks, rates=rates, steps=steps, batch=12, seed=draw)
+        return scores(lambda pixels: [finetuning.predict(tuned, pixels)])
 
     def by_split(found: list[list[float]]) -> dict[str, tuple[float, ...]]:
         return dict(zip(args.splits, zip(*found, strict=True), strict=True))

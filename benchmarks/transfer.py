@@ -1,211 +1,239 @@
-"""What pretraining is worth on labelled images, against random weights and the published package.
+"""What pretraining is worth: networks fine-tuned on few masks, over domains, starts and seeds.
 
-python benchmarks/transfer.py DATA --peer PEER/bin/python --seeds 3 --steps 500 --save
-python benchmarks/transfer.py DATA --methods "PixPro + instance" --keep build/transfer
+python benchmarks/transfer.py CAMVID NUCLEI --fractions 0.05 0.2 1 --seeds 3 --save
+python benchmarks/transfer.py CAMVID --methods random ours "ours loss=pixcontrast" --steps 500
+python benchmarks/transfer.py CAMVID --methods imagenet "imagenet + ours" --imagenet WEIGHTS
 
-With ``--keep`` weights and figures stay in a folder, and the next call with the same settings takes
-from it what is there: more seeds, methods or protocols, bit by bit. After a change of the code name
-another folder.
+Each folder holds ``images/{train,val,test}`` and ``masks/...``, and perhaps ``unlabelled/``, which
+is pretrained on, too. Methods:
 
-DATA holds ``images/{train,val,test}`` and ``masks/...``. Each method trains the same ResNet-18 for
-as many steps of as many views of the unlabelled images of ``train``, with the same optimiser and
-learning rate; its features are then judged by `evaluate`: linearly, and fine-tuned on a tenth of
-the masks. All start from torchvision's own random weights.
+random            torchvision's ResNet-18 as it is drawn
+ours              the same after ``pretrain`` on the unlabelled images, with its defaults
+published         the same after as many steps with the published package (``--peer``)
+imagenet          torchvision's MobileNetV2 with ImageNet weights
+imagenet + ours   the same after ``pretrain`` from these weights
 
-Other settings of ours and "trained on all masks" are left out unless they are named. The latter
-shows how far there is to go: the network trained for as many steps of 8 crops on every mask of
-``train`` by `evaluate`'s fine-tuning.
+Settings after a method (``"ours pixel_layer=layer3 lr=0.003"``) change it. Every cell (domain,
+method, seed) is kept in ``--keep`` as soon as it is there, and a later call goes on where this one
+ended: it names what is missing first. ``--show`` prints the tables of what is there.
 """
 
 import argparse
 import json
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 import torch
+import yaml
 from measure import machine, report
-from torchvision import models
+from safetensors.torch import load_file
 
 from pixel_level_contrastive_learning import pretrain
 from pixel_level_contrastive_learning.augment import IMAGENET_MEAN, IMAGENET_STD
-from pixel_level_contrastive_learning.backbones.checkpoint import (
-    BackboneCard,
-    read_backbone,
-    save_backbone,
-)
+from pixel_level_contrastive_learning.backbones.checkpoint import BackboneCard, read_backbone
+from pixel_level_contrastive_learning.backbones.factory import build_backbone, default_layers
 from pixel_level_contrastive_learning.data.segmentation import open_labelled
-from pixel_level_contrastive_learning.evaluation import finetuning
-from pixel_level_contrastive_learning.evaluation.evaluate import Plan
-from pixel_level_contrastive_learning.evaluation.features import Preparation
-from pixel_level_contrastive_learning.files import write_whole
+from pixel_level_contrastive_learning.evaluation.baselines import Contender
+from pixel_level_contrastive_learning.evaluation.features import Preparation, native_bfloat16
+from pixel_level_contrastive_learning.evaluation.results import CurvePoint, Row, masks_saved, shown
+from pixel_level_contrastive_learning.evaluation.segmentation import Contest, Plan, Splits
 from pixel_level_contrastive_learning.trainer.auto import learning_rate
 from pixel_level_contrastive_learning.trainer.config import PretrainConfig
-from pixel_level_contrastive_learning.trainer.system import native_bfloat16
 
-OURS: dict[str, dict[str, Any]] = {
-    "instance only": {"alpha": 0.0},
-    "PixPro only": {"instance_weight": 0.0},
-    "PixContrast only": {"loss": "pixcontrast", "instance_weight": 0.0},
-    "PixPro + instance": {},
-}
-COMPARED = list(OURS)
-OURS |= {
-    f"{name}, {key} {value}": {**OURS[name], key: value}
-    for key, value in (("pixel_layer", "layer3"), ("lr", 9e-3))
-    for name in ("PixPro only", "PixContrast only")
-}
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-RANDOM, PUBLISHED, SUPERVISED = "random weights", "published package", "trained on all masks"
-PEERS = RANDOM, PUBLISHED
-USUAL = ["linear", "finetune 10 %"]
-PROTOCOLS: dict[str, dict[str, Any]] = {
-    "linear": {"protocol": "linear"},
-    "linear, layer3": {"protocol": "linear", "layer": "layer3"},
-    "finetune 10 %": {"protocol": "finetune", "fraction": 0.1},
-}
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+RANDOM, OURS, PUBLISHED = "random", "ours", "published"
+IMAGENET, CONTINUED = "imagenet", "imagenet + ours"
+METHODS = RANDOM, OURS, PUBLISHED, IMAGENET, CONTINUED
+FLOORS = {OURS: RANDOM, PUBLISHED: RANDOM, CONTINUED: IMAGENET}
+"""What each method is compared with."""
+
+Cell = dict[str, Any]
 
 
-def trained(method: str, seed: int, args: argparse.Namespace, folder: Path) -> tuple[Path, float]:
-    """The weights that a method comes to, and the seconds it took."""
-    out, start = folder / f"{method}-{seed}", time.perf_counter()
-    images = args.data / "images/train"
-    if method == RANDOM:
-        torch.manual_seed(seed)
-        out = out.with_suffix(".safetensors")
-        save_backbone(out, models.resnet18(weights=None), card(args))
-    elif method == SUPERVISED:
-        torch.manual_seed(seed)
-        out = out.with_suffix(".safetensors")
-        net, own = models.resnet18(weights=None).to(DEVICE), card(args)
-        [train] = open_labelled(args.data, ("train",))
-        prepare = Preparation.of(own, tuple(args.input))
-        done = finetuning.trained(net, train, prepare, steps=args.steps, seed=seed)
-        save_backbone(out, done.net.cpu(), own)
-    elif method == PUBLISHED:
-        script = Path(__file__).with_name("published.py")
+def split_method(text: str) -> tuple[str, dict[str, Any]]:
+    """A method and the settings that change it."""
+    name = max((own for own in METHODS if text.startswith(own)), key=len, default="")
+    changes = dict(part.split("=", 1) for part in text[len(name) :].split())
+    return name, {key: yaml.safe_load(value) for key, value in changes.items()}
+
+
+def model_of(method: str) -> str:
+    """The network that a method starts from."""
+    return "torchvision/mobilenet_v2" if method.startswith(IMAGENET) else "torchvision/resnet18"
+
+
+def card_of_start(model: str, size: int) -> BackboneCard:
+    """How weights are used that no run of ours has written."""
+    pixel, instance = default_layers(build_backbone(model), 3, (size, size))
+    form = {"channels": 3, "image_size": (size, size), "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+    return BackboneCard(model=model, pixel_layer=pixel, instance_layer=instance, **form)
+
+
+def trained(domain: Path, text: str, seed: int, args: argparse.Namespace) -> Contender:
+    """The network of a cell."""
+    name, changes = split_method(text)
+    model = model_of(name)
+    torch.manual_seed(seed)
+    net = build_backbone(model, pretrained=name == IMAGENET and args.imagenet is None)
+    if name == IMAGENET and args.imagenet is not None:
+        net.load_state_dict(load_file(args.imagenet), strict=False)
+    card = card_of_start(model, args.size)
+    if name in (RANDOM, IMAGENET):
+        return Contender(text, lambda _: net, card)
+    out = args.keep / f"{domain.name}-{text}-{seed}".replace(" ", "_")
+    images = [own for own in (domain / "images/train", domain / "unlabelled") if own.is_dir()]
+    if name == PUBLISHED:
+        script, weights = Path(__file__).with_name("published.py"), out.with_suffix(".pt")
         _, lr = learning_rate(PretrainConfig(), args.batch, batch_norm=True)
-        weights, out = out.with_suffix(".pt"), out.with_suffix(".safetensors")
-        command = [args.peer, script, images, "--out", weights, "--steps", args.steps]
+        command = [args.peer, script, images[0], "--out", weights, "--steps", args.steps]
         command += ["--seed", seed, "--batch", args.batch, "--size", args.size, "--lr", lr]
-        command += ["--bfloat16"] if native_bfloat16(DEVICE) else []
+        command += ["--bfloat16"] if native_bfloat16(DEVICE.type) else []
         subprocess.run([str(word) for word in command], check=True)
-        net = models.resnet18(weights=None)
         net.load_state_dict(torch.load(weights, weights_only=True))
-        save_backbone(out, net, card(args))
-    else:
-        pretrain(
-            images,
-            out,
-            model="torchvision/resnet18",
-            image_size=args.size,
-            batch_size=args.batch,
-            steps=args.steps,
-            seed=seed,
-            checkpoint_every=args.steps,  # on a GPU more would take their time
-            overwrite=True,  # of a run that was cut off
-            **OURS[method],
-        )
-    return out, time.perf_counter() - start
+        return Contender(text, lambda _: net, card)
+    start = {"weights": "pretrained" if args.imagenet is None else str(args.imagenet)}
+    settings = {"image_size": args.size, "batch_size": args.batch, "steps": args.steps}
+    settings |= (start if name == CONTINUED else {}) | changes
+    pretrain(images, out, model=model, seed=seed, overwrite=True, **settings)  # of one cut off
+    loaded = read_backbone(out)
+    return Contender(text, lambda _: loaded.net, loaded.card)
 
 
-def figures(method: str, seed: int, args: argparse.Namespace, folder: Path) -> dict[str, float]:
-    """Minutes of training and the figure of each protocol; what the folder holds is not redone."""
-    sizes = [args.steps, args.batch, args.size, *args.input]
-    asked = [str(args.data.resolve()), args.split, *sizes, OURS.get(method)]
-    book = folder / f"figures of {method}-{seed}.json"
-    known = json.loads(book.read_text()) if book.exists() else {"asked": asked}
-    if known["asked"] != asked:
-        sys.exit(f"{book} is of {known['asked']}, not of {asked}; name another folder with --keep")
-    if "minutes" not in known:
-        weights, seconds = trained(method, seed, args, folder)
-        known |= {"weights": str(weights), "minutes": seconds / 60}
-        write_whole(book, json.dumps(known).encode())
-    for name in args.protocols:
-        if name not in known:
-            known[name] = judged(Path(known["weights"]), PROTOCOLS[name], seed, args)
-            write_whole(book, json.dumps(known).encode())
-    return {name: value for name, value in known.items() if isinstance(value, float)}
+def measured(domain: Path, text: str, seed: int, args: argparse.Namespace) -> Cell:
+    """A cell with its figures: of each protocol the mean IoU by the masks used."""
+    start = time.perf_counter()
+    contender = trained(domain, text, seed, args)
+    minutes = (time.perf_counter() - start) / 60
+    train, scored = open_labelled(domain, ("train", args.split))
+    protocols = tuple(args.protocols)
+    plan = Plan(protocols, None, args.fractions, 1, seed, args.finetune_steps, DEVICE)
+    prepare = Preparation.of(contender.card, None, contender.build(seed))
+    contest = Contest(contender, prepare, Splits(train, scored), plan, ())
+    contest.row()
+    figures: dict[str, dict[str, float]] = {own: {} for own in protocols}
+    for one in contest.figures:
+        figures[one.label][str(one.masks)] = round(one.scores.miou, 4)
+    cell = {"domain": domain.name, "method": text, "seed": seed, "minutes": round(minutes, 2)}
+    return cell | {"figures": figures, "rates": str(contest.rates)}
 
 
-def card(args: argparse.Namespace) -> BackboneCard:
-    """How the weights are used that no run of ours has written."""
-    return BackboneCard(
-        model="torchvision/resnet18",
-        channels=3,
-        image_size=(args.size, args.size),
-        mean=IMAGENET_MEAN,
-        std=IMAGENET_STD,
-        pixel_layer="layer4",
-        instance_layer="avgpool",
-    )
+def rows_of(cells: list[Cell], domain: str) -> dict[str, Row]:
+    """A row a method, over the seeds that are there."""
+    found: dict[str, list[Cell]] = {}
+    for cell in cells:
+        if cell["domain"] == domain:
+            found.setdefault(cell["method"], []).append(cell)
+    rows = {}
+    for method, own in found.items():
+        curves = {
+            protocol: [
+                CurvePoint.of(int(masks), [cell["figures"][protocol][masks] for cell in own])
+                for masks in own[0]["figures"][protocol]
+            ]
+            for protocol in own[0]["figures"]
+        }
+        rows[method] = Row(method, {}, curves={key: tuple(sorted(c)) for key, c in curves.items()})
+    return rows
 
 
-def judged(weights: Path, protocol: dict[str, Any], seed: int, args: argparse.Namespace) -> float:
-    """Mean IoU on the split that is reported, as `evaluate` finds it."""
-    train, split = open_labelled(args.data, ("train", args.split))
-    loaded = read_backbone(weights)
-    prepare = Preparation.of(loaded.card, tuple(args.input))
-    share = protocol.get("fraction", 1.0)
-    seeds, steps = range(seed, seed + 1), finetuning.STEPS
-    layers = [protocol.get("layer", "layer4")]
-    plan = Plan(train, split, prepare, protocol["protocol"], layers, share, seeds, steps)
-    return plan.run(loaded.net.to(DEVICE), loaded.card, seed, ()).scores.miou
+def tables(cells: list[Cell]) -> str:
+    """Markdown: a table a protocol, a line for each domain and number of masks."""
+    methods = list(dict.fromkeys(cell["method"] for cell in cells))
+    domains = list(dict.fromkeys(cell["domain"] for cell in cells))
+    lines: list[str] = []
+    for protocol in cells[0]["figures"]:
+        saved = []
+        lines += ["", f"| {protocol}, mIoU | masks | {' | '.join(methods)} |"]
+        lines += ["|---" * (len(methods) + 2) + "|"]
+        for domain in domains:
+            rows = rows_of(cells, domain)
+            for at, point in enumerate(next(iter(rows.values())).curves[protocol]):
+                points = [
+                    rows[own].curves[protocol][at] if own in rows else None for own in methods
+                ]
+                texts = [shown(own.miou, own.deviation) if own else "" for own in points]
+                lines.append(f"| {domain} | {point.masks} | {' | '.join(texts)} |")
+            for method in methods:
+                floor = FLOORS.get(split_method(method)[0])
+                if floor in rows and method in rows:
+                    told = masks_saved(rows[method], rows[floor], protocol)
+                    saved += [f"- {domain}: {told}"] if told else []
+        lines += ["", *saved]
+    return "\n".join(lines)
 
 
 def main() -> None:
-    """Train and judge every method with every seed, and print the table."""
-    flags = argparse.ArgumentParser(description=__doc__)
-    flags.add_argument("data", type=Path)
-    flags.add_argument("--methods", nargs="+", default=[*PEERS, *COMPARED])
-    flags.add_argument("--protocols", nargs="+", default=USUAL, choices=list(PROTOCOLS))
+    """Measure the cells that are missing and print the tables."""
+    flags = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    flags.add_argument("data", nargs="+", type=Path, metavar="DIR")
+    flags.add_argument("--methods", nargs="+", default=[RANDOM, OURS])
+    flags.add_argument("--protocols", nargs="+", default=["finetune", "linear", "linear-all"])
+    flags.add_argument("--fractions", nargs="+", type=float, default=[0.05, 0.2, 1.0])
     flags.add_argument("--peer", help="interpreter with the published package, version 0.1.1")
+    flags.add_argument("--imagenet", type=Path, help="MobileNetV2's weights, else downloaded")
     flags.add_argument("--seeds", type=int, default=3)
-    flags.add_argument("--steps", type=int, default=500)
-    flags.add_argument("--batch", type=int, default=24)
+    flags.add_argument("--steps", type=int, default=1000, help="of pretraining")
+    flags.add_argument("--batch", type=int, default=32)
     flags.add_argument("--size", type=int, default=128, help="side of the views")
-    flags.add_argument("--input", type=int, nargs=2, default=(180, 240), metavar=("H", "W"))
-    flags.add_argument("--split", default="test", help="what is reported")
-    flags.add_argument("--keep", type=Path, help="folder where weights and figures stay")
+    flags.add_argument("--finetune-steps", type=int, default=400)
+    flags.add_argument("--split", default="test", help="what is scored")
+    flags.add_argument("--keep", type=Path, default=Path("build/transfer"))
+    flags.add_argument("--show", action="store_true", help="measure nothing")
     flags.add_argument("--save", action="store_true", help="record the figures")
     args = flags.parse_args()
-    known = [*PEERS, *OURS, SUPERVISED]
-    unknown = set(args.methods) - set(known)
-    if unknown:
-        sys.exit(f"unknown methods {sorted(unknown)}; there are {known}")
-    if PUBLISHED in args.methods and args.peer is None:
-        sys.exit(
-            f"--peer is not given; name its interpreter, or leave {PUBLISHED!r} out of --methods"
-        )
-    found: dict[str, dict[str, list[float]]] = {}
-    with tempfile.TemporaryDirectory() as passing:
-        folder = (args.keep or Path(passing)).resolve()
-        folder.mkdir(parents=True, exist_ok=True)
-        for method in args.methods:
-            columns = found[method] = {name: [] for name in (*args.protocols, "minutes")}
-            for seed in range(args.seeds):
-                one = figures(method, seed, args, folder)
-                for name, column in columns.items():
-                    column.append(one[name])
-                print(method, seed, {k: round(v[-1], 4) for k, v in columns.items()}, flush=True)
-    heads = ["method", *args.protocols, "minutes"]
-    print(f"\n| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
-    for method, columns in found.items():
-        cells = [f"{fmean(v):.3f} ± {stdev(v) if len(v) > 1 else 0:.3f}" for v in columns.values()]
-        print(f"| {method} | {' | '.join(cells)} |")
-    if RANDOM in found:
-        name = args.protocols[0]
-        floor = fmean(found[RANDOM][name])
-        ratios = {m: fmean(c[name]) / floor for m, c in found.items() if m != RANDOM}
-        setting = (
-            f"{args.data.name}, {args.split}, {name}: times random weights, {args.steps} steps of "
-            f"{args.batch} views of {args.size} px, {args.seeds} seeds"
-        )
-        report("transfer", setting, ratios, found, where=machine(DEVICE), save=args.save)
+    for method in args.methods:
+        if not split_method(method)[0]:
+            sys.exit(f"unknown method {method!r}; there are {', '.join(METHODS)}")
+        if method.startswith(PUBLISHED) and args.peer is None:
+            sys.exit("--peer is not given; name its interpreter, or leave published out")
+    args.keep.mkdir(parents=True, exist_ok=True)
+    names = "protocols", "fractions", "steps", "batch", "size", "finetune_steps", "split"
+    setting = {name: getattr(args, name) for name in names}
+    book = args.keep / "cells.jsonl"
+    kept = [json.loads(line) for line in book.read_text().splitlines()] if book.exists() else []
+    done = {
+        (own["domain"], own["method"], own["seed"]): own
+        for own in kept
+        if own["setting"] == setting
+    }
+    wanted = [
+        (domain, method, seed)
+        for seed in range(args.seeds)
+        for domain in args.data
+        for method in args.methods
+    ]
+    missing = [own for own in wanted if (own[0].name, *own[1:]) not in done]
+    print(f"{len(missing)} of {len(wanted)} cells are missing")
+    for domain, method, seed in [] if args.show else missing:
+        cell = measured(domain, method, seed, args) | {"setting": setting}
+        done[domain.name, method, seed] = cell
+        with book.open("a") as file:
+            file.write(json.dumps(cell) + "\n")
+        print(json.dumps(cell), flush=True)
+    cells = [done[d.name, m, s] for d, m, s in wanted if (d.name, m, s) in done]
+    if not cells:
+        return
+    print(tables(cells))
+    if args.save:
+        first = args.protocols[0]
+        means: dict[tuple[str, str], list[float]] = {}
+        for cell in cells:
+            fewest = min(map(int, cell["figures"][first]))
+            mine = cell["figures"][first][str(fewest)]
+            means.setdefault((cell["domain"], cell["method"]), []).append(mine)
+        ratios = {
+            f"{domain}: {method} / {floor}": fmean(own) / fmean(means[domain, floor])
+            for (domain, method), own in means.items()
+            if (floor := FLOORS.get(split_method(method)[0])) and (domain, floor) in means
+        }
+        named = f"{first} on the fewest masks of {args.split}, {args.steps} steps"
+        report("transfer", named, ratios, {"cells": cells}, where=machine(DEVICE.type), save=True)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from matplotlib import pyplot as plt
 from PIL import Image
 
 from pixel_level_contrastive_learning.evaluation.health import COLLAPSED_RANK, COLLAPSED_SPREAD
-from pixel_level_contrastive_learning.visualization.curves import read_metrics, smoothed, thinned
+from pixel_level_contrastive_learning.visualization.curves import curve, read_metrics, running_mean
 
 NAMES = "good", "collapsed", "goes by colour"
 COLOURS = "#2563eb", "#b42318", "#c2570c"
@@ -41,10 +41,10 @@ def curves(runs: list[Path]) -> None:
     figure, axes = plt.subplots(3, 2, figsize=(9.6, 8.4), layout="constrained")
     for panel, (name, title, bound) in zip(axes.flat, PANELS, strict=True):
         for label, colour, columns in zip(NAMES, COLOURS, metrics, strict=True):
-            steps, values = thinned(columns["step"], columns.get(name, ()))
+            steps, values = curve(columns, name)
             if name == "pixel_cosine" and not any(values):
                 continue  # its pixel branch was left out
-            panel.plot(steps, smoothed(values), color=colour, label=label, linewidth=1.8)
+            panel.plot(steps, running_mean(values), color=colour, label=label, linewidth=1.8)
         if bound is not None:
             panel.axhline(bound, color=INK, linewidth=1, linestyle=(0, (4, 3)))
         panel.set_title(title, loc="left", fontsize=10, fontweight="bold", color=INK)

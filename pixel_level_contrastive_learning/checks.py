@@ -107,6 +107,13 @@ def something_to_learn(alpha: object, instance_weight: object) -> str | None:
     return None
 
 
+def weights_above_0(name: str, values: object) -> str | None:
+    """Allow sequences of numbers above 0, empty ones as well."""
+    if isinstance(values, (tuple, list)) and all(is_number(own) and own > 0 for own in values):
+        return None
+    return f"{name} is {values!r}; it must be a list of numbers above 0, one a pixel layer"
+
+
 def per_channel(name: str, values: Sequence[float] | None, channels: object) -> str | None:
     """Allow None or one number per channel; a standard deviation is above 0."""
     if values is None:
@@ -119,11 +126,19 @@ def per_channel(name: str, values: Sequence[float] | None, channels: object) -> 
     return None
 
 
+EXTRAS = {
+    "rasterio": ("rasters", "cutting TIFFs and giant pictures into tiles"),
+    "openslide": ("slides", "cutting whole-slide images into tiles"),
+}
+"""The extra of a library that is not in ``train``, and what it is for."""
+
+
 def not_installed(library: str | None) -> str:
     """The error message for a library that comes with the extras."""
+    extra, what = EXTRAS.get(library or "", ("train", "everything beside PixelCL itself"))
     return (
-        f"{library} is not installed; everything beside PixelCL itself needs the extras: "
-        "pip install 'pixel-level-contrastive-learning[train]'"
+        f"{library} is not installed; {what} needs the extra {extra}: "
+        f"pip install 'pixel-level-contrastive-learning[{extra}]'"
     )
 
 
@@ -147,6 +162,8 @@ LIMITS: Mapping[str, Check] = {
     "ppm_num_layers": partial(one_of, allowed=(0, 1, 2)),
     "ppm_gamma": partial(at_least, low=1),  # below 1 the gradient at a right angle is infinite
     "distance_thres": partial(above, low=0),
+    "pixel_levels": partial(whole, low=1),
+    "level_weights": weights_above_0,
     "similarity_temperature": partial(above, low=0),
     **dict.fromkeys(("alpha", "instance_weight"), partial(at_least, low=0)),
     **dict.fromkeys(("moving_average_decay", "target_momentum"), partial(within, low=0, high=1)),

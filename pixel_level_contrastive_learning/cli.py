@@ -34,35 +34,45 @@ def pretrain(config: PretrainConfig) -> None:
         print(f"run: {result.run_dir}")
 
 
+Protocol = Literal["linear", "linear-all", "knn", "hummingbird", "overclustering", "finetune"]
+
+
 def evaluate(
-    weights: tyro.conf.Positional[str],
+    weights: tyro.conf.Positional[tuple[str, ...]],
     data: str | None = None,
     images: str | None = None,
-    protocol: Literal["linear", "knn", "finetune"] = "linear",
+    protocol: tuple[Protocol, ...] | None = None,
     layers: tuple[str, ...] | None = None,
     fraction: float = 1.0,
+    fractions: tuple[float, ...] | None = None,
     seeds: int | None = None,
     seed: int = 0,
     size: int | tuple[int, int] | None = None,
     split: str = "val",
-    steps: int = 200,
+    steps: int = 400,
     out: str | None = None,
     device: str | None = None,
     pages: Pages | None = None,
     nodata: float | None = None,
     ids: str | None = None,
     colours: str | None = None,
+    json: bool = False,
 ) -> None:
     """Evaluate weights beside random ones, with labels (--data) or without (--images).
 
     Args:
-        weights: A run, an exported file, torchvision/NAME, timm/NAME or random:MODEL.
+        weights: One or several: a run, an exported file, torchvision/NAME, timm/NAME or
+            random:MODEL.
         data: Folder with images/{train,val} and masks/{train,val}.
         images: Folder of images without labels.
-        protocol: Linear probe, k-nearest-neighbour probe or fine-tuning on the labels.
-        layers: Layers to probe; by default the one that was trained.
+        protocol: How to evaluate with labels. linear, linear-all (a map of each stride), knn,
+            hummingbird and overclustering read frozen features, finetune trains the network. By
+            default linear, linear-all and knn; with --fractions finetune, too.
+        layers: Layers to read; by default the one that was trained.
         fraction: Share of the masks to use.
-        seeds: How many seeds to repeat with; by default 3 for finetune, else 1.
+        fractions: Several shares, for a label curve: mIoU over the number of masks.
+        seeds: How many seeds to repeat with; by default 3 for finetune and with --fractions,
+            else 1.
         seed: The first seed.
         size: Size of the images, their shorter side or height and width; without labels, size of
             the views.
@@ -74,6 +84,7 @@ def evaluate(
         nodata: Value of images where nothing was measured, such as -9999.
         ids: Ids of the values in the masks, such as "0:0,255:1"; by default values are ids.
         colours: File that names the class of each colour in the masks, one a line: 128 0 0 road.
+        json: Print the content of evaluation.json instead of a table.
     """
     from .evaluation.evaluate import evaluate as evaluated
     from .trainer.logging import logging_to
@@ -86,6 +97,7 @@ def evaluate(
             protocol=protocol,
             layers=layers,
             fraction=fraction,
+            fractions=fractions,
             seeds=seeds,
             seed=seed,
             size=size,
@@ -98,10 +110,15 @@ def evaluate(
             ids=ids,
             colours=colours,
         )
+    if json:
+        print(result.to_json(), end="")
+        return
     print(result.table())
     print(result.sentence)
-    if out is None and (Path(weights).expanduser() / run_layout.CONFIG).is_file():
-        print(f"(--out {weights} keeps this with the run, for the report of `pixelcl visualize`)")
+    if out is None and (Path(weights[-1]).expanduser() / run_layout.CONFIG).is_file():
+        print(
+            f"(--out {weights[-1]} keeps this with the run, for the report of `pixelcl visualize`)"
+        )
 
 
 def visualize(
@@ -152,10 +169,16 @@ def prepare(
     workers: int | None = None,
     pages: Pages | None = None,
     nodata: float | None = None,
+    tile: int | None = None,
+    overlap: int = 0,
+    level: int | None = None,
+    mpp: float | None = None,
+    keep_empty: bool = False,
 ) -> None:
-    """Write images into shards, large ones scaled down, so that training decodes less.
+    """Write images into shards, large ones scaled down or cut, so that training decodes less.
 
-    Run it again to continue after an interruption.
+    Run it again to continue after an interruption. With --tile, rasters, slides and all images
+    larger than a tile are cut, in bounded memory.
 
     Args:
         data: Folders of images, text files of paths, or shards.
@@ -167,6 +190,11 @@ def prepare(
         workers: Threads; by default one per core.
         pages: What several pages or frames in a file are, as for `pixelcl pretrain`.
         nodata: Value of images where nothing was measured, such as -9999.
+        tile: Side of the tiles that large images are cut into, in pixels; by default none is cut.
+        overlap: How far neighbouring tiles overlap, in pixels.
+        level: Level of pyramids and slides to cut; by default 0, the full image.
+        mpp: Size of a tile's pixels, in place of a level: micrometres, or metres of a map.
+        keep_empty: Keep tiles that hold nothing but nodata or plain background.
     """
     from .data.shard_writer import write_shards
     from .trainer.logging import logging_to
@@ -182,6 +210,11 @@ def prepare(
             workers=workers,
             pages=pages,
             nodata=nodata,
+            tile=tile,
+            overlap=overlap,
+            level=level,
+            mpp=mpp,
+            keep_empty=keep_empty,
         )
     print(report)
 

@@ -5,13 +5,11 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from math import ceil
-from traceback import walk_tb
 from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from .augment import Change, TwoViews
 from .checks import check_limits, per_channel, raise_together, something_to_learn
@@ -22,8 +20,12 @@ from .modules.encoder import (
     Encoder,
     Projections,
     TargetEncoder,
+    each_level,
+    lacks_batch_statistics,
     map_projector,
+    per_level,
     predictor,
+    relative_weights,
     vector_projector,
 )
 from .modules.feature_info import FeatureInfo
@@ -40,10 +42,12 @@ class Terms(NamedTuple):
         pixel_loss: Both directions of the pixel term, before weighing. PixPro: in [0, 8].
         instance_loss: Both directions of the instance term, before weighing, in [0, 8].
         pixel_cosine: Mean cosine of the positive pairs, over images that have any and both
-            directions, in [-1, 1]; 0 if none has. The figure to watch: it should rise.
+            directions, in [-1, 1]; 0 if none has. The figure to watch: it should rise. Of several
+            pixel layers the mean, weighed as the losses are.
         instance_cosine: Mean cosine of prediction and target, in [-1, 1].
-        positive_pairs: Matched cells of the whole batch, first direction, int64.
-        images_without_pairs: Images whose views share no cell, int64.
+        positive_pairs: Matched cells of the whole batch, first direction, int64; of several pixel
+            layers those of the first.
+        images_without_pairs: Images whose views share no cell of the first pixel layer, int64.
     """
 
     loss: Tensor
@@ -67,7 +71,8 @@ class PixelCL(nn.Module):
             any size and aspect.
         hidden_layer_pixel: Layer whose output goes to the pixel loss, a name such as ``layer4`` or
             an index into the network's children; ``None`` takes the deepest map of at least 4x4
-            cells with a stride of at most 32.
+            cells with a stride of at most 32. Several, best from coarse to fine, as a list: each
+            has heads of its own, and the pixel loss is their mean.
         hidden_layer_instance: Layer whose average goes to the instance loss; ``None`` takes the
             pooled vector.
         projection_size: Channels of the projections.
@@ -97,6 +102,10 @@ class PixelCL(nn.Module):
             ImageNet's for three channels, its average for any other count. With an `augment_fn` of
             your own nothing is normalised unless `mean` or `std` is given.
         std: Per-channel standard deviation, likewise.
+        pixel_levels: How many layers ``hidden_layer_pixel=None`` takes: more than one are its
+            default and the deepest map of each next finer stride.
+        level_weights: Weight of each pixel layer in the mean of their losses, relative to each
+            other. Default: the same for all.
 
     Raises:
         ValueError: A value out of its range (all at once), an unknown layer, or a layer that gives
@@ -112,7 +121,7 @@ class PixelCL(nn.Module):
         self,
         net: nn.Module,
         image_size: int | tuple[int, int],
-        hidden_layer_pixel: str | int | None = None,
+        hidden_layer_pixel: str | int | Sequence[str | int] | None = None,
         hidden_layer_instance: str | int | None = None,
         projection_size: int = 256,
         projection_hidden_size: int = 2048,
@@ -136,6 +145,8 @@ class PixelCL(nn.Module):
         max_rotation: float = 0.0,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
+        pixel_levels: int = 1,
+        level_weights: Sequence[float] = (),
     ) -> None:
         raise_together(
             *check_limits(locals()),
@@ -160,12 +171,12 @@ class PixelCL(nn.Module):
         self.use_pixpro = use_pixpro
 
         info = FeatureInfo(net, channels, (height, width))
-        pixel = info.default_pixel() if hidden_layer_pixel is None else hidden_layer_pixel
-        pixel_hook = info.hook(pixel, pixel=True)
+        pixel_hooks = info.pixel_hooks(hidden_layer_pixel, pixel_levels)
         instance = hidden_layer_instance
-        instance = info.default_instance(pixel_hook.name) if instance is None else instance
+        instance = info.default_instance(pixel_hooks[0].name) if instance is None else instance
         instance_hook = info.hook(instance, pixel=False)
-        rows, columns = pixel_hook.layout.grid
+        self.level_weights = relative_weights(level_weights, len(pixel_hooks))
+        grids = [hook.layout.grid for hook in pixel_hooks]
         self.views = TwoViews(
             (height, width),
             channels,
@@ -174,21 +185,24 @@ class PixelCL(nn.Module):
             mode=cutout_interpolate_mode,
             mean=mean,
             std=std,
-            smallest=ceil(max(height / rows, width / columns)),
+            smallest=ceil(max(max(height / rows, width / columns) for rows, columns in grids)),
         )
-        self.unreached_by_pixel = set(info.unreached(pixel_hook))
+        unreached = [set(info.unreached(hook)) for hook in pixel_hooks]
+        self.unreached_by_pixel = set.intersection(*unreached)
         self.unreached_by_instance = set(info.unreached(instance_hook))
 
         hidden, out = projection_hidden_size, projection_size
         self.online_encoder = Encoder(
             net,
-            pixel_hook,
+            pixel_hooks,
             instance_hook,
-            map_projector(pixel_hook.layout.channels, hidden, out),
+            per_level([map_projector(own.layout.channels, hidden, out) for own in pixel_hooks]),
             vector_projector(instance_hook.layout.channels, hidden, out),
         )
         self.online_predictor = predictor(out, hidden)
-        self.propagate_pixels = PPM(chan=out, num_layers=ppm_num_layers, gamma=ppm_gamma)
+        self.propagate_pixels = per_level(
+            [PPM(chan=out, num_layers=ppm_num_layers, gamma=ppm_gamma) for _ in pixel_hooks]
+        )
         weight = first_weight(net, torch.empty(0))
         heads = self.online_encoder.pixel_projector, self.online_encoder.instance_projector
         for head in (*heads, self.online_predictor, self.propagate_pixels):
@@ -222,13 +236,15 @@ class PixelCL(nn.Module):
         of it, sees them without gradient. A pixel of one view and a pixel of the other match where
         they look at the same spot. The propagation module rebuilds each online pixel from the
         pixels of its view that it resembles, and is asked for the target's features of its matches
-        in the other view. The same is asked, by a predictor, of the views as wholes. Both ways.
+        in the other view. So at each level, on its own grid. The same is asked, by a predictor, of
+        the views as wholes. Both ways.
 
         Args:
             images: ``(b, channels, height, width)`` float in [0, 1], of any size; or two views cut
                 elsewhere, which are neither drawn nor augmented.
             return_positive_pairs: Return ``(loss, positive_pairs)``, the second a 0-d int64 tensor:
-                matched cells of the whole batch, first direction (0 if ``alpha`` is 0).
+                matched cells of the whole batch, first direction and first pixel layer (0 if
+                ``alpha`` is 0).
             return_terms: Return `Terms` instead.
 
         Returns:
@@ -243,9 +259,11 @@ class PixelCL(nn.Module):
         target_one = self.project(self.target_encoder, one)
         target_two = self.project(self.target_encoder, two)
 
-        grids = online_one.grid, online_two.grid
-        matches = Positives(one.to_image, two.to_image, *grids, self.distance_thres)
-        directions = ((online_one, target_two, matches), (online_two, target_one, matches.mT))
+        levels = zip(online_one.grids, online_two.grids, strict=True)
+        maps = one.to_image, two.to_image
+        matches = [Positives(*maps, *grids, self.distance_thres) for grids in levels]
+        back = [found.mT for found in matches]
+        directions = ((online_one, target_two, matches), (online_two, target_one, back))
         pixels = [self.pixel_loss(o, t, m, return_terms) for o, t, m in directions]
         pixel = torch.stack([found.loss for found in pixels]).sum()
         instance = torch.stack([self.instance_loss(o, t, m) for o, t, m in directions]).sum()
@@ -253,8 +271,8 @@ class PixelCL(nn.Module):
 
         if return_terms:
             cosines = torch.stack([found.cosine for found in pixels])
-            return self.terms(loss, pixel, instance, cosines, matches.count())
-        return (loss, matches.count().sum()) if return_positive_pairs else loss
+            return self.terms(loss, pixel, instance, cosines, matches)
+        return (loss, matches[0].count().sum()) if return_positive_pairs else loss
 
     def project(
         self, network: Callable[[Tensor, Branches], Projections], view: View
@@ -278,44 +296,70 @@ class PixelCL(nn.Module):
     def predictions(self, pixels: Tensor, branches: Branches) -> Projections:
         """The online network's projections, its pixels propagated and its instance predicted."""
         pixel, instance = self.online_encoder(pixels, branches)
-        if pixel is not None and self.use_pixpro:
-            pixel = self.propagate_pixels(pixel)
+        if pixel and self.use_pixpro:
+            levels = zip(each_level(self.propagate_pixels), pixel, strict=True)
+            pixel = tuple(propagate(own) for propagate, own in levels)
         if instance is not None:
             instance = self.online_predictor(instance)
         return Projections(pixel, instance)
 
     def pixel_loss(
-        self, online: Projections, target: Projections, matches: Positives, with_cosine: bool
+        self, online: Projections, target: Projections, matches: list[Positives], with_cosine: bool
     ) -> PixelLoss:
-        """PixPro or pixel contrast of one direction; 0 if the branch is skipped."""
-        if online.pixel is None or target.pixel is None:
-            return PixelLoss(matches.reach.new_zeros(()), torch.zeros_like(matches.reach))
-        ours, theirs = (rearrange(o, "b d h w -> b d (h w)") for o in (online.pixel, target.pixel))
+        """The levels' mean, cosines ``(levels, b)``, of one direction; 0 if it is skipped."""
+        if not online.pixel:
+            reach = matches[0].reach
+            return PixelLoss(reach.new_zeros(()), torch.zeros_like(reach)[None])
+        levels = zip(online.pixel, target.pixel, matches, strict=True)
+        found = [self.level_loss(*level, with_cosine) for level in levels]
+        loss = self.over_levels([own.loss for own in found])
+        return PixelLoss(loss, torch.stack([own.cosine for own in found]))
+
+    def level_loss(
+        self, online: Tensor, target: Tensor, matches: Positives, with_cosine: bool
+    ) -> PixelLoss:
+        """PixPro or pixel contrast of one level, in one direction."""
+        ours, theirs = (rearrange(own, "b d h w -> b d (h w)") for own in (online, target))
         if self.use_pixpro:
             return pixpro(ours, theirs, matches)
         temperature = self.similarity_temperature
         return pixcontrast(ours, theirs, matches, temperature, with_cosine=with_cosine)
 
-    def instance_loss(self, online: Projections, target: Projections, matches: Positives) -> Tensor:
+    def over_levels(self, values: list[Tensor]) -> Tensor:
+        """The weighted mean of each level's value; of a skipped branch there is one, 0."""
+        weighted = zip(self.level_weights, values, strict=False)
+        return torch.stack([weight * value for weight, value in weighted]).sum()
+
+    def instance_loss(
+        self, online: Projections, target: Projections, matches: list[Positives]
+    ) -> Tensor:
         """The instance loss of one direction; 0 if the branch is skipped."""
         if online.instance is None or target.instance is None:
-            return matches.reach.new_zeros(())
+            return matches[0].reach.new_zeros(())
         return instance_loss(online.instance, target.instance)
 
     @torch.no_grad()
     def terms(
-        self, loss: Tensor, pixel: Tensor, instance: Tensor, cosines: Tensor, pairs: Tensor
+        self,
+        loss: Tensor,
+        pixel: Tensor,
+        instance: Tensor,
+        cosines: Tensor,
+        matches: list[Positives],
     ) -> Terms:
-        """The loss and its figures, from ``(2, b)`` cosines and ``(b,)`` numbers of pairs."""
-        with_pairs = (pairs > 0).sum()
+        """The loss and its figures, from cosines ``(2, levels, b)``."""
+        with_pairs = [(own.count() > 0).sum() for own in matches]
+        levels = zip(cosines.unbind(dim=1), with_pairs, strict=True)
+        means = [own.sum() / (2 * images.clamp(min=1)) for own, images in levels]
+        pairs = matches[0].count()
         return Terms(
             loss=loss,
             pixel_loss=pixel.detach(),
             instance_loss=instance.detach(),
-            pixel_cosine=(cosines.sum() / (2 * with_pairs.clamp(min=1))).clamp(-1, 1),
+            pixel_cosine=self.over_levels(means).clamp(-1, 1),
             instance_cosine=(1 - instance / 4) * self.branches.instance,
             positive_pairs=pairs.sum(),
-            images_without_pairs=len(pairs) - with_pairs,
+            images_without_pairs=len(pairs) - with_pairs[0],
         )
 
     def update_moving_average(self, decay: float | None = None) -> None:
@@ -365,12 +409,3 @@ class PixelCL(nn.Module):
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
         """Read by ``DistributedDataParallel``."""
         return self.unreached_parameters()
-
-
-def lacks_batch_statistics(error: ValueError) -> bool:
-    """Whether a batch norm in train mode raised the error, given one value per channel."""
-    for frame, _ in walk_tb(error.__traceback__):
-        norm, given = ([*frame.f_locals.values()] + [None] * 2)[:2]
-        if isinstance(norm, _BatchNorm) and norm.training and isinstance(given, Tensor):
-            return given.numel() == given.shape[1]
-    return False

@@ -34,6 +34,8 @@ EVALUATION = "evaluation.json"
 """What `pixelcl evaluate` found with masks."""
 CORRESPONDENCE = "correspondence.json"
 """What `pixelcl evaluate` found without masks."""
+LABEL_CURVE = "label-curve.png"
+"""Mean IoU over the number of masks, drawn by `pixelcl evaluate --fractions`."""
 PREDICTIONS = "predictions"
 """Folder of predicted masks, as pictures."""
 
@@ -60,6 +62,7 @@ EVERYTHING = (
     BAD_BATCH,
     EVALUATION,
     CORRESPONDENCE,
+    LABEL_CURVE,
     PREDICTIONS,
     PROBE,
     *LOGGERS,

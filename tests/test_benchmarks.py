@@ -52,6 +52,12 @@ def test_a_step_is_measured_against_the_floor() -> None:
     assert "| ours / floor |" in out
 
 
+def test_a_raster_is_cut_beside_writing_it() -> None:
+    out = run("tiles", "--side", "700")
+    assert out.count(", tiles 4.0, ") == 2
+    assert out.count("| memory / 2 GiB |") == 2
+
+
 def test_the_peer_must_not_be_this_package() -> None:
     with pytest.raises(AssertionError, match="an environment of its own"):
         run("step", "--size", "64", "--batch", "2", "--serve", "published")
@@ -235,9 +241,8 @@ def test_the_tables_of_settings_are_those_of_the_record(domains: list[str]) -> N
 def test_pretraining_on_two_levels_moves_the_backbone_when_its_turn_comes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    multilevel = load("multilevel")
-    monkeypatch.setattr(multilevel, "HIDDEN", 8)
-    monkeypatch.setattr(multilevel, "DEVICE", "cpu")
+    in_memory = load("in_memory")
+    monkeypatch.setattr(in_memory, "DEVICE", "cpu")
     small = {"steps": 2, "batch": 2, "view": 64, "levels": [3, 4], "distill": 1.0}
     images = torch.randint(256, (3, 3, 64, 80), dtype=torch.uint8)
     moved = []
@@ -246,9 +251,11 @@ def test_pretraining_on_two_levels_moves_the_backbone_when_its_turn_comes(
         before = [weight.clone() for weight in net.layer1.parameters()]
         config = load("settings").BASE | small | {"head_steps": alone}
         layers = load("settings").STARTS["random"].layers
-        curve = multilevel.pretrain(net, layers, images, torch.nn.Identity(), config, 0)
+        given = net, layers, images, torch.nn.Identity(), config, 0
+        curve = in_memory.pretrain(*given, projection_hidden_size=8)
         assert len(curve) == 2
         assert all(0 <= part <= 8.001 for parts in curve for part in parts[:2])
+        assert not net.layer4._forward_hooks
         after = net.layer1.parameters()
         moved.append(any((a != b).any() for a, b in zip(before, after, strict=True)))
     assert moved == [False, True]

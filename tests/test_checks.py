@@ -88,6 +88,14 @@ def test_whole_takes_whole_numbers_from_its_bound() -> None:
         assert found == f"n is {value!r}; it must be a whole number of at least 1"
 
 
+@pytest.mark.parametrize("value", [0, 1.5, None, [1, 0], [-1.0], ["1"], [True], [math.nan], "12"])
+def test_weights_are_numbers_above_0_in_a_list(value) -> None:
+    [found] = check_limits({"level_weights": value})
+    assert found == (
+        f"level_weights is {value!r}; it must be a list of numbers above 0, one a pixel layer"
+    )
+
+
 # Choices.
 
 
@@ -204,7 +212,9 @@ def test_deviations_lie_above_zero(value) -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        *((name, 0) for name in LIMITS if "prob" in name or "alpha" in name or "weight" in name),
+        *((name, 0) for name in LIMITS if "prob" in name or name in ("alpha", "instance_weight")),
+        ("pixel_levels", 1),
+        *(("level_weights", weights) for weights in ((), [1e-9], (2, 0.5))),
         *(
             (name, value)
             for name in ("moving_average_decay", "target_momentum")

@@ -17,16 +17,15 @@ from pixel_level_contrastive_learning.trainer.config import PretrainConfig
 
 PACKAGE = "pixel_level_contrastive_learning"
 FLAGS_OF_PRETRAIN = """
---out --config --recipe --resume --overwrite --dry-run --pages --nodata --model --weights
---channels --pixel-layer --instance-layer --zero-init-residual --image-size --crop-area
---aspect-ratio --prob-hflip --prob-vflip --max-rotation --jitter --prob-jitter --prob-gray
---prob-blur --blur-sigma
---prob-solarise --loss --alpha --instance-weight --projection-size --projection-hidden-size
---ppm-num-layers --ppm-gamma --distance-thres --similarity-temperature --batch-size --accumulate
---epochs --steps --optimizer --lr --weight-decay --warmup-epochs --final-lr --target-momentum
---clip-grad --seed --precision --workers --accelerator --devices --num-nodes --strategy
---checkpoint-every --keep-checkpoints --max-broken --loggers --picture-every --probe
---ids --colours --probe-protocol --probe-every
+--out --config --recipe --resume --overwrite --dry-run --pages --nodata --model --weights --channels
+--pixel-layer --pixel-levels --level-weights --instance-layer --zero-init-residual --image-size
+--crop-area --aspect-ratio --prob-hflip --prob-vflip --max-rotation --jitter --prob-jitter
+--prob-gray --prob-blur --blur-sigma --prob-solarise --loss --alpha --instance-weight
+--projection-size --projection-hidden-size --ppm-num-layers --ppm-gamma --distance-thres
+--similarity-temperature --batch-size --accumulate --epochs --steps --optimizer --lr --weight-decay
+--warmup-epochs --final-lr --target-momentum --clip-grad --seed --precision --workers --accelerator
+--devices --num-nodes --strategy --checkpoint-every --keep-checkpoints --max-broken --loggers
+--picture-every --probe --ids --colours --probe-protocol --probe-every
 """
 FLAGS = FLAGS_OF_PRETRAIN.split()
 
@@ -142,7 +141,7 @@ def test_without_the_extras_the_error_says_how_to_install_them(code) -> None:
     )
     told = done.stderr.splitlines()[-1]
     assert told.endswith(
-        " is not installed; everything beside PixelCL itself needs the extras: pip install "
+        " is not installed; everything beside PixelCL itself needs the extra train: pip install "
         "'pixel-level-contrastive-learning[train]'"
     )
 
@@ -270,7 +269,10 @@ def test_each_command_takes_what_the_one_before_it_left(labelled, tmp_path, caps
     assert "mIoU" in table
     assert (run / "evaluation.json").exists()
     assert "--out" not in table
-    figures = said("evaluate", run, "--images", images)
+    cut = tmp_path / "tiles"
+    told = said("prepare", images, "--out", cut, "--tile", 64, "--overlap", 8, "--keep-empty")
+    assert told.splitlines()[-1] == f"shards: {cut}"
+    figures = said("evaluate", run, "--images", cut)
     assert "hit@1" in figures
     assert figures.splitlines()[-1].startswith(f"(--out {run} keeps this with the run")
     assert f"report: {page}" in said("visualize", run, "--images", images, "--out", page)

@@ -22,6 +22,7 @@ LOSSES: dict[str, dict[str, Any]] = {
     "pixcontrast": {"use_pixpro": False},
     "instances alone": {"alpha": 0},
     "pixels alone": {"instance_weight": 0},
+    "two levels": {"pixel_levels": 2},
 }
 WITHOUT_PAIRS: dict[str, list[int]] = {"none": [], "the second": [2, 3], "both": [0, 1, 2, 3]}
 """Which process has no pair in its batch: its images."""

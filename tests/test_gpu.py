@@ -12,8 +12,9 @@ from pixel_level_contrastive_learning import PixelCL, View, blocks
 from pixel_level_contrastive_learning.data.segmentation import open_labelled
 from pixel_level_contrastive_learning.data.statistics import Statistics
 from pixel_level_contrastive_learning.evaluation.features import Preparation, Reader
-from pixel_level_contrastive_learning.evaluation.finetuning import finetuned
-from pixel_level_contrastive_learning.evaluation.probes import probed
+from pixel_level_contrastive_learning.evaluation.finetuning import CROP_DETAIL, finetune
+from pixel_level_contrastive_learning.evaluation.metrics import PreparedSplit
+from pixel_level_contrastive_learning.evaluation.probes import ProbeTask, run_probes
 from pixel_level_contrastive_learning.geometry import box_to_map
 
 pytestmark = [
@@ -161,7 +162,8 @@ def test_probes_judge_as_on_the_cpu(labelled, protocol) -> None:
         torch.manual_seed(0)
         net = nn.Sequential(nn.Conv2d(3, 8, 8, 8), nn.Conv2d(8, 4, 1)).to(device)
         reader = Reader(net, ["0"], 3, (32, 48))
-        scored = probed(reader, train, val, PREPARE, protocol=protocol, keep=[1])
+        task = ProbeTask(protocol, PreparedSplit(train, PREPARE), ("0",))
+        (scored,) = run_probes(reader, [task], PreparedSplit(val, PREPARE), keep=[1])
         rows.append((scored.scores.miou, scored.kept[1]))
     (expected, known), (found, predicted) = rows
     assert predicted.device.type == "cpu"
@@ -172,6 +174,7 @@ def test_probes_judge_as_on_the_cpu(labelled, protocol) -> None:
 def test_fine_tuning_runs_where_the_network_is(labelled) -> None:
     train, val = open_labelled(labelled)
     net = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.ReLU(), nn.Conv2d(8, 16, 2, 2)).cuda()
-    scored = finetuned(net, train, val, PREPARE, steps=60, batch=4)
+    crops, whole = PreparedSplit(train, PREPARE, CROP_DETAIL), PreparedSplit(val, PREPARE)
+    scored = finetune(net, crops, whole, steps=60, batch=4)
     assert scored.scores.miou > 0.6
     assert next(net.parameters()).device.type == "cuda"

@@ -3,7 +3,7 @@
 import copy
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,8 @@ def view(boxes: list[list[float]], size: tuple[int, int], *, mirrored: bool = Fa
     return View(torch.rand(len(boxes), 3, *size).double(), maps)
 
 
+LEVELS = {"hidden_layer_pixel": ["3", "0"]}
+"""Two levels, of strides 16 and 8."""
 HERE, ASIDE, BELOW, FAR = [0, 0, 96, 64], [30, 10, 110, 70], [10, 20, 74, 68], [500, 0, 596, 64]
 """Boxes in an image: three that overlap, one that overlaps none."""
 
@@ -73,6 +75,9 @@ def even_views(count: int = 4) -> tuple[View, View]:
     both = view([HERE] * count, (64, 64)), view([ASIDE] * count, (64, 64))
     one, two = (View(pixels.float(), to_image.float()) for pixels, to_image in both)
     return one, two
+
+
+INSTANCE_HEADS = "online_encoder.instance_projector", "online_predictor"
 
 
 def trained(learner: PixelCL) -> list[nn.Parameter]:
@@ -101,40 +106,57 @@ def composed(
     similarity_temperature: float = 0.3,
     ppm_num_layers: int = 1,
     ppm_gamma: float = 2.0,
+    hidden_layer_pixel: Sequence[str] = (),
+    level_weights: Sequence[float] = (),
 ) -> dict[str, Tensor]:
     """The terms of a step, put together from slow loops on the projections of the two networks."""
     online_one, online_two = (learner.online_encoder(view.pixels) for view in views)
     target_one, target_two = (learner.target_encoder(view.pixels) for view in views)
     maps = [view.to_image for view in views]
-    mask = reference.positive_mask(*maps, online_one.grid, online_two.grid, distance_thres)
-    pixel, instance, cosines, likeness = 0, 0, [], []
-    for online, target, pairs in (
-        (online_one, target_two, mask),
-        (online_two, target_one, mask.mT),
-    ):
-        ours, theirs = online.pixel, target.pixel.flatten(2)
-        if use_pixpro:
-            transform = learner.propagate_pixels.transform_net
-            ours = reference.propagate(ours, transform, ppm_gamma).flatten(2)
-            pixel = pixel + reference.pixpro_loss(ours, theirs, pairs)
-        else:
-            ours = ours.flatten(2)
-            pixel = pixel + reference.pixcontrast_loss(ours, theirs, pairs, similarity_temperature)
-        for image in range(len(pairs)):
-            if pairs[image].any():
-                one_image = (part[image, None] for part in (ours, theirs, pairs))
-                cosines.append(1 - reference.pixpro_loss(*one_image) / 2)
+    levels = len(hidden_layer_pixel) or 1
+    modules = [learner.propagate_pixels] if levels == 1 else learner.propagate_pixels
+    pixels, pixel_cosines, masks = [], [], []
+    for level, propagate in zip(range(levels), modules, strict=True):
+        grids = [tuple(own.pixel[level].shape[2:]) for own in (online_one, online_two)]
+        mask = reference.positive_mask(*maps, *grids, distance_thres)
+        pixel, cosines = 0, []
+        for online, target, pairs in (
+            (online_one, target_two, mask),
+            (online_two, target_one, mask.mT),
+        ):
+            ours, theirs = online.pixel[level], target.pixel[level].flatten(2)
+            if use_pixpro:
+                ours = reference.propagate(ours, propagate.transform_net, ppm_gamma).flatten(2)
+                pixel = pixel + reference.pixpro_loss(ours, theirs, pairs)
+            else:
+                ours = ours.flatten(2)
+                temperature = similarity_temperature
+                pixel = pixel + reference.pixcontrast_loss(ours, theirs, pairs, temperature)
+            for image in range(len(pairs)):
+                if pairs[image].any():
+                    one_image = (part[image, None] for part in (ours, theirs, pairs))
+                    cosines.append(1 - reference.pixpro_loss(*one_image) / 2)
+        pixels.append(pixel)
+        pixel_cosines.append(sum(cosines) / len(cosines))
+        masks.append(mask)
+    instance, likeness = 0, []
+    for online, target in ((online_one, target_two), (online_two, target_one)):
         prediction = learner.online_predictor(online.instance)
         instance = instance + reference.instance_loss(prediction, target.instance)
         likeness += map(reference.cosine, prediction, target.instance)
+    weights = level_weights or [1.0] * levels
+
+    def mean(values: list[Tensor]) -> Tensor:
+        return sum(w * own for w, own in zip(weights, values, strict=True)) / sum(weights)
+
     return {
-        "loss": alpha * pixel + instance_weight * instance,
-        "pixel_loss": pixel,
+        "loss": alpha * mean(pixels) + instance_weight * instance,
+        "pixel_loss": mean(pixels),
         "instance_loss": instance,
-        "pixel_cosine": sum(cosines) / len(cosines),
+        "pixel_cosine": mean(pixel_cosines),
         "instance_cosine": sum(likeness) / len(likeness),
-        "positive_pairs": mask.sum(),
-        "images_without_pairs": (mask.sum(dim=(1, 2)) == 0).sum(),
+        "positive_pairs": masks[0].sum(),
+        "images_without_pairs": (masks[0].sum(dim=(1, 2)) == 0).sum(),
     }
 
 
@@ -148,6 +170,9 @@ def composed(
         {"ppm_num_layers": 2},
         {"use_pixpro": False},
         {"use_pixpro": False, "similarity_temperature": 0.1, "alpha": 0.5},
+        LEVELS,
+        {"hidden_layer_pixel": ("0", "3"), "level_weights": [3, 1], "alpha": 0.5},
+        LEVELS | {"use_pixpro": False},
     ],
     ids=str,
 )
@@ -222,10 +247,10 @@ def test_convention_two_views_of_the_same_spot_match_cell_by_cell(threshold, pai
     assert loss.requires_grad
 
 
-@pytest.mark.parametrize("use_pixpro", [True, False])
+@pytest.mark.parametrize("settings", [{}, {"use_pixpro": False}, LEVELS], ids=str)
 @pytest.mark.parametrize("weight", [1, 0.25, 0])
-def test_convention_without_a_pair_the_loss_is_that_of_instances(use_pixpro, weight) -> None:
-    learner = small_learner(use_pixpro=use_pixpro, instance_weight=weight)
+def test_convention_without_a_pair_the_loss_is_that_of_instances(settings, weight) -> None:
+    learner = small_learner(**settings, instance_weight=weight)
     one, two = even_views()
     apart = one, two._replace(to_image=two.to_image + 1000)
     terms = learner(apart, return_terms=True)
@@ -370,6 +395,8 @@ ADDED = {
     "max_rotation": 0.0,
     "mean": None,
     "std": None,
+    "pixel_levels": 1,
+    "level_weights": (),
 }
 """Ours, by keyword only."""
 
@@ -407,7 +434,10 @@ def test_convention_the_published_keywords_are_kept_and_new_ones_have_to_be_name
         ("std", ([0.5], 0.5), "3 numbers, one a channel"),
         ("std", ([0.2, 0.2, 0.0], [0.2, -0.2, 0.2]), "above 0"),
         ("augment_fn", ("blur",), "callable"),
-        ("hidden_layer_pixel", (3.0, ("layer3", "layer4")), "name"),
+        ("hidden_layer_pixel", (3.0, [], ["3", 3], ("0", "3", "0")), "name"),
+        ("hidden_layer_instance", (3.0, ("0", "3")), "must be a name or an index"),
+        ("pixel_levels", (0, 1.5, None), "whole number of at least 1"),
+        ("level_weights", ([0.0], [-1.0], 1.0, ["a"], [1.0, 2.0]), "above 0, one a pixel layer"),
     ],
 )
 def test_a_value_out_of_range_is_refused_with_what_is_allowed(name, values, allowed) -> None:
@@ -446,8 +476,50 @@ def test_the_mode_of_coordinates_is_accepted_and_does_nothing() -> None:
 @pytest.mark.parametrize("layer", ["3", 3, -4])
 def test_layers_are_named_or_counted(layer) -> None:
     learner = small_learner(hidden_layer_pixel=layer, hidden_layer_instance=layer)
-    assert learner.online_encoder.pixel_hook.name == "3"
+    assert learner.online_encoder.pixel_layer == "3"
     assert learner.online_encoder.instance_hook.name == "3"
+
+
+def names(learner: PixelCL) -> list[str]:
+    """The names of all weights and buffers."""
+    return [*learner.state_dict()]
+
+
+def test_a_level_alone_keeps_the_names_of_its_weights_and_several_are_counted() -> None:
+    alone, listed = small_learner(), small_learner(hidden_layer_pixel=["3"])
+    views = even_views()
+    assert listed(views) == alone(views)
+    assert names(listed) == names(alone)
+    heads = "online_encoder.pixel_projector.", "target_encoder.pixel_projector."
+    heads = *heads, "propagate_pixels.transform_net."
+    assert all(any(own.startswith(head) for own in names(alone)) for head in heads)
+    several = names(small_learner(**LEVELS))
+    for head in heads:
+        part = head.removesuffix("transform_net.")
+        own = [name.removeprefix(part) for name in names(alone) if name.startswith(head)]
+        counted = [f"{part}{level}.{name}" for level in (0, 1) for name in own]
+        assert [name for name in several if name.startswith(part)] == counted
+
+
+def test_levels_are_named_or_so_many_are_chosen() -> None:
+    learner = small_learner(pixel_levels=2)
+    assert learner.online_encoder.pixel_layer == ("3", "2")
+    assert learner.online_encoder.instance_hook.name == "4"
+    assert learner.views.smallest == 16  # what the coarser of the two can show
+    assert small_learner(**LEVELS, pixel_levels=2).online_encoder.pixel_layer == ("3", "0")
+    with pytest.raises(ValueError, match="pixel_levels is 3, but the pixel layers are named and"):
+        small_learner(**LEVELS, pixel_levels=3)
+    with pytest.raises(ValueError, match=r"is 3, but SmallNet has maps of 2 strides at 64x64"):
+        small_learner(pixel_levels=3)
+
+
+def test_without_its_pixel_loss_a_learner_of_levels_has_the_figures_of_one() -> None:
+    views = even_views()
+    both = [small_learner(alpha=0, **settings) for settings in ({}, LEVELS)]
+    one, several = (learner(views, return_terms=True) for learner in both)
+    assert one.pixel_loss == several.pixel_loss == several.pixel_cosine == 0
+    assert several.positive_pairs == 0
+    assert several.images_without_pairs == one.images_without_pairs
 
 
 def test_the_published_default_layer_is_refused_with_advice() -> None:
@@ -475,9 +547,12 @@ def test_the_target_follows_by_the_decay_of_the_learner_or_of_the_call(decay) ->
     ("settings", "idle"),
     [
         ({}, ()),
+        (LEVELS, ()),
         ({"use_pixpro": False}, ("propagate_pixels",)),
         ({"alpha": 0}, ("online_encoder.pixel_projector", "propagate_pixels")),
-        ({"instance_weight": 0}, ("online_encoder.instance_projector", "online_predictor")),
+        (LEVELS | {"alpha": 0}, ("online_encoder.pixel_projector", "propagate_pixels")),
+        ({"instance_weight": 0}, INSTANCE_HEADS),
+        (LEVELS | {"instance_weight": 0}, INSTANCE_HEADS),
     ],
     ids=str,
 )
@@ -546,14 +621,14 @@ def test_a_batch_norm_without_statistics_is_found_by_what_it_was_given(monkeypat
 # Precision, memory layout, accumulation.
 
 
-@pytest.mark.parametrize("use_pixpro", [True, False])
+@pytest.mark.parametrize("settings", [{}, {"use_pixpro": False}, LEVELS], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("entries", [20, blocks.ENTRIES])
 def test_autocast_gives_a_float32_loss_near_that_of_float32(
-    dtype, use_pixpro, entries, monkeypatch
+    dtype, settings, entries, monkeypatch
 ) -> None:
     monkeypatch.setattr(blocks, "ENTRIES", entries)
-    learner, views = small_learner(use_pixpro=use_pixpro).eval(), even_views()
+    learner, views = small_learner(**settings).eval(), even_views()
     expected = learner(views, return_terms=True)
     with torch.autocast("cpu", dtype=dtype):
         terms = learner(views, return_terms=True)
@@ -577,9 +652,10 @@ def test_autocast_leaves_views_as_they_are(dtype) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=0)  # dtypes as well
 
 
+@pytest.mark.parametrize("settings", [{}, LEVELS], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
-def test_a_learner_cast_as_a_whole_gives_a_loss_in_at_least_float32(dtype) -> None:
-    learner, views = small_learner().eval(), even_views()
+def test_a_learner_cast_as_a_whole_gives_a_loss_in_at_least_float32(dtype, settings) -> None:
+    learner, views = small_learner(**settings).eval(), even_views()
     expected = learner(views)
     loss = learner.to(dtype)(views)
     loss.backward()
@@ -597,9 +673,9 @@ def test_channels_last_changes_nothing() -> None:
     torch.testing.assert_close(*losses)
 
 
-@pytest.mark.parametrize("use_pixpro", [True, False])
-def test_two_halves_of_a_batch_add_up_to_the_whole(use_pixpro) -> None:
-    learner, views = small_learner(use_pixpro=use_pixpro).eval(), even_views(4)
+@pytest.mark.parametrize("settings", [{}, {"use_pixpro": False}, LEVELS], ids=str)
+def test_two_halves_of_a_batch_add_up_to_the_whole(settings) -> None:
+    learner, views = small_learner(**settings).eval(), even_views(4)
     for part in (slice(0, 2), slice(2, 4)):
         half = tuple(View(*(held[part] for held in view)) for view in views)
         (learner(half) / 2).backward()

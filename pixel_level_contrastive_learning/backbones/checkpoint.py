@@ -18,7 +18,7 @@ from ..checks import check_limits, one_of, per_channel, raise_together
 from ..files import write_whole
 from ..modules.hooks import plain_name
 from ..run_layout import CARD
-from .custom import custom_file
+from .custom import Model, custom_file, handed_name, handing_over
 from .factory import (
     build_backbone,
     default_image_size,
@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
 ZERO_INIT = "zero-init residual"
 """A start from random weights whose residual blocks are identities."""
+AS_HANDED = "as handed over"
+"""A start from the weights that a network had which was handed over in Python."""
 log = logging.getLogger(__name__)
 
 
@@ -64,10 +66,10 @@ class BackboneCard:
         low: Per-channel value that becomes 0 where 16-bit or float data are scaled to [0, 1]; None
             for 8-bit data, which are divided by 255.
         high: The value that becomes 1, likewise.
-        pixel_layer: The layer whose map the pixel loss read.
+        pixel_layer: The layer whose map the pixel loss read; or several, see `shown_layer`.
         instance_layer: The layer whose average the instance loss read.
         start: What training started from: ``random``, ``zero-init residual`` (random, residual
-            blocks as identities), ``pretrained``, or a file.
+            blocks as identities), ``pretrained``, ``as handed over``, or a file.
         seed: The seed of the run.
         version: The version of this package that wrote it.
 
@@ -82,7 +84,7 @@ class BackboneCard:
     std: tuple[float, ...]
     low: tuple[float, ...] | None = None
     high: tuple[float, ...] | None = None
-    pixel_layer: str
+    pixel_layer: str | tuple[str, ...]
     instance_layer: str
     start: str = "random"
     seed: int = 0
@@ -97,6 +99,11 @@ class BackboneCard:
             *check_limits({"channels": self.channels, "image_size": self.image_size}),
             *(per_channel(name, values, self.channels) for name, values in statistics.items()),
         )
+
+    @property
+    def shown_layer(self) -> str:
+        """The layer that evaluation, probes and pictures read: the first pixel layer."""
+        return self.pixel_layer if isinstance(self.pixel_layer, str) else self.pixel_layer[0]
 
     def to_json(self) -> str:
         """The card as JSON text."""
@@ -126,6 +133,8 @@ def read_card(weights: Path) -> BackboneCard:
         card = BackboneCard.from_json(path.read_text(encoding="utf-8"))
     except (ValueError, TypeError) as error:  # not JSON is a ValueError, too
         raise ValueError(f"{path} is not a backbone's card: {error}") from error
+    if (handed := handed_name()) is not None:
+        return replace(card, model=handed)
     file = custom_file(card.model)
     if file is None or file.is_file():
         return card
@@ -184,7 +193,7 @@ def card_of(learner: PixelCL, model: str, **fields: Any) -> BackboneCard:
         "model": model,
         "channels": learner.views.channels,
         "image_size": learner.views.size,
-        "pixel_layer": encoder.pixel_hook.name,
+        "pixel_layer": encoder.pixel_layer,
         "instance_layer": encoder.instance_hook.name,
     }
     if normalise is not None:
@@ -266,11 +275,10 @@ def read_backbone(
     >>> card.pixel_layer, card.instance_layer
     ('layer4', 'avgpool')
     """
-    text = str(source)
-    if text.startswith("random:"):
-        return from_library(text.removeprefix("random:"), channels, image_size, pretrained=False)
-    if text.startswith(("torchvision/", "timm/")) and not Path(text).exists():
-        return from_library(text, channels, image_size, pretrained=True)
+    if not is_file(source):
+        name = str(source)
+        pretrained = not name.startswith("random:")
+        return from_library(name.removeprefix("random:"), channels, image_size, pretrained)
     path = find_weights(source)
     card = read_card(path)
     if channels is not None and channels != card.channels:
@@ -289,11 +297,13 @@ def read_backbone(
     return Loaded(net, card, report)
 
 
-def load_backbone(path: str | Path) -> nn.Module:
+def load_backbone(path: str | Path, *, model: Model | None = None) -> nn.Module:
     """The backbone of a run or file, with its weights, in train mode as its library builds it.
 
     Args:
         path: As for `read_backbone`, which gives the card and the key report as well.
+        model: The network, or a function that builds it, in place of the one that the card names.
+            A run on a network that was handed over in Python needs it.
 
     Raises:
         ValueError: There is no backbone, or nothing in the file fits.
@@ -301,11 +311,20 @@ def load_backbone(path: str | Path) -> nn.Module:
     >>> load_backbone("random:torchvision/resnet18").fc
     Linear(in_features=512, out_features=1000, bias=True)
     """
-    return read_backbone(path).net
+    with handing_over(model):
+        return read_backbone(path).net
+
+
+def is_file(source: str | Path) -> bool:
+    """Whether weights are a run or a file, and not a library's or random ones."""
+    name = str(source)
+    if name.startswith("random:"):
+        return False
+    return not name.startswith(("torchvision/", "timm/")) or Path(name).exists()
 
 
 def from_library(
-    model: str, channels: int | None, image_size: tuple[int, int] | None, *, pretrained: bool
+    model: str, channels: int | None, image_size: tuple[int, int] | None, pretrained: bool
 ) -> Loaded:
     """A backbone without a file, and the card it would have."""
     channels = 3 if channels is None else channels

@@ -1,12 +1,15 @@
-"""Functions of the user that build a network: ``path/to/file.py:function``, ``module:function``."""
+"""Networks of the user: ``path/to/file.py:function``, ``module:function``, Python objects."""
 
 from __future__ import annotations
 
+import copy
 import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from difflib import get_close_matches
+from functools import partial
 from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -18,6 +21,62 @@ from torch import nn
 
 from ..modules.feature_info import FeatureInfo
 from .stem import adapt_channels
+
+OBJECT = "object"
+"""``object:NAME`` is a network, or a function that builds one, handed over in Python."""
+Model = nn.Module | Callable[..., nn.Module]
+HANDED: ContextVar[Model | None] = ContextVar("HANDED", default=None)
+
+
+@contextmanager
+def handing_over(model: object) -> Iterator[str | None]:
+    """A context in which ``object:NAME`` can be built; gives this name, or None if it is no object.
+
+    Args:
+        model: A network, of which copies are taken, or a function as in a file; else nothing.
+    """
+    if not callable(model):
+        yield None
+        return
+    token = HANDED.set(model)
+    try:
+        yield handed_name()
+    finally:
+        HANDED.reset(token)
+
+
+def handed_name() -> str | None:
+    """The name of what is handed over; None where nothing is."""
+    model = HANDED.get()
+    if model is None:
+        return None
+    name = type(model).__name__ if is_module_handed() else getattr(model, "__name__", "")
+    return f"{OBJECT}:{name if name.isidentifier() else 'function'}"
+
+
+def is_module_handed() -> bool:
+    """Whether what is handed over is a network with weights of its own."""
+    return isinstance(HANDED.get(), nn.Module)
+
+
+def handed_function(wanted: str) -> Callable[..., nn.Module]:
+    """What builds the network that is handed over."""
+    model = HANDED.get()
+    if model is None:
+        raise ValueError(
+            f"the network was handed over in Python ({wanted}) and cannot be built from its name; "
+            "pass it again as model=, to load_backbone, evaluate, visualize, export and pretrain"
+        )
+    return partial(copy.deepcopy, model) if isinstance(model, nn.Module) else model
+
+
+def draw_anew(net: nn.Module) -> nn.Module:
+    """The network, the weights of its layers drawn as they are when layers are made."""
+    for module in net.modules():
+        for name in ("reset_parameters", "_reset_parameters"):  # of attention
+            if callable(reset := getattr(module, name, None)):
+                reset()
+    return net
 
 
 def custom_net(
@@ -61,6 +120,8 @@ def custom_file(name: str) -> Path | None:
 def custom_function(name: str) -> Callable[..., Any]:
     """The user's function; get and call it in `import_from_folder`."""
     where, _, wanted = name.rpartition(":")
+    if where == OBJECT:
+        return handed_function(wanted)
     file = custom_file(name)
     module = import_module(where) if file is None else import_file(file)
     function: Callable[..., Any] | None = getattr(module, wanted, None)

@@ -17,7 +17,15 @@ from torch import Tensor, nn
 from ..checks import one_of, raise_together
 from ..files import write_whole
 from .checkpoint import BackboneCard, clean_state_dict, read_backbone, save_card
-from .custom import custom_file, custom_function, custom_kwargs, import_from_folder
+from .custom import (
+    OBJECT,
+    Model,
+    custom_file,
+    custom_function,
+    custom_kwargs,
+    handing_over,
+    import_from_folder,
+)
 from .factory import default_image_size, parse_model_name, timm_kwargs, torchvision_kwargs
 from .state_dict import KeyReport, find_weights, load_matching, read_state_dict, run_folder
 from .stem import find_stem
@@ -63,7 +71,13 @@ class Exported(NamedTuple):
         return f"{self.path}\n{self.report}\n\n{self.how_to.rstrip()}"
 
 
-def export(run: str | Path, format: str, out: str | Path | None = None) -> Exported:  # noqa: A002
+def export(
+    run: str | Path,
+    format: str,  # noqa: A002
+    out: str | Path | None = None,
+    *,
+    model: Model | None = None,
+) -> Exported:
     """Write a run's backbone for another library, and how to load and feed it there.
 
     ``torchvision`` and ``timm`` hold every weight under the library's names, as do ``safetensors``
@@ -76,6 +90,7 @@ def export(run: str | Path, format: str, out: str | Path | None = None) -> Expor
         format: One of `FORMATS`.
         out: The file to write. Default: ``backbone-FORMAT`` in the run directory, with the suffix
             of the format.
+        model: As for `load_backbone`.
 
     Raises:
         ValueError: An unknown format, one that has no such model, no backbone to export, or one
@@ -88,7 +103,8 @@ def export(run: str | Path, format: str, out: str | Path | None = None) -> Expor
     """
     raise_together(one_of("format", format, FORMATS))
     source = find_weights(run)
-    net, card, loaded = read_backbone(source)
+    with handing_over(model):
+        net, card, loaded = read_backbone(source)
     card = replace(card, model=model_in(card.model, format))
     default = run_folder(source) / f"backbone-{format}{FORMATS[format]}"
     path = default if out is None else Path(out).expanduser()
@@ -204,6 +220,8 @@ def building(net: nn.Module, card: BackboneCard) -> list[str]:
         kwargs = torchvision_kwargs(name, *images)
         call = f"models.get_model({arguments(repr(name), {'weights': None, **kwargs})})"
         lines = ["from torchvision import models", "", f"net = {call}"]
+    elif name.startswith(f"{OBJECT}:"):
+        return ["net = ...  # your network, as it was handed over"]
     else:
         with import_from_folder(name):
             kwargs = custom_kwargs(custom_function(name), *images)

@@ -246,5 +246,5 @@ def list_layers(net: nn.Module, channels: int, image_size: Size) -> list[LayerIn
 def default_layers(net: nn.Module, channels: int, image_size: Size) -> tuple[str, str]:
     """The layers read by default: for the pixel and for the instance level."""
     info = FeatureInfo(net, channels, image_size)
-    pixel = info.default_pixel()
+    [pixel] = info.default_pixels()
     return pixel, info.default_instance(pixel)

@@ -22,6 +22,8 @@ MAX_BYTES = 4 * 2**30
 MAX_COMPRESSION, LARGE_BYTES = 200, 2**30
 """Decoded bytes per byte of a file, above which an image beyond Pillow's limit, or one that takes
 so much memory, is refused."""
+CUT = "cut it by `pixelcl prepare IMAGES --tile 512 --out SHARDS`, and pretrain on SHARDS"
+"""What to do with an image that is too large."""
 EIGHT_BIT = ("uint8", "bool")
 """Types of values that stay 8-bit; all others become float32."""
 
@@ -221,16 +223,13 @@ def bomb(found: str) -> str:
     limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
     return (
         f"a decompression bomb: {found}, beyond the limit of {limit} pixels; if you trust it, set "
-        "PIL.Image.MAX_IMAGE_PIXELS higher before the run, or save it as JPEG or in tiles"
+        f"PIL.Image.MAX_IMAGE_PIXELS higher before the run, or {CUT}"
     )
 
 
 def too_large(height: int, width: int) -> str:
     """The message about an image that takes too much memory."""
-    return (
-        f"{height}x{width} pixels would take more than {MAX_BYTES // 2**30} GiB; save it as "
-        "baseline JPEG or in tiles"
-    )
+    return f"{height}x{width} pixels would take more than {MAX_BYTES // 2**30} GiB; {CUT}"
 
 
 def decoder_message(error: Exception, content: bytes = b"") -> str:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..checks import Pages
 from .decoding import TIFF, open_image, stack_in
-from .image import ALL, MOST_JOINED, ImageError, LazyImage, Stack, to_array_file
+from .image import ALL, CUT, MAX_BYTES, MOST_JOINED, ImageError, LazyImage, Stack, to_array_file
 from .orientation import PNG
 from .picture import AVIF, JPEG
 
@@ -137,6 +137,9 @@ def read_bytes(path: str, offset: int = 0, length: int = -1) -> bytes:
     """A file, or a part of it."""
     try:
         with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if length < 0 and size > MAX_BYTES:
+                raise ImageError(f"a file of {size / 2**30:.1f} GiB; {CUT}")
             file.seek(offset)
             return file.read(length)
     except OSError as error:

@@ -1,8 +1,9 @@
 """Write images once into WebDataset shards, no larger than training needs them.
 
-Decoding a photograph of twelve megapixels takes most of a loader's time, and a million small files
-are slow to list. Both are paid once here, shard by shard: a shard is written beside its place, read
-back, compared and moved there, so that interrupted work goes on where it stopped.
+Large images are made smaller or, with ``tile``, cut. Decoding a photograph of twelve megapixels
+takes most of a loader's time, and a million small files are slow to list. Both are paid once here,
+shard by shard: a shard is written beside its place, read back, compared and moved there, so that
+interrupted work goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -11,40 +12,29 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import suppress
-from io import BytesIO
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import torch
-from einops import rearrange
-from torch import Tensor
-from torch.nn.functional import interpolate
+from typing import IO, Any, NamedTuple
+from warnings import catch_warnings, simplefilter
 
 from ..checks import LIMITS, Pages, raise_together, whole, within
 from ..files import check_writable, rename, sync, write_whole
 from ..run_layout import SKIPPED
 from .dataset import BrokenImage, check_broken
-from .decoding import IMAGE_SUFFIXES, TIFF, open_image
-from .image import ImageError, LazyImage, channels_last
-from .shards import ShardSource
-from .sources import Source, open_source
+from .image import ImageError
+from .shard_entries import Copies, Entry, Tiles
+from .sources import FileSource, open_source
+from .tiles import Tiling, find_rasters
 
 log = logging.getLogger(__name__)
 
 INDEX = "shards.json"
 """The settings, and the digest of each shard that is done."""
-SIGNATURES = {
-    b"\xff\xd8\xff": "jpg",
-    b"\x89PNG": "png",
-    b"RIFF": "webp",
-    b"GIF8": "gif",
-    b"BM": "bmp",
-    b"\x93NUMPY": "npy",
-} | dict.fromkeys(TIFF, "tif")
-"""How files begin, and the suffix of their format."""
+SHARD_BYTES = 2**28
+"""What the tiles of a shard may take uncompressed: what a killed call does again."""
 
 
 class ShardsReport(NamedTuple):
@@ -58,6 +48,7 @@ class ShardsReport(NamedTuple):
         skipped: Images that could not be read, listed in ``skipped.txt``.
         bytes_before: Size of the images' files.
         bytes_after: Size of the shards.
+        empty: Tiles that were left out, by what they hold: ``nodata`` or ``background``.
     """
 
     folder: Path
@@ -67,24 +58,19 @@ class ShardsReport(NamedTuple):
     skipped: int
     bytes_before: int
     bytes_after: int
+    empty: Mapping[str, int]
 
     def __str__(self) -> str:
         again = f" ({self.kept} were there already)" if self.kept else ""
         lost = f"; {self.skipped} could not be read, see {SKIPPED}" if self.skipped else ""
+        if self.empty:
+            kinds = ", ".join(f"{count} of {kind}" for kind, count in self.empty.items())
+            lost += f"; left out: {kinds} (--keep-empty keeps them)"
         before, after = (size / 2**20 for size in (self.bytes_before, self.bytes_after))
         return (
             f"{self.images} images in {self.shards} shards{again}, {after:.1f} MiB where they took "
             f"{before:.1f}{lost}\nshards: {self.folder}"
         )
-
-
-class ShardEntry(NamedTuple):
-    """An image's file as it goes into a shard, and the upright size and the bytes it had before."""
-
-    suffix: str
-    content: bytes
-    original_size: tuple[int, int]
-    original_bytes: int
 
 
 def write_shards(
@@ -98,6 +84,11 @@ def write_shards(
     workers: int | None = None,
     pages: Pages | None = None,
     nodata: float | None = None,
+    tile: int | None = None,
+    overlap: int = 0,
+    level: int | None = None,
+    mpp: float | None = None,
+    keep_empty: bool = False,
 ) -> ShardsReport:
     """Write images into shards, large ones made smaller, going on where an earlier call stopped.
 
@@ -105,21 +96,34 @@ def write_shards(
     upright JPEG if it is 8-bit, gray or RGB, and otherwise a NumPy array of the same kind of
     values. Beside each stands a JSON of its original name and size.
 
+    With ``tile``, images larger than a tile are cut in place of being made smaller, by windows and
+    in bounded memory; the last tiles of a row and of a column end where the image ends. A tile is
+    a JPEG if it is 8-bit, gray or RGB, and otherwise an array of exactly the image's values, or a
+    TIFF if some of them are nodata. The JSON then has its ``box`` (x0, y0, x1, y1) in pixels of the
+    full image, and of a stack the ``page``. Tiles are left out that are nodata or plain background
+    at 99 % of their pixels: values no further apart than a sixteenth of the image's range.
+
     Args:
-        data: Folders, lists of paths or shards, as `pretrain` takes them.
+        data: Folders, lists of paths or shards, as `pretrain` takes them; with ``tile``, no shards.
         out: Folder of the shards, new or of an earlier call with the same settings.
-        max_side: Longer side of the images in the shards, in pixels.
+        max_side: Longer side of the images in the shards, in pixels; with ``tile``, that.
         quality: Of the JPEGs written, 1 to 95.
-        images_each: Images a shard.
-        max_broken: Share of images that may be unreadable, 0 to 1.
+        images_each: Images a shard; with ``tile``, also less where they take much memory.
+        max_broken: Share of images or tiles that may be unreadable, 0 to 1.
         workers: Threads; default: one for each core.
         pages: What several images in a file are read as, see `open_source`.
         nodata: The value where nothing was measured; 16-bit and float images have NaN in its place.
+        tile: Side of the tiles, in pixels; None to cut nothing.
+        overlap: How far neighbouring tiles overlap, in pixels.
+        level: Which level of a pyramid is cut; default: 0, the full image.
+        mpp: Size of a tile's pixels in micrometres, or metres of a map; in place of a level.
+        keep_empty: Keep tiles of nodata or plain background.
 
     Raises:
         ValueError: A value out of range, no image, or a folder with something else in it.
         TooManyBrokenError: More images than allowed cannot be read.
         OSError: A shard cannot be written, or differs from what was written when it is read back.
+        ModuleNotFoundError: Large images need the library of an extra that is not installed.
     """
     raise_together(
         whole("max_side", max_side, 1),
@@ -127,47 +131,77 @@ def write_shards(
         whole("images_each", images_each, 1),
         LIMITS["max_broken"]("max_broken", max_broken),
         None if workers is None else whole("workers", workers, 1),
+        without_tiles(tile, overlap=overlap, level=level, mpp=mpp, keep_empty=keep_empty),
     )
     check_writable("out", out)
     places = [data] if isinstance(data, (str, Path)) else list(data)
-    source = open_source(places, pages=pages, nodata=nodata)
+    if tile is None:
+        source = open_source(places, pages=pages, nodata=nodata)
+    else:
+        source = FileSource(find_rasters(places))
     folder = Path(out).expanduser()
-    names = [source.name(index) for index in range(len(source))]
-    absolute = [name if "://" in name else os.path.abspath(name) for name in names]
+    files = [source.name(index) for index in range(len(source))]
+    absolute = [name if "://" in name else os.path.abspath(name) for name in files]
+    samples: Copies | Tiles = Copies(source, max_side, quality)
+    each = images_each
+    if tile is not None:
+        tiling = Tiling(files, tile, overlap, level, mpp)
+        samples = Tiles(source, tiling, quality, keep_empty)
+        each = min(each, max(1, SHARD_BYTES // max(1, tiling.tile_bytes)))
+        refused = {files[i]: BrokenImage(files[i], why) for i, why in tiling.refused.items()}
+        check_broken(refused, len(files), max_broken)
     settings = {
-        "images": len(names),
+        "images": len(files),
         "names": hashlib.sha256(os.fsencode("\n".join(absolute))).hexdigest(),
-        "max_side": max_side,
         "quality": quality,
         "images_each": images_each,
         "pages": pages,
         "nodata": nodata,
+        **samples.settings,
     }
     index = ShardIndex(folder, settings)
-    total, kept, bytes_before = -(-len(names) // images_each), 0, 0
-    shared = common_folder(names)
+    count = len(samples)
+    total, kept = -(-count // each), 0
+    shared = common_folder(files)
     broken: dict[str, BrokenImage] = {}
-    with ThreadPoolExecutor(workers) as threads:
+    workers = workers or os.cpu_count() or 1
+    with ThreadPoolExecutor(workers) as threads, catch_warnings():
+        # Decoding ignores warnings, too, but filters are shared by all threads.
+        simplefilter("ignore")
         for number in range(total):
             path = folder / f"shards-{number:06d}.tar"
             record = index.find(path)
             if record is None:
-                indices = range(number * images_each, min((number + 1) * images_each, len(names)))
-                entries = threads.map(lambda i: make_entry(source, i, max_side, quality), indices)
-                record = write_shard(path, dict(zip(indices, entries, strict=True)), names, shared)
+                indices = range(number * each, min((number + 1) * each, count))
+                entries = in_order(samples.make, indices, workers, threads)
+                record = write_shard(path, entries, samples.name, shared)
                 index.add(path, record)
                 log.info("%s: %d images, %s of %d", path.name, record["images"], number + 1, total)
             else:
                 kept += 1
-            bytes_before += record["bytes_before"]
-            broken |= {name: BrokenImage(name, reason) for name, reason in record["skipped"]}
-            check_broken(broken, len(names), max_broken)
+            broken |= {f"{n}: {reason}": BrokenImage(n, reason) for n, reason in record["skipped"]}
+            check_broken(broken, count, max_broken)
     if broken:
         lines = "".join(image.line for image in broken.values())
         write_whole(folder / SKIPPED, lines.encode("utf-8", "surrogateescape"))
-    bytes_after = sum(record["bytes"] for record in index.shards.values())
-    images = len(names) - len(broken)
-    return ShardsReport(folder, images, total, kept, len(broken), bytes_before, bytes_after)
+    records = list(index.shards.values())
+    images, before, after = (
+        sum(record[what] for record in records) for what in ("images", "bytes_before", "bytes")
+    )
+    if tile is not None:
+        before = sum(map(os.path.getsize, files))
+    empty = sum((Counter(record.get("empty", {})) for record in records), Counter[str]())
+    return ShardsReport(folder, images, total, kept, len(broken), before, after, empty)
+
+
+def without_tiles(tile: int | None, **settings: float | None) -> str | None:
+    """Refuse settings of tiles where none are cut."""
+    given = [f"{name} is {value!r}" for name, value in settings.items() if value not in (None, 0)]
+    return (
+        f"{', '.join(given)}, but tile is None; give it, such as 512"
+        if given and not tile
+        else None
+    )
 
 
 class ShardIndex:
@@ -185,10 +219,10 @@ class ShardIndex:
             return
         stored = json.loads(self.path.read_text(encoding="utf-8"))
         before = stored["plan"]
-        changed = [name for name, value in settings.items() if before.get(name) != value]
+        changed = [n for n in {**before, **settings} if before.get(n) != settings.get(n)]
         if changed:
             differences = ", ".join(
-                "other images" if n == "names" else f"{n} {before.get(n)} and now {settings[n]}"
+                "other images" if n == "names" else f"{n} {before.get(n)} and now {settings.get(n)}"
                 for n in changed
             )
             raise ValueError(
@@ -220,108 +254,73 @@ def common_folder(names: Sequence[str]) -> str:
     return ""
 
 
-def make_entry(source: Source, index: int, max_side: int, quality: int) -> ShardEntry | ImageError:
-    """An image in the form it has in a shard; or why it cannot be used."""
-    try:
-        content = source.content(index)
-        image = open_image(content)
-        suffix = suffix_of(source.name(index), content)
-        if max(image.size) <= max_side and suffix:
-            image.decode()  # a damaged file is found now, and not in training
-            return ShardEntry(suffix, content, image.size, len(content))
-        pixels = read_smaller(image, max_side)
-    except ImageError as error:
-        return error
-    suffix, encoded = encode(pixels, quality)
-    return ShardEntry(suffix, encoded, image.size, len(content))
+def in_order(
+    make: Callable[[int], Entry], indices: Iterable[int], workers: int, threads: Executor
+) -> Iterator[tuple[int, Entry]]:
+    """What is made of each index, by threads that are never far ahead: memory is bounded."""
+    waiting: deque[tuple[int, Future[Entry]]] = deque()
+    for index in indices:
+        waiting.append((index, threads.submit(make, index)))
+        if len(waiting) > 2 * workers:
+            first, future = waiting.popleft()
+            yield first, future.result()
+    for first, future in waiting:
+        yield first, future.result()
 
 
-def suffix_of(name: str, content: bytes) -> str:
-    """The file's suffix, or else that of the format its content begins with; empty if unknown."""
-    suffix = Path(name).suffix.lower()
-    if suffix in IMAGE_SUFFIXES:
-        return suffix.removeprefix(".")
-    return next((kind for start, kind in SIGNATURES.items() if content.startswith(start)), "")
+class HashedFile:
+    """A file that is written, with the SHA-256 of what was."""
 
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file, self.sha = file, hashlib.sha256()
 
-def read_smaller(image: LazyImage, max_side: int) -> Tensor:
-    """Upright pixels ``(c, h, w)`` of a longer side of ``max_side`` at most, without aliasing."""
-    longer = max(image.size)
-    max_side = min(max_side, longer)
-    h, w = (max(1, round(side * max_side / longer)) for side in image.size)
-    height, width = (max_side if side == longer else 1 for side in image.size)
-    pixels = image.read((height, width))
-    whole_numbers = pixels.dtype != torch.uint8 and bool((pixels == pixels.round()).all())
-    smaller = interpolate(pixels[None], (h, w), mode="bilinear", antialias=True)[0]
-    return smaller.round() if whole_numbers else smaller
-
-
-def encode(pixels: Tensor, quality: int) -> tuple[str, bytes]:
-    """Pixels ``(c, h, w)`` as a file: its ending and its bytes."""
-    import numpy as np
-    from PIL import Image
-
-    file = BytesIO()
-    if pixels.dtype == torch.uint8 and len(pixels) in (1, 3):
-        shape = "1 h w -> h w" if len(pixels) == 1 else "c h w -> h w c"
-        Image.fromarray(rearrange(pixels, shape).contiguous().numpy()).save(
-            file, "JPEG", quality=quality
-        )
-        return "jpg", file.getvalue()
-    array = pixels.numpy()
-    low, high = array.min(), array.max()
-    if array.dtype != np.uint8 and low >= 0 and high < 2**16 and (array == array.round()).all():
-        array = array.astype(np.uint16)
-    if channels_last(array.shape):  # more bands than columns: an array would be read otherwise
-        from tifffile import imwrite
-
-        imwrite(file, array, photometric="minisblack", planarconfig="separate")
-        return "tif", file.getvalue()
-    np.save(file, np.ascontiguousarray(array))
-    return "npy", file.getvalue()
+    def write(self, content: bytes) -> int:
+        """Write some bytes; how many."""
+        self.sha.update(content)
+        return self.file.write(content)
 
 
 def write_shard(
-    path: Path, entries: Mapping[int, ShardEntry | ImageError], names: Sequence[str], shared: str
+    path: Path, entries: Iterable[tuple[int, Entry]], name: Callable[[int], str], shared: str
 ) -> dict[str, Any]:
     """Write a shard, read it back, and move it to its place; returns its record in the index."""
     from webdataset import TarWriter
 
-    skipped = [
-        (names[i], str(entry)) for i, entry in entries.items() if isinstance(entry, ImageError)
-    ]
-    good = {i: entry for i, entry in entries.items() if isinstance(entry, ShardEntry)}
-    record: dict[str, Any] = {"images": len(good), "skipped": skipped, "bytes": 0, "sha256": ""}
-    record["bytes_before"] = sum(entry.original_bytes for entry in good.values())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not good:
-        return record
+    record: dict[str, Any] = {"images": 0, "skipped": [], "bytes": 0, "sha256": ""}
+    record["bytes_before"] = 0
+    empty = Counter[str]()
     beside = path.with_name(f"{path.name}.part")
+    beside.parent.mkdir(parents=True, exist_ok=True)
     with beside.open("wb") as file:
-        writer = TarWriter(file, mtime=0)
-        for index, entry in good.items():
-            name = os.path.relpath(names[index], shared) if shared else names[index]
-            text = Path(os.fsencode(name).decode(errors="replace")).as_posix()
-            height, width = entry.original_size
-            about = json.dumps({"name": text, "height": height, "width": width})
+        hashed = HashedFile(file)
+        writer = TarWriter(hashed, mtime=0)
+        for index, entry in entries:
+            if isinstance(entry, ImageError):
+                record["skipped"].append((name(index), str(entry)))
+                continue
+            if isinstance(entry, str):
+                empty[entry] += 1
+                continue
+            record["images"] += 1
+            record["bytes_before"] += entry.original_bytes
+            called = os.path.relpath(name(index), shared) if shared else name(index)
+            text = Path(os.fsencode(called).decode(errors="replace")).as_posix()
+            about = json.dumps({"name": text, **entry.about})
             writer.write({"__key__": f"{index:09d}", entry.suffix: entry.content, "json": about})
         writer.close()
         sync(file)
-    for written, entry in zip(read_back(beside), good.values(), strict=True):
-        if written != entry.content:
-            raise OSError(
-                f"{beside} differs from what was written when it is read back; check the disk, and "
-                "call again to go on"
-            )
+    record |= {"empty": empty} if empty else {}
+    if not record["images"]:
+        beside.unlink()
+        return record
     record |= {"bytes": beside.stat().st_size, "sha256": digest(beside)}
+    if record["sha256"] != hashed.sha.hexdigest():
+        raise OSError(
+            f"{beside} differs from what was written when it is read back; check the disk, and "
+            "call again to go on"
+        )
     rename(beside, path)
     return record
-
-
-def read_back(path: Path) -> Iterator[bytes]:
-    """The bytes of each image in a shard."""
-    shards = ShardSource([str(path)])
-    return (shards.content(index) for index in range(len(shards)))
 
 
 def digest(path: Path) -> str:

@@ -22,6 +22,7 @@ from .. import run_layout
 from ..checks import Pages
 from .decoding import IMAGE_SUFFIXES
 from .image import (
+    CUT,
     ImageError,
     LazyImage,
     array_to_pixels,
@@ -36,6 +37,9 @@ from .shards import NameList, ShardSource, is_shards
 
 log = logging.getLogger(__name__)
 
+SLIDES = ".svs .ndpi .mrxs .scn .bif .vms .vmu .svslide .jp2"
+SLIDE_SUFFIXES = frozenset(SLIDES.split())
+"""Files that are cut into tiles before they can be trained on: slides and JPEG 2000."""
 IMAGES, MASKS = "images", "masks"
 """Folders of labelled images."""
 MIN_IMAGES_TO_HOLD_OUT, HELD_OUT_SHARE, MAX_HELD_OUT = 200, 0.02, 256
@@ -299,6 +303,8 @@ def open_path(place: str, leave_out: str | Path | None) -> PagedFiles:
         )
     if path.suffix.lower() in IMAGE_SUFFIXES:
         return FileSource([str(path)])
+    if path.suffix.lower() in SLIDE_SUFFIXES:
+        raise ValueError(f"{place!r} is a slide or the like; {CUT}")
     return FileSource(read_list(path))
 
 
@@ -375,7 +381,8 @@ def no_image_message(folder: Path, others: Counter[str]) -> str:
 def count_by_ending(others: Counter[str]) -> str:
     """Files that are no images, counted by their endings."""
     kinds = ", ".join(f"{count} {suffix or 'without'}" for suffix, count in others.most_common(5))
-    return f"{others.total()} other files, by ending: {kinds}"
+    slides = "; slides: " + CUT.replace("it", "them", 1) if SLIDE_SUFFIXES & set(others) else ""
+    return f"{others.total()} other files, by ending: {kinds}{slides}"
 
 
 def read_list(path: Path) -> list[str]:

@@ -1,17 +1,23 @@
-"""Contenders: the networks that stand side by side, all of one kind, each with other weights."""
+"""Contenders: the networks that stand side by side, those asked for and what they must beat."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from ..backbones.checkpoint import ZERO_INIT, BackboneCard, read_backbone
+from ..backbones.checkpoint import (
+    AS_HANDED,
+    ZERO_INIT,
+    BackboneCard,
+    is_file,
+    read_backbone,
+)
+from ..backbones.custom import draw_anew, is_module_handed
 from ..backbones.factory import build_backbone, zero_last_norms
 from ..backbones.state_dict import load_weights
 from ..data.sources import Source
@@ -20,99 +26,147 @@ from ..data.statistics import measure
 log = logging.getLogger(__name__)
 
 RANDOM = "random weights"
-SHUT = f"start ({ZERO_INIT})"
-"""Random weights, too: what they are called where training started from such."""
 
 
-class Contender(NamedTuple):
-    """A network that is judged.
+@dataclass(frozen=True)
+class Contender:
+    """A network that is evaluated.
 
     Attributes:
         name: What it is called in the table.
         build: The network for a seed.
+        card: How it is used.
         by_seed: Whether the seed changes its weights.
+        baselines: Names of those it must beat: random weights of the same network, and the weights
+            that its training started from where these were others.
     """
 
     name: str
     build: Callable[[int], nn.Module]
-    by_seed: bool = False
-
-
-class Field(NamedTuple):
-    """All that are judged, the one that was asked for last.
-
-    Attributes:
-        contenders: Random weights as the library draws them, those that training started from
-            where it did not start from such, and those that were asked for.
-        card: How all of them are used.
-        notes: What the reader of the table should know.
-    """
-
-    contenders: list[Contender]
     card: BackboneCard
-    notes: list[str]
+    by_seed: bool = False
+    baselines: tuple[str, ...] = ()
 
 
-def line_up(weights: str | Path, source: Source) -> Field:
-    """The weights that were asked for, and what they are to be compared with.
+def line_up(weights: Sequence[str | Path], source: Source) -> tuple[list[Contender], list[str]]:
+    """The weights that were asked for, what they are to be compared with, and notes for the reader.
+
+    Random weights come first, as the library draws them, one row for each network; then those that
+    trainings started from where they did not start from such; last those that were asked for.
 
     Args:
-        weights: A run directory, a file, ``torchvision/NAME``, ``timm/NAME`` or ``random:MODEL``.
+        weights: Each a run directory, a file, ``torchvision/NAME``, ``timm/NAME`` or
+            ``random:MODEL``.
         source: The images. Weights without a run are built for their channels, and scale 16-bit
             and float values by what is found in them.
 
     Raises:
-        ValueError: There are no such weights.
+        ValueError: There are no such weights, or the same ones twice.
     """
-    name = str(weights)
-    random = Contender(RANDOM, lambda seed: random_net(card, seed), by_seed=True)
-    if not is_file(weights):
-        statistics = measure(source)
-        loaded = read_backbone(weights, channels=statistics.channels)
+    names = [str(own) for own in weights]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"weights names {twice} twice; name each once")
+    found = []
+    statistics = None
+    for name in weights:
+        if is_file(name):
+            found.append(read_backbone(name))
+            continue
+        statistics = statistics or measure(source)
+        loaded = read_backbone(name, channels=statistics.channels)
         card = replace(loaded.card, low=statistics.low, high=statistics.high)
-        asked = [] if name.startswith("random:") else [Contender(name, lambda _: loaded.net)]
-        return Field([random, *asked], card, [])
-    loaded = read_backbone(weights)
-    card = loaded.card
-    field = Field([random], card, [])
-    if card.start == ZERO_INIT:
-        if zero_last_norms(random_net(card, 0)):
-            shut = Contender(SHUT, lambda seed: shut_net(card, seed), by_seed=True)
-            field.contenders.append(shut)
-    elif card.start != "random":
-        try:
-            start = start_net(card)
-        except (ValueError, ConnectionError) as error:
-            note = f"The weights it started from ({card.start}) are not at hand: {error}"
-            log.warning(note)
-            field.notes.append(note)
-        else:
-            called = Path(card.start).name or card.start
-            field.contenders.append(Contender(f"start ({called})", lambda _: start))
-    field.contenders.append(Contender(name, lambda _: loaded.net))
-    return field
+        found.append(loaded._replace(card=card))
+    randoms: dict[tuple[str, int], Contender] = {}
+    starts: dict[tuple[str, str], Contender] = {}
+    asked: list[Contender] = []
+    notes: list[str] = []
+    several = len({own.card.model for own in found}) > 1
+    for name, (net, card, _) in zip(names, found, strict=True):
+        same = card.model, card.channels
+        if same not in randoms:
+            called = f"{RANDOM} ({card.model})" if several else RANDOM
+            randoms[same] = Contender(called, random_builder(card), card, by_seed=True)
+        baselines: tuple[str, ...] = (randoms[same].name,)
+        origin = card.start, card.model
+        if is_file(name) and origin not in starts:
+            try:
+                start = start_of(card, {own.name for own in starts.values()})
+            except (ValueError, ConnectionError) as error:
+                notes.append(f"The weights it started from ({card.start}) are not at hand: {error}")
+                log.warning(notes[-1])
+            else:
+                starts |= {origin: start} if start else {}
+        if is_file(name) and origin in starts:
+            baselines += (starts[origin].name,)
+        if not name.startswith("random:"):
+            asked.append(Contender(name, holding(net), card, baselines=baselines))
+    return [*randoms.values(), *starts.values(), *asked], notes
 
 
-def is_file(weights: str | Path) -> bool:
-    """Whether weights are a run or a file, and not a library's or random ones."""
-    text = str(weights)
-    if text.startswith("random:"):
-        return False
-    return not text.startswith(("torchvision/", "timm/")) or Path(text).exists()
+def is_random(name: str) -> bool:
+    """Whether a row of this name holds a draw of random weights."""
+    return name.startswith((RANDOM, f"start ({ZERO_INIT}"))
+
+
+def sizing_card(contenders: Sequence[Contender]) -> BackboneCard:
+    """The card that decides the size of images for all: of the first run or file, else the last."""
+    files = (own.card for own in contenders if own.baselines and is_file(own.name))
+    return next(files, contenders[-1].card)
+
+
+def layers_read(contenders: Sequence[Contender], layers: Sequence[str] | None) -> list[str]:
+    """The layers that are read: those named, else the trained or deepest one of each network."""
+    return list(layers or dict.fromkeys(own.card.shown_layer for own in contenders))
+
+
+def start_of(card: BackboneCard, taken: Collection[str]) -> Contender | None:
+    """The weights that a training started from, unless they were plain random ones.
+
+    Args:
+        card: Of the trained weights.
+        taken: Names that other rows have.
+
+    Raises:
+        ValueError: They are not there.
+        ConnectionError: They could not be downloaded.
+    """
+    zero_init = card.start == ZERO_INIT
+    if card.start == "random" or (zero_init and not zero_last_norms(random_net(card, 0))):
+        return None
+    build = zero_init_builder(card) if zero_init else holding(start_net(card))
+    names = (Path(card.start).name or card.start, card.start, f"{card.start}, {card.model}")
+    name = next(own for own in (f"start ({called})" for called in names) if own not in taken)
+    return Contender(name, build, card, by_seed=zero_init)
+
+
+def holding(net: nn.Module) -> Callable[[int], nn.Module]:
+    """A function of the seed that gives this network."""
+    return lambda _: net
+
+
+def random_builder(card: BackboneCard) -> Callable[[int], nn.Module]:
+    """A function of the seed that gives random weights."""
+    return lambda seed: random_net(card, seed)
 
 
 def random_net(card: BackboneCard, seed: int) -> nn.Module:
     """The network of a card with random weights. No generator outside moves on."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        return build_backbone(card.model, channels=card.channels, image_size=card.image_size)
+        net = build_backbone(card.model, channels=card.channels, image_size=card.image_size)
+        return draw_anew(net) if is_module_handed() else net
 
 
-def shut_net(card: BackboneCard, seed: int) -> nn.Module:
-    """The same, its residual blocks as identities."""
-    net = random_net(card, seed)
-    zero_last_norms(net)
-    return net
+def zero_init_builder(card: BackboneCard) -> Callable[[int], nn.Module]:
+    """A function of the seed that gives random weights with residual blocks as identities."""
+
+    def build(seed: int) -> nn.Module:
+        net = random_net(card, seed)
+        zero_last_norms(net)
+        return net
+
+    return build
 
 
 def start_net(card: BackboneCard) -> nn.Module:
@@ -121,6 +175,6 @@ def start_net(card: BackboneCard) -> nn.Module:
     net = build_backbone(
         card.model, channels=card.channels, image_size=card.image_size, pretrained=pretrained
     )
-    if not pretrained:
+    if card.start not in ("pretrained", AS_HANDED):
         load_weights(net, card.start)
     return net

@@ -5,20 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from math import prod
 from typing import Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from ..augment import Normalise, statistics
+from ..augment import Normalise
 from ..backbones.checkpoint import BackboneCard
 from ..backbones.factory import default_image_size
 from ..checks import raise_together, size_pair
 from ..data.statistics import Statistics, can_convert
-from ..modules.feature_info import FeatureInfo, duplicate, unfreeze
+from ..modules.feature_info import FeatureInfo, Layer, default_maps, duplicate, unfreeze
 from ..modules.hooks import FeatureHooks, as_map, first_weight
+
+FINEST_STRIDE = 3
+"""Maps of a smaller stride than this are not read: they cost most and know least."""
 
 
 class Reader:
@@ -33,6 +36,7 @@ class Reader:
             least 4x4 cells with a stride of at most 32.
         channels: Channels of its images.
         size: ``(height, width)`` of images it takes; others may be read as well.
+        fast: Whether features are read in bfloat16 where the device has instructions for it.
 
     Raises:
         ValueError: A layer is not there or gives no map, or images of this size are refused.
@@ -44,13 +48,14 @@ class Reader:
         layers: Sequence[str] | None,
         channels: int,
         size: tuple[int, int],
+        *,
+        fast: bool = False,
     ) -> None:
         # Frozen weights are read like others; feature info refuses hooks without gradient.
         info = FeatureInfo(unfreeze(duplicate(net)), channels, size)
-        names = list(layers) if layers else [info.default_pixel()]
+        names = list(layers) if layers else info.default_pixels()
         hooks = [info.hook(name, pixel=True) for name in dict.fromkeys(names)]
-        self.net = net
-        self.channels = sum(hook.layout.channels for hook in hooks)
+        self.net, self.fast = net, fast
         self.layouts = {hook.name: hook.layout for hook in hooks}
         self.hooks = FeatureHooks(*hooks)
 
@@ -59,13 +64,16 @@ class Reader:
         """The names of the layers."""
         return list(self.layouts)
 
+    def channels(self, layers: Sequence[str] | None = None) -> int:
+        """Channels of the features of some of the layers, by default of all."""
+        return sum(self.layouts[name].channels for name in layers or self.layouts)
+
     def maps(self, pixels: Tensor) -> list[Tensor]:
         """Each layer's map ``(b, c, h, w)``, with whatever gradient and mode the network is in."""
         outputs = self.hooks.run(self.net, pixels)
         size = pixels.shape[-2], pixels.shape[-1]
         return [as_map(outputs[name], reading, size) for name, reading in self.layouts.items()]
 
-    @torch.no_grad()
     def __call__(self, pixels: Tensor) -> Tensor:
         """The features of images in eval mode, modes restored afterwards.
 
@@ -75,67 +83,41 @@ class Reader:
         Returns:
             ``(b, channels, h', w')`` float32 on the network's device.
         """
+        return next(self.read(pixels, [self.layers]))
+
+    @torch.no_grad()
+    def read(self, pixels: Tensor, choices: Iterable[Sequence[str]]) -> Iterator[Tensor]:
+        """The features of some choices of the layers, one after the other, of a single forward."""
         device = device_of(self.net)
-        with evaluating(self.net):
-            maps = [own.float() for own in self.maps(pixels.to(device))]
-        finest = max((tuple(own.shape[-2:]) for own in maps), key=lambda grid: grid[0] * grid[1])
-        return torch.cat([resized(own, finest) for own in maps], dim=1)
+        with evaluating(self.net), autocast(device, enabled=self.fast):
+            maps = dict(zip(self.layers, self.maps(pixels.to(device)), strict=True))
+        for names in choices:
+            chosen = [maps[name].float() for name in names]
+            finest = max((tuple(own.shape[-2:]) for own in chosen), key=prod)
+            yield torch.cat([resized(own, finest) for own in chosen], dim=1)
 
 
-def dense_features(
-    net: nn.Module,
-    images: Tensor | Iterable[Tensor],
-    layers: Sequence[str] | None = None,
-    *,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-    batch: int = 16,
-) -> Tensor:
-    """What layers give for images of one size. All of it is held: meant for some dozens of images.
-
-    Args:
-        net: The network, on whatever device; its modes are restored.
-        images: ``(n, c, h, w)`` or images ``(c, h, w)`` one by one: float in [0, 1], or uint8.
-        layers: Names of layers; several are resized to the finest of them and stacked. None takes
-            the deepest map of at least 4x4 cells with a stride of at most 32.
-        mean: Per-channel mean the images are normalised with. Default: ImageNet's for three
-            channels, its average for any other count.
-        std: Per-channel standard deviation, likewise.
-        batch: Images that are run at once.
-
-    Returns:
-        ``(n, channels of the layers, h', w')`` float32 on the CPU.
+def deepest_maps(info: FeatureInfo) -> list[Layer]:
+    """The deepest map of each stride from `FINEST_STRIDE` up, the coarsest first.
 
     Raises:
-        ValueError: No image; or a layer that is not there or gives no map.
+        ValueError: There is none.
     """
-    reader: Reader | None = None
-    normalise: nn.Module = nn.Identity()
-    parts = []
-    for pixels in batched(images, batch):
-        if reader is None:
-            channels, size = pixels.shape[1], (pixels.shape[2], pixels.shape[3])
-            reader = Reader(net, layers, channels, size)
-            normalise = Normalise(*statistics(channels, mean, std))
-        unit = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels
-        parts.append(reader(normalise(unit)).cpu())
-    if not parts:
-        raise ValueError("images is empty; give at least one image (c, h, w)")
-    return torch.cat(parts)
+    fit = [own for own in info.layers if own.carries_gradient and own.stride >= FINEST_STRIDE]
+    maps = default_maps(fit)
+    if not maps:
+        raise ValueError(
+            f"{info.net_type} has no map of a stride of {FINEST_STRIDE} or more that could be "
+            f"decoded; {info.advice(pixel=True)}"
+        )
+    return list(info.pyramid(maps))
 
 
-def batched(images: Iterable[Tensor], count: int) -> Iterator[Tensor]:
-    """Images ``(c, h, w)`` stacked ``count`` at a time."""
-    waiting = iter(images)
-    while some := list(islice(waiting, count)):
-        yield torch.stack(some)
-
-
-def resized(maps: Tensor, grid: tuple[int, ...]) -> Tensor:
+def resized(maps: Tensor, grid: tuple[int, ...], *, antialias: bool = False) -> Tensor:
     """Maps ``(b, c, h, w)`` at another grid."""
     if tuple(maps.shape[-2:]) == grid:
         return maps
-    return interpolate(maps, grid, mode="bilinear")
+    return interpolate(maps, grid, mode="bilinear", antialias=antialias)
 
 
 def chosen_device(name: str | None) -> torch.device:
@@ -154,6 +136,22 @@ def chosen_device(name: str | None) -> torch.device:
         here = ", ".join(["cpu", *(f"cuda:{number}" for number in range(gpus))])
         raise ValueError(f"device is {name!r}, which is not here; here are {here}") from error
     return device
+
+
+def native_bfloat16(kind: str) -> bool:
+    """Whether a kind of device has bfloat16 instructions."""
+    if kind == "cuda":
+        return torch.cuda.get_device_capability() >= (8, 0)
+    if kind != "cpu":
+        return False
+    queries = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")  # not public in torch
+    return any(bool(getattr(torch.cpu, name, lambda: False)()) for name in queries)
+
+
+def autocast(device: torch.device, *, enabled: bool = True) -> torch.autocast:
+    """A context of bfloat16 where the device has instructions for it, else of float32."""
+    enabled = enabled and native_bfloat16(device.type)
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 
 def device_of(net: nn.Module) -> torch.device:
@@ -281,9 +279,7 @@ class Preparation:
             full: Size of the full image, where this was decoded smaller.
         """
         size = self.fitted(full or (pixels.shape[-2], pixels.shape[-1]))
-        if size == tuple(pixels.shape[-2:]):
-            return pixels
-        return interpolate(pixels[None], size, mode="bilinear", antialias=True)[0]
+        return resized(pixels[None], size, antialias=True)[0]
 
     def normalised(self, pixels: Tensor) -> Tensor:
         """Pixels ``(..., c, h, w)`` in [0, 1], each channel's mean and deviation taken out."""

@@ -1,11 +1,14 @@
-"""Fine-tuning: the whole network trained on a share of the masks, with a small decoder."""
+"""Fine-tuning: the whole network trained on masks, with a small decoder."""
 
 from __future__ import annotations
 
 import copy
+import logging
+import time
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from math import cos, log2, pi
+from math import cos, pi
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,26 +16,43 @@ from torch.nn.functional import cross_entropy
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from ..data.segmentation import IGNORED, SegmentationDataset
-from ..modules.feature_info import FeatureInfo, Layer, default_maps, unfreeze
-from .features import Preparation, Reader, device_of, resized
-from .metrics import Scored, score
+from ..data.segmentation import IGNORED
+from ..modules.feature_info import FeatureInfo, unfreeze
+from .features import Preparation, Reader, autocast, deepest_maps, device_of, resized
+from .metrics import PreparedSplit, Scored, score
+from .probes import held_out_last
 
-STEPS = 200
+log = logging.getLogger(__name__)
+
+STEPS = 400
 BATCH = 8
-LR = 1e-3
-"""Peak learning rate of the decoder."""
-BACKBONE_LR = 3e-4
-"""Peak learning rate of the backbone: a compromise between random and pretrained weights, the same
-for all so that they are compared alike."""
 WIDTH = 64
 """Channels of the decoder."""
-FINEST_STRIDE = 3
-"""Maps of a smaller stride than this are not read: they cost most and know least."""
 CROP = 256
 """Side of the crops, at most; a multiple of `CROP_UNIT`."""
 CROP_UNIT = 32
 CROP_AREA = (0.25, 1.0)
+CROP_DETAIL = 2
+"""Times the fed size at which images are kept, to cut crops of half the height at full detail."""
+
+
+class LearningRates(NamedTuple):
+    """Peak learning rates of AdamW."""
+
+    backbone: float
+    decoder: float
+
+    def __str__(self) -> str:
+        return f"{self.backbone:g} (decoder {self.decoder:g})"
+
+
+RATES = (
+    LearningRates(3e-4, 1e-3),
+    LearningRates(1e-4, 1e-3),
+    LearningRates(1e-3, 1e-3),
+    LearningRates(1e-3, 3e-3),
+)
+"""What `choose_rates` chooses from; the first where there is nothing to choose by."""
 
 
 class Segmenter(nn.Module):
@@ -75,57 +95,47 @@ class Segmenter(nn.Module):
         return scores
 
 
-def deepest_maps(info: FeatureInfo) -> list[Layer]:
-    """The deepest map of each stride from `FINEST_STRIDE` up, the coarsest first.
-
-    Raises:
-        ValueError: There is none.
-    """
-    fit = [own for own in info.layers if own.carries_gradient and own.stride >= FINEST_STRIDE]
-    found: dict[int, list[Layer]] = {}
-    for layer in default_maps(fit):
-        found.setdefault(round(log2(layer.stride)), []).append(layer)
-    if not found:
-        raise ValueError(
-            f"{info.net_type} has no map of a stride of {FINEST_STRIDE} or more that could be "
-            f"decoded; {info.advice(pixel=True)}"
-        )
-    return [info.deepest(equals) for _, equals in sorted(found.items(), reverse=True)]
-
-
-def finetuned(
+def finetune(
     net: nn.Module,
-    train: SegmentationDataset,
-    judged: SegmentationDataset,
-    prepare: Preparation,
+    train: PreparedSplit,
+    scored: PreparedSplit,
     *,
+    rates: LearningRates = RATES[0],
     steps: int = STEPS,
     batch: int = BATCH,
     seed: int = 0,
     keep: Sequence[int] = (),
 ) -> Scored:
-    """How well a copy of the network segments after it was trained on masks, see `trained`.
+    """How well a copy of the network segments after it was trained on masks, see `fit_segmenter`.
 
     Args:
         net: The network, on whatever device. It is copied and stays as it is.
-        train: What is learnt from.
-        judged: What is scored, whole images.
-        prepare: What is done to images first.
+        train: What is learnt from, with `CROP_DETAIL`.
+        scored: What is scored, whole images.
+        rates: Peak learning rates.
         steps: Updates.
         batch: Crops an update.
         seed: Decides the decoder's start, the crops and their order.
-        keep: Images whose predictions are to be kept, by their place in ``judged``.
+        keep: Images whose predictions are to be kept, by their place in ``scored``.
     """
-    device = device_of(net)
-    segmenter = trained(net, train, prepare, steps=steps, batch=batch, seed=seed)
-    return score(lambda pixels: segmenter(pixels.to(device)).float().cpu(), judged, prepare, keep)
+    segmenter = fit_segmenter(net, train, rates=rates, steps=steps, batch=batch, seed=seed)
+    (found,) = score(lambda pixels: [predict(segmenter, pixels)], scored, keep=keep)
+    return found
 
 
-def trained(
+def predict(segmenter: Segmenter, pixels: Tensor) -> Tensor:
+    """Class scores in float32, on the network's device."""
+    device = device_of(segmenter.net)
+    with autocast(device):
+        scores: Tensor = segmenter(pixels.to(device))
+    return scores.float()
+
+
+def fit_segmenter(
     net: nn.Module,
-    train: SegmentationDataset,
-    prepare: Preparation,
+    train: PreparedSplit,
     *,
+    rates: LearningRates = RATES[0],
     steps: int = STEPS,
     batch: int = BATCH,
     seed: int = 0,
@@ -133,32 +143,33 @@ def trained(
     """A copy of the network with a decoder, trained on masks and in eval mode.
 
     AdamW with a tenth of the steps to warm up and a cosine down, random resized crops and flips;
-    the same for whatever weights it starts from. Takes what `finetuned` does.
+    in bfloat16 where the device has it. Takes what `finetune` does.
     """
     device = device_of(net)
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.enable_grad():
         torch.manual_seed(seed)
-        side = crop_side(train, prepare)
-        channels = prepare.statistics.channels
+        side = crop_side(train)
+        channels = train.preparation.statistics.channels
         own = copy.deepcopy(net).float()  # in halves small updates would round away
         segmenter = Segmenter(own, channels, side, len(train.classes)).to(device).train()
         inner = {id(weight) for weight in own.parameters()}
         decoder = [weight for weight in segmenter.parameters() if id(weight) not in inner]
         groups = [
-            {"params": list(own.parameters()), "lr": BACKBONE_LR},
-            {"params": decoder, "lr": LR},
+            {"params": list(own.parameters()), "lr": rates.backbone},
+            {"params": decoder, "lr": rates.decoder},
         ]
-        optimiser = torch.optim.AdamW(groups, weight_decay=0.01)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: rate(step, steps))
+        optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, steps))
         for _, (pixels, masks) in zip(
-            range(steps), crops(train, prepare, side, batch), strict=False
+            range(steps), crops(train, side, batch, device), strict=False
         ):
-            scores = segmenter(pixels.to(device)).float()
-            loss = known_loss(resized(scores, tuple(masks.shape[-2:])), masks.to(device))
-            optimiser.zero_grad()
+            with autocast(device):
+                scores = segmenter(pixels)
+            loss = known_loss(resized(scores.float(), tuple(masks.shape[-2:])), masks)
+            optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
-            optimiser.step()
+            optimizer.step()
             schedule.step()
         return segmenter.eval()
 
@@ -168,40 +179,103 @@ def rate(step: int, steps: int) -> float:
     return min((step + 1) / max(1, steps // 10), (1 + cos(pi * step / steps)) / 2)
 
 
-def crop_side(train: SegmentationDataset, prepare: Preparation) -> tuple[int, int]:
+def choose_rates(
+    net: nn.Module, train: PreparedSplit, *, steps: int = STEPS, seed: int = 0
+) -> LearningRates:
+    """The learning rates with which the network segments a held-out fifth of the masks best.
+
+    Args:
+        net: The network; it stays as it is.
+        train: Images with masks, four fifths of which are trained on, with `CROP_DETAIL`.
+        steps: Updates of each try.
+        seed: As for `finetune`.
+    """
+    order, first = held_out_last(len(train))
+    if first == len(order):  # a single image
+        return RATES[0]
+    learnt, held = (train.of(train.dataset.subset(own)) for own in (order[:first], order[first:]))
+    whole = PreparedSplit(held.dataset, held.preparation)
+    tried = {
+        rates: finetune(net, learnt, whole, rates=rates, steps=steps, seed=seed).scores.miou
+        for rates in RATES
+    }
+    best = max(tried, key=lambda rates: tried[rates])
+    log.info(
+        "learning rate %s reaches %.3f on %d held-out masks (the others: %s)",
+        best,
+        tried[best],
+        len(held),
+        ", ".join(f"{rates} {miou:.3f}" for rates, miou in tried.items() if rates != best),
+    )
+    return best
+
+
+class Cost(NamedTuple):
+    """What fine-tuning takes, in seconds."""
+
+    step: float
+    image: float
+
+
+def measure_cost(net: nn.Module, train: PreparedSplit, scored: PreparedSplit) -> Cost:
+    """The seconds of a step, and of an image that is scored, by trying a few of both."""
+    few = scored.of(scored.dataset.subset(list(range(min(len(scored), 16)))))
+    finetune(net, train, few, steps=1)  # decodes, and warms up the device
+    device = device_of(net)
+    clock = [now(device)]
+    for steps in (1, 6):
+        segmenter = fit_segmenter(net, train, steps=steps)
+        clock.append(now(device))
+    score(lambda pixels: [predict(segmenter, pixels)], few)
+    clock.append(now(device))
+    one, six, images = (after - before for before, after in pairwise(clock))
+    return Cost(max(six - one, 0.0) / 5, images / len(few))
+
+
+def now(device: torch.device) -> float:
+    """Seconds on a clock, once the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def crop_side(train: PreparedSplit) -> tuple[int, int]:
     """The ``(height, width)`` of crops: what the network must have, else a square that fits."""
+    prepare: Preparation = train.preparation
     if isinstance(prepare.size, tuple):
         return prepare.size
-    mask = train.read(0, prepare.shortest).mask
+    mask = train.sample(0).mask
     shorter = min(prepare.fitted((mask.shape[0], mask.shape[1])))
     side = max(CROP_UNIT, min(CROP, shorter) // CROP_UNIT * CROP_UNIT)
     return side, side
 
 
 def crops(
-    train: SegmentationDataset, prepare: Preparation, side: tuple[int, int], batch: int
+    train: PreparedSplit, side: tuple[int, int], batch: int, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Random crops without end: pixels ``(b, c, h, w)`` normalised, masks ``(b, h, w)`` int64.
 
-    Draws from torch's generator. Every image comes once before any comes again.
+    Draws from torch's generator of the CPU and cuts on the device. Every image comes once before
+    any comes again.
     """
     change = v2.Compose(
         [v2.RandomResizedCrop(side, scale=CROP_AREA, antialias=True), v2.RandomHorizontalFlip()]
     )
-    waiting: list[int] = []
+
+    def endless() -> Iterator[int]:
+        while True:
+            yield from torch.randperm(len(train)).tolist()
+
+    order = endless()
     while True:
         pixels: list[Tensor] = []
         masks: list[Tensor] = []
-        while len(pixels) < batch:
-            waiting = waiting or torch.randperm(len(train)).tolist()
-            index = waiting.pop()
-            example = train.read(index, prepare.shortest)
-            unit = prepare.in_range(example.pixels, str(train.images[index]))
-            whole = resized(unit[None], tuple(example.mask.shape))[0]  # as large as its mask
-            image, mask = change(tv_tensors.Image(whole), tv_tensors.Mask(example.mask))
+        for sample in train.read([next(order) for _ in range(batch)]):
+            whole = tv_tensors.Image(sample.pixels.to(device, non_blocking=True))
+            image, mask = change(whole, tv_tensors.Mask(sample.mask.to(device, non_blocking=True)))
             pixels.append(image.as_subclass(Tensor))
             masks.append(mask.as_subclass(Tensor).long())
-        yield prepare.normalised(torch.stack(pixels)), torch.stack(masks)
+        yield train.preparation.normalised(torch.stack(pixels)), torch.stack(masks)
 
 
 def known_loss(scores: Tensor, masks: Tensor) -> Tensor:

@@ -1,9 +1,14 @@
-"""Scoring: labelled images fed to a predictor, and how good its predictions are, pixel by pixel."""
+"""Labelled images as networks are fed them, and how good predictions are, pixel by pixel."""
 
 from __future__ import annotations
 
+import os
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -11,13 +16,115 @@ from torch.nn.functional import interpolate
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
 from ..data.segmentation import IGNORED, SegmentationDataset
-from .features import Preparation
+from .features import Preparation, Size, resized
 
 UPSAMPLED_BYTES = 2**28
 """Scores that are enlarged to a mask's size at a time: 256 MiB."""
+CACHE_BYTES = 2**31
+"""Prepared images that are kept in memory: 2 GiB. Those beyond are decoded again each time."""
 
 
-class Fed(NamedTuple):
+class PreparedSample(NamedTuple):
+    """An image as a network is fed it, before normalisation, and its mask.
+
+    Attributes:
+        pixels: ``(c, h, w)`` float32 in [0, 1].
+        mask: ``(height, width)`` uint8 class ids, `IGNORED` where nothing is known.
+    """
+
+    pixels: Tensor
+    mask: Tensor
+
+
+class SampleCache(dict[Path, PreparedSample]):
+    """Samples by the path of their image, as many as `CACHE_BYTES` allow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.free = CACHE_BYTES
+
+    def keep(self, path: Path, sample: PreparedSample) -> None:
+        """Keep a sample if there is room."""
+        size = 4 * sample.pixels.numel() + sample.mask.numel()
+        if path not in self and size <= self.free:
+            self[path] = sample
+            self.free -= size
+
+
+@dataclass(frozen=True)
+class PreparedSplit:
+    """A split of a labelled folder, decoded by threads and kept in memory while it fits.
+
+    Attributes:
+        dataset: Images with masks.
+        preparation: What is done to the images.
+        detail: Times the fed size that an image is kept at, at most. With 1 it has the size it is
+            fed at and its mask its own; with more its mask has the image's size, to cut crops of.
+    """
+
+    dataset: SegmentationDataset
+    preparation: Preparation
+    detail: int = 1
+    cache: SampleCache = field(default_factory=SampleCache, repr=False, compare=False)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes, by id."""
+        return self.dataset.classes
+
+    def of(self, dataset: SegmentationDataset) -> Self:
+        """Another choice of the images, with the same cache."""
+        return replace(self, dataset=dataset)
+
+    def read(self, order: Sequence[int]) -> Iterator[PreparedSample]:
+        """The samples at these places of the split; threads decode ahead.
+
+        Raises:
+            ValueError: An image cannot be read, or is not for this network.
+        """
+        if all(self.dataset.images[index] in self.cache for index in order):
+            yield from map(self.sample, order)
+            return
+        threads = os.cpu_count() or 1
+        with ThreadPoolExecutor(threads) as pool:
+            waiting = deque(pool.submit(self.sample, index) for index in order[: 2 * threads])
+            try:
+                for index in order[2 * threads :]:
+                    yield waiting.popleft().result()
+                    waiting.append(pool.submit(self.sample, index))
+                while waiting:
+                    yield waiting.popleft().result()
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    def sample(self, index: int) -> PreparedSample:
+        """The sample at a place of the split."""
+        path = self.dataset.images[index]
+        if path in self.cache:
+            return self.cache[path]
+        own = self.preparation
+        read = self.dataset.read(index, self.detail * own.shortest)
+        unit, mask = own.in_range(read.pixels, str(path)), read.mask
+        full = mask.shape[0], mask.shape[1]
+        if self.detail == 1:
+            sample = PreparedSample(own.resized(unit, full), mask)
+        else:
+            h, w = (min(a, self.detail * b) for a, b in zip(full, own.fitted(full), strict=True))
+            scaled = interpolate(mask[None, None], (h, w), mode="nearest-exact")
+            sample = PreparedSample(resized(unit[None], (h, w), antialias=True)[0], scaled[0, 0])
+        self.cache.keep(path, sample)
+        return sample
+
+    def size(self) -> Size:
+        """The ``(height, width)`` of the first image, as it is fed."""
+        h, w = self.sample(0).pixels.shape[-2:]
+        return h, w
+
+
+class Batch(NamedTuple):
     """Some images of one size, ready for a network, and their masks.
 
     Attributes:
@@ -31,23 +138,21 @@ class Fed(NamedTuple):
     indices: list[int]
 
 
-def feed(split: SegmentationDataset, prepare: Preparation, batch: int = 16) -> Iterator[Fed]:
-    """The images of a split in order, up to ``batch`` of the same size at a time."""
-    pixels: list[Tensor] = []
-    masks: list[Tensor] = []
-    indices: list[int] = []
-    for index in range(len(split)):
-        example = split.read(index, prepare.shortest)
-        full = example.mask.shape[0], example.mask.shape[1]
-        unit = prepare.in_range(example.pixels, str(split.images[index]))
-        ready = prepare.normalised(prepare.resized(unit, full))
-        if pixels and (len(pixels) == batch or pixels[0].shape != ready.shape):
-            yield Fed(torch.stack(pixels), masks, indices)
-            pixels, masks, indices = [], [], []
-        pixels.append(ready)
-        masks.append(example.mask)
-        indices.append(index)
-    yield Fed(torch.stack(pixels), masks, indices)
+def batches(split: PreparedSplit, size: int = 16) -> Iterator[Batch]:
+    """The images of a split in order, up to ``size`` of the same shape at a time."""
+    held: list[PreparedSample] = []
+    first = 0
+
+    def batch() -> Batch:
+        pixels = split.preparation.normalised(torch.stack([own.pixels for own in held]))
+        return Batch(pixels, [own.mask for own in held], list(range(first, first + len(held))))
+
+    for sample in split.read(range(len(split))):
+        if held and (len(held) == size or held[0].pixels.shape != sample.pixels.shape):
+            yield batch()
+            first, held = first + len(held), []
+        held.append(sample)
+    yield batch()
 
 
 class Scores(NamedTuple):
@@ -71,48 +176,63 @@ class Scored(NamedTuple):
     kept: dict[int, Tensor]
 
 
-Predict = Callable[[Tensor], Tensor]
-"""Images ``(b, c, h, w)``, normalised, to class scores ``(b, classes, h', w')``."""
+Predict = Callable[[Tensor], Sequence[Tensor]]
+"""Images ``(b, c, h, w)``, normalised, to class scores ``(b, classes, h', w')`` by each of some
+predictors."""
 
 
 @torch.no_grad()
 def score(
-    predict: Predict,
-    split: SegmentationDataset,
-    prepare: Preparation,
-    keep: Sequence[int] = (),
-) -> Scored:
+    predict: Predict, split: PreparedSplit, count: int = 1, keep: Sequence[int] = ()
+) -> list[Scored]:
     """How good predictions are, pixel by pixel of the masks as they are stored.
 
     Scores are enlarged bilinearly to a mask's size and the largest taken; ignored pixels are left
     out. A class that is predicted but in no mask counts with an IoU of 0; one that is in neither
-    does not count.
+    does not count. It all happens where the class scores are.
 
     Args:
-        predict: Gives class scores for images.
+        predict: Gives class scores for images, by ``count`` predictors.
         split: Images with masks.
-        prepare: What is done to the images first.
-        keep: Whose predictions ``(height, width)`` uint8 are to be kept.
+        count: How many predictors are scored at once.
+        keep: Whose predictions ``(height, width)`` uint8 are to be kept, on the CPU.
     """
-    count = len(split.classes)
-    jaccard = MulticlassJaccardIndex(
-        count, average="none", ignore_index=IGNORED, validate_args=False
-    )
-    accuracy = MulticlassAccuracy(count, average="micro", ignore_index=IGNORED, validate_args=False)
-    kept = {}
-    for fed in feed(split, prepare):
-        for index, scores, mask in zip(fed.indices, predict(fed.pixels), fed.masks, strict=True):
-            found = likeliest(scores, (mask.shape[0], mask.shape[1]))
-            for metric in (jaccard, accuracy):
-                metric.update(found[None], mask[None].long())
-            if index in keep:
-                kept[index] = found.to(torch.uint8)
-    confusion = jaccard.confmat
-    there = (confusion.sum(dim=0) + confusion.sum(dim=1)) > 0
-    iou = torch.where(there, jaccard.compute(), torch.nan)
-    return Scored(
-        Scores(float(iou.nanmean()), float(accuracy.compute()), tuple(iou.tolist())), kept
-    )
+    tallies = [Tally(len(split.classes)) for _ in range(count)]
+    for batch in batches(split):
+        for tally, scores in zip(tallies, predict(batch.pixels), strict=True):
+            for index, own, mask in zip(batch.indices, scores, batch.masks, strict=True):
+                found = likeliest(own, (mask.shape[0], mask.shape[1]))
+                tally.add(found, mask)
+                if index in keep:
+                    tally.kept[index] = found.to(torch.uint8).cpu()
+    return [Scored(tally.scores(), tally.kept) for tally in tallies]
+
+
+class Tally:
+    """Counts the pixels of one predictor, on the device of its predictions.
+
+    Args:
+        classes: How many there are.
+    """
+
+    def __init__(self, classes: int) -> None:
+        known = {"ignore_index": IGNORED, "validate_args": False}
+        self.jaccard = MulticlassJaccardIndex(classes, average="none", **known)  # type: ignore[arg-type]
+        self.accuracy = MulticlassAccuracy(classes, average="micro", **known)  # type: ignore[arg-type]
+        self.kept: dict[int, Tensor] = {}
+
+    def add(self, found: Tensor, mask: Tensor) -> None:
+        """Count the pixels of an image."""
+        truth = mask.to(found.device).long()
+        for metric in (self.jaccard, self.accuracy):
+            metric.to(found.device).update(found[None], truth[None])
+
+    def scores(self) -> Scores:
+        """The figures of all images so far."""
+        confusion = self.jaccard.confmat
+        there = (confusion.sum(dim=0) + confusion.sum(dim=1)) > 0
+        iou = torch.where(there, self.jaccard.compute(), torch.nan)
+        return Scores(float(iou.nanmean()), float(self.accuracy.compute()), tuple(iou.tolist()))
 
 
 def likeliest(scores: Tensor, size: tuple[int, int]) -> Tensor:
@@ -123,7 +243,8 @@ def likeliest(scores: Tensor, size: tuple[int, int]) -> Tensor:
         size: ``(height, width)``.
     """
     some = max(1, UPSAMPLED_BYTES // (4 * size[0] * size[1]))
-    highest, found = torch.full(size, -torch.inf), torch.zeros(size, dtype=torch.int64)
+    highest = scores.new_full(size, -torch.inf)
+    found = torch.zeros(size, dtype=torch.int64, device=scores.device)
     for first in range(0, len(scores), some):
         large = interpolate(scores[None, first : first + some], size, mode="bilinear")[0]
         values, labels = large.max(dim=0)

@@ -1,14 +1,14 @@
-"""Segmentation: class scores from frozen features, cell by cell.
+"""Probes: class scores from frozen features, cell by cell.
 
-Features are read once and kept, as many as a stated bound allows. Two judges: one linear layer,
-fitted until it has converged, and the neighbours among the cells, which need no fitting.
+Features of the training images are read once and kept, as many as a stated bound allows. A
+classifier is made of them: a linear layer, fitted until it has converged, or the votes of the
+nearest cells, or clusters.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import NamedTuple, Self
 
 import torch
@@ -16,116 +16,19 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ..data.segmentation import IGNORED, SegmentationDataset
-from .features import Preparation, Reader, device_of
-from .metrics import Predict, Scored, feed, score
-
-TOLERANCE = 2e-6
-"""A fit has converged when a step lowers the loss by less."""
-BLOCK_ENTRIES = 2**18
-"""Scores of cells that are held at a time: 1 MiB in a table, of which a fit needs three."""
-
-
-def affine(cells: Tensor, weights: Tensor) -> Tensor:
-    """Scores of cells ``(n, c)`` by weights ``(c + 1, classes)``, the last row added to all."""
-    return torch.addmm(weights[-1], cells, weights[:-1])
-
-
-def blocks(cells: Tensor, shares: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Cells ``(n, c)`` and their shares ``(n, classes)``, `BLOCK_ENTRIES` shares at a time."""
-    rows = max(1, BLOCK_ENTRIES // shares.shape[1])
-    return zip(torch.split(cells, rows), torch.split(shares, rows), strict=True)
-
-
-class Curvature(NamedTuple):
-    """How steep the fit is along each direction of the features: eigenvectors of ``X'X / n``.
-
-    Features vary a hundred thousand times more along some directions than along others; in
-    coordinates in which all are alike, L-BFGS needs a fifth of the steps.
-
-    Attributes:
-        values: ``(c,)``, at least 0.
-        vectors: ``(c, c)``, one a column.
-    """
-
-    values: Tensor
-    vectors: Tensor
-
-    @classmethod
-    def of(cls, cells: Tensor) -> Self:
-        """Of standardised features ``(n, c)``; costs ``n c^2 + c^3``."""
-        values, vectors = torch.linalg.eigh(cells.mT @ cells / len(cells))
-        return cls(values.clamp(min=0), vectors)
-
-    def scaled(self, strength: float, power: float) -> Tensor:
-        """``(c, c)``: the second derivative at this L2 strength, roughly, to a power."""
-        # A tenth: p (1 - p), the curvature of the softmax, averaged over likely p.
-        return (self.vectors * (0.1 * self.values + strength).pow(power)) @ self.vectors.mT
-
-
-def fitted(
-    cells: Tensor,
-    shares: Tensor,
-    strength: float,
-    start: Tensor,
-    curvature: Curvature,
-    tolerance: float = TOLERANCE,
-) -> Tensor:
-    """The weights that minimise cross-entropy plus ``strength / 2`` times their squared sum.
-
-    Beside its arguments it holds tables of a block's scores, some fifty of the weights' size and
-    two of ``(c, c)``.
-
-    Args:
-        cells: ``(n, c)`` standardised features.
-        shares: ``(n, classes)``; a cell counts as much as its shares sum to.
-        strength: Of the L2 penalty, which leaves the bias out.
-        start: ``(c + 1, classes)`` to begin at. The problem is convex: it decides the time alone.
-        curvature: Of the features; decides the time alone, likewise.
-        tolerance: The fit ends when a step lowers the loss by less.
-    """
-    back = curvature.scaled(strength, -0.5)
-    even = torch.cat([curvature.scaled(strength, 0.5) @ start[:-1], start[-1:]])
-    even.requires_grad_(True)
-    optimiser = torch.optim.LBFGS(
-        [even],
-        max_iter=500,
-        history_size=20,
-        tolerance_grad=1e-5,
-        tolerance_change=tolerance,
-        line_search_fn="strong_wolfe",
-    )
-    whole = shares.sum()
-
-    def weights() -> Tensor:
-        return torch.cat([back @ even[:-1], even[-1:]])
-
-    def terms(now: Tensor) -> Iterator[Tensor]:
-        yield strength / 2 * now[:-1].square().sum()
-        for own, part in blocks(cells, shares):
-            yield -(part * torch.log_softmax(affine(own, now), dim=1)).sum() / whole
-
-    def closure() -> float:
-        optimiser.zero_grad()
-        now = weights()
-        leaf = now.detach().requires_grad_()  # adds up the slopes of all terms
-        loss = 0.0
-        for term in terms(leaf):
-            term.backward()  # type: ignore[no-untyped-call]  # untyped in torch
-            loss += term.item()
-        now.backward(leaf.grad)  # type: ignore[no-untyped-call]
-        return loss
-
-    with torch.enable_grad():
-        optimiser.step(closure)  # type: ignore[no-untyped-call]
-    return weights().detach()
-
+from ..data.segmentation import IGNORED
+from .clusters import ClusterClassifier
+from .features import Reader, device_of
+from .logistic import Curvature, affine, blocks, fit_logistic
+from .metrics import Predict, PreparedSplit, Scored, batches, score
 
 log = logging.getLogger(__name__)
 
 MOST_BYTES = 2**29
-"""Features and class shares of training cells that are kept: 512 MiB. Beyond it each image gives an
+"""Features and class shares of cells that are kept: 512 MiB. Beyond it each image gives an
 equal share of its cells, drawn by a seed."""
+FIT_ENTRIES = 2**25
+"""Numbers in the features that a linear layer is fitted to: 128 MiB."""
 STRENGTHS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
 """L2 strengths that the linear layer is tried with, strongest first."""
 FEW_STRENGTH = 1e-2
@@ -136,12 +39,6 @@ STRETCHES = 4
 """Stretches of the training images whose last fifth chooses the strength."""
 CONSTANT = 1e-6
 """A channel whose deviation is at most this share of its mean is one that never changes."""
-NEIGHBOURS = 20
-TEMPERATURE = 0.07
-"""Cosines are divided by it before neighbours are weighed by their exponential, as in
-arXiv:2104.14294."""
-BANK_CELLS = 2**15
-"""Training cells that neighbours are looked for among, at most."""
 TABLE_ENTRIES = 2**23
 """Cosines of cells, and votes, that are held at a time: 32 MiB in a table."""
 
@@ -170,8 +67,8 @@ def class_shares(mask: Tensor, grid: tuple[int, int], classes: int) -> Tensor:
     return counts / torch.bincount(cell, minlength=cells).clamp(min=1)[:, None]
 
 
-class Bank(NamedTuple):
-    """Cells of training images that are kept.
+class FeatureBank(NamedTuple):
+    """Cells of images that are kept.
 
     Attributes:
         cells: ``(n, c)`` float32 features.
@@ -184,78 +81,100 @@ class Bank(NamedTuple):
     first_held: int
 
     def to(self, device: torch.device) -> Self:
-        """The bank on another device, where it is judged by."""
+        """The bank on another device."""
         return self._replace(cells=self.cells.to(device), shares=self.shares.to(device))
+
+    def drawn(self, count: int, seed: int = 0) -> Self:
+        """So many of the cells, drawn by a seed, in the same order; all where there are fewer."""
+        if len(self.cells) <= count:
+            return self
+        generator = torch.Generator().manual_seed(seed)
+        chosen = torch.randperm(len(self.cells), generator=generator)[:count].sort().values
+        held = int((chosen < self.first_held).sum())
+        chosen = chosen.to(self.cells.device)
+        return type(self)(self.cells[chosen], self.shares[chosen], held)
 
 
 def gather(
     reader: Reader,
-    split: SegmentationDataset,
-    prepare: Preparation,
+    split: PreparedSplit,
+    choices: Sequence[Sequence[str]],
     *,
     seed: int = 0,
     most_bytes: int = MOST_BYTES,
-) -> Bank:
+) -> list[FeatureBank]:
     """Features of a split's cells with what they show, within a bound of memory.
 
-    Where not even a cell of each image can be kept, images are left out evenly. Beside the bank
+    Where not even a cell of each image can be kept, images are left out evenly. Beside the banks
     stand the network and a batch of images with their features.
 
     Args:
         reader: Reads the network.
         split: Images with masks.
-        prepare: What is done to the images first.
+        choices: Of the reader's layers, each for a bank.
         seed: Decides which cells are kept where not all can be.
-        most_bytes: What the bank may take, a cell of it at least.
+        most_bytes: What a bank may take, a cell of it at least.
 
     Raises:
-        Diverged: Features that are NaN or infinite.
+        DivergedError: Features that are NaN or infinite.
     """
     classes = len(split.classes)
-    most = most_bytes // (4 * (reader.channels + classes))
-    count = min(len(split), most)
+    rows = [most_bytes // (4 * (reader.channels(own) + classes)) for own in choices]
+    count = min(len(split), *rows)
     order, first_held = held_out_last(count)
-    chosen = split.subset([len(split) * i // count for i in order])
+    chosen = split.of(split.dataset.subset([len(split) * i // count for i in order]))
     # The whole bound at once: pages that are never written take no memory, growing would copy.
-    cells, shares = torch.empty(most, reader.channels), torch.empty(most, classes)
-    each = most // count
-    dice = torch.Generator().manual_seed(seed)
-    ends = [0]
-    for fed in feed(chosen, prepare):
-        maps = known_maps(reader, fed.pixels).cpu()
-        grid = maps.shape[-2], maps.shape[-1]
-        for own, mask in zip(rearrange(maps, "b c h w -> b (h w) c"), fed.masks, strict=True):
-            share = class_shares(mask, grid, classes)
-            known = share.sum(dim=1).nonzero().flatten()
-            if len(known) > each:
-                known = known[torch.randperm(len(known), generator=dice)[:each]]
-            rows = slice(ends[-1], ends[-1] + len(known))
-            cells[rows], shares[rows] = own[known], share[known]
-            ends.append(rows.stop)
-    return Bank(cells[: ends[-1]], shares[: ends[-1]], ends[first_held])
+    tables = [
+        (torch.empty(most, reader.channels(own)), torch.empty(most, classes))
+        for own, most in zip(choices, rows, strict=True)
+    ]
+    generators = [torch.Generator().manual_seed(seed) for _ in choices]
+    ends = [[0] for _ in choices]
+    for batch in batches(chosen):
+        every = zip(finite_features(reader, batch.pixels, choices), tables, strict=True)
+        for (maps, (cells, shares)), most, generator, end in zip(
+            every, rows, generators, ends, strict=True
+        ):
+            grid = maps.shape[-2], maps.shape[-1]
+            images = rearrange(maps.cpu(), "b c h w -> b (h w) c")
+            for own, mask in zip(images, batch.masks, strict=True):
+                share = class_shares(mask, grid, classes)
+                known = share.sum(dim=1).nonzero().flatten()
+                if len(known) > most // count:
+                    drawn = torch.randperm(len(known), generator=generator)
+                    known = known[drawn[: most // count]]
+                place = slice(end[-1], end[-1] + len(known))
+                cells[place], shares[place] = own[known], share[known]
+                end.append(place.stop)
+    return [
+        FeatureBank(cells[: end[-1]], shares[: end[-1]], end[first_held])
+        for (cells, shares), end in zip(tables, ends, strict=True)
+    ]
 
 
-class Diverged(ValueError):  # noqa: N818  # reads as what it says
+class DivergedError(ValueError):
     """A network gives features that are NaN or infinite."""
 
 
-def known_maps(reader: Reader, pixels: Tensor) -> Tensor:
-    """What the reader reads.
+def finite_features(
+    reader: Reader, pixels: Tensor, choices: Sequence[Sequence[str]]
+) -> Iterator[Tensor]:
+    """What the reader reads of some choices of its layers, where it is finite.
 
     Raises:
-        Diverged: Some of it is NaN or infinite.
+        DivergedError: Some of it is NaN or infinite.
     """
-    maps = reader(pixels)
-    if not maps.isfinite().all():
-        raise Diverged(
-            f"{' and '.join(reader.layers)} of this network give features that are NaN or infinite "
-            "for these images, by which nothing can be told apart: it has diverged; take an "
-            "earlier checkpoint, or a smaller learning rate"
-        )
-    return maps
+    for layers, maps in zip(choices, reader.read(pixels, choices), strict=True):
+        if not maps.isfinite().all():
+            raise DivergedError(
+                f"{' and '.join(layers)} of this network give features that are NaN or infinite "
+                "for these images, by which nothing can be told apart: it has diverged; take an "
+                "earlier checkpoint, or a smaller learning rate"
+            )
+        yield maps
 
 
-Judge = Callable[[Tensor], Tensor]
+Classifier = Callable[[Tensor], Tensor]
 """Cells ``(n, c)`` to class scores ``(n, classes)``, the largest meaning the likeliest; both on the
 device of the bank that it was made of."""
 
@@ -271,15 +190,17 @@ def held_out_last(count: int) -> tuple[list[int], int]:
     return rest + held, len(rest)
 
 
-def linear_judge(bank: Bank) -> Judge:
+def linear_classifier(bank: FeatureBank) -> Classifier:
     """One 1x1 convolution on standardised features: a multinomial logistic regression, converged.
 
     Fitted to the shares of classes in each cell by L-BFGS, with no learning rate and no seed. The
-    L2 strength is chosen by the mean IoU of held-out images' cells; then all are fitted.
+    L2 strength is chosen by the mean IoU of held-out images' cells; then all are fitted. Beyond
+    `FIT_ENTRIES` cells are drawn, always the same ones.
 
     Args:
-        bank: Training cells. They are standardised in place.
+        bank: Training cells. They, or the drawn ones, are standardised in place.
     """
+    bank = bank.drawn(max(1, FIT_ENTRIES // bank.cells.shape[1]))
     mean, std = bank.cells.mean(dim=0), bank.cells.std(dim=0, correction=0)
     # What is the same in all cells differs by rounding, which must not be blown up: it has no say.
     std = std.masked_fill(std <= CONSTANT * mean.abs(), torch.inf)
@@ -292,14 +213,14 @@ def linear_judge(bank: Bank) -> Judge:
     if 0 < cut < len(cells):
         tried: list[tuple[float, float, Tensor]] = []
         for one in STRENGTHS:
-            weights = fitted(
+            weights = fit_logistic(
                 cells[:cut], bank.shares[:cut], one, weights, curvature, CHOOSING_TOLERANCE
             )
             iou = cell_iou(weights, cells[cut:], bank.shares[cut:])
             tried.append((iou, one, weights))
         _, strength, weights = max(tried, key=lambda own: own[:2])
-    weights = fitted(cells, bank.shares, strength, weights, curvature)
-    # The standardisation is folded in, so that whoever judges need not know of it.
+    weights = fit_logistic(cells, bank.shares, strength, weights, curvature)
+    # The standardisation is folded in, so that the classifier takes features as they are.
     weights = torch.cat([weights[:-1] / std[:, None], weights[-1:]])
     weights[-1] -= mean @ weights[:-1]
     return lambda own: affine(own, weights)
@@ -314,79 +235,148 @@ def cell_iou(weights: Tensor, cells: Tensor, shares: Tensor) -> float:
     return float((table.diag() / both)[both > 0].mean())
 
 
-def neighbour_judge(bank: Bank, seed: int = 0) -> Judge:
-    """The votes of the `NEIGHBOURS` most similar training cells: nothing is trained.
+class Voting(NamedTuple):
+    """How the nearest training cells vote.
 
-    Likeness is the cosine of features from which the training cells' mean is taken out; votes are
-    class shares, weighed by ``exp(cosine / TEMPERATURE)``. Of more than `BANK_CELLS` training cells
-    that many are drawn, and copied. Costs a cosine for each pair of cells, made in blocks.
+    Attributes:
+        neighbours: How many vote.
+        temperature: Cosines are divided by it before votes are weighed by their exponential.
+        most_cells: Training cells that neighbours are looked for among, drawn of all.
+        centred: Whether the mean of the training cells is taken out of all features.
+    """
+
+    neighbours: int
+    temperature: float
+    most_cells: int
+    centred: bool
+
+
+KNN = Voting(20, 0.07, 2**15, centred=True)
+"""The weights of arXiv:2104.14294."""
+HUMMINGBIRD = Voting(30, 0.02, 2**17, centred=False)
+"""Dense nearest-neighbour retrieval as in arXiv:2306.01667, whose memory is drawn of augmented
+images, too: here each training image gives its cells once."""
+
+
+def neighbour_classifier(bank: FeatureBank, voting: Voting = KNN, seed: int = 0) -> Classifier:
+    """The votes of the most similar training cells: nothing is trained.
+
+    Votes are class shares, weighed by ``exp(cosine / temperature)``. Costs a cosine for each pair
+    of cells, made in blocks.
 
     Args:
-        bank: Training cells. They, or the copies, are scaled to length 1 in place.
-        seed: Decides which are drawn.
+        bank: Training cells. They are copied, as many as are looked among.
+        voting: How they vote.
+        seed: Decides which cells are drawn where there are too many.
     """
-    cells, shares = bank.cells, bank.shares
-    if len(cells) > BANK_CELLS:
-        dice = torch.Generator().manual_seed(seed)
-        drawn = torch.randperm(len(cells), generator=dice)[:BANK_CELLS]
-        cells, shares = cells[drawn], shares[drawn]
-    mean = cells.mean(dim=0)
-    known = normalize(cells.sub_(mean), dim=1, out=cells)
-    count = min(NEIGHBOURS, len(known))
+    cells, shares, _ = bank.drawn(voting.most_cells, seed)
+    mean = cells.mean(dim=0) if voting.centred else cells.new_zeros(cells.shape[1])
+    known = normalize(cells - mean, dim=1)
+    count = min(voting.neighbours, len(known))
 
-    def judge(own: Tensor) -> Tensor:
+    def classify(own: Tensor) -> Tensor:
         asked = normalize(own - mean, dim=1)
         votes = []
         rows = max(1, TABLE_ENTRIES // max(len(known), count * shares.shape[1]))
         for first in range(0, len(asked), rows):
             cosines, nearest = (asked[first : first + rows] @ known.mT).topk(count, dim=1)
-            weights = torch.softmax(cosines / TEMPERATURE, dim=1)
+            weights = torch.softmax(cosines / voting.temperature, dim=1)
             votes.append((weights[..., None] * shares[nearest]).sum(dim=1))
         return torch.cat(votes)
 
-    return judge
+    return classify
 
 
-def by_cells(reader: Reader, judge: Judge, device: torch.device | str = "cpu") -> Predict:
-    """A predictor out of a reader of features and a judge of cells, which works on a device."""
+class ProbeTask(NamedTuple):
+    """A probe to fit.
 
-    def predict(pixels: Tensor) -> Tensor:
-        maps = known_maps(reader, pixels).to(device)
-        scores = judge(rearrange(maps, "b c h w -> (b h w) c")).cpu()
-        h, w = maps.shape[-2:]
-        return rearrange(scores, "(b h w) k -> b k h w", h=h, w=w)
+    Attributes:
+        protocol: ``linear``, ``knn``, ``hummingbird`` or ``clusters``.
+        train: What is learnt from; of ``clusters`` the images that are scored, whose masks serve
+            to name the clusters.
+        layers: The layers it reads.
+        clusters: How many there are.
+    """
 
-    return predict
+    protocol: str
+    train: PreparedSplit
+    layers: tuple[str, ...]
+    clusters: int = 0
+
+    def fit(self, bank: FeatureBank, seed: int) -> Classifier:
+        """The classifier; a linear one standardises the bank in place."""
+        if self.protocol == "linear":
+            return linear_classifier(bank)
+        if self.protocol == "clusters":
+            return ClusterClassifier(bank.cells, bank.shares, self.clusters, seed)
+        voting = KNN if self.protocol == "knn" else HUMMINGBIRD
+        return neighbour_classifier(bank, voting, seed)
 
 
-def probed(
+def run_probes(
     reader: Reader,
-    train: SegmentationDataset,
-    judged: SegmentationDataset,
-    prepare: Preparation,
+    probes: Sequence[ProbeTask],
+    scored: PreparedSplit,
     *,
-    protocol: str = "linear",
     seed: int = 0,
     keep: Sequence[int] = (),
-) -> Scored:
-    """How well frozen features tell classes apart.
+) -> list[Scored]:
+    """How well frozen features tell classes apart, by some probes at once.
+
+    Features are read once for all probes of the same images, and once for those that are scored.
 
     Args:
         reader: Reads the network.
-        train: What is learnt from.
-        judged: What is scored.
-        prepare: What is done to images first.
-        protocol: ``linear`` or ``knn``.
-        seed: Decides which cells are kept where not all can be; nothing else is drawn.
-        keep: Images whose predictions are to be kept, by their place in ``judged``.
+        probes: What is fitted.
+        scored: What is scored.
+        seed: Decides which cells are kept where not all can be, and the start of clusters.
+        keep: Images whose predictions are to be kept, by their place in ``scored``.
+
+    Raises:
+        DivergedError: Features that are NaN or infinite.
     """
-    bank = gather(reader, train, prepare, seed=seed)
-    make = linear_judge if protocol == "linear" else partial(neighbour_judge, seed=seed)
+
+    def fit(device: torch.device) -> list[Scored]:
+        classifiers: dict[int, Classifier] = {}
+        for train in {id(own.train.dataset): own.train for own in probes}.values():
+            same = [i for i, own in enumerate(probes) if own.train.dataset is train.dataset]
+            choices = list(dict.fromkeys(probes[i].layers for i in same))
+            banks = dict(zip(choices, gather(reader, train, choices, seed=seed), strict=True))
+            while banks:
+                layers, bank = banks.popitem()
+                bank = bank.to(device)
+                own = [i for i in same if probes[i].layers == layers]
+                for i in sorted(own, key=lambda i: probes[i].protocol == "linear"):  # those last
+                    classifiers[i] = probes[i].fit(bank, seed)
+        readers = [(probe.layers, classifiers[i]) for i, probe in enumerate(probes)]
+        return score(by_cells(reader, readers, device), scored, len(probes), keep)
+
     device = device_of(reader.net)
     if device.type != "cuda":  # MPS knows neither eigenvectors nor float64
         device = torch.device("cpu")
     try:
-        return score(by_cells(reader, make(bank.to(device)), device), judged, prepare, keep)
+        return fit(device)
     except torch.OutOfMemoryError:
         log.info("the GPU has no room for the cells of the training images: the CPU fits")
-    return score(by_cells(reader, make(bank), "cpu"), judged, prepare, keep)
+    return fit(torch.device("cpu"))
+
+
+def by_cells(
+    reader: Reader,
+    classifiers: Sequence[tuple[Sequence[str], Classifier]],
+    device: torch.device,
+) -> Predict:
+    """Predictors out of a reader and classifiers of some layers' cells, which work on a device."""
+    choices = list(dict.fromkeys(tuple(layers) for layers, _ in classifiers))
+
+    def predict(pixels: Tensor) -> list[Tensor]:
+        found: dict[int, Tensor] = {}
+        for layers, maps in zip(choices, finite_features(reader, pixels, choices), strict=True):
+            cells = rearrange(maps.to(device), "b c h w -> (b h w) c")
+            h, w = maps.shape[-2:]
+            for i, (wanted, classify) in enumerate(classifiers):
+                if tuple(wanted) == layers:
+                    found[i] = rearrange(classify(cells), "(b h w) k -> b k h w", h=h, w=w)
+        return [found[i] for i in range(len(classifiers))]
+
+    return predict

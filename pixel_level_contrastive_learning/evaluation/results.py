@@ -1,30 +1,19 @@
-"""The outcome of an evaluation: figures of several networks, as a table, a sentence and a file."""
+"""What an evaluation found: figures of several networks as a table, a sentence and a file."""
 
 from __future__ import annotations
 
 import json
-import re
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from io import StringIO
-from math import isnan, nan
+from math import exp, isnan, log, nan
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
-import numpy as np
-import torch
-from einops import rearrange
-from torch import Tensor
-
-from ..data.image import to_rgb
-from ..data.segmentation import IGNORED, SegmentationDataset
+from .. import run_layout
 from ..files import write_whole
-from .features import Preparation
 
-LABELLED_FILE, UNLABELLED_FILE = "evaluation.json", "correspondence.json"
-"""What evaluations with labels and without are written to, so that neither replaces the other."""
 CLEAR = 1.05
 """Times another figure from which a gain is called one; less may be chance."""
 ONE_DRAW = 1.25
@@ -36,6 +25,28 @@ LUCK = (
 )
 TABLE_WIDTH = 110
 """Columns of text that a table takes, at most."""
+MIOU = "mIoU"
+
+
+class CurvePoint(NamedTuple):
+    """A point of a label curve.
+
+    Attributes:
+        masks: Masks that were trained on.
+        miou: Mean IoU reached, the mean over the seeds.
+        deviation: Its standard deviation over the seeds; 0 of a single one.
+        seeds: It for each seed.
+    """
+
+    masks: int
+    miou: float
+    deviation: float
+    seeds: tuple[float, ...]
+
+    @classmethod
+    def of(cls, masks: int, seeds: Sequence[float]) -> Self:
+        """Of the figures for each seed."""
+        return cls(masks, fmean(seeds), deviation(seeds), tuple(seeds))
 
 
 @dataclass(frozen=True)
@@ -48,6 +59,8 @@ class Row:
         deviations: Its standard deviation over the seeds; 0 of a single one.
         classes: IoU of each class, mean over the seeds; NaN of one that is nowhere.
         seeds: The figures for each seed.
+        baselines: Names of the rows it must beat: random weights first, then its start.
+        curves: Of each protocol the label curve, where several fractions were tried.
     """
 
     name: str
@@ -55,6 +68,8 @@ class Row:
     deviations: dict[str, float] = field(default_factory=dict)
     classes: dict[str, float] = field(default_factory=dict)
     seeds: tuple[dict[str, float], ...] = ()
+    baselines: tuple[str, ...] = ()
+    curves: dict[str, tuple[CurvePoint, ...]] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -62,19 +77,29 @@ class Row:
         name: str,
         seeds: Sequence[Mapping[str, float]],
         classes: Sequence[Mapping[str, float]] = (),
+        baselines: Sequence[str] = (),
+        curves: Mapping[str, Sequence[CurvePoint]] | None = None,
     ) -> Self:
-        """Of the figures for each seed."""
-        figures = {key: [own[key] for own in seeds] for key in seeds[0]}
+        """Of the figures for each seed; one that only some seeds have is averaged over those."""
+        keys = dict.fromkeys(key for own in seeds for key in own)
+        figures = {key: [own[key] for own in seeds if key in own] for key in keys}
         return cls(
             name,
             {key: fmean(values) for key, values in figures.items()},
-            {key: stdev(values) if len(values) > 1 else 0.0 for key, values in figures.items()},
+            {key: deviation(values) for key, values in figures.items()},
             {
                 key: known_mean([own[key] for own in classes])
                 for key in (classes[0] if classes else ())
             },
             tuple(dict(own) for own in seeds),
+            tuple(baselines),
+            {key: tuple(own) for key, own in (curves or {}).items()},
         )
+
+
+def deviation(values: Sequence[float]) -> float:
+    """The standard deviation of some values; 0 of a single one."""
+    return stdev(values) if len(values) > 1 else 0.0
 
 
 def known_mean(values: Sequence[float]) -> float:
@@ -97,14 +122,85 @@ def may_be_luck(ours: Row, random: Row, key: str) -> bool:
     return len(random.seeds) == 1 and ours.scores[key] < ONE_DRAW * random.scores[key]
 
 
+def masks_needed(curve: Sequence[CurvePoint], miou: float) -> float:
+    """Masks at which a label curve reaches a mean IoU.
+
+    Between its points it is followed over the logarithm of the masks, and it counts as never
+    falling. Beyond its ends nothing is guessed.
+
+    Returns:
+        Masks; infinity where the curve stays below, 0 where it begins above.
+
+    >>> curve = [CurvePoint(10, 0.2, 0, ()), CurvePoint(40, 0.4, 0, ())]
+    >>> round(masks_needed(curve, 0.3), 6), masks_needed(curve, 0.5), masks_needed(curve, 0.1)
+    (20.0, inf, 0.0)
+    """
+    before: CurvePoint | None = None
+    for point in sorted(curve):
+        if point.miou >= miou:
+            if before is None:
+                return float(point.masks) if point.miou == miou else 0.0
+            part = (miou - before.miou) / (point.miou - before.miou)
+            return exp(log(before.masks) + part * log(point.masks / before.masks))
+        if before is None or point.miou > before.miou:
+            before = point
+    return float("inf")
+
+
+def masks_saved(ours: Row, other: Row, protocol: str) -> str | None:
+    """How many masks weights save beside another row, in a sentence; None without curves.
+
+    The point is that of the fewest masks where the other curve can be read.
+    """
+    mine, theirs = (sorted(row.curves.get(protocol, ())) for row in (ours, other))
+    if len(mine) < 2 or not theirs:
+        return None
+    needs = [(point, masks_needed(theirs, point.miou)) for point in mine]
+    read = [own for own in needs if 0 < own[1] < float("inf")]
+    if read:
+        point, needed = read[0]
+        ratio = needed / point.masks
+        told = f"{ratio:.1f} times fewer" if ratio >= 1 else f"{1 / ratio:.1f} times more"
+        return (
+            f"with {point.masks} masks {ours.name} is where {other.name} needs {needed:.0f}: {told}"
+        )
+    point, needed = needs[0]
+    if needed == 0:
+        return f"with {point.masks} masks {ours.name} is below {other.name}"
+    most = theirs[-1].masks
+    return (
+        f"with {point.masks} masks {ours.name} is above {other.name} with {most}: more than "
+        f"{most / point.masks:.1f} times fewer"
+    )
+
+
+def in_words(rows: Sequence[Row], words: Callable[[list[Row]], str]) -> str:
+    """What the figures mean: a sentence for each of the weights that were asked for.
+
+    Args:
+        rows: All rows.
+        words: Gives the sentence of some weights' row, the last of a few: their baselines first.
+    """
+    by_name = {row.name: row for row in rows}
+    told = {
+        row.name: words([*(by_name[own] for own in row.baselines), row])
+        for row in rows
+        if row.baselines
+    }
+    if len(told) > 1:
+        return "\n".join(f"{name}: {sentence}" for name, sentence in told.items())
+    return next(iter(told.values()), None) or words([rows[0]])
+
+
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """What an evaluation found.
 
     Attributes:
-        weights: What was evaluated.
+        weights: What was evaluated, separated by commas.
         data: On which images.
-        protocol: ``linear``, ``knn``, ``finetune`` or ``correspondence``.
+        protocol: The protocols, separated by commas, or ``correspondence`` without masks. Figures
+            without a protocol's name are of the first.
         settings: All else that decided the figures.
         rows: A row for each network: random weights first, those asked for last.
         sentence: What the figures mean.
@@ -121,8 +217,17 @@ class Evaluation:
 
     @property
     def ours(self) -> Row:
-        """The row of the weights that were asked for."""
+        """The row of the weights that were asked for, of several the last."""
         return self.rows[-1]
+
+    @property
+    def curves(self) -> list[str]:
+        """The protocols that have label curves."""
+        return list(self.rows[0].curves)
+
+    def base(self, row: Row) -> Row:
+        """The row of random weights of the same network."""
+        return next((own for own in self.rows if own.name in row.baselines[:1]), self.rows[0])
 
     def table(self, width: int = TABLE_WIDTH) -> str:
         """The figures as text: a column for each network, a line for each figure.
@@ -139,14 +244,17 @@ class Evaluation:
         table.add_column("")
         for row in self.rows:
             table.add_column(Text(row.name, overflow="fold"), justify="right")
-        for key in self.rows[0].scores:
-            table.add_row(
-                key, *(shown(row.scores[key], row.deviations.get(key, 0)) for row in self.rows)
-            )
-        base = self.rows[0].scores.get("mIoU")
-        if base:
-            ratios = (f"{row.scores['mIoU'] / base:.2f}" for row in self.rows)
-            table.add_row("mIoU, times random", *ratios)
+        for key in self.ours.scores:
+            table.add_row(key, *(shown_in(row, key) for row in self.rows))
+        if all(self.base(row).scores.get(MIOU) for row in self.rows):
+            ratios = (row.scores[MIOU] / self.base(row).scores[MIOU] for row in self.rows)
+            table.add_row("mIoU, times random", *(f"{own:.2f}" for own in ratios))
+        for protocol in self.curves:
+            table.add_section()
+            for at, point in enumerate(self.rows[0].curves[protocol]):
+                points = (row.curves[protocol][at] for row in self.rows)
+                cells = (shown(own.miou, own.deviation) for own in points)
+                table.add_row(f"{protocol}, {point.masks} masks", *cells)
         if self.ours.classes:
             table.add_section()
         for key in self.ours.classes:
@@ -165,11 +273,16 @@ class Evaluation:
 
     def to_json(self) -> str:
         """As JSON text; NaN becomes null."""
-        return json.dumps(without_nan(asdict(self)), indent=2, ensure_ascii=False) + "\n"
+        held = asdict(self)
+        for row, own in zip(held["rows"], self.rows, strict=True):
+            row["curves"] = {
+                key: [point._asdict() for point in points] for key, points in own.curves.items()
+            }
+        return json.dumps(without_nan(held), indent=2, ensure_ascii=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """What `to_json` wrote."""
+        """What `to_json` wrote, also of older versions."""
         held = json.loads(text)
         rows = [
             Row(
@@ -178,6 +291,11 @@ class Evaluation:
                 deviations=with_nan(row["deviations"]),
                 classes=with_nan(row["classes"]),
                 seeds=tuple(with_nan(own) for own in row["seeds"]),
+                baselines=tuple(row.get("baselines", ())),
+                curves={
+                    key: tuple(CurvePoint(**own | {"seeds": tuple(own["seeds"])}) for own in points)
+                    for key, points in row.get("curves", {}).items()
+                },
             )
             for row in held["rows"]
         ]
@@ -193,14 +311,22 @@ class Evaluation:
 
         With labels it is ``evaluation.json``, without ``correspondence.json``.
         """
-        path = Path(out).expanduser() / (LABELLED_FILE if self.labelled else UNLABELLED_FILE)
+        name = run_layout.EVALUATION if self.labelled else run_layout.CORRESPONDENCE
+        path = Path(out).expanduser() / name
         write_whole(path, self.to_json())
         return path
 
 
 def in_short(value: object) -> str:
     """A setting for people."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {own}" for key, own in value.items())
     return " + ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def shown_in(row: Row, key: str) -> str:
+    """A figure of a row for people; a dash where it has none."""
+    return shown(row.scores.get(key, nan), row.deviations.get(key, 0))
 
 
 def shown(value: float, deviation: float) -> str:
@@ -223,106 +349,3 @@ def without_nan(held: Any) -> Any:
 def with_nan(held: Mapping[str, float | None]) -> dict[str, float]:
     """The same with NaN for None."""
     return {key: nan if own is None else own for key, own in held.items()}
-
-
-SIDE = 3.2
-"""Inches of the longer side of one picture, at `DPI` dots an inch."""
-DPI = 100
-MOST_NAMED = 30
-"""Classes that a legend names, at most."""
-MARK = "a panel of pixel_level_contrastive_learning"
-"""What stands in a panel's file as the software that wrote it, and tells it from a stranger's."""
-
-
-def class_colours(count: int) -> Tensor:
-    """A colour for each class and black for ignored pixels, ``(256, 3)`` float in [0, 1]."""
-    from matplotlib import colormaps
-
-    table = torch.zeros(256, 3)
-    if count <= 20:
-        order = [*range(0, 20, 2), *range(1, 20, 2)]  # strong colours before pale ones
-        colours = np.array(colormaps["tab20"].colors)[order]  # type: ignore[attr-defined]
-        table[:20] = torch.from_numpy(colours)
-    else:
-        golden = (torch.arange(256) * 0.618034) % 1  # neighbouring ids far apart in hue
-        table = torch.from_numpy(colormaps["hsv"](golden.numpy())[:, :3]).float()
-    table[IGNORED] = 0
-    return table
-
-
-def write_panels(
-    folder: Path,
-    split: SegmentationDataset,
-    prepare: Preparation,
-    predictions: Mapping[str, Mapping[int, Tensor]],
-) -> list[Path]:
-    """Write a PNG for each image that predictions were kept of, in place of earlier panels.
-
-    Args:
-        folder: Where to, made where there is none.
-        split: Images with masks.
-        prepare: How pixels become values in [0, 1].
-        predictions: Of each network, by its name: class ids ``(height, width)`` by the image's
-            place in the split.
-
-    Returns:
-        The files, in the order of the images.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in filter(is_panel, folder.glob("*.png")):
-        path.unlink()
-    colours = class_colours(len(split.classes))
-    written = []
-    for index in sorted(set().union(*predictions.values())):
-        example = split.read(index, prepare.shortest)
-        shown = to_rgb(prepare.in_range(example.pixels, str(split.images[index])))
-        image = rearrange(shown, "rgb h w -> h w rgb")
-        pictures = {"image": image, "truth": colours[example.mask.long()]}
-        for name, kept in predictions.items():
-            pictures[name] = colours[kept[index].long()]
-        seen = torch.unique(
-            torch.cat(
-                [example.mask.flatten(), *(own[index].flatten() for own in predictions.values())]
-            )
-        )
-        plain = re.sub(r"[^\w.-]+", "_", Path(example.name).stem)
-        path = folder / f"{index:04d}_{plain}.png"
-        classes = {split.classes[i]: colours[i] for i in seen.tolist() if i < len(split.classes)}
-        draw(path, pictures, classes, (example.mask.shape[0], example.mask.shape[1]))
-        written.append(path)
-    return written
-
-
-def is_panel(path: Path) -> bool:
-    """Whether a file was written by `draw`."""
-    return path.is_file() and MARK.encode() in path.read_bytes()[:1000]
-
-
-def draw(
-    path: Path, pictures: Mapping[str, Tensor], classes: Mapping[str, Tensor], size: Sequence[int]
-) -> None:
-    """Draw pictures ``(h, w, 3)`` beside each other under their names, and the classes below."""
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
-
-    height, width = (SIDE * side / max(size) for side in size)
-    named = dict(list(classes.items())[:MOST_NAMED])
-    columns = max(1, int(len(pictures) * width / 1.3))
-    below = 0.25 + 0.2 * -(-len(named) // columns)
-    figure = Figure((len(pictures) * (width + 0.1), height + 0.3 + below), dpi=DPI)
-    total = height + 0.3 + below
-    for number, (name, picture) in enumerate(pictures.items()):
-        part = 1 / len(pictures)
-        axes = figure.add_axes((number * part + 0.01, below / total, part - 0.02, height / total))
-        axes.imshow(picture.clamp(0, 1).numpy(), extent=(0, size[1], 0, size[0]))
-        axes.set_axis_off()
-        axes.set_title(name, fontsize=8, parse_math=False, wrap=True)
-    patches = [Patch(color=tuple(colour.tolist()), label=name) for name, colour in named.items()]
-    legend = figure.legend(
-        handles=patches, loc="lower center", ncols=columns, fontsize=7, frameon=False
-    )
-    for text in legend.get_texts():
-        text.set_parse_math(False)  # a name may hold dollars
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph")  # a box in place of a letter is no harm
-        figure.savefig(path, metadata={"Software": MARK})

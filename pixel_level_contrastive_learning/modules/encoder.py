@@ -1,14 +1,16 @@
-"""The encoder: a backbone, two layers of it, and a projector behind each; its EMA target."""
+"""The encoder: a backbone, some of its layers, and a projector behind each; its EMA target."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from traceback import walk_tb
 from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 from ..checks import LIMITS, raise_together
@@ -36,48 +38,77 @@ BOTH = Branches()
 
 
 class Projections(NamedTuple):
-    """The projections of a view; None for a branch that was not asked for."""
+    """The projections of a view; none for a branch that was not asked for."""
 
-    pixel: Tensor | None  # (b, d, h, w), a vector for each cell of the pixel layer's map
+    pixel: tuple[Tensor, ...]  # (b, d, h, w) each level, a vector for each cell of its layer's map
     instance: Tensor | None  # (b, d), a vector for the view
 
     @property
-    def grid(self) -> tuple[int, int]:
-        """Cells ``(h, w)`` of the map; none if it was not asked for."""
-        return (0, 0) if self.pixel is None else (self.pixel.shape[2], self.pixel.shape[3])
+    def grids(self) -> list[tuple[int, int]]:
+        """Cells ``(h, w)`` of each level; one level without cells if maps were not asked for."""
+        return [(own.shape[2], own.shape[3]) for own in self.pixel] or [(0, 0)]
+
+
+def per_level(heads: Sequence[nn.Module]) -> nn.Module:
+    """A head for each level as one module: alone it keeps the names of its weights."""
+    return heads[0] if len(heads) == 1 else nn.ModuleList(heads)
+
+
+def each_level(heads: nn.Module) -> list[nn.Module]:
+    """The head of each level, out of `per_level`."""
+    return list(heads) if isinstance(heads, nn.ModuleList) else [heads]
+
+
+def relative_weights(weights: Sequence[float], levels: int) -> tuple[float, ...]:
+    """Weights that add up to 1, one for each level; by default the same for all."""
+    if weights and len(weights) != levels:
+        raise ValueError(
+            f"level_weights is {weights!r}; give {levels} numbers above 0, one a pixel layer"
+        )
+    given = tuple(weights) or (1.0,) * levels
+    return tuple(weight / sum(given) for weight in given)
 
 
 class Encoder(nn.Module):
-    """A backbone read by two hooks: a view's map and its average, each through a projector."""
+    """A backbone read by hooks: maps of a view and its average, each through a projector."""
 
     def __init__(
         self,
         net: nn.Module,
-        pixel_hook: FeatureHook,
+        pixel_hooks: Sequence[FeatureHook],
         instance_hook: FeatureHook,
         pixel_projector: nn.Module,
         instance_projector: nn.Module,
     ) -> None:
         super().__init__()
         self.net = net
-        self.pixel_hook = pixel_hook
+        self.pixel_hooks = tuple(pixel_hooks)
         self.instance_hook = instance_hook
         self.pixel_projector = pixel_projector
         self.instance_projector = instance_projector
-        self.hooks = FeatureHooks(pixel_hook, instance_hook)
+        self.hooks = FeatureHooks(*pixel_hooks, instance_hook)
+
+    @property
+    def pixel_layer(self) -> str | tuple[str, ...]:
+        """The pixel layer's name, or those of several, as settings and cards have it."""
+        names = tuple(hook.name for hook in self.pixel_hooks)
+        return names if len(names) > 1 else names[0]
 
     def forward(self, pixels: Tensor, branches: Branches = BOTH) -> Projections:
         """Project views ``(b, c, h, w)``; a branch that is not asked for is not computed."""
         outputs = self.hooks.run(self.net, pixels)
-        pixel = instance = None
+        maps: list[Tensor] = []
+        instance = None
         if branches.pixel:
-            output = checked(outputs, "pixel", self.pixel_hook, len(pixels))
             size = (pixels.shape[2], pixels.shape[3])
-            pixel = self.pixel_projector(as_map(output, self.pixel_hook.layout, size))
+            projectors = each_level(self.pixel_projector)
+            for hook, projector in zip(self.pixel_hooks, projectors, strict=True):
+                output = checked(outputs, "pixel", hook, len(pixels))
+                maps.append(projector(as_map(output, hook.layout, size)))
         if branches.instance:
             output = checked(outputs, "instance", self.instance_hook, len(pixels))
             instance = self.instance_projector(as_vector(output, self.instance_hook.layout))
-        return Projections(pixel, instance)
+        return Projections(tuple(maps), instance)
 
 
 def checked(outputs: dict[str, Any], kind: str, hook: FeatureHook, images: int) -> Tensor:
@@ -101,6 +132,15 @@ def checked(outputs: dict[str, Any], kind: str, hook: FeatureHook, images: int) 
         raise NoGradientError(kind, hook.name)
     found: Tensor = output
     return found
+
+
+def lacks_batch_statistics(error: ValueError) -> bool:
+    """Whether a batch norm in train mode raised the error, given one value per channel."""
+    for frame, _ in walk_tb(error.__traceback__):
+        norm, given = ([*frame.f_locals.values()] + [None] * 2)[:2]
+        if isinstance(norm, _BatchNorm) and norm.training and isinstance(given, Tensor):
+            return given.numel() == given.shape[1]
+    return False
 
 
 def map_projector(channels: int, hidden: int, out: int) -> nn.Sequential:
@@ -151,7 +191,7 @@ class TargetEncoder(Encoder):
             )
         super().__init__(
             copy.deepcopy(online.net),
-            online.pixel_hook,
+            online.pixel_hooks,
             online.instance_hook,
             copy.deepcopy(online.pixel_projector),
             copy.deepcopy(online.instance_projector),

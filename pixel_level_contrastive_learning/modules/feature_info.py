@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
+from itertools import islice
 from typing import Any
 
 import torch
@@ -101,8 +102,8 @@ class FeatureInfo:
     buffers, mode and hooks, and no random generator moves on.
 
     >>> info = FeatureInfo(nn.Sequential(nn.Conv2d(3, 8, 8, 8), nn.ReLU()), 3, (64, 64))
-    >>> print(info.layers[0], info.default_pixel())
-    0 (8 channels, 8x8 cells) 1
+    >>> print(info.layers[0], info.default_pixels())
+    0 (8 channels, 8x8 cells) ['1']
     """
 
     def __init__(
@@ -209,6 +210,25 @@ class FeatureInfo:
             raise NoGradientError(kind, name, self.alternative(name))
         return FeatureHook(layer.name, layer.layout, layer.overwritten)
 
+    def pixel_hooks(
+        self, wanted: str | int | Sequence[str | int] | None, levels: int
+    ) -> list[FeatureHook]:
+        """The hook of each layer of the pixel loss: of those named, or of so many by default."""
+        if wanted is None:
+            wanted = self.default_pixels(levels)
+        names: list[Any] = list(wanted) if isinstance(wanted, (tuple, list)) else [wanted]
+        hooks = [self.hook(name, pixel=True) for name in names]
+        if len({hook.name for hook in hooks}) < max(1, len(hooks)):
+            raise ValueError(
+                f"hidden_layer_pixel is {wanted!r}; name at least one layer, and none twice"
+            )
+        if levels not in (1, len(hooks)):
+            raise ValueError(
+                f"pixel_levels is {levels}, but the pixel layers are named and are {len(hooks)}; "
+                "leave pixel_levels out, or name none and let it choose them"
+            )
+        return hooks
+
     def get(self, name: str) -> Layer | None:
         """The layer of that name, or None if it did not run."""
         return next((layer for layer in self.layers if layer.name == name), None)
@@ -232,12 +252,16 @@ class FeatureInfo:
         else:
             found = (
                 f"hidden_layer_{kind} is {wanted!r}; it must be a name or an index into the "
-                "network's children"
+                f"network's children{', or a list of these' * (kind == 'pixel')}"
             )
         raise ValueError(f"{found}; {self.advice(pixel=kind == 'pixel')}")
 
-    def default_pixel(self) -> str:
-        """The `deepest` map of the largest stride up to 32, with at least 4 x 4 cells."""
+    def default_pixels(self, levels: int = 1) -> list[str]:
+        """The `deepest` map of the largest stride up to 32 and 4x4 cells, and the next finer ones.
+
+        Raises:
+            ValueError: There is none, or there are not so many strides.
+        """
         fit = [
             layer
             for layer in self.layers
@@ -252,8 +276,21 @@ class FeatureInfo:
                 f"{self.net_type} has no map of at least 4x4 cells for images of {h}x{w}; use "
                 f"larger images, or name a layer; {self.advice(pixel=True)}"
             )
-        largest = max(layer.stride for layer in maps)
-        return self.deepest([own for own in maps if own.stride > largest / SAME_STRIDE]).name
+        found = list(islice(self.pyramid(maps), levels))
+        if len(found) < levels:
+            raise ValueError(
+                f"pixel_levels is {levels}, but {self.net_type} has maps of {len(found)} "
+                f"{'stride' if len(found) == 1 else 'strides'} at {self.size[0]}x{self.size[1]}: "
+                f"{', '.join(map(str, found))}; give at most {len(found)}, or name the layers"
+            )
+        return [layer.name for layer in found]
+
+    def pyramid(self, layers: Sequence[Layer]) -> Iterator[Layer]:
+        """The `deepest` of the layers at each stride, the coarsest first."""
+        while layers:
+            finer = max(layer.stride for layer in layers) / SAME_STRIDE
+            yield self.deepest([own for own in layers if own.stride > finer])
+            layers = [own for own in layers if own.stride <= finer]
 
     def deepest(self, layers: Sequence[Layer]) -> Layer:
         """The layer that most weights lead to, since an auxiliary head may run last."""

@@ -97,6 +97,10 @@ class FeatureHook(NamedTuple):
     layout: Layout
     overwritten: bool = False
 
+    def __str__(self) -> str:
+        h, w = self.layout.grid
+        return f"{self.name} ({h}x{w} cells)"
+
 
 class FeatureHooks:
     """Reads some layers of a network while it runs.

@@ -48,7 +48,7 @@ class Info:
         processes: Processes of the run, over all machines.
         cores: Cores for each process.
         batch_norm: Whether the backbone has batch norm.
-        pixel_layer: Name of the layer for the pixel loss.
+        pixel_layer: Name of the layer for the pixel loss, or names of several.
         instance_layer: Name of the layer for the instance loss.
     """
 
@@ -60,7 +60,7 @@ class Info:
     processes: int
     cores: int
     batch_norm: bool
-    pixel_layer: str
+    pixel_layer: str | tuple[str, ...]
     instance_layer: str
 
 
@@ -201,6 +201,7 @@ def resolve(config: PretrainConfig, info: Info) -> RunPlan:
         channels=info.channels,
         image_size=size if isinstance(config.image_size, tuple) else size[0],
         pixel_layer=info.pixel_layer,
+        pixel_levels=1 if isinstance(info.pixel_layer, str) else len(info.pixel_layer),
         instance_layer=info.instance_layer,
         blur_sigma=blur,
         batch_size=batch,

@@ -21,19 +21,22 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import run_layout
-from ..backbones.checkpoint import ZERO_INIT, BackboneCard
+from ..backbones.checkpoint import AS_HANDED, ZERO_INIT, BackboneCard
+from ..backbones.custom import is_module_handed
 from ..backbones.factory import build_backbone, zero_last_norms
 from ..backbones.state_dict import load_weights
 from ..data.loader import TwoViewLoader, build_loader
 from ..data.sources import Source, open_source, split_held_out
 from ..data.statistics import Statistics, measure
+from ..evaluation.features import native_bfloat16
 from ..files import write_whole
+from ..modules.encoder import each_level
 from ..pixel_cl import PixelCL
 from .auto import Info, RunPlan
 from .config import PRETRAINED, PretrainConfig
 from .config_io import start_weights
 from .logging import LOG
-from .system import Devices, cores_per_process, native_bfloat16
+from .system import Devices, cores_per_process
 
 FUSED = ("adam", "adamw", "sgd")
 """Optimisers that torch updates in one pass over the weights: a third of the time on a CPU."""
@@ -127,7 +130,7 @@ def build_learner(
     learner = PixelCL(
         net,
         size,
-        hidden_layer_pixel=layer_key(config.pixel_layer),
+        hidden_layer_pixel=layer_keys(config.pixel_layer),
         hidden_layer_instance=layer_key(config.instance_layer),
         projection_size=config.projection_size,
         projection_hidden_size=config.projection_hidden_size,
@@ -140,14 +143,24 @@ def build_learner(
         use_pixpro=config.loss == "pixpro",
         channels=channels,
         instance_weight=config.instance_weight,
+        pixel_levels=config.pixel_levels,
+        level_weights=config.level_weights,
     )
     return learner.to(memory_format=torch.channels_last)
 
 
 def layer_key(name: str) -> str | int | None:
     """A layer as the learner takes it: a name, an index, or None for its default."""
-    if name == "auto":
-        return None
+    return None if name == "auto" else name_or_index(name)
+
+
+def layer_keys(names: str | tuple[str, ...]) -> str | int | list[str | int] | None:
+    """One layer or several, likewise."""
+    return layer_key(names) if isinstance(names, str) else [name_or_index(name) for name in names]
+
+
+def name_or_index(name: str) -> str | int:
+    """A layer's name, or the number that the text is."""
     return int(name) if name.removeprefix("-").isdecimal() and "." not in name else name
 
 
@@ -163,7 +176,7 @@ def find_info(data: TrainingData, devices: Devices, learner: PixelCL) -> Info:
         processes=devices.processes,
         cores=cores_per_process(devices),
         batch_norm=any(isinstance(module, _BatchNorm) for module in learner.net.modules()),
-        pixel_layer=encoder.pixel_hook.name,
+        pixel_layer=encoder.pixel_layer,
         instance_layer=encoder.instance_hook.name,
     )
 
@@ -171,7 +184,8 @@ def find_info(data: TrainingData, devices: Devices, learner: PixelCL) -> Info:
 def build_card(plan: RunPlan, statistics: Statistics) -> BackboneCard:
     """What is needed to use the backbone."""
     settings = plan.settings
-    random = ZERO_INIT if settings.zero_init_residual else "random"
+    random = AS_HANDED if is_module_handed() else "random"
+    random = ZERO_INIT if settings.zero_init_residual else random
     return BackboneCard(
         model=plan.model,
         channels=statistics.channels,
@@ -293,7 +307,7 @@ def shard(learner: nn.Module, mesh: DeviceMesh) -> nn.Module:
     for part in (
         learner.online_encoder,
         learner.online_predictor,
-        learner.propagate_pixels,
+        *each_level(learner.propagate_pixels),
         learner.target_encoder,
     ):
         if any(True for _ in part.parameters()):

@@ -125,9 +125,16 @@ class PretrainConfig:
     channels: int | Auto = "auto"
     """Channels of the images.
     auto: found from the images."""
-    pixel_layer: str | Auto = "auto"
+    pixel_layer: str | tuple[str, ...] | Auto = "auto"
     """Layer whose feature map the pixel loss uses (`pixelcl layers MODEL` lists them).
+    Or several, coarse to fine: the loss is their mean; pictures and probes show the first.
     auto: the deepest map with at least 4x4 cells and a stride of at most 32."""
+    pixel_levels: int = 1
+    """Layers that --pixel-layer auto chooses: from 2 on also the deepest map of each finer stride.
+    With 2 a ResNet learns at strides 32 and 16."""
+    level_weights: tuple[float, ...] = ()
+    """Weight of each pixel layer in the pixel loss, relative to each other.
+    Equal if not given."""
     instance_layer: str | Auto = "auto"
     """Layer whose features the instance loss uses.
     auto: the pooled vector after the last map, else the pixel layer, averaged."""
@@ -292,6 +299,13 @@ def number(name: str, value: object) -> str | None:
     return None if is_number(value) else f"{name} is {value!r}; it must be a number"
 
 
+def text_or_texts(name: str, value: object) -> str | None:
+    """The error message about anything but a text, or at least one in a sequence."""
+    several = isinstance(value, (tuple, list)) and value
+    wrong = (texts if several else plain_text)(name, value)
+    return wrong and f"{name} is {value!r}; it must be a text or a list of texts"
+
+
 def numbers(name: str, value: object, count: int) -> str | None:
     """The error message about anything but ``count`` numbers from 0 to 1."""
     if not isinstance(value, (tuple, list)) or len(value) != count:
@@ -315,6 +329,9 @@ def precision(name: str, value: object) -> str | None:
 OWN_LIMITS: Mapping[str, Check] = {
     **dict.fromkeys(("out", "config", "weights", "probe", "ids", "colours"), plain_text),
     **dict.fromkeys(("model", "pixel_layer", "instance_layer", "optimizer"), plain_text),
+    **dict.fromkeys(("out", "config", "weights", "probe"), plain_text),
+    **dict.fromkeys(("model", "instance_layer", "optimizer"), plain_text),
+    "pixel_layer": text_or_texts,
     **dict.fromkeys(
         ("resume", "overwrite", "dry_run", "zero_init_residual"),
         partial(one_of, allowed=(True, False)),

@@ -19,6 +19,8 @@ REPLACES: dict[str, dict[str, Any]] = {
     "epochs": {"steps": None},
     "steps": {"epochs": "auto"},
     "batch_size": {"accumulate": "auto"},
+    "pixel_layer": {"pixel_levels": 1},
+    "pixel_levels": {"pixel_layer": "auto"},
 }
 """Settings that a setting takes the place of, and how these are then left."""
 FIXED = (

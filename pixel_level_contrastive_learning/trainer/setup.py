@@ -11,6 +11,7 @@ import torch
 
 from .. import run_layout
 from ..augment import Normalise
+from ..backbones.custom import OBJECT
 from ..data.segmentation import SegmentationDataset, open_labelled
 from ..pixel_cl import PixelCL
 from . import build
@@ -79,7 +80,7 @@ def check_places(config: PretrainConfig, objects: Any) -> RunDir:
                 f"data is not given; {config.out!r} holds a run, which --resume goes on with. For "
                 "a new one name a folder of images"
             )
-        raise ValueError("data is not given; name a folder of images")
+        raise ValueError("data is not given; name a folder of images, before the flags")
     if run_dir.path.resolve() in [Path(place).expanduser().resolve() for place in config.data]:
         raise ValueError(
             f"out is {config.out!r}, where the images are, too; give the run a folder of its own"
@@ -144,7 +145,7 @@ def log_setup(setup: Setup, *, dry_run: bool) -> None:
     )
     LOG.info(
         "%d steps of %d images (%d an epoch, %d of warm-up), learning rate up to %.3g, %s, "
-        "views of %d x %d pixels, layers %s and %s, %s workers",
+        "views of %d x %d pixels, pixel loss on %s, instance loss on %s, %s workers",
         schedule.steps,
         plan.batch_size,
         schedule.steps_per_epoch,
@@ -152,7 +153,7 @@ def log_setup(setup: Setup, *, dry_run: bool) -> None:
         schedule.peak_lr,
         plan.precision,
         *plan.view_size,
-        plan.settings.pixel_layer,
+        ", ".join(map(str, setup.learner.online_encoder.pixel_hooks)),
         plan.settings.instance_layer,
         plan.workers,
     )
@@ -160,6 +161,12 @@ def log_setup(setup: Setup, *, dry_run: bool) -> None:
         LOG.info(
             "start weights are trained as a whole, with a learning rate of %.3g for 256 images",
             plan.settings.lr,
+        )
+    if plan.model.startswith(f"{OBJECT}:"):
+        LOG.info(
+            "the run cannot build %s again: pass it as model= to load_backbone, evaluate, "
+            "visualize and export, and to pretrain with resume=True",
+            plan.model.removeprefix(f"{OBJECT}:"),
         )
     if len(setup.data.train) < plan.batch_size:
         LOG.warning(

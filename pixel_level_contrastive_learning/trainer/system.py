@@ -83,16 +83,6 @@ def find_devices(config: PretrainConfig) -> Devices:
     return Devices(kind, per_node, nodes)
 
 
-def native_bfloat16(kind: str) -> bool:
-    """Whether a kind of device has bfloat16 instructions."""
-    if kind == "cuda":
-        return torch.cuda.get_device_capability() >= (8, 0)
-    if kind != "cpu":
-        return False
-    queries = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")  # not public in torch
-    return any(bool(getattr(torch.cpu, name, lambda: False)()) for name in queries)
-
-
 def is_writer() -> bool:
     """Whether this process is the one that writes into the run's folder."""
     return all(os.environ.get(name, "0") == "0" for name in RANKS)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .. import run_layout
 from ..backbones.checkpoint import load_backbone, save_backbone, save_card
+from ..backbones.custom import handing_over
 from ..backbones.factory import build_backbone
 from ..backbones.state_dict import tensors_of
 from ..data.dataset import TwoViewBatch
@@ -222,7 +223,8 @@ def pretrain(data: Any = None, out: str | Path | None = None, **settings: Any) -
             sequence of tensors, arrays or PIL images, or a torch data set.
         out: Folder of the run.
         **settings: The settings of `PretrainConfig` by name, as `pixelcl pretrain --help` describes
-            them.
+            them. ``model`` may also be a network, of which a copy is trained from the weights that
+            it has, or a function that builds one; pass it again to whatever reads the run.
 
     Returns:
         The backbone, the metrics of the last step, and the folder.
@@ -235,8 +237,10 @@ def pretrain(data: Any = None, out: str | Path | None = None, **settings: Any) -
     """
     places, objects = split_data(data)
     paths = {name: str(value) for name, value in settings.items() if isinstance(value, Path)}
-    given = settings | paths | places | ({} if out is None else {"out": str(out)})
-    return run(to_config(settings_of(given)), objects)
+    with handing_over(settings.get("model")) as handed:
+        model = {} if handed is None else {"model": handed}
+        given = settings | paths | places | model | ({} if out is None else {"out": str(out)})
+        return run(to_config(settings_of(given)), objects)
 
 
 def signature() -> Signature:

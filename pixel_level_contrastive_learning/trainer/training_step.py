@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from ..augment import Normalise, change_both
 from ..blocks import full_precision
 from ..data.dataset import TwoViewBatch
+from ..modules.encoder import each_level
 from ..pixel_cl import PixelCL, Terms
 from ..views import View, to_device
 from .auto import RunPlan
@@ -224,7 +225,8 @@ def features_of(learner: PixelCL, kept: list[Tensor] | None) -> Iterator[None]:
         yield
         return
     encoder = learner.online_encoder
-    head = encoder.pixel_projector if learner.branches.pixel else encoder.instance_projector
+    pixel = each_level(encoder.pixel_projector)[0]
+    head = pixel if learner.branches.pixel else encoder.instance_projector
     handle = head.register_forward_pre_hook(keep)
     try:
         yield

@@ -21,9 +21,10 @@ from ..data.image import ImageError, to_rgb
 from ..data.segmentation import SegmentationDataset
 from ..data.sources import Source
 from ..data.statistics import Statistics, read_image
-from ..evaluation.correspondence import ViewPairs, draw_pairs, matched
+from ..evaluation.correspondence import ViewPairs, draw_pairs, measure_correspondence
 from ..evaluation.features import Preparation, Reader
-from ..evaluation.probes import Diverged, probed
+from ..evaluation.metrics import PreparedSplit
+from ..evaluation.probes import DivergedError, ProbeTask, run_probes
 from ..geometry import box_to_map
 from ..pixel_cl import PixelCL
 from ..views import cut_views
@@ -92,7 +93,7 @@ class FeaturePictures:
         self.drawn_at = step.step
         card = self.card
         if self.reader is None:
-            net, layers = step.learner.net, [card.pixel_layer]
+            net, layers = step.learner.net, [card.shown_layer]
             self.reader = Reader(net, layers, card.channels, card.image_size)
         reader = self.reader
 
@@ -105,7 +106,9 @@ class FeaturePictures:
             LOG.warning("step %d: %s", step.step, NOT_FINITE)
             return
         if self.pairs:
-            changed, kept = (matched(read, pairs, card.mean, card.std) for pairs in self.pairs)
+            changed, kept = (
+                measure_correspondence(read, pairs, card.mean, card.std) for pairs in self.pairs
+            )
             self.latest |= {
                 "hit1": changed.hit1,
                 "hit1_colours_kept": kept.hit1,
@@ -156,11 +159,14 @@ class Probe:
     def run(self, step: TrainingStep) -> None:
         """Probe now, and mark the step's checkpoint if no step after the first was better."""
         net, card = step.learner.net, self.card
-        reader = Reader(net, [card.pixel_layer], card.channels, card.image_size)
+        reader = Reader(net, [card.shown_layer], card.channels, card.image_size, fast=True)
         prepare = Preparation.of(card, net=net)
         try:
-            scored = probed(reader, self.train, self.val, prepare, protocol=self.protocol)
-        except Diverged:
+            train, val = (PreparedSplit(own, prepare) for own in (self.train, self.val))
+            (scored,) = run_probes(
+                reader, [ProbeTask(self.protocol, train, (card.shown_layer,))], val
+            )
+        except DivergedError:
             LOG.warning("step %d: not probed: %s", step.step, NOT_FINITE)
             return
         miou = float(scored.scores.miou)
@@ -221,7 +227,7 @@ def draw_batch(
         to_rgb(view.pixels * normalise.std + normalise.mean).clamp(0, 1).cpu()
         for view in make_views(move_batch(some, device), normalise, plan)
     ]
-    grid = learner.online_encoder.pixel_hook.layout.grid
+    grid = learner.online_encoder.pixel_hooks[0].layout.grid
     previews = folder / run_layout.PREVIEW
     previews.mkdir(parents=True, exist_ok=True)
     paths = []

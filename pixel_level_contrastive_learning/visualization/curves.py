@@ -1,4 +1,4 @@
-"""The charts of a run: which figures stand together, and what to look for in them."""
+"""The curves of a run: which metrics stand in one chart, and what to look for in them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from io import StringIO
-from math import inf, isfinite, nan
+from math import nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,11 +14,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool1d, pad
 
+from .. import run_layout
 from ..evaluation.health import COLLAPSED_RANK, COLLAPSED_SPREAD
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+Metrics = Mapping[str, Sequence[float]]
+"""The metrics of a run, a column each, as `read_metrics` gives them."""
 
 
 class Chart(NamedTuple):
@@ -123,10 +127,10 @@ CHARTS = (
 )
 
 
-POINTS = 240
+MAX_POINTS = 240
 """Points a curve is drawn with, at most: runs have any number of steps."""
-SMOOTHED = 15
-"""Points that the strong line is the mean of, where there are many."""
+WINDOW = 15
+"""Points of the running mean, where there are many."""
 
 
 class Palette(NamedTuple):
@@ -138,30 +142,30 @@ class Palette(NamedTuple):
     bound: str = "#b42318"
 
 
-# Stand-ins that no chart has else: a page replaces them by its own colours, light or dark.
-ON_PAGE = Palette("#010101", "#020202", ("#030303", "#040404"), "#050505")
-VARIABLES = {
-    "#010101": "var(--soft)",
-    "#020202": "var(--line)",
-    "#030303": "var(--one)",
-    "#040404": "var(--two)",
-    "#050505": "var(--bad)",
-}
+PLACEHOLDERS = Palette("#010101", "#020202", ("#030303", "#040404"), "#050505")
+"""Colours that no chart has else; a page has its own, light or dark, in these variables."""
+CSS_VARIABLES = ("--soft", "--line", "--one", "--two", "--bad")
 
 
 def read_metrics(path: str | Path) -> dict[str, list[float]]:
-    """The figures of a run, a column each; NaN where a step has none.
+    """The metrics of a run, a column each; NaN where a step has none.
 
     Args:
-        path: A run directory or its ``metrics.jsonl``. A last line that was cut short, as by a
+        path: A run's folder or its ``metrics.jsonl``. A last line that was cut short, as by a
             killed run, is left out.
 
     Raises:
         ValueError: A line is no JSON object.
         OSError: There is no such file.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as run:
+    ...     _ = (Path(run) / "metrics.jsonl").write_text('{"step": 1, "loss": 8}')
+    ...     read_metrics(run)
+    {'step': [1.0], 'loss': [8.0]}
     """
     path = Path(path)
-    path = path / "metrics.jsonl" if path.is_dir() else path
+    path = path / run_layout.METRICS if path.is_dir() else path
     lines = path.read_text(encoding="utf-8").splitlines()
     rows = []
     for number, line in enumerate(lines, 1):
@@ -175,15 +179,13 @@ def read_metrics(path: str | Path) -> dict[str, list[float]]:
                 "changed after the run: mend the line or take it out"
             ) from error
     names = dict.fromkeys(name for row in rows for name in row)
-    return {name: [as_number(row.get(name)) for row in rows] for name in names}
+    return {
+        name: [float(v) if isinstance(v := row.get(name), (int, float)) else nan for row in rows]
+        for name in names
+    }
 
 
-def as_number(value: object) -> float:
-    """The value as a float, NaN where it is none."""
-    return float(value) if isinstance(value, (int, float)) else nan
-
-
-def curves_figure(metrics: Mapping[str, Sequence[float]]) -> Figure:
+def curves_figure(metrics: Metrics) -> Figure:
     """All charts of a run as one matplotlib figure.
 
     Args:
@@ -191,10 +193,14 @@ def curves_figure(metrics: Mapping[str, Sequence[float]]) -> Figure:
 
     Raises:
         ValueError: There is nothing to draw.
+
+    >>> figure = curves_figure({"step": [1, 2, 3], "loss": [8.0, 6.5, 6.0]})
+    >>> [axes.get_title(loc="left") for axes in figure.axes]
+    ['Loss']
     """
     from matplotlib.figure import Figure
 
-    charts = drawable(metrics)
+    charts = charts_of(metrics)
     if not charts:
         raise ValueError("metrics hold no step yet; let the run take a few steps first")
     rows = -(-len(charts) // 2)
@@ -206,28 +212,47 @@ def curves_figure(metrics: Mapping[str, Sequence[float]]) -> Figure:
     return figure
 
 
-def drawable(metrics: Mapping[str, Sequence[float]]) -> list[Chart]:
-    """The charts for which there are figures."""
-    return [
-        chart
-        for chart in CHARTS
-        if any(isfinite(value) for name, _ in chart.curves for value in metrics.get(name, ()))
-    ]
+def charts_of(metrics: Metrics) -> list[Chart]:
+    """The charts for which there are metrics."""
+    return [chart for chart in CHARTS if any(curve(metrics, name)[1] for name, _ in chart.curves)]
 
 
-def draw_chart(
-    axes: Axes, chart: Chart, metrics: Mapping[str, Sequence[float]], palette: Palette
-) -> None:
+def curve(metrics: Metrics, name: str) -> tuple[list[float], list[float]]:
+    """The steps and values of a metric, as at most `MAX_POINTS` means of neighbours; no gaps."""
+    steps, values = (
+        torch.tensor(metrics.get(column, ()), dtype=torch.float64) for column in ("step", name)
+    )
+    count = min(len(steps), len(values))
+    points = torch.stack((steps[:count], values[:count]))
+    points = points[:, points.isfinite().all(dim=0)]
+    if points.shape[1] == 0:
+        return [], []
+    parts: Sequence[Tensor] = points.tensor_split(min(points.shape[1], MAX_POINTS), dim=1)
+    means = torch.stack([part.mean(dim=1) for part in parts], dim=1)
+    return means[0].tolist(), means[1].tolist()
+
+
+def running_mean(values: Sequence[float]) -> list[float]:
+    """The running mean, over fewer points where there are few; as many values as before."""
+    width = min(WINDOW, len(values) // 8) // 2 * 2 + 1
+    if width <= 1:
+        return list(values)
+    edges = width // 2
+    line = torch.tensor(values, dtype=torch.float64)[None, None]
+    return avg_pool1d(pad(line, (edges, edges), mode="replicate"), width, 1)[0, 0].tolist()
+
+
+def draw_chart(axes: Axes, chart: Chart, metrics: Metrics, palette: Palette) -> None:
     """Draw one chart: each curve thin as it was and strong as its running mean."""
     from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
     for (name, label), colour in zip(chart.curves, palette.curves, strict=False):
-        steps, values = thinned(metrics["step"], metrics.get(name, ()))
+        steps, values = curve(metrics, name)
         if not values:
             continue
         style: dict[str, Any] = {"color": colour, "solid_capstyle": "round"}
         axes.plot(steps, values, linewidth=1, alpha=0.35, **style)
-        axes.plot(steps, smoothed(values), linewidth=1.8, label=label, **style)
+        axes.plot(steps, running_mean(values), linewidth=1.8, label=label, **style)
     if chart.logarithmic and axes.dataLim.ymax > 0:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=6))
@@ -239,16 +264,8 @@ def draw_chart(
     if chart.bound is not None:
         value, words = chart.bound
         axes.axhline(value, color=palette.bound, linewidth=1, linestyle=(0, (4, 3)))
-        axes.annotate(
-            f"{words} {value:g}",
-            (1, value),
-            (0, 3),
-            xycoords=("axes fraction", "data"),
-            textcoords="offset points",
-            color=palette.bound,
-            fontsize=8,
-            ha="right",
-        )
+        place: Any = (1, value), (0, 3), ("axes fraction", "data"), "offset points"
+        axes.annotate(f"{words} {value:g}", *place, color=palette.bound, fontsize=8, ha="right")
     axes.set_xlabel("step", color=palette.ink, fontsize=8.5)
     axes.set_ylabel(chart.unit, color=palette.ink, fontsize=8.5)
     axes.tick_params(labelsize=8.5, labelcolor=palette.ink, length=0, which="both")
@@ -261,66 +278,37 @@ def draw_chart(
         axes.legend(frameon=False, fontsize=8.5, labelcolor=palette.ink, loc="lower right", ncols=2)
 
 
-def thinned(steps: Sequence[float], values: Sequence[float]) -> tuple[list[float], list[float]]:
-    """At most `POINTS` points of a curve, each the mean of neighbours; gaps are left out.
-
-    Args:
-        steps: Where.
-        values: What was measured there.
-    """
-    both = [(x, y) for x, y in zip(steps, values, strict=False) if isfinite(x) and isfinite(y)]
-    if not both:
-        return [], []
-    parts: Sequence[Tensor] = torch.tensor(both, dtype=torch.float64).tensor_split(
-        min(len(both), POINTS)
-    )
-    means = torch.stack([part.mean(dim=0) for part in parts])
-    return means[:, 0].tolist(), means[:, 1].tolist()
-
-
-def smoothed(values: Sequence[float]) -> list[float]:
-    """The running mean, over fewer points where there are few; as many values as before."""
-    width = min(SMOOTHED, len(values) // 8) // 2 * 2 + 1
-    if width <= 1:
-        return list(values)
-    line = torch.tensor(values, dtype=torch.float64)[None, None]
-    edges = width // 2
-    line = pad(line, (edges, edges), mode="replicate")
-    return avg_pool1d(line, width, stride=1)[0, 0].tolist()
-
-
-def chart_svg(chart: Chart, metrics: Mapping[str, Sequence[float]]) -> str:
+def chart_svg(chart: Chart, metrics: Metrics) -> str:
     """One chart as an ``<svg>`` element for a page, in the page's colours and fonts."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    held = StringIO()
+    file = StringIO()
     # Words stay words, and equal charts give equal text.
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": chart.title}):
         figure = Figure(figsize=(3.5, 2.1), layout="constrained")
-        draw_chart(figure.add_subplot(), chart, metrics, ON_PAGE)
+        draw_chart(figure.add_subplot(), chart, metrics, PLACEHOLDERS)
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(held, format="svg", transparent=True, metadata=nothing)
-    text = held.getvalue()
+        figure.savefig(file, format="svg", transparent=True, metadata=nothing)
+    text = file.getvalue()
     text = text[text.index("<svg") :]
-    for part in ("metadata", "style"):
-        text = re.sub(rf"<{part}\b.*?</{part}>\s*", "", text, flags=re.DOTALL)
+    text = re.sub(r"<(metadata|style)\b.*?</\1>\s*", "", text, flags=re.DOTALL)
     text = re.sub(r' id="[a-z0-9.]+_\d+"', "", text)  # the same in all charts
-    text = re.sub(r"#0[1-5]0[1-5]0[1-5]", lambda found: VARIABLES[found[0]], text)
+    for number, variable in enumerate(CSS_VARIABLES, 1):
+        text = text.replace(f"#{3 * f'0{number}'}", f"var({variable})")
     return text.replace("<svg ", '<svg aria-hidden="true" ', 1)
 
 
-def in_words(chart: Chart, metrics: Mapping[str, Sequence[float]]) -> str:
+def chart_words(chart: Chart, metrics: Metrics) -> str:
     """A chart for those who do not see it: where each curve began, ended, and lay between."""
     told = []
     for name, label in chart.curves:
-        steps, values = thinned(metrics["step"], metrics.get(name, ()))
+        steps, values = curve(metrics, name)
         if not values:
             continue
-        line = smoothed(values)
-        low, high = min([*line, inf]), max([*line, -inf])
+        line = running_mean(values)
         told.append(
             f"{label} from {line[0]:.3g} at step {steps[0]:.0f} to {line[-1]:.3g} at step "
-            f"{steps[-1]:.0f}, between {low:.3g} and {high:.3g}"
+            f"{steps[-1]:.0f}, between {min(line):.3g} and {max(line):.3g}"
         )
     return f"{chart.title}, {chart.unit}: {'; '.join(told)}."

@@ -1,4 +1,4 @@
-"""The explorer: the images it shows, and feature maps so small that a page compares them live."""
+"""The explorer's data: its images, and feature maps so small that a page compares them live."""
 
 from __future__ import annotations
 
@@ -6,53 +6,60 @@ import logging
 import os
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
-from io import BytesIO
+from math import ceil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from einops import einsum, rearrange
 from torch import Tensor, cat
 from torch.nn.functional import interpolate
 
 from ..augment import Colour, Photometry
-from ..data.image import ImageError, to_rgb
-from ..data.sources import Source, open_source
+from ..backbones.checkpoint import BackboneCard, Loaded
+from ..data.image import ImageError
+from ..data.sources import open_source
 from ..data.statistics import read_image
-from ..evaluation.evaluate import evenly, left_out, none_left
-from ..evaluation.features import Preparation
+from ..evaluation.baselines import random_net
+from ..evaluation.correspondence import evenly, left_out, none_left
+from ..evaluation.features import Preparation, Reader
 from ..views import Placement, cut_views, draw_maps
-from .matches import picture
-from .pca import centred, components
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
+from .matches import fit_size
+from .pca import centred, principal_components
 
 log = logging.getLogger(__name__)
 
+RANDOM, TRAINED = "Random weights", "Trained weights"
+SHOWN_SIDE = 480
+"""Pixels of the longer side of an image on the page."""
+MAX_ASPECT = 2
+"""Longer side over shorter side, at most; what lies beyond is cut off at both ends."""
 WHOLE = torch.eye(3)[:2]
 """The map of a view that is the whole image."""
+OTHER_VIEW = Placement((0.5, 0.75), prob_hflip=1.0)
+"""The other view of an image: mirrored, a quarter to a half of it."""
+OTHER_COLOUR = Photometry(prob_jitter=1.0, prob_gray=0.0, prob_blur=0.0)
+"""Its colours: changed as in training, but for what makes pictures hard to look at."""
+MAX_SHIFTS = 4
+"""Shifts of an image along each side, at most, for a finer map."""
+MAX_CELLS = 40
+"""Cells of the longer side of a map, at most: the eye sees no more, and the page stays small."""
+BORDER = 3
+"""Cells of mirror image around an image that are read and thrown away, since convolutions see the
+zeros they pad with: with three, what a ResNet-18 of random weights gives for a plain image differs
+from cell to cell by a cosine of 0.01, with none by 0.34."""
+DIMENSIONS = 32
+"""Numbers a cell: enough that cosines come out as of all channels, to a few hundredths."""
 
 
 class Sample(NamedTuple):
-    """An image, or a view of one.
-
-    Attributes:
-        name: What it is called, for people.
-        pixels: ``(c, h, w)`` float32 in [0, 1], all channels, at the size of the page.
-        source: Number of the image it shows.
-        to_source: ``(2, 3)`` map from its unit square to that of the whole image.
-    """
+    """An image at the size of the page, or a view of one."""
 
     name: str
-    pixels: Tensor
-    source: int
-    to_source: Tensor
-
-    @property
-    def whole(self) -> bool:
-        """Whether it is the whole image."""
-        return bool((self.to_source == WHOLE).all())
+    pixels: Tensor  # (c, h, w) float32 in [0, 1], all channels
+    source: int  # number of the image it shows
+    to_source: Tensor  # (2, 3) map from its unit square to that of the whole image
 
     @property
     def size(self) -> tuple[int, int]:
@@ -60,98 +67,64 @@ class Sample(NamedTuple):
         return self.pixels.shape[-2], self.pixels.shape[-1]
 
 
-SHOWN_SIDE = 480
-"""Pixels of the longer side of an image on the page."""
-LONGEST = 2
-"""Longer side over shorter side, at most; what lies beyond is cut off at both ends."""
-OTHER_VIEW = Placement((0.5, 0.75), prob_hflip=1.0)
-"""The other view of an image: mirrored, a quarter to a half of it."""
-OTHER_COLOUR = Photometry(prob_jitter=1.0, prob_gray=0.0, prob_blur=0.0)
-"""Its colours: changed as in training, but for what makes pictures hard to look at."""
-
-
 def read_samples(images: Any, prepare: Preparation, count: int) -> list[Sample]:
-    """Some images, evenly spread over all of them.
-
-    Args:
-        images: A folder, a list of paths, a sequence of images and so on, see `open_source`.
-        prepare: How the network is fed, which says how values become [0, 1].
-        count: How many, at most.
-
-    Raises:
-        ValueError: There is no image that can be read and is for this network.
-    """
+    """At most ``count`` images that are for this network, evenly spread over all."""
     source = open_source(images)
-    chosen: list[tuple[int, Tensor]] = []
+    found: list[tuple[str, Tensor]] = []
     refused: list[str] = []
     for index in evenly(len(source), count):
+        name = source.name(index)
         try:
-            pixels = read(source, index, prepare)
+            pixels = crop_to_aspect(read_image(source, index, prepare.statistics, SHOWN_SIDE))
         except ImageError as error:
-            refused.append(f"{source.name(index)}: {error}")
+            refused.append(f"{name}: {error}")
             continue
-        chosen.append((index, prepare.in_range(pixels, source.name(index))))
-        if len(chosen) == count:
+        found.append((name, prepare.in_range(pixels, name)))
+        if len(found) == count:
             break
-    if not chosen:
+    if not found:
         raise ValueError(none_left(refused, prepare))
     for note in left_out(refused):
         log.warning(note)
-    names = short_names([source.name(index) for index, _ in chosen])
+    names = relative_names([name for name, _ in found])
     return [
-        Sample(name, fitted(pixels), number, WHOLE)
-        for number, (name, (_, pixels)) in enumerate(zip(names, chosen, strict=True))
+        Sample(name, resize(pixels, fit_size(pixels.shape[-2:], SHOWN_SIDE)).clamp(0, 1), k, WHOLE)
+        for k, (name, (_, pixels)) in enumerate(zip(names, found, strict=True))
     ]
 
 
-def read(source: Source, index: int, prepare: Preparation) -> Tensor:
-    """The upright pixels ``(c, h, w)`` of an image, decoded no larger than is needed.
-
-    Raises:
-        ImageError: It is no image, or none for this network.
-    """
-    return middle_part(read_image(source, index, prepare.statistics, SHOWN_SIDE))
-
-
-def middle_part(pixels: Tensor) -> Tensor:
-    """The middle of a strip that is longer than `LONGEST` times its width."""
+def crop_to_aspect(pixels: Tensor) -> Tensor:
+    """The middle of an image that is longer than `MAX_ASPECT` times its width."""
     h, w = pixels.shape[-2:]
-    height, width = min(h, LONGEST * w), min(w, LONGEST * h)
+    height, width = min(h, MAX_ASPECT * w), min(w, MAX_ASPECT * h)
     top, left = (h - height) // 2, (w - width) // 2
     return pixels[:, top : top + height, left : left + width]
 
 
-def fitted(pixels: Tensor) -> Tensor:
-    """Pixels at the size of the page, larger or smaller than they were."""
-    scale = SHOWN_SIDE / max(pixels.shape[-2:])
-    h, w = (max(1, round(side * scale)) for side in pixels.shape[-2:])
-    return interpolate(pixels[None], (h, w), mode="bilinear", antialias=True)[0].clamp(0, 1)
+def resize(pixels: Tensor, size: Sequence[int]) -> Tensor:
+    """An image ``(c, h, w)`` at another size, without aliasing."""
+    return interpolate(pixels[None], tuple(size), mode="bilinear", antialias=True)[0]
 
 
-def short_names(names: Sequence[str]) -> list[str]:
+def relative_names(names: Sequence[str]) -> list[str]:
     """Names without the folder that they share, so that a page tells nothing of the machine."""
     if not any(os.path.isabs(name) or os.sep in name for name in names):
-        return [readable(name) for name in names]
+        return [printable(name) for name in names]
     paths = [os.path.abspath(name) for name in names]
     try:
         folder = os.path.commonpath([os.path.dirname(path) for path in paths])
-    except ValueError:  # on drives of their own
-        return [readable(Path(path).name) for path in paths]
-    return [readable(Path(os.path.relpath(path, folder)).as_posix()) for path in paths]
+    except ValueError:  # on different drives
+        return [printable(Path(path).name) for path in paths]
+    return [printable(Path(os.path.relpath(path, folder)).as_posix()) for path in paths]
 
 
-def readable(name: str) -> str:
-    """The name as text that can be written: bytes that are none are marked."""
+def printable(name: str) -> str:
+    """A file's name as text that can be written; bytes that are no text are marked."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def other_view(sample: Sample, seed: int) -> Sample:
-    """Another view of an image: cut out, mirrored, changed in colour, as in training.
-
-    Args:
-        sample: The whole image.
-        seed: Decides the view. No generator outside moves on.
-    """
+    """Another view of an image: cut out, mirrored, changed in colour. Moves no generator."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         drawn = draw_maps(1, sample.size, OTHER_VIEW)
@@ -162,88 +135,116 @@ def other_view(sample: Sample, seed: int) -> Sample:
     return Sample(f"another view of {sample.name}", changed, sample.source, to_source)
 
 
-def fed(sample: Sample, prepare: Preparation) -> Tensor:
-    """What the network is fed: ``(c, h, w)`` normalised, at its size."""
-    return prepare.normalised(prepare.resized(sample.pixels))
+def extract_maps(
+    loaded: Loaded, inputs: Sequence[Tensor], device: torch.device, *, fixed: bool
+) -> tuple[dict[str, list[Tensor]], tuple[int, int]]:
+    """Maps of the pixel layer by both networks, of one input size if ``fixed``; a view's grid."""
+    card = loaded.card
+    maps, grid = {}, (1, 1)
+    for name, net in ((RANDOM, random_net(card, card.seed)), (TRAINED, loaded.net)):
+        reader = Reader(net.to(device), [card.shown_layer], card.channels, card.image_size)
+        grid = reader.layouts[reader.layers[0]].grid
+        stride = None if fixed else stride_of(reader, card)
+        maps[name] = [fine_map(reader, pixels, stride) for pixels in inputs]
+    return maps, grid
 
 
-DIMENSIONS = 32
-"""Numbers a cell: enough that cosines come out as of all channels, to a few hundredths."""
+def stride_of(reader: Reader, card: BackboneCard) -> int | None:
+    """Pixels from one row of cells to the next; None where every image has as many as a view."""
+    height, width = card.image_size
+
+    def rows(side: int) -> int:
+        return reader(torch.zeros(1, card.channels, side, width)).shape[-2]
+
+    # Height over rows is only near it where the last row sticks out or leaves a rest: make the
+    # view so much higher that a row more or less does not matter.
+    seen = rows(height)
+    near = round(height / seen)
+    more = 4 * near**2
+    gained = rows(height + more) - seen
+    if gained == 0:
+        return None
+    stride = round(more / gained)
+    # Where nothing is padded, rows are missing, and a border of larger cells makes up for them.
+    return stride if rows(stride * (seen + 1)) == seen + 1 else near
 
 
-def packed(maps: Sequence[Tensor], dimensions: int = DIMENSIONS) -> list[dict[str, Any]]:
-    """Maps as text, from which a page computes how alike any two cells are.
+def fine_map(reader: Reader, pixels: Tensor, stride: int | None, cells: int = 24) -> Tensor:
+    """A layer's map of one image, about ``cells`` long: shifts are read, their maps interleaved."""
+    # A map of 7x7 cells says little of where things are. Moving the image by fractions of a cell
+    # keeps what the network itself gives for a spot, at the scale it was trained on.
+    # A network of a fixed input size (no stride) gets the image as it is and no border.
+    border = 0 if stride is None else BORDER
+    if stride is not None:
+        pixels = resize(
+            pixels, [max(1, round(side / stride)) * stride for side in pixels.shape[1:]]
+        )
+    _, height, width = pixels.shape
+    margin = border * (stride or 0)
 
-    The strongest principal components of features of length 1 are kept, less the mean over all
-    cells, each as whole numbers from -127 to 127 of its own unit. A page that takes the mean of any
-    two maps from both has what `centred` gives for them.
+    def read(batch: Tensor) -> Tensor:
+        maps = reader(batch).cpu()
+        h, w = maps.shape[-2:]
+        return maps[..., border : h - border, border : w - border]
 
-    Args:
-        maps: ``(c, h, w)`` float each, of one layer.
-        dimensions: How many components.
+    plain = read(mirrored(pixels, margin, margin)[None])[0]
+    _, h, w = plain.shape
+    finer = min(MAX_SHIFTS, ceil(cells / max(h, w)))
+    if finer == 1:
+        size = fit_size((h, w), min(MAX_CELLS, max(h, w)))
+        return interpolate(plain[None], size, mode="area")[0]
+    down, across = (
+        [round(((k + 0.5) / finer - 0.5) * side / own) for k in range(finer)]
+        for side, own in ((height, h), (width, w))
+    )
+    y, x = max(map(abs, down)), max(map(abs, across))
+    around = mirrored(pixels, margin + y, margin + x)
+    windows = around.unfold(1, height + 2 * margin, 1).unfold(2, width + 2 * margin, 1)
+    rows = (torch.stack([windows[:, y + dy, x + dx] for dx in across]) for dy in down)
+    maps = torch.stack([read(row) for row in rows])
+    return rearrange(maps, "down across c h w -> c (h down) (w across)")
 
-    Returns:
-        For each map its ``h``, ``w``, ``units`` (one number a component), and ``data``: int8 in
-        base64, a cell after the other, row by row.
-    """
+
+def mirrored(pixels: Tensor, rows: int, columns: int) -> Tensor:
+    """Pixels ``(c, h, w)`` with their mirror image around them, over and over where it is wide."""
+    around = (0, 0), (rows, rows), (columns, columns)
+    return torch.from_numpy(np.pad(pixels.numpy(), around, mode="symmetric"))  # not in torch
+
+
+def quantized(maps: Sequence[Tensor], dimensions: int = DIMENSIONS) -> list[dict[str, Any]]:
+    """Maps ``(c, h, w)`` of one layer as int8 principal components of their cells, in base64."""
+    # A page that takes the mean of any two maps from both has what `centred` gives for them.
     directions = centred(*maps)
     cells = cat([rearrange(own, "c h w -> (h w) c") for own in directions])
-    axes = components(cells, min(dimensions, cells.shape[1]))
+    axes = principal_components(cells, min(dimensions, cells.shape[1]))
     units = ((cells @ axes).abs().amax(dim=0) / 127).clamp(min=torch.finfo(torch.float32).tiny)
+    short = [float(f"{unit:.4g}") for unit in units.tolist()]
     held = []
     for own in directions:
         numbers = (einsum(own, axes, "c h w, c d -> h w d") / units).round().to(torch.int8)
-        h, w, _ = numbers.shape
-        data = text(numbers.numpy().tobytes())
-        held.append({"h": h, "w": w, "units": rounded(units), "data": data})
+        data = b64encode(numbers.numpy().tobytes()).decode("ascii")
+        held.append({"h": numbers.shape[0], "w": numbers.shape[1], "units": short, "data": data})
     return held
 
 
-def rounded(numbers: Tensor) -> list[float]:
-    """Numbers with the digits that matter."""
-    return [float(f"{number:.4g}") for number in numbers.tolist()]
-
-
-def cargo(samples: Sequence[Sample], networks: Mapping[str, Sequence[Tensor]]) -> dict[str, Any]:
-    """All that the explorer needs, as plain lists and texts.
-
-    Args:
-        samples: The images, and other views of them.
-        networks: For each network, by its name for people, the maps ``(c, h, w)`` of all samples.
-    """
-    maps = [packed(own) for own in networks.values()]
+def explorer_data(
+    samples: Sequence[Sample], pictures: Sequence[str], networks: Mapping[str, Sequence[Tensor]]
+) -> dict[str, Any]:
+    """What the page's script needs: the samples, their data URIs, their maps by each network."""
+    maps = zip(*(quantized(own) for own in networks.values()), strict=True)
     return {
         "networks": list(networks),
         "images": [
             {
                 "name": sample.name,
-                "whole": sample.whole,
+                "whole": bool((sample.to_source == WHOLE).all()),
                 "source": sample.source,
                 "map": sample.to_source.flatten().tolist(),
                 "width": sample.size[1],
                 "height": sample.size[0],
-                "src": jpeg(picture(to_rgb(sample.pixels))),
-                "maps": [own[number] for own in maps],
+                "src": picture,
+                "maps": list(own),
             }
-            for number, sample in enumerate(samples)
+            for sample, picture, own in zip(samples, pictures, maps, strict=True)
         ],
     }
-
-
-def jpeg(image: Image) -> str:
-    """A photograph as a data URI."""
-    held = BytesIO()
-    image.convert("RGB").save(held, "JPEG", quality=82, optimize=True)
-    return f"data:image/jpeg;base64,{text(held.getvalue())}"
-
-
-def webp(image: Image) -> str:
-    """A photograph with transparent parts as a data URI."""
-    held = BytesIO()
-    image.save(held, "WEBP", quality=85)
-    return f"data:image/webp;base64,{text(held.getvalue())}"
-
-
-def text(content: bytes) -> str:
-    """Bytes as base64."""
-    return b64encode(content).decode("ascii")

@@ -1,41 +1,42 @@
-"""The pairs picture: two views side by side, lines between cells that see the same spot."""
+"""The picture of matches: two views side by side, lines between cells that see the same spot."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from colorsys import hls_to_rgb
-from math import ceil
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from einops import rearrange
 from torch import Tensor
-from torch.nn.functional import interpolate
 
 from ..checks import raise_together, whole
-from ..evaluation.features import Reader
 from ..geometry import cell_centres, positive_mask
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 VIEW_SIDE = 336
-"""Pixels that the longer side of a view is drawn with."""
+"""Pixels of the longer side of a drawn view."""
 GAP = 28
 """Pixels between the views."""
-FINER = 2
-"""Lines are drawn this many times larger and averaged down, which makes them smooth."""
 MARGIN = 8
 """Pixels around the views, so that dots at their edges are whole."""
 CAPTION = 46
-"""Pixels below the views, for the words."""
+"""Pixels below the views, for the caption."""
 DIMMED = 0.45
 """Brightness that is left to cells without a match."""
-SMALLEST_CELL = 10
-"""Pixels below which the edges of cells would hide the picture."""
+MIN_CELL = 10
+"""Pixels of a cell below which its edges would hide the picture."""
+SUPERSAMPLING = 2
+"""Lines and words are drawn this many times larger and averaged down, which makes them smooth."""
+
+Box = tuple[int, int, int, int]
+"""Left, top, right, bottom: edges in pixels of the picture."""
 
 
-class Line(NamedTuple):
-    """A pair of matching cells, each by its number, row by row."""
+class Match(NamedTuple):
+    """Two matching cells, each by its number, row by row."""
 
     one: int
     two: int
@@ -52,9 +53,9 @@ def pairs_picture(
 ) -> Image:
     """Two views side by side: matched cells bright, others dim, lines between some pairs.
 
-    What lies around the views is transparent, so that the picture suits any page. The words below
-    it count the pairs; where the views share no cell, they say so. Compares all cells of one view
-    with all of the other, a quadratic cost.
+    What lies around the views is transparent, so that the picture suits any page. The caption
+    counts the pairs, or says that the views share no cell. Compares all cells of one view with all
+    of the other, a quadratic cost.
 
     Args:
         view_one: ``(3, h, w)`` float RGB in [0, 1], as the network sees it but not normalised.
@@ -70,47 +71,45 @@ def pairs_picture(
 
     Raises:
         ValueError: A view is not ``(3, h, w)``, or a number is out of range.
+
+    >>> whole_image = torch.tensor([[64.0, 0, 0], [0, 64, 0]])
+    >>> left_half = torch.tensor([[32.0, 0, 0], [0, 64, 0]])
+    >>> views = torch.rand(2, 3, 64, 64)
+    >>> pairs_picture(*views, whole_image, left_half, (7, 7), 0.7).mode
+    'RGBA'
     """
     raise_together(
-        rgb_view("view_one", view_one), rgb_view("view_two", view_two), whole("lines", lines, 0)
+        check_view("view_one", view_one), check_view("view_two", view_two), whole("lines", lines, 0)
     )
     one, two = (own.detach().to("cpu", torch.float32)[None] for own in (map_one, map_two))
     matches = positive_mask(one, two, grid, grid, threshold)[0]
-    views = view_one, view_two
     matched = matches.any(dim=1), matches.any(dim=0)
-    canvas, corners = mount([lit(v, m, grid) for v, m in zip(views, matched, strict=True)])
-    joined = spread_lines(matches, one, two, grid, lines)
-    draw_lines(canvas, corners, joined, grid)
-    return captioned(canvas, in_words(int(matches.sum()), int(matched[0].sum()), grid))
+    shown = [draw_view(*own, grid) for own in zip((view_one, view_two), matched, strict=True)]
+    canvas, boxes = side_by_side(shown)
+    chosen = spread_matches(matches, one, two, grid, lines)
+    return draw_over(canvas, boxes, chosen, grid, count_words(matches))
 
 
-def rgb_view(name: str, view: Tensor) -> str | None:
-    """The complaint about anything but an RGB image."""
+def check_view(name: str, view: object) -> str | None:
+    """Allow RGB images alone."""
     if isinstance(view, Tensor) and view.ndim == 3 and view.shape[0] == 3:
         return None
     found = tuple(view.shape) if isinstance(view, Tensor) else type(view).__name__
     return f"{name} is {found}; it must be a tensor (3, h, w), RGB in [0, 1]: choose three channels"
 
 
-def in_words(pairs: int, cells: int, grid: tuple[int, int]) -> str:
-    """How many pairs there are, for the reader of the picture."""
-    if pairs == 0:
+def count_words(matches: Tensor) -> str:
+    """The caption for matches ``(n1, n2)``: how many there are."""
+    if not matches.any():
         return "no pairs: the views share no cell"
-    return f"{pairs} pairs; {cells / (grid[0] * grid[1]):.0%} of the left view's cells have one"
+    share = matches.any(dim=1).float().mean().item()
+    return f"{int(matches.sum())} pairs; {share:.0%} of the left view's cells have one"
 
 
-def spread_lines(
+def spread_matches(
     matches: Tensor, one: Tensor, two: Tensor, grid: tuple[int, int], count: int
-) -> list[Line]:
-    """Pairs far from each other: each begins at the cell farthest from those already chosen.
-
-    Args:
-        matches: ``(n1, n2)`` bool.
-        one: ``(1, 2, 3)`` map of view one.
-        two: ``(1, 2, 3)`` map of view two.
-        grid: Cells ``(h, w)``.
-        count: How many, at most.
-    """
+) -> list[Match]:
+    """At most ``count`` of the matches ``(n1, n2)``, by farthest point sampling in view one."""
     cells = matches.any(dim=1).nonzero().squeeze(1)
     if len(cells) == 0 or count == 0:
         return []
@@ -124,59 +123,47 @@ def spread_lines(
         chosen.append(int(away.argmax()))
         away = torch.minimum(away, (places - places[chosen[-1]]).norm(dim=1))
     order = sorted(chosen, key=lambda index: places[index].tolist())  # colours follow the places
-    return [Line(int(cells[index]), int(nearest[index])) for index in order]
+    return [Match(int(cells[index]), int(nearest[index])) for index in order]
 
 
-# Drawing.
+def fit_size(size: Sequence[int], side: int) -> tuple[int, int]:
+    """The size ``(height, width)`` whose longer side is ``side``, its aspect kept."""
+    height, width = (max(1, round(own * side / max(size))) for own in size)
+    return height, width
 
 
-def picture(pixels: Tensor) -> Image:
-    """An RGB image ``(3, h, w)`` with values in [0, 1] as a Pillow image."""
+def to_pil(pixels: Tensor) -> Image:
+    """An RGB image ``(3, h, w)`` with values in [0, 1] as a Pillow image, rounded."""
     from PIL import Image as Pillow
 
-    bytes_ = (pixels.detach().cpu().float().clamp(0, 1) * 255).round().to(torch.uint8)
-    return Pillow.fromarray(rearrange(bytes_, "rgb h w -> h w rgb").numpy())
+    rounded = (pixels.detach().cpu().float().clamp(0, 1) * 255).round().to(torch.uint8)
+    return Pillow.fromarray(rearrange(rounded, "rgb h w -> h w rgb").numpy())
 
 
-def lit(view: Tensor, matched: Tensor, grid: tuple[int, int]) -> Image:
-    """A view in its drawn size: cells without a match dimmed, the edges of cells shown.
-
-    Args:
-        view: ``(3, h, w)`` RGB in [0, 1].
-        matched: ``(cells,)`` bool.
-        grid: Cells ``(h, w)``.
-    """
+def draw_view(view: Tensor, matched: Tensor, grid: tuple[int, int]) -> Image:
+    """A view as it is drawn: cells that are not ``matched`` dimmed, edges of cells shown."""
     from PIL import Image as Pillow
-
-    h, w = view.shape[1:]
-    scale = VIEW_SIDE / max(h, w)
-    size = max(1, round(w * scale)), max(1, round(h * scale))
-    bright = picture(view).resize(size, Pillow.Resampling.BICUBIC)
-    table = rearrange(matched, "(h w) -> h w", h=grid[0]).to(torch.uint8) * 255
-    where = Pillow.fromarray(table.cpu().numpy()).resize(size, Pillow.Resampling.NEAREST)
-    dim = bright.point(lambda value: value * DIMMED)
-    shown = Pillow.composite(bright, dim, where)
-    if min(size[0] / grid[1], size[1] / grid[0]) < SMALLEST_CELL:
-        return shown
-    return Pillow.blend(shown, with_edges(shown, grid), 0.22)
-
-
-def with_edges(image: Image, grid: tuple[int, int]) -> Image:
-    """The image with white lines where its cells meet."""
     from PIL import ImageDraw
 
-    edged = image.copy()
+    h, w = grid
+    height, width = size = fit_size(view.shape[1:], VIEW_SIDE)
+    bright = to_pil(view).resize(size[::-1], Pillow.Resampling.BICUBIC)
+    table = rearrange(matched, "(h w) -> h w", h=h).to(torch.uint8) * 255
+    mask = Pillow.fromarray(table.cpu().numpy()).resize(bright.size, Pillow.Resampling.NEAREST)
+    shown = Pillow.composite(bright, bright.point(lambda value: value * DIMMED), mask)
+    if min(width / w, height / h) < MIN_CELL:
+        return shown
+    edged = shown.copy()
     pen = ImageDraw.Draw(edged)
-    (h, w), (width, height) = grid, image.size
-    for column in range(1, w):
-        pen.line([(column * width / w, 0), (column * width / w, height)], "white")
-    for row in range(1, h):
-        pen.line([(0, row * height / h), (width, row * height / h)], "white")
-    return edged
+    for x in (column * width / w for column in range(1, w)):
+        pen.line([(x, 0), (x, height)], "white")
+    for y in (row * height / h for row in range(1, h)):
+        pen.line([(0, y), (width, y)], "white")
+    return Pillow.blend(shown, edged, 0.22)
 
 
-def mount(images: list[Image]) -> tuple[Image, list[tuple[int, int, int, int]]]:
-    """The images side by side on a transparent ground, corners rounded; and each one's box."""
+def side_by_side(images: Sequence[Image]) -> tuple[Image, list[Box]]:
+    """The images on a transparent ground, corners rounded; and each one's box."""
     from PIL import Image as Pillow
     from PIL import ImageDraw
 
@@ -187,143 +174,43 @@ def mount(images: list[Image]) -> tuple[Image, list[tuple[int, int, int, int]]]:
     boxes, left = [], MARGIN
     for image in images:
         top = MARGIN + (height - image.height) // 2
-        large = Pillow.new("L", (image.width * FINER, image.height * FINER), 0)
-        shape = ImageDraw.Draw(large)
-        shape.rounded_rectangle([0, 0, large.width - 1, large.height - 1], 8 * FINER, fill=255)
-        canvas.paste(image, (left, top), large.resize(image.size, Pillow.Resampling.BOX))
+        mask = Pillow.new("L", (image.width * SUPERSAMPLING, image.height * SUPERSAMPLING), 0)
+        corners = [0, 0, mask.width - 1, mask.height - 1]
+        ImageDraw.Draw(mask).rounded_rectangle(corners, 8 * SUPERSAMPLING, fill=255)
+        canvas.paste(image, (left, top), mask.resize(image.size, Pillow.Resampling.BOX))
         boxes.append((left, top, left + image.width, top + image.height))
         left += image.width + GAP
     return canvas, boxes
 
 
-def draw_lines(
-    canvas: Image,
-    boxes: list[tuple[int, int, int, int]],
-    lines: list[Line],
-    grid: tuple[int, int],
-) -> None:
-    """Draw the lines in colours of one lightness, each with a white rim and a dot at both ends."""
-    from PIL import Image as Pillow
-    from PIL import ImageDraw
-
-    layer = Pillow.new("RGBA", (canvas.width * FINER, canvas.height * FINER), (0, 0, 0, 0))
-    pen = ImageDraw.Draw(layer)
-    for number, line in enumerate(lines):
-        ends = [middle(box, cell, grid) for box, cell in zip(boxes, line, strict=True)]
-        hue = number / max(len(lines), 1)
-        colour = tuple(round(255 * part) for part in hls_to_rgb(hue, 0.5, 0.85))
-        for width, radius, ink in ((4, 6.5, (255, 255, 255, 210)), (2, 4.5, (*colour, 255))):
-            pen.line([(x * FINER, y * FINER) for x, y in ends], ink, round(width * FINER))
-            for x, y in ends:
-                pen.ellipse([(v + way * radius) * FINER for way in (-1, 1) for v in (x, y)], ink)
-    canvas.alpha_composite(layer.resize(canvas.size, Pillow.Resampling.BOX))
-
-
-def middle(box: tuple[int, int, int, int], cell: int, grid: tuple[int, int]) -> tuple[float, float]:
-    """Where a cell's centre lies in the picture, ``(x, y)``."""
-    (h, w), (left, top, right, bottom) = grid, box
-    row, column = divmod(cell, w)
-    return left + (right - left) * (column + 0.5) / w, top + (bottom - top) * (row + 0.5) / h
-
-
-def captioned(canvas: Image, words: str) -> Image:
-    """The picture with words on a dark label below the views."""
+def draw_over(
+    canvas: Image, boxes: list[Box], matches: list[Match], grid: tuple[int, int], words: str
+) -> Image:
+    """The canvas with a line for each match, dots at its ends, and words below on a label."""
     from PIL import Image as Pillow
     from PIL import ImageDraw, ImageFont
 
-    font = ImageFont.load_default(19 * FINER)
-    layer = Pillow.new("RGBA", (canvas.width * FINER, canvas.height * FINER), (0, 0, 0, 0))
+    s = SUPERSAMPLING
+    layer = Pillow.new("RGBA", (canvas.width * s, canvas.height * s), (0, 0, 0, 0))
     pen = ImageDraw.Draw(layer)
-    foot = layer.width / 2, layer.height - 20 * FINER
+    for number, match in enumerate(matches):
+        ends = [cell_position(box, cell, grid) for box, cell in zip(boxes, match, strict=True)]
+        colour = tuple(round(255 * c) for c in hls_to_rgb(number / len(matches), 0.5, 0.85))
+        for width, radius, ink in ((4, 6.5, (255, 255, 255, 210)), (2, 4.5, (*colour, 255))):
+            pen.line([(x * s, y * s) for x, y in ends], ink, width * s)
+            for x, y in ends:
+                pen.ellipse([(v + way * radius) * s for way in (-1, 1) for v in (x, y)], ink)
+    font = ImageFont.load_default(19 * s)
+    foot = layer.width / 2, layer.height - 20 * s
     left, top, right, bottom = pen.textbbox(foot, words, font, anchor="mm")
-    around = 12 * FINER, 8 * FINER
-    label = [left - around[0], top - around[1], right + around[0], bottom + around[1]]
-    pen.rounded_rectangle(label, 8 * FINER, fill=(16, 20, 28, 215))
+    label = [left - 12 * s, top - 8 * s, right + 12 * s, bottom + 8 * s]
+    pen.rounded_rectangle(label, 8 * s, fill=(16, 20, 28, 215))
     pen.text(foot, words, (255, 255, 255, 255), font, anchor="mm")
     return Pillow.alpha_composite(canvas, layer.resize(canvas.size, Pillow.Resampling.BOX))
 
 
-FINEST = 4
-"""Shifts of an image along each side, at most, for a finer map."""
-MOST_CELLS = 40
-"""Cells of the longer side of a map, at most: more is nothing to the eye, and much to carry."""
-BORDER = 3
-"""Cells around an image that are read and thrown away: with three, what a ResNet-18 of random
-weights gives for a plain image differs from cell to cell by a cosine of 0.01, with none by 0.34."""
-
-
-def fine_map(reader: Reader, pixels: Tensor, stride: int | None, cells: int = 24) -> Tensor:
-    """A layer's map of one image, finer than its stride: the image is shifted and read again.
-
-    A map of 7x7 cells says little of where things are. Here the image is moved by fractions of a
-    cell, its border mirrored, and the maps are put together: every cell is what the network itself
-    gives for a spot, at the scale it was trained on. Around the image `BORDER` cells of its mirror
-    image are read and thrown away, since convolutions see the zeros they pad with, and would show
-    where a cell lies rather than what is there. Up to 16 runs of the network.
-
-    Args:
-        reader: Reads the layer.
-        pixels: ``(c, h, w)`` float, normalised. Resized to whole cells.
-        stride: Pixels a cell covers each way; None for a network of a fixed input size, which gets
-            the image as it is and no border.
-        cells: How many cells the longer side should have, about.
-
-    Returns:
-        ``(channels, h', w')`` float32 on the CPU, `MOST_CELLS` long at most.
-    """
-    border = 0
-    if stride is not None:
-        size = [max(1, round(side / stride)) * stride for side in pixels.shape[-2:]]
-        pixels = interpolate(pixels[None], size, mode="bilinear", antialias=True)[0]
-        border = BORDER * stride
-    height, width = pixels.shape[-2:]
-    plain = reader(mirrored(pixels, border, border)[None])[0].cpu()
-    crop = 0 if stride is None else BORDER
-    plain = inside(plain, crop)
-    _, h, w = plain.shape
-    finer = min(FINEST, ceil(cells / max(h, w)))
-    if finer == 1:
-        return no_finer(plain, MOST_CELLS)
-    down, across = (
-        [round(((k + 0.5) / finer - 0.5) * side / own) for k in range(finer)]
-        for side, own in ((height, h), (width, w))
-    )
-    y, x = max(map(abs, down)), max(map(abs, across))
-    around = mirrored(pixels, border + y, border + x)
-    size = [height + 2 * border, width + 2 * border]
-
-    def shifted(dy: int, dx: int) -> Tensor:
-        return around[:, y + dy :, x + dx :][:, : size[0], : size[1]]
-
-    rows = [torch.stack([shifted(dy, dx) for dx in across]) for dy in down]
-    maps = torch.stack([inside(reader(row).cpu(), crop) for row in rows])
-    return rearrange(maps, "down across c h w -> c (h down) (w across)")
-
-
-def no_finer(own: Tensor, most: int) -> Tensor:
-    """A map ``(c, h, w)`` averaged down until its longer side has at most ``most`` cells."""
-    h, w = own.shape[-2:]
-    if max(h, w) <= most:
-        return own
-    size = [max(1, round(side * most / max(h, w))) for side in (h, w)]
-    return interpolate(own[None], size, mode="area")[0]
-
-
-def mirrored(pixels: Tensor, rows: int, columns: int) -> Tensor:
-    """Pixels ``(c, h, w)`` with their mirror image around them, over and over where it is wide."""
-    where = [
-        reflection(side, by) for side, by in zip(pixels.shape[1:], (rows, columns), strict=True)
-    ]
-    return pixels[:, where[0]][:, :, where[1]]
-
-
-def reflection(side: int, by: int) -> Tensor:
-    """Which of ``side`` pixels stand in a row that goes on ``by`` pixels at both ends."""
-    place = torch.arange(-by, side + by).remainder(2 * side)
-    return torch.minimum(place, 2 * side - 1 - place)
-
-
-def inside(maps: Tensor, border: int) -> Tensor:
-    """Maps ``(..., h, w)`` without their border."""
-    h, w = maps.shape[-2:]
-    return maps[..., border : h - border, border : w - border]
+def cell_position(box: Box, cell: int, grid: tuple[int, int]) -> tuple[float, float]:
+    """Where a cell's centre lies in the picture, ``(x, y)``."""
+    (h, w), (left, top, right, bottom) = grid, box
+    row, column = divmod(cell, w)
+    return left + (right - left) * (column + 0.5) / w, top + (bottom - top) * (row + 0.5) / h

@@ -2,57 +2,118 @@
 
 from __future__ import annotations
 
-import logging
 import re
+from base64 import b64encode
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from importlib.resources import files
+from io import BytesIO
+from math import isfinite
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from einops import rearrange
-from torch import Tensor, cat, nn
+from torch import Tensor, cat
 
 from .. import run_layout
-from ..backbones.checkpoint import BackboneCard, Loaded, read_backbone
+from ..backbones.checkpoint import BackboneCard, read_backbone
+from ..backbones.custom import Model, handing_over
 from ..checks import raise_together, whole
 from ..data.image import to_rgb
 from ..data.shards import is_shards
 from ..data.sources import open_source
-from ..evaluation.baselines import random_net
 from ..evaluation.correspondence import draw_pairs
-from ..evaluation.features import Preparation, Reader, chosen_device
-from ..evaluation.results import Evaluation
+from ..evaluation.features import Preparation, chosen_device
+from ..evaluation.results import Evaluation, shown
 from ..files import check_writable, write_whole
-from .curves import read_metrics
-from .explorer import Sample, cargo, fed, jpeg, other_view, read_samples, readable, webp
-from .matches import fine_map, pairs_picture, picture
-from .page import Page, ScoreTable, Tile, Trio, chart_views, in_short, render, score_table
+from .curves import (
+    Chart,
+    Metrics,
+    chart_svg,
+    chart_words,
+    charts_of,
+    curve,
+    read_metrics,
+    running_mean,
+)
+from .explorer import (
+    TRAINED,
+    Sample,
+    explorer_data,
+    extract_maps,
+    other_view,
+    printable,
+    read_samples,
+)
+from .matches import pairs_picture, to_pil
 from .pca import pca_colours
-from .verdict import judge_run
+from .verdict import RunVerdict, judge_run
 
-log = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
-RANDOM, TRAINED = "Random weights", "Trained weights"
-MOST_PICTURES = 6
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src '{script}'; "
+POLICY += "base-uri 'none'; form-action 'none'"
+"""What the browser is told to allow: pictures that the page holds, its styles, its one script."""
+MAX_PICTURES = 6
 """Pictures of one kind on the page."""
+MAX_SIDE = 1440
+"""Pixels of the longer side of a picture from the run's folder."""
 BICUBIC = 3
 """Pillow's name for it, which needs no import of Pillow."""
 OUTDATED = "These figures are older than the run's weights: evaluate again."
-WIDEST = 1440
-"""Pixels of the longer side of a picture that is taken from the run's folder."""
+
+Maps = Mapping[str, Sequence[Tensor]]
+"""For each network's name, its maps ``(c, h, w)`` of all images."""
 
 
-class Seen(NamedTuple):
-    """What two networks see of the samples.
+class Picture(NamedTuple):
+    """An image on the page: its data URI, size in pixels, what it shows, and words below it."""
 
-    Attributes:
-        maps: For each network's name, the maps ``(c, h, w)`` of all samples.
-        grid: Cells ``(h, w)`` of the layer at the size of the views.
-    """
+    uri: str
+    width: int
+    height: int
+    alt: str
+    caption: str = ""
 
-    maps: dict[str, list[Tensor]]
-    grid: tuple[int, int]
+
+class GalleryRow(NamedTuple):
+    """An image, and by each network its colours by components of all images and by its own."""
+
+    name: str
+    image: Picture
+    colours: dict[str, tuple[Picture, Picture]]
+
+
+class DrawnChart(NamedTuple):
+    """A chart, itself in words and as SVG, and the last value of its first curve, if any."""
+
+    chart: Chart
+    words: str
+    svg: str
+    ends_at: float | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What stands on the page, in its order; `report.html` puts it into HTML."""
+
+    name: str
+    facts: Mapping[str, str]
+    verdict: RunVerdict
+    networks: Sequence[str]
+    gallery: Sequence[GalleryRow]
+    charts: Sequence[DrawnChart]
+    evaluations: Sequence[Evaluation]
+    label_curve: Sequence[Picture]
+    predictions: Sequence[Picture]
+    pairs: Sequence[Picture]
+    threshold: float
+    steps: Sequence[Picture]
+    settings: Mapping[str, Any]
+    version: str
 
 
 def visualize(
@@ -63,11 +124,12 @@ def visualize(
     count: int = 12,
     seed: int = 0,
     device: str | None = None,
+    model: Model | None = None,
 ) -> Path:
     """Write the report of a run: one HTML file that needs nothing else, not even a network.
 
     Args:
-        run: A run directory, or whatever else `read_backbone` reads; what a run has and this has
+        run: A run's folder, or whatever else `read_backbone` reads; what a run has and this has
             not, such as curves, is left out.
         images: Images to look at, best ones that were not trained on: a folder, a list of paths, a
             sequence of images. None takes those that the run was trained on, if they are still
@@ -76,6 +138,7 @@ def visualize(
         count: How many images, at most; they are spread evenly over all.
         seed: Decides the other views of the images.
         device: Where to compute; default: a GPU if there is one.
+        model: As for `load_backbone`.
 
     Returns:
         Where the page is.
@@ -91,47 +154,79 @@ def visualize(
     folder = Path(run).expanduser()
     settings = read_settings(folder)
     check_writable("out", out)
-    with torch.random.fork_rng(devices=[]):  # building a network draws its weights first
-        loaded = read_backbone(run)
+    with torch.random.fork_rng(devices=[]), handing_over(model):
+        loaded = read_backbone(run)  # which draws the weights of the network first
     prepare = Preparation.of(loaded.card, net=loaded.net)
     places = training_images(settings) if images is None else images
     source = open_source(places, pages=settings.get("pages"), nodata=settings.get("nodata"))
     wholes = read_samples(source, prepare, count)
     samples = wholes + [other_view(sample, seed + k) for k, sample in enumerate(wholes)]
-    tables = evaluations(folder)
+    evaluations = read_evaluations(folder)
     metrics_file = folder / run_layout.METRICS
     metrics = read_metrics(metrics_file) if metrics_file.is_file() else {}
-    inputs = [fed(sample, prepare) for sample in samples]
-    seen = look(loaded, inputs, place, fixed=isinstance(prepare.size, tuple))
+    inputs = [prepare.normalised(prepare.resized(sample.pixels)) for sample in samples]
+    with handing_over(model):
+        maps, grid = extract_maps(loaded, inputs, place, fixed=isinstance(prepare.size, tuple))
 
     threshold = float(settings.get("distance_thres", 0.7))
-    page = Page(
+    report = Report(
         name=folder.resolve().name or str(run),
-        facts=facts(loaded, metrics),
-        verdict=judge_run(metrics, seen.maps[TRAINED]),
-        networks=list(seen.maps),
-        trios=trios(wholes, seen.maps),
-        charts=chart_views(metrics),
-        tables=tables,
-        pairs=pairs(folder, wholes, loaded, seen.grid, threshold, seed),
+        facts=run_facts(loaded.card, metrics),
+        verdict=judge_run(metrics, maps[TRAINED]),
+        networks=list(maps),
+        gallery=draw_gallery(wholes, maps),
+        charts=draw_charts(metrics),
+        evaluations=evaluations,
+        label_curve=saved_pictures(
+            folder, "Mean IoU over the number of masks", run_layout.LABEL_CURVE
+        ),
+        predictions=saved_pictures(
+            folder / run_layout.PREDICTIONS, "Image, truth, and what each network made of it"
+        ),
+        pairs=pairs_pictures(folder, wholes, loaded.card, grid, threshold, seed),
         threshold=threshold,
-        steps=drawn(folder / run_layout.PICTURES, "What the network saw"),
-        settings={name: in_short(value) for name, value in settings.items()},
+        steps=saved_pictures(folder / run_layout.PICTURES, "What the network saw"),
+        settings=settings,
         version=loaded.card.version,
     )
-    write_whole(path, render(page, cargo(samples, seen.maps)))
+    pictures = [embed(to_pil(to_rgb(sample.pixels)), sample.name).uri for sample in samples]
+    write_whole(path, render(report, explorer_data(samples, pictures, maps)))
     return path
 
 
-# What is read.
+def render(report: Report, explorer: object) -> str:
+    """The page as HTML, every text escaped; ``explorer`` is what its script reads."""
+    from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
+
+    source = files(__package__).joinpath("report.html").read_text(encoding="utf-8")
+    script = re.search(r"<script>(.*?)</script>", source, re.DOTALL)
+    assert script is not None
+    # By its digest: no script that got onto the page by another way runs.
+    digest = b64encode(sha256(script[1].encode()).digest()).decode()
+    environment = Environment(autoescape=True, undefined=StrictUndefined)
+    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
+    environment.globals.update(score=shown, setting=setting_text)
+    return environment.from_string(source).render(
+        report=report, explorer=explorer, policy=Markup(POLICY.format(script=f"sha256-{digest}"))
+    )
+
+
+def setting_text(value: object) -> str:
+    """A setting's value for people."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if value is None:
+        return "none"
+    if isinstance(value, float):
+        return f"{value:.4g}" if isfinite(value) else "not finite"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(setting_text, value))
+    return str(value)
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """The settings of a run; none where there is no ``config.yaml``.
-
-    Raises:
-        ValueError: The file holds something else.
-    """
+    """The settings of a run; none where there is no ``config.yaml``."""
     path = folder / run_layout.CONFIG
     if not path.is_file():
         return {}
@@ -144,11 +239,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 
 def training_images(settings: Mapping[str, Any]) -> list[str]:
-    """The places that the run's images came from.
-
-    Raises:
-        ValueError: They are not known, or no longer there.
-    """
+    """The places that the run's images came from; an error where one is unknown or gone."""
     places = settings.get("data") or []
     places = [places] if isinstance(places, str) else [str(place) for place in places]
     gone = [own for own in places if not is_shards(own) and not Path(own).expanduser().exists()]
@@ -161,169 +252,132 @@ def training_images(settings: Mapping[str, Any]) -> list[str]:
     return places
 
 
-def look(loaded: Loaded, inputs: Sequence[Tensor], device: torch.device, *, fixed: bool) -> Seen:
-    """The maps of the pixel layer, by random weights and by the run's.
-
-    Args:
-        loaded: The run's backbone and its card.
-        inputs: ``(c, h, w)`` each, normalised.
-        device: Where to compute.
-        fixed: Whether the network takes images of no other size.
-    """
-    card = loaded.card
-    networks: dict[str, nn.Module] = {RANDOM: random_net(card, card.seed), TRAINED: loaded.net}
-    maps, grid = {}, (1, 1)
-    for name, net in networks.items():
-        reader = Reader(net.to(device), [card.pixel_layer], card.channels, card.image_size)
-        grid = reader.layouts[reader.layers[0]].grid
-        stride = None if fixed else stride_of(reader, card)
-        maps[name] = [fine_map(reader, pixels, stride) for pixels in inputs]
-    return Seen(maps, grid)
-
-
-def stride_of(reader: Reader, card: BackboneCard) -> int | None:
-    """Pixels from one row of cells to the next; None where every image has as many as a view.
-
-    The view's height over its rows is only near it where the last row sticks out or leaves a rest.
-    The view is made so much higher here that a row more or less does not matter.
-
-    Args:
-        reader: Reads the layer.
-        card: Says how large a view is.
-    """
-    height, width = card.image_size
-
-    def rows(side: int) -> int:
-        return reader(torch.zeros(1, card.channels, side, width)).shape[-2]
-
-    seen = rows(height)
-    near = round(height / seen)
-    more = 4 * near**2
-    gained = rows(height + more) - seen
-    if gained == 0:
-        return None
-    stride = round(more / gained)
-    # Where nothing is padded, rows are missing, and a border of larger cells makes up for them.
-    return stride if rows(stride * (seen + 1)) == seen + 1 else near
+def read_evaluations(folder: Path) -> list[Evaluation]:
+    """The evaluations in the run's folder, with labels and without."""
+    weights = [*folder.glob(run_layout.WEIGHTS), *folder.glob(f"{run_layout.CHECKPOINTS}/*.ckpt")]
+    written = max((path.stat().st_mtime for path in weights), default=0.0)
+    found = []
+    for path in (folder / run_layout.EVALUATION, folder / run_layout.CORRESPONDENCE):
+        if not path.is_file():
+            continue
+        try:
+            evaluation = Evaluation.from_json(path.read_text(encoding="utf-8"))
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(
+                f"{path} is not what an evaluation writes ({error!r}); evaluate again with this "
+                "folder as out, or take the file away"
+            ) from error
+        if path.stat().st_mtime < written:
+            evaluation = replace(evaluation, notes=(*evaluation.notes, OUTDATED))
+        found.append(evaluation)
+    return found
 
 
-# The parts of the page.
-
-
-def facts(loaded: Loaded, metrics: Mapping[str, Sequence[float]]) -> dict[str, str]:
+def run_facts(card: BackboneCard, metrics: Metrics) -> dict[str, str]:
     """The run in a line."""
-    card = loaded.card
     h, w = card.image_size
     file, _, function = card.model.rpartition(":")  # of one's own: no need to tell where it lies
-    model = f"{Path(file).name}:{function}" if file else card.model
-    held = {"backbone": model, "layer shown": card.pixel_layer, "start": card.start}
-    if metrics.get("step"):
-        held["steps"] = f"{max(metrics['step']):,.0f}"
+    steps = {"steps": f"{max(metrics['step']):,.0f}"} if metrics.get("step") else {}
     return {
-        **held,
+        "backbone": f"{Path(file).name}:{function}" if file else card.model,
+        "layer shown": card.shown_layer,
+        "start": card.start,
+        **steps,
         "views": f"{w} x {h} px",
         "channels": str(card.channels),
         "seed": f"{card.seed}",
     }
 
 
-def trios(samples: Sequence[Sample], maps: Mapping[str, Sequence[Tensor]]) -> list[Trio]:
-    """Each image beside its colours, by each network: in colours of all images, and in its own."""
+def draw_gallery(samples: Sequence[Sample], maps: Maps) -> list[GalleryRow]:
+    """Each image beside its colours by each network, by components of all images and its own."""
     bases = {}
     for name, own in maps.items():
         cells = [rearrange(one, "c h w -> c (h w)") for one in own[: len(samples)]]
         _, bases[name] = pca_colours(rearrange(cat(cells, dim=1), "c n -> 1 c 1 n"))
 
-    def tile(pixels: Tensor, sample: Sample, words: str) -> Tile:
+    def half_size(pixels: Tensor, sample: Sample, alt: str) -> Picture:
         h, w = sample.size
-        smooth = picture(pixels).resize((w // 2, h // 2), BICUBIC)
-        return Tile(jpeg(smooth), smooth.width, smooth.height, words)
+        return embed(to_pil(pixels).resize((w // 2, h // 2), BICUBIC), alt)
 
-    made = []
+    rows = []
     for number, sample in enumerate(samples):
-        held: list[dict[str, Tile]] = [{}, {}]
+        colours = {}
         for name, own in maps.items():
-            for tiles, basis, scope in zip(
-                held, (bases[name], None), ("all", "its own"), strict=True
-            ):
-                colours, _ = pca_colours(own[number][None], basis)
-                words = f"{sample.name} as {scope} principal components, {name.lower()}"
-                tiles[name.split()[0].lower()] = tile(colours[0], sample, words)
-        image = tile(to_rgb(sample.pixels), sample, f"Image {sample.name}")
-        made.append(Trio(sample.name, image, *held))
-    return made
+            shared, alone = (
+                half_size(
+                    pca_colours(own[number][None], basis)[0][0],
+                    sample,
+                    f"{sample.name} as {scope} principal components, {name.lower()}",
+                )
+                for basis, scope in ((bases[name], "all"), (None, "its own"))
+            )
+            colours[name.split()[0].lower()] = shared, alone
+        image = half_size(to_rgb(sample.pixels), sample, f"Image {sample.name}")
+        rows.append(GalleryRow(sample.name, image, colours))
+    return rows
 
 
-def pairs(
+def draw_charts(metrics: Metrics) -> list[DrawnChart]:
+    """The charts of a run; none where it has no metrics."""
+    drawn = []
+    for chart in charts_of(metrics):
+        line = running_mean(curve(metrics, chart.curves[0][0])[1])
+        words, svg = chart_words(chart, metrics), chart_svg(chart, metrics)
+        drawn.append(DrawnChart(chart, words, svg, line[-1] if line else None))
+    return drawn
+
+
+def pairs_pictures(
     folder: Path,
     samples: Sequence[Sample],
-    loaded: Loaded,
+    card: BackboneCard,
     grid: tuple[int, int],
     threshold: float,
     seed: int,
-) -> list[Tile]:
+) -> list[Picture]:
     """Pictures of matching cells: those the run drew, or new ones."""
-    from PIL import Image
+    from PIL import Image as Pillow
 
     drawn = []
-    for path in sorted((folder / run_layout.PREVIEW).glob("pairs*.png"))[:MOST_PICTURES]:
-        with Image.open(path) as held:
-            drawn.append(held.convert("RGBA"))
+    for path in sorted((folder / run_layout.PREVIEW).glob("pairs*.png"))[:MAX_PICTURES]:
+        with Pillow.open(path) as image:
+            drawn.append(image.convert("RGBA"))
     if not drawn:
-        views = draw_pairs([own.pixels for own in samples[:2]], loaded.card.image_size, seed)
+        views = draw_pairs([own.pixels for own in samples[:2]], card.image_size, seed)
         drawn = [
             pairs_picture(to_rgb(one), to_rgb(two), map_one, map_two, grid, threshold)
             for one, two, map_one, map_two in zip(*views, strict=True)
         ]
-    words = "Two views of one image, with lines between cells that see the same spot"
-    return [Tile(webp(own), own.width, own.height, words) for own in drawn]
+    alt = "Two views of one image, with lines between cells that see the same spot"
+    return [embed(own, alt) for own in drawn]
 
 
-def evaluations(folder: Path) -> list[ScoreTable]:
-    """The evaluations that stand in the run's folder, with labels and without.
-
-    Raises:
-        ValueError: The file of one is broken.
-    """
-    tables = []
-    for name in (run_layout.EVALUATION, run_layout.CORRESPONDENCE):
-        path = folder / name
-        if not path.is_file():
-            continue
-        try:
-            found = Evaluation.from_json(path.read_text(encoding="utf-8"))
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(
-                f"{path} is not what an evaluation writes ({error!r}); evaluate again with this "
-                "folder as out, or take the file away"
-            ) from error
-        if path.stat().st_mtime < weights_written(folder):
-            found = replace(found, notes=(*found.notes, OUTDATED))
-        words = "Image, truth, and what each network made of it"
-        predictions = drawn(folder / run_layout.PREDICTIONS, words) if found.labelled else []
-        tables.append(score_table(found, predictions))
-    return tables
-
-
-def weights_written(folder: Path) -> float:
-    """When the newest weights of a run were written; 0 where there are none."""
-    weights = [*folder.glob(run_layout.WEIGHTS), *folder.glob(f"{run_layout.CHECKPOINTS}/*.ckpt")]
-    return max((path.stat().st_mtime for path in weights), default=0.0)
-
-
-def drawn(folder: Path, words: str) -> list[Tile]:
+def saved_pictures(folder: Path, alt: str, pattern: str = "*.png") -> list[Picture]:
     """Some of the PNG files of a folder, evenly spread, the first and the last included."""
-    from PIL import Image
+    from PIL import Image as Pillow
 
-    paths = sorted(folder.glob("*.png"))
-    if len(paths) > MOST_PICTURES:
+    paths = sorted(folder.glob(pattern))
+    if len(paths) > MAX_PICTURES:
         last = len(paths) - 1
-        paths = [paths[last * k // (MOST_PICTURES - 1)] for k in range(MOST_PICTURES)]
-    tiles = []
+        paths = [paths[last * k // (MAX_PICTURES - 1)] for k in range(MAX_PICTURES)]
+    pictures = []
     for path in paths:
-        with Image.open(path) as held:
-            shown = held.convert("RGB")
-        shown.thumbnail((WIDEST, WIDEST))
-        name = re.sub(r"-0*(?=\d)", " ", readable(path.stem))  # step-00000100 is step 100
-        tiles.append(Tile(jpeg(shown), *shown.size, f"{words}: {name}", name))
-    return tiles
+        with Pillow.open(path) as file:
+            image = file.convert("RGB")
+        image.thumbnail((MAX_SIDE, MAX_SIDE))
+        name = re.sub(r"-0*(?=\d)", " ", printable(path.stem))  # step-00000100 is step 100
+        pictures.append(embed(image, f"{alt}: {name}", name))
+    return pictures
+
+
+def embed(image: Image, alt: str, caption: str = "") -> Picture:
+    """An image as it stands on the page: WebP where it may be transparent, JPEG otherwise."""
+    file = BytesIO()
+    if image.mode == "RGBA":
+        image.save(file, "WEBP", quality=85)
+    else:
+        image.save(file, "JPEG", quality=82, optimize=True)
+    kind = "webp" if image.mode == "RGBA" else "jpeg"
+    data = b64encode(file.getvalue()).decode("ascii")
+    return Picture(f"data:image/{kind};base64,{data}", *image.size, alt, caption)

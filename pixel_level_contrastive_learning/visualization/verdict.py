@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from math import isfinite, sqrt
 from typing import NamedTuple
 
 from einops import rearrange
 from torch import Tensor, cat
 
-from ..evaluation.evaluate import BY_COLOUR
+from ..evaluation.correspondence import BY_COLOUR
 from ..evaluation.health import gauge, verdict
 from ..evaluation.results import CLEAR
-from .curves import smoothed, thinned
+from .curves import Metrics, curve, running_mean
 
-Metrics = Mapping[str, Sequence[float]]
-"""The metrics of a run's steps, by name."""
+LATEST = 20
+"""The last steps, one in so many of all, whose mean the verdict is on."""
+NARROW_RANK = 2.0
+"""Effective rank under which features that were wider are said to be collapsing. On street scenes a
+good run kept 11, one made to collapse 1.6; the bound of `health` is for certain."""
+SLOW = 0.25
+"""Share of the time spent waiting for images that is worth a word."""
 
 
 class RunVerdict(NamedTuple):
@@ -27,21 +32,19 @@ class RunVerdict(NamedTuple):
     findings: list[str]
 
 
-LATEST = 20
-"""The verdict is on the mean of this share of the steps, the last ones: one in so many."""
-NARROW_RANK = 2.0
-"""Effective rank under which features that were wider are said to be collapsing. On street scenes a
-good run kept 11, one made to collapse 1.6; the bound of `health` is for certain."""
-SLOW = 0.25
-"""Share of the time spent waiting for data that is worth a word."""
+class Change(NamedTuple):
+    """A metric at the start of a run and at its end."""
+
+    start: float
+    end: float
 
 
 def judge_run(metrics: Metrics, maps: Sequence[Tensor]) -> RunVerdict:
-    """The verdict on the run's last steps; on the features of the shown images, if it has none."""
-    figures = [latest(metrics, name) for name in ("spread", "effective_rank")]
-    if None in figures:
-        figures = list(gauge(cat([rearrange(own, "c h w -> (h w) c") for own in maps])))
-    features = verdict(*(figure for figure in figures if figure is not None))
+    """The verdict on the last steps; on the maps ``(c, h, w)`` where their health is unknown."""
+    health = [latest(metrics, name) for name in ("spread", "effective_rank")]
+    if None in health:
+        health = list(gauge(cat([rearrange(own, "c h w -> (h w) c") for own in maps])))
+    features = verdict(*(figure for figure in health if figure is not None))
     healthy, heading = False, "Something is wrong with this run"
     if features.healthy:
         healthy, heading = judge_learning(metrics)
@@ -49,46 +52,43 @@ def judge_run(metrics: Metrics, maps: Sequence[Tensor]) -> RunVerdict:
 
 
 def judge_learning(metrics: Metrics) -> tuple[bool, str]:
-    """Whether a run whose features have not collapsed did well, and that in a few words.
-
-    Correspondence decides where it was measured: features may spread, and the likeness of pairs
-    rise, while cells are told apart no better than before, or by their colour alone. Differences
-    that chance would give so few cells count for nothing.
-    """
-    way, found, rank = likeness_change(metrics), hits(metrics), latest(metrics, "effective_rank")
+    """Whether a run whose features have not collapsed did well, and that in a few words."""
+    # Correspondence decides where it was measured: features may spread, and the likeness of pairs
+    # rise, while cells are told apart no better than before, or by their colour alone. Differences
+    # that chance would give so few cells count for nothing.
+    cosine, hit = cosine_change(metrics), hit_change(metrics)
+    rank = latest(metrics, "effective_rank")
     if rank is not None and rank < NARROW_RANK < max(known(metrics, "effective_rank")):
         return False, "The features are collapsing"
-    grew = way is None or way[1] > way[0]
-    if found is not None:
+    grew = cosine is None or cosine.end > cosine.start
+    if hit is not None:
         if goes_by_colour(metrics):
             return False, "It goes by colour"
-        begin, end = found
-        chance = deviation(metrics)
-        if max(end * CLEAR, end + 2 * chance) < begin:
+        chance = hit_deviation(metrics)
+        if max(hit.end * CLEAR, hit.end + 2 * chance) < hit.start:
             return False, "Worse than at the start"
-        grew = grew and end >= max(begin * CLEAR, begin + chance)
+        grew = grew and hit.end >= max(hit.start * CLEAR, hit.start + chance)
     if not grew:
         return True, "Sound features, little learned"
     # Pairs also grow alike where nothing but colours is learned.
-    return True, "The features look sound" if found is None else "The run looks healthy"
+    return True, "The features look sound" if hit is None else "The run looks healthy"
 
 
-def hits(metrics: Metrics) -> tuple[float, float] | None:
-    """How often cells found their spot before the first step and at the end; None if not known."""
+def hit_change(metrics: Metrics) -> Change | None:
+    """How often cells found their spot before the first step and at the end."""
     end = latest(metrics, "hit1")
-    return None if end is None else (known(metrics, "hit1")[0], end)
+    return None if end is None else Change(known(metrics, "hit1")[0], end)
 
 
 def goes_by_colour(metrics: Metrics) -> bool:
     """Whether cells find their spot by colour alone: once it is changed no better than before."""
-    found, kept = hits(metrics), latest(metrics, "hit1_colours_kept")
-    if found is None or kept is None:
+    hit, kept = hit_change(metrics), latest(metrics, "hit1_colours_kept")
+    if hit is None or kept is None:
         return False
-    begin, end = found
-    return end < CLEAR * begin and end + deviation(metrics) < BY_COLOUR * kept
+    return hit.end < CLEAR * hit.start and hit.end + hit_deviation(metrics) < BY_COLOUR * kept
 
 
-def deviation(metrics: Metrics) -> float:
+def hit_deviation(metrics: Metrics) -> float:
     """The standard deviation of how often cells find their spot; 0 if their number is not known."""
     share, cells = latest(metrics, "hit1"), latest(metrics, "hit_cells")
     return sqrt(share * (1 - share) / cells) if share is not None and cells else 0.0
@@ -99,46 +99,42 @@ def compares_pixels(metrics: Metrics) -> bool:
     return any(known(metrics, "pixel_cosine"))
 
 
-def likeness_change(metrics: Metrics) -> tuple[float, float] | None:
-    """Where the likeness of pairs began and ended; None where too little is known of it.
-
-    Of pairs of cells; of whole views where cells were not compared.
-    """
+def cosine_change(metrics: Metrics) -> Change | None:
+    """The likeness of pairs of cells, or of whole views where cells were not compared."""
     name = "pixel_cosine" if compares_pixels(metrics) else "instance_cosine"
-    _, cosines = thinned(metrics.get("step", ()), metrics.get(name, ()))
-    line = smoothed(cosines)
-    return (line[0], line[-1]) if len(line) > 1 else None
+    line = running_mean(curve(metrics, name)[1])
+    return Change(line[0], line[-1]) if len(line) > 1 else None
 
 
 def known(metrics: Metrics, name: str) -> list[float]:
-    """A figure of the steps that have it."""
+    """A metric of the steps that have it."""
     return [value for value in metrics.get(name, ()) if isfinite(value)]
 
 
 def latest(metrics: Metrics, name: str) -> float | None:
-    """The mean of a figure over the last steps that have it."""
+    """The mean of a metric over the last steps that have it."""
     values = known(metrics, name)
     last = values[-max(1, len(values) // LATEST) :]
     return sum(last) / len(last) if last else None
 
 
 def findings(metrics: Metrics) -> list[str]:
-    """What else the figures of a run tell, in sentences."""
+    """What else the metrics of a run tell, in sentences."""
     told = []
     has_pairs = compares_pixels(metrics)
-    if (way := likeness_change(metrics)) is not None:
-        begin, end = way
+    cosine, hit = cosine_change(metrics), hit_change(metrics)
+    if cosine is not None:
         alike = "cells that see the same spot" if has_pairs else "two views of an image"
         told.append(
-            f"The likeness of {alike} {'rose' if end > begin else 'fell'} from {begin:.2f} to "
-            f"{end:.2f} (mean cosine; 1 is perfect)."
+            f"The likeness of {alike} {'rose' if cosine.end > cosine.start else 'fell'} from "
+            f"{cosine.start:.2f} to {cosine.end:.2f} (mean cosine; 1 is perfect)."
         )
-    if (found := hits(metrics)) is not None:
+    if hit is not None:
         told.append(
-            f"A cell finds its own spot in another view in {found[1]:.0%} of cases, {found[0]:.0%} "
-            "before the first step."
+            f"A cell finds its own spot in another view in {hit.end:.0%} of cases, "
+            f"{hit.start:.0%} before the first step."
         )
-    elif way is not None:
+    elif cosine is not None:
         told.append(
             "Whether cells find their spot in another view was not measured during the run; that "
             "they grow alike is no sign of it. pixelcl evaluate RUN --images DIR tells."

@@ -61,6 +61,14 @@ BACKBONES: dict[str, Backbone] = {
         lambda: smp.Unet("resnet18", encoder_weights=None),
         {"hidden_layer_pixel": "decoder.blocks.2"},
     ),
+    "smp/unet, levels": (
+        lambda: smp.Unet("resnet18", encoder_weights=None),
+        {"hidden_layer_pixel": [f"decoder.blocks.{block}" for block in (0, 1, 2)]},
+    ),
+    "smp/fpn": (
+        lambda: smp.FPN("resnet18", encoder_weights=None),
+        {"hidden_layer_pixel": ["decoder.p4", "decoder.p3"]},
+    ),
     "our own": (five_bands, {"channels": 5}),
 }
 
@@ -107,7 +115,7 @@ def test_the_loss_is_finite(run) -> None:
 
 def test_default_layers_hold_features(run) -> None:
     """Attention weights may look like a map: as many keys as a square has cells."""
-    tap = run.learner.online_encoder.pixel_hook
+    tap = run.learner.online_encoder.pixel_hooks[0]
     assert min(tap.layout.grid) >= 4
     assert ".attn" not in tap.name
 

@@ -3,18 +3,22 @@
 import io
 import json
 import tarfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tifffile import imwrite
+from tifffile import imread, imwrite
 
 from pixel_level_contrastive_learning.data import shard_writer
 from pixel_level_contrastive_learning.data.dataset import TooManyBrokenError
-from pixel_level_contrastive_learning.data.shard_writer import write_shards
+from pixel_level_contrastive_learning.data.decoding import open_image
+from pixel_level_contrastive_learning.data.shard_entries import encode
+from pixel_level_contrastive_learning.data.shard_writer import in_order, write_shards
 from pixel_level_contrastive_learning.data.sources import open_source
+from pixel_level_contrastive_learning.data.statistics import measure
 
 
 @pytest.fixture
@@ -103,7 +107,7 @@ def test_a_shard_that_rotted_is_written_again(images, tmp_path) -> None:
 
 
 def test_a_disk_that_gives_back_something_else_is_told(images, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(shard_writer, "read_back", lambda _: iter([b"?"] * 5))
+    monkeypatch.setattr(shard_writer, "digest", lambda _: "?")
     with pytest.raises(OSError, match=r"differs from what was written .*; check the disk"):
         write_shards(images, tmp_path / "out")
     assert not list((tmp_path / "out").glob("*.tar"))
@@ -189,3 +193,152 @@ def test_what_was_not_measured_is_not_blended_with_what_was(tmp_path) -> None:
         assert torch.allclose(open_source(out).open(0).read(), torch.tensor(7.5))
         with pytest.raises(ValueError, match=r"holds shards of another call .nodata -9999 and now"):
             write_shards(tmp_path / "a.npy", out, max_side=max_side)
+
+
+@pytest.fixture
+def scenes(tmp_path: Path) -> Path:
+    """A map of two bands with a nodata border and a plain corner, a photograph, and a small image.
+
+    The map is 256 x 320: of its 4 x 5 tiles of 64 pixels, one column is nodata, and two are plain.
+    """
+    pytest.importorskip("rasterio")
+    folder = tmp_path / "scenes"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    bands = rng.integers(1, 60000, (2, 256, 320)).astype(np.uint16)
+    bands[:, :, :70] = 0
+    bands[:, 192:, 192:] = 777
+    nodata = [(42113, "s", 0, "0", True)]
+    how = {"photometric": "minisblack", "planarconfig": "separate", "extratags": nodata}
+    imwrite(folder / "a map.tif", bands, **how)
+    Image.fromarray(rng.integers(0, 255, (70, 90, 3), dtype=np.uint8)).save(folder / "photo.jpg")
+    Image.fromarray(rng.integers(0, 255, (40, 64), dtype=np.uint8)).save(folder / "small.png")
+    return folder
+
+
+def test_large_images_are_cut_and_small_ones_stay_whole(scenes, tmp_path) -> None:
+    packed = write_shards(scenes, tmp_path / "out", tile=64)
+    assert (packed.images, packed.shards, packed.skipped) == (20 - 4 - 2 + 4 + 1, 1, 0)
+    assert packed.empty == {"nodata": 4, "background": 2}
+    assert packed.bytes_before == sum(path.stat().st_size for path in scenes.iterdir())
+    told = "; left out: 4 of nodata, 2 of background (--keep-empty keeps them)\nshards: "
+    assert told in str(packed)
+    held = members(tmp_path / "out" / "shards-000000.tar")
+    assert held["000000024.png"] == (scenes / "small.png").read_bytes()
+    assert json.loads(held["000000023.json"]) == {
+        "name": "photo.jpg", "height": 70, "width": 90, "box": [26, 6, 90, 70],
+    }  # fmt: skip
+    assert json.loads(held["000000007.json"]) == {
+        "name": "a map.tif", "height": 256, "width": 320, "box": [128, 64, 192, 128],
+    }  # fmt: skip
+    array = imread(scenes / "a map.tif")
+    stored = np.load(io.BytesIO(held["000000007.npy"]))
+    assert stored.dtype == np.uint16
+    assert (stored == array[:, 64:128, 128:192]).all()
+    # With nodata it is a TIFF that says so, and what was not measured is known to be so.
+    stored = imread(io.BytesIO(held["000000006.tif"]))
+    assert stored.dtype == np.uint16
+    assert (stored == array[:, 64:128, 64:128]).all()
+    image = open_image(held["000000006.tif"])
+    assert image.decode().known[:, 0, :8].tolist() == [[False] * 6 + [True] * 2] * 2
+    kept = write_shards(scenes, tmp_path / "all", tile=64, keep_empty=True)
+    assert (kept.images, kept.empty) == (25, {})
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "nodata", "suffix"),
+    [
+        ((1, 9, 8), np.uint8, None, "jpg"),
+        ((3, 9, 8), np.uint8, 0, "jpg"),
+        ((4, 9, 8), np.uint8, None, "npy"),
+        ((1, 9, 8), np.float64, None, "npy"),
+        ((1, 9, 8), np.float32, -9999, "tif"),
+        ((5, 9, 8), np.int16, -32768, "tif"),
+        ((12, 9, 8), np.uint16, None, "tif"),
+    ],
+)
+def test_a_tile_is_read_back_as_it_was_cut(shape, dtype, nodata, suffix) -> None:
+    tile = (np.arange(np.prod(shape)).reshape(shape) % 250).astype(dtype)
+    if suffix == "tif" and nodata is not None:
+        tile[:, :, 0] = nodata
+    kind, content = encode(tile, 90, nodata)
+    decoded = open_image(content).decode()
+    assert kind == suffix
+    assert decoded.known is None or not decoded.known[:, :, 0].any()
+    if suffix == "jpg":
+        return
+    stored = np.load(io.BytesIO(content)) if kind == "npy" else imread(io.BytesIO(content))
+    assert stored.dtype == dtype
+    assert (stored.reshape(shape) == tile).all()
+    assert (decoded.pixels[:, :, 1:].numpy() == tile[:, :, 1:]).all()
+    assert (decoded.known is None) == (nodata is None)
+
+
+def test_cutting_that_was_killed_goes_on_and_ends_the_same(scenes, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(shard_writer, "SHARD_BYTES", 5 * 64 * 64 * 2 * 2)
+    whole = write_shards(scenes, tmp_path / "whole", tile=64)
+    assert whole.shards == 5
+    real = shard_writer.write_shard
+
+    def killed(path, *given):
+        if path.name.endswith("2.tar"):
+            path.with_name(f"{path.name}.part").write_bytes(b"half")
+            raise KeyboardInterrupt
+        return real(path, *given)
+
+    monkeypatch.setattr(shard_writer, "write_shard", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_shards(scenes, tmp_path / "out", tile=64)
+    monkeypatch.setattr(shard_writer, "write_shard", real)
+    again = write_shards(scenes, tmp_path / "out", tile=64)
+    assert again == whole._replace(folder=tmp_path / "out", kept=2)
+    files = {path.name for path in (tmp_path / "whole").iterdir()}
+    assert files == {path.name for path in (tmp_path / "out").iterdir()}
+    for name in files:
+        ours, theirs = (tmp_path / folder / name for folder in ("whole", "out"))
+        assert ours.read_bytes() == theirs.read_bytes()
+    for changed in ({"tile": 32}, {"tile": 64, "overlap": 8}, {"tile": 64, "keep_empty": True}, {}):
+        with pytest.raises(ValueError, match="which holds shards of another call"):
+            write_shards(scenes, tmp_path / "out", **changed)
+
+
+def test_shards_of_tiles_are_not_gone_on_with_by_copies(images, tmp_path) -> None:
+    write_shards(images, tmp_path / "out", tile=640)
+    with pytest.raises(ValueError, match=r"another call \(tile 640 and now None, overlap 0 and"):
+        write_shards(images, tmp_path / "out", max_side=640)
+
+
+def test_what_cannot_be_cut_is_told_before_work_begins(scenes, tmp_path) -> None:
+    for name in ("b.tif", "c.tif"):
+        Image.new("CMYK", (70, 70)).save(scenes / name)
+    with pytest.raises(TooManyBrokenError, match=r"2 of 5 images .*\n.*b\.tif: its colours are"):
+        write_shards(scenes, tmp_path / "out", tile=64)
+    assert not (tmp_path / "out").exists()
+    packed = write_shards(scenes, tmp_path / "out", tile=64, max_broken=0.5)
+    assert packed.skipped == 2
+    assert len((tmp_path / "out" / "skipped.txt").read_text().splitlines()) == 2
+
+
+def test_settings_of_tiles_need_tiles(scenes, tmp_path) -> None:
+    with pytest.raises(ValueError, match=r"overlap is 8, keep_empty is True, but tile is None; "):
+        write_shards(scenes, tmp_path / "out", overlap=8, keep_empty=True)
+
+
+def test_tiles_can_be_trained_on(scenes, tmp_path) -> None:
+    (scenes / "photo.jpg").unlink()
+    (scenes / "small.png").unlink()
+    write_shards(scenes, tmp_path / "out", tile=64)
+    statistics = measure(open_source(tmp_path / "out"))
+    assert (statistics.channels, statistics.median_size) == (2, (64, 64))
+    assert min(statistics.low) > 20  # the nodata of zeros does not count
+    assert 59000 < max(statistics.high) < 60000
+
+
+def test_threads_are_never_far_ahead_of_what_is_written() -> None:
+    made = []
+    with ThreadPoolExecutor(2) as threads:
+        entries = in_order(lambda k: made.append(k) or str(k), range(50), 2, threads)
+        for written, entry in enumerate(entries):
+            assert entry == (written, str(written))
+            assert len(made) <= written + 5
+    assert sorted(made) == list(range(50))

@@ -1,4 +1,4 @@
-"""Contenders: which networks stand beside the one that was asked for, and with which weights."""
+"""Contenders: which networks stand beside those that were asked for, and with which weights."""
 
 from dataclasses import replace
 
@@ -14,7 +14,11 @@ from pixel_level_contrastive_learning.backbones.checkpoint import (
 )
 from pixel_level_contrastive_learning.backbones.factory import build_backbone
 from pixel_level_contrastive_learning.data.sources import open_source
-from pixel_level_contrastive_learning.evaluation.baselines import line_up, random_net
+from pixel_level_contrastive_learning.evaluation.baselines import (
+    line_up,
+    random_net,
+    sizing_card,
+)
 
 
 def card(model: str, **settings) -> BackboneCard:
@@ -39,16 +43,19 @@ def run(folder, model, shift, **settings):
     return folder
 
 
-def biases(field) -> list[torch.Tensor]:
-    return [contender.build(0).body.bias for contender in field.contenders]
+def biases(contenders) -> list[torch.Tensor]:
+    return [contender.build(0).body.bias for contender in contenders]
+
+
+def line_up_labelled(labelled, *weights):
+    return line_up(weights, open_source(str(labelled / "images")))
 
 
 def test_random_weights_stand_alone(labelled, model) -> None:
-    source = open_source(str(labelled / "images"))
-    field = line_up(f"random:{model}", source)
-    assert [contender.name for contender in field.contenders] == ["random weights"]
-    assert (field.card.model, field.card.channels) == (model, 3)
-    (random,) = field.contenders
+    contenders, _ = line_up_labelled(labelled, f"random:{model}")
+    assert [contender.name for contender in contenders] == ["random weights"]
+    assert (contenders[0].card.model, contenders[0].card.channels) == (model, 3)
+    (random,) = contenders
     state = torch.get_rng_state()
     one, again, other = (random.build(seed).body.weight for seed in (1, 1, 2))
     assert torch.equal(torch.get_rng_state(), state)
@@ -58,13 +65,13 @@ def test_random_weights_stand_alone(labelled, model) -> None:
 
 def test_a_run_from_random_weights_stands_beside_others(labelled, model, tmp_path) -> None:
     folder = run(tmp_path / "run", model, 1.0)
-    field = line_up(folder, open_source(str(labelled / "images")))
-    assert [contender.name for contender in field.contenders] == ["random weights", str(folder)]
-    assert [contender.by_seed for contender in field.contenders] == [True, False]
-    random, ours = biases(field)
+    contenders, notes = line_up_labelled(labelled, folder)
+    assert [contender.name for contender in contenders] == ["random weights", str(folder)]
+    assert [contender.by_seed for contender in contenders] == [True, False]
+    random, ours = biases(contenders)
     torch.testing.assert_close(ours, random + 1)
-    assert field.card == card(model)
-    assert field.notes == []
+    assert contenders[-1].card == card(model)
+    assert notes == []
 
 
 def test_what_a_loop_of_ones_own_has_saved_stands_beside_others(labelled, model, tmp_path) -> None:
@@ -75,19 +82,19 @@ def test_what_a_loop_of_ones_own_has_saved_stands_beside_others(labelled, model,
     path = tmp_path / "net.pt"
     torch.save(net.state_dict(), path)
     save_card(path, card_of(learner, model))
-    field = line_up(path, open_source(str(labelled / "images")))
-    assert [contender.name for contender in field.contenders] == ["random weights", str(path)]
-    random, ours = biases(field)
+    contenders, _ = line_up_labelled(labelled, path)
+    assert [contender.name for contender in contenders] == ["random weights", str(path)]
+    random, ours = biases(contenders)
     torch.testing.assert_close(ours, random + 1)
 
 
 def test_weights_that_a_run_started_from_stand_between(labelled, model, tmp_path) -> None:
     before = run(tmp_path / "before", model, 1.0)
     folder = run(tmp_path / "run", model, 2.0, start=str(before / "backbone.safetensors"))
-    field = line_up(folder, open_source(str(labelled / "images")))
-    names = [contender.name for contender in field.contenders]
+    contenders, _ = line_up_labelled(labelled, folder)
+    names = [contender.name for contender in contenders]
     assert names == ["random weights", "start (backbone.safetensors)", str(folder)]
-    random, start, ours = biases(field)
+    random, start, ours = biases(contenders)
     torch.testing.assert_close(start, random + 1)
     torch.testing.assert_close(ours, random + 2)
 
@@ -96,12 +103,12 @@ def test_random_weights_that_began_shut_stand_between(labelled, tmp_path) -> Non
     resnet = card("torchvision/resnet18", pixel_layer="layer4", instance_layer="avgpool")
     path = tmp_path / "backbone.safetensors"
     save_backbone(path, random_net(resnet, 3), replace(resnet, start="zero-init residual"))
-    field = line_up(path, open_source(str(labelled / "images")))
-    names = [contender.name for contender in field.contenders]
+    contenders, _ = line_up_labelled(labelled, path)
+    names = [contender.name for contender in contenders]
     assert names == ["random weights", "start (zero-init residual)", str(path)]
-    assert [contender.by_seed for contender in field.contenders] == [True, True, False]
+    assert [contender.by_seed for contender in contenders] == [True, True, False]
     for seed in (0, 1):
-        random, start = (contender.build(seed).layer4[1] for contender in field.contenders[:2])
+        random, start = (contender.build(seed).layer4[1] for contender in contenders[:2])
         assert torch.equal(random.conv2.weight, start.conv2.weight)
         assert random.bn2.weight.all()
         assert not start.bn2.weight.any()
@@ -111,15 +118,15 @@ def test_where_nothing_can_begin_shut_random_weights_are_the_start(
     labelled, model, tmp_path
 ) -> None:
     folder = run(tmp_path / "run", model, 1.0, start="zero-init residual")
-    field = line_up(folder, open_source(str(labelled / "images")))
-    assert [contender.name for contender in field.contenders] == ["random weights", str(folder)]
+    contenders, _ = line_up_labelled(labelled, folder)
+    assert [contender.name for contender in contenders] == ["random weights", str(folder)]
 
 
 def test_weights_that_are_gone_are_noted(labelled, model, tmp_path) -> None:
     folder = run(tmp_path / "run", model, 2.0, start=str(tmp_path / "gone.pt"))
-    field = line_up(folder, open_source(str(labelled / "images")))
-    assert [contender.name for contender in field.contenders] == ["random weights", str(folder)]
-    (note,) = field.notes
+    contenders, notes = line_up_labelled(labelled, folder)
+    assert [contender.name for contender in contenders] == ["random weights", str(folder)]
+    (note,) = notes
     assert note.startswith(
         f"The weights it started from ({tmp_path / 'gone.pt'}) are not at hand: "
     )
@@ -131,9 +138,9 @@ def test_fresh_weights_scale_deep_values_by_what_is_found(tmp_path, model) -> No
     for number in range(3):
         values = torch.rand(40, 40, 3) * 1000 + 500
         save(tmp_path / f"{number}.npy", values.numpy())
-    field = line_up(f"random:{model}", open_source(str(tmp_path)))
-    assert field.card.low == pytest.approx((500,) * 3, rel=0.02)
-    assert field.card.high == pytest.approx((1500,) * 3, rel=0.02)
+    contenders, _ = line_up([f"random:{model}"], open_source(str(tmp_path)))
+    assert contenders[-1].card.low == pytest.approx((500,) * 3, rel=0.02)
+    assert contenders[-1].card.high == pytest.approx((1500,) * 3, rel=0.02)
 
 
 def test_fresh_weights_take_the_channels_of_the_images(tmp_path, model) -> None:
@@ -141,9 +148,9 @@ def test_fresh_weights_take_the_channels_of_the_images(tmp_path, model) -> None:
 
     for number in range(3):
         Image.new("L", (40, 40), 60 * number).save(tmp_path / f"{number}.png")
-    field = line_up(f"random:{model}", open_source(str(tmp_path)))
-    assert field.card.channels == 1
-    assert field.contenders[0].build(0).stem.in_channels == 1
+    contenders, _ = line_up([f"random:{model}"], open_source(str(tmp_path)))
+    assert contenders[-1].card.channels == 1
+    assert contenders[0].build(0).stem.in_channels == 1
 
 
 def test_libraries_give_their_own_weights(labelled, monkeypatch) -> None:
@@ -157,14 +164,50 @@ def test_libraries_give_their_own_weights(labelled, monkeypatch) -> None:
         return build_backbone(model, **settings)
 
     monkeypatch.setattr(checkpoint, "build_backbone", built)
-    field = line_up("torchvision/resnet18", open_source(str(labelled / "images")))
-    names = [contender.name for contender in field.contenders]
+    contenders, _ = line_up_labelled(labelled, "torchvision/resnet18")
+    names = [contender.name for contender in contenders]
     assert names == ["random weights", "torchvision/resnet18"]
     assert asked == [True]
-    assert field.card.start == "pretrained"
-    assert replace(field.card, low=None) == field.card
+    assert contenders[-1].card.start == "pretrained"
+    assert replace(contenders[-1].card, low=None) == contenders[-1].card
 
 
 def test_weights_that_are_not_there_are_refused(labelled, tmp_path) -> None:
     with pytest.raises(ValueError, match="nowhere"):
-        line_up(tmp_path / "nowhere", open_source(str(labelled / "images")))
+        line_up_labelled(labelled, tmp_path / "nowhere")
+
+
+def test_several_weights_share_what_they_must_beat(labelled, model, tmp_path) -> None:
+    before = run(tmp_path / "before", model, 1.0)
+    start = str(before / "backbone.safetensors")
+    one, two = (run(tmp_path / name, model, 2.0, start=start) for name in ("one", "two"))
+    other = tmp_path / "other" / "backbone.safetensors"
+    resnet = card("torchvision/resnet18", pixel_layer="layer4", instance_layer="avgpool")
+    save_backbone(other, random_net(resnet, 3), resnet)
+    contenders, notes = line_up_labelled(labelled, one, other, two)
+    random, resnets = f"random weights ({model})", "random weights (torchvision/resnet18)"
+    begun = "start (backbone.safetensors)"
+    assert {own.name: own.baselines for own in contenders} == {
+        random: (),
+        resnets: (),
+        begun: (),
+        str(one): (random, begun),
+        str(other): (resnets,),
+        str(two): (random, begun),
+    }
+    assert notes == []
+    assert sizing_card(contenders) == contenders[3].card
+
+
+def test_starts_of_one_file_name_are_told_apart(labelled, model, tmp_path) -> None:
+    starts = [str(run(tmp_path / name, model, 1.0) / "backbone.safetensors") for name in "ab"]
+    runs = [run(tmp_path / f"{k}", model, 2.0, start=own) for k, own in enumerate(starts)]
+    contenders, _ = line_up_labelled(labelled, *runs)
+    names = [own.name for own in contenders]
+    assert names[1:3] == ["start (backbone.safetensors)", f"start ({starts[1]})"]
+    assert [own.baselines[1] for own in contenders[3:]] == names[1:3]
+
+
+def test_weights_named_twice_are_refused(labelled, model) -> None:
+    with pytest.raises(ValueError, match=r"weights names random:.* twice; name each once"):
+        line_up_labelled(labelled, f"random:{model}", f"random:{model}")

@@ -8,10 +8,10 @@ from torch import nn
 from torch.nn.functional import cosine_similarity
 
 from pixel_level_contrastive_learning.evaluation.correspondence import (
-    correspondence,
+    Correspondence,
     draw_pairs,
     hits,
-    matched,
+    measure_correspondence,
 )
 from pixel_level_contrastive_learning.evaluation.features import Reader
 from pixel_level_contrastive_learning.geometry import box_to_map, cell_centres, cell_diagonals
@@ -141,34 +141,32 @@ class Edges(nn.Module):
         return self.patches(pixels)
 
 
+def found_in(net: nn.Module, images, seed: int = 0, **settings) -> Correspondence:
+    """What a network finds of its patches in views of 32 x 32 pixels."""
+    reader = Reader(net, None, 3, (32, 32))
+    return measure_correspondence(reader, draw_pairs(images, (32, 32), seed), MEAN, STD, **settings)
+
+
 def test_a_network_is_judged_in_eval_mode_by_batches_of_any_size() -> None:
     images = [torch.rand(3, 8, 8).repeat_interleave(8, 1).repeat_interleave(8, 2) for _ in range(5)]
     net = Edges()
-    settings = {"size": (32, 32), "mean": MEAN, "std": STD}
-    found = correspondence(net, images, "patches", **settings)
+    found = found_in(net, images)
     assert net.training
     # Blobs of colour: far more often found than by chance.
     assert found.hit1 > 2.5 * found.chance
     assert 0 < found.chance < found.chance_near < 1
     assert found.hit1 <= found.hit_near <= 1
     assert found.cells > 100
-    assert correspondence(net, images, "patches", batch=2, **settings) == pytest.approx(found)
-    assert correspondence(net, images, "patches", seed=1, **settings) != found
-    reader = Reader(net, ["patches"], 3, (32, 32))
-    assert matched(reader, draw_pairs(images, (32, 32), 0), MEAN, STD) == found
+    assert found_in(net, images, batch=2) == pytest.approx(found)
+    assert found_in(net, images, seed=1) != found
 
 
 def test_features_that_are_all_alike_do_no_better_than_chance() -> None:
     net = Edges()
     nn.init.zeros_(net.patches.weight)
     images = [torch.rand(3, 40, 60) for _ in range(8)]
-    found = correspondence(net, images, size=(32, 32), mean=MEAN, std=STD)
+    found = found_in(net, images)
     assert found.hit1 < 2 * found.chance
-
-
-def test_no_images_are_refused() -> None:
-    with pytest.raises(ValueError, match="images is empty; give at least one image"):
-        correspondence(Edges(), [], size=(32, 32), mean=MEAN, std=STD)
 
 
 def test_views_without_a_common_cell_are_refused() -> None:
@@ -176,4 +174,4 @@ def test_views_without_a_common_cell_are_refused() -> None:
     views = draw_pairs(images, (32, 32), 0)
     apart = views._replace(map_one=maps((0, 0, 8, 8)), map_two=maps((40, 40, 48, 48)))
     with pytest.raises(ValueError, match="no cell of one view lies in the other; give more images"):
-        matched(Reader(Edges(), None, 3, (32, 32)), apart, MEAN, STD)
+        measure_correspondence(Reader(Edges(), None, 3, (32, 32)), apart, MEAN, STD)

@@ -15,20 +15,17 @@ from PIL import Image
 from pixel_level_contrastive_learning.backbones.checkpoint import BackboneCard, save_backbone
 from pixel_level_contrastive_learning.data.sources import open_source
 from pixel_level_contrastive_learning.data.statistics import Statistics
-from pixel_level_contrastive_learning.evaluation import evaluate as unlabelled
+from pixel_level_contrastive_learning.evaluation import correspondence
 from pixel_level_contrastive_learning.evaluation.baselines import random_net
-from pixel_level_contrastive_learning.evaluation.evaluate import (
-    evaluate,
-    evenly,
-    left_out,
-    some_images,
-    what_it_means,
+from pixel_level_contrastive_learning.evaluation.correspondence import (
+    correspondence_in_words as without,
 )
-from pixel_level_contrastive_learning.evaluation.evaluate import (
-    what_it_means_without_labels as without,
-)
+from pixel_level_contrastive_learning.evaluation.correspondence import evenly, left_out, some_images
+from pixel_level_contrastive_learning.evaluation.evaluate import evaluate
 from pixel_level_contrastive_learning.evaluation.features import Preparation
+from pixel_level_contrastive_learning.evaluation.finetuning import RATES
 from pixel_level_contrastive_learning.evaluation.results import Evaluation, Row
+from pixel_level_contrastive_learning.evaluation.segmentation import what_it_means
 
 
 @pytest.fixture
@@ -77,6 +74,8 @@ def test_the_same_weights_reach_the_same(run, labelled) -> None:
     first = evaluate(run, data=labelled)
     torch.manual_seed(2)
     assert evaluate(run, data=labelled).rows == first.rows
+    assert first.protocol == "linear, linear-all, knn"
+    assert set(first.ours.scores) == {"mIoU", "pixel accuracy", "linear-all mIoU", "knn mIoU"}
 
 
 def test_fine_tuning_takes_a_share_of_the_masks(run, labelled) -> None:
@@ -84,7 +83,7 @@ def test_fine_tuning_takes_a_share_of_the_masks(run, labelled) -> None:
     found = evaluate(run, data=labelled, **settings)
     assert [len(row.seeds) for row in found.rows] == [3, 3]
     assert found.ours.deviations["mIoU"] > 0
-    assert found.settings["fraction"] == 0.3
+    assert found.settings["masks"] == [3]
     assert found.settings["steps"] == 3
     assert found.sentence.startswith("Fine-tuning reaches ")
 
@@ -137,7 +136,9 @@ def test_settings_about_labels_are_refused_without_any() -> None:
 
 
 def test_what_a_protocol_does_not_read_is_refused(labelled) -> None:
-    with pytest.raises(ValueError, match=r"^layers is \['body'\], but fine-tuning reads a map of"):
+    with pytest.raises(
+        ValueError, match=r"^layers is \['body'\], but finetune reads a map of each"
+    ):
         evaluate("runs/a", data=labelled, protocol="finetune", layers=("body",))
     for protocol in ("linear", "knn"):
         with pytest.raises(ValueError, match=r"^steps is 9, which is about fine-tuning; take"):
@@ -169,7 +170,8 @@ def test_all_that_is_wrong_is_said_at_once() -> None:
     with pytest.raises(ValueError) as error:
         evaluate("runs/a", protocol="linar", fraction=0, seeds=0, steps=0, size=-1)
     assert str(error.value).splitlines() == [
-        "protocol is 'linar'; it must be one of 'linear', 'knn', 'finetune' (perhaps 'linear')",
+        "protocol is 'linar'; it must be one of 'linear', 'linear-all', 'knn', 'hummingbird', "
+        "'overclustering', 'finetune' (perhaps 'linear')",
         "fraction is 0; it must be a number above 0, at most 1",
         "seeds is 0; it must be a whole number of at least 1",
         "size is -1; it must be a whole number of pixels or (height, width), such as 224",
@@ -179,6 +181,66 @@ def test_all_that_is_wrong_is_said_at_once() -> None:
     ]
     with pytest.raises(ValueError, match="both of data and images given"):
         evaluate("runs/a", data="a", images="b")
+
+
+def test_several_weights_and_protocols_stand_side_by_side(run, labelled, model, tmp_path) -> None:
+    protocols = ["knn", "hummingbird", "overclustering", "linear-all"]
+    other = tmp_path / "other"
+    other.mkdir()
+    for name in ("backbone.safetensors", "backbone.json"):
+        (other / name).write_bytes((run / name).read_bytes())
+    found = evaluate([run, other, f"random:{model}"], data=labelled, protocol=protocols)
+    assert [row.name for row in found.rows] == ["random weights", str(run), str(other)]
+    assert found.rows[1].scores == found.rows[2].scores
+    keys = ["mIoU", "pixel accuracy", "hummingbird mIoU", "overclustering mIoU"]
+    assert list(found.ours.scores) == [*keys, "overclustering, 500 mIoU", "linear-all mIoU"]
+    assert all(0.4 < value <= 1 for value in found.ours.scores.values())
+    assert found.sentence.count("A vote of neighbours reaches") == 2
+    assert found.sentence.startswith(f"{run}: ")
+
+
+def test_fractions_give_label_curves(run, labelled, tmp_path, caplog) -> None:
+    caplog.set_level(logging.INFO)
+    settings = {"fractions": [1, 0.2, 0.5], "steps": 2, "seeds": 2}
+    found = evaluate(run, data=labelled, protocol=["linear", "finetune"], out=tmp_path, **settings)
+    assert found.settings["masks"] == [2, 5, 10]
+    assert found.curves == ["linear", "finetune"]
+    for row in found.rows:
+        assert [point.masks for point in row.curves["finetune"]] == [2, 5, 10]
+        assert [len(point.seeds) for point in row.curves["finetune"]] == [2, 2, 2]
+        assert row.scores["finetune mIoU"] == row.curves["finetune"][-1].miou
+    # With all masks frozen features know no chance.
+    assert [len(point.seeds) for point in found.ours.curves["linear"]] == [2, 2, 1]
+    assert found.ours.scores["mIoU"] == found.ours.curves["linear"][-1].miou
+    assert " By finetune, with " in found.sentence
+    assert (tmp_path / "label-curve.png").is_file()
+    assert set(found.settings["learning rates"]) == {"random weights", str(run)}
+    assert set(found.settings["learning rates"].values()) <= set(map(str, RATES))
+    (told,) = (own for own in caplog.messages if own.startswith("fine-tuning: "))
+    assert told.startswith(
+        "fine-tuning: 12 fits of 2 steps, and 8 to choose learning rates: about "
+    )
+
+
+def test_weights_of_a_library_are_fed_as_the_run_is(run, labelled) -> None:
+    settings = {"data": labelled, "protocol": "knn"}
+    alone = evaluate("random:torchvision/resnet18", **settings)
+    assert alone.settings["fed at"] == "shorter side 314"
+    beside = evaluate(["random:torchvision/resnet18", run], **settings)
+    assert beside.settings["fed at"] == "shorter side 34"
+
+
+def test_one_way_to_say_how_many_masks(labelled) -> None:
+    with pytest.raises(ValueError, match=r"^both fraction and fractions are given; give one of"):
+        evaluate("runs/a", data=labelled, fraction=0.5, fractions=[0.1])
+    with pytest.raises(
+        ValueError, match=r"^fractions is 2; it must be a number above 0, at most 1"
+    ):
+        evaluate("runs/a", data=labelled, fractions=[0.1, 2])
+    with pytest.raises(ValueError, match=r"^fractions is empty; give shares of the masks, such as"):
+        evaluate("runs/a", data=labelled, fractions=[])
+    with pytest.raises(ValueError, match=r"^weights is empty; give a run, a file or a name"):
+        evaluate([], data=labelled)
 
 
 # What it means.
@@ -239,7 +301,7 @@ def test_one_draw_of_random_weights_is_not_trusted_for_a_small_gain(
 
 def test_judging_by_what_was_learned_from_is_noted(run, labelled) -> None:
     (note,) = evaluate(run, data=labelled, split="train", protocol="knn").notes
-    assert note == "Judged by the very images it learned from, and so too kindly."
+    assert note == "Scored on the very images it learned from, and so too kindly."
     assert evaluate(run, data=labelled, protocol="knn").notes == ()
 
 
@@ -298,7 +360,7 @@ def test_images_are_spread_evenly_and_the_others_wait() -> None:
 
 
 def test_others_stand_in_for_images_that_are_not_for_this_network(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(unlabelled, "MOST_IMAGES", 2)
+    monkeypatch.setattr(correspondence, "MOST_IMAGES", 2)
     for number in range(4):  # the evenly spread ones are deep
         (plain if number % 2 else deep)(tmp_path / f"{number}.png")
     seen, refused = some_images(open_source(tmp_path), PREPARE)

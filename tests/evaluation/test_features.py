@@ -5,13 +5,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from pixel_level_contrastive_learning.augment import IMAGENET_MEAN, IMAGENET_STD, Normalise
 from pixel_level_contrastive_learning.backbones.checkpoint import BackboneCard
+from pixel_level_contrastive_learning.evaluation import features
 from pixel_level_contrastive_learning.evaluation.features import (
     Preparation,
     Reader,
     chosen_device,
-    dense_features,
+    native_bfloat16,
 )
 
 
@@ -42,57 +42,67 @@ def net() -> nn.Sequential:
     return net
 
 
+def read(net: nn.Module, images: Tensor, *layers: str, fast: bool = False) -> Tensor:
+    """The features of images."""
+    size = images.shape[2], images.shape[3]
+    return Reader(net, layers, images.shape[1], size, fast=fast)(images)
+
+
 def test_a_layer_gives_what_it_gives_in_eval_mode(net) -> None:
     images = torch.rand(5, 3, 16, 24)
-    found = dense_features(net, images, ["two"], batch=2)
+    found = read(net, images, "two")
     net.eval()
-    ready = Normalise(IMAGENET_MEAN, IMAGENET_STD)(images)
-    torch.testing.assert_close(found, net.two(net.norm(net.one(ready))).detach())
+    torch.testing.assert_close(found, net.two(net.norm(net.one(images))).detach())
 
 
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float64])
 def test_images_are_brought_to_the_precision_of_the_network(net, kind) -> None:
     images = torch.rand(2, 3, 16, 24)
-    exact = dense_features(net, images, ["two"])
-    found = dense_features(net.to(kind), images, ["two"])
+    exact = read(net, images, "two")
+    found = read(net.to(kind), images, "two")
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, exact, atol=0.02, rtol=0.02)
 
 
+def test_features_are_read_in_bfloat16_where_the_device_has_it(net, monkeypatch) -> None:
+    images = torch.rand(2, 3, 16, 24)
+    exact = read(net, images, "two")
+    for native in (True, False):
+        monkeypatch.setattr(features, "native_bfloat16", lambda kind, native=native: native)
+        found = read(net, images, "two", fast=True)
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, exact, atol=0.02, rtol=0.02)
+        assert torch.equal(found, exact) is not native
+
+
 def test_layers_are_resized_to_the_finest_and_stacked(net) -> None:
     images = torch.rand(2, 3, 16, 24)
-    both = dense_features(net, images, ["two", "one"])
-    one, two = (dense_features(net, images, [name]) for name in ("one", "two"))
+    both = read(net, images, "two", "one")
+    one, two = (read(net, images, name) for name in ("one", "two"))
     assert both.shape == (2, 9, 8, 12)
     torch.testing.assert_close(
         both, torch.cat([interpolate(two, (8, 12), mode="bilinear"), one], 1)
     )
 
 
-def test_mean_and_deviation_are_taken_out_first(plain) -> None:
-    images = torch.full((1, 3, 8, 8), 0.75)
-    found = dense_features(plain, images, ["patches"], mean=(0.5, 0.5, 0.5), std=(0.5, 0.25, 1.0))
-    assert found.mean((0, 2, 3)).tolist() == pytest.approx([0.5, 1, 0.25])
-
-
-def test_bytes_are_read_as_parts_of_one(plain) -> None:
-    images = torch.randint(256, (2, 3, 16, 16), dtype=torch.uint8)
-    found = dense_features(plain, images, ["patches"])
-    torch.testing.assert_close(found, dense_features(plain, images / 255, ["patches"]))
-
-
-def test_images_may_come_one_by_one(plain) -> None:
-    images = torch.rand(5, 3, 16, 16)
-    found = dense_features(plain, iter(images), batch=2)
-    torch.testing.assert_close(found, dense_features(plain, images))
+def test_choices_of_layers_are_read_in_one_forward(net) -> None:
+    images = torch.rand(2, 3, 16, 24)
+    calls = []
+    net.one.register_forward_hook(lambda *_: calls.append(1))
+    reader = Reader(net, ["one", "two"], 3, (16, 24))
+    calls.clear()
+    found = list(reader.read(images, [["two"], ["one", "two"]]))
+    assert len(calls) == 1
+    torch.testing.assert_close(found[0], read(net, images, "two"))
+    torch.testing.assert_close(found[1], read(net, images, "one", "two"))
 
 
 def test_tokens_are_laid_out_as_a_map() -> None:
     net = Tokens()
     images = torch.rand(2, 3, 32, 48)
-    found = dense_features(net, images, ["last"])
+    found = read(net, images, "last")
     assert found.shape == (2, 6, 4, 6)
-    torch.testing.assert_close(found, dense_features(net, images, ["patches"]))
+    torch.testing.assert_close(found, read(net, images, "patches"))
 
 
 def test_the_network_stays_as_it_was(net) -> None:
@@ -101,7 +111,7 @@ def test_the_network_stays_as_it_was(net) -> None:
         weight.requires_grad_(False)
     before = {name: value.clone() for name, value in net.state_dict().items()}
     images, state = torch.rand(2, 3, 16, 16), torch.get_rng_state()
-    dense_features(net, images, ["two"])
+    read(net, images, "two")
     assert [net.training, net.norm.training, net.drop.training] == [True, False, True]
     assert not any(weight.requires_grad for weight in net.parameters())
     for name, value in net.state_dict().items():
@@ -112,13 +122,13 @@ def test_the_network_stays_as_it_was(net) -> None:
 
 def test_a_reader_reads_other_sizes_too(net) -> None:
     reader = Reader(net, ["two"], 3, (16, 16))
-    assert (reader.channels, reader.layers) == (5, ["two"])
+    assert (reader.channels(), reader.layers) == (5, ["two"])
     assert reader(torch.rand(1, 3, 24, 40)).shape == (1, 5, 6, 10)
 
 
 def test_a_layer_that_is_not_there_is_named(net) -> None:
     with pytest.raises(ValueError, match=r"no layer 'tow'.*perhaps two"):
-        dense_features(net, torch.rand(1, 3, 16, 16), ["tow"])
+        read(net, torch.rand(1, 3, 16, 16), "tow")
 
 
 def test_a_network_that_cannot_be_copied_is_refused_in_words() -> None:
@@ -126,11 +136,6 @@ def test_a_network_that_cannot_be_copied_is_refused_in_words() -> None:
     net(torch.rand(2, 3, 8, 8))  # leaves a weight that is no leaf, which deepcopy refuses
     with pytest.raises(ValueError, match=r"Conv2d cannot be copied.*utils\.parametrizations"):
         Reader(net, None, 3, (8, 8))
-
-
-def test_nothing_is_no_images(net) -> None:
-    with pytest.raises(ValueError, match="images is empty; give at least one image"):
-        dense_features(net, [])
 
 
 @pytest.mark.parametrize("name", ["cuda:9", "tpu9000"])
@@ -255,3 +260,14 @@ def test_other_channels_are_refused_by_name() -> None:
         "a.tif has 5 channels, but the network takes 3; give images of 3 channels, or weights that "
         "were trained on 5"
     )
+
+
+def test_bfloat16_is_native_where_the_processor_says_so(monkeypatch) -> None:
+    for amx, avx in ((True, False), (False, True), (False, False)):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda avx=avx: avx)
+        assert native_bfloat16("cpu") is (amx or avx)
+    assert not native_bfloat16("mps")
+    for capability, native in (((7, 5), False), ((8, 0), True), ((9, 0), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda c=capability: c)
+        assert native_bfloat16("cuda") is native

@@ -8,24 +8,35 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torchvision import models
 
-from pixel_level_contrastive_learning.data.segmentation import open_labelled
+from pixel_level_contrastive_learning.data.segmentation import SegmentationDataset, open_labelled
 from pixel_level_contrastive_learning.data.statistics import Statistics
-from pixel_level_contrastive_learning.evaluation.features import Preparation
+from pixel_level_contrastive_learning.evaluation.features import Preparation, deepest_maps
 from pixel_level_contrastive_learning.evaluation.finetuning import (
+    CROP_DETAIL,
+    RATES,
     Segmenter,
+    choose_rates,
     crop_side,
     crops,
-    deepest_maps,
-    finetuned,
+    finetune,
+    fit_segmenter,
     known_loss,
     rate,
-    trained,
 )
+from pixel_level_contrastive_learning.evaluation.metrics import PreparedSplit, Scored, Scores
 from pixel_level_contrastive_learning.modules.feature_info import FeatureInfo
 
 
 def preparation(size) -> Preparation:
     return Preparation(Statistics(3, (0.5,) * 3, (0.25,) * 3, None, None, (1, 1)), size)
+
+
+def for_crops(split, size=32) -> PreparedSplit:
+    return PreparedSplit(split, preparation(size), CROP_DETAIL)
+
+
+def whole(split) -> PreparedSplit:
+    return PreparedSplit(split, preparation(32))
 
 
 class Transformer(nn.Module):
@@ -125,12 +136,12 @@ def test_ignored_pixels_do_not_count() -> None:
     ("size", "side"), [(200, (192, 192)), (20, (32, 32)), (600, (256, 256)), ((48, 64), (48, 64))]
 )
 def test_crops_fit_the_network_and_the_image(labelled, size, side) -> None:
-    assert crop_side(open_labelled(labelled)[0], preparation(size)) == side
+    assert crop_side(for_crops(open_labelled(labelled)[0], size)) == side
 
 
 def test_crops_and_their_masks_are_cut_alike(labelled) -> None:
     train, _ = open_labelled(labelled)
-    drawn = crops(train, preparation(32), (32, 32), 10)
+    drawn = crops(for_crops(train), (32, 32), 10, torch.device("cpu"))
     pixels, masks = next(drawn)
     assert pixels.shape == (10, 3, 32, 32)
     assert (masks.shape, masks.dtype) == ((10, 32, 32), torch.int64)
@@ -143,8 +154,41 @@ def test_crops_and_their_masks_are_cut_alike(labelled) -> None:
 
 
 def test_every_image_comes_once_before_any_comes_again(labelled, monkeypatch) -> None:
-    from pixel_level_contrastive_learning.data.segmentation import SegmentationDataset
+    train, _ = open_labelled(labelled)
+    sample, seen = PreparedSplit.sample, []
 
+    def noted(self, index):
+        seen.append(index)
+        return sample(self, index)
+
+    monkeypatch.setattr(PreparedSplit, "sample", noted)
+    drawn = crops(for_crops(train), (32, 32), 4, torch.device("cpu"))
+    for _ in range(5):
+        next(drawn)
+    assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
+
+
+def test_the_learning_rates_that_serve_held_out_masks_best_are_chosen(
+    labelled, monkeypatch
+) -> None:
+    train, _ = open_labelled(labelled)
+    asked = []
+
+    def tried(net, learnt, held, *, rates, steps, seed):
+        asked.append((len(learnt), len(held), steps, rates))
+        assert not set(learnt.dataset.images) & set(held.dataset.images)
+        scores = Scores([0.3, 0.1, 0.4, 0.2][len(asked) - 1], 0.5, ())
+        return Scored(scores, {})
+
+    monkeypatch.setattr("pixel_level_contrastive_learning.evaluation.finetuning.finetune", tried)
+    assert choose_rates(small(), for_crops(train), steps=7) == RATES[2]
+    assert asked == [(8, 2, 7, rates) for rates in RATES]
+    one = for_crops(train.subset([3]))
+    assert choose_rates(small(), one) == RATES[0]  # nothing to choose by
+    assert len(asked) == len(RATES)
+
+
+def test_images_are_decoded_once_while_they_fit(labelled, monkeypatch) -> None:
     train, _ = open_labelled(labelled)
     read, seen = SegmentationDataset.read, []
 
@@ -153,10 +197,17 @@ def test_every_image_comes_once_before_any_comes_again(labelled, monkeypatch) ->
         return read(self, index, shortest)
 
     monkeypatch.setattr(SegmentationDataset, "read", noted)
-    drawn = crops(train, preparation(32), (32, 32), 4)
-    for _ in range(5):
-        next(drawn)
-    assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
+    split = for_crops(train)
+    first = [own.pixels for own in split.read(range(10))]
+    again = [own.pixels for own in split.of(train.subset([4, 2])).read([1, 0])]
+    assert sorted(seen) == list(range(10))
+    assert torch.equal(again[0], first[2])
+    assert torch.equal(again[1], first[4])
+    monkeypatch.setattr("pixel_level_contrastive_learning.evaluation.metrics.CACHE_BYTES", 50_000)
+    small_cache = for_crops(train)
+    for _ in range(2):
+        list(small_cache.read(range(10)))
+    assert len(seen) == 10 + 10 + 8  # two of 24 576 bytes fit
 
 
 def test_a_network_learns_and_the_one_given_stays_as_it_was(labelled) -> None:
@@ -164,8 +215,8 @@ def test_a_network_learns_and_the_one_given_stays_as_it_was(labelled) -> None:
     net = small()
     before = {name: value.clone() for name, value in net.state_dict().items()}
     state = torch.get_rng_state()
-    scored = finetuned(net, train, val, preparation(32), steps=40, batch=4, keep=[1])
-    hardly = finetuned(net, train, val, preparation(32), steps=1, batch=4)
+    scored = finetune(net, for_crops(train), whole(val), steps=40, batch=4, keep=[1])
+    hardly = finetune(net, for_crops(train), whole(val), steps=1, batch=4)
     assert scored.scores.miou > hardly.scores.miou + 0.2
     assert scored.kept[1].shape == (32, 48)
     assert torch.equal(torch.get_rng_state(), state)
@@ -180,7 +231,7 @@ def test_a_network_of_another_precision_is_trained_in_float32(labelled, kind) ->
     net = small()
     net.table = nn.Parameter(torch.arange(4), requires_grad=False)  # which learns nothing
     net.to(kind)
-    segmenter = trained(net, train, preparation(32), steps=1, batch=2)
+    segmenter = fit_segmenter(net, for_crops(train), steps=1, batch=2)
     kinds = {own.dtype for own in segmenter.parameters()}
     assert kinds == {torch.float32, torch.int64}
     assert segmenter.net.table.tolist() == [0, 1, 2, 3]
@@ -191,8 +242,8 @@ def test_what_is_predicted_for_an_image_does_not_hang_on_the_others(labelled) ->
     train, val = open_labelled(labelled)
     settings = {"steps": 5, "batch": 2}
     net = small()
-    together = finetuned(net, train, val, preparation(32), keep=[1, 2], **settings)
-    alone = finetuned(net, train, val.subset([1]), preparation(32), keep=[0], **settings)
+    together = finetune(net, for_crops(train), whole(val), keep=[1, 2], **settings)
+    alone = finetune(net, for_crops(train), whole(val.subset([1])), keep=[0], **settings)
     assert torch.equal(alone.kept[0], together.kept[1])
 
 
@@ -200,7 +251,7 @@ def test_a_seed_decides_everything(labelled) -> None:
     train, val = open_labelled(labelled)
     net = small()
     first, again, other = (
-        finetuned(net, train, val, preparation(32), steps=2, batch=2, seed=seed).scores
+        finetune(net, for_crops(train), whole(val), steps=2, batch=2, seed=seed).scores
         for seed in (0, 0, 1)
     )
     assert str(first) == str(again)  # NaN equals nothing

@@ -11,7 +11,12 @@ from pixel_level_contrastive_learning.data.segmentation import SegmentationDatas
 from pixel_level_contrastive_learning.data.statistics import Statistics
 from pixel_level_contrastive_learning.evaluation import metrics
 from pixel_level_contrastive_learning.evaluation.features import Preparation
-from pixel_level_contrastive_learning.evaluation.metrics import feed, likeliest, score
+from pixel_level_contrastive_learning.evaluation.metrics import (
+    PreparedSplit,
+    batches,
+    likeliest,
+    score,
+)
 
 
 def preparation(size) -> Preparation:
@@ -36,9 +41,9 @@ def always(answers) -> metrics.Predict:
     """A predictor that gives these class ids ``(h, w)``, image by image."""
     waiting = iter(answers)
 
-    def predict(pixels: torch.Tensor) -> torch.Tensor:
+    def predict(pixels: torch.Tensor) -> list[torch.Tensor]:
         ids = torch.tensor([next(waiting) for _ in pixels])
-        return one_hot(ids, 4).permute(0, 3, 1, 2).float()
+        return [one_hot(ids, 4).permute(0, 3, 1, 2).float()]
 
     return predict
 
@@ -47,7 +52,7 @@ def test_figures_by_hand(tmp_path) -> None:
     masks = [[[0, 0, 1, 255], [0, 1, 1, 255]], [[1, 1, 1, 1], [0, 0, 0, 0]]]
     found = [[[0, 1, 1, 0], [0, 1, 2, 1]], [[1, 1, 1, 1], [0, 0, 0, 0]]]
     judged = split(tmp_path, masks, ("a", "b", "c", "d"))
-    scored = score(always(found), judged, preparation((2, 4)), keep=[1])
+    (scored,) = score(always(found), PreparedSplit(judged, preparation((2, 4))), keep=[1])
     # Of 14 known pixels 12 are right. a: 6 both, 7 in either. b: 6 of 8. c: predicted, never there.
     # d: nowhere, so it does not count.
     assert scored.scores.accuracy == pytest.approx(12 / 14)
@@ -60,21 +65,27 @@ def test_figures_by_hand(tmp_path) -> None:
 
 def test_masks_of_other_sizes_are_judged_pixel_by_pixel(tmp_path) -> None:
     judged = split(tmp_path, [np.kron([[0, 1]], np.ones((6, 6)))], ("a", "b", "c", "d"))
-    scored = score(always([[[0, 1]]]), judged, preparation((1, 2)))
+    (scored,) = score(always([[[0, 1]]]), PreparedSplit(judged, preparation((1, 2))))
     assert scored.scores.miou == 1
     assert scored.scores.accuracy == 1
 
 
 def test_images_are_fed_by_size_in_order(labelled, tmp_path) -> None:
     _, val = open_labelled(labelled)
-    fed = list(feed(val, preparation(16), batch=3))
+    fed = list(batches(PreparedSplit(val, preparation(16)), 3))
     assert [own.indices for own in fed] == [[0, 1, 2], [3]]
     assert fed[0].pixels.shape == (3, 3, 16, 24)
     assert fed[0].masks[0].shape == (32, 48)
     shapes = [(4, 8), (4, 8), (8, 4), (4, 8)]
     mixed = split(tmp_path, [np.zeros(shape) for shape in shapes], ("a", "b"))
-    assert [own.indices for own in feed(mixed, preparation(4))] == [[0, 1], [2], [3]]
-    assert next(feed(mixed, preparation(4))).pixels.unique().tolist() == [-1]  # black
+    assert [own.indices for own in batches(PreparedSplit(mixed, preparation(4)))] == [
+        [0, 1],
+        [2],
+        [3],
+    ]
+    assert next(batches(PreparedSplit(mixed, preparation(4)))).pixels.unique().tolist() == [
+        -1
+    ]  # black
 
 
 @pytest.mark.parametrize("some", [1, 2, 5, 100])

@@ -2,7 +2,6 @@
 
 import json
 import math
-from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -13,26 +12,40 @@ from torch.profiler import ProfilerActivity, profile
 
 from pixel_level_contrastive_learning.data.segmentation import open_labelled
 from pixel_level_contrastive_learning.data.statistics import Statistics
-from pixel_level_contrastive_learning.evaluation import probes
+from pixel_level_contrastive_learning.evaluation import logistic, probes
 from pixel_level_contrastive_learning.evaluation.features import Preparation, Reader
+from pixel_level_contrastive_learning.evaluation.logistic import Curvature, affine, fit_logistic
+from pixel_level_contrastive_learning.evaluation.metrics import PreparedSplit, Scored
 from pixel_level_contrastive_learning.evaluation.probes import (
-    Bank,
-    Curvature,
-    affine,
+    HUMMINGBIRD,
+    KNN,
+    FeatureBank,
+    ProbeTask,
+    Voting,
     by_cells,
     cell_iou,
     class_shares,
-    fitted,
     gather,
     held_out_last,
-    linear_judge,
-    neighbour_judge,
-    probed,
+    linear_classifier,
+    neighbour_classifier,
+    run_probes,
 )
 
 
 def preparation(size: int) -> Preparation:
     return Preparation(Statistics(3, (0.5,) * 3, (0.25,) * 3, None, None, (1, 1)), size)
+
+
+def gather_one(reader, split, prepare, **settings) -> FeatureBank:
+    """The bank of all layers that a reader reads."""
+    return gather(reader, PreparedSplit(split, prepare), [reader.layers], **settings)[0]
+
+
+def probed(reader, train, val, prepare, *, protocol="linear", keep=()) -> Scored:
+    """The scores of a single probe."""
+    task = ProbeTask(protocol, PreparedSplit(train, prepare), tuple(reader.layers))
+    return run_probes(reader, [task], PreparedSplit(val, prepare), keep=keep)[0]
 
 
 # What cells show.
@@ -57,7 +70,7 @@ def test_cells_without_pixels_show_nothing() -> None:
 
 @pytest.mark.parametrize("rows", [1, 2, 3])
 def test_iou_of_cells_by_hand(monkeypatch, rows) -> None:
-    monkeypatch.setattr(probes, "BLOCK_ENTRIES", 3 * rows)
+    monkeypatch.setattr(logistic, "BLOCK_ENTRIES", 3 * rows)
     shares = torch.tensor([[1.0, 0, 0], [0.5, 0.5, 0], [0, 1, 0]])
     cells = one_hot(torch.tensor([0, 0, 1]), 3).float()
     as_they_are = torch.cat([torch.eye(3), torch.zeros(1, 3)])
@@ -74,7 +87,7 @@ ORDER = [0, 1, 3, 4, 5, 6, 8, 9, 2, 7]
 def test_all_cells_are_kept_with_what_they_show(labelled, plain) -> None:
     train, _ = open_labelled(labelled)
     reader = Reader(plain, ["patches"], 3, (32, 48))
-    bank = gather(reader, train, preparation(32))
+    bank = gather_one(reader, train, preparation(32))
     # Maps of 8 x 12 cells; of each first row half the pixels are ignored.
     assert bank.cells.shape == (960, 3)
     assert bank.first_held == 8 * 96
@@ -91,7 +104,7 @@ def own_cells(reader, split, order) -> list[torch.Tensor]:
 
 def test_cells_all_ignored_are_left_out(labelled, plain) -> None:
     train, _ = open_labelled(labelled)
-    bank = gather(Reader(plain, ["patches"], 3, (32, 48)), train, preparation(64))
+    bank = gather_one(Reader(plain, ["patches"], 3, (32, 48)), train, preparation(64))
     # Twice as fine: the first row of cells lies wholly in ignored pixels.
     assert bank.cells.shape == (10 * 15 * 24, 3)
     assert bank.shares.sum(1).min() == 1
@@ -108,7 +121,7 @@ def test_memory_is_bounded_and_every_image_gives_its_share(labelled, plain, each
     reader = Reader(plain, ["patches"], 3, (32, 48))
     most = 4 * (3 + 3) * (10 * each + 9)  # a cell more of each would not fit
     banks = [
-        gather(reader, train, preparation(32), seed=seed, most_bytes=most) for seed in (0, 0, 1)
+        gather_one(reader, train, preparation(32), seed=seed, most_bytes=most) for seed in (0, 0, 1)
     ]
     assert banks[0].cells.shape == banks[0].shares.shape == (10 * each, 3)
     assert banks[0].first_held == 8 * each
@@ -125,11 +138,11 @@ def test_images_are_left_out_evenly_where_a_cell_of_each_is_too_many(
 ) -> None:
     train, _ = open_labelled(labelled)
     reader = Reader(plain, ["patches"], 3, (32, 48))
-    bank = gather(reader, train, preparation(32), most_bytes=4 * (3 + 3) * most + 23)
+    bank = gather_one(reader, train, preparation(32), most_bytes=4 * (3 + 3) * most + 23)
     assert bank.cells.shape == bank.shares.shape == (most, 3)
     assert bank.first_held == most - held
     assert all(map(of_one, bank.cells.split(1), own_cells(reader, train, given)))
-    assert linear_judge(bank)(bank.cells).isfinite().all()
+    assert linear_classifier(bank)(bank.cells).isfinite().all()
 
 
 def peak(call, folder) -> int:
@@ -143,14 +156,20 @@ def peak(call, folder) -> int:
     return max(own["Total Allocated"] for own in held) - held[0]["Total Allocated"]
 
 
-class Wide(NamedTuple):
+class Wide:
     """Reads features of as many channels as wanted, one cell for 4 x 4 pixels."""
 
-    channels: int
+    layers = ("wide",)
 
-    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
+    def __init__(self, channels: int) -> None:
+        self.count = channels
+
+    def channels(self, _) -> int:
+        return self.count
+
+    def read(self, pixels: torch.Tensor, choices):
         b, _, h, w = pixels.shape
-        return torch.ones(b, self.channels, h // 4, w // 4)
+        return (torch.ones(b, self.count, h // 4, w // 4) for _ in choices)
 
 
 @pytest.mark.parametrize(("channels", "classes"), [(64, 3), (3, 150)])
@@ -165,31 +184,31 @@ def test_a_bank_stays_within_its_bound_while_it_grows(
     many = train.subset(list(range(10)) * 16)
     banks, most = [], 2**23
     taken = peak(
-        lambda: banks.append(gather(Wide(channels), many, preparation(32), most_bytes=most)),
+        lambda: banks.append(gather_one(Wide(channels), many, preparation(32), most_bytes=most)),
         tmp_path,
     )
     assert 0.8 * most < len(banks[0].cells) * 4 * (channels + classes) <= most
     assert taken < most + 2**21  # beside it stands one image with its features
 
 
-def test_the_tables_of_a_linear_judge_are_small(monkeypatch, tmp_path) -> None:
-    monkeypatch.setattr(probes, "BLOCK_ENTRIES", 2**13)
+def test_the_tables_of_a_linear_classifier_are_small(monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(logistic, "BLOCK_ENTRIES", 2**13)
     cells, shares = torch.randn(8000, 4), torch.rand(8000, 40)
-    bank = Bank(cells, shares, 6000)
-    taken = peak(lambda: linear_judge(bank), tmp_path)
+    bank = FeatureBank(cells, shares, 6000)
+    taken = peak(lambda: linear_classifier(bank), tmp_path)
     # Blocks of 32 KiB, weights of 800 bytes, against a bank of 1.4 MB.
     assert taken < 6 * 4 * 2**13 + 80 * 800
-    wide = Bank(torch.randn(3000, 512), torch.rand(3000, 3), 2000)
-    taken = peak(lambda: linear_judge(wide), tmp_path)
+    wide = FeatureBank(torch.randn(3000, 512), torch.rand(3000, 3), 2000)
+    taken = peak(lambda: linear_classifier(wide), tmp_path)
     # And tables of channels by channels.
     assert taken < 6 * 4 * 2**13 + 80 * 4 * 513 * 3 + 6 * 4 * 512**2
 
 
 def test_the_tables_of_neighbours_are_small(monkeypatch, tmp_path) -> None:
-    judges, bank = [], Bank(torch.randn(20000, 16), torch.rand(20000, 3), 20000)
-    taken = peak(lambda: judges.append(neighbour_judge(bank)), tmp_path)
-    assert taken < 4 * bank.cells.numel() / 4
-    few = neighbour_judge(Bank(torch.randn(30, 4), torch.rand(30, 40), 30))
+    classifiers, bank = [], FeatureBank(torch.randn(20000, 16), torch.rand(20000, 3), 20000)
+    taken = peak(lambda: classifiers.append(neighbour_classifier(bank)), tmp_path)
+    assert taken < 4 * bank.cells.numel() * 2.5
+    few = neighbour_classifier(FeatureBank(torch.randn(30, 4), torch.rand(30, 40), 30))
     monkeypatch.setattr(probes, "TABLE_ENTRIES", 2**13)
     taken = peak(lambda: few(torch.ones(8000, 4)), tmp_path)
     # The cells that ask, and votes in parts and as a whole, beside tables of 32 KiB.
@@ -208,7 +227,7 @@ def widen(folder, number, width) -> None:
 def test_images_of_many_sizes_are_kept(labelled, plain) -> None:
     widen(labelled, 5, 96)
     train, _ = open_labelled(labelled)
-    bank = gather(Reader(plain, ["patches"], 3, (32, 48)), train, preparation(32))
+    bank = gather_one(Reader(plain, ["patches"], 3, (32, 48)), train, preparation(32))
     assert len(bank.cells) == 9 * 96 + 192
     assert torch.equal(bank.cells.argmax(1), bank.shares.argmax(1))
 
@@ -238,24 +257,24 @@ def test_about_a_fifth_is_held_out(count) -> None:
 # Judges.
 
 
-def coloured(count: int) -> Bank:
+def coloured(count: int) -> FeatureBank:
     """Cells of three classes around three points, on an odd scale, and what they show."""
     shown = torch.arange(count) % 3
     cells = torch.eye(3)[shown] * 50 + torch.randn(count, 3) + torch.tensor([1000.0, 0, -7])
-    return Bank(cells, one_hot(shown, 3).float(), 8 * count // 10)
+    return FeatureBank(cells, one_hot(shown, 3).float(), 8 * count // 10)
 
 
-def test_a_linear_judge_tells_classes_apart() -> None:
+def test_a_linear_classifier_tells_classes_apart() -> None:
     own = coloured(60)
-    judge = linear_judge(coloured(100))
-    assert torch.equal(judge(own.cells).argmax(1), own.shares.argmax(1))
+    classify = linear_classifier(coloured(100))
+    assert torch.equal(classify(own.cells).argmax(1), own.shares.argmax(1))
 
 
-def test_a_linear_judge_stands_a_channel_that_is_always_the_same() -> None:
+def test_a_linear_classifier_stands_a_channel_that_is_always_the_same() -> None:
     bank, own = coloured(100), coloured(60)
     constant = bank._replace(cells=torch.cat([bank.cells, torch.full((100, 1), 3.0)], 1))
-    judge = linear_judge(constant)
-    scores = judge(torch.cat([own.cells, torch.full((60, 1), 3.0)], 1))
+    classify = linear_classifier(constant)
+    scores = classify(torch.cat([own.cells, torch.full((60, 1), 3.0)], 1))
     assert scores.isfinite().all()
     assert torch.equal(scores.argmax(1), own.shares.argmax(1))
 
@@ -266,9 +285,9 @@ def test_a_channel_that_changes_only_later_has_no_say() -> None:
     classes = torch.arange(200) % 2
     own = classes[:, None] + 0.1 * torch.randn(200, 4, generator=dice)
     cells = torch.cat([own, torch.full((200, 1), 0.7)], dim=1)
-    judge = linear_judge(Bank(cells.clone(), one_hot(classes, 2).float(), 160))
+    classify = linear_classifier(FeatureBank(cells.clone(), one_hot(classes, 2).float(), 160))
     cells[:, 4] += 0.5
-    assert torch.equal(judge(cells).argmax(1), classes)
+    assert torch.equal(classify(cells).argmax(1), classes)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
@@ -285,7 +304,7 @@ def test_features_that_are_no_numbers_are_refused(labelled, plain, protocol, val
 def test_a_class_that_is_not_among_the_training_cells_is_never_chosen() -> None:
     bank = coloured(100)
     more = bank._replace(shares=torch.cat([bank.shares, torch.zeros(100, 1)], 1))
-    assert linear_judge(more)(coloured(60).cells).argmax(1).max() == 2
+    assert linear_classifier(more)(coloured(60).cells).argmax(1).max() == 2
 
 
 @pytest.mark.parametrize(
@@ -300,16 +319,16 @@ def test_the_strength_that_serves_held_out_images_best_is_taken(monkeypatch, iou
 
     monkeypatch.setattr(probes, "cell_iou", counted)
     fits = noted_fits(monkeypatch)
-    linear_judge(coloured(100))
+    linear_classifier(coloured(100))
     assert fits == [(80, strength) for strength in (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)] + [(100, chosen)]
 
 
 @pytest.mark.parametrize("first_held", [0, 100])
 def test_nothing_is_chosen_where_one_side_has_no_cells(monkeypatch, first_held) -> None:
     fits, own = noted_fits(monkeypatch), coloured(60)
-    judge = linear_judge(coloured(100)._replace(first_held=first_held))
+    classify = linear_classifier(coloured(100)._replace(first_held=first_held))
     assert fits == [(100, 1e-2)]
-    assert torch.equal(judge(own.cells).argmax(1), own.shares.argmax(1))
+    assert torch.equal(classify(own.cells).argmax(1), own.shares.argmax(1))
 
 
 def noted_fits(monkeypatch) -> list[tuple[int, float]]:
@@ -318,44 +337,60 @@ def noted_fits(monkeypatch) -> list[tuple[int, float]]:
 
     def noted(cells, shares, strength, *others):
         fits.append((len(cells), strength))
-        return fitted(cells, shares, strength, *others)
+        return fit_logistic(cells, shares, strength, *others)
 
-    monkeypatch.setattr(probes, "fitted", noted)
+    monkeypatch.setattr(probes, "fit_logistic", noted)
     return fits
 
 
-def slow_votes(bank: Bank, own: torch.Tensor) -> torch.Tensor:
+def slow_votes(bank: FeatureBank, own: torch.Tensor, voting: Voting) -> torch.Tensor:
     """Votes cell by cell."""
-    mean = bank.cells.mean(0)
+    mean = bank.cells.mean(0) if voting.centred else torch.zeros(bank.cells.shape[1])
     votes = []
     for cell in own:
         cosines = cosine_similarity((cell - mean)[None], bank.cells - mean)
-        nearest = cosines.argsort(descending=True)[:20]
-        weights = (cosines[nearest] / 0.07).exp()
+        nearest = cosines.argsort(descending=True)[: voting.neighbours]
+        weights = (cosines[nearest] / voting.temperature).exp()
         votes.append((weights[:, None] * bank.shares[nearest]).sum(0) / weights.sum())
     return torch.stack(votes)
 
 
-def test_neighbours_vote_as_in_the_slow_loop(monkeypatch) -> None:
-    bank = Bank(torch.randn(70, 5), torch.rand(70, 3), 70)
+@pytest.mark.parametrize("voting", [KNN, HUMMINGBIRD])
+def test_neighbours_vote_as_in_the_slow_loop(monkeypatch, voting) -> None:
+    bank = FeatureBank(torch.randn(70, 5) + 1, torch.rand(70, 3), 70)
     own = torch.randn(33, 5)
-    expected = slow_votes(bank, own)
-    judge = neighbour_judge(bank)
-    torch.testing.assert_close(judge(own), expected)
+    expected = slow_votes(bank, own, voting)
+    classify = neighbour_classifier(bank, voting)
+    torch.testing.assert_close(classify(own), expected)
     monkeypatch.setattr(probes, "TABLE_ENTRIES", 70 * 4)
-    torch.testing.assert_close(judge(own), expected)
+    torch.testing.assert_close(classify(own), expected)
+
+
+def test_the_figures_of_the_papers() -> None:
+    assert (KNN.neighbours, KNN.temperature) == (20, 0.07)
+    assert (HUMMINGBIRD.neighbours, HUMMINGBIRD.temperature) == (30, 0.02)
+    assert HUMMINGBIRD.most_cells >= 100_000
+
+
+def test_a_linear_fit_takes_a_bounded_part_of_the_cells(monkeypatch) -> None:
+    monkeypatch.setattr(probes, "FIT_ENTRIES", 3 * 50)
+    fits, bank = noted_fits(monkeypatch), coloured(1000)
+    classify = linear_classifier(bank)
+    assert fits[-1][0] == 50
+    assert 30 < fits[0][0] < 48  # four fifths were drawn, too
+    own = coloured(60)
+    assert torch.equal(classify(own.cells).argmax(1), own.shares.argmax(1))
 
 
 def test_few_neighbours_are_enough() -> None:
     cells = torch.randn(3, 5)
-    judge = neighbour_judge(Bank(cells.clone(), torch.eye(3), 3))
-    assert judge(cells).argmax(1).tolist() == [0, 1, 2]
+    classify = neighbour_classifier(FeatureBank(cells.clone(), torch.eye(3), 3))
+    assert classify(cells).argmax(1).tolist() == [0, 1, 2]
 
 
-def test_neighbours_are_drawn_where_there_are_too_many(monkeypatch) -> None:
-    monkeypatch.setattr(probes, "BANK_CELLS", 30)
-    bank, own = coloured(90), coloured(20)
-    first, again, other = (neighbour_judge(bank, seed)(own.cells) for seed in (0, 0, 1))
+def test_neighbours_are_drawn_where_there_are_too_many() -> None:
+    bank, own, few = coloured(90), coloured(20), KNN._replace(most_cells=30)
+    first, again, other = (neighbour_classifier(bank, few, s)(own.cells) for s in (0, 0, 1))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     assert torch.equal(first.argmax(1), own.shares.argmax(1))
@@ -365,9 +400,11 @@ def test_neighbours_are_drawn_where_there_are_too_many(monkeypatch) -> None:
 
 
 def test_scores_stand_where_their_cells_are(plain) -> None:
-    predict = by_cells(Reader(plain, ["patches"], 3, (16, 24)), lambda cells: 2 * cells)
+    reader = Reader(plain, ["patches"], 3, (16, 24))
+    twice = ["patches"], lambda cells: 2 * cells
     pixels = torch.rand(2, 3, 16, 24)
-    torch.testing.assert_close(predict(pixels), 2 * plain(pixels).detach())
+    (found,) = by_cells(reader, [twice], torch.device("cpu"))(pixels)
+    torch.testing.assert_close(found, 2 * plain(pixels).detach())
 
 
 def test_where_a_gpu_has_no_room_the_cpu_fits(labelled, plain, monkeypatch, caplog) -> None:
@@ -376,13 +413,13 @@ def test_where_a_gpu_has_no_room_the_cpu_fits(labelled, plain, monkeypatch, capl
     undisturbed = probed(reader, train, val, preparation(32))
     seen = []
 
-    def full_at_first(bank: Bank) -> probes.Judge:
+    def full_at_first(bank: FeatureBank) -> probes.Classifier:
         seen.append(bank.cells.clone())
         if len(seen) == 1:
             raise torch.OutOfMemoryError
-        return linear_judge(bank)
+        return linear_classifier(bank)
 
-    monkeypatch.setattr(probes, "linear_judge", full_at_first)
+    monkeypatch.setattr(probes, "linear_classifier", full_at_first)
     with caplog.at_level("INFO"):
         assert probed(reader, train, val, preparation(32)) == undisturbed
     assert torch.equal(*seen)
@@ -413,7 +450,7 @@ def test_a_few_images_may_be_annotated(labelled, plain, protocol, first) -> None
         Image.fromarray(np.full((32, 48), 255, np.uint8)).save(path)
     train, val = open_labelled(labelled)
     reader = Reader(plain, ["patches"], 3, (32, 48))
-    bank = gather(reader, train, preparation(32))
+    bank = gather_one(reader, train, preparation(32))
     assert 0 < bank.first_held < len(bank.cells)  # the strength is chosen all the same
     assert probed(reader, train, val, preparation(32), protocol=protocol).scores.miou > 0.9
 
@@ -445,7 +482,7 @@ def test_the_minimum_is_that_of_plain_newton_steps(strength) -> None:
         # The classes' biases may shift together: hence the pseudo-inverse.
         step = torch.linalg.pinv(table.reshape(39, 39), hermitian=True) @ slope.flatten()
         exact = exact - step.view(13, 3)
-    found = fitted(cells, shares, strength, torch.zeros(13, 3), Curvature.of(cells))
+    found = fit_logistic(cells, shares, strength, torch.zeros(13, 3), Curvature.of(cells))
     lowest = loss(cells.double(), shares.double(), strength, exact).item()
     reached = loss(cells.double(), shares.double(), strength, found.double()).item()
     assert lowest - 1e-7 < reached < lowest + 1e-4
@@ -457,7 +494,9 @@ def test_where_a_fit_starts_does_not_matter() -> None:
     cells, shares = problem()
     curvature = Curvature.of(cells)
     starts = torch.zeros(13, 3), torch.randn(13, 3)
-    ends = [loss(cells, shares, 1e-2, fitted(cells, shares, 1e-2, s, curvature)) for s in starts]
+    ends = [
+        loss(cells, shares, 1e-2, fit_logistic(cells, shares, 1e-2, s, curvature)) for s in starts
+    ]
     assert ends[0].item() == pytest.approx(ends[1].item(), abs=2e-4)
 
 
@@ -465,9 +504,9 @@ def test_where_a_fit_starts_does_not_matter() -> None:
 def test_a_fit_in_blocks_is_the_fit_at_once(monkeypatch, rows) -> None:
     cells, shares = (own.double() for own in problem())
     curvature, start = Curvature.of(cells), torch.zeros(13, 3, dtype=torch.float64)
-    at_once = fitted(cells, shares, 1e-2, start, curvature)
-    monkeypatch.setattr(probes, "BLOCK_ENTRIES", 3 * rows + 2)
-    in_blocks = fitted(cells, shares, 1e-2, start, curvature)
+    at_once = fit_logistic(cells, shares, 1e-2, start, curvature)
+    monkeypatch.setattr(logistic, "BLOCK_ENTRIES", 3 * rows + 2)
+    in_blocks = fit_logistic(cells, shares, 1e-2, start, curvature)
     torch.testing.assert_close(in_blocks, at_once, rtol=0, atol=1e-9)
 
 
@@ -488,10 +527,10 @@ def test_curvature_saves_steps(monkeypatch) -> None:
         evaluations[-1] += 1
         return affine(*values)
 
-    monkeypatch.setattr(probes, "affine", counted)
+    monkeypatch.setattr(logistic, "affine", counted)
     for curvature in (Curvature.of(cells), Curvature(torch.ones(12), torch.eye(12))):
         evaluations.append(0)
-        fitted(cells, shares, 1e-4, torch.zeros(13, 3), curvature)
+        fit_logistic(cells, shares, 1e-4, torch.zeros(13, 3), curvature)
     assert evaluations[0] < 0.7 * evaluations[1]
 
 
@@ -499,6 +538,8 @@ def test_nothing_is_drawn() -> None:
     cells, shares = problem()
     state = torch.get_rng_state()
     curvature = Curvature.of(cells)
-    first, again = (fitted(cells, shares, 1e-2, torch.zeros(13, 3), curvature) for _ in range(2))
+    first, again = (
+        fit_logistic(cells, shares, 1e-2, torch.zeros(13, 3), curvature) for _ in range(2)
+    )
     assert torch.equal(first, again)
     assert torch.equal(torch.get_rng_state(), state)

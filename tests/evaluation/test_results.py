@@ -1,6 +1,7 @@
 """Outcomes: means and deviations by hand, the table's text, the file there and back."""
 
 import json
+from dataclasses import replace
 from math import isnan, nan
 
 import numpy as np
@@ -11,11 +12,19 @@ from PIL import Image
 from pixel_level_contrastive_learning.data.segmentation import open_labelled
 from pixel_level_contrastive_learning.data.statistics import Statistics
 from pixel_level_contrastive_learning.evaluation.features import Preparation
+from pixel_level_contrastive_learning.evaluation.metrics import PreparedSplit
+from pixel_level_contrastive_learning.evaluation.pictures import (
+    class_colours,
+    draw_label_curve,
+    write_panels,
+)
 from pixel_level_contrastive_learning.evaluation.results import (
+    CurvePoint,
     Evaluation,
     Row,
-    class_colours,
-    write_panels,
+    in_words,
+    masks_needed,
+    masks_saved,
 )
 
 
@@ -89,6 +98,76 @@ def test_figures_without_labels_leave_those_with_labels_where_they_are(tmp_path)
     assert not Evaluation.from_json(second.read_text()).labelled
 
 
+def curve(*points: tuple[int, float]) -> tuple[CurvePoint, ...]:
+    return tuple(CurvePoint.of(masks, [miou - 0.01, miou + 0.01]) for masks, miou in points)
+
+
+def with_curves() -> Evaluation:
+    """Trained weights that are with 10 masks where random ones are with 20."""
+    curves = curve((10, 0.2), (40, 0.4), (160, 0.5)), curve((10, 0.3), (40, 0.5), (160, 0.55))
+    names = "random weights", "runs/streets"
+    rows = [
+        Row.of(name, [{"mIoU": own[-1].miou}], baselines=names[:k], curves={"finetune": own})
+        for k, (name, own) in enumerate(zip(names, curves, strict=True))
+    ]
+    return outcome(rows=tuple(rows), notes=())
+
+
+def test_masks_needed_are_read_off_a_curve() -> None:
+    points = curve((10, 0.2), (40, 0.4), (160, 0.3), (640, 0.5))
+    assert masks_needed(points, 0.2) == 10
+    assert masks_needed(points, 0.3) == pytest.approx(20)  # the middle, in the logarithm
+    assert masks_needed(points, 0.45) == pytest.approx(160)  # as if it never fell: from 40 to 640
+    assert masks_needed(points, 0.1) == 0
+    assert masks_needed(points, 0.6) == float("inf")
+
+
+def test_masks_saved_are_told_at_the_fewest_masks() -> None:
+    random, ours = with_curves().rows
+    told = "with 10 masks runs/streets is where random weights needs 20: 2.0 times fewer"
+    assert masks_saved(ours, random, "finetune") == told
+    told = masks_saved(random, ours, "finetune")
+    assert told == "with 40 masks random weights is where runs/streets needs 20: 2.0 times more"
+    high, low = (replace(ours, curves={"finetune": curve((10, y), (20, y))}) for y in (0.6, 0.1))
+    told = masks_saved(high, random, "finetune")
+    assert told.endswith("is above random weights with 160: more than 16.0 times fewer")
+    assert (
+        masks_saved(low, random, "finetune") == "with 10 masks runs/streets is below random weights"
+    )
+    assert masks_saved(ours, random, "linear") is None
+
+
+def test_curves_are_in_the_table_and_the_file() -> None:
+    found = with_curves()
+    (line,) = (own for own in found.table().splitlines() if "finetune, 40 masks" in own)
+    assert line.split("masks")[1].split() == ["0.400", "±", "0.014", "0.500", "±", "0.014"]
+    assert Evaluation.from_json(found.to_json()) == found
+    old = json.loads(found.to_json())
+    for row in old["rows"]:  # as written before there were curves
+        del row["curves"], row["baselines"]
+    assert Evaluation.from_json(json.dumps(old)).rows[0].scores == found.rows[0].scores
+
+
+def test_each_of_several_weights_has_its_sentence() -> None:
+    random, ours = with_curves().rows
+    other = replace(ours, name="runs/b")
+    told = in_words([random, ours, other], lambda rows: f"{rows[-1].name} over {rows[0].name}")
+    assert (
+        told == "runs/streets: runs/streets over random weights\nruns/b: runs/b over random weights"
+    )
+    assert in_words([random], lambda rows: rows[0].name) == "random weights"
+
+
+def test_a_label_curve_is_drawn(tmp_path) -> None:
+    draw_label_curve(tmp_path / "curve.png", with_curves(), "finetune")
+    with Image.open(tmp_path / "curve.png") as image:
+        pixels = np.array(image.convert("RGB")).reshape(-1, 3)
+    assert image.size == (1280, 840)
+    blue = (pixels == (255, 127, 14)).all(axis=1).sum()  # the trained weights' line, C1
+    gray = (pixels == (140, 140, 140)).all(axis=1).sum()
+    assert min(blue, gray) > 300
+
+
 PREPARE = Preparation(Statistics(3, (0.5,) * 3, (0.5,) * 3, None, None, (1, 1)), 32)
 
 
@@ -106,10 +185,10 @@ def test_panels_show_truth_and_predictions(labelled, tmp_path) -> None:
     (labelled / "images/val/0.png").rename(strange)
     (labelled / "masks/val/0.png").rename(labelled / "masks/val" / strange.name)
     (labelled / "classes.txt").write_text("$\\frac$\n<b>\nStraße 猫\n", encoding="utf-8")
-    _, val = open_labelled(labelled)
+    val = PreparedSplit(open_labelled(labelled)[1], PREPARE)
     kept = {3: torch.full((32, 48), 1, dtype=torch.uint8)}
     predictions = {"random weights": kept, "runs/$\\frac$": {3: torch.full((32, 48), 2).byte()}}
-    (path,) = write_panels(tmp_path / "out", val, PREPARE, predictions)
+    (path,) = write_panels(tmp_path / "out", val, predictions)
     assert path.name == "0003_a_b_i_ü.png"
     with Image.open(path) as image:
         pixels = np.array(image.convert("RGB"))
@@ -122,12 +201,12 @@ def test_panels_show_truth_and_predictions(labelled, tmp_path) -> None:
 
 
 def test_panels_take_the_place_of_earlier_ones_and_of_nothing_else(labelled, tmp_path) -> None:
-    _, val = open_labelled(labelled)
+    val = PreparedSplit(open_labelled(labelled)[1], PREPARE)
     kept = {index: torch.zeros(32, 48, dtype=torch.uint8) for index in range(4)}
-    write_panels(tmp_path / "out", val, PREPARE, {"earlier": kept})
+    write_panels(tmp_path / "out", val, {"earlier": kept})
     strangers = {"0001_mine.png", "empty.png", "folder.png"}
     Image.new("RGB", (4, 4)).save(tmp_path / "out" / "0001_mine.png")
     (tmp_path / "out" / "empty.png").touch()
     (tmp_path / "out" / "folder.png").mkdir()
-    write_panels(tmp_path / "out", val, PREPARE, {"later": {3: kept[3]}})
+    write_panels(tmp_path / "out", val, {"later": {3: kept[3]}})
     assert {path.name for path in (tmp_path / "out").iterdir()} == strangers | {"0003_3.png"}

@@ -52,7 +52,7 @@ class Prefixed(nn.Module):
 def bare(net: nn.Module, layer: str = "body", instance: str | None = None) -> Encoder:
     """An encoder whose projectors change nothing, so that a projection is what was tapped."""
     info = FeatureInfo(net, 3, SIZE)
-    hooks = info.hook(layer, pixel=True), info.hook(instance or layer, pixel=False)
+    hooks = [info.hook(layer, pixel=True)], info.hook(instance or layer, pixel=False)
     return Encoder(net, *hooks, nn.Identity(), nn.Identity())
 
 
@@ -80,7 +80,7 @@ def views(size: tuple[int, int] = SIZE) -> Tensor:
 )
 def test_any_layout_is_read_as_a_map_and_as_its_average(body, prefix, size) -> None:
     net, pixels = Backbone(body), views(size)
-    pixel, instance = bare(net)(pixels)
+    [pixel], instance = bare(net)(pixels)
     expected = net.stem(pixels)
     cells = [*expected.flatten(2).unbind(dim=2)]
     if prefix:
@@ -100,14 +100,14 @@ def test_projectors_see_what_was_tapped() -> None:
     encoder, pixels = bare(Backbone(nn.Identity())), views()
     encoder.pixel_projector = nn.Conv2d(8, 4, 1)
     encoder.instance_projector = nn.Linear(8, 3)
-    pixel, instance = encoder(pixels)
+    [pixel], instance = encoder(pixels)
     expected = encoder.net.stem(pixels)
     torch.testing.assert_close(pixel, encoder.pixel_projector(expected))
     torch.testing.assert_close(instance, encoder.instance_projector(expected.mean(dim=(2, 3))))
 
 
 def test_convention_the_grid_is_rows_and_columns() -> None:
-    assert bare(Backbone(nn.Identity()))(views()).grid == (4, 6)
+    assert bare(Backbone(nn.Identity()))(views()).grids == [(4, 6)]
 
 
 @pytest.mark.parametrize(("pixel", "instance"), [(True, False), (False, True)])
@@ -118,8 +118,8 @@ def test_a_branch_that_is_not_asked_for_is_not_computed(pixel, instance) -> None
         head.register_forward_hook(lambda module, *_: calls.append(module))
     projections = encoder(views(), Branches(pixel, instance))
     assert calls == [encoder.pixel_projector if pixel else encoder.instance_projector]
-    assert (projections.pixel is not None, projections.instance is not None) == (pixel, instance)
-    assert projections.grid == ((4, 6) if pixel else (0, 0))
+    assert (projections.pixel != (), projections.instance is not None) == (pixel, instance)
+    assert projections.grids == [(4, 6) if pixel else (0, 0)]
 
 
 # Layers that others overwrite, gradients, precision.
@@ -130,7 +130,7 @@ def test_a_layer_overwritten_in_place_is_read_and_trained_as_it_was() -> None:
     pixels, parameters = views(), [*net.stem.parameters(), *net.body.parameters()]
     expected = net.body(net.stem(pixels))
     assert expected.min() < 0  # the layer after it would cut this off
-    pixel, _ = bare(net)(pixels)
+    [pixel], _ = bare(net)(pixels)
     torch.testing.assert_close(pixel, expected)
     pull = torch.randn_like(pixel)
     gradients = (torch.autograd.grad((out * pull).sum(), parameters) for out in (pixel, expected))
@@ -142,7 +142,7 @@ def test_a_layer_overwritten_in_place_is_read_and_trained_as_it_was() -> None:
 @pytest.mark.parametrize("net_dtype", [torch.float32, torch.float64], ids=str)
 def test_views_are_cast_to_the_weights(dtype, net_dtype) -> None:
     net, pixels = Backbone(nn.Identity()).to(net_dtype), views().to(dtype)
-    pixel, _ = bare(net)(pixels)
+    [pixel], _ = bare(net)(pixels)
     torch.testing.assert_close(pixel, net.stem(pixels.to(net_dtype)))
 
 
@@ -150,7 +150,7 @@ def test_nothing_is_asked_of_gradients_where_they_are_off() -> None:
     encoder = bare(Backbone(nn.Identity()))
     encoder.requires_grad_(False)
     with torch.no_grad():
-        assert encoder(views()).pixel.isfinite().all()
+        assert encoder(views()).pixel[0].isfinite().all()
 
 
 def checkpointing(reentrant: bool) -> Callable[[nn.Module, Tensor], Tensor]:
@@ -171,7 +171,7 @@ def test_checkpointing_changes_no_gradient(reentrant, layer) -> None:
     gradients = []
     for net.run in (nn.Module.__call__, checkpointing(reentrant)):
         net.zero_grad()
-        bare(net, layer)(pixels).pixel.square().sum().backward()
+        bare(net, layer)(pixels).pixel[0].square().sum().backward()
         gradients.append([parameter.grad for parameter in net.parameters()])
     for plain, recomputed in zip(*gradients, strict=True):
         torch.testing.assert_close(recomputed, plain)

@@ -4,6 +4,7 @@ import random
 
 import numpy as np
 import pytest
+import segmentation_models_pytorch as smp
 import torch
 from small_nets import Calls, chain, small_net
 from torch import Tensor, nn
@@ -48,9 +49,36 @@ def test_convention_the_default_is_the_deepest_map_of_four_by_four_and_the_poole
     build, side, pixel, cells, instance
 ) -> None:
     info = FeatureInfo(build(), 3, (side, side))
-    assert info.default_pixel() == pixel
+    assert info.default_pixels() == [pixel]
     assert info.default_instance(pixel) == instance
     assert info.hook(pixel, pixel=True).layout.grid == (cells, cells)
+
+
+@pytest.mark.parametrize(
+    ("build", "levels"),
+    [
+        (models.resnet18(), ["layer4", "layer3", "layer2"]),
+        (
+            smp.Unet("resnet18", encoder_weights=None),
+            ["decoder.center", "decoder.blocks.0", "decoder.blocks.1"],
+        ),
+        (
+            smp.FPN("resnet18", encoder_weights=None),
+            [f"decoder.seg_blocks.0.block.{block}.block" for block in (0, 1, 2)],
+        ),
+    ],
+    ids=["resnet", "unet", "fpn"],
+)
+def test_default_levels_are_the_deepest_map_of_each_finer_stride(build, levels) -> None:
+    info = FeatureInfo(build, 3, (128, 128))
+    assert info.default_pixels(3) == levels
+    cells = [info.hook(name, pixel=True).layout.grid for name in levels]
+    assert cells == [(4, 4), (8, 8), (16, 16)]
+
+
+def test_more_levels_than_strides_are_refused_with_those_there_are() -> None:
+    with pytest.raises(ValueError, match=r"is 2, but Vision.* 1 stride at 64x64: encoder \("):
+        FeatureInfo(vit(), 3, (64, 64)).default_pixels(2)
 
 
 @pytest.mark.parametrize(
@@ -66,7 +94,7 @@ def test_convention_the_default_is_the_deepest_map_of_four_by_four_and_the_poole
 def test_the_default_is_what_a_stage_gives_and_not_how_the_next_begins(build, pixel) -> None:
     """All of these expand, normalise or mix at the finer stride before they go coarser."""
     info = FeatureInfo(build(), 3, (64, 64))
-    assert info.default_pixel() == pixel
+    assert info.default_pixels() == [pixel]
     assert info.hook(pixel, pixel=True).layout.grid == (4, 4)
     assert f" {pixel} (" in info.advice(pixel=True)
 
@@ -89,7 +117,7 @@ def head(*layers: nn.Module) -> nn.Sequential:
     ],
 )
 def test_class_scores_are_not_taken_unasked(net, expected) -> None:
-    assert FeatureInfo(net, 3, (64, 64)).default_pixel() == expected
+    assert FeatureInfo(net, 3, (64, 64)).default_pixels() == [expected]
 
 
 @pytest.mark.parametrize("aux", [False, True])  # an auxiliary head runs last and reads layer3
@@ -98,22 +126,22 @@ def test_the_answer_of_a_segmentation_network_is_not_taken_unasked(aux) -> None:
     net = models.segmentation.fcn_resnet50(weights=None, weights_backbone=None, aux_loss=aux)
     info = FeatureInfo(net, 3, (64, 64))
     assert info.get("classifier").stride == info.get("backbone.layer4").stride == 8
-    assert info.default_pixel() == "classifier.2"
+    assert info.default_pixels() == ["classifier.2"]
 
 
 def test_scores_alone_are_better_than_nothing() -> None:
     net = chain(scores=nn.Conv2d(3, 2, 8, 8))
-    assert FeatureInfo(net, 3, (64, 64)).default_pixel() == "scores"
+    assert FeatureInfo(net, 3, (64, 64)).default_pixels() == ["scores"]
 
 
 def test_no_stride_above_32_is_taken_unasked() -> None:
     net = chain(fine=nn.Conv2d(3, 8, 32, 32), coarse=nn.Conv2d(8, 8, 2, 2))
-    assert FeatureInfo(net, 3, (256, 256)).default_pixel() == "fine"
+    assert FeatureInfo(net, 3, (256, 256)).default_pixels() == ["fine"]
 
 
 def test_images_too_small_for_a_default_are_refused() -> None:
     with pytest.raises(ValueError, match=r"(?s)(?=.*4x4)(?=.*16x16)(?=.*larger images)"):
-        FeatureInfo(small_net(), 3, (16, 16)).default_pixel()
+        FeatureInfo(small_net(), 3, (16, 16)).default_pixels()
 
 
 def test_layers_are_named_by_name_or_by_index() -> None:
@@ -268,7 +296,7 @@ def test_a_network_that_cannot_be_copied_is_refused_with_what_to_do(norm) -> Non
     better = getattr(nn.utils.parametrizations, norm.__name__)
     net = chain(stem=better(nn.Conv2d(3, 8, 8, 8)))
     net(torch.rand(2, 3, 64, 64))
-    assert FeatureInfo(net, 3, (64, 64)).default_pixel() == "stem"
+    assert FeatureInfo(net, 3, (64, 64)).default_pixels() == ["stem"]
 
 
 # Parameters that a loss on a hook would never reach.
@@ -422,4 +450,4 @@ def test_class_scores_are_told_by_what_they_are_and_not_by_where_they_lie() -> N
     parts = {"body": nn.Conv2d(3, 8, 8, 8), "side": nn.Conv2d(8, 9, 1), "scores": scores}
     info = FeatureInfo(Calls(forward, **parts), 3, (64, 64))
     assert not info.get("scores").is_default
-    assert info.default_pixel() == "body"
+    assert info.default_pixels() == ["body"]

@@ -115,7 +115,7 @@ def test_the_network_decides_layers_and_whether_it_has_batch_norm(model, norms) 
     data = open_data([torch.zeros(3, 8, 8)] * 4, PretrainConfig(), None)
     info = find_info(data, Devices("cpu", 1, 1), learner)
     assert info.batch_norm is norms
-    assert info.pixel_layer == learner.online_encoder.pixel_hook.name
+    assert info.pixel_layer == learner.online_encoder.pixel_layer
 
 
 @pytest.mark.parametrize(("by_srun", "cores"), [(True, 16), (False, 2)])

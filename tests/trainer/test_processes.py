@@ -92,14 +92,22 @@ def test_killed_runs_end_as_an_undisturbed_one(tmp_path, flags, workers, times) 
     assert [line["step"] for line in metrics(run)] == list(range(1, length + 1))
 
 
-@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
-def test_two_processes_do_what_one_does(tmp_path, flags, strategy) -> None:
+@pytest.mark.parametrize(
+    ("strategy", "levels"),
+    [
+        ("ddp", 1),
+        pytest.param("ddp", 2, marks=pytest.mark.slow),
+        pytest.param("fsdp", 1, marks=pytest.mark.slow),
+        pytest.param("fsdp", 2, marks=pytest.mark.slow),
+    ],
+)
+def test_two_processes_do_what_one_does(tmp_path, flags, strategy, levels) -> None:
     model = flags()[flags().index("--model") + 1].replace(":tiny", ":frozen")
     # The projectors have batch norm, and each process its own statistics: one process that takes
     # its batch in two parts sees the same halves.
     kept = {"model": model, "steps": 10, "checkpoint_every": 10, "accelerator": "cpu"}
     # Batch norm of two samples magnifies what rounding did, and so does Adam where a gradient is 0.
-    kept |= {"batch_size": 12, "optimizer": "sgd"}
+    kept |= {"batch_size": 12, "optimizer": "sgd", "pixel_levels": levels}
     done(flags(**kept, out=str(tmp_path / "one"), accumulate=2))
     said = done(flags(**kept, out=str(tmp_path / "two"), devices=2, strategy=strategy))
     assert said.count("run: ") == 1

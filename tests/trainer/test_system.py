@@ -103,17 +103,6 @@ def test_cores_are_those_that_the_container_leaves(monkeypatch, tmp_path, limit,
     assert system.cores() == cores
 
 
-def test_bfloat16_is_native_where_the_processor_says_so(monkeypatch) -> None:
-    for amx, avx in ((True, False), (False, True), (False, False)):
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
-        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda avx=avx: avx)
-        assert system.native_bfloat16("cpu") is (amx or avx)
-    assert not system.native_bfloat16("mps")
-    for capability, native in (((7, 5), False), ((8, 0), True), ((9, 0), True)):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda c=capability: c)
-        assert system.native_bfloat16("cuda") is native
-
-
 def test_the_machine_is_told_in_words() -> None:
     said = system.describe(Devices("cpu", 2, 1))
     assert f"torch {version('torch')}, torchvision" in said

@@ -441,9 +441,10 @@ def test_a_dry_run_takes_a_few_images_of_a_large_batch(settings, monkeypatch, ca
     assert "MiB are free on cpu" in caplog.text
 
 
-def test_taking_a_batch_in_parts_changes_no_gradient(tmp_path, settings) -> None:
+@pytest.mark.parametrize("levels", [1, 2])
+def test_taking_a_batch_in_parts_changes_no_gradient(tmp_path, settings, levels) -> None:
     frozen = settings()["model"].replace(":tiny", ":frozen")  # no batch norm, no dropout
-    kept = {"model": frozen, "instance_weight": 0.0, "steps": 1, "projection_hidden_size": 16}
+    kept = {"model": frozen, "instance_weight": 0.0, "steps": 1, "pixel_levels": levels}
     losses = []
     for parts in (1, 2, 4):
         pretrain(**settings(**kept, out=str(tmp_path / f"run{parts}"), accumulate=parts))

@@ -73,7 +73,7 @@ def test_each_view_has_the_colours_and_the_map_drawn_for_it(kind, one_by_one, mo
 def test_batch_norm_over_gpus_keeps_the_activations_in_it(monkeypatch) -> None:
     """timm's layers hold one; torch's own conversion leaves it out."""
     net = timm.create_model("test_efficientnet", num_classes=0)
-    learner = PixelCL(net, 64, projection_size=8)
+    learner = PixelCL(net, 64, projection_size=8, pixel_levels=2)
     views = blank_views(3, learner, (64, 64), torch.device("cpu"))
     expected = learner(views)
     gpus = SimpleNamespace(

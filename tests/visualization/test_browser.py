@@ -231,7 +231,7 @@ def test_colours_of_each_image_alone_take_the_place_of_those_of_all(visit) -> No
 
 
 def test_a_ring_marks_where_the_spot_truly_lies_in_another_view(visit, report) -> None:
-    text = re.search(r'id="cargo">(.*?)</script>', report.read_text(), re.DOTALL)
+    text = re.search(r'id="explorer-data">(.*?)</script>', report.read_text(), re.DOTALL)
     assert text is not None
     images = json.loads(text[1])["images"]
     whole = images[0]
@@ -262,7 +262,7 @@ def test_a_ring_marks_where_the_spot_truly_lies_in_another_view(visit, report) -
 
 
 def test_the_share_of_like_pixels_is_what_python_finds(visit, report) -> None:
-    text = re.search(r'id="cargo">(.*?)</script>', report.read_text(), re.DOTALL)
+    text = re.search(r'id="explorer-data">(.*?)</script>', report.read_text(), re.DOTALL)
     assert text is not None
     images = json.loads(text[1])["images"]
     visit.page.locator("#right").select_option(label=images[1]["name"])

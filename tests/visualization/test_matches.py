@@ -1,23 +1,18 @@
-"""The pairs picture: which pairs are joined, where the lines end, what the words say."""
+"""The picture of matches: which pairs are joined, where lines end, what the caption says."""
 
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
-from pixel_level_contrastive_learning.evaluation.features import Reader
 from pixel_level_contrastive_learning.geometry import box_to_map, positive_mask
 from pixel_level_contrastive_learning.visualization import matches
 from pixel_level_contrastive_learning.visualization.matches import (
-    MOST_CELLS,
-    Line,
-    fine_map,
-    in_words,
-    middle,
-    mirrored,
-    no_finer,
+    Match,
+    cell_position,
+    count_words,
     pairs_picture,
-    spread_lines,
+    spread_matches,
 )
 
 GRID = (4, 4)
@@ -27,8 +22,8 @@ def box(x0: float, y0: float, x1: float, y1: float, mirrored: bool = False) -> T
     return box_to_map(torch.tensor([[x0, y0, x1, y1]]), torch.tensor([mirrored]))
 
 
-def joined(one: Tensor, two: Tensor, count: int, grid: tuple[int, int] = GRID) -> list[Line]:
-    return spread_lines(positive_mask(one, two, grid, grid, 0.7)[0], one, two, grid, count)
+def joined(one: Tensor, two: Tensor, count: int, grid: tuple[int, int] = GRID) -> list[Match]:
+    return spread_matches(positive_mask(one, two, grid, grid, 0.7)[0], one, two, grid, count)
 
 
 def test_equal_views_join_each_cell_with_itself() -> None:
@@ -70,19 +65,16 @@ def test_there_are_no_more_lines_than_pairs_and_none_if_none_are_wanted() -> Non
 
 
 def test_a_cell_ends_in_the_middle_of_its_place() -> None:
-    assert middle((10, 20, 50, 60), 0, (4, 4)) == (15, 25)
-    assert middle((10, 20, 50, 60), 7, (4, 4)) == (45, 35)  # row 1, column 3
+    assert cell_position((10, 20, 50, 60), 0, (4, 4)) == (15, 25)
+    assert cell_position((10, 20, 50, 60), 7, (4, 4)) == (45, 35)  # row 1, column 3
 
 
-@pytest.mark.parametrize(
-    ("count", "cells", "words"),
-    [
-        (98, 36, "98 pairs; 73% of the left view's cells have one"),
-        (0, 0, "no pairs: the views share no cell"),
-    ],
-)
-def test_the_words_count_the_pairs(count, cells, words) -> None:
-    assert in_words(count, cells, (7, 7)) == words
+def test_the_caption_counts_the_pairs() -> None:
+    matches = torch.zeros(49, 49, dtype=torch.bool)
+    assert count_words(matches) == "no pairs: the views share no cell"
+    matches[:36, :2] = True
+    matches[:26, 2] = True
+    assert count_words(matches) == "98 pairs; 73% of the left view's cells have one"
 
 
 def test_the_picture_lights_matched_cells_and_dims_the_others() -> None:
@@ -143,74 +135,3 @@ def test_anything_but_colour_images_is_refused() -> None:
         "view_one is (1, 8, 8); it must be a tensor (3, h, w), RGB in [0, 1]: choose three "
         "channels\nlines is -1; it must be a whole number of at least 0"
     )
-
-
-class Averages(nn.Module):
-    """A layer whose cell is the mean of its 8 x 8 pixels."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.cells = nn.Conv2d(2, 2, 8, 8, bias=False, groups=2)
-        nn.init.constant_(self.cells.weight, 1 / 64)
-        self.head = nn.AdaptiveAvgPool2d(1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(self.cells(x))
-
-
-@pytest.fixture
-def averages() -> Reader:
-    return Reader(Averages(), ["cells"], 2, (32, 32))
-
-
-@pytest.mark.parametrize("stride", [8, None])
-def test_a_finer_map_is_the_mean_around_each_finer_cell(averages, stride) -> None:
-    pixels = torch.rand(2, 24, 32)
-    fine = fine_map(averages, pixels, stride, cells=16)  # 4 cells across: 4 times finer
-    assert fine.shape == (2, 12, 16)
-    around = mirrored(pixels, 8, 8)
-    for row, column in ((0, 0), (5, 6), (11, 15)):
-        # The finer cell is 2 pixels wide, its middle at 2 i + 1; the window reaches 4 either way.
-        top, left = 2 * row + 1 - 4 + 8, 2 * column + 1 - 4 + 8
-        window = around[:, top : top + 8, left : left + 8]
-        torch.testing.assert_close(fine[:, row, column], window.mean(dim=(1, 2)))
-
-
-def test_a_map_that_is_fine_enough_is_left_as_it_is(averages) -> None:
-    pixels = torch.rand(2, 24, 32)
-    expected = averages(pixels[None])[0]
-    torch.testing.assert_close(fine_map(averages, pixels, None, cells=4), expected)
-    torch.testing.assert_close(fine_map(averages, pixels, 8, cells=4), expected)
-
-
-def test_an_image_that_is_not_whole_cells_is_resized(averages) -> None:
-    assert fine_map(averages, torch.rand(2, 21, 35), 8, cells=4).shape == (2, 3, 4)
-
-
-def test_the_zeros_that_a_network_pads_with_are_kept_away() -> None:
-    class Padded(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.cells = nn.Conv2d(1, 1, 9, 4, padding=4, bias=False)
-            nn.init.constant_(self.cells.weight, 1 / 81)
-            self.head = nn.AdaptiveAvgPool2d(1)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.head(self.cells(x))
-
-    reader = Reader(Padded(), ["cells"], 1, (32, 32))
-    flat = torch.ones(1, 32, 32)
-    assert reader(flat[None]).std() > 0.05
-    assert fine_map(reader, flat, 4, cells=16).std() < 1e-6
-
-
-def test_a_mirror_goes_on_beyond_the_image() -> None:
-    row = torch.arange(3.0).expand(1, 1, 3)
-    assert mirrored(row, 0, 4)[0, 0].tolist() == [2, 2, 1, 0, 0, 1, 2, 2, 1, 0, 0]
-
-
-def test_a_map_too_fine_to_see_is_averaged() -> None:
-    large = torch.rand(2, MOST_CELLS, 2 * MOST_CELLS)
-    small = no_finer(large, MOST_CELLS)
-    assert small.shape == (2, MOST_CELLS // 2, MOST_CELLS)
-    torch.testing.assert_close(small[:, 0, 0], large[:, :2, :2].mean(dim=(1, 2)))

@@ -114,7 +114,7 @@ def test_wrong_maps_are_refused() -> None:
     with pytest.raises(ValueError) as error:
         pca_colours(features[0])
     assert str(error.value) == (
-        "features is (4, 3, 3); it must be maps (n, c, h, w), as dense_features gives them"
+        "features is (4, 3, 3); it must be maps (n, c, h, w), such as the outputs of a layer"
     )
     _, basis = pca_colours(features)
     with pytest.raises(ValueError) as error:
@@ -200,7 +200,7 @@ def test_the_likeness_picture_is_bright_where_cells_are_alike() -> None:
 
 def test_flat_colours_mean_what_they_are_said_to_mean() -> None:
     # Cells that differ by half of what is taken for flat fill half of the colours.
-    along = torch.tensor([0.0, pca.FLATTEST / 2]).repeat(50)
+    along = torch.tensor([0.0, pca.MIN_REACH / 2]).repeat(50)
     angle = torch.stack((along.cos(), along.sin()))
     colours, _ = pca_colours(angle.reshape(1, 2, 10, 10))
     reach = (colours.amax() - colours.amin()).item()

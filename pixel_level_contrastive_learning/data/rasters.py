@@ -1,0 +1,125 @@
+"""Large images that are read by windows, in bounded memory, with their own type of values.
+
+Those that lie in memory, or in their file as they are, are read here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from threading import Lock
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .image import ImageError, LazyImage, channels_last, to_tensor
+
+Box = tuple[int, int, int, int]
+"""Edges ``(x0, y0, x1, y1)`` in pixels of the full image, upright."""
+Array = NDArray[Any]
+Read = Callable[[Box, tuple[int, int]], "Window"]
+
+
+class Window(NamedTuple):
+    """A part of a large image.
+
+    Attributes:
+        pixels: ``(c, h, w)`` of the image's type of values.
+        known: ``(h, w)`` bool, where anything was measured or scanned.
+    """
+
+    pixels: Array
+    known: NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Raster:
+    """A large image that is read by windows.
+
+    Attributes:
+        size: ``(height, width)`` of the full image, upright.
+        bands: How many channels its windows have.
+        dtype: The type of their values; float32 for a picture of more than 8 bits, until it is
+            decoded.
+        read: From a box and the ``(height, width)`` that it is scaled down to, a `Window`.
+        scales: Pixels of the full image per pixel of each level, each way, the full one first.
+        mpp: Size of a pixel: metres where the file is georeferenced, else micrometres; None if it
+            does not say.
+        nodata: The value that stands where nothing was measured; None if there is none.
+        note: How the pages of its file were understood, where there was a choice.
+    """
+
+    size: tuple[int, int]
+    bands: int
+    dtype: np.dtype[Any]
+    read: Read
+    scales: tuple[float, ...] = (1.0,)
+    mpp: float | None = None
+    nodata: float | None = None
+    note: str = ""
+
+
+def npy_raster(path: str) -> Raster:
+    """A NumPy array, mapped anew for each window, so that what was read is let go."""
+    shape = np.load(path, "r", allow_pickle=False).shape
+    last = len(shape) == 3 and channels_last(shape)
+    return mapped_raster(lambda: np.load(path, "r", allow_pickle=False), last)
+
+
+def mapped_raster(load: Callable[[], Array], last: bool) -> Raster:
+    """An image from a function that maps its array, with the channels last or not."""
+    array = load()
+    if array.dtype.kind not in "buif":
+        raise ImageError(f"values of type {array.dtype}; they must be whole numbers or floats")
+    height, width = array.shape[-3:-1] if last else array.shape[-2:]
+    bands = array.size // (height * width)
+    return Raster((height, width), bands, array.dtype, array_reader(load, last))
+
+
+def array_reader(load: Callable[[], Array], last: bool) -> Read:
+    """What reads windows of an array."""
+
+    def read(box: Box, size: tuple[int, int]) -> Window:
+        pixels = cut(load(), box, last)
+        assert pixels.shape[1:] == size, "an array has one scale"
+        return Window(pixels, is_known(pixels, None))
+
+    return read
+
+
+def cut(array: Array, box: Box, last: bool) -> Array:
+    """A copy ``(c, h, w)`` of a part of an array ``(..., h, w)`` or ``(..., h, w, c)``."""
+    x0, y0, x1, y1 = box
+    part = array[..., y0:y1, x0:x1, :] if last else array[..., y0:y1, x0:x1]
+    part = np.moveaxis(part, -1, -3) if last else part
+    return np.array(part.reshape(-1, *part.shape[-2:]))
+
+
+def is_known(pixels: Array, nodata: float | None) -> NDArray[np.bool_]:
+    """Where a value of pixels ``(c, h, w)`` is neither the nodata value nor NaN, in any band."""
+    known = np.isfinite(pixels)
+    if nodata is not None:
+        known &= pixels != nodata
+    return np.asarray(known.any(axis=0))
+
+
+def decoded_raster(image: LazyImage) -> Raster:
+    """A picture that is decoded whole, when its first window is read."""
+    lock, held = Lock(), list[Array]()
+
+    def load() -> Array:
+        with lock:
+            if not held:
+                held.append(as_whole_numbers(to_tensor(image.decode().pixels).numpy()))
+        return held[0]
+
+    dtype = np.dtype(np.float32 if image.high_depth else np.uint8)
+    return Raster(image.size, image.channels, dtype, array_reader(load, last=False))
+
+
+def as_whole_numbers(array: Array) -> Array:
+    """Values as uint16 where all of them are whole and lie in its range; else as they are."""
+    low, high = array.min(), array.max()
+    whole = array.dtype == np.float32 and low >= 0 and high < 2**16
+    return array.astype(np.uint16) if whole and (array == array.round()).all() else array

@@ -1,0 +1,169 @@
+"""What becomes of an image in a shard: its own bytes, a smaller copy, or a tile."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from io import BytesIO
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from einops import rearrange
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from .decoding import IMAGE_SUFFIXES, TIFF, open_image
+from .image import ImageError, LazyImage, channels_last
+from .rasters import Array, as_whole_numbers
+from .sources import Source
+from .tiff import NODATA_TAG
+from .tiles import Tiling
+
+SIGNATURES = {
+    b"\xff\xd8\xff": "jpg",
+    b"\x89PNG": "png",
+    b"RIFF": "webp",
+    b"GIF8": "gif",
+    b"BM": "bmp",
+    b"\x93NUMPY": "npy",
+} | dict.fromkeys(TIFF, "tif")
+"""How files begin, and the suffix of their format."""
+
+
+class ShardEntry(NamedTuple):
+    """An image's file as it goes into a shard.
+
+    Attributes:
+        suffix: Of its format, without a dot.
+        content: Its bytes.
+        about: What its JSON says beside the name: upright size before, and place of a tile.
+        original_bytes: Size of the file before; 0 for a tile.
+    """
+
+    suffix: str
+    content: bytes
+    about: Mapping[str, Any]
+    original_bytes: int = 0
+
+
+Entry = ShardEntry | ImageError | str
+"""An image as it goes into a shard, why it cannot be used, or what alone an empty tile holds."""
+
+
+def make_entry(source: Source, index: int, max_side: int, quality: int) -> ShardEntry | ImageError:
+    """An image in the form it has in a shard; or why it cannot be used."""
+    try:
+        content = source.content(index)
+        image = open_image(content)
+        suffix = suffix_of(source.name(index), content)
+        about = dict(zip(("height", "width"), image.size, strict=True))
+        if max(image.size) <= max_side and suffix:
+            image.decode()  # a damaged file is found now, and not in training
+            return ShardEntry(suffix, content, about, len(content))
+        pixels = read_smaller(image, max_side)
+    except ImageError as error:
+        return error
+    array = pixels.numpy()
+    return ShardEntry(*encode(as_whole_numbers(array), quality), about, len(content))
+
+
+class Copies:
+    """Images as they are, or made smaller, one by one."""
+
+    def __init__(self, source: Source, max_side: int, quality: int) -> None:
+        self.source, self.max_side, self.quality = source, max_side, quality
+        self.settings = {"max_side": max_side}
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def name(self, index: int) -> str:
+        """The image's name."""
+        return self.source.name(index)
+
+    def make(self, index: int) -> Entry:
+        """The image as it goes into a shard."""
+        return make_entry(self.source, index, self.max_side, self.quality)
+
+
+class Tiles:
+    """Tiles of large images, and small images as they are, one by one."""
+
+    def __init__(self, source: Source, tiling: Tiling, quality: int, keep_empty: bool) -> None:
+        self.source, self.tiling, self.quality = source, tiling, quality
+        self.keep_empty = keep_empty
+        self.settings = {
+            "max_side": tiling.tile,
+            "tile": tiling.tile,
+            "overlap": tiling.overlap,
+            "level": tiling.level,
+            "mpp": tiling.mpp,
+            "keep_empty": keep_empty,
+            "tiles": len(tiling),
+        }
+
+    def __len__(self) -> int:
+        return len(self.tiling)
+
+    def name(self, index: int) -> str:
+        """The name of the image that a tile is of."""
+        return self.source.name(self.tiling.locate(index)[0].file)
+
+    def make(self, index: int) -> Entry:
+        """The tile, or small image, as it goes into a shard."""
+        grid, number = self.tiling.locate(index)
+        if grid.file in self.tiling.refused:
+            return ImageError(self.tiling.refused[grid.file])
+        if not grid.xs:
+            return make_entry(self.source, grid.file, self.tiling.tile, self.quality)
+        try:
+            tile = self.tiling.cut(grid, number)
+        except ImageError as error:
+            return error
+        if tile.empty and not self.keep_empty:
+            return tile.empty
+        return ShardEntry(*encode(tile.pixels, self.quality, tile.nodata), tile.about)
+
+
+def suffix_of(name: str, content: bytes) -> str:
+    """The file's suffix, or else that of the format its content begins with; empty if unknown."""
+    suffix = Path(name).suffix.lower()
+    if suffix in IMAGE_SUFFIXES:
+        return suffix.removeprefix(".")
+    return next((kind for start, kind in SIGNATURES.items() if content.startswith(start)), "")
+
+
+def read_smaller(image: LazyImage, max_side: int) -> Tensor:
+    """Upright pixels ``(c, h, w)`` of a longer side of ``max_side`` at most, without aliasing."""
+    longer = max(image.size)
+    max_side = min(max_side, longer)
+    h, w = (max(1, round(side * max_side / longer)) for side in image.size)
+    height, width = (max_side if side == longer else 1 for side in image.size)
+    pixels = image.read((height, width))
+    whole_numbers = pixels.dtype != torch.uint8 and bool((pixels == pixels.round()).all())
+    smaller = interpolate(pixels[None], (h, w), mode="bilinear", antialias=True)[0]
+    return smaller.round() if whole_numbers else smaller
+
+
+def encode(array: Array, quality: int, nodata: float | None = None) -> tuple[str, bytes]:
+    """Pixels ``(c, h, w)``, some of them perhaps nodata, as a file: its suffix and its bytes."""
+    from PIL import Image
+
+    file = BytesIO()
+    if array.dtype == np.uint8 and len(array) in (1, 3):
+        shape = "1 h w -> h w" if len(array) == 1 else "c h w -> h w c"
+        picture = np.ascontiguousarray(rearrange(array, shape))
+        Image.fromarray(picture).save(file, "JPEG", quality=quality)
+        return "jpg", file.getvalue()
+    if nodata is None and not channels_last(array.shape):
+        np.save(file, np.ascontiguousarray(array))
+        return "npy", file.getvalue()
+    # An array of more bands than columns would be read otherwise, and none says what is nodata.
+    from tifffile import imwrite
+
+    tags = [] if nodata is None else [(NODATA_TAG, "s", 0, f"{nodata:.17g}", True)]
+    bands = array[0] if len(array) == 1 else array
+    planes = None if len(array) == 1 else "separate"
+    imwrite(file, bands, photometric="minisblack", planarconfig=planes, extratags=tags)
+    return "tif", file.getvalue()

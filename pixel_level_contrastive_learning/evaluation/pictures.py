@@ -1,0 +1,158 @@
+"""Pictures of an evaluation: predicted masks beside the true ones, and the label curve."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from ..data.image import to_rgb
+from ..data.segmentation import IGNORED
+from .metrics import PreparedSplit
+from .results import Evaluation
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SIDE = 3.2
+"""Inches of the longer side of one picture, at `DPI` dots an inch."""
+DPI = 100
+MOST_NAMED = 30
+"""Classes that a legend names, at most."""
+MARK = "a panel of pixel_level_contrastive_learning"
+"""What stands in a panel's file as the software that wrote it, and tells it from a stranger's."""
+
+
+def class_colours(count: int) -> Tensor:
+    """A colour for each class and black for ignored pixels, ``(256, 3)`` float in [0, 1]."""
+    from matplotlib import colormaps
+
+    table = torch.zeros(256, 3)
+    if count <= 20:
+        order = [*range(0, 20, 2), *range(1, 20, 2)]  # strong colours before pale ones
+        colours = np.array(colormaps["tab20"].colors)[order]  # type: ignore[attr-defined]
+        table[:20] = torch.from_numpy(colours)
+    else:
+        golden = (torch.arange(256) * 0.618034) % 1  # neighbouring ids far apart in hue
+        table = torch.from_numpy(colormaps["hsv"](golden.numpy())[:, :3]).float()
+    table[IGNORED] = 0
+    return table
+
+
+def write_panels(
+    folder: Path,
+    split: PreparedSplit,
+    predictions: Mapping[str, Mapping[int, Tensor]],
+) -> list[Path]:
+    """Write a PNG for each image that predictions were kept of, in place of earlier panels.
+
+    Args:
+        folder: Where to, made where there is none.
+        split: Images with masks.
+        predictions: Of each network, by its name: class ids ``(height, width)`` by the image's
+            place in the split.
+
+    Returns:
+        The files, in the order of the images.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in filter(is_panel, folder.glob("*.png")):
+        path.unlink()
+    colours = class_colours(len(split.classes))
+    written = []
+    for index in sorted(set().union(*predictions.values())):
+        sample = split.sample(index)
+        image = rearrange(to_rgb(sample.pixels), "rgb h w -> h w rgb")
+        pictures = {"image": image, "truth": colours[sample.mask.long()]}
+        for name, kept in predictions.items():
+            pictures[name] = colours[kept[index].long()]
+        seen = torch.unique(
+            torch.cat(
+                [sample.mask.flatten(), *(own[index].flatten() for own in predictions.values())]
+            )
+        )
+        plain = re.sub(r"[^\w.-]+", "_", Path(split.dataset.name(index)).stem)
+        path = folder / f"{index:04d}_{plain}.png"
+        classes = {split.classes[i]: colours[i] for i in seen.tolist() if i < len(split.classes)}
+        draw(path, pictures, classes, (sample.mask.shape[0], sample.mask.shape[1]))
+        written.append(path)
+    return written
+
+
+def is_panel(path: Path) -> bool:
+    """Whether a file was written by `draw`."""
+    return path.is_file() and MARK.encode() in path.read_bytes()[:1000]
+
+
+def draw(
+    path: Path, pictures: Mapping[str, Tensor], classes: Mapping[str, Tensor], size: Sequence[int]
+) -> None:
+    """Draw pictures ``(h, w, 3)`` beside each other under their names, and the classes below."""
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    height, width = (SIDE * side / max(size) for side in size)
+    named = dict(list(classes.items())[:MOST_NAMED])
+    columns = max(1, int(len(pictures) * width / 1.3))
+    below = 0.25 + 0.2 * -(-len(named) // columns)
+    figure = Figure((len(pictures) * (width + 0.1), height + 0.3 + below), dpi=DPI)
+    total = height + 0.3 + below
+    for number, (name, picture) in enumerate(pictures.items()):
+        part = 1 / len(pictures)
+        axes = figure.add_axes((number * part + 0.01, below / total, part - 0.02, height / total))
+        axes.imshow(picture.clamp(0, 1).numpy(), extent=(0, size[1], 0, size[0]))
+        axes.set_axis_off()
+        axes.set_title(name, fontsize=8, parse_math=False, wrap=True)
+    patches = [Patch(color=tuple(colour.tolist()), label=name) for name, colour in named.items()]
+    legend = figure.legend(
+        handles=patches, loc="lower center", ncols=columns, fontsize=7, frameon=False
+    )
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # a name may hold dollars
+    save(figure, path)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG, whatever letters its names are made of."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # a box in place of a letter is no harm
+        figure.savefig(path, metadata={"Software": MARK})
+
+
+def draw_label_curve(path: Path, evaluation: Evaluation, protocol: str) -> None:
+    """Draw mean IoU over the number of masks as a PNG: a line for each network, with its spread.
+
+    Args:
+        path: The file.
+        evaluation: With label curves.
+        protocol: Whose curves are drawn.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import NullLocator
+
+    figure = Figure((6.4, 4.2), dpi=2 * DPI, layout="constrained")
+    axes = figure.add_subplot()
+    for number, row in enumerate(evaluation.rows):
+        points = sorted(row.curves[protocol])
+        masks = [point.masks for point in points]
+        middle, spread = (np.array([own[k] for own in points]) for k in (1, 2))
+        colour = "0.55" if not row.baselines and number == 0 else f"C{number}"
+        axes.plot(masks, middle, "o-", color=colour, markersize=4, label=row.name)
+        axes.fill_between(masks, middle - spread, middle + spread, color=colour, alpha=0.15, lw=0)
+    axes.set_xscale("log")
+    axes.set_xticks(masks, [str(own) for own in masks])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlabel("masks used")
+    axes.set_ylabel(f"mIoU on {evaluation.settings.get('split', 'val')} ({protocol})")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    for text in axes.legend(frameon=False, fontsize=8).get_texts():
+        text.set_parse_math(False)
+    save(figure, path)

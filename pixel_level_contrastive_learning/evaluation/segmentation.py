@@ -1,0 +1,412 @@
+"""Evaluation with masks: networks side by side, by each protocol, share of the masks and seed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .. import run_layout
+from ..data.segmentation import SegmentationDataset
+from ..data.sources import FileSource
+from ..modules.feature_info import FeatureInfo, duplicate, unfreeze
+from .baselines import Contender, is_random, layers_read, line_up, sizing_card
+from .features import Preparation, Reader, Size, deepest_maps
+from .finetuning import CROP_DETAIL, RATES, LearningRates, choose_rates, finetune, measure_cost
+from .metrics import PreparedSplit, SampleCache, Scored, Scores
+from .pictures import draw_label_curve, write_panels
+from .probes import ProbeTask, run_probes
+from .results import (
+    LUCK,
+    MIOU,
+    CurvePoint,
+    Evaluation,
+    Row,
+    gain,
+    in_words,
+    masks_saved,
+    may_be_luck,
+)
+
+log = logging.getLogger(__name__)
+
+FINETUNE = "finetune"
+ALL_MAPS = "linear-all"
+CLUSTERING = "overclustering"
+PROTOCOLS = {
+    "linear": "A linear probe",
+    ALL_MAPS: "A linear probe on all maps",
+    "knn": "A vote of neighbours",
+    "hummingbird": "Nearest-neighbour retrieval",
+    CLUSTERING: "Clustering",
+    FINETUNE: "Fine-tuning",
+}
+"""The protocols, and how a sentence begins with each."""
+MANY_CLUSTERS = 500
+SEVERAL_SEEDS = 3
+"""Seeds unless a number is given, where the seed decides which masks are used; else one."""
+PICTURES = 8
+"""Images of which predictions are drawn, spread evenly over the split."""
+
+
+class Plan(NamedTuple):
+    """How networks are evaluated with labels, see `evaluate`."""
+
+    protocols: tuple[str, ...]
+    layers: Sequence[str] | None
+    fractions: Sequence[float]
+    seeds: int | None
+    first_seed: int
+    steps: int
+    device: torch.device
+
+    def seeds_of(self, protocol: str, fraction: float, contender: Contender) -> range:
+        """The seeds with which a protocol repeats; one where they change nothing."""
+        usual = SEVERAL_SEEDS if protocol == FINETUNE or len(self.fractions) > 1 else 1
+        varies = contender.by_seed or fraction < 1 or protocol in (FINETUNE, CLUSTERING)
+        return range(self.first_seed, self.first_seed + ((self.seeds or usual) if varies else 1))
+
+
+class Figure(NamedTuple):
+    """What one network reached by one protocol with one share of the masks and one seed."""
+
+    label: str
+    masks: int
+    seed: int
+    scores: Scores
+
+
+@dataclass
+class Splits:
+    """The images of one evaluation, prepared once for all networks that take them alike."""
+
+    train: SegmentationDataset
+    scored: SegmentationDataset
+    caches: dict[object, SampleCache] = field(default_factory=dict)
+
+    def prepared(self, scored: bool, preparation: Preparation, detail: int = 1) -> PreparedSplit:
+        """A split for a network."""
+        form = preparation.statistics
+        key = scored, detail, preparation.size, form.channels, form.low, form.high
+        cache = self.caches.setdefault(key, SampleCache())
+        return PreparedSplit(self.scored if scored else self.train, preparation, detail, cache)
+
+
+def evaluate_labelled(
+    weights: Sequence[str | Path],
+    data: str | Path,
+    split: str,
+    opened: Sequence[SegmentationDataset],
+    size: int | Size | None,
+    plan: Plan,
+    out: str | Path | None,
+) -> Evaluation:
+    """Evaluate all networks by masks, and draw what they predict."""
+    train, scored = opened
+    splits = Splits(train, scored)
+    contenders, notes = line_up(weights, FileSource([str(path) for path in splits.train.images]))
+    prepared = prepare_all(contenders, size, plan.first_seed)
+    if split == "train":
+        notes.append("Scored on the very images it learned from, and so too kindly.")
+    if FINETUNE in plan.protocols:
+        estimate_finetuning(contenders, prepared, splits, plan)
+    keep = [len(splits.scored) * i // PICTURES for i in range(PICTURES)] if out is not None else []
+    rows: list[Row] = []
+    predictions: dict[str, dict[int, Tensor]] = {}
+    rates: dict[str, str] = {}
+    for contender in contenders:
+        own = Contest(contender, prepared[contender.name], splits, plan, keep)
+        rows.append(own.row())
+        predictions[contender.name] = own.kept
+        if own.rates is not None:
+            rates[contender.name] = str(own.rates)
+    masks = [len(splits.train.share(own, 0)) for own in plan.fractions]
+    settings: dict[str, Any] = {"split": split, "images": len(splits.scored), "masks": masks}
+    if any(own not in (ALL_MAPS, FINETUNE) for own in plan.protocols):
+        settings["layers"] = layers_read(contenders, plan.layers)
+    settings |= {"seeds": max(len(own) for own in seeds_of_all(contenders, plan))}
+    settings["fed at"] = ", ".join(dict.fromkeys(fed_at(own) for own in prepared.values()))
+    if FINETUNE in plan.protocols:
+        settings |= {"steps": plan.steps, "learning rates": rates}
+    found = Evaluation(
+        weights=", ".join(map(str, weights)),
+        data=str(data),
+        protocol=", ".join(plan.protocols),
+        settings=settings,
+        rows=tuple(rows),
+        sentence=in_words(rows, lambda some: what_it_means(some, plan.protocols[0], split)),
+        notes=tuple(notes),
+    )
+    if out is not None:
+        folder = Path(out).expanduser()
+        some = next(iter(prepared.values()))
+        write_panels(folder / run_layout.PREDICTIONS, splits.prepared(True, some), predictions)
+        if found.curves:
+            chosen = FINETUNE if FINETUNE in found.curves else found.curves[0]
+            draw_label_curve(folder / run_layout.LABEL_CURVE, found, chosen)
+    return found
+
+
+def seeds_of_all(contenders: Sequence[Contender], plan: Plan) -> Iterator[range]:
+    """The seeds of everything that is run."""
+    for contender in contenders:
+        for protocol in plan.protocols:
+            for fraction in plan.fractions:
+                yield plan.seeds_of(protocol, fraction, contender)
+
+
+def prepare_all(
+    contenders: Sequence[Contender], size: int | Size | None, seed: int
+) -> dict[str, Preparation]:
+    """How each network is fed: all at one size, but those that take only their own."""
+    card = sizing_card(contenders)
+    chosen = next(own for own in reversed(contenders) if own.card is card)
+    common = Preparation.of(card, size, chosen.build(seed)).size
+    found = {}
+    for contender in contenders:
+        net = contender.build(seed)
+        try:
+            found[contender.name] = Preparation.of(contender.card, common, net)
+        except ValueError:
+            if size is not None:
+                raise
+            found[contender.name] = Preparation.of(contender.card, None, net)
+    return found
+
+
+def fed_at(prepare: Preparation) -> str:
+    """At what size images are fed, in words."""
+    if isinstance(prepare.size, tuple):
+        return "{}x{}".format(*prepare.size)
+    return f"shorter side {prepare.size}"
+
+
+def estimate_finetuning(
+    contenders: Sequence[Contender],
+    prepared: dict[str, Preparation],
+    splits: Splits,
+    plan: Plan,
+) -> None:
+    """Say what fine-tuning will take, by trying a few steps of the last network."""
+    contender = contenders[-1]
+    prepare = prepared[contender.name]
+    train, scored = splits.prepared(False, prepare, CROP_DETAIL), splits.prepared(True, prepare)
+    least = train.of(splits.train.share(min(plan.fractions), plan.first_seed))
+    cost = measure_cost(contender.build(plan.first_seed).to(plan.device), least, scored)
+    fits = sum(
+        len(plan.seeds_of(FINETUNE, own, each)) for own in plan.fractions for each in contenders
+    )
+    tries = len(RATES) * len(contenders)
+    seconds = (fits + tries) * plan.steps * cost.step + fits * len(scored) * cost.image
+    log.info(
+        "fine-tuning: %d fits of %d steps, and %d to choose learning rates: about %s; fewer "
+        "--seeds, --fractions or --steps take less",
+        fits,
+        plan.steps,
+        tries,
+        f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s",
+    )
+
+
+class Contest:
+    """One network's part of an evaluation with labels.
+
+    Args:
+        contender: The network.
+        prepare: How it is fed.
+        splits: The images.
+        plan: What is run.
+        keep: Images whose predictions are kept, by the first protocol with all masks it is given.
+    """
+
+    def __init__(
+        self,
+        contender: Contender,
+        prepare: Preparation,
+        splits: Splits,
+        plan: Plan,
+        keep: Sequence[int],
+    ) -> None:
+        self.contender, self.plan, self.keep = contender, plan, keep
+        self.train = splits.prepared(False, prepare)
+        self.crops = splits.prepared(False, prepare, CROP_DETAIL)
+        self.scored = splits.prepared(True, prepare)
+        self.kept: dict[int, Tensor] = {}
+        self.figures: list[Figure] = []
+        self.rates: LearningRates | None = None
+
+    def row(self) -> Row:
+        """Run everything: the network's row of the table."""
+        plan, contender = self.plan, self.contender
+        most = max(
+            len(self.seeds_of(own, part)) for own in plan.protocols for part in plan.fractions
+        )
+        for seed in range(plan.first_seed, plan.first_seed + most):
+            net = contender.build(seed).to(plan.device)
+            self.probe(net, seed)
+            if FINETUNE in plan.protocols:
+                self.finetune(net, seed)
+        first, most_masks = self.figures_of(plan.protocols[0])
+        seeds: dict[int, dict[str, float]] = {}
+        for one in first[most_masks]:
+            own = seeds.setdefault(one.seed, {})
+            own |= {MIOU: one.scores.miou, "pixel accuracy": one.scores.accuracy}
+        labels = list(dict.fromkeys(one.label for one in self.figures))
+        for label in labels:
+            if label != plan.protocols[0]:
+                found, top = self.figures_of(label)
+                for one in found[top]:
+                    seeds.setdefault(one.seed, {})[f"{label} {MIOU}"] = one.scores.miou
+        classes = [
+            dict(zip(self.train.classes, one.scores.iou, strict=True)) for one in first[most_masks]
+        ]
+        curves = {
+            label: [
+                CurvePoint.of(masks, [one.scores.miou for one in found])
+                for masks, found in sorted(self.figures_of(label)[0].items())
+            ]
+            for label in labels
+            if len(plan.fractions) > 1 and not label.startswith(CLUSTERING)
+        }
+        ordered = [seeds[key] for key in sorted(seeds)]
+        return Row.of(contender.name, ordered, classes, contender.baselines, curves)
+
+    def figures_of(self, label: str) -> tuple[dict[int, list[Figure]], int]:
+        """The figures of a label by the masks used, and the most of these."""
+        found: dict[int, list[Figure]] = {}
+        for one in self.figures:
+            if one.label == label:
+                found.setdefault(one.masks, []).append(one)
+        return found, max(found)
+
+    def note(self, label: str, masks: int, seed: int, scored: Scored) -> None:
+        """Keep a figure, and tell it."""
+        self.figures.append(Figure(label, masks, seed, scored.scores))
+        log.info(
+            "%s, %s, %d masks, seed %d: mIoU %.3f",
+            self.contender.name,
+            label,
+            masks,
+            seed,
+            scored.scores.miou,
+        )
+        if label == self.plan.protocols[0] and scored.kept:
+            self.kept = scored.kept
+
+    def keep_of(self, protocol: str, fraction: float, seed: int) -> Sequence[int]:
+        """The images whose predictions by this are kept."""
+        plan = self.plan
+        first = plan.protocols[0], max(plan.fractions), plan.first_seed
+        return self.keep if (protocol, fraction, seed) == first else ()
+
+    def probe(self, net: nn.Module, seed: int) -> None:
+        """Run the protocols that read frozen features, all in one pass over the images."""
+        plan = self.plan
+        layers = {ALL_MAPS: self.every_stride(net)} if ALL_MAPS in plan.protocols else {}
+        usual = tuple(plan.layers or [self.contender.card.shown_layer])
+        probes: list[ProbeTask] = []
+        labels: list[str] = []
+        keep: Sequence[int] = ()
+        for fraction in plan.fractions:
+            train = self.train
+            if fraction < 1:
+                train = train.of(train.dataset.share(fraction, seed))
+            for protocol in plan.protocols:
+                if protocol == FINETUNE or seed not in self.seeds_of(protocol, fraction):
+                    continue
+                keep = keep or self.keep_of(protocol, fraction, seed)
+                own = layers.get(protocol, usual)
+                if protocol != CLUSTERING:
+                    probes.append(ProbeTask(protocol.removesuffix("-all"), train, own))
+                    labels.append(protocol)
+                elif fraction == max(plan.fractions):
+                    for count in (len(train.classes), MANY_CLUSTERS):
+                        probes.append(ProbeTask("clusters", self.scored, own, count))
+                        labels.append(protocol if count < MANY_CLUSTERS else f"{protocol}, {count}")
+        if not probes:
+            return
+        names = list(dict.fromkeys(name for own in probes for name in own.layers))
+        reader = Reader(net, names, self.contender.card.channels, self.scored.size(), fast=True)
+        found = run_probes(reader, probes, self.scored, seed=seed, keep=keep)
+        for label, probe, scored in zip(labels, probes, found, strict=True):
+            self.note(label, len(probe.train), seed, scored)
+
+    def every_stride(self, net: nn.Module) -> tuple[str, ...]:
+        """The deepest layer of each stride."""
+        channels = self.contender.card.channels
+        info = FeatureInfo(unfreeze(duplicate(net)), channels, self.scored.size())
+        return tuple(own.name for own in deepest_maps(info))
+
+    def seeds_of(self, protocol: str, fraction: float) -> range:
+        """The seeds with which a protocol repeats for this network."""
+        return self.plan.seeds_of(protocol, fraction, self.contender)
+
+    def finetune(self, net: nn.Module, seed: int) -> None:
+        """Fine-tune with each share of the masks."""
+        plan = self.plan
+        middle = sorted(plan.fractions)[len(plan.fractions) // 2]
+        if self.rates is None:
+            chosen = self.crops.of(self.crops.dataset.share(middle, seed))
+            self.rates = choose_rates(net, chosen, steps=plan.steps, seed=seed)
+        for fraction in plan.fractions:
+            if seed in self.seeds_of(FINETUNE, fraction):
+                train = self.crops.of(self.crops.dataset.share(fraction, seed))
+                keep = self.keep_of(FINETUNE, fraction, seed)
+                found = finetune(
+                    net,
+                    train,
+                    self.scored,
+                    rates=self.rates,
+                    steps=plan.steps,
+                    seed=seed,
+                    keep=keep,
+                )
+                self.note(FINETUNE, len(train), seed, found)
+
+
+def what_it_means(rows: Sequence[Row], protocol: str, split: str) -> str:
+    """The figures of the last row in words: what is gained over random weights, and the start."""
+    random, start, ours = rows[0], rows[-2:][0], rows[-1]
+    rival = max(start, random, key=lambda row: row.scores[MIOU])
+    reached, base = ours.scores[MIOU], random.scores[MIOU]
+    figure = f"{PROTOCOLS[protocol]} reaches {reached:.3f} mIoU on {split}"
+    if len(rows) == 1:
+        return f"{figure} with random weights: what other weights of this network have to beat."
+    beside = f"{figure}, {reached / max(base, 1e-9):.2f} times random weights ({base:.3f})"
+    if len(rows) == 3:
+        begun = start.scores[MIOU]
+        beside += f" and {reached / max(begun, 1e-9):.2f} times what it started from ({begun:.3f})"
+    return f"{beside}: {verdict_of(ours, rival, random, start)}{saved_in_words(rows)}"
+
+
+def verdict_of(ours: Row, rival: Row, random: Row, start: Row) -> str:
+    """Whether there is a gain over the better of random weights and the start, in words."""
+    if gain(ours, random, MIOU) < 0:
+        return (
+            "worse than random. Look at the loss and at the features' health (evaluate with images "
+            "in place of data), and at whether other layers do better."
+        )
+    if gain(ours, start, MIOU) < 0:
+        return "training made them worse. Keep the others, or train with a lower lr."
+    if gain(ours, rival, MIOU) < 1:
+        return "no clear gain. Train for longer, on more images, or try other layers."
+    if is_random(rival.name) and may_be_luck(ours, rival, MIOU):
+        return LUCK
+    compared = "random ones" if rival is random else "those it started from"
+    return f"the weights know more of these classes than {compared} do."
+
+
+def saved_in_words(rows: Sequence[Row]) -> str:
+    """How many masks are saved beside each baseline, where there are label curves."""
+    ours = rows[-1]
+    protocol = FINETUNE if FINETUNE in ours.curves else next(iter(ours.curves), None)
+    if protocol is None:
+        return ""
+    told = [masks_saved(ours, other, protocol) for other in rows[:-1]]
+    known = "; ".join(own for own in told if own)
+    return f" By {protocol}, {known}." if known else ""

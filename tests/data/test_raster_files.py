@@ -1,0 +1,288 @@
+"""Large images read by windows: the same pixels as the whole image has, whatever the file."""
+
+import io
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tifffile import TiffWriter, imwrite
+
+from pixel_level_contrastive_learning.data import raster_files
+from pixel_level_contrastive_learning.data.decoding import open_image
+from pixel_level_contrastive_learning.data.image import ImageError
+from pixel_level_contrastive_learning.data.raster_files import is_larger, open_rasters
+from pixel_level_contrastive_learning.data.sources import open_source
+
+rasterio = pytest.importorskip("rasterio")
+RNG = np.random.default_rng(0)
+BOX = (30, 20, 70, 52)
+PLANES = {"photometric": "minisblack", "planarconfig": "separate"}
+
+
+def values(shape: tuple[int, ...], dtype: type = np.uint16) -> np.ndarray:
+    return RNG.integers(0, 255 if dtype == np.uint8 else 60000, shape).astype(dtype)
+
+
+def picture(path: Path, mode: str, **options: object) -> None:
+    bands = {"L": (), "P": (), "CMYK": (4,), "RGB": (3,), "RGBA": (4,), "LA": (2,)}[mode]
+    image = Image.fromarray(values((90, 110, *bands), np.uint8), None if mode == "P" else mode)
+    if mode == "P":
+        image.putpalette(values((768,), np.uint8).tobytes())
+    image.save(path, **options)
+
+
+def by_gdal(path: Path, array: np.ndarray, mask: np.ndarray | None = None, **how: object) -> None:
+    shape = dict(zip(("count", "height", "width"), array.shape, strict=True))
+    with (
+        warnings.catch_warnings(action="ignore"),
+        rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True),
+        rasterio.open(path, "w", driver="GTiff", dtype=array.dtype.name, **shape, **how) as file,
+    ):
+        file.write(array)
+        if mask is not None:
+            file.write_mask(mask)
+
+
+SLOPE = np.add.outer(np.arange(96), np.arange(112))[..., None] + np.arange(3) * 9
+SLOPE = SLOPE.astype(np.uint8)
+
+
+def turned(orientation: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[274] = orientation
+    return exif
+
+
+TIFFS: dict[str, tuple[np.ndarray, dict[str, object]]] = {
+    "strips": (values((90, 110, 3)), {"photometric": "rgb"}),
+    "planes": (values((12, 90, 110)), {"compression": "zlib", **PLANES}),
+    "big": (values((90, 110, 4)), {"bigtiff": True, "tile": (16, 32), "compression": "lzw"}),
+    "float": (values((90, 110), np.float32) / 7, {"compression": "zstd", "predictor": 3}),
+    "eight": (values((90, 110, 3), np.uint8), {"photometric": "rgb"}),
+    "white": (values((90, 110), np.uint8), {"photometric": "miniswhite"}),
+    "smooth": (SLOPE, {"photometric": "rgb", "compression": "jpeg", "tile": (32, 32)}),
+    "turned": (values((110, 90)), {"extratags": [(274, "H", 1, 6, True)]}),
+    "motorola": (values((90, 110)), {"byteorder": ">"}),
+    "imagej": (values((4, 90, 110)), {"imagej": True, "metadata": {"axes": "CYX"}}),
+    "stack": (values((4, 90, 110)), {"photometric": "minisblack"}),
+    "motorola stack": (values((4, 90, 110)), {"photometric": "minisblack", "byteorder": ">"}),
+    "turned stack": (
+        values((4, 110, 90)),
+        {"photometric": "minisblack", "extratags": [(274, "H", 1, 6, True)]},
+    ),
+    "packed": (values((4, 90, 110)), {"photometric": "minisblack", "compression": "zlib"}),
+}
+FILES: dict[str, Callable[[Path], object]] = {
+    "first.npy": lambda p: np.save(p, values((5, 90, 110), np.int16)),
+    "last.npy": lambda p: np.save(p, values((90, 110, 2), np.float32)),
+    "smooth.jpg": lambda p: Image.fromarray(SLOPE).save(p, exif=turned(6)),
+    "palette.tif": lambda p: picture(p, "P"),
+    "fax.tif": lambda p: Image.fromarray(SLOPE[..., 0] > 60).save(p, compression="group4"),
+    "nibbles.tif": lambda p: by_gdal(p, values((1, 90, 110), np.uint8) % 16, nbits=4),
+    "palette.png": lambda p: picture(p, "P"),
+    "clear.png": lambda p: picture(p, "RGBA"),
+    "gray.png": lambda p: picture(p, "LA"),
+    "deep.png": lambda p: Image.fromarray(values((90, 110))).save(p),
+    "lossless.webp": lambda p: picture(p, "RGB", lossless=True),
+} | {
+    f"{name}.tif": lambda p, array=array, how=how: imwrite(p, array, **how)
+    for name, (array, how) in TIFFS.items()
+}
+GIANTS = [name for name in FILES if Path(name).suffix in (".jpg", ".png")]
+
+
+@pytest.mark.parametrize(
+    ("name", "giant"), [*((name, False) for name in FILES), *((name, True) for name in GIANTS)]
+)
+def test_a_window_holds_what_the_whole_image_holds(tmp_path, monkeypatch, name, giant) -> None:
+    FILES[name](tmp_path / name)
+    if giant:
+        monkeypatch.setattr(raster_files, "GIANT", 0)
+    [raster] = open_rasters(str(tmp_path / name))
+    whole = open_image((tmp_path / name).read_bytes())
+    assert (raster.size, raster.bands) == (whole.size, whole.channels)
+    pixels, known = raster.read(BOX, (32, 40))
+    x0, y0, x1, y1 = BOX
+    expected = whole.read()[:, y0:y1, x0:x1].numpy()
+    assert pixels.shape == expected.shape
+    # Another decoder interpolates the chroma of a JPEG and rounds what lies over black otherwise.
+    off = np.abs(pixels.astype(np.float64) - expected).max()
+    assert off <= {"smooth": 3, "clear": 1, "gray": 1}.get(Path(name).stem, 0)
+    clear = giant and name in ("clear.png", "gray.png")
+    assert known.all() != clear
+    assert (pixels.dtype == np.uint8) == (not whole.high_depth)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_turned_raster_is_cut_upright(tmp_path, orientation) -> None:
+    path = tmp_path / "a.tif"
+    imwrite(path, values((90, 110, 4)), extratags=[(274, "H", 1, orientation, True)])
+    [raster] = open_rasters(str(path))
+    whole = open_image(path.read_bytes()).read()
+    assert raster.size == tuple(whole.shape[1:])
+    pixels, _ = raster.read((3, 5, 60, 80), (75, 57))
+    assert (pixels == whole[:, 5:80, 3:60].numpy()).all()
+
+
+@pytest.mark.parametrize("compression", [None, "zlib"])
+@pytest.mark.parametrize(
+    ("axes", "shape", "images", "bands"),
+    [
+        ("ZYX", (3,), 3, 1),
+        ("ZCYX", (3, 2), 3, 2),
+        ("CZYX", (2, 3), 3, 2),
+        ("TZCYX", (2, 2, 2), 4, 2),
+    ],
+)
+def test_named_pages_are_images_and_channels(
+    tmp_path, axes, shape, images, bands, compression
+) -> None:
+    array = values((*shape, 40, 50))
+    path = tmp_path / "a.ome.tif"
+    imwrite(path, array, metadata={"axes": axes}, photometric="minisblack", compression=compression)
+    found = open_rasters(str(path))
+    assert [raster.bands for raster in found] == [bands] * images
+    channel = axes.find("C")
+    expected = array[:, None] if channel < 0 else np.moveaxis(array, channel, -3)
+    expected = expected.reshape(images, bands, 40, 50)
+    for raster, image in zip(found, expected, strict=True):
+        pixels, _ = raster.read((10, 20, 30, 35), (15, 20))
+        assert (pixels == image[:, 20:35, 10:30]).all()
+
+
+def test_unnamed_gray_pages_are_channels_up_to_sixteen_and_colour_pages_are_images(
+    tmp_path,
+) -> None:
+    for count, images in {16: 1, 17: 17}.items():
+        imwrite(tmp_path / "a.tif", values((count, 40, 50)), photometric="minisblack")
+        assert len(open_rasters(str(tmp_path / "a.tif"))) == images
+    imwrite(tmp_path / "a.tif", values((5, 40, 50, 3), np.uint8), photometric="rgb")
+    assert [raster.bands for raster in open_rasters(str(tmp_path / "a.tif"))] == [3] * 5
+
+
+@pytest.mark.filterwarnings("ignore:Use `@`")  # of rasterio, to affine
+def test_levels_and_the_size_of_a_pixel_are_read(tmp_path) -> None:
+    from rasterio.transform import from_origin
+
+    ramp = np.arange(256, dtype=np.uint16).repeat(256).reshape(1, 256, 256) * 16
+    how = {"driver": "GTiff", "height": 256, "width": 256, "count": 1, "dtype": "uint16"}
+    place = {"crs": "EPSG:32633", "transform": from_origin(5e5, 5e6, 10, 10)}
+    with rasterio.open(tmp_path / "map.tif", "w", **how, **place) as file:
+        file.write(ramp)
+        file.build_overviews([2, 4])
+    [raster] = open_rasters(str(tmp_path / "map.tif"))
+    assert (raster.scales, raster.mpp) == ((1.0, 2.0, 4.0), 10.0)
+    pixels, _ = raster.read((0, 0, 30, 30), (10, 10))  # no level has it: it is averaged down
+    assert np.abs(pixels[0, :, 0] - (np.arange(10) * 48 + 16)).max() <= 16
+    imwrite(tmp_path / "cells.tif", ramp[0], resolution=(20000, 20000), resolutionunit=3)
+    assert open_rasters(str(tmp_path / "cells.tif"))[0].mpp == 0.5
+
+
+def test_what_was_not_measured_is_known(tmp_path) -> None:
+    bands = values((3, 40, 50), np.float32)
+    bands[:, :, :10] = -9999
+    bands[0, :, 10:20] = -9999  # in one band only
+    bands[:, :, 20:30] = np.nan
+    imwrite(tmp_path / "a.tif", bands, extratags=[(42113, "s", 0, "-9999", True)], **PLANES)
+    [raster] = open_rasters(str(tmp_path / "a.tif"))
+    pixels, known = raster.read((0, 0, 50, 40), (40, 50))
+    assert raster.nodata == -9999
+    assert known[0].tolist() == [False] * 10 + [True] * 10 + [False] * 10 + [True] * 20
+    assert np.array_equal(pixels, bands, equal_nan=True)
+
+
+def test_a_mask_beside_the_pixels_says_what_was_measured(tmp_path) -> None:
+    measured = np.tri(40, 50, dtype=bool)
+    by_gdal(tmp_path / "a.tif", values((3, 40, 50), np.uint8), measured)
+    [raster] = open_rasters(str(tmp_path / "a.tif"))
+    assert (raster.read((5, 3, 45, 33), (30, 40)).known == measured[3:33, 5:45]).all()
+    assert raster.note == ""
+
+
+def test_how_pages_were_understood_is_said(tmp_path) -> None:
+    imwrite(tmp_path / "a.tif", values((5, 40, 50)), photometric="minisblack")
+    imwrite(tmp_path / "a.tif", values((30, 20)), append=True)
+    [raster] = open_rasters(str(tmp_path / "a.tif"))
+    assert raster.note == "5 pages along Q: 1 images; left out: images of other sizes, (30, 20)"
+
+
+def test_a_slide_is_read_at_any_scale(tmp_path) -> None:
+    pytest.importorskip("openslide")
+    slope = np.linspace(0, 250, 1024)[None, :, None].repeat(768, 0).repeat(3, 2).astype(np.uint8)
+    with TiffWriter(tmp_path / "a.svs") as file:
+        for k in range(2):
+            level = slope[:: 4**k, :: 4**k] // (1 + k)
+            file.write(level, tile=(128, 128), photometric="rgb", metadata=None,
+                       resolution=(40000, 40000), resolutionunit=3, subfiletype=k)  # fmt: skip
+    [raster] = open_rasters(str(tmp_path / "a.svs"))
+    assert (raster.size, raster.bands, raster.scales) == ((768, 1024), 3, (1.0, 4.0))
+    assert raster.mpp == 0.25
+    for scale in (1, 2, 4):
+        pixels, known = raster.read((400, 64, 400 + 64 * scale, 64 + 32 * scale), (32, 64))
+        columns = slope[0, 400 : 400 + 64 * scale, 0].reshape(64, scale)
+        columns = columns / (2 if scale == 4 else 1)  # as that level was written
+        assert (pixels.shape, known.all()) == ((3, 32, 64), True)
+        assert np.abs(pixels[1, 7] - columns.mean(axis=1)).max() <= 4 + scale
+    (tmp_path / "b.svs").write_bytes(b"no slide")
+    with pytest.raises(ImageError, match="damaged: "):
+        open_rasters(str(tmp_path / "b.svs"))
+
+
+def test_what_cannot_be_read_right_is_refused(tmp_path) -> None:
+    Image.new("CMYK", (50, 40)).save(tmp_path / "a.tif")
+    with pytest.raises(ImageError, match="its colours are SEPARATED; save it as RGB"):
+        open_rasters(str(tmp_path / "a.tif"))
+    np.save(tmp_path / "a.npy", np.zeros((40, 50), np.complex64))
+    with pytest.raises(ImageError, match="values of type complex64; they must be whole numbers"):
+        open_rasters(str(tmp_path / "a.npy"))
+    (tmp_path / "b.tif").write_bytes(b"II*\0damaged")
+    with pytest.raises(ImageError, match="damaged: "):
+        open_rasters(str(tmp_path / "b.tif"))
+
+
+@pytest.mark.parametrize(
+    ("library", "name", "extra"),
+    [("rasterio", "a.tif", "rasters"), ("openslide", "a.svs", "slides")],
+)
+def test_a_missing_library_is_named_with_its_extra(
+    tmp_path, monkeypatch, library, name, extra
+) -> None:
+    imwrite(tmp_path / name, values((40, 50)), compression="zlib")
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(ModuleNotFoundError) as error:
+        open_rasters(str(tmp_path / name))
+    assert error.value.name == library
+    assert str(error.value).startswith(f"{library} is not installed; cutting ")
+    assert str(error.value).endswith(f"pip install 'pixel-level-contrastive-learning[{extra}]'")
+
+
+def test_the_size_is_read_from_the_header(tmp_path, monkeypatch) -> None:
+    for name in ("strips.tif", "first.npy", "last.npy", "deep.png"):
+        FILES[name](tmp_path / name)
+        assert [is_larger(str(tmp_path / name), side) for side in (109, 110)] == [True, False]
+    (tmp_path / "broken.png").write_bytes(b"?")
+    assert not is_larger(str(tmp_path / "broken.png"), 1)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # a bomb for Pillow
+    assert is_larger(str(tmp_path / "deep.png"), 109)
+
+
+def test_pretraining_on_what_is_too_large_names_the_way_out(tmp_path, monkeypatch) -> None:
+    (tmp_path / "a.svs").write_bytes(b"II*\0")
+    way = "`pixelcl prepare IMAGES --tile 512 --out SHARDS`, and pretrain on SHARDS"
+    for place, start in {
+        tmp_path: "slides: cut them by ",
+        tmp_path / "a.svs": "; cut it by ",
+    }.items():
+        with pytest.raises(ValueError) as error:
+            open_source(place)
+        assert str(error.value).endswith(start + way)
+    stream = io.BytesIO()
+    Image.new("L", (40, 50)).save(stream, "BMP")
+    (tmp_path / "a.bmp").write_bytes(stream.getvalue())
+    monkeypatch.setattr("pixel_level_contrastive_learning.data.pages.MAX_BYTES", 1000)
+    with pytest.raises(ImageError, match=r"^a file of 0\.0 GiB; cut it by `pixelcl prepare "):
+        open_source(tmp_path).open(0)

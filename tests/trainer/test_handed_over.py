@@ -1,0 +1,96 @@
+"""Runs on a network, or on a function that builds one, that is handed over in Python."""
+
+import copy
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from pixel_level_contrastive_learning import evaluate, export, load_backbone, pretrain, visualize
+from pixel_level_contrastive_learning.backbones.checkpoint import read_card
+
+
+class Net(nn.Sequential):
+    """A small network that no file holds."""
+
+    def __init__(self, channels: int = 3) -> None:
+        super().__init__(
+            nn.Conv2d(channels, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 3, 2, 1)
+        )
+
+
+def equal(one: nn.Module, two: nn.Module) -> bool:
+    """Whether two networks have the same weights and buffers."""
+    both = zip(one.state_dict().values(), two.state_dict().values(), strict=True)
+    return all(torch.equal(ours, theirs) for ours, theirs in both)
+
+
+@pytest.mark.parametrize(
+    ("model", "name"), [(Net(), "Net"), (Net, "Net"), (lambda: Net(), "function")]
+)
+def test_a_network_without_a_file_is_trained_resumed_and_read(
+    tmp_path, settings, images, labelled, caplog, model, name
+) -> None:
+    before = copy.deepcopy(model)
+    with caplog.at_level(logging.INFO):
+        whole = pretrain(**settings(model=model))
+    said = f"the run cannot build {name} again: pass it as model= to load_backbone, evaluate"
+    assert caplog.text.count(said) == 1
+    run = whole.run_dir
+    is_module = isinstance(model, nn.Module)
+    assert not is_module or equal(model, before)  # a copy learns
+    assert not equal(whole.backbone, model if is_module else Net())
+    assert equal(load_backbone(run, model=model), whole.backbone)
+
+    (run / "checkpoints" / "step-00000006.ckpt").unlink()
+    (run / "checkpoints" / "last.ckpt").unlink()
+    assert equal(pretrain(out=run, data=images, model=model, resume=True).backbone, whole.backbone)
+
+    card = read_card(run / "backbone.safetensors")
+    assert card.model == f"object:{name}"
+    rows = evaluate(run, data=labelled, model=model).rows
+    names = ["random weights", *["start (as handed over)"] * is_module, str(run)]
+    assert [row.name for row in rows] == names
+    page = visualize(run, images=str(images), out=tmp_path / "report.html", model=model, count=2)
+    assert page.is_file()
+    held = export(run, "state-dict", model=model)
+    assert torch.load(held.path, weights_only=True).keys() == whole.backbone.state_dict().keys()
+    assert "net = ...  # your network, as it was handed over" in held.how_to
+
+
+def test_without_the_network_it_is_said_what_to_pass(tmp_path, settings, images) -> None:
+    run = pretrain(**settings(model=Net())).run_dir
+    for read in (
+        lambda: load_backbone(run),
+        lambda: evaluate(run, images=images),
+        lambda: visualize(run, images=str(images), out=tmp_path / "report.html"),
+        lambda: export(run, "safetensors"),
+        lambda: pretrain(out=run, resume=True, steps=8),
+    ):
+        with pytest.raises(
+            ValueError, match=r"handed over in Python \(Net\).* pass it again as mo"
+        ):
+            read()
+    with pytest.raises(ValueError, match="other weights: model from 'object:Net' to 'object:func"):
+        pretrain(out=run, resume=True, steps=8, model=lambda: Net())
+
+
+def test_random_weights_beside_a_network_are_not_its_own(tmp_path, settings, images) -> None:
+    model = Net()
+    with torch.no_grad():
+        model[0].weight.zero_()  # all spots look the same to it
+        model[0].bias.zero_()
+    run = pretrain(**settings(model=model, steps=1, lr=1e-9)).run_dir
+    random, start, _ = evaluate(run, images=images, model=model).rows
+    assert random.scores["spread"] > 0.1
+    assert start.scores["spread"] == pytest.approx(0, abs=1e-3)
+
+
+def test_channels_that_the_network_does_not_take_are_adapted(tmp_path, settings) -> None:
+    gray = [torch.rand(1, 40, 48) for _ in range(12)]
+    for model, out in ((Net(), "module"), (Net, "class")):
+        given = settings(model=model, data=gray, out=str(tmp_path / out), steps=1)
+        assert pretrain(**given).backbone[0].weight.shape[1] == 1
+    assert Path(tmp_path / "class" / "config.yaml").read_text().count("object:Net") == 1

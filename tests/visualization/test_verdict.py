@@ -1,0 +1,119 @@
+"""What a run is called, and what is said of it."""
+
+import pytest
+
+from pixel_level_contrastive_learning.visualization.verdict import findings, judge_run
+
+
+@pytest.mark.parametrize(
+    ("end", "heading"),
+    [(0.9, "The features look sound"), (0.1, "Sound features, little learned")],
+)
+def test_a_run_that_learned_nothing_is_not_called_healthy(end, heading) -> None:
+    held = {"step": [1, 2], "pixel_cosine": [0.2, end], "spread": [0.8], "effective_rank": [9]}
+    assert judge_run(held, []).heading == heading
+    del held["pixel_cosine"]
+    assert judge_run(held, []).heading == "The features look sound"
+
+
+def test_a_quick_loader_is_not_worth_a_word() -> None:
+    assert findings({"step": [1, 2], "waiting": [0.1, 0.1]}) == []
+
+
+def run(cosine: float, rank: float, spread: float, kept: float, hit1: float) -> dict[str, list]:
+    """The figures of a run whose cells found their spot in 47 % of cases before the first step."""
+    return {
+        "step": [1, 2],
+        "pixel_cosine": [0.1, cosine],
+        "effective_rank": [60, rank],
+        "spread": [0.8, spread],
+        "hit1_colours_kept": [0.47, kept],
+        "hit1": [0.475, hit1],
+    }
+
+
+@pytest.mark.parametrize(
+    ("figures", "well", "heading"),
+    [
+        # The runs of docs/healthy-run.md.
+        (run(0.75, 11, 0.75, 0.63, 0.59), True, "The run looks healthy"),
+        (run(0.76, 1.6, 0.56, 0.48, 0.36), False, "The features are collapsing"),
+        (run(0.80, 17, 0.65, 0.60, 0.45), False, "It goes by colour"),
+        # Variations.
+        (run(0.80, 17, 0.65, 0.90, 0.60), True, "The run looks healthy"),  # not alone
+        (run(0.82, 21, 0.78, 0.50, 0.49), True, "Sound features, little learned"),
+        (run(0.87, 2.5, 0.46, 0.50, 0.43), False, "Worse than at the start"),
+        (run(0.05, 21, 0.78, 0.58, 0.54), True, "Sound features, little learned"),
+        (run(0.87, 1.1, 0.46, 0.58, 0.54), False, "Something is wrong with this run"),
+    ],
+)
+def test_what_a_run_is_called(figures, well, heading) -> None:
+    found = judge_run(figures, [])
+    assert (found.healthy, found.heading) == (well, heading)
+
+
+@pytest.mark.parametrize(
+    ("hit1", "cells", "heading"),
+    [
+        (0.43, 50, "Sound features, little learned"),  # a deviation is 0.07
+        (0.43, 5000, "Worse than at the start"),
+        (0.54, 50, "Sound features, little learned"),
+        (0.54, 5000, "The run looks healthy"),
+        (0.335, 50, "Worse than at the start"),
+    ],
+)
+def test_chance_is_not_taken_for_learning(hit1, cells, heading) -> None:
+    figures = run(0.8, 9, 0.7, 0.5, hit1) | {"hit_cells": [cells, cells]}
+    assert judge_run(figures, []).heading == heading
+
+
+def test_what_is_said_of_correspondence() -> None:
+    good, colour = run(0.8, 9, 0.7, 0.58, 0.54), run(0.8, 21, 0.7, 0.63, 0.41)
+    assert (
+        "A cell finds its own spot in another view in 54% of cases, 48% before the first step."
+        in findings(good)
+    )
+    assert not any("change colour more" in told for told in findings(good))
+    assert any("left as they are it finds 63%: change colour more" in t for t in findings(colour))
+
+
+def test_steps_without_a_rank_hide_no_collapse() -> None:
+    figures = run(0.76, 1.6, 0.56, 0.48, 0.36)
+    figures |= {"effective_rank": [float("nan"), 60, 1.6]}
+    assert judge_run(figures, []).heading == "The features are collapsing"
+
+
+def test_a_run_that_was_never_looked_at_is_judged_by_its_features() -> None:
+    held = {"step": [1, 2], "spread": [0.8], "effective_rank": [9], "hit1": [float("nan")]}
+    assert judge_run(held, []).heading == "The features look sound"
+
+
+def test_the_likeness_of_pairs_alone_makes_no_run_healthy() -> None:
+    held = {"step": [1, 2], "spread": [0.8] * 2, "effective_rank": [9] * 2}
+    found = judge_run(held | {"pixel_cosine": [0.2, 0.8]}, [])
+    assert found.heading == "The features look sound"
+    assert "was not measured" in "".join(found.findings)
+    found = judge_run(held | {"pixel_cosine": [0.8, 0.2]}, [])
+    assert found.heading == "Sound features, little learned"
+
+
+def test_a_run_of_the_instance_loss_alone_is_judged_by_what_it_has() -> None:
+    figures = run(0.8, 11, 0.75, 0.63, 0.59)
+    figures |= {"pixel_cosine": [0.0, 0.0], "positive_pairs": [0, 0], "instance_cosine": [0.1, 0.6]}
+    assert judge_run(figures, []).heading == "The run looks healthy"
+    told = findings(figures)
+    assert told[0].startswith("The likeness of two views of an image rose from 0.10 to 0.60")
+    assert any("alpha is 0, or no two views see the same spot" in own for own in told)
+    figures |= {"pixel_cosine": [0.1, 0.3], "positive_pairs": [9, 9]}
+    told = findings(figures)
+    assert told[0].startswith("The likeness of cells that see the same spot rose from 0.10 to 0.30")
+    assert "An image gives 9 matching pairs of cells on average." in told
+
+
+def test_a_probe_is_told_of() -> None:
+    figures = run(0.8, 11, 0.75, 0.63, 0.59)
+    assert not any("probe" in own for own in findings(figures))
+    told = findings(figures | {"probe_miou": [0.25, float("nan"), 0.31, 0.29]})
+    assert any(
+        "A probe reaches 0.290 mIoU; 0.250 before the first step, 0.310 at best." in t for t in told
+    )
