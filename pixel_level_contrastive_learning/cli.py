@@ -115,6 +115,8 @@ def evaluate(
         return
     print(result.table())
     print(result.sentence)
+    if out is not None and result.curves:
+        print(f"label curve: {Path(out) / run_layout.LABEL_CURVE}")
     if out is None and (Path(weights[-1]).expanduser() / run_layout.CONFIG).is_file():
         print(
             f"(--out {weights[-1]} keeps this with the run, for the report of `pixelcl visualize`)"
@@ -264,6 +266,7 @@ def demo(out: str = "runs/demo", steps: int = 100, overwrite: bool = False) -> N
     evaluation, report = run_demo(Path(out), steps=steps, overwrite=overwrite)
     print(evaluation.table())
     print(evaluation.sentence)
+    print(f"label curve: {Path(out) / 'run' / run_layout.LABEL_CURVE}")
     print(f"report: {report}")
 
 

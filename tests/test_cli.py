@@ -1,5 +1,6 @@
 """The command line: its flags, its help without torch, its refusals and exit codes."""
 
+import json
 import re
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from torchvision import models
 from pixel_level_contrastive_learning import cli, load_backbone
 from pixel_level_contrastive_learning.backbones.export import FORMATS
 from pixel_level_contrastive_learning.evaluation import evaluate, finetuning
+from pixel_level_contrastive_learning.evaluation.segmentation import PROTOCOLS
 from pixel_level_contrastive_learning.trainer.config import PretrainConfig
 
 PACKAGE = "pixel_level_contrastive_learning"
@@ -208,17 +210,24 @@ def test_ctrl_c_ends_a_command_without_a_traceback(monkeypatch, capsys) -> None:
 
 def test_flags_of_evaluate_arrive(monkeypatch) -> None:
     asked: list[dict[str, object]] = []
+    names: list[tuple[str, ...]] = []
 
-    def noted(weights: str, **settings: object) -> evaluate.Evaluation:
+    def noted(weights: tuple[str, ...], **settings: object) -> evaluate.Evaluation:
+        names.append(weights)
         asked.append(settings)
         raise ValueError
 
     monkeypatch.setattr(evaluate, "evaluate", noted)
     reading = ("--pages", "first", "--nodata", "-1", "--ids", "0:0", "--colours", "c.txt")
-    for flags in ((), ("--steps", "1000", "--fraction", "0.1", "--device", "cpu", *reading)):
-        cli.main(["evaluate", "w", "--data", "d", "--protocol", "finetune", *flags])
+    more = ("--steps", "1000", "--fraction", "0.1", "--device", "cpu", "--fractions", "0.1", "1")
+    for flags in ((), (*more, *reading)):
+        cli.main(["evaluate", "v", "w", "--data", "d", "--protocol", "finetune", "knn", *flags])
     assert [one["steps"] for one in asked] == [finetuning.STEPS, 1000]
     assert [one["fraction"] for one in asked] == [1.0, 0.1]
+    assert [one["fractions"] for one in asked] == [None, (0.1, 1.0)]
+    assert [one["protocol"] for one in asked] == [("finetune", "knn")] * 2
+    assert names == [("v", "w")] * 2
+    assert get_args(cli.Protocol) == tuple(PROTOCOLS)
     assert [one["device"] for one in asked] == [None, "cpu"]
     names = ("pages", "nodata", "ids", "colours")
     assert [asked[0][name] for name in names] == [None, None, None, None]
@@ -269,6 +278,8 @@ def test_each_command_takes_what_the_one_before_it_left(labelled, tmp_path, caps
     assert "mIoU" in table
     assert (run / "evaluation.json").exists()
     assert "--out" not in table
+    held = json.loads(said("evaluate", run, "--data", labelled, "--protocol", "knn", "--json"))
+    assert held == json.loads((run / "evaluation.json").read_text())
     cut = tmp_path / "tiles"
     told = said("prepare", images, "--out", cut, "--tile", 64, "--overlap", 8, "--keep-empty")
     assert told.splitlines()[-1] == f"shards: {cut}"

@@ -14,6 +14,8 @@ from ..visualization.report import visualize
 from .scenes import CLASSES_FILE, CLASSES_TEXT, save_scenes
 
 SCENES = {"train": 400, "val": 100}
+FRACTIONS = 0.02, 0.1, 1.0
+"""Shares of the masks in the label curve: 8, 40 and 400 of them."""
 
 
 def run_demo(out: Path, *, steps: int, overwrite: bool = False) -> tuple[Evaluation, Path]:
@@ -50,5 +52,7 @@ def run_demo(out: Path, *, steps: int, overwrite: bool = False) -> tuple[Evaluat
         overwrite=overwrite,
     )
     # Views show scenes of 160 pixels as if they had 180, on average.
-    evaluation = evaluate(run, data=scenes, size=180, out=run)
+    evaluation = evaluate(
+        run, data=scenes, size=180, out=run, protocol="linear", fractions=FRACTIONS
+    )
     return evaluation, visualize(run, images=images / "val", out=report)

@@ -159,7 +159,7 @@ def fit_segmenter(
             {"params": list(own.parameters()), "lr": rates.backbone},
             {"params": decoder, "lr": rates.decoder},
         ]
-        optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
+        optimizer = torch.optim.AdamW(groups, weight_decay=0.01, fused=True)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, steps))
         for _, (pixels, masks) in zip(
             range(steps), crops(train, side, batch, device), strict=False

@@ -162,14 +162,14 @@ def masks_saved(ours: Row, other: Row, protocol: str) -> str | None:
         ratio = needed / point.masks
         told = f"{ratio:.1f} times fewer" if ratio >= 1 else f"{1 / ratio:.1f} times more"
         return (
-            f"with {point.masks} masks {ours.name} is where {other.name} needs {needed:.0f}: {told}"
+            f"{point.masks} masks do for {ours.name} what {needed:.0f} do for {other.name}: {told}"
         )
     point, needed = needs[0]
     if needed == 0:
-        return f"with {point.masks} masks {ours.name} is below {other.name}"
+        return f"{point.masks} masks do less for {ours.name} than for {other.name}"
     most = theirs[-1].masks
     return (
-        f"with {point.masks} masks {ours.name} is above {other.name} with {most}: more than "
+        f"{point.masks} masks do more for {ours.name} than {most} for {other.name}: more than "
         f"{most / point.masks:.1f} times fewer"
     )
 

@@ -16,6 +16,10 @@ def test_the_demo_ends_with_a_table_and_where_the_report_is(tmp_path, capsys) ->
     assert cli.main(["demo", "--out", str(out), "--steps", "1"]) == 0
     said = capsys.readouterr().out
     assert "mIoU" in said
+    assert "By linear, " in said
+    curve = out / "run" / "label-curve.png"
+    assert said.splitlines()[-2] == f"label curve: {curve}"
+    assert curve.is_file()
     assert said.splitlines()[-1] == f"report: {out / 'report.html'}"
     page = (out / "report.html").read_text()
     assert "How good the features are" in page
