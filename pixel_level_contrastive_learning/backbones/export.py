@@ -110,6 +110,8 @@ def export(
     path = default if out is None else Path(out).expanduser()
     if path.suffix != FORMATS[format]:
         raise ValueError(f"out is {str(path)!r}; for {format} it must end in {FORMATS[format]}")
+    if path.resolve() == source.resolve():
+        raise ValueError(f"out is {str(path)!r}, the weights that are exported; name another file")
     state = clean_state_dict(net)
     if format in HEADLESS:
         state = {name: value for name, value in state.items() if not name.startswith("fc.")}

@@ -135,6 +135,7 @@ class MetricsWriter:
         self.last: dict[str, float] = {}
         self.latest: dict[str, float] = {}
         self.written_at = self.printed_at = self.step_ended = time.perf_counter()
+        self.printed_step: float = 0
         self.waited_before = 0.0
         self.batch: TwoViewBatch | None = None
 
@@ -156,7 +157,7 @@ class MetricsWriter:
             self.write()
             for logger in self.loggers:
                 logger.finalize("success")
-        if self.folder is not None and self.last:
+        if self.folder is not None and self.last and self.last["step"] != self.printed_step:
             LOG.info("%s", metrics_line(self.last))
 
     def begin_step(self, step: int, batch: TwoViewBatch) -> bool:
@@ -247,7 +248,7 @@ class MetricsWriter:
                 logger.log_metrics(self.last, step=step)
         now = time.perf_counter()
         if now - self.printed_at > PRINT_EVERY or step == 1:
-            self.printed_at = now
+            self.printed_at, self.printed_step = now, step
             LOG.info("%s", metrics_line(self.last))
 
     def save_bad_batch(self, batch: TwoViewBatch) -> None:

@@ -345,6 +345,15 @@ def test_formats_that_do_not_know_the_model_are_refused(tmp_path) -> None:
     ]
 
 
+def test_the_weights_of_the_run_are_not_written_over(tmp_path) -> None:
+    save(tmp_path, "timm/test_vit", 3, (64, 64))
+    weights = tmp_path / "backbone.safetensors"
+    before = weights.read_bytes()
+    with pytest.raises(ValueError, match=r"the weights that are exported; name another file"):
+        export(tmp_path, "timm", weights)
+    assert weights.read_bytes() == before
+
+
 def test_without_a_backbone_there_is_nothing_to_export(tmp_path) -> None:
     with pytest.raises(ValueError, match=r"has no backbone\.safetensors"):
         export(tmp_path, "state-dict")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -127,6 +128,13 @@ def test_a_run_resumed_in_the_middle_ends_the_same(tmp_path, settings) -> None:
     pretrain(out=run, resume=True)
     assert equal(whole, weights(run))
     assert [line["loss"] for line in metrics(run)] == losses
+
+
+def test_each_step_is_told_once(tmp_path, settings) -> None:
+    for steps, told in ((1, [1]), (3, [1, 3])):
+        pretrain(**settings(steps=steps, overwrite=True))
+        log = (tmp_path / "run" / "train.log").read_text()
+        assert [int(step) for step in re.findall(r"step (\d+): loss", log)] == told
 
 
 def test_a_truncated_checkpoint_is_passed_over_with_a_warning(tmp_path, settings) -> None:
