@@ -197,6 +197,8 @@ def test_several_weights_share_what_they_must_beat(labelled, model, tmp_path) ->
     }
     assert notes == []
     assert sizing_card(contenders) == contenders[3].card
+    contenders, _ = line_up_labelled(labelled, f"random:{model}", other, one)
+    assert sizing_card(contenders) == resnet  # of the first file
 
 
 def test_starts_of_one_file_name_are_told_apart(labelled, model, tmp_path) -> None:

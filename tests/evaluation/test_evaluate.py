@@ -91,6 +91,7 @@ def test_fine_tuning_takes_a_share_of_the_masks(run, labelled) -> None:
 def test_a_share_of_the_masks_makes_a_probe_depend_on_the_seed(run, labelled) -> None:
     found = evaluate(run, data=labelled, protocol="knn", fraction=0.2, seeds=2)
     assert [len(row.seeds) for row in found.rows] == [2, 2]
+    assert found.ours.seeds[0] != found.ours.seeds[1]
 
 
 def test_layers_and_sizes_may_be_named(run, labelled) -> None:
