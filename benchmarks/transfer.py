@@ -181,7 +181,7 @@ def main() -> None:
     flags.add_argument("--steps", type=int, default=1000, help="of pretraining")
     flags.add_argument("--batch", type=int, default=32)
     flags.add_argument("--size", type=int, default=128, help="side of the views")
-    flags.add_argument("--finetune-steps", type=int, default=400)
+    flags.add_argument("--finetune-steps", type=int, default=1000)
     flags.add_argument("--split", default="test", help="what is scored")
     flags.add_argument("--keep", type=Path, default=Path("build/transfer"))
     flags.add_argument("--show", action="store_true", help="measure nothing")

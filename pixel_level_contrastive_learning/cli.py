@@ -49,7 +49,7 @@ def evaluate(
     seed: int = 0,
     size: int | tuple[int, int] | None = None,
     split: str = "val",
-    steps: int = 400,
+    steps: int = 1000,
     out: str | None = None,
     device: str | None = None,
     pages: Pages | None = None,

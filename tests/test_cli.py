@@ -219,10 +219,10 @@ def test_flags_of_evaluate_arrive(monkeypatch) -> None:
 
     monkeypatch.setattr(evaluate, "evaluate", noted)
     reading = ("--pages", "first", "--nodata", "-1", "--ids", "0:0", "--colours", "c.txt")
-    more = ("--steps", "1000", "--fraction", "0.1", "--device", "cpu", "--fractions", "0.1", "1")
+    more = ("--steps", "2000", "--fraction", "0.1", "--device", "cpu", "--fractions", "0.1", "1")
     for flags in ((), (*more, *reading)):
         cli.main(["evaluate", "v", "w", "--data", "d", "--protocol", "finetune", "knn", *flags])
-    assert [one["steps"] for one in asked] == [finetuning.STEPS, 1000]
+    assert [one["steps"] for one in asked] == [finetuning.STEPS, 2000]
     assert [one["fraction"] for one in asked] == [1.0, 0.1]
     assert [one["fractions"] for one in asked] == [None, (0.1, 1.0)]
     assert [one["protocol"] for one in asked] == [("finetune", "knn")] * 2

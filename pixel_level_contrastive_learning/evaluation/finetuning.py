@@ -24,7 +24,7 @@ from .probes import held_out_last
 
 log = logging.getLogger(__name__)
 
-STEPS = 400
+STEPS = 1000
 BATCH = 8
 WIDTH = 64
 """Channels of the decoder."""
