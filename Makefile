@@ -3,13 +3,15 @@
 #   make test   lint, types and tests, as the machine that guards the main branch runs them
 # and a third says whether a change costs time or memory:
 #   make bench  short benchmarks, their ratios beside the last recorded ones
+# and a fourth builds the documentation's site:
+#   make site   into build/site; a broken link or a public name without docstring fails
 
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 STEPS ?= 100
 
-.PHONY: demo test lint types tests bench clean
+.PHONY: demo test lint types tests bench site clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/pixelcl demo --out build/demo --steps $(STEPS) --overwrite
@@ -43,6 +45,14 @@ bench: $(VENV)/installed
 	$(RUN) benchmarks/blocks.py --sides 16 32 --rounds 3
 	$(RUN) benchmarks/startup.py --rounds 3
 	$(RUN) benchmarks/scaling.py --check
+
+# Strict: a warning fails. Nothing is fetched: no fonts, no plugins that ask others.
+site: $(VENV)/installed-docs
+	$(RUN) -m mkdocs build --strict --quiet
+
+$(VENV)/installed-docs: $(VENV)/installed
+	$(RUN) -m pip install --editable ".[docs]"
+	touch $@
 
 clean:
 	rm -rf build $(VENV) *.egg-info .import_linter_cache

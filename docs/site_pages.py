@@ -1,0 +1,90 @@
+"""Hooks of the site: pages from outside ``docs/``, links that work in the repository too, checks.
+
+`mkdocs.yml` names this file. Whatever it warns of fails ``make site``.
+"""
+
+import re
+from pathlib import Path
+from posixpath import dirname, join, normpath, relpath
+
+import griffe
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.plugins import get_plugin_logger
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+log = get_plugin_logger("site")
+PACKAGE = "pixel_level_contrastive_learning"
+ROOT = Path(__file__).parents[1]
+ELSEWHERE = {  # file of the repository, its place on the site
+    "README.md": "readme.md",
+    "CHANGELOG.md": "changelog.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "benchmarks/README.md": "benchmarks.md",
+    "propagate.png": "propagate.png",
+    "examples/pretrain_loop.py": "examples/pretrain_loop.py",
+    "examples/custom_backbone.py": "examples/custom_backbone.py",
+}
+SOURCES = {place: source for source, place in ELSEWHERE.items()}
+TARGET = re.compile(r"(?<=\]\()(?!\w+:|#)([^)#\s]+)")  # of a Markdown link, without its anchor
+OPTIONAL = re.compile(r"<!-- if (\S+): (.*?) -->", re.DOTALL)
+DOCTEST = re.compile(r"^>>> (?:.+(?:\n|$))+", re.MULTILINE)
+BLOCK = re.compile(r"^::: (\S+)$", re.MULTILINE)
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Adds the pages and pictures that lie outside ``docs/``."""
+    for source, place in ELSEWHERE.items():
+        files.append(File.generated(config, place, abs_src_path=str(ROOT / source)))
+    return files
+
+
+def on_page_markdown(text: str, page: Page, config: MkDocsConfig, files: Files) -> str:  # noqa: ARG001
+    """The page with links between the site's places; the reference is checked."""
+    place = page.file.src_uri
+    source = SOURCES.get(place, f"docs/{place}")
+    if place == "api.md":
+        check_reference(BLOCK.findall(text))
+    text = OPTIONAL.sub(lambda found: found[2] * (ROOT / "docs" / found[1]).is_file(), text)
+    return TARGET.sub(lambda found: rebased(found[1], source, place), text)
+
+
+def rebased(link: str, source: str, place: str) -> str:
+    """A link of the repository's file ``source``, as its page at ``place`` must write it."""
+    target = normpath(join(dirname(source), link))
+    return relpath(ELSEWHERE.get(target, target.removeprefix("docs/")), dirname(place) or ".")
+
+
+class Examples(griffe.Extension):
+    """Doctests as code: Markdown would take their ``>>>`` for quotations."""
+
+    def on_object(self, *, obj: griffe.Object, **_: object) -> None:
+        if obj.docstring:
+            fenced = "```pycon\n{}\n```\n"
+            obj.docstring.value = DOCTEST.sub(
+                lambda found: fenced.format(found[0].rstrip()), obj.docstring.value
+            )
+
+
+def check_reference(named: list[str]) -> None:
+    """Warns of a public name that the reference leaves out, and of one without a docstring."""
+    package = griffe.load(PACKAGE, search_paths=[ROOT], resolve_aliases=True)
+    for name in package.exports or ():
+        if f"{PACKAGE}.{name}" not in named:
+            log.warning("api.md leaves out the public name %s", name)
+    for path in named:
+        check_docstrings(package[path.removeprefix(f"{PACKAGE}.")])
+
+
+def check_docstrings(thing: griffe.Object | griffe.Alias) -> None:
+    """Warns of everything public in a module, class or function that has no docstring."""
+    if not thing.has_docstring:
+        log.warning("%s has no docstring", thing.path)
+    bases = thing.mro() if thing.is_class else []
+    described = {
+        name for base in bases for name, member in base.members.items() if member.docstring
+    }
+    for name, member in thing.members.items():
+        shown = not name.startswith("_") and name != "forward" and not member.is_alias
+        if shown and name not in described and (member.is_class or member.is_function):
+            check_docstrings(member)
