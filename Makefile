@@ -48,7 +48,7 @@ bench: $(VENV)/installed
 
 # Strict: a warning fails. Nothing is fetched: no fonts, no plugins that ask others.
 site: $(VENV)/installed-docs
-	$(RUN) -m mkdocs build --strict --quiet
+	$(RUN) -m mkdocs build --strict
 
 $(VENV)/installed-docs: $(VENV)/installed
 	$(RUN) -m pip install --editable ".[docs]"

@@ -52,6 +52,8 @@ def on_page_markdown(text: str, page: Page, config: MkDocsConfig, files: Files) 
 def rebased(link: str, source: str, place: str) -> str:
     """A link of the repository's file ``source``, as its page at ``place`` must write it."""
     target = normpath(join(dirname(source), link))
+    if not (ROOT / target).exists():
+        log.warning("%s links to %s, which the repository lacks", source, link)
     return relpath(ELSEWHERE.get(target, target.removeprefix("docs/")), dirname(place) or ".")
 
 
