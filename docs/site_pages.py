@@ -29,6 +29,7 @@ SOURCES = {place: source for source, place in ELSEWHERE.items()}
 TARGET = re.compile(r"(?<=\]\()(?!\w+:|#)([^)#\s]+)")  # of a Markdown link, without its anchor
 OPTIONAL = re.compile(r"<!-- if (\S+): (.*?) -->", re.DOTALL)
 DOCTEST = re.compile(r"^>>> (?:.+(?:\n|$))+", re.MULTILINE)
+FLAG = re.compile(r" *# doctest: .*")
 BLOCK = re.compile(r"^::: (\S+)$", re.MULTILINE)
 
 
@@ -64,7 +65,7 @@ class Examples(griffe.Extension):
         if obj.docstring:
             fenced = "```pycon\n{}\n```\n"
             obj.docstring.value = DOCTEST.sub(
-                lambda found: fenced.format(found[0].rstrip()), obj.docstring.value
+                lambda found: fenced.format(FLAG.sub("", found[0]).rstrip()), obj.docstring.value
             )
 
 
