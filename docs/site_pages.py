@@ -27,7 +27,7 @@ ELSEWHERE = {  # file of the repository, its place on the site
 }
 SOURCES = {place: source for source, place in ELSEWHERE.items()}
 TARGET = re.compile(r"(?<=\]\()(?!\w+:|#)([^)#\s]+)")  # of a Markdown link, without its anchor
-OPTIONAL = re.compile(r"<!-- if (\S+): (.*?) -->", re.DOTALL)
+OPTIONAL = re.compile(r"<!-- if (\S+): (.*?) -->", re.DOTALL)  # a picture and what it shows
 DOCTEST = re.compile(r"^>>> (?:.+(?:\n|$))+", re.MULTILINE)
 FLAG = re.compile(r" *# doctest: .*")
 BLOCK = re.compile(r"^::: (\S+)$", re.MULTILINE)
@@ -46,8 +46,14 @@ def on_page_markdown(text: str, page: Page, config: MkDocsConfig, files: Files) 
     source = SOURCES.get(place, f"docs/{place}")
     if place == "api.md":
         check_reference(BLOCK.findall(text))
-    text = OPTIONAL.sub(lambda found: found[2] * (ROOT / "docs" / found[1]).is_file(), text)
+    text = OPTIONAL.sub(picture, text)
     return TARGET.sub(lambda found: rebased(found[1], source, place), text)
+
+
+def picture(found: re.Match[str]) -> str:
+    """The picture of ``docs/`` that a comment asks for; nothing if there is none yet."""
+    name, shows = found.groups()
+    return f"![{shows}]({name})" if (ROOT / "docs" / name).is_file() else ""
 
 
 def rebased(link: str, source: str, place: str) -> str:
