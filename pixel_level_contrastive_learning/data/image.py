@@ -12,6 +12,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from ..checks import Pages
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -96,6 +98,12 @@ class LazyImage:
         return to_tensor(self.decode(largest_scale(factor)).pixels)
 
 
+MOST_JOINED = 16
+"""Gray pages without a name that are taken for the channels of one image, at most."""
+ALL = -1
+"""In place of an image's number in its file: all of them, as the channels of one."""
+
+
 class Stack(NamedTuple):
     """What a file holds beside its first image.
 
@@ -109,11 +117,16 @@ class Stack(NamedTuple):
     joinable: bool = False
     reduced: int = 0
 
+    @property
+    def joined(self) -> bool:
+        """Whether they are the channels of one image, as far as this file alone tells."""
+        return self.joinable and self.images <= MOST_JOINED
 
-MOST_JOINED = 16
-"""Gray pages without a name that are taken for the channels of one image, at most."""
-ALL = -1
-"""In place of an image's number in its file: all of them, as the channels of one."""
+    def chosen(self, pages: Pages | None) -> Sequence[int]:
+        """The images to read, by their numbers; `ALL` for the channels of one."""
+        if pages == "channels" or (pages is None and self.joined):
+            return [ALL]
+        return range(1 if pages == "first" else self.images)
 
 
 def join(images: Sequence[LazyImage]) -> LazyImage:

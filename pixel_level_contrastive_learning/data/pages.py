@@ -204,6 +204,17 @@ class PagedFiles:
         number = f"[{image}]" if file in self.split else ""
         return f"{self.file_name(file)}{number}"
 
+    def index(self, file: int, image: int | None = None) -> int:
+        """The index of an image in a file; of the first one by default."""
+        return (file if self.starts is None else int(self.starts[file])) + (image or 0)
+
+    def pages_of(self, file: int) -> Pages | None:
+        """What the images of a file are read as, where it has several."""
+        if file in self.split:
+            return "images"
+        names: dict[int | None, Pages] = {ALL: "channels", 0: "first"}
+        return names.get(self.merged.get(file))
+
     def content(self, index: int) -> bytes:
         """The bytes of an image's file; of one of several in a file, an array of its own."""
         file, image = self.locate(index)

@@ -3,31 +3,26 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import replace
-from itertools import product
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .decoding import TIFF, open_image
-from .image import ImageError, array_layout, decoder_message
+from ..checks import Pages
+from .decoding import TIFF, open_image, stack_in
+from .image import ALL, ImageError, array_layout, decoder_message
 from .orientation import ORIENTATION_TAG
 from .pages import read_bytes
 from .picture import GIANT
 from .raster_drivers import gdal_raster, slide_raster
-from .rasters import Array, Raster, decoded_raster, mapped_raster, npy_raster
+from .rasters import Raster, decoded_raster, mapped_raster, npy_raster
 from .sources import SLIDE_SUFFIXES
+from .tiff import ROWS, Plane, is_slide, opened_tiff, photometric_of, tiff_images
 
-MAX_CHANNEL_PAGES = 16
-"""Unnamed gray pages up to which a stack is one image of so many channels."""
-MASK = 4
-"""Bit of a TIFF page's type: it says where another page was measured."""
 NO_RGB = ("SEPARATED", "CIELAB", "ICCLAB", "ITULAB")
-SLIDE_KINDS = ("svs", "ndpi", "scn", "bif", "philips")
-"""TIFFs that tifffile knows as slides, whatever their ending."""
 DRIVERS = {
     b"\xff\xd8\xff": "JPEG",
     b"\x89PNG": "PNG",
@@ -69,8 +64,8 @@ def is_larger(path: str, side: int) -> bool:
     return max(size) > side
 
 
-def open_rasters(path: str) -> list[Raster]:
-    """The images of a file, most often one; a stack of pages along Z or T has several.
+def open_rasters(path: str, pages: Pages | None = None) -> list[Raster]:
+    """The images of a file, most often one; what several pages are is decided by `Stack.chosen`.
 
     Raises:
         ImageError: It cannot be read, or not by windows.
@@ -84,76 +79,75 @@ def open_rasters(path: str) -> list[Raster]:
             start = read_bytes(path, 0, 8)
             if start.startswith(b"\x93NUMPY"):
                 return [npy_raster(path)]
-            return tiff_rasters(path) if start.startswith(TIFF) else [picture_raster(path, start)]
+            if start.startswith(TIFF):
+                return tiff_rasters(path, pages)
+            return picture_rasters(path, start, pages)
     except (ImageError, ModuleNotFoundError):
         raise
     except Exception as error:  # damaged bytes make decoders raise anything at all
         raise ImageError(decoder_message(error)) from error
 
 
-def tiff_rasters(path: str) -> list[Raster]:
-    """The images of a TIFF of any bit depth and number of bands, with its pages as its axes say."""
-    from tifffile import TiffFile
-
-    with TiffFile(path) as file:
-        if any(getattr(file, f"is_{kind}") for kind in SLIDE_KINDS):
+def tiff_rasters(path: str, pages: Pages | None) -> list[Raster]:
+    """The images of a TIFF of any bit depth and number of bands."""
+    with opened_tiff(path) as file:
+        if is_slide(file):
             return [slide_raster(path)]
-        series = file.series[0]
-        page: Any = series.keyframe
-        photometric = getattr(page.photometric, "name", "")
-        if photometric in NO_RGB:
-            raise ImageError(f"its colours are {photometric}; save it as RGB")
-        tag = page.tags.get(ORIENTATION_TAG)
-        orientation = int(tag.value) if tag else 1
-        others = [str(s.shape) for s in file.series[1:] if not s.keyframe.subfiletype & MASK]
-        note = f"left out: images of other sizes, {', '.join(others)}" if others else ""
-        pages: list[Any] = list(series.pages)
-        if len(pages) == 1 and series.size == page.size:
-            return [replace(gdal_raster([path], "GTiff", orientation), note=note)]
-        if page.axes not in ("YX", "YXS", "SYX") or None in pages:
-            raise ImageError(f"its axes are {series.axes}; save each image in a file of its own")
-        outer = series.ndim - page.ndim
-        axes, shape = series.axes[:outer], series.shape[:outer]
-        choices = stacked(axes, shape, page.samplesperpixel == 1)
-        if series.dataoffset is not None and orientation == 1:  # all of it lies in one piece
-            dtype, offset = series.dtype.newbyteorder(file.byteorder), series.dataoffset
-
-            def mapping(choice: tuple[int | slice, ...]) -> Callable[[], Array]:
-                return lambda: np.memmap(path, dtype, "r", offset, series.shape)[choice]
-
-            last = page.axes == "YXS"
-            images = [mapped_raster(mapping(choice), last) for choice in choices]
-        else:
-            numbers = np.arange(len(pages)).reshape(shape)
-            places = [
-                [f"GTIFF_DIR:off:{pages[k].offset}:{path}" for k in numbers[choice].flat]
-                for choice in choices
-            ]
-            images = [gdal_raster(image, "GTiff", orientation) for image in places]
-    found = f"{len(pages)} pages along {axes}: {len(images)} images"
-    return [replace(image, note="; ".join(filter(None, (found, note)))) for image in images]
+        images, stack = tiff_images(file)
+        if not images:
+            raise ImageError("damaged: no page in it")
+        chosen = stack.chosen(pages)
+        return [
+            planes_raster(path, file, list(chain(*images)) if number == ALL else images[number])
+            for number in chosen
+        ]
 
 
-def stacked(axes: str, shape: tuple[int, ...], gray: bool) -> list[tuple[int | slice, ...]]:
-    """Which pages of a stack make up each of its images, as indices into its outer axes."""
-    unnamed = gray and set(axes) <= set("QI") and np.prod(shape) <= MAX_CHANNEL_PAGES
-    channels = "CSQI" if unnamed else "CS"
-    each = [
-        [slice(None)] if axis in channels else range(count)
-        for axis, count in zip(axes, shape, strict=True)
-    ]
-    return list(product(*each))
+def planes_raster(path: str, file: Any, planes: Sequence[Plane]) -> Raster:
+    """One image of a TIFF, whose channels lie in some planes."""
+    series = file.series[planes[0].series]
+    page = series.keyframe
+    if (photometric := photometric_of(page)) in NO_RGB:
+        raise ImageError(f"its colours are {photometric}; save it as RGB")
+    tag = page.tags.get(ORIENTATION_TAG)
+    orientation = int(tag.value) if tag else 1
+    rows = planes[0].number == ROWS
+    several = series.size > page.size
+    in_one = len({plane.series for plane in planes}) == 1
+    if several and in_one and series.dataoffset is not None and orientation == 1:
+        dtype, offset = series.dtype.newbyteorder(file.byteorder), series.dataoffset
+        shape = (1, *series.shape) if rows else (series.size // page.size, *page.shape)
+        numbers = [0] if rows else [plane.number for plane in planes]
+        last = rows or page.axes == "YXS"
+        return mapped_raster(lambda: np.memmap(path, dtype, "r", offset, shape), last, numbers)
+    parts: list[Any] = [None if rows else plane_page(file, plane) for plane in planes]
+    if None in parts or page.axes not in ("YX", "YXS", "SYX"):
+        raise ImageError(f"its axes are {series.axes}; save each image in a file of its own")
+    if len(parts) == 1 and parts[0].index == 0:  # with its smaller copies, and its mask
+        return gdal_raster([path], "GTiff", orientation)
+    return gdal_raster(
+        [f"GTIFF_DIR:off:{part.offset}:{path}" for part in parts], "GTiff", orientation
+    )
 
 
-def picture_raster(path: str, start: bytes) -> Raster:
-    """A picture that is no TIFF: decoded as any other if it is not giant, else read by GDAL."""
+def plane_page(file: Any, plane: Plane) -> Any:
+    """The page that holds a plane and no other; None if there is none."""
+    series = file.series[plane.series]
+    return series.pages[plane.number] if plane.number < len(series.pages) else None
+
+
+def picture_rasters(path: str, start: bytes, pages: Pages | None) -> list[Raster]:
+    """What is no TIFF: decoded as any other picture if it is not giant, else read by GDAL."""
     from PIL import Image
 
     driver = next((name for sign, name in DRIVERS.items() if start.startswith(sign)), None)
     if driver != "JP2OpenJPEG":
         with suppress(Image.DecompressionBombError), Image.open(path) as image:
             if image.width * image.height <= GIANT:
-                return decoded_raster(open_image(read_bytes(path)))
+                content = read_bytes(path)
+                stack = stack_in(content)
+                numbers = stack.chosen(pages) if stack.images > 1 else [None]
+                return [decoded_raster(open_image(content, number)) for number in numbers]
     if driver is None:
         raise ImageError(f"it begins with {start!r} and is too large; save it as TIFF")
-    return gdal_raster([path], driver)
+    return [gdal_raster([path], driver)]

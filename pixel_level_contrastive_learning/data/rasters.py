@@ -5,8 +5,8 @@ Those that lie in memory, or in their file as they are, are read here.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from threading import Lock
 from typing import Any, NamedTuple
 
@@ -47,7 +47,6 @@ class Raster:
         mpp: Size of a pixel: metres where the file is georeferenced, else micrometres; None if it
             does not say.
         nodata: The value that stands where nothing was measured; None if there is none.
-        note: How the pages of its file were understood, where there was a choice.
     """
 
     size: tuple[int, int]
@@ -57,7 +56,6 @@ class Raster:
     scales: tuple[float, ...] = (1.0,)
     mpp: float | None = None
     nodata: float | None = None
-    note: str = ""
 
 
 def npy_raster(path: str) -> Raster:
@@ -67,21 +65,26 @@ def npy_raster(path: str) -> Raster:
     return mapped_raster(lambda: np.load(path, "r", allow_pickle=False), last)
 
 
-def mapped_raster(load: Callable[[], Array], last: bool) -> Raster:
-    """An image from a function that maps its array, with the channels last or not."""
+def mapped_raster(load: Callable[[], Array], last: bool, planes: Sequence[int] = ()) -> Raster:
+    """An image from a function that maps its array, or some planes of it, channels last or not."""
     array = load()
+    count = 1
+    if planes:
+        array, count = array[0], len(planes)
     if array.dtype.kind not in "buif":
         raise ImageError(f"values of type {array.dtype}; they must be whole numbers or floats")
     height, width = array.shape[-3:-1] if last else array.shape[-2:]
-    bands = array.size // (height * width)
-    return Raster((height, width), bands, array.dtype, array_reader(load, last))
+    bands = count * array.size // (height * width)
+    return Raster((height, width), bands, array.dtype, array_reader(load, last, planes))
 
 
-def array_reader(load: Callable[[], Array], last: bool) -> Read:
-    """What reads windows of an array."""
+def array_reader(load: Callable[[], Array], last: bool, planes: Sequence[int] = ()) -> Read:
+    """What reads windows of an array, or of some planes of it."""
 
     def read(box: Box, size: tuple[int, int]) -> Window:
-        pixels = cut(load(), box, last)
+        array = load()
+        parts = [array[number] for number in planes] if planes else [array]
+        pixels = np.concatenate([cut(part, box, last) for part in parts])
         assert pixels.shape[1:] == size, "an array has one scale"
         return Window(pixels, is_known(pixels, None))
 
@@ -102,6 +105,24 @@ def is_known(pixels: Array, nodata: float | None) -> NDArray[np.bool_]:
     if nodata is not None:
         known &= pixels != nodata
     return np.asarray(known.any(axis=0))
+
+
+def with_nodata(raster: Raster, value: float | None) -> Raster:
+    """A raster in which a value says, beside its own, that nothing was measured.
+
+    It has one level: those in the file mixed the value into its neighbours.
+    """
+    if value is None or raster.nodata == value:
+        return raster
+    nodata = value if raster.nodata is None else raster.nodata
+
+    def read(box: Box, size: tuple[int, int]) -> Window:
+        pixels, known = raster.read(box, size)
+        if nodata != value:
+            pixels[pixels == value] = nodata
+        return Window(pixels, known & is_known(pixels, nodata))
+
+    return replace(raster, read=read, scales=raster.scales[:1], nodata=nodata)
 
 
 def decoded_raster(image: LazyImage) -> Raster:

@@ -16,7 +16,7 @@ from torch.nn.functional import interpolate
 from .decoding import IMAGE_SUFFIXES, TIFF, open_image
 from .image import ImageError, LazyImage, channels_last
 from .rasters import Array, as_whole_numbers
-from .sources import Source
+from .sources import NodataSource, Source
 from .tiff import NODATA_TAG
 from .tiles import Tiling
 
@@ -90,8 +90,10 @@ class Copies:
 class Tiles:
     """Tiles of large images, and small images as they are, one by one."""
 
-    def __init__(self, source: Source, tiling: Tiling, quality: int, keep_empty: bool) -> None:
-        self.source, self.tiling, self.quality = source, tiling, quality
+    def __init__(self, tiling: Tiling, quality: int, keep_empty: bool) -> None:
+        files, nodata = tiling.source, tiling.nodata
+        self.source: Source = files if nodata is None else NodataSource(files, nodata)
+        self.tiling, self.quality = tiling, quality
         self.keep_empty = keep_empty
         self.settings = {
             "max_side": tiling.tile,
@@ -108,7 +110,10 @@ class Tiles:
 
     def name(self, index: int) -> str:
         """The name of the image that a tile is of."""
-        return self.source.name(self.tiling.locate(index)[0].file)
+        grid, _ = self.tiling.locate(index)
+        files = self.tiling.source
+        number = files.index(grid.file, grid.page)
+        return files.file_name(grid.file) if grid.xs else files.name(number)
 
     def make(self, index: int) -> Entry:
         """The tile, or small image, as it goes into a shard."""
@@ -116,7 +121,8 @@ class Tiles:
         if grid.file in self.tiling.refused:
             return ImageError(self.tiling.refused[grid.file])
         if not grid.xs:
-            return make_entry(self.source, grid.file, self.tiling.tile, self.quality)
+            number = self.tiling.source.index(grid.file, grid.page)
+            return make_entry(self.source, number, self.tiling.tile, self.quality)
         try:
             tile = self.tiling.cut(grid, number)
         except ImageError as error:

@@ -26,7 +26,7 @@ from ..run_layout import SKIPPED
 from .dataset import BrokenImage, check_broken
 from .image import ImageError
 from .shard_entries import Copies, Entry, Tiles
-from .sources import FileSource, open_source
+from .sources import open_source
 from .tiles import Tiling, find_rasters
 
 log = logging.getLogger(__name__)
@@ -135,18 +135,19 @@ def write_shards(
     )
     check_writable("out", out)
     places = [data] if isinstance(data, (str, Path)) else list(data)
+    folder = Path(out).expanduser()
+    samples: Copies | Tiles
     if tile is None:
         source = open_source(places, pages=pages, nodata=nodata)
+        files = [source.name(index) for index in range(len(source))]
+        samples = Copies(source, max_side, quality)
     else:
-        source = FileSource(find_rasters(places))
-    folder = Path(out).expanduser()
-    files = [source.name(index) for index in range(len(source))]
+        files = find_rasters(places)
+        tiling = Tiling(files, tile, overlap, level, mpp, pages, nodata)
+        samples = Tiles(tiling, quality, keep_empty)
     absolute = [name if "://" in name else os.path.abspath(name) for name in files]
-    samples: Copies | Tiles = Copies(source, max_side, quality)
     each = images_each
     if tile is not None:
-        tiling = Tiling(files, tile, overlap, level, mpp)
-        samples = Tiles(source, tiling, quality, keep_empty)
         each = min(each, max(1, SHARD_BYTES // max(1, tiling.tile_bytes)))
         refused = {files[i]: BrokenImage(files[i], why) for i, why in tiling.refused.items()}
         check_broken(refused, len(files), max_broken)

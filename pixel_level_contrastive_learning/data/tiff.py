@@ -18,7 +18,6 @@ from torch import Tensor
 from .image import (
     ALL,
     EIGHT_BIT,
-    MOST_JOINED,
     DecodedImage,
     ImageError,
     LazyImage,
@@ -48,6 +47,8 @@ ROWS = -1
 WIDEST_ROW = 16
 """Width of a page up to which it is no picture but a row of pixels, and its columns are channels:
 what tifffile makes of an array ``(h, w, c)`` without being told."""
+SLIDE_KINDS = ("svs", "ndpi", "scn", "bif", "philips")
+"""TIFFs that tifffile knows as slides, whatever their ending."""
 GRAY = ("MINISBLACK", "MINISWHITE")
 PILLOW_READS = frozenset(
     {(gray, 1) for gray in GRAY}
@@ -153,7 +154,12 @@ def opened_tiff(content: bytes | str) -> Any:
 def stack_of_tiff(content: bytes | str) -> Stack:
     """Which images a TIFF holds."""
     with opened_tiff(content) as file:
-        return tiff_images(file).stack
+        return Stack(1) if is_slide(file) else tiff_images(file).stack
+
+
+def is_slide(file: Any) -> bool:
+    """Whether a file opened by tifffile is a slide, whose other pages are no images."""
+    return any(getattr(file, f"is_{kind}") for kind in SLIDE_KINDS)
 
 
 class Samples(NamedTuple):
@@ -220,7 +226,7 @@ def open_tiff(content: bytes | str, image: int | None = None) -> LazyImage:
     """Open one of the images in a TIFF, see `open_image`."""
     with opened_tiff(content) as file:
         images, stack = tiff_images(file)
-        joined = image == ALL or (image is None and stack.joinable and len(images) <= MOST_JOINED)
+        joined = image == ALL or (image is None and stack.joined)
         planes = [plane for one in images for plane in one] if joined else images[image or 0]
         shapes = {layout_of(file, plane) for plane in planes}
         shape, axes = layout_of(file, planes[0])

@@ -6,7 +6,6 @@ cuts the same tiles again, and work that was cut off goes on at any of them.
 
 from __future__ import annotations
 
-import logging
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -18,16 +17,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..checks import above, raise_together, whole
+from ..checks import Pages, above, raise_together, whole
 from .decoding import IMAGE_SUFFIXES
 from .image import ImageError
+from .pages import settle_pages
 from .raster_files import is_larger, open_rasters
-from .rasters import Array, Box, Raster, Window
+from .rasters import Array, Box, Raster, Window, with_nodata
 from .shards import is_shards
-from .sources import SLIDE_SUFFIXES, find_files, no_image_message, open_source
+from .sources import SLIDE_SUFFIXES, FileSource, find_files, no_image_message, open_path
 from .statistics import PERCENTILES
-
-log = logging.getLogger(__name__)
 
 PLAIN_SHARE = 0.99
 """Share of a tile's pixels that must hold nothing for it to be empty."""
@@ -108,6 +106,8 @@ class Tiling:
         overlap: How far neighbours overlap, in pixels.
         level: Which level of pyramids is cut, 0 for the full image.
         mpp: Size of a tile's pixels, as `Raster.mpp`, in place of a level.
+        pages: What several images in a file are read as, see `settle_pages`.
+        nodata: The value that stands where nothing was measured, beside the file's own.
 
     Raises:
         ValueError: A value out of range, or a file without that level or resolution.
@@ -120,6 +120,8 @@ class Tiling:
         overlap: int = 0,
         level: int | None = None,
         mpp: float | None = None,
+        pages: Pages | None = None,
+        nodata: float | None = None,
     ) -> None:
         both = f"level is {level} and mpp is {mpp}; give one of them"
         raise_together(
@@ -131,7 +133,15 @@ class Tiling:
         )
         if overlap >= tile:
             raise ValueError(f"overlap is {overlap}; it must be less than the tile, {tile}")
+        if nodata is not None and (level or mpp is not None):
+            raise ValueError(
+                f"nodata is {nodata}, level is {level} and mpp is {mpp}; scaling down would mix "
+                "that value into its neighbours: write it into the files (gdal_edit.py -a_nodata "
+                f"{nodata:g} FILE) in place of nodata, or cut the full image"
+            )
         self.paths, self.tile, self.overlap, self.level, self.mpp = paths, tile, overlap, level, mpp
+        self.nodata, self.source = nodata, FileSource(paths)
+        settle_pages([self.source], pages)
         self.refused: dict[int, str] = {}
         """Why files too large to be left whole cannot be cut, by their numbers."""
         self.grids = [grid for index in range(len(paths)) for grid in self.plan(index)]
@@ -151,14 +161,13 @@ class Tiling:
         """How the images of a file are cut."""
         path = self.paths[index]
         if not is_larger(path, self.tile):
-            return [Grid(index)]
+            images = self.source.split.get(index)
+            return [Grid(index, page) for page in range(images)] if images else [Grid(index)]
         try:
-            rasters = open_rasters(path)
+            rasters = open_rasters(path, self.source.pages_of(index))
         except ImageError as error:
             self.refused[index] = str(error)
             return [Grid(index)]
-        if rasters[0].note:
-            log.info("%s: %s", path, rasters[0].note)
         return [
             self.grid(index, raster, page if len(rasters) > 1 else None)
             for page, raster in enumerate(rasters)
@@ -225,7 +234,9 @@ class Tiling:
         key = grid.file, grid.page or 0
         with self.lock:
             if key not in self.opened:
-                raster = open_rasters(self.paths[grid.file])[key[1]]
+                pages = self.source.pages_of(grid.file)
+                rasters = open_rasters(self.paths[grid.file], pages)
+                raster = with_nodata(rasters[key[1]], self.nodata)
                 kept = list(self.opened.items())[-1:]
                 self.opened = dict([*kept, (key, Opened(raster, background_contrast(raster)))])
             return self.opened[key]
@@ -253,8 +264,8 @@ def find_rasters(data: Sequence[str | Path]) -> list[str]:
         elif path.suffix.lower() in SLIDE_SUFFIXES and path.exists():
             paths.append(str(path))
         else:
-            source = open_source(place)
-            paths += [source.name(index) for index in range(len(source))]
+            files = open_path(place, None)
+            paths += map(files.file_name, range(files.files))
     return paths
 
 

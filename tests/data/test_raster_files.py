@@ -200,14 +200,42 @@ def test_a_mask_beside_the_pixels_says_what_was_measured(tmp_path) -> None:
     by_gdal(tmp_path / "a.tif", values((3, 40, 50), np.uint8), measured)
     [raster] = open_rasters(str(tmp_path / "a.tif"))
     assert (raster.read((5, 3, 45, 33), (30, 40)).known == measured[3:33, 5:45]).all()
-    assert raster.note == ""
 
 
-def test_how_pages_were_understood_is_said(tmp_path) -> None:
-    imwrite(tmp_path / "a.tif", values((5, 40, 50)), photometric="minisblack")
-    imwrite(tmp_path / "a.tif", values((30, 20)), append=True)
-    [raster] = open_rasters(str(tmp_path / "a.tif"))
-    assert raster.note == "5 pages along Q: 1 images; left out: images of other sizes, (30, 20)"
+@pytest.mark.parametrize("compression", [None, "zlib"])
+@pytest.mark.parametrize(("pages", "bands"), [("images", 1), ("channels", 6), ("first", 1)])
+def test_pages_are_what_is_asked_for(tmp_path, pages, bands, compression) -> None:
+    array = values((2, 3, 40, 50))
+    how = {"photometric": "minisblack", "compression": compression}
+    imwrite(tmp_path / "a.tif", array, metadata={"axes": "TZYX"}, **how)
+    pictures = array.reshape(6, 1, 40, 50)
+    expected = {"images": pictures, "channels": pictures[None, :, 0], "first": pictures[:1]}[pages]
+    found = open_rasters(str(tmp_path / "a.tif"), pages)
+    assert [raster.bands for raster in found] == [bands] * len(expected)
+    for raster, image in zip(found, expected, strict=True):
+        assert (raster.read((10, 20, 30, 35), (15, 20)).pixels == image[:, 20:35, 10:30]).all()
+
+
+@pytest.mark.parametrize("kind", ["gif", "imagej", "rows", "rest"])
+def test_stacks_are_counted_as_when_they_are_not_cut(tmp_path, kind) -> None:
+    path = tmp_path / ("a.gif" if kind == "gif" else "a.tif")
+    if kind == "gif":
+        frames = [Image.fromarray(frame) for frame in values((3, 40, 50), np.uint8)]
+        frames[0].save(path, save_all=True, append_images=frames[1:])
+    elif kind == "imagej":  # more channels than ImageJ has
+        imwrite(path, values((12, 40, 50)), imagej=True)
+    elif kind == "rows":  # an image (h, w, c), whose writer was not told so
+        imwrite(path, values((40, 50, 12)), photometric="minisblack")
+    else:
+        imwrite(path, values((2, 40, 50)), photometric="minisblack")
+        imwrite(path, values((30, 45)), append=True)
+    source = open_source(path, pages="images")
+    rasters = open_rasters(str(path), "images")
+    assert len(rasters) == len(source) == {"gif": 3, "imagej": 12, "rows": 1, "rest": 3}[kind]
+    for index, raster in enumerate(rasters):
+        pixels = source.open(index).read().numpy()
+        h, w = raster.size
+        assert (raster.read((0, 0, w, h), (h, w)).pixels == pixels).all()
 
 
 def test_a_slide_is_read_at_any_scale(tmp_path) -> None:

@@ -342,3 +342,21 @@ def test_threads_are_never_far_ahead_of_what_is_written() -> None:
             assert entry == (written, str(written))
             assert len(made) <= written + 5
     assert sorted(made) == list(range(50))
+
+
+def test_small_stacks_beside_tiles_are_read_as_asked(tmp_path) -> None:
+    from tifffile import imwrite
+
+    (tmp_path / "in").mkdir()
+    values = np.random.default_rng(0).uniform(0, 9, (2, 40, 50)).astype(np.float32)
+    values[:, :, :9] = -9999
+    imwrite(tmp_path / "in" / "a.tif", values, metadata={"axes": "ZYX"}, photometric="minisblack")
+    for pages, images in {"images": 2, "first": 1, "channels": 1}.items():
+        out = tmp_path / pages
+        write_shards(tmp_path / "in", out, tile=64, pages=pages, nodata=-9999.0)
+        source = open_source(out)
+        assert len(source) == images
+        pixels, *_, known = source.open(0).decode()
+        expected = values if pages == "channels" else values[:1]
+        assert (known.numpy() == (expected != -9999)).all()
+        assert (pixels.numpy()[:, :, 9:] == expected[:, :, 9:]).all()

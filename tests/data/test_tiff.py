@@ -206,3 +206,12 @@ def test_a_page_of_a_file_is_read_alone(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(tifffile.TiffFrame, "asarray", tifffile.TiffPage.asarray)
     assert (open_image(str(path), 7).read()[0].numpy() == array[7]).all()
     assert read_pages == [7]
+
+
+def test_the_other_pages_of_a_slide_are_no_images(tmp_path) -> None:
+    for start, images in {"Aperio Image Library v1": 1, "pages": 2}.items():
+        with tifffile.TiffWriter(tmp_path / "a.tif") as file:
+            for size in ((64, 64), (40, 16)):  # the slide and its label
+                page = np.zeros((*size, 3), np.uint8)
+                file.write(page, photometric="rgb", description=start, metadata=None)
+        assert stack_in(str(tmp_path / "a.tif")).images == images

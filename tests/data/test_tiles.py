@@ -62,7 +62,8 @@ def test_images_are_numbered_one_after_the_other(tmp_path, caplog) -> None:
         np.save(tmp_path / name, rng.normal(size=shape))
     imwrite(tmp_path / "d.tif", rng.normal(size=(2, 70, 64)), metadata={"axes": "ZYX"}, ome=True)
     tiling = Tiling([str(tmp_path / name) for name in ("a.npy", "b.npy", "c.npy", "d.tif")], 64)
-    assert caplog.messages == [f"{tmp_path}/d.tif: 2 pages along Z: 2 images"]
+    message = "1 file of 2 pages: read as 2 images; `--pages channels` makes one image of each file"
+    assert caplog.messages == [message]
     found = [tiling.locate(index) for index in range(len(tiling))]
     assert [(grid.file, grid.page, number) for grid, number in found] == [
         (0, None, 0), (1, None, 0), (1, None, 1), *((2, None, k) for k in range(4)),
@@ -180,6 +181,46 @@ def test_an_image_without_a_measured_value_is_nodata(tmp_path) -> None:
     assert [tiling.cut(*tiling.locate(index)).empty for index in range(4)] == ["nodata"] * 4
 
 
+@pytest.mark.parametrize("tag", [None, -1])
+def test_a_named_value_is_nodata_beside_the_tag(tmp_path, tag) -> None:
+    array = np.random.default_rng(0).uniform(0, 9, (2, 64, 256)).astype(np.float32)
+    array[:, :, :64] = -9999  # the first tile
+    array[:, :, 64:90] = -9999
+    array[0, :, 128:140] = -1
+    tags = [] if tag is None else [(42113, "s", 0, f"{tag}", True)]
+    how = {"photometric": "minisblack", "planarconfig": "separate", "extratags": tags}
+    imwrite(tmp_path / "a.tif", array, **how)
+    tiling = Tiling([str(tmp_path / "a.tif")], 64, nodata=-9999.0)
+    cut = [tiling.cut(*tiling.locate(index)) for index in range(4)]
+    kept = -9999 if tag is None else tag
+    assert [tile.empty for tile in cut] == ["nodata", "", "", ""]
+    assert [tile.nodata for tile in cut] == [kept, kept, tag, None]
+    assert (cut[1].pixels[:, :, :26] == kept).all()
+    assert (cut[1].pixels[:, :, 26:] == array[:, :, 90:128]).all()
+    assert (cut[2].pixels == array[:, :, 128:192]).all()
+    for scaling in ({"level": 1}, {"mpp": 2.0}):
+        with pytest.raises(
+            ValueError, match=r"nodata is -9999\.0, .*gdal_edit\.py -a_nodata -9999"
+        ):
+            Tiling([str(tmp_path / "a.tif")], 64, nodata=-9999.0, **scaling)
+
+
+def test_pages_of_files_follow_one_rule_for_all_of_them(tmp_path) -> None:
+    for name, count in {"a.tif": 4, "b.tif": 3}.items():
+        stack = np.random.default_rng(0).integers(0, 9, (count, 70, 64)).astype(np.uint16)
+        imwrite(tmp_path / name, stack, photometric="minisblack")
+    paths = [str(tmp_path / name) for name in ("a.tif", "b.tif")]
+
+    def found(paths: list[str], **how: str) -> list[tuple[int, int | None]]:
+        return [(grid.file, grid.page) for grid in Tiling(paths, 64, **how).grids]
+
+    assert found(paths) == [*((0, k) for k in range(4)), *((1, k) for k in range(3))]
+    assert found(paths[:1]) == [(0, None)]
+    assert found(paths[:1], pages="images") == [(0, k) for k in range(4)]
+    for pages in ("channels", "first"):
+        assert found(paths, pages=pages) == [(0, None), (1, None)]
+
+
 def test_a_damaged_tile_is_told_with_its_place(tmp_path) -> None:
     array = np.random.default_rng(0).integers(0, 255, (256, 256, 3)).astype(np.uint8)
     imwrite(tmp_path / "a.tif", array, tile=(64, 64), photometric="rgb", compression="zlib")
@@ -205,7 +246,7 @@ def test_only_two_images_stay_open(tmp_path, monkeypatch) -> None:
     tiling = Tiling([str(tmp_path / f"{number}.npy") for number in range(3)], 64)
     opened = []
     real = tiles.open_rasters
-    monkeypatch.setattr(tiles, "open_rasters", lambda path: opened.append(path) or real(path))
+    monkeypatch.setattr(tiles, "open_rasters", lambda *given: opened.append(given) or real(*given))
     for index in range(12):
         tiling.cut(*tiling.locate(index))
     assert len(opened) == 3
