@@ -47,6 +47,7 @@ class Layer:
     carries_gradient: bool
     overwritten: bool = False  # whether a later layer changes the output, be it in training alone
     is_default: bool = True  # neither the inside of a downsampling block nor class scores
+    is_scores: bool = False  # what a classifier gives for each class, as a vector or for each cell
 
     @property
     def type_name(self) -> str:
@@ -122,6 +123,7 @@ class FeatureInfo:
         """Run the copy: its layers in the order in which they last ran."""
         layers: dict[str, Layer] = {}
         used: list[object] = []  # what layers with weights were given; held, so that ids are unique
+        passed: list[tuple[object, object]] = []  # what layers without weights were given, and gave
 
         def layout_and_stride(output: object) -> tuple[Layout | None, float]:
             layout = layout_of(output, self.size, len(self.images))
@@ -132,6 +134,8 @@ class FeatureInfo:
             def ran(module: nn.Module, inputs: tuple[object, ...], output: object) -> None:
                 if next(module.parameters(recurse=False), None) is not None:
                     used.extend(inputs)
+                elif inputs and next(module.parameters(), None) is None:
+                    passed.append((inputs[0], output))
                 tensor = output if isinstance(output, Tensor) else torch.empty(0)
                 _, given = layout_and_stride(inputs[0] if inputs else None)
                 gradient = tensor.grad_fn, tensor.requires_grad
@@ -168,9 +172,15 @@ class FeatureInfo:
         used_ids = set(map(id, used))
         strides = {name: (own.input_stride, own.stride) for name, own in layers.items()}
         inside = inside_downsampling(strides)
-        scores = {id(own.output) for own in layers.values() if narrows(own.module)} - used_ids
+        narrowed = {id(own.output) for own in layers.values() if narrows(own.module)} - used_ids
+        classes = getattr(self.net, "num_classes", None) or -1  # timm, torchvision
+        scores = {id(own.output) for own in layers.values() if width(own.module) == classes}
+        scores -= used_ids
+        for given, gave in passed:
+            scores |= {id(gave)} if id(given) in scores else set()
         for name, layer in layers.items():
-            layer.is_default = name not in inside and id(layer.output) not in scores
+            layer.is_scores = id(layer.output) in scores
+            layer.is_default = name not in inside and id(layer.output) not in scores | narrowed
             if isinstance(layer.output, Tensor):
                 layer.overwritten |= layer.output._version != layer.version
                 if not layer.overwritten:  # re-entrant checkpointing sets its gradient afterwards
@@ -307,13 +317,15 @@ class FeatureInfo:
 
     def default_instance(self, pixel: str) -> str:
         """The pooled vector, which follows the last map; the pixel layer where there is none."""
-        last_map = max(index for index, layer in enumerate(self.layers) if layer.is_map)
+        maps = [i for i, layer in enumerate(self.layers) if layer.is_map and not layer.is_scores]
+        last_map = max(maps, default=-1)
         answer = self.layers[-1].output  # is no feature, and dropout zeroes a share of them
         vectors = [
             layer
             for layer in self.layers[last_map + 1 :]
             if layer.layout is not None
             and layer.output is not answer
+            and not layer.is_scores
             and not layer.type_name.startswith("Dropout")
         ]
         pools = [layer.name for layer in vectors if "Pool" in layer.type_name]
@@ -358,6 +370,11 @@ class FeatureInfo:
 def narrows(layer: nn.Module) -> bool:
     """Whether a layer is a convolution to fewer channels: class scores, where no weights follow."""
     return isinstance(layer, nn.Conv2d) and layer.out_channels < layer.in_channels
+
+
+def width(layer: nn.Module) -> object:
+    """How many channels a convolution or a linear layer gives; None for others."""
+    return getattr(layer, "out_features", getattr(layer, "out_channels", None))
 
 
 def duplicate(net: nn.Module) -> nn.Module:
