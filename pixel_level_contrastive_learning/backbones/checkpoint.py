@@ -28,6 +28,7 @@ from .factory import (
 )
 from .state_dict import (
     KeyReport,
+    check_code,
     find_weights,
     load_matching,
     read_state_dict,
@@ -268,7 +269,8 @@ def read_backbone(
             the card's, the network's own, or 224.
 
     Raises:
-        ValueError: There is no such thing, its card is missing or wrong, or it is for other images.
+        ValueError: There is no such thing, its card is missing or wrong, or it is for other images;
+            the network of your own that it names does not have just its weights.
         ConnectionError: Pretrained weights could not be downloaded.
 
     >>> net, card, report = read_backbone("random:torchvision/resnet18")
@@ -290,6 +292,8 @@ def read_backbone(
         card.model, channels=card.channels, image_size=image_size or card.image_size
     )
     report = load_matching(net, read_state_dict(path), str(path))
+    if parse_model_name(card.model)[0] == "custom":
+        check_code(str(path), [*report.missing, *report.mismatched], report.unexpected)
     if report.complete:
         log.info("%s: %s", path, report)
     else:

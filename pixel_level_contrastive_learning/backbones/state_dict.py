@@ -184,6 +184,19 @@ def load_matching(net: nn.Module, tensors: Mapping[str, Tensor], source: str) ->
     )
 
 
+def check_code(source: str, added: list[str], removed: list[str]) -> None:
+    """Refuse a network whose code gained or lost weights since those of a run were written."""
+    if added or removed:
+        names = [f"{name} is missing" for name in added]
+        names += [f"{name} is left over" for name in removed]
+        more = f" (and {len(names) - 5} more)" * (len(names) > 5)
+        raise ValueError(
+            f"the model's code has changed since the run: of the weights in {source} "
+            f"{', '.join(names[:5])}{more}; use the model as it was trained, or give the file to a "
+            "new run as --weights, which takes what fits"
+        )
+
+
 def match_names(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors under the network's names, with prefixes of either side removed."""
     tensors = {plain_name(name): tensor for name, tensor in tensors.items()}

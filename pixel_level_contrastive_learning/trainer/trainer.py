@@ -17,7 +17,7 @@ from .. import run_layout
 from ..backbones.checkpoint import load_backbone, save_backbone, save_card
 from ..backbones.custom import handing_over
 from ..backbones.factory import build_backbone
-from ..backbones.state_dict import tensors_of
+from ..backbones.state_dict import check_code, tensors_of
 from ..data.dataset import TwoViewBatch
 from ..data.loader import TwoViewLoader
 from ..pixel_cl import PixelCL
@@ -377,6 +377,9 @@ def find_resume_point(setup: Setup, run_dir: RunDir) -> ResumePoint | None:
 
 def check_shapes(learner: PixelCL, held: Mapping[str, Any]) -> None:
     """Refuse a checkpoint whose weights do not fit, before anything of the run is changed."""
+    now = {BACKBONE + name for name in learner.net.state_dict()}
+    then = {name for name in held if name.startswith(BACKBONE)}
+    check_code("the checkpoint", sorted(now - then), sorted(then - now))
     for name, own in tensors_of(learner).items():
         there = held.get(LEARNER + name)
         if there is not None and tuple(there.shape) != tuple(own.shape):

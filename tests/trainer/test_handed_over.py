@@ -77,6 +77,22 @@ def test_without_the_network_it_is_said_what_to_pass(tmp_path, settings, images)
         pretrain(out=run, resume=True, steps=8, model=lambda: Net())
 
 
+@pytest.mark.parametrize("added", [True, False])
+def test_code_that_changed_since_the_run_is_refused_by_name(settings, labelled, added) -> None:
+    small, large = Net(), Net()
+    large[0].extra = nn.Conv2d(3, 8, 1)  # a layer that does not change what is read
+    before, now = (small, large) if added else (large, small)
+    run = pretrain(**settings(model=before)).run_dir
+    for use in (
+        lambda: load_backbone(run, model=now),
+        lambda: evaluate(run, data=labelled, model=now),
+        lambda: export(run, "safetensors", model=now),
+        lambda: pretrain(out=run, resume=True, model=now),
+    ):
+        with pytest.raises(ValueError, match=r"changed since the run: .*0\.extra\.bias is"):
+            use()
+
+
 def test_random_weights_beside_a_network_are_not_its_own(tmp_path, settings, images) -> None:
     model = Net()
     with torch.no_grad():
