@@ -72,7 +72,7 @@ def open_image(content: bytes | str, image: int | None = None) -> LazyImage:
         >>> image.size, image.channels, image.read().shape
         ((480, 640), 1, torch.Size([1, 480, 640]))
     """
-    return checked(content, lambda: open_numbered(content, image))
+    return with_known_errors(content, lambda: open_numbered(content, image))
 
 
 def stack_in(content: bytes | str) -> Stack:
@@ -81,10 +81,10 @@ def stack_in(content: bytes | str) -> Stack:
     Raises:
         ImageError: It cannot be read.
     """
-    return checked(content, lambda: count_images(content))
+    return with_known_errors(content, lambda: count_images(content))
 
 
-def checked(content: bytes | str, read: Callable[[], T]) -> T:
+def with_known_errors(content: bytes | str, read: Callable[[], T]) -> T:
     """What a reader of a file returns; whatever it raises becomes an `ImageError`."""
     try:
         if not content:

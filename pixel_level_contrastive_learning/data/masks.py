@@ -163,7 +163,7 @@ def read_tiff_mask(content: bytes) -> Stored:
         values = np.moveaxis(values, 0, -1)
     orientation = int(tag.value) if tag else 1
     colours = None if palette is None else (palette.T >> 8).astype(np.uint8)
-    return Stored(turned(values, orientation), colours, photometric)
+    return Stored(values_upright(values, orientation), colours, photometric)
 
 
 def read_picture_mask(content: bytes) -> Stored:
@@ -186,10 +186,10 @@ def read_picture_mask(content: bytes) -> Stored:
         palette = np.array(image.getpalette("RGB"), np.uint8).reshape(-1, 3)
         if image.format == "GIF" and (palette == palette[:, :1]).all():
             values, palette = palette[values, 0], None  # writers number its grays anew
-    return Stored(turned(values, orientation), palette, image.mode)
+    return Stored(values_upright(values, orientation), palette, image.mode)
 
 
-def turned(values: np.ndarray[Any, Any], orientation: int) -> np.ndarray[Any, Any]:
+def values_upright(values: np.ndarray[Any, Any], orientation: int) -> np.ndarray[Any, Any]:
     """Stored values ``(h, w, ...)`` turned upright."""
     if orientation == 1:
         return values

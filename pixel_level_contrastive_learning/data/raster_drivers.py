@@ -80,8 +80,8 @@ def gdal_raster(places: Sequence[str], driver: str, orientation: int = 1) -> Ras
                 for file in files
             ]
             mask = first.read_masks(1, window=part, out_shape=(h, w)) if masked else np.ones((h, w))
-        pixels = turned(np.concatenate(bands), orientation)
-        known = is_known(pixels, nodata) & (turned(mask[None], orientation)[0] > 0)
+        pixels = array_upright(np.concatenate(bands), orientation)
+        known = is_known(pixels, nodata) & (array_upright(mask[None], orientation)[0] > 0)
         if alpha is not None:
             known &= pixels[alpha] > 0
         if palette:
@@ -115,7 +115,7 @@ def stored_box(box: Box, stored: tuple[int, int], orientation: int) -> Box:
     return (y0, x0, y1, x1) if orientation in SIDEWAYS else (x0, y0, x1, y1)
 
 
-def turned(pixels: Array, orientation: int) -> Array:
+def array_upright(pixels: Array, orientation: int) -> Array:
     """Stored pixels ``(c, h, w)`` turned upright."""
     pixels = pixels.swapaxes(1, 2) if orientation in SIDEWAYS else pixels
     pixels = pixels[:, :, ::-1] if orientation in FLIPPED_X else pixels

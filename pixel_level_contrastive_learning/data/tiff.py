@@ -228,8 +228,8 @@ def open_tiff(content: bytes | str, image: int | None = None) -> LazyImage:
         images, stack = tiff_images(file)
         joined = image == ALL or (image is None and stack.joined)
         planes = [plane for one in images for plane in one] if joined else images[image or 0]
-        shapes = {layout_of(file, plane) for plane in planes}
-        shape, axes = layout_of(file, planes[0])
+        shapes = {shape_and_axes(file, plane) for plane in planes}
+        shape, axes = shape_and_axes(file, planes[0])
         page = file.series[planes[0].series].keyframe
         dtype, samples = page.dtype, Samples.of(page)
         tag = page.tags.get(ORIENTATION_TAG)
@@ -256,7 +256,7 @@ def open_tiff(content: bytes | str, image: int | None = None) -> LazyImage:
     return LazyImage(upright_size(height, width, orientation), channels, samples.deep, load)
 
 
-def layout_of(file: Any, plane: Plane) -> tuple[tuple[int, ...], str]:
+def shape_and_axes(file: Any, plane: Plane) -> tuple[tuple[int, ...], str]:
     """Shape and axes of a plane, as `array_to_pixels` takes them."""
     series = file.series[plane.series]
     if plane.number == ROWS:
@@ -291,7 +291,7 @@ def read_plane(
             raise ImageError(f"{error.args[0]}: pip install imagecodecs") from error
         return read_by_pillow(content, page.index, to_float)
     return turn_upright(
-        samples.to_pixels(array_to_pixels(array, layout_of(file, plane)[1])), orientation
+        samples.to_pixels(array_to_pixels(array, shape_and_axes(file, plane)[1])), orientation
     )
 
 

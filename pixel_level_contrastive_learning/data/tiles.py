@@ -279,11 +279,11 @@ def emptiness(window: Window, contrast: Array) -> str:
     if known.mean() <= 1 - PLAIN_SHARE:
         return "nodata"
     edge = 50 * (1 - PLAIN_SHARE)
-    low, high = spread(window.pixels[:, ::step, ::step][:, known], (edge, 100 - edge))
+    low, high = value_range(window.pixels[:, ::step, ::step][:, known], (edge, 100 - edge))
     return "background" if bool((high - low <= contrast).all()) else ""
 
 
-def spread(values: Array, percentiles: tuple[float, float]) -> Array:
+def value_range(values: Array, percentiles: tuple[float, float]) -> Array:
     """Two percentiles ``(2, c)`` of the finite ones of some values ``(c, n)``; 0 where none is."""
     bands = [band[np.isfinite(band)].astype(np.float64) for band in values]
     return np.stack(
@@ -294,7 +294,7 @@ def spread(values: Array, percentiles: tuple[float, float]) -> Array:
 def background_contrast(raster: Raster) -> Array:
     """Per band ``(c,)``, how far the values of a tile may lie apart that is plain background."""
     values = np.concatenate(list(looks(raster)), axis=1)
-    low, high = spread(values, PERCENTILES)
+    low, high = value_range(values, PERCENTILES)
     return np.asarray((high - low) * PLAIN_CONTRAST)
 
 

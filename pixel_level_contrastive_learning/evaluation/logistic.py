@@ -19,7 +19,7 @@ def affine(cells: Tensor, weights: Tensor) -> Tensor:
     return torch.addmm(weights[-1], cells, weights[:-1])
 
 
-def blocks(cells: Tensor, shares: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def row_blocks(cells: Tensor, shares: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Cells ``(n, c)`` and their shares ``(n, classes)``, `BLOCK_ENTRIES` shares at a time."""
     rows = max(1, BLOCK_ENTRIES // shares.shape[1])
     return zip(torch.split(cells, rows), torch.split(shares, rows), strict=True)
@@ -90,7 +90,7 @@ def fit_logistic(
 
     def terms(now: Tensor) -> Iterator[Tensor]:
         yield strength / 2 * now[:-1].square().sum()
-        for own, part in blocks(cells, shares):
+        for own, part in row_blocks(cells, shares):
             yield -(part * torch.log_softmax(affine(own, now), dim=1)).sum() / whole
 
     def closure() -> float:

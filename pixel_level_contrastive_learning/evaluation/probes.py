@@ -19,7 +19,7 @@ from torch.nn.functional import normalize
 from ..data.segmentation import IGNORED
 from .clusters import ClusterClassifier
 from .features import Reader, device_of
-from .logistic import Curvature, affine, blocks, fit_logistic
+from .logistic import Curvature, affine, fit_logistic, row_blocks
 from .metrics import Predict, PreparedSplit, Scored, batches, score
 
 log = logging.getLogger(__name__)
@@ -229,7 +229,7 @@ def linear_classifier(bank: FeatureBank) -> Classifier:
 def cell_iou(weights: Tensor, cells: Tensor, shares: Tensor) -> float:
     """Mean IoU of cells by their shares, over classes that are there or were given."""
     table = shares.new_zeros(shares.shape[1], shares.shape[1], dtype=torch.float64)
-    for own, part in blocks(cells, shares):
+    for own, part in row_blocks(cells, shares):
         table.index_add_(0, affine(own, weights).argmax(dim=1), part.double())
     both = table.sum(dim=0) + table.sum(dim=1) - table.diag()
     return float((table.diag() / both)[both > 0].mean())

@@ -152,7 +152,7 @@ def visualize(
     if path.is_dir():
         raise ValueError(f"out is {str(out)!r}, a folder; name a file, such as report.html")
     folder = Path(run).expanduser()
-    settings = read_settings(folder)
+    settings = settings_of_run(folder)
     check_writable("out", out)
     with torch.random.fork_rng(devices=[]), handing_over(model):
         loaded = read_backbone(run)  # which draws the weights of the network first
@@ -225,7 +225,7 @@ def setting_text(value: object) -> str:
     return str(value)
 
 
-def read_settings(folder: Path) -> dict[str, Any]:
+def settings_of_run(folder: Path) -> dict[str, Any]:
     """The settings of a run; none where there is no ``config.yaml``."""
     path = folder / run_layout.CONFIG
     if not path.is_file():
