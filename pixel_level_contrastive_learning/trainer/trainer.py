@@ -162,10 +162,15 @@ def take(
                 batch = next(batches)
             except StopIteration:
                 break
-            except (RuntimeError, OSError, EOFError):  # by where the worker was when it died
+            except (RuntimeError, OSError, EOFError) as error:  # by where a worker was that died
                 if stop.received():
                     return
-                raise
+                if isinstance(error, RuntimeError) or getattr(error, "filename", None):
+                    raise
+                raise RuntimeError(
+                    f"a loader worker was killed ({error!r}), perhaps since memory ran out; "
+                    "resume the run (--resume), with fewer --workers if it happens again"
+                ) from error
             yield batch
             given += 1
 

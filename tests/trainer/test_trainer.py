@@ -752,5 +752,13 @@ def test_workers_that_die_after_the_run_was_told_to_stop_end_the_stream(error) -
 def test_workers_that_die_unasked_are_an_error(error) -> None:
     batches = stream(error, stopped=False)
     assert [next(batches), next(batches)] == ["first", "second"]
-    with pytest.raises(type(error)):
+    with pytest.raises(RuntimeError, match="worker"):
+        next(batches)
+
+
+def test_a_file_that_cannot_be_read_is_no_death_of_a_worker() -> None:
+    error = FileNotFoundError(2, "No such file or directory", "images/a.jpg")
+    batches = stream(error, stopped=False)
+    assert [next(batches), next(batches)] == ["first", "second"]
+    with pytest.raises(FileNotFoundError):
         next(batches)
