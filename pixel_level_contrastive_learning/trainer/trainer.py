@@ -357,9 +357,11 @@ def find_resume_point(setup: Setup, run_dir: RunDir) -> ResumePoint | None:
         numbered = path.stem.removeprefix("step-")
         number = int(numbered) if numbered.isdecimal() else done
         point = ResumePoint(held, step, samples)
-        statistics = asdict(setup.data.statistics)
+        statistics, file = asdict(setup.data.statistics), run_dir.path / run_layout.STATISTICS
         if held.get("statistics", statistics) != statistics:
-            LOG.warning("the statistics of the images are not those that the run was trained with")
+            if file.exists():
+                raise ValueError(f"{file} is not the run's; remove it, and they are measured again")
+            LOG.warning("the statistics of the images are not those of the run")
         check_idle_changes(changed, step, plan.schedule.steps)
         LOG.info("going on at step %d, from %s", step, path)
     elif setup.before is not None:

@@ -182,14 +182,18 @@ def test_settings_changed_in_the_file_are_told_too(tmp_path, settings) -> None:
     assert "changed: seed was 0 and is now 4" in (tmp_path / "run" / "train.log").read_text()
 
 
-def test_statistics_that_changed_are_told(tmp_path, settings) -> None:
+def test_statistics_that_changed_are_refused_by_name(tmp_path, settings) -> None:
     pretrain(**settings())
     file = tmp_path / "run" / "statistics.json"
     values = json.loads(file.read_text())
     file.write_text(json.dumps(values | {"std": [0.5, 0.5, 0.5]}))
+    with pytest.raises(ValueError, match=r"statistics\.json is not the run's; remove it, and they"):
+        pretrain(out=tmp_path / "run", resume=True, steps=8)
+    file.unlink()
     pretrain(out=tmp_path / "run", resume=True, steps=8)
+    assert json.loads(file.read_text()) == values
     log = (tmp_path / "run" / "train.log").read_text()
-    assert log.count("statistics of the images are not those that the run was trained with") == 1
+    assert "statistics of the images are not those of the run" not in log
 
 
 @pytest.mark.parametrize(
