@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 import signal
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future
 from itertools import count
 from pathlib import Path
 from time import perf_counter
+from typing import TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Sampler
@@ -27,6 +30,8 @@ from .dataset import (
 )
 from .sources import Source
 from .statistics import Statistics
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -264,3 +269,17 @@ def ignore_ctrl_c(_: int) -> None:
     that leaves in a hurry ends its workers.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def in_order(
+    make: Callable[[int], T], indices: Iterable[int], workers: int, threads: Executor
+) -> Iterator[tuple[int, T]]:
+    """What is made of each index, by threads that are never far ahead: memory is bounded."""
+    waiting: deque[tuple[int, Future[T]]] = deque()
+    for index in indices:
+        waiting.append((index, threads.submit(make, index)))
+        if len(waiting) > 2 * workers:
+            first, future = waiting.popleft()
+            yield first, future.result()
+    for first, future in waiting:
+        yield first, future.result()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .decoding import NPY, TIFF
 from .image import ImageError
-from .orientation import ORIENTATION_TAG, PNG, orientation_of, split_png, turn_upright
+from .orientation import ORIENTATION_TAG, PNG, orientation_of, split_png, turn_array
 from .pages import read_bytes
 from .picture import open_by_pillow
 from .tiff import opened_tiff, photometric_of, tiff_images
@@ -191,12 +191,8 @@ def read_picture_mask(content: bytes) -> Stored:
 
 def values_upright(values: np.ndarray[Any, Any], orientation: int) -> np.ndarray[Any, Any]:
     """Stored values ``(h, w, ...)`` turned upright."""
-    if orientation == 1:
-        return values
-    places = torch.arange(values.shape[0] * values.shape[1]).view(values.shape[:2])
-    flat = values.reshape(-1, *values.shape[2:])
-    upright: np.ndarray[Any, Any] = flat[turn_upright(places[None], orientation)[0].numpy()]
-    return upright
+    last = np.moveaxis(values, (0, 1), (-2, -1))
+    return np.ascontiguousarray(np.moveaxis(turn_array(last, orientation), (-2, -1), (0, 1)))
 
 
 def ids_of_colours(path: Path, stored: Stored, coding: MaskCoding) -> np.ndarray[Any, Any]:

@@ -8,12 +8,13 @@ from __future__ import annotations
 from contextlib import suppress
 from io import BytesIO
 from struct import unpack_from
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from PIL import Image
 
 ORIENTATION_TAG = 274
@@ -107,6 +108,13 @@ def turn_upright(pixels: Tensor, orientation: int) -> Tensor:
     pixels = pixels.mT if orientation in SIDEWAYS else pixels
     flipped = [-1] * (orientation in FLIPPED_X) + [-2] * (orientation in FLIPPED_Y)
     return pixels.flip(flipped) if flipped else pixels
+
+
+def turn_array(values: NDArray[Any], orientation: int) -> NDArray[Any]:
+    """Stored values ``(..., h, w)`` of any type turned upright, as a view."""
+    values = values.swapaxes(-1, -2) if orientation in SIDEWAYS else values
+    values = values[..., ::-1] if orientation in FLIPPED_X else values
+    return values[..., ::-1, :] if orientation in FLIPPED_Y else values
 
 
 def turn_picture(image: Image.Image, orientation: int | None = None) -> Image.Image:

@@ -16,8 +16,8 @@ from einops import rearrange
 
 from ..checks import not_installed
 from .image import ImageError
-from .orientation import FLIPPED_X, FLIPPED_Y, SIDEWAYS, upright_size
-from .rasters import Array, Box, Raster, Window, is_known
+from .orientation import FLIPPED_X, FLIPPED_Y, SIDEWAYS, turn_array, upright_size
+from .rasters import Box, Raster, Window, is_known
 
 CACHE_BYTES = 2**29
 """Decoded blocks that GDAL keeps: a row of strips or blocks serves a whole row of tiles."""
@@ -80,8 +80,8 @@ def gdal_raster(places: Sequence[str], driver: str, orientation: int = 1) -> Ras
                 for file in files
             ]
             mask = first.read_masks(1, window=part, out_shape=(h, w)) if masked else np.ones((h, w))
-        pixels = array_upright(np.concatenate(bands), orientation)
-        known = is_known(pixels, nodata) & (array_upright(mask[None], orientation)[0] > 0)
+        pixels = turn_array(np.concatenate(bands), orientation)
+        known = is_known(pixels, nodata) & (turn_array(mask, orientation) > 0)
         if alpha is not None:
             known &= pixels[alpha] > 0
         if palette:
@@ -113,13 +113,6 @@ def stored_box(box: Box, stored: tuple[int, int], orientation: int) -> Box:
     if orientation in FLIPPED_Y:
         y0, y1 = height - y1, height - y0
     return (y0, x0, y1, x1) if orientation in SIDEWAYS else (x0, y0, x1, y1)
-
-
-def array_upright(pixels: Array, orientation: int) -> Array:
-    """Stored pixels ``(c, h, w)`` turned upright."""
-    pixels = pixels.swapaxes(1, 2) if orientation in SIDEWAYS else pixels
-    pixels = pixels[:, :, ::-1] if orientation in FLIPPED_X else pixels
-    return pixels[:, ::-1] if orientation in FLIPPED_Y else pixels
 
 
 def pixel_size(file: Any) -> float | None:

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from ..checks import Pages
-from .decoding import TIFF, open_image, stack_in
+from .decoding import NPY, TIFF, open_image, stack_in
 from .image import ALL, ImageError, array_layout, decoder_message
 from .orientation import ORIENTATION_TAG
 from .pages import read_bytes
-from .picture import GIANT
+from .picture import GIANT, JPEG
 from .raster_drivers import gdal_raster, slide_raster
 from .rasters import Raster, decoded_raster, mapped_raster, npy_raster
 from .sources import SLIDE_SUFFIXES
@@ -24,7 +24,7 @@ from .tiff import ROWS, Plane, is_slide, opened_tiff, photometric_of, tiff_image
 
 NO_RGB = ("SEPARATED", "CIELAB", "ICCLAB", "ITULAB")
 DRIVERS = {
-    b"\xff\xd8\xff": "JPEG",
+    JPEG: "JPEG",
     b"\x89PNG": "PNG",
     b"\0\0\0\x0cjP": "JP2OpenJPEG",
     b"\xff\x4f\xff\x51": "JP2OpenJPEG",
@@ -48,7 +48,7 @@ def is_larger(path: str, side: int) -> bool:
         start = read_bytes(path, 0, 8)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            if start.startswith(b"\x93NUMPY"):
+            if start.startswith(NPY):
                 size = array_layout(np.load(path, "r", allow_pickle=False).shape)[1:]
             elif start.startswith(TIFF):
                 with TiffFile(path) as file:
@@ -77,7 +77,7 @@ def open_rasters(path: str, pages: Pages | None = None) -> list[Raster]:
             if Path(path).suffix.lower() in SLIDE_SUFFIXES - {".jp2"}:
                 return [slide_raster(path)]
             start = read_bytes(path, 0, 8)
-            if start.startswith(b"\x93NUMPY"):
+            if start.startswith(NPY):
                 return [npy_raster(path)]
             if start.startswith(TIFF):
                 return tiff_rasters(path, pages)

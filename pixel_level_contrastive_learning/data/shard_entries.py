@@ -13,20 +13,21 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from .decoding import IMAGE_SUFFIXES, TIFF, open_image
+from .decoding import IMAGE_SUFFIXES, NPY, TIFF, open_image
 from .image import ImageError, LazyImage, channels_last
+from .picture import JPEG
 from .rasters import Array, as_whole_numbers
 from .sources import NodataSource, Source
 from .tiff import NODATA_TAG
 from .tiles import Tiling
 
 SIGNATURES = {
-    b"\xff\xd8\xff": "jpg",
+    JPEG: "jpg",
     b"\x89PNG": "png",
     b"RIFF": "webp",
     b"GIF8": "gif",
     b"BM": "bmp",
-    b"\x93NUMPY": "npy",
+    NPY: "npy",
 } | dict.fromkeys(TIFF, "tif")
 """How files begin, and the suffix of their format."""
 

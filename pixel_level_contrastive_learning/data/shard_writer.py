@@ -12,9 +12,9 @@ import hashlib
 import json
 import logging
 import os
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -25,6 +25,7 @@ from ..files import check_writable, rename, sync, write_whole
 from ..run_layout import SKIPPED
 from .dataset import BrokenImage, check_broken
 from .image import ImageError
+from .loader import in_order
 from .shard_entries import Copies, Entry, Tiles
 from .sources import open_source
 from .tiles import Tiling, find_rasters
@@ -253,20 +254,6 @@ def common_folder(names: Sequence[str]) -> str:
     with suppress(ValueError):  # on several drives
         return os.path.commonpath([os.path.dirname(name) for name in names])
     return ""
-
-
-def in_order(
-    make: Callable[[int], Entry], indices: Iterable[int], workers: int, threads: Executor
-) -> Iterator[tuple[int, Entry]]:
-    """What is made of each index, by threads that are never far ahead: memory is bounded."""
-    waiting: deque[tuple[int, Future[Entry]]] = deque()
-    for index in indices:
-        waiting.append((index, threads.submit(make, index)))
-        if len(waiting) > 2 * workers:
-            first, future = waiting.popleft()
-            yield first, future.result()
-    for first, future in waiting:
-        yield first, future.result()
 
 
 class HashedFile:

@@ -109,10 +109,10 @@ def is_random(name: str) -> bool:
     return name.startswith((RANDOM, f"start ({ZERO_INIT}"))
 
 
-def sizing_card(contenders: Sequence[Contender]) -> BackboneCard:
-    """The card that decides the size of images for all: of the first run or file, else the last."""
-    files = (own.card for own in contenders if own.baselines and is_file(own.name))
-    return next(files, contenders[-1].card)
+def sizing_contender(contenders: Sequence[Contender]) -> Contender:
+    """The one that decides the size of images for all: the first run or file, else the last."""
+    files = (own for own in contenders if own.baselines and is_file(own.name))
+    return next(files, contenders[-1])
 
 
 def layers_read(contenders: Sequence[Contender], layers: Sequence[str] | None) -> list[str]:

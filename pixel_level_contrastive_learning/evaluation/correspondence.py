@@ -22,7 +22,7 @@ from ..data.sources import Source, open_source
 from ..data.statistics import read_image
 from ..geometry import Positives
 from ..views import Placement, cut_views, draw_maps
-from .baselines import is_random, layers_read, line_up, sizing_card
+from .baselines import is_random, layers_read, line_up, sizing_contender
 from .features import Preparation, Reader, Size
 from .health import Gauge, gauge, verdict
 from .results import CLEAR, LUCK, Evaluation, Row, gain, in_words, may_be_luck
@@ -213,9 +213,10 @@ def evaluate_unlabelled(
     """
     source = open_source(images, pages=pages, nodata=nodata)
     contenders, notes = line_up(weights, source)
-    card = sizing_card(contenders)
+    sizing = sizing_contender(contenders)
+    card = sizing.card
     views = (size, size) if isinstance(size, int) else size or card.image_size
-    prepare = Preparation.of(card, views, contenders[-1].build(seeds[0]))
+    prepare = Preparation.of(card, views, sizing.build(seeds[0]))
     seen, refused = some_images(source, prepare)
     for note in left_out(refused):
         log.warning(note)
@@ -225,7 +226,7 @@ def evaluate_unlabelled(
     )
     rows = []
     for contender in contenders:
-        own = replace(prepare, statistics=Preparation.of(contender.card, views).statistics)
+        own = Preparation.of(contender.card, views)
         names = list(layers or [contender.card.shown_layer])
         figures = []
         for seed, pairs, plain in zip(seeds, changed, kept, strict=True):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -13,8 +12,9 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
-from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
+from torchmetrics.classification import MulticlassJaccardIndex
 
+from ..data.loader import in_order
 from ..data.segmentation import IGNORED, SegmentationDataset
 from .features import Preparation, Size, resized
 
@@ -37,11 +37,15 @@ class PreparedSample(NamedTuple):
 
 
 class SampleCache(dict[Path, PreparedSample]):
-    """Samples by the path of their image, as many as `CACHE_BYTES` allow."""
+    """Samples by the path of their image, as many as fit.
 
-    def __init__(self) -> None:
+    Args:
+        most_bytes: What they may take; default: `CACHE_BYTES`.
+    """
+
+    def __init__(self, most_bytes: int | None = None) -> None:
         super().__init__()
-        self.free = CACHE_BYTES
+        self.free = CACHE_BYTES if most_bytes is None else most_bytes
 
     def keep(self, path: Path, sample: PreparedSample) -> None:
         """Keep a sample if there is room."""
@@ -90,15 +94,8 @@ class PreparedSplit:
             return
         threads = os.cpu_count() or 1
         with ThreadPoolExecutor(threads) as pool:
-            waiting = deque(pool.submit(self.sample, index) for index in order[: 2 * threads])
-            try:
-                for index in order[2 * threads :]:
-                    yield waiting.popleft().result()
-                    waiting.append(pool.submit(self.sample, index))
-                while waiting:
-                    yield waiting.popleft().result()
-            finally:
-                pool.shutdown(cancel_futures=True)
+            for _, sample in in_order(self.sample, order, threads, pool):
+                yield sample
 
     def sample(self, index: int) -> PreparedSample:
         """The sample at a place of the split."""
@@ -216,23 +213,23 @@ class Tally:
     """
 
     def __init__(self, classes: int) -> None:
-        known = {"ignore_index": IGNORED, "validate_args": False}
-        self.jaccard = MulticlassJaccardIndex(classes, average="none", **known)  # type: ignore[arg-type]
-        self.accuracy = MulticlassAccuracy(classes, average="micro", **known)  # type: ignore[arg-type]
+        self.jaccard = MulticlassJaccardIndex(
+            classes, average="none", ignore_index=IGNORED, validate_args=False
+        )
         self.kept: dict[int, Tensor] = {}
 
     def add(self, found: Tensor, mask: Tensor) -> None:
         """Count the pixels of an image."""
         truth = mask.to(found.device).long()
-        for metric in (self.jaccard, self.accuracy):
-            metric.to(found.device).update(found[None], truth[None])
+        self.jaccard.to(found.device).update(found[None], truth[None])
 
     def scores(self) -> Scores:
         """The figures of all images so far."""
         confusion = self.jaccard.confmat
         there = (confusion.sum(dim=0) + confusion.sum(dim=1)) > 0
         iou = torch.where(there, self.jaccard.compute(), torch.nan)
-        return Scores(float(iou.nanmean()), float(self.accuracy.compute()), tuple(iou.tolist()))
+        right = confusion.diag().sum() / confusion.sum()
+        return Scores(float(iou.nanmean()), float(right), tuple(iou.tolist()))
 
 
 def likeliest(scores: Tensor, size: tuple[int, int]) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ from .. import run_layout
 from ..data.segmentation import SegmentationDataset
 from ..data.sources import FileSource
 from ..modules.feature_info import FeatureInfo, duplicate, unfreeze
-from .baselines import Contender, is_random, layers_read, line_up, sizing_card
+from .baselines import Contender, is_random, layers_read, line_up, sizing_contender
 from .features import Preparation, Reader, Size, deepest_maps
 from .finetuning import CROP_DETAIL, RATES, LearningRates, choose_rates, finetune, measure_cost
 from .metrics import PreparedSplit, SampleCache, Scored, Scores
@@ -129,7 +129,7 @@ def evaluate_labelled(
     settings: dict[str, Any] = {"split": split, "images": len(splits.scored), "masks": masks}
     if any(own not in (ALL_MAPS, FINETUNE) for own in plan.protocols):
         settings["layers"] = layers_read(contenders, plan.layers)
-    settings |= {"seeds": max(len(own) for own in seeds_of_all(contenders, plan))}
+    settings["seeds"] = max(len(row.seeds) for row in rows)
     settings["fed at"] = ", ".join(dict.fromkeys(fed_at(own) for own in prepared.values()))
     if FINETUNE in plan.protocols:
         settings |= {"steps": plan.steps, "learning rates": rates}
@@ -146,27 +146,17 @@ def evaluate_labelled(
         folder = Path(out).expanduser()
         some = next(iter(prepared.values()))
         write_panels(folder / run_layout.PREDICTIONS, splits.prepared(True, some), predictions)
-        if found.curves:
-            chosen = FINETUNE if FINETUNE in found.curves else found.curves[0]
-            draw_label_curve(folder / run_layout.LABEL_CURVE, found, chosen)
+        if (shown := curve_shown(found.curves)) is not None:
+            draw_label_curve(folder / run_layout.LABEL_CURVE, found, shown)
     return found
-
-
-def seeds_of_all(contenders: Sequence[Contender], plan: Plan) -> Iterator[range]:
-    """The seeds of everything that is run."""
-    for contender in contenders:
-        for protocol in plan.protocols:
-            for fraction in plan.fractions:
-                yield plan.seeds_of(protocol, fraction, contender)
 
 
 def prepare_all(
     contenders: Sequence[Contender], size: int | Size | None, seed: int
 ) -> dict[str, Preparation]:
     """How each network is fed: all at one size, but those that take only their own."""
-    card = sizing_card(contenders)
-    chosen = next(own for own in reversed(contenders) if own.card is card)
-    common = Preparation.of(card, size, chosen.build(seed)).size
+    sizing = sizing_contender(contenders)
+    common = Preparation.of(sizing.card, size, sizing.build(seed)).size
     found = {}
     for contender in contenders:
         net = contender.build(seed)
@@ -251,38 +241,38 @@ class Contest:
             self.probe(net, seed)
             if FINETUNE in plan.protocols:
                 self.finetune(net, seed)
-        first, most_masks = self.figures_of(plan.protocols[0])
+        first = plan.protocols[0]
+        by_label = {
+            own: self.figures_of(own) for own in dict.fromkeys(f.label for f in self.figures)
+        }
         seeds: dict[int, dict[str, float]] = {}
-        for one in first[most_masks]:
-            own = seeds.setdefault(one.seed, {})
-            own |= {MIOU: one.scores.miou, "pixel accuracy": one.scores.accuracy}
-        labels = list(dict.fromkeys(one.label for one in self.figures))
-        for label in labels:
-            if label != plan.protocols[0]:
-                found, top = self.figures_of(label)
-                for one in found[top]:
-                    seeds.setdefault(one.seed, {})[f"{label} {MIOU}"] = one.scores.miou
+        for label in sorted(by_label, key=lambda label: label != first):  # whose keys come first
+            for one in by_label[label][max(by_label[label])]:
+                own = seeds.setdefault(one.seed, {})
+                own[MIOU if label == first else f"{label} {MIOU}"] = one.scores.miou
+                own |= {"pixel accuracy": one.scores.accuracy} if label == first else {}
         classes = [
-            dict(zip(self.train.classes, one.scores.iou, strict=True)) for one in first[most_masks]
+            dict(zip(self.train.classes, one.scores.iou, strict=True))
+            for one in by_label[first][max(by_label[first])]
         ]
         curves = {
             label: [
                 CurvePoint.of(masks, [one.scores.miou for one in found])
-                for masks, found in sorted(self.figures_of(label)[0].items())
+                for masks, found in sorted(by_masks.items())
             ]
-            for label in labels
+            for label, by_masks in by_label.items()
             if len(plan.fractions) > 1 and not label.startswith(CLUSTERING)
         }
         ordered = [seeds[key] for key in sorted(seeds)]
         return Row.of(contender.name, ordered, classes, contender.baselines, curves)
 
-    def figures_of(self, label: str) -> tuple[dict[int, list[Figure]], int]:
-        """The figures of a label by the masks used, and the most of these."""
+    def figures_of(self, label: str) -> dict[int, list[Figure]]:
+        """The figures of a label by the masks used."""
         found: dict[int, list[Figure]] = {}
         for one in self.figures:
             if one.label == label:
                 found.setdefault(one.masks, []).append(one)
-        return found, max(found)
+        return found
 
     def note(self, label: str, masks: int, seed: int, scored: Scored) -> None:
         """Keep a figure, and tell it."""
@@ -401,10 +391,15 @@ def verdict_of(ours: Row, rival: Row, random: Row, start: Row) -> str:
     return f"the weights know more of these classes than {compared} do."
 
 
+def curve_shown(protocols: Collection[str]) -> str | None:
+    """The protocol whose label curve is drawn and told: fine-tuning, else the first."""
+    return FINETUNE if FINETUNE in protocols else next(iter(protocols), None)
+
+
 def saved_in_words(rows: Sequence[Row]) -> str:
     """How many masks are saved beside each baseline, where there are label curves."""
     ours = rows[-1]
-    protocol = FINETUNE if FINETUNE in ours.curves else next(iter(ours.curves), None)
+    protocol = curve_shown(ours.curves)
     if protocol is None:
         return ""
     told = [masks_saved(ours, other, protocol) for other in rows[:-1]]

@@ -23,7 +23,7 @@ from ..data.sources import Source
 from ..data.statistics import Statistics, read_image
 from ..evaluation.correspondence import ViewPairs, draw_pairs, measure_correspondence
 from ..evaluation.features import Preparation, Reader
-from ..evaluation.metrics import PreparedSplit
+from ..evaluation.metrics import PreparedSplit, SampleCache
 from ..evaluation.probes import DivergedError, ProbeTask, run_probes
 from ..geometry import box_to_map
 from ..pixel_cl import PixelCL
@@ -162,7 +162,9 @@ class Probe:
         reader = Reader(net, [card.shown_layer], card.channels, card.image_size, fast=True)
         prepare = Preparation.of(card, net=net)
         try:
-            train, val = (PreparedSplit(own, prepare) for own in (self.train, self.val))
+            train, val = (  # each image is read once: none is worth keeping
+                PreparedSplit(own, prepare, cache=SampleCache(0)) for own in (self.train, self.val)
+            )
             (scored,) = run_probes(
                 reader, [ProbeTask(self.protocol, train, (card.shown_layer,))], val
             )

@@ -15,8 +15,9 @@ from tifffile import imread, imwrite
 from pixel_level_contrastive_learning.data import shard_writer
 from pixel_level_contrastive_learning.data.dataset import TooManyBrokenError
 from pixel_level_contrastive_learning.data.decoding import open_image
+from pixel_level_contrastive_learning.data.loader import in_order
 from pixel_level_contrastive_learning.data.shard_entries import encode
-from pixel_level_contrastive_learning.data.shard_writer import in_order, write_shards
+from pixel_level_contrastive_learning.data.shard_writer import write_shards
 from pixel_level_contrastive_learning.data.sources import open_source
 from pixel_level_contrastive_learning.data.statistics import measure
 

@@ -17,7 +17,7 @@ from pixel_level_contrastive_learning.data.sources import open_source
 from pixel_level_contrastive_learning.evaluation.baselines import (
     line_up,
     random_net,
-    sizing_card,
+    sizing_contender,
 )
 
 
@@ -196,9 +196,9 @@ def test_several_weights_share_what_they_must_beat(labelled, model, tmp_path) ->
         str(two): (random, begun),
     }
     assert notes == []
-    assert sizing_card(contenders) == contenders[3].card
+    assert sizing_contender(contenders).card == contenders[3].card
     contenders, _ = line_up_labelled(labelled, f"random:{model}", other, one)
-    assert sizing_card(contenders) == resnet  # of the first file
+    assert sizing_contender(contenders).card == resnet  # of the first file
 
 
 def test_starts_of_one_file_name_are_told_apart(labelled, model, tmp_path) -> None:
