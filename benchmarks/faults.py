@@ -665,6 +665,8 @@ def main() -> int:
     flags.add_argument("--jobs", type=int, default=os.cpu_count(), help="cases at once")
     flags.add_argument("--save", action="store_true", help="record the table")
     args = flags.parse_args()
+    # A shell's background job ignores SIGINT, and would hand that on to the runs.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     cases = campaign()
     chosen = SHORT if args.short else [name for name in cases if name != "kills: short"]
     chosen = [name for name in chosen if any(word in name for word in args.only)]
