@@ -219,43 +219,19 @@ def peer(args: argparse.Namespace) -> Step:
 
 def densecl(args: argparse.Namespace) -> Step:
     """A step of DenseCL as lightly's guide puts it together: transforms, two branches, queues."""
-    from lightly.loss import NTXentLoss
-    from lightly.models.modules import DenseCLProjectionHead
-    from lightly.models.utils import select_most_similar, update_momentum
     from lightly.transforms import DenseCLTransform
+    from peers import DenseCL
 
-    class Branches(nn.Module):
-        def __init__(self, net: models.ResNet) -> None:
-            super().__init__()
-            width = net.fc.in_features
-            self.body = nn.Sequential(*list(net.children())[:-2])
-            self.whole = DenseCLProjectionHead(width, width, 128)
-            self.dense = DenseCLProjectionHead(width, width, 128)
-
-        def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            found = self.body(pixels)
-            cells = found.flatten(2).transpose(1, 2)
-            return cells, self.whole(found.mean((2, 3))), self.dense(cells)
-
-    online = placed(Branches(getattr(models, args.model)(weights=None)), args)
-    target = deepcopy(online).requires_grad_(False)
-    losses = [NTXentLoss(memory_bank_size=(4096, 128)).to(args.device) for _ in "12"]
-    optimiser = torch.optim.Adam(online.parameters(), OPTIMISER_LR)
+    learner = placed(DenseCL(getattr(models, args.model)(weights=None)), args)
+    optimiser = torch.optim.Adam(learner.online.parameters(), OPTIMISER_LR)
     transform = DenseCLTransform(input_size=args.size)
     images = (torch.rand(args.batch, 3, args.size, args.size) * 255).to(torch.uint8)
     pictures = [to_pil_image(image) for image in images]
 
     def step() -> None:
         views = [torch.stack(both) for both in zip(*map(transform, pictures), strict=True)]
-        query, key = (view.to(args.device) for view in views)
         with precision(args):
-            update_momentum(online, target, 0.999)
-            cells, whole, dense = online(query)
-            with torch.no_grad():
-                key_cells, key_whole, key_dense = target(key)
-            key_dense = select_most_similar(cells, key_cells, key_dense)
-            loss = losses[0](whole, key_whole)
-            loss = loss + losses[1](dense.flatten(0, 1), key_dense.flatten(0, 1))
+            loss = learner(*(view.to(args.device) for view in views))
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()

@@ -10,6 +10,7 @@ is pretrained on, too. Methods:
 random            torchvision's ResNet-18 as it is drawn
 ours              the same after ``pretrain`` on the unlabelled images, with its defaults
 published         the same after as many steps with the published package (``--peer``)
+densecl           the same after as many steps of DenseCL, by lightly (``--peer``)
 imagenet          torchvision's MobileNetV2 with ImageNet weights
 imagenet + ours   the same after ``pretrain`` from these weights
 
@@ -45,10 +46,10 @@ from pixel_level_contrastive_learning.trainer.auto import learning_rate
 from pixel_level_contrastive_learning.trainer.config import PretrainConfig
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-RANDOM, OURS, PUBLISHED = "random", "ours", "published"
+RANDOM, OURS, PUBLISHED, DENSECL = "random", "ours", "published", "densecl"
 IMAGENET, CONTINUED = "imagenet", "imagenet + ours"
-METHODS = RANDOM, OURS, PUBLISHED, IMAGENET, CONTINUED
-FLOORS = {OURS: RANDOM, PUBLISHED: RANDOM, CONTINUED: IMAGENET}
+METHODS = RANDOM, OURS, PUBLISHED, DENSECL, IMAGENET, CONTINUED
+FLOORS = {OURS: RANDOM, PUBLISHED: RANDOM, DENSECL: RANDOM, CONTINUED: IMAGENET}
 """What each method is compared with."""
 
 Cell = dict[str, Any]
@@ -86,10 +87,10 @@ def trained(domain: Path, text: str, seed: int, args: argparse.Namespace) -> Con
         return Contender(text, lambda _: net, card)
     out = args.keep / f"{domain.name}-{text}-{seed}".replace(" ", "_")
     images = [own for own in (domain / "images/train", domain / "unlabelled") if own.is_dir()]
-    if name == PUBLISHED:
-        script, weights = Path(__file__).with_name("published.py"), out.with_suffix(".pt")
+    if name in (PUBLISHED, DENSECL):
+        script, weights = Path(__file__).with_name("peers.py"), out.with_suffix(".pt")
         _, lr = learning_rate(PretrainConfig(), args.batch, batch_norm=True)
-        command = [args.peer, script, images[0], "--out", weights, "--steps", args.steps]
+        command = [args.peer, script, name, images[0], "--out", weights, "--steps", args.steps]
         command += ["--seed", seed, "--batch", args.batch, "--size", args.size, "--lr", lr]
         command += ["--bfloat16"] if native_bfloat16(DEVICE.type) else []
         subprocess.run([str(word) for word in command], check=True)
@@ -175,7 +176,7 @@ def main() -> None:
     flags.add_argument("--methods", nargs="+", default=[RANDOM, OURS])
     flags.add_argument("--protocols", nargs="+", default=["finetune", "linear", "linear-all"])
     flags.add_argument("--fractions", nargs="+", type=float, default=[0.05, 0.2, 1.0])
-    flags.add_argument("--peer", help="interpreter with the published package, version 0.1.1")
+    flags.add_argument("--peer", help="interpreter with version 0.1.1 or lightly installed")
     flags.add_argument("--imagenet", type=Path, help="MobileNetV2's weights, else downloaded")
     flags.add_argument("--seeds", type=int, default=3)
     flags.add_argument("--steps", type=int, default=1000, help="of pretraining")
@@ -190,8 +191,8 @@ def main() -> None:
     for method in args.methods:
         if not split_method(method)[0]:
             sys.exit(f"unknown method {method!r}; there are {', '.join(METHODS)}")
-        if method.startswith(PUBLISHED) and args.peer is None:
-            sys.exit("--peer is not given; name its interpreter, or leave published out")
+        if method.startswith((PUBLISHED, DENSECL)) and args.peer is None:
+            sys.exit(f"--peer is not given; name its interpreter, or leave {method} out")
     args.keep.mkdir(parents=True, exist_ok=True)
     names = "protocols", "fractions", "steps", "batch", "size", "finetune_steps", "split"
     setting = {name: getattr(args, name) for name in names}
