@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 SIDE = 3.2
 """Inches of the longer side of one picture, at `DPI` dots an inch."""
 DPI = 100
+TEXT = 12
+"""Points of names and legends: a report shows five pictures a row at two thirds of their size."""
 MOST_NAMED = 30
 """Classes that a legend names, at most."""
 MARK = "a panel of pixel_level_contrastive_learning"
@@ -100,8 +102,8 @@ def draw(
 
     height, width = (SIDE * side / max(size) for side in size)
     named = dict(list(classes.items())[:MOST_NAMED])
-    columns = max(1, int(len(pictures) * width / 1.3))
-    below = 0.25 + 0.2 * -(-len(named) // columns)
+    columns = max(1, int(len(pictures) * width / 1.8))
+    below = 0.25 + 0.25 * -(-len(named) // columns)
     figure = Figure((len(pictures) * (width + 0.1), height + 0.3 + below), dpi=DPI)
     total = height + 0.3 + below
     for number, (name, picture) in enumerate(pictures.items()):
@@ -109,10 +111,10 @@ def draw(
         axes = figure.add_axes((number * part + 0.01, below / total, part - 0.02, height / total))
         axes.imshow(picture.clamp(0, 1).numpy(), extent=(0, size[1], 0, size[0]))
         axes.set_axis_off()
-        axes.set_title(name, fontsize=8, parse_math=False, wrap=True)
+        axes.set_title(name, fontsize=TEXT, parse_math=False, wrap=True)
     patches = [Patch(color=tuple(colour.tolist()), label=name) for name, colour in named.items()]
     legend = figure.legend(
-        handles=patches, loc="lower center", ncols=columns, fontsize=7, frameon=False
+        handles=patches, loc="lower center", ncols=columns, fontsize=TEXT - 1, frameon=False
     )
     for text in legend.get_texts():
         text.set_parse_math(False)  # a name may hold dollars
