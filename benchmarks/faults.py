@@ -560,7 +560,7 @@ def two_at_once(ground: Ground, folder: Path, resume: bool) -> str:
 def second_comes_later(ground: Ground, folder: Path) -> str:
     """A resume beside a run is refused while that lives, and not once it was killed."""
     run = folder / "run"
-    first = ground.start(run, PAUSE=0.05)
+    first = ground.start(run, PAUSE=0.5)
     first.until(partial(saved, run))
     who = ["error: ", rf"\b{first.pid}\b", re.escape(socket.gethostname())]
     try:
