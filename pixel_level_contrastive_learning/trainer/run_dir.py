@@ -89,11 +89,13 @@ class RunDir:
     def locked(self) -> Iterator[None]:
         """A context in which no other process may train here; the folder is made.
 
-        The system gives the lock back when its process ends, however it ends.
+        The system gives the lock back when its process ends, however it ends. A folder that was
+        made and holds nothing at the end is removed.
 
         Raises:
             ValueError: Another process trains here, or nothing can be written.
         """
+        is_new = not self.path.exists()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = self.acquire()
@@ -109,6 +111,9 @@ class RunDir:
             for name in run_layout.LOCK_FILES:
                 (self.path / name).unlink(missing_ok=True)
             lock.release()
+            if is_new:
+                with suppress(OSError):  # it is not empty
+                    self.path.rmdir()
 
     def check_not_training(self) -> None:
         """Refuse a folder where another process trains; writes nothing."""

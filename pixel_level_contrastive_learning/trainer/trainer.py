@@ -2,37 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass, fields
 from inspect import Parameter, Signature
 from pathlib import Path
-from typing import Any, NamedTuple
+from threading import Timer
+from typing import Any
 
 import torch
 from lightning.fabric import Fabric
 from torch import Tensor, nn
 
 from .. import run_layout
-from ..backbones.checkpoint import load_backbone, save_backbone, save_card
+from ..backbones.checkpoint import load_backbone, save_backbone
 from ..backbones.custom import handing_over
 from ..backbones.factory import build_backbone
-from ..backbones.state_dict import check_code, tensors_of
 from ..data.dataset import TwoViewBatch
 from ..data.loader import TwoViewLoader
-from ..pixel_cl import PixelCL
 from . import build
 from .config import PretrainConfig
-from .config_io import as_yaml, check_idle_changes, resume_changes, settings_of, to_config
+from .config_io import settings_of, to_config
 from .logging import LOG, logging_to, quiet_lightning
 from .memory import TRIED_ON, choose_accumulate, estimate
 from .metrics import MetricsWriter, build_loggers
+from .resume import find_resume_point
 from .run_dir import RunDir
 from .setup import Setup, check_places, dry_run, set_up
-from .signals import StopSignal
+from .signals import Interrupted, StopSignal
 from .system import is_writer
 from .training_step import BACKBONE, LEARNER, TrainingStep
 from .validation import FeaturePictures, Probe, draw_batch
+
+WORKERS_END = 1.0
+"""Seconds in which the loader's workers end of themselves, unless they hang."""
 
 
 @dataclass(frozen=True)
@@ -50,14 +53,6 @@ class PretrainResult:
     backbone: nn.Module | None
     metrics: dict[str, Any]
     run_dir: Path
-
-
-class ResumePoint(NamedTuple):
-    """Where a run goes on: the checkpoint's contents, the steps done, the images seen."""
-
-    held: Mapping[str, Any]
-    step: int
-    samples: int
 
 
 def fit(
@@ -80,12 +75,13 @@ def fit(
     saver = CheckpointSaver(step, run_dir, setup, metrics, pictures)
 
     with closing(stream), metrics.recording(step.step):
-        if pictures:
-            pictures.draw(step)
-        if plan.probe_every and step.step % plan.probe_every == 0:
-            if probe and step.step not in probe.scores():  # else the run was killed in between
-                probe.run(step)
-            fabric.barrier()
+        with stop.resting():
+            if pictures:
+                pictures.draw(step)
+            if plan.probe_every and step.step % plan.probe_every == 0:
+                if probe and step.step not in probe.scores():  # else the run was killed in between
+                    probe.run(step)
+                fabric.barrier()
         for batch in stream:
             first = metrics.batch is None
             if folder and plan.compares_pixels and (first or due(plan.picture_every, step.step)):
@@ -107,7 +103,7 @@ def fit(
                 fabric.barrier()
         metrics.settle()
         saver.save()
-        if pictures:
+        if pictures and stop.number is None:
             pictures.draw(step)
     return metrics.last
 
@@ -125,7 +121,7 @@ class BatchStream:
         rank: Of this process.
         folder: Where unreadable images are listed; None on processes that do not write.
         step: How far the run has come.
-        stop: A loader worker that died after a signal is no error, and ends the stream.
+        stop: A signal while a batch is waited for ends the stream.
     """
 
     def __init__(
@@ -145,8 +141,13 @@ class BatchStream:
         return self.batches
 
     def close(self) -> None:
-        """Let the workers end now: else the end of the process would wait for them."""
+        """Let the workers end now, and end those that hang in a file: torch waits for each."""
         self.batches.close()
+        if self.loader is not None:
+            workers = getattr(self.loader.loader._iterator, "_workers", ())
+            timer = Timer(WORKERS_END, lambda: [worker.terminate() for worker in workers])
+            timer.daemon = True
+            timer.start()
         self.loader = None
 
 
@@ -159,11 +160,14 @@ def take(
         batches = iter(loader)
         while given < steps:
             try:
-                batch = next(batches)
+                with stop.resting():
+                    batch = next(batches)
             except StopIteration:
                 break
+            except Interrupted:
+                return
             except (RuntimeError, OSError, EOFError) as error:  # by where a worker was that died
-                if stop.received():
+                if stop.number is not None:
                     return
                 if isinstance(error, RuntimeError) or getattr(error, "filename", None):
                     raise
@@ -280,17 +284,24 @@ def run(config: PretrainConfig, objects: Any = None) -> PretrainResult:
     run_dir = check_places(config, objects)
     with logging_to(terminal=is_writer()) as log, quiet_lightning(), StopSignal() as stop:
         try:
-            setup = set_up(config, objects, run_dir)
-            stop.exit_if_received()
+            with stop.resting():
+                setup = set_up(config, objects, run_dir)
+                dry = dry_run(setup, run_dir) if config.dry_run else {}
             if config.dry_run:
-                result = PretrainResult(None, dry_run(setup, run_dir), run_dir.path)
+                result = PretrainResult(None, dry, run_dir.path)
             elif is_writer():  # only now: what was refused leaves no trace
                 with run_dir.locked():
                     run_dir.check(resume=config.resume, overwrite=config.overwrite)
                     if config.overwrite:
                         run_dir.remove_run()
+                    is_new = not run_dir.holds_run()
                     log.open(run_dir.path / run_layout.TRAIN_LOG)
-                    result = train(setup, run_dir, stop)
+                    try:
+                        result = train(setup, run_dir, stop)
+                    except Interrupted:
+                        if is_new and not run_dir.checkpoint_paths():
+                            run_dir.remove_run()
+                        raise
             else:
                 result = train(setup, run_dir, stop)
             stop.exit_if_received()
@@ -314,88 +325,31 @@ def train(setup: Setup, run_dir: RunDir, stop: StopSignal) -> PretrainResult:
         setup.learner.load_state_dict({n.removeprefix(LEARNER): t for n, t in state.items()})
         return PretrainResult(export_backbone(setup, run_dir, setup.learner.net), {}, run_dir.path)
     tried = plan.device in TRIED_ON and not plan.sharded
-    needed = None if tried or plan.accumulate else estimate(setup.learner, plan)  # before sharding
     fabric = build.build_fabric(plan, setup.devices)
-    fabric.launch()
-    torch.backends.cudnn.benchmark = plan.device == "cuda"
-    step = TrainingStep(fabric, setup.learner, plan, setup.normalise)
-    colours = None
-    if resumed is not None:
-        step.load_state_dict(resumed.held)
-        step.step, step.samples = resumed.step, resumed.samples
-        colours = resumed.held.get("colours")
-    step.accumulate = plan.accumulate or choose_accumulate(fabric, step, plan, needed)
+    stop.alone = plan.processes == 1
+    with stop.resting():
+        # Before sharding.
+        needed = None if tried or plan.accumulate else estimate(setup.learner, plan)
+        fabric.launch()
+        torch.backends.cudnn.benchmark = plan.device == "cuda"
+        step = TrainingStep(fabric, setup.learner, plan, setup.normalise)
+        colours = None
+        if resumed is not None:
+            step.load_state_dict(resumed.held)
+            step.step, step.samples = resumed.step, resumed.samples
+            colours = resumed.held.get("colours")
+        step.accumulate = plan.accumulate or choose_accumulate(fabric, step, plan, needed)
+    if stop.received_anywhere(fabric, 0):
+        stop.exit_if_received()
     metrics = fit(fabric, setup, step, run_dir, stop, colours)
-    if stop.received():
-        LOG.warning(
-            "stopped at step %d of %d as asked, and saved; --resume goes on", step.step, steps
-        )
+    if stop.number is not None:
+        if step.step:
+            LOG.warning(
+                "stopped at step %d of %d as asked, and saved; --resume goes on", step.step, steps
+            )
         stop.exit_if_received()
     net = whole_backbone(setup, run_dir) if plan.sharded else step.learner.net
     return PretrainResult(export_backbone(setup, run_dir, net), metrics, run_dir.path)
-
-
-def find_resume_point(setup: Setup, run_dir: RunDir) -> ResumePoint | None:
-    """Prepare the folder for the first step; where to go on, None for a new run.
-
-    Raises:
-        ValueError: A checkpoint that does not fit, or changes that nothing is trained with.
-    """
-    plan, point, number = setup.plan, None, 0
-    found = None if setup.before is None else run_dir.newest_checkpoint()
-    # The checkpoint's own: config.yaml may have been changed by hand, or by damage.
-    before = found[1].get("settings", setup.before) if found is not None else setup.before
-    changed = resume_changes(plan.settings, before or {})
-    for name, (old, new) in changed.items():
-        LOG.warning("changed: %s was %r and is now %r", name, old, new)
-    if found is not None:
-        path, held = found
-        check_shapes(setup.learner, held["state_dict"])
-        done, samples = int(held["steps_done"]), int(held["samples"])
-        # A run in epochs counts images, so that another batch size gives another step.
-        step = done if plan.settings.steps is not None else samples // plan.batch_size
-        numbered = path.stem.removeprefix("step-")
-        number = int(numbered) if numbered.isdecimal() else done
-        point = ResumePoint(held, step, samples)
-        statistics, file = asdict(setup.data.statistics), run_dir.path / run_layout.STATISTICS
-        if held.get("statistics", statistics) != statistics:
-            if file.exists():
-                raise ValueError(f"{file} is not the run's; remove it, and they are measured again")
-            LOG.warning("the statistics of the images are not those of the run")
-        check_idle_changes(changed, step, plan.schedule.steps)
-        LOG.info("going on at step %d, from %s", step, path)
-    elif setup.before is not None:
-        LOG.warning("no checkpoint in %s: starting at step 0", run_dir.checkpoints)
-    if is_writer():
-        run_dir.checkpoints.mkdir(parents=True, exist_ok=True)
-        dropped = run_dir.truncate(number)
-        if dropped:
-            LOG.info("dropped %d lines of metrics after step %d", dropped, number)
-        run_dir.discard_after(number)
-        if found is not None and point is not None and point.step != number:
-            run_dir.renumber(found[0], number, point.step)
-        run_dir.write_config(as_yaml(plan.settings))
-        build.save_statistics(setup.data, run_dir.path)
-        # Now, not at the end: with it the checkpoints can be evaluated while the run goes on.
-        card = build.build_card(plan, setup.data.statistics)
-        save_card(run_dir.path / run_layout.WEIGHTS, card)
-    return point
-
-
-def check_shapes(learner: PixelCL, held: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint whose weights do not fit, before anything of the run is changed."""
-    now = {BACKBONE + name for name in learner.net.state_dict()}
-    then = {name for name in held if name.startswith(BACKBONE)}
-    check_code("the checkpoint", sorted(now - then), sorted(then - now))
-    for name, own in tensors_of(learner).items():
-        there = held.get(LEARNER + name)
-        if there is not None and tuple(there.shape) != tuple(own.shape):
-            raise ValueError(
-                f"a run cannot go on with other weights: {LEARNER}{name} has the shape "
-                f"{tuple(there.shape)} in the checkpoint and {tuple(own.shape)} now; leave "
-                "image_size and the model as they were, or start a new run in another folder with "
-                "--weights"
-            )
 
 
 def export_backbone(setup: Setup, run_dir: RunDir, net: nn.Module) -> nn.Module | None:

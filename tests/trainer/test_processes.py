@@ -169,10 +169,27 @@ def test_a_signal_to_the_whole_group_ends_a_run_with_workers_in_order(flags, num
     assert checkpoint(run)["steps_done"] == metrics(run)[-1]["step"]
 
 
-def test_a_signal_after_the_last_step_has_the_same_exit_code() -> None:
-    code = (
-        "import os, signal, sys, time; sys.argv = ['pixelcl', 'layers', 'nothing/here']; "
-        f"from {PACKAGE}.__main__ import main; main(); os.kill(os.getpid(), signal.SIGTERM); "
-        "time.sleep(9)"
-    )
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 143
+@pytest.mark.parametrize(
+    ("command", "number", "code"),
+    [
+        ("visualize", signal.SIGTERM, 143),
+        ("pretrain", signal.SIGTERM, 143),
+        ("pretrain", signal.SIGINT, 130),
+    ],
+)
+def test_a_signal_while_libraries_are_imported_ends_in_a_word(command, number, code) -> None:
+    program = f"""
+import os, signal, sys, time
+
+class Finder:
+    def find_spec(name, *_):
+        if name == "torch":
+            os.kill(os.getpid(), {number})
+
+sys.meta_path.insert(0, Finder)
+sys.argv = ["pixelcl", "{command}", "nothing/here", "--out", "out"]
+from {PACKAGE}.__main__ import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (code, f"stopped by {number.name}\n".encode())

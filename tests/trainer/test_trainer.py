@@ -665,24 +665,33 @@ def test_start_weights_are_known_from_everywhere(tmp_path, settings, monkeypatch
     assert card["start"] == str(tmp_path / "first")
 
 
-def test_a_run_that_was_told_to_stop_early_replaces_nothing(
-    tmp_path, settings, monkeypatch
+@pytest.mark.parametrize("moment", ["set_up", "choose_accumulate", "build_validation"])
+def test_before_the_first_step_a_signal_ends_a_run_and_leaves_everything_as_it_was(
+    tmp_path, settings, monkeypatch, caplog, moment
 ) -> None:
-    pretrain(**settings(steps=1))
-    weights = (tmp_path / "run" / "backbone.safetensors").read_bytes()
+    real, run = getattr(trainer, moment), tmp_path / "run"
 
-    set_up = trainer.set_up
-
-    def asked_meanwhile(*given: object) -> object:
+    def signalled(*given: object) -> object:
         signal.raise_signal(signal.SIGINT)
-        return set_up(*given)
+        return real(*given)
 
-    monkeypatch.setattr(trainer, "set_up", asked_meanwhile)
-    for how in ({"overwrite": True}, {"overwrite": True, "dry_run": True}):
-        with pytest.raises(Interrupted) as stopped:
-            pretrain(**settings(steps=1, **how))
-        assert stopped.value.code == 130
-    assert (tmp_path / "run" / "backbone.safetensors").read_bytes() == weights
+    def stopped(**how: object) -> None:
+        monkeypatch.setattr(trainer, moment, signalled)
+        with pytest.raises(Interrupted, match="130"):
+            pretrain(**settings(steps=2, **how))
+        monkeypatch.setattr(trainer, moment, real)
+
+    stopped()
+    assert not run.exists()
+    assert len([own for own in caplog.records if own.levelname == "WARNING"]) == 1
+    pretrain(**settings(steps=1))
+    weights = ["backbone.safetensors", "checkpoints/last.ckpt"]
+    held = [(run / name).read_bytes() for name in weights]
+    stopped(resume=True)
+    if moment == "set_up":
+        stopped(overwrite=True)
+        stopped(overwrite=True, dry_run=True)
+    assert [(run / name).read_bytes() for name in weights] == held
 
 
 def test_a_run_among_its_images_sees_none_of_its_own_pictures(tmp_path, settings, images) -> None:
@@ -744,12 +753,26 @@ DEATHS = [
 def stream(error: Exception, *, stopped: bool) -> Iterator[str]:
     stop = StopSignal()
     stop.number = signal.SIGTERM if stopped else None
+    stop.alone = False  # other processes have not heard of it yet
     return trainer.take(Dying(error), 10, stop)
 
 
 @pytest.mark.parametrize("error", DEATHS, ids=repr)
 def test_workers_that_die_after_the_run_was_told_to_stop_end_the_stream(error) -> None:
     assert list(stream(error, stopped=True)) == ["first", "second"]
+
+
+def test_a_signal_while_a_batch_is_waited_for_ends_the_stream() -> None:
+    class Waiting:
+        def __iter__(self) -> Iterator[str]:
+            yield "first"
+            signal.raise_signal(signal.SIGTERM)
+            yield "never given"
+
+    with StopSignal() as stop:
+        assert list(trainer.take(Waiting(), 10, stop)) == ["first"]
+        stop.number, stop.alone = None, False  # others wait for a step of this process
+        assert list(trainer.take(Waiting(), 2, stop)) == ["first", "never given"]
 
 
 @pytest.mark.parametrize("error", DEATHS, ids=repr)
