@@ -43,16 +43,10 @@ FUSED = ("adam", "adamw", "sgd")
 
 
 class TrainingData(NamedTuple):
-    """The images of a run.
-
-    Attributes:
-        train: Images that are trained on.
-        held_out: A few that are only looked at; none of few images.
-        statistics: Their size, channels and range.
-    """
+    """The images of a run."""
 
     train: Source
-    held_out: Source
+    held_out: Source  # a few that are only looked at; none of few images
     statistics: Statistics
 
 

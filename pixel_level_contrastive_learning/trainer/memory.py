@@ -26,15 +26,10 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a step takes, in bytes.
+    """What a step takes, in bytes."""
 
-    Attributes:
-        fixed: Weights, target, gradients and the optimiser's state.
-        per_image: What an image leaves behind for the backward pass.
-    """
-
-    fixed: int
-    per_image: int
+    fixed: int  # weights, target, gradients and the optimiser's state
+    per_image: int  # what an image leaves behind for the backward pass
 
     def total(self, images: int) -> int:
         """Bytes for a part of this many images."""

@@ -31,23 +31,14 @@ DRY_RUN_IMAGES = 16
 
 
 class Setup(NamedTuple):
-    """A run that is ready to start.
-
-    Attributes:
-        plan: Everything that decides it.
-        data: Its images.
-        learner: On the CPU.
-        devices: What it computes on.
-        probe_splits: Images and masks to fit a probe on, and those to score it on; or none.
-        before: Settings of the run that is resumed; None for a new run.
-    """
+    """A run that is ready to start."""
 
     plan: RunPlan
     data: build.TrainingData
-    learner: PixelCL
+    learner: PixelCL  # on the CPU
     devices: Devices
-    probe_splits: Sequence[SegmentationDataset]
-    before: dict[str, Any] | None
+    probe_splits: Sequence[SegmentationDataset]  # to fit a probe on, and to score it on; or none
+    before: dict[str, Any] | None  # settings of the run that is resumed; None for a new run
 
     @property
     def normalise(self) -> Normalise:

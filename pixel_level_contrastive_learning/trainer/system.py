@@ -28,17 +28,11 @@ UNLIMITED = 2**60
 
 
 class Devices(NamedTuple):
-    """What a run computes on.
+    """What a run computes on."""
 
-    Attributes:
-        kind: ``cuda``, ``cpu`` or ``mps``.
-        per_node: Devices, and so processes, on each machine.
-        nodes: Machines.
-    """
-
-    kind: str
-    per_node: int
-    nodes: int
+    kind: str  # cuda, cpu or mps
+    per_node: int  # devices, and so processes, on each machine
+    nodes: int  # machines
 
     @property
     def processes(self) -> int:

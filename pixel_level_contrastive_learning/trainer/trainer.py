@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
-from contextlib import closing
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from inspect import Parameter, Signature
+from itertools import chain, repeat
 from pathlib import Path
 from threading import Timer
 from typing import Any
 
 import torch
-from lightning.fabric import Fabric
 from torch import Tensor, nn
 
 from .. import run_layout
@@ -26,12 +26,12 @@ from .config_io import settings_of, to_config
 from .logging import LOG, logging_to, quiet_lightning
 from .memory import TRIED_ON, choose_accumulate, estimate
 from .metrics import MetricsWriter, build_loggers
-from .resume import find_resume_point
+from .resume import ResumePoint, find_resume_point
 from .run_dir import RunDir
 from .setup import Setup, check_places, dry_run, set_up
 from .signals import Interrupted, StopSignal
 from .system import is_writer
-from .training_step import BACKBONE, LEARNER, TrainingStep
+from .training_step import BACKBONE, TrainingStep
 from .validation import FeaturePictures, Probe, draw_batch
 
 WORKERS_END = 1.0
@@ -56,25 +56,23 @@ class PretrainResult:
 
 
 def fit(
-    fabric: Fabric,
-    setup: Setup,
-    step: TrainingStep,
-    run_dir: RunDir,
-    stop: StopSignal,
-    colours: Tensor | None,
+    setup: Setup, step: TrainingStep, run_dir: RunDir, stop: StopSignal, colours: Tensor | None
 ) -> dict[str, float]:
-    """Train until the last step, or until asked to stop; the metrics of the last step."""
-    plan, schedule = setup.plan, setup.plan.schedule
-    folder = run_dir.path if fabric.is_global_zero else None
-    stream = BatchStream(setup, fabric.global_rank, folder, step, stop)
-    loggers = build_loggers(plan.loggers, folder, step.step) if folder else []
-    metrics = MetricsWriter(
-        fabric, folder, schedule.steps, schedule.warmup_steps, lambda: stream.waited, loggers
-    )
-    pictures, probe = build_validation(setup, run_dir, colours, metrics)
-    saver = CheckpointSaver(step, run_dir, setup, metrics, pictures)
+    """Train until the last step, or until asked to stop; the metrics of the last step.
 
-    with closing(stream), metrics.recording(step.step):
+    Raises:
+        Interrupted: The run was asked to stop, and has saved.
+    """
+    plan, fabric, steps = setup.plan, step.fabric, setup.plan.schedule.steps
+    folder = run_dir.path if fabric.is_global_zero else None
+    loader = build.build_train_loader(plan, setup.data, fabric.global_rank, folder)
+    loader.start_at(step.samples)
+    loggers = build_loggers(plan.loggers, folder, step.step) if folder else []
+    metrics = MetricsWriter(fabric, folder, plan.schedule, lambda: loader.waited, loggers)
+    pictures, probe = build_validation(setup, run_dir, colours, metrics)
+    save = CheckpointSaver(step, run_dir, setup, metrics, pictures)
+
+    with ending(loader), metrics.recording(step.step):
         with stop.resting():
             if pictures:
                 pictures.draw(step)
@@ -82,28 +80,31 @@ def fit(
                 if probe and step.step not in probe.scores():  # else the run was killed in between
                     probe.run(step)
                 fabric.barrier()
-        for batch in stream:
+        for batch in take(loader, steps - step.step, stop):
             first = metrics.batch is None
             if folder and plan.compares_pixels and (first or due(plan.picture_every, step.step)):
                 draw_batch(batch, step.learner, step.normalise, plan, folder)
             keep_features = metrics.begin_step(step.step, batch)
             metrics.end_step(step(batch, keep_features=keep_features))
             if due(plan.checkpoint_every, step.step):
-                saver.save()
+                save()
             if stop.received_anywhere(fabric, step.step):
                 break
             if pictures and due(plan.picture_every, step.step):
                 pictures.draw(step)
-            if plan.probe_every and (
-                due(plan.probe_every, step.step) or step.step == schedule.steps
-            ):
-                saver.save()
+            if plan.probe_every and (due(plan.probe_every, step.step) or step.step == steps):
+                save()
                 if probe:
                     probe.run(step)
                 fabric.barrier()
         metrics.settle()
-        saver.save()
-        if pictures and stop.number is None:
+        save()
+        if stop.number is not None and step.step:
+            LOG.warning(
+                "stopped at step %d of %d as asked, and saved; --resume goes on", step.step, steps
+            )
+        stop.exit_if_received()
+        if pictures:
             pictures.draw(step)
     return metrics.last
 
@@ -113,70 +114,42 @@ def due(every: int, step: int) -> bool:
     return every > 0 and step % every == 0
 
 
-class BatchStream:
-    """The batches of the rest of a run, epoch after epoch.
+@contextmanager
+def ending(loader: TwoViewLoader) -> Iterator[None]:
+    """A context after which the loader's workers end: the end of the process would wait for them.
 
-    Args:
-        setup: Plan and data.
-        rank: Of this process.
-        folder: Where unreadable images are listed; None on processes that do not write.
-        step: How far the run has come.
-        stop: A signal while a batch is waited for ends the stream.
+    Torch waits for each; those that hang in a file are ended.
     """
-
-    def __init__(
-        self, setup: Setup, rank: int, folder: Path | None, step: TrainingStep, stop: StopSignal
-    ) -> None:
-        self.loader: TwoViewLoader | None
-        self.loader = build.build_train_loader(setup.plan, setup.data, rank, folder)
-        self.loader.start_at(step.samples)
-        self.batches = take(self.loader, setup.plan.schedule.steps - step.step, stop)
-
-    @property
-    def waited(self) -> float:
-        """Seconds spent waiting for data so far."""
-        return self.loader.waited if self.loader is not None else 0.0
-
-    def __iter__(self) -> Iterator[TwoViewBatch]:
-        return self.batches
-
-    def close(self) -> None:
-        """Let the workers end now, and end those that hang in a file: torch waits for each."""
-        self.batches.close()
-        if self.loader is not None:
-            workers = getattr(self.loader.loader._iterator, "_workers", ())
-            timer = Timer(WORKERS_END, lambda: [worker.terminate() for worker in workers])
-            timer.daemon = True
+    try:
+        yield
+    finally:
+        batches: Any = loader.loader._iterator
+        if hasattr(batches, "_shutdown_workers"):
+            timer = Timer(WORKERS_END, lambda: [own.terminate() for own in batches._workers])
             timer.start()
-        self.loader = None
+            batches._shutdown_workers()
+            timer.cancel()
 
 
-def take(
-    loader: TwoViewLoader, steps: int, stop: StopSignal
-) -> Generator[TwoViewBatch, None, None]:
-    """``steps`` batches of a loader, epoch after epoch."""
-    given = 0
-    while given < steps:
-        batches = iter(loader)
-        while given < steps:
-            try:
-                with stop.resting():
-                    batch = next(batches)
-            except StopIteration:
-                break
-            except Interrupted:
+def take(loader: TwoViewLoader, steps: int, stop: StopSignal) -> Iterator[TwoViewBatch]:
+    """``steps`` batches of a loader, epoch after epoch; a signal while one is awaited ends them."""
+    batches = chain.from_iterable(repeat(loader))
+    for _ in range(steps):
+        try:
+            with stop.resting():
+                batch = next(batches)
+        except Interrupted:
+            return
+        except (RuntimeError, OSError, EOFError) as error:  # by where a worker was that died
+            if stop.number is not None:
                 return
-            except (RuntimeError, OSError, EOFError) as error:  # by where a worker was that died
-                if stop.number is not None:
-                    return
-                if isinstance(error, RuntimeError) or getattr(error, "filename", None):
-                    raise
-                raise RuntimeError(
-                    f"a loader worker was killed ({error!r}), perhaps since memory ran out; "
-                    "resume the run (--resume), with fewer --workers if it happens again"
-                ) from error
-            yield batch
-            given += 1
+            if isinstance(error, RuntimeError) or getattr(error, "filename", None):
+                raise
+            raise RuntimeError(
+                f"a loader worker was killed ({error!r}), perhaps since memory ran out; "
+                "resume the run (--resume), with fewer --workers if it happens again"
+            ) from error
+        yield batch
 
 
 class CheckpointSaver:
@@ -190,21 +163,21 @@ class CheckpointSaver:
         metrics: MetricsWriter,
         pictures: FeaturePictures | None,
     ) -> None:
-        self.step, self.run_dir, self.keep = step, run_dir, setup.plan.keep_checkpoints
-        self.statistics = asdict(setup.data.statistics)
+        self.step, self.run_dir, self.setup = step, run_dir, setup
         self.metrics, self.pictures = metrics, pictures
         self.saved_at = step.step
 
-    def save(self) -> None:
+    def __call__(self) -> None:
         """Save now, unless this step is saved already or its metrics are not finite."""
         if self.saved_at == self.step.step:
             return
         self.metrics.settle()
-        held = self.step.state_dict()
-        held["statistics"] = self.statistics
-        held["colours"] = self.pictures.colours if self.pictures else None
+        held = self.step.state_dict() | {
+            "statistics": asdict(self.setup.data.statistics),
+            "colours": self.pictures.colours if self.pictures else None,
+        }
         if self.step.fabric.is_global_zero:
-            self.run_dir.save_checkpoint(held, self.step.step, self.keep)
+            self.run_dir.save_checkpoint(held, self.step.step, self.setup.plan.keep_checkpoints)
         self.saved_at = self.step.step
 
 
@@ -286,26 +259,22 @@ def run(config: PretrainConfig, objects: Any = None) -> PretrainResult:
         try:
             with stop.resting():
                 setup = set_up(config, objects, run_dir)
-                dry = dry_run(setup, run_dir) if config.dry_run else {}
-            if config.dry_run:
-                result = PretrainResult(None, dry, run_dir.path)
-            elif is_writer():  # only now: what was refused leaves no trace
-                with run_dir.locked():
-                    run_dir.check(resume=config.resume, overwrite=config.overwrite)
-                    if config.overwrite:
+                if config.dry_run:
+                    return PretrainResult(None, dry_run(setup, run_dir), run_dir.path)
+            if not is_writer():
+                return train(setup, run_dir, stop)
+            with run_dir.locked():  # only now: what was refused leaves no trace
+                run_dir.check(resume=config.resume, overwrite=config.overwrite)
+                if config.overwrite:
+                    run_dir.remove_run()
+                is_new = not run_dir.holds_run()
+                log.open(run_dir.path / run_layout.TRAIN_LOG)
+                try:
+                    return train(setup, run_dir, stop)
+                except Interrupted:
+                    if is_new and not run_dir.checkpoint_paths():
                         run_dir.remove_run()
-                    is_new = not run_dir.holds_run()
-                    log.open(run_dir.path / run_layout.TRAIN_LOG)
-                    try:
-                        result = train(setup, run_dir, stop)
-                    except Interrupted:
-                        if is_new and not run_dir.checkpoint_paths():
-                            run_dir.remove_run()
-                        raise
-            else:
-                result = train(setup, run_dir, stop)
-            stop.exit_if_received()
-            return result
+                    raise
         except Exception as error:
             LOG.error("%s: %s", type(error).__name__, error, extra={"file_only": True})
             raise
@@ -317,58 +286,48 @@ def train(setup: Setup, run_dir: RunDir, stop: StopSignal) -> PretrainResult:
     Raises:
         Interrupted: The run was asked to stop, and has saved.
     """
-    plan, steps = setup.plan, setup.plan.schedule.steps
+    steps = setup.plan.schedule.steps
     resumed = find_resume_point(setup, run_dir)
     if resumed is not None and resumed.step >= steps:
         LOG.info("all %d steps are done already", steps)
-        state = resumed.held["state_dict"]
-        setup.learner.load_state_dict({n.removeprefix(LEARNER): t for n, t in state.items()})
-        return PretrainResult(export_backbone(setup, run_dir, setup.learner.net), {}, run_dir.path)
+        weights, metrics = resumed.held["state_dict"], {}
+    else:
+        step = build_step(setup, resumed, stop)
+        colours = resumed.held.get("colours") if resumed is not None else None
+        metrics = fit(setup, step, run_dir, stop, colours)
+        weights = step.weights()
+    backbone = export_backbone(setup, run_dir, weights) if is_writer() else None
+    stop.exit_if_received()
+    return PretrainResult(backbone, metrics, run_dir.path)
+
+
+def build_step(setup: Setup, resumed: ResumePoint | None, stop: StopSignal) -> TrainingStep:
+    """The step on the devices, with the state that a resumed run goes on with."""
+    plan = setup.plan
     tried = plan.device in TRIED_ON and not plan.sharded
-    fabric = build.build_fabric(plan, setup.devices)
     stop.alone = plan.processes == 1
     with stop.resting():
-        # Before sharding.
         needed = None if tried or plan.accumulate else estimate(setup.learner, plan)
+        fabric = build.build_fabric(plan, setup.devices)
         fabric.launch()
         torch.backends.cudnn.benchmark = plan.device == "cuda"
         step = TrainingStep(fabric, setup.learner, plan, setup.normalise)
-        colours = None
         if resumed is not None:
             step.load_state_dict(resumed.held)
             step.step, step.samples = resumed.step, resumed.samples
-            colours = resumed.held.get("colours")
         step.accumulate = plan.accumulate or choose_accumulate(fabric, step, plan, needed)
     if stop.received_anywhere(fabric, 0):
         stop.exit_if_received()
-    metrics = fit(fabric, setup, step, run_dir, stop, colours)
-    if stop.number is not None:
-        if step.step:
-            LOG.warning(
-                "stopped at step %d of %d as asked, and saved; --resume goes on", step.step, steps
-            )
-        stop.exit_if_received()
-    net = whole_backbone(setup, run_dir) if plan.sharded else step.learner.net
-    return PretrainResult(export_backbone(setup, run_dir, net), metrics, run_dir.path)
+    return step
 
 
-def export_backbone(setup: Setup, run_dir: RunDir, net: nn.Module) -> nn.Module | None:
-    """Write the backbone, and load it as its users will; None on processes that do not write."""
-    if not is_writer():
-        return None
+def export_backbone(setup: Setup, run_dir: RunDir, weights: Mapping[str, Tensor]) -> nn.Module:
+    """Write the backbone of a checkpoint's weights, and load it as its users will."""
+    plan, statistics = setup.plan, setup.data.statistics
+    net = build_backbone(plan.model, channels=statistics.channels, image_size=plan.view_size)
+    own = {n.removeprefix(BACKBONE): t for n, t in weights.items() if n.startswith(BACKBONE)}
+    net.load_state_dict(own)
     path = run_dir.path / run_layout.WEIGHTS
-    save_backbone(path, net, build.build_card(setup.plan, setup.data.statistics))
+    save_backbone(path, net, build.build_card(plan, statistics))
     LOG.info("the backbone is in %s", path)
     return load_backbone(run_dir.path)
-
-
-def whole_backbone(setup: Setup, run_dir: RunDir) -> nn.Module:
-    """The backbone, of which this process holds a shard, from the last checkpoint."""
-    found = run_dir.newest_checkpoint()
-    assert found is not None
-    state = found[1]["state_dict"]
-    channels = setup.data.statistics.channels
-    net = build_backbone(setup.plan.model, channels=channels, image_size=setup.plan.view_size)
-    own = {n.removeprefix(BACKBONE): t for n, t in state.items() if n.startswith(BACKBONE)}
-    net.load_state_dict(own)
-    return net

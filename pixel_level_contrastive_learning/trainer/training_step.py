@@ -53,22 +53,16 @@ FULL_STATE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 class StepResult(NamedTuple):
     """What a step gives.
 
-    Attributes:
-        step: The step, counted from 1.
-        metrics: ``(8,)`` float32 on the learner's device, in the order of `METRIC_NAMES`; pairs
-            are per image. The mean (of images without pairs, the sum) over all processes.
-        lr: The learning rate it was taken with.
-        target_momentum: The target's momentum.
-        images: Images of the step, over all processes.
-        features: ``(n, c)`` float32 features of the first view, where they were asked for.
+    The metrics are ``(8,)`` float32 on the learner's device, in the order of `METRIC_NAMES`: means
+    (of images without pairs, the sum) over all processes; pairs are per image.
     """
 
-    step: int
+    step: int  # counted from 1
     metrics: Tensor
-    lr: float
+    lr: float  # the step's own
     target_momentum: float
-    images: int
-    features: Tensor | None
+    images: int  # of the step, over all processes
+    features: Tensor | None  # (n, c) float32 of the first view, where they were asked for
 
 
 class NotFiniteError(RuntimeError):
@@ -161,15 +155,23 @@ class TrainingStep:
         total[-1] = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         return total
 
+    def weights(self) -> dict[str, Tensor]:
+        """The learner's state by its names in a checkpoint; takes every process if sharded."""
+        state: Mapping[str, Any] = (
+            get_model_state_dict(self.learner, options=FULL_STATE)
+            if self.plan.sharded
+            else self.learner.state_dict()
+        )
+        return {LEARNER + name: tensor for name, tensor in state.items()}
+
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint holds; every process takes part where the learner is sharded."""
         if self.plan.sharded:
-            state = get_model_state_dict(self.learner, options=FULL_STATE)
             optimizer = get_optimizer_state_dict(self.learner, self.optimizer, options=FULL_STATE)
         else:
-            state, optimizer = self.learner.state_dict(), self.optimizer.state_dict()
+            optimizer = self.optimizer.state_dict()
         return {
-            "state_dict": {LEARNER + name: tensor for name, tensor in state.items()},
+            "state_dict": self.weights(),
             "optimizer_states": [optimizer],
             "steps_done": self.step,
             "samples": self.samples,

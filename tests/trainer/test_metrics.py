@@ -11,6 +11,7 @@ from torch import nn
 from pixel_level_contrastive_learning import PixelCL
 from pixel_level_contrastive_learning.evaluation.health import COLLAPSED_RANK, COLLAPSED_SPREAD
 from pixel_level_contrastive_learning.trainer import signals
+from pixel_level_contrastive_learning.trainer.auto import Schedule
 from pixel_level_contrastive_learning.trainer.memory import (
     Estimate,
     blank_views,
@@ -187,7 +188,8 @@ class Arriving:
 
 @pytest.mark.parametrize(("processes", "judged"), [(1, [False, False]), (2, [False, True])])
 def test_processes_judge_the_same_step_however_fast_their_devices_are(processes, judged) -> None:
-    figures = MetricsWriter(SimpleNamespace(world_size=processes), None, 9, 1, lambda: 0.0, [])
+    fabric, schedule = SimpleNamespace(world_size=processes), Schedule(9, 1, 1, 1.0, 0.0, 0.99)
+    figures = MetricsWriter(fabric, None, schedule, lambda: 0.0, [])
     found = []
     for _ in judged:
         figures.sent.append(SimpleNamespace(event=Arriving()))
