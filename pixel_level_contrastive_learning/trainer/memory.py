@@ -184,25 +184,23 @@ def try_parts(fabric: Fabric, learner: PixelCL, plan: RunPlan, start: int) -> in
 
 
 def halve_until_it_fits(
-    images: int, start: int, attempt: Callable[[int], None], release: Callable[[], None]
+    images: int, parts: int, attempt: Callable[[int], None], release: Callable[[], None]
 ) -> int:
-    """Parts of a batch of ``images``: doubled from ``start`` while ``attempt`` is out of memory."""
-    parts = start
-    while True:
-        size = -(-images // parts)
-        try:
-            attempt(size)
-        except torch.OutOfMemoryError:
-            release()
-            if size <= 2:
-                raise MemoryError(
-                    f"{size} images do not fit into memory; give a smaller image_size, "
-                    "projection_hidden_size or model"
-                ) from None
-            LOG.info("%d images at a time do not fit into memory: trying half", size)
-            parts *= 2
-        else:
-            return parts
+    """Parts of a batch of ``images``, doubled while ``attempt`` is out of memory."""
+    size = -(-images // parts)
+    try:
+        attempt(size)
+    except torch.OutOfMemoryError:
+        release()
+        if size <= 2:
+            raise MemoryError(
+                f"{size} images do not fit into memory; give a smaller image_size, "
+                "projection_hidden_size or model"
+            ) from None
+    else:
+        return parts
+    LOG.info("%d images at a time do not fit into memory: trying half", size)
+    return halve_until_it_fits(images, 2 * parts, attempt, release)
 
 
 def parts_by(needed: Estimate, images: int, free: int) -> int:

@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 from .. import run_layout
 from ..backbones.checkpoint import save_card
 from ..backbones.state_dict import check_code, tensors_of
+from ..files import write_whole
 from ..pixel_cl import PixelCL
 from . import build
 from .config_io import as_yaml, check_idle_changes, resume_changes
 from .logging import LOG
-from .run_dir import RunDir
+from .run_dir import RunDir, step_of
 from .setup import Setup
 from .system import is_writer
 from .training_step import BACKBONE, LEARNER
@@ -43,35 +44,38 @@ def find_resume_point(setup: Setup, run_dir: RunDir) -> ResumePoint | None:
     if found is not None:
         path, held = found
         check_shapes(setup.learner, held["state_dict"])
+        check_statistics(setup, run_dir, held)
         done, samples = int(held["steps_done"]), int(held["samples"])
         # A run in epochs counts images, so that another batch size gives another step.
         step = done if plan.settings.steps is not None else samples // plan.batch_size
-        numbered = path.stem.removeprefix("step-")
-        number = int(numbered) if numbered.isdecimal() else done
+        number = step_of(path) if step_of(path) >= 0 else done
         point = ResumePoint(held, step, samples)
-        statistics, file = asdict(setup.data.statistics), run_dir.path / run_layout.STATISTICS
-        if held.get("statistics", statistics) != statistics:
-            if file.exists():
-                raise ValueError(f"{file} is not the run's; remove it, and they are measured again")
-            LOG.warning("the statistics of the images are not those of the run")
         check_idle_changes(changed, step, plan.schedule.steps)
         LOG.info("going on at step %d, from %s", step, path)
     elif setup.before is not None:
         LOG.warning("no checkpoint in %s: starting at step 0", run_dir.checkpoints)
     if is_writer():
         run_dir.checkpoints.mkdir(parents=True, exist_ok=True)
-        dropped = run_dir.truncate(number)
-        if dropped:
+        if dropped := run_dir.truncate(number):
             LOG.info("dropped %d lines of metrics after step %d", dropped, number)
         run_dir.discard_after(number)
         if found is not None and point is not None and point.step != number:
             run_dir.renumber(found[0], number, point.step)
-        run_dir.write_config(as_yaml(plan.settings))
+        write_whole(run_dir.path / run_layout.CONFIG, as_yaml(plan.settings))
         build.save_statistics(setup.data, run_dir.path)
         # Now, not at the end: with it the checkpoints can be evaluated while the run goes on.
         card = build.build_card(plan, setup.data.statistics)
         save_card(run_dir.path / run_layout.WEIGHTS, card)
     return point
+
+
+def check_statistics(setup: Setup, run_dir: RunDir, held: Mapping[str, Any]) -> None:
+    """Refuse a file of statistics other than those of a checkpoint; warn where there is no file."""
+    statistics, file = asdict(setup.data.statistics), run_dir.path / run_layout.STATISTICS
+    if held.get("statistics", statistics) != statistics:
+        if file.exists():
+            raise ValueError(f"{file} is not the run's; remove it, and they are measured again")
+        LOG.warning("the statistics of the images are not those of the run")
 
 
 def check_shapes(learner: PixelCL, held: Mapping[str, Any]) -> None:
