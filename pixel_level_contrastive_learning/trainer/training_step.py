@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.nn import functional
 from torch.optim import Optimizer
 
 from ..augment import Normalise, change_both
@@ -29,17 +30,9 @@ from .auto import RunPlan
 from .build import build_optimizer
 from .config_io import absolute_settings
 
-METRIC_NAMES = (
-    "loss",
-    "pixel_loss",
-    "instance_loss",
-    "pixel_cosine",
-    "instance_cosine",
-    "positive_pairs",
-    "images_without_pairs",
-    "grad_norm",
-)
+METRIC_NAMES = (*Terms._fields, "grad_norm")
 """The metrics of a step, in the order of the tensor that carries them."""
+WITHOUT_PAIRS = METRIC_NAMES.index("images_without_pairs")
 FEATURES = 256
 """Feature vectors that spread and effective rank are measured on."""
 LEARNER = "learner."
@@ -147,11 +140,10 @@ class TrainingStep:
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if self.plan.clip_grad:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.plan.clip_grad, norm)
-        total[METRIC_NAMES.index("images_without_pairs")] *= len(batch.one)
         if self.fabric.world_size > 1:
             torch.distributed.all_reduce(total)
             total /= self.fabric.world_size
-            total[METRIC_NAMES.index("images_without_pairs")] *= self.fabric.world_size
+        total[WITHOUT_PAIRS] *= len(batch.one) * self.fabric.world_size
         total[-1] = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         return total
 
@@ -261,24 +253,15 @@ def slice_batch(batch: Any, part: slice) -> Any:
 
 def as_metrics(terms: Terms, images: int) -> Tensor:
     """The terms of some images in the order of `METRIC_NAMES`; pairs are per image."""
-    values = (
-        terms.loss.detach(),
-        terms.pixel_loss,
-        terms.instance_loss,
-        terms.pixel_cosine,
-        terms.instance_cosine,
-        terms.positive_pairs / images,
-        terms.images_without_pairs / images,
-        torch.zeros_like(terms.pixel_loss),
-    )
-    return torch.stack([value.float() for value in values])
+    counts = terms.positive_pairs / images, terms.images_without_pairs / images
+    terms = terms._replace(positive_pairs=counts[0], images_without_pairs=counts[1])
+    values = torch.stack([value.detach().float() for value in terms])
+    return functional.pad(values, (0, 1))  # the gradient's norm is that of the whole batch
 
 
 def not_finite(step: int, metrics: Sequence[float]) -> str:
     """The message about a step whose metrics are NaN or infinite."""
-    shown = ", ".join(
-        f"{name} {value:.4g}" for name, value in zip(METRIC_NAMES, metrics, strict=True)
-    )
+    shown = ", ".join(f"{n} {value:.4g}" for n, value in zip(METRIC_NAMES, metrics, strict=True))
     return (
         f"step {step} gave a loss or gradient that is NaN or infinite ({shown}); the last good "
         "checkpoint, if there was one, is kept: go on from it with --resume (without one start "
