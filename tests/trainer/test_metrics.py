@@ -1,7 +1,5 @@
 """Signs that a run goes wrong, memory, signals: the parts beside the steps."""
 
-import os
-import signal
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +8,6 @@ from torch import nn
 
 from pixel_level_contrastive_learning import PixelCL
 from pixel_level_contrastive_learning.evaluation.health import COLLAPSED_RANK, COLLAPSED_SPREAD
-from pixel_level_contrastive_learning.trainer import signals
 from pixel_level_contrastive_learning.trainer.auto import Schedule
 from pixel_level_contrastive_learning.trainer.memory import (
     Estimate,
@@ -125,31 +122,6 @@ def test_a_trial_leaves_the_learner_and_the_dice_as_they_were() -> None:
     assert all(torch.equal(before[n], b) for n, b in learner.named_buffers())
     assert all(p.grad is None for p in learner.parameters())
     assert torch.equal(dice, torch.get_rng_state())
-
-
-def test_the_second_signal_leaves_at_once(monkeypatch) -> None:
-    left: list[int] = []
-    monkeypatch.setattr(os, "_exit", left.append)
-    with signals.StopSignal() as stop:
-        stop.exit_if_received()  # stays, since nothing has come yet
-        signal.raise_signal(signal.SIGINT)
-        assert (stop.number, left) == (signal.SIGINT, [])
-        with pytest.raises(signals.Interrupted) as told:
-            stop.exit_if_received()
-        assert told.value.code == 130
-        signal.raise_signal(signal.SIGINT)
-    assert left == [130]
-
-
-def test_forked_processes_leave_ctrl_c_to_their_parent(monkeypatch) -> None:
-    left: list[int] = []
-    monkeypatch.setattr(os, "_exit", left.append)
-    with signals.StopSignal() as stop:
-        stop.owner = -1  # as if this were a child
-        signal.raise_signal(signal.SIGINT)
-        assert (stop.number, left) == (None, [])
-        signal.raise_signal(signal.SIGTERM)
-    assert left == [143]
 
 
 def test_metrics_are_cut_back_to_a_step(tmp_path) -> None:
