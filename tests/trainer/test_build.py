@@ -5,8 +5,7 @@ import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from torch import nn
 
-from pixel_level_contrastive_learning import PixelCL, load_backbone, pretrain
-from pixel_level_contrastive_learning.backbones.checkpoint import read_backbone
+from pixel_level_contrastive_learning import PixelCL
 from pixel_level_contrastive_learning.backbones.factory import build_backbone, zero_last_norms
 from pixel_level_contrastive_learning.data.sources import open_source
 from pixel_level_contrastive_learning.data.statistics import measure
@@ -23,26 +22,6 @@ from pixel_level_contrastive_learning.trainer.build import (
 )
 from pixel_level_contrastive_learning.trainer.config import PretrainConfig
 from pixel_level_contrastive_learning.trainer.system import Devices
-
-
-def test_a_run_starts_from_the_weights_of_a_file(tmp_path, settings) -> None:
-    first = settings(out=str(tmp_path / "first"))
-    pretrain(**first)
-    held = tmp_path / "first" / "backbone.safetensors"
-    still = {"weights": str(held), "lr": 1e-12, "final_lr": 0.0, "steps": 1}
-    pretrain(**settings(**still))
-    start, end = (load_backbone(tmp_path / run).state_dict() for run in ("first", "run"))
-    weights = [name for name in start if "running" not in name and "tracked" not in name]
-    assert all(torch.allclose(start[name], end[name], atol=1e-6) for name in weights)
-    assert read_backbone(tmp_path / "run").card.start == str(held)
-    assert "matched 14 of 14 keys" in (tmp_path / "run" / "train.log").read_text()
-
-
-def test_weights_that_fit_nowhere_are_refused_without_a_trace(tmp_path, settings) -> None:
-    torch.save({"other.weight": torch.ones(3, 3)}, tmp_path / "other.pt")
-    with pytest.raises(ValueError, match=r"nothing in .*other.pt fits Sequential"):
-        pretrain(**settings(weights=str(tmp_path / "other.pt")))
-    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,6 @@ from pixel_level_contrastive_learning.trainer.memory import (
     without_batch_norm_sync,
 )
 from pixel_level_contrastive_learning.trainer.metrics import HealthMonitor, MetricsWriter
-from pixel_level_contrastive_learning.trainer.run_dir import RunDir
 
 HEALTHY = {
     "loss": 4.0,
@@ -83,14 +82,6 @@ def test_parts_are_halved_until_they_fit() -> None:
     assert len(released) == 3
 
 
-def test_what_never_fits_is_told() -> None:
-    def attempt(_: int) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    with pytest.raises(MemoryError, match="2 images do not fit into memory; give a smaller"):
-        halve_until_it_fits(8, 1, attempt, lambda: None)
-
-
 def test_parts_by_estimate_leave_a_margin() -> None:
     taken = Estimate(fixed=100, per_image=10)
     assert parts_by(taken, 32, 1000) == 1  # 0.8 * 1000 - 100 = 70 images
@@ -122,33 +113,6 @@ def test_a_trial_leaves_the_learner_and_the_dice_as_they_were() -> None:
     assert all(torch.equal(before[n], b) for n, b in learner.named_buffers())
     assert all(p.grad is None for p in learner.parameters())
     assert torch.equal(dice, torch.get_rng_state())
-
-
-def test_metrics_are_cut_back_to_a_step(tmp_path) -> None:
-    run = RunDir(tmp_path)
-    lines = [f'{{"step": {step}}}\n' for step in range(1, 6)]
-    (tmp_path / "metrics.jsonl").write_text("".join(lines) + '{"step": 6, "lo')
-    assert run.truncate(3) == 3
-    assert (tmp_path / "metrics.jsonl").read_text() == "".join(lines[:3])
-    assert run.truncate(0) == 3
-
-
-def test_replacing_a_run_touches_nothing_else(tmp_path) -> None:
-    (tmp_path / "notes.txt").write_text("mine")
-    (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "config.yaml").write_text("epochs: 1\n")
-    RunDir(tmp_path).remove_run()
-    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
-
-
-def test_only_the_newest_checkpoints_are_kept(tmp_path) -> None:
-    run = RunDir(tmp_path)
-    run.checkpoints.mkdir()
-    for step in (2, 10, 100):
-        run.save_checkpoint({"step": step}, step, keep=2)
-    assert [p.name for p in run.checkpoint_paths()] == [
-        *("step-00000100.ckpt", "step-00000010.ckpt", "last.ckpt")
-    ]
 
 
 class Arriving:

@@ -1,6 +1,5 @@
 """Runs in processes of their own: killed and resumed, and shared by two."""
 
-import json
 import os
 import random
 import signal
@@ -8,10 +7,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from run_folders import checkpoint, equal, losses, metrics, steps
 
 PACKAGE = "pixel_level_contrastive_learning"
 ALONE = {name: value for name, value in os.environ.items() if "RANK" not in name}
@@ -45,21 +44,8 @@ def done(flags: list[str]) -> str:
     return said
 
 
-def metrics(run: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def checkpoint(run: Path) -> dict[str, Any]:
-    held: dict[str, Any] = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
-    return held
-
-
 def steps_saved(run: Path) -> int:
     return max((int(p.stem[5:]) for p in (run / "checkpoints").glob("step-*.ckpt")), default=0)
-
-
-def same(one: dict[str, Any], two: dict[str, Any]) -> bool:
-    return all(torch.equal(one[name], two[name]) for name in one) and one.keys() == two.keys()
 
 
 @pytest.mark.parametrize(
@@ -86,10 +72,9 @@ def test_killed_runs_end_as_an_undisturbed_one(tmp_path, flags, workers, times) 
         process.communicate()
         os.killpg(process.pid, signal.SIGKILL) if workers else None
     done(flags(**kept, resume=True))
-    assert same(checkpoint(whole)["state_dict"], checkpoint(run)["state_dict"])
-    losses = [[line["loss"] for line in metrics(folder)] for folder in (whole, run)]
-    assert losses[0] == losses[1]
-    assert [line["step"] for line in metrics(run)] == list(range(1, length + 1))
+    assert equal(checkpoint(whole)["state_dict"], checkpoint(run)["state_dict"])
+    assert losses(whole) == losses(run)
+    assert steps(run) == list(range(1, length + 1))
 
 
 @pytest.mark.parametrize(
@@ -113,7 +98,7 @@ def test_two_processes_do_what_one_does(tmp_path, flags, strategy, levels) -> No
     assert said.count("run: ") == 1
     assert "2 x cpu" in said
     one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
-    assert [line["step"] for line in two] == list(range(1, 11))
+    assert steps(tmp_path / "two") == list(range(1, 11))
     for mine, theirs in zip(one, two, strict=True):
         for name in ("loss", "pixel_cosine", "instance_cosine", "positive_pairs"):
             assert theirs[name] == pytest.approx(mine[name], abs=1e-4), name
@@ -150,7 +135,7 @@ def test_of_two_runs_started_at_once_one_is_refused(flags) -> None:
     assert sorted(codes) == [0, 2], said
     winner = both[codes.index(0)]
     assert f"process {winner.pid} on " in said[codes.index(2)]
-    assert [line["step"] for line in metrics(run)] == list(range(1, 401))
+    assert steps(run) == list(range(1, 401))
     assert not list(run.glob(".lock*"))
 
 

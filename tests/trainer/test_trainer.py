@@ -1,5 +1,6 @@
 """Whole runs of a tiny network, in this process."""
 
+import csv
 import errno
 import json
 import math
@@ -461,6 +462,9 @@ def test_a_csv_file_is_written_at_once_and_kept_when_the_run_goes_on(
         pretrain(**settings(loggers=("csv",), steps=12))
     assert seen == [False] * 10 + [True] * 2
     held = first.read_text()
+    [row] = csv.DictReader(held.splitlines())  # every ten steps
+    assert row["step"] == "10"
+    assert float(row["loss"]) == pytest.approx(losses(run)[9])
     pretrain(out=run, resume=True, steps=20)
     assert first.read_text() == held
     assert (run / "csv" / "from-step-00000012" / "metrics.csv").exists()
