@@ -7,7 +7,6 @@ from math import ceil, cos, pi, sqrt
 from typing import Any
 
 from ..augment import Photometry, blur_of
-from ..views import Placement
 from .config import PRECISIONS, Auto, PretrainConfig
 
 ADAPTIVE = ("adam", "lamb", "lion", "nadam", "radam", "adan", "laprop", "adopt", "muon")
@@ -88,7 +87,11 @@ class RunPlan:
     model: str
     schedule: Schedule
     view_size: tuple[int, int]  # (height, width)
-    placement: Placement  # how views are placed on their images
+    crop_area: tuple[float, float]  # smallest and largest share of the image
+    aspect_ratio: tuple[float, float]  # smallest and largest width / height of a crop
+    prob_hflip: float
+    prob_vflip: float
+    max_rotation: float  # degrees
     photometry: tuple[Photometry, Photometry]  # colour change of the first and the second view
     batch_size: int  # images a step, over all processes
     processes: int  # over all machines
@@ -176,13 +179,6 @@ def resolve(config: PretrainConfig, info: Info) -> RunPlan:
         "settings": settings,
         "schedule": schedule,
         "view_size": size,
-        "placement": Placement(
-            prob_hflip=config.prob_hflip,
-            prob_vflip=config.prob_vflip,
-            max_rotation=config.max_rotation,
-            area_range=config.crop_area,
-            aspect_range=config.aspect_ratio,
-        ),
         "photometry": (first, second),
         "processes": info.processes,
         "workers": unless_auto(config.workers, default_workers(info)),
@@ -203,11 +199,6 @@ def learning_rate(
 
     The peak grows with the batch: with its square root for adaptive optimisers, in proportion for
     others.
-
-    Args:
-        config: The settings: ``lr``, ``optimizer`` and ``weights``.
-        batch_size: Images a step, over all processes.
-        batch_norm: Whether the backbone has batch norm.
 
     Raises:
         ValueError: ``lr`` is `auto` and the optimiser has no default.

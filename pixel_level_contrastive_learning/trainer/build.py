@@ -40,6 +40,12 @@ from .system import Devices, cores_per_process
 
 FUSED = ("adam", "adamw", "sgd")
 """Optimisers that torch updates in one pass over the weights: a third of the time on a CPU."""
+LEARNER_SETTINGS = (
+    *("projection_size", "projection_hidden_size", "ppm_num_layers", "ppm_gamma", "alpha"),
+    *("instance_weight", "distance_thres", "similarity_temperature", "pixel_levels"),
+    "level_weights",
+)
+"""Settings that the learner takes by the same names."""
 
 
 class TrainingData(NamedTuple):
@@ -51,13 +57,7 @@ class TrainingData(NamedTuple):
 
 
 def open_data(data: Any, config: PretrainConfig, resumed: Path | None) -> TrainingData:
-    """Open the images and measure their statistics; a resumed run keeps those it began with.
-
-    Args:
-        data: Folders and the like, or a Python sequence or data set.
-        config: The settings.
-        resumed: Folder of the run that is resumed; None for a new one.
-    """
+    """Open the images and measure their statistics; those in the folder of a resumed run stay."""
     source = open_source(data, leave_out=config.out, pages=config.pages, nodata=config.nodata)
     stored = resumed / run_layout.STATISTICS if resumed is not None else None
     if stored is not None and stored.exists():
@@ -124,24 +124,16 @@ def build_learner(
     Raises:
         ValueError: A layer that cannot be used.
     """
+    own: dict[str, Any] = {name: getattr(config, name) for name in LEARNER_SETTINGS}
     learner = PixelCL(
         net,
         size,
         hidden_layer_pixel=layer_key(config.pixel_layer),
         hidden_layer_instance=layer_key(config.instance_layer),
-        projection_size=config.projection_size,
-        projection_hidden_size=config.projection_hidden_size,
         moving_average_decay=config.target_momentum,
-        ppm_num_layers=config.ppm_num_layers,
-        ppm_gamma=config.ppm_gamma,
-        distance_thres=config.distance_thres,
-        similarity_temperature=config.similarity_temperature,
-        alpha=config.alpha,
         use_pixpro=config.loss == "pixpro",
         channels=channels,
-        instance_weight=config.instance_weight,
-        pixel_levels=config.pixel_levels,
-        level_weights=config.level_weights,
+        **own,
     )
     return learner.to(memory_format=torch.channels_last)
 
@@ -197,18 +189,16 @@ def build_train_loader(
     plan: RunPlan, data: TrainingData, rank: int, folder: Path | None
 ) -> TwoViewLoader:
     """The loader of one process; the one that writes lists unreadable images in the folder."""
-    placement = plan.placement
-    assert placement.area_range is not None
     return build_loader(
         data.train,
         data.statistics,
         image_size=plan.view_size,
         batch_size=plan.images_per_process,
-        crop_area=placement.area_range,
-        aspect_ratio=placement.aspect_range,
-        prob_hflip=placement.prob_hflip,
-        prob_vflip=placement.prob_vflip,
-        max_rotation=placement.max_rotation,
+        crop_area=plan.crop_area,
+        aspect_ratio=plan.aspect_ratio,
+        prob_hflip=plan.prob_hflip,
+        prob_vflip=plan.prob_vflip,
+        max_rotation=plan.max_rotation,
         photometry=plan.photometry,
         seed=plan.seed,
         workers=plan.workers,
@@ -251,12 +241,8 @@ def build_fabric(plan: RunPlan, devices: Devices) -> Fabric:
 def build_optimizer(learner: nn.Module, plan: RunPlan, idle: set[str]) -> torch.optim.Optimizer:
     """Timm's optimiser over the parameters that the loss reaches.
 
-    Parameters of one dimension have no weight decay, and so no LARS either, as with the authors.
-
-    Args:
-        learner: What is trained.
-        plan: Name, learning rate and weight decay.
-        idle: Names of parameters that the loss never reaches.
+    Those that it never reaches are ``idle``. Parameters of one dimension have no weight decay, and
+    so no LARS either, as with the authors.
 
     Raises:
         ValueError: timm has no optimiser of that name.

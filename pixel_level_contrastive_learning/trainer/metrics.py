@@ -44,9 +44,6 @@ class HealthMonitor:
     Collapse: the spread of features falls under `COLLAPSED_SPREAD`, or their effective rank under
     `COLLAPSED_RANK`. Divergence: after the warm-up the running means of both cosines are at most
     0, no better than chance, or the gradient is a thousand times its running mean.
-
-    Args:
-        warmup_steps: Divergence is judged after these.
     """
 
     def __init__(self, warmup_steps: int) -> None:
@@ -108,12 +105,8 @@ class MetricsWriter:
     step or two later. What is measured seldom (health, correspondence, probe) stands in the lines
     of all steps until it is measured again.
 
-    Args:
-        fabric: Launched.
-        folder: Folder of the run; None on processes that do not write.
-        schedule: Of the run.
-        waited: Seconds spent waiting for data so far.
-        loggers: Besides `metrics.jsonl`.
+    ``folder`` is None on processes that do not write; ``waited`` gives the seconds spent waiting
+    for data so far.
 
     Attributes:
         batch: Of the step at hand, or of the one that was found to be broken.

@@ -249,15 +249,10 @@ class RunDir:
             raise cannot_write(self.checkpoints / name, error) from error
 
     def renumber(self, checkpoint: Path, step: int, now: int) -> None:
-        """Count the steps up to a checkpoint anew, since batches have another size from it on.
+        """Count the step of a checkpoint as another, since batches have another size from it on.
 
         Lines of metrics and the checkpoint, which becomes the last, get the new numbers; other
         checkpoints go.
-
-        Args:
-            checkpoint: The one to go on from.
-            step: The step it was saved at.
-            now: The number of this step from now on.
         """
         for path in self.records():
             held = [json.loads(line) for line in path.read_text("utf-8").splitlines()]

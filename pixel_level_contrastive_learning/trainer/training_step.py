@@ -65,11 +65,7 @@ class NotFiniteError(RuntimeError):
 class TrainingStep:
     """Trains a learner, a batch a call; holds the step count and what a checkpoint needs.
 
-    Args:
-        fabric: Launched.
-        learner: Is set up on the devices of ``fabric``, and sharded where the plan says so.
-        plan: Schedule, optimiser, precision, seed.
-        normalise: Brings views to about zero mean and unit variance.
+    The learner is set up on the devices of ``fabric``, and sharded where the plan says so.
 
     Attributes:
         step: Steps done.

@@ -54,12 +54,9 @@ NOT_FINITE = (
 class FeaturePictures:
     """Draws features of some images, and measures whether cells find their spot in another view.
 
-    Args:
-        folder: Folder of the run.
-        card: How images are prepared for the network.
-        data: The held-out images are looked at, or those trained on where there are none.
-        colours: Of the last picture of the run that is resumed, to which the next is aligned.
-        latest: Where ``hit1``, ``hit1_colours_kept``, ``hit_near`` and ``hit_cells`` go.
+    The held-out images are looked at, or those trained on where there are none. Colours are aligned
+    to those of the last picture of the run that is resumed; ``hit1``, ``hit1_colours_kept``,
+    ``hit_near`` and ``hit_cells`` go to ``latest``.
     """
 
     def __init__(
@@ -134,12 +131,8 @@ class FeaturePictures:
 class Probe:
     """Fits a probe to the frozen features, notes its mean IoU, and marks the best checkpoint.
 
-    Args:
-        run_dir: The run, whose checkpoint of the step is saved already.
-        card: How images are prepared for the network.
-        splits: Images and masks to fit on, and those to score on.
-        protocol: ``linear`` or ``knn``.
-        latest: Where ``probe_miou`` goes.
+    The checkpoint of the step is saved already. Of the splits one is fitted on and one scored on;
+    ``probe_miou`` goes to ``latest``.
     """
 
     def __init__(

@@ -12,11 +12,9 @@ from pixel_level_contrastive_learning.trainer.auto import Schedule
 from pixel_level_contrastive_learning.trainer.memory import (
     Estimate,
     blank_views,
-    halve_until_it_fits,
     parts_by,
     saved_bytes,
     unchanged,
-    without_batch_norm_sync,
 )
 from pixel_level_contrastive_learning.trainer.metrics import HealthMonitor, MetricsWriter
 
@@ -66,20 +64,6 @@ def test_an_exploding_gradient_is_told() -> None:
     told(watch, range(1, 100))
     [sentence] = told(watch, range(100, 101), grad_norm=2000.0)
     assert "the gradient's norm is 2e+03, a thousand times its usual 1" in sentence
-
-
-def test_parts_are_halved_until_they_fit() -> None:
-    tried: list[int] = []
-    released: list[int] = []
-
-    def attempt(images: int) -> None:
-        tried.append(images)
-        if images > 5:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-
-    assert halve_until_it_fits(32, 1, attempt, lambda: released.append(1)) == 8
-    assert tried == [32, 16, 8, 4]
-    assert len(released) == 3
 
 
 def test_parts_by_estimate_leave_a_margin() -> None:
@@ -136,6 +120,6 @@ def test_processes_judge_the_same_step_however_fast_their_devices_are(processes,
 def test_a_trial_waits_for_no_other_process() -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 4, 4), nn.SyncBatchNorm(4), nn.BatchNorm2d(4))
     net[1].requires_grad_(False)
-    with without_batch_norm_sync(net):
+    with unchanged(net):
         assert [module.training for module in net] == [True, False, True]
     assert [module.training for module in net] == [True, True, True]
