@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from importlib import import_module
 from importlib.util import find_spec
 from math import isfinite
 from pathlib import Path
@@ -291,22 +292,16 @@ def check_loggers(names: tuple[str, ...]) -> None:
 def build_loggers(names: tuple[str, ...], folder: Path, step: int) -> list[Logger]:
     """Lightning's loggers by name, writing into the run's folder from a step on."""
 
-    def wandb() -> Logger:
-        from lightning.pytorch.loggers import WandbLogger
-
-        return WandbLogger(save_dir=folder, name=folder.name)
-
-    def mlflow() -> Logger:
-        from lightning.pytorch.loggers import MLFlowLogger
-
-        return MLFlowLogger(folder.name, tracking_uri=f"file:{folder / 'mlflow'}")
+    def rare(kind: str, *args: Any, **kwargs: Any) -> Logger:
+        logger: Logger = getattr(import_module("lightning.pytorch.loggers"), kind)(*args, **kwargs)
+        return logger
 
     resumed = f"from-step-{step:08d}" if step else ""  # its CSV would replace the one before
     makers: dict[str, Callable[[], Logger]] = {
         "tensorboard": lambda: TensorBoardLogger(folder, name="tensorboard", version=""),
         "csv": lambda: CSVLogger(folder, name="csv", version=resumed, flush_logs_every_n_steps=1),
-        "wandb": wandb,
-        "mlflow": mlflow,
+        "wandb": lambda: rare("WandbLogger", save_dir=folder, name=folder.name),
+        "mlflow": lambda: rare("MLFlowLogger", folder.name, tracking_uri=f"file:{folder}/mlflow"),
     }
     loggers = [makers[name]() for name in names]
     for logger in loggers:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any, NamedTuple
+from typing import Any
 
 from .. import run_layout
 from ..backbones.checkpoint import save_card
@@ -20,21 +20,15 @@ from .system import is_writer
 from .training_step import BACKBONE, LEARNER
 
 
-class ResumePoint(NamedTuple):
-    """Where a run goes on: the checkpoint's contents, the steps done, the images seen."""
+def find_resume_point(setup: Setup, run_dir: RunDir) -> dict[str, Any] | None:
+    """Prepare the folder for the first step; the checkpoint to go on from, None for a new run.
 
-    held: Mapping[str, Any]
-    step: int
-    samples: int
-
-
-def find_resume_point(setup: Setup, run_dir: RunDir) -> ResumePoint | None:
-    """Prepare the folder for the first step; where to go on, None for a new run.
+    Its ``steps_done`` are those of batches of the present size.
 
     Raises:
         ValueError: A checkpoint that does not fit, or changes that nothing is trained with.
     """
-    plan, point, number = setup.plan, None, 0
+    plan, step, number = setup.plan, 0, 0
     found = None if setup.before is None else run_dir.newest_checkpoint()
     # The checkpoint's own: config.yaml may have been changed by hand, or by damage.
     before = found[1].get("settings", setup.before) if found is not None else setup.before
@@ -45,11 +39,10 @@ def find_resume_point(setup: Setup, run_dir: RunDir) -> ResumePoint | None:
         path, held = found
         check_shapes(setup.learner, held["state_dict"])
         check_statistics(setup, run_dir, held)
-        done, samples = int(held["steps_done"]), int(held["samples"])
-        # A run in epochs counts images, so that another batch size gives another step.
-        step = done if plan.settings.steps is not None else samples // plan.batch_size
-        number = step_of(path) if step_of(path) >= 0 else done
-        point = ResumePoint(held, step, samples)
+        step = int(held["steps_done"])
+        number = step_of(path) if step_of(path) >= 0 else step
+        if plan.settings.steps is None:  # a run in epochs counts images
+            step = int(held["samples"]) // plan.batch_size
         check_idle_changes(changed, step, plan.schedule.steps)
         LOG.info("going on at step %d, from %s", step, path)
     elif setup.before is not None:
@@ -59,14 +52,14 @@ def find_resume_point(setup: Setup, run_dir: RunDir) -> ResumePoint | None:
         if dropped := run_dir.truncate(number):
             LOG.info("dropped %d lines of metrics after step %d", dropped, number)
         run_dir.discard_after(number)
-        if found is not None and point is not None and point.step != number:
-            run_dir.renumber(found[0], number, point.step)
+        if found is not None and step != number:
+            run_dir.renumber(found[0], number, step)
         write_whole(run_dir.path / run_layout.CONFIG, as_yaml(plan.settings))
         build.save_statistics(setup.data, run_dir.path)
         # Now, not at the end: with it the checkpoints can be evaluated while the run goes on.
         card = build.build_card(plan, setup.data.statistics)
         save_card(run_dir.path / run_layout.WEIGHTS, card)
-    return point
+    return None if found is None else found[1] | {"steps_done": step}
 
 
 def check_statistics(setup: Setup, run_dir: RunDir, held: Mapping[str, Any]) -> None:

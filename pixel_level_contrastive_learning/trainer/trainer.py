@@ -26,7 +26,7 @@ from .config_io import settings_of, to_config
 from .logging import LOG, logging_to, quiet_lightning
 from .memory import TRIED_ON, choose_accumulate, estimate
 from .metrics import MetricsWriter, build_loggers
-from .resume import ResumePoint, find_resume_point
+from .resume import find_resume_point
 from .run_dir import RunDir
 from .setup import Setup, check_places, dry_run, set_up
 from .signals import Interrupted, StopSignal
@@ -288,20 +288,19 @@ def train(setup: Setup, run_dir: RunDir, stop: StopSignal) -> PretrainResult:
     """
     steps = setup.plan.schedule.steps
     resumed = find_resume_point(setup, run_dir)
-    if resumed is not None and resumed.step >= steps:
+    if resumed is not None and resumed["steps_done"] >= steps:
         LOG.info("all %d steps are done already", steps)
-        weights, metrics = resumed.held["state_dict"], {}
+        weights, metrics = resumed["state_dict"], {}
     else:
         step = build_step(setup, resumed, stop)
-        colours = resumed.held.get("colours") if resumed is not None else None
-        metrics = fit(setup, step, run_dir, stop, colours)
+        metrics = fit(setup, step, run_dir, stop, (resumed or {}).get("colours"))
         weights = step.weights()
     backbone = export_backbone(setup, run_dir, weights) if is_writer() else None
     stop.exit_if_received()
     return PretrainResult(backbone, metrics, run_dir.path)
 
 
-def build_step(setup: Setup, resumed: ResumePoint | None, stop: StopSignal) -> TrainingStep:
+def build_step(setup: Setup, resumed: Mapping[str, Any] | None, stop: StopSignal) -> TrainingStep:
     """The step on the devices, with the state that a resumed run goes on with."""
     plan = setup.plan
     tried = plan.device in TRIED_ON and not plan.sharded
@@ -313,8 +312,7 @@ def build_step(setup: Setup, resumed: ResumePoint | None, stop: StopSignal) -> T
         torch.backends.cudnn.benchmark = plan.device == "cuda"
         step = TrainingStep(fabric, setup.learner, plan, setup.normalise)
         if resumed is not None:
-            step.load_state_dict(resumed.held)
-            step.step, step.samples = resumed.step, resumed.samples
+            step.load_state_dict(resumed)
         step.accumulate = plan.accumulate or choose_accumulate(fabric, step, plan, needed)
     if stop.received_anywhere(fabric, 0):
         stop.exit_if_received()

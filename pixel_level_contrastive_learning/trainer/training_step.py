@@ -168,7 +168,7 @@ class TrainingStep:
         }
 
     def load_state_dict(self, held: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint, but for the step count, which the run decides."""
+        """Go on from a checkpoint."""
         state = {name.removeprefix(LEARNER): own for name, own in held["state_dict"].items()}
         [optimizer] = held["optimizer_states"]
         if self.plan.sharded:
@@ -177,6 +177,7 @@ class TrainingStep:
         else:
             self.learner.load_state_dict(state)
             self.optimizer.load_state_dict(optimizer)
+        self.step, self.samples = held["steps_done"], int(held["samples"])
         self.parts_before = tuple(held["parts"])
 
 
