@@ -41,7 +41,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PATIENCE = 180  # seconds after which a process counts as hanging
 STEPS, EVERY = 80, 4  # steps of a run, and steps between its checkpoints
 NETS = '''
-"""Waits in each pass, and sends its own process a signal in the middle of one."""
+"""Waits in each pass, signals its own process in the middle of one, or makes reading hang."""
 import os, signal, time
 from torch import nn
 
@@ -56,7 +56,22 @@ class Paced(nn.Sequential):
                 os.kill(os.getpid(), int(os.environ["SIGNAL"]))
         return super().forward(x)
 
+def hang_at(number):
+    from pixel_level_contrastive_learning.data import pages
+    open_regular, files = pages.open_regular, []
+
+    def hanging(path):
+        files.append(path)
+        if len(files) >= number:
+            print("hangs", flush=True)
+            time.sleep(999)
+        return open_regular(path)
+
+    pages.open_regular = hanging
+
 def tiny(channels=3):
+    if "HANG" in os.environ:
+        hang_at(int(os.environ["HANG"]))
     return Paced(
         nn.Conv2d(channels, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.1),
         nn.Conv2d(8, 16, 3, 2, 1), nn.BatchNorm2d(16), nn.ReLU(), nn.AdaptiveAvgPool2d(1),
@@ -345,6 +360,45 @@ def worker_out_of_memory(ground: Ground, folder: Path) -> str:
     return "exit 1, then the same bits"
 
 
+def reader_hangs(ground: Ground, folder: Path, count: int, file: int) -> str:
+    """A file never answers, as on a server that is gone, from a number of files in a process on."""
+    run, flags = folder / "run", ("--workers", count)
+    command = ground.start(run, *flags, HANG=file)
+    command.until(lambda: command.said().count("hangs") == max(count, 1))
+    time.sleep(1)  # steps of the batches that are there
+    told = time.monotonic()
+    os.kill(command.pid, signal.SIGTERM)
+    command.ends(143, says=["SIGTERM"])
+    if (seconds := time.monotonic() - told) > 15:
+        raise FaultError(f"ends only after {seconds:.0f} s")
+    if run.exists() != (file > 1):
+        raise FaultError("leaves a folder behind" if run.exists() else "saves nothing")
+    ground.finish(run, *flags)
+    ground.kills += 1
+    return "exit 143, then the same bits"
+
+
+def worker_killed_beside_another(ground: Ground, folder: Path) -> str:
+    """A worker of the loader dies while the other hangs, and the run waits."""
+    run, flags = folder / "run", ("--workers", "2")
+    command = ground.start(run, *flags, HANG=20)
+    command.until(lambda: command.said().count("hangs") == 2)
+    os.kill(workers(command)[0], signal.SIGKILL)
+    command.ends(1, says=["error: .*worker"])
+    ground.finish(run, *flags)
+    return "exit 1, then the same bits"
+
+
+def stopped_early(ground: Ground, folder: Path, number: signal.Signals) -> str:
+    """A new run is told to stop in its first pass, before the first step: it leaves no trace."""
+    run = folder / "run"
+    ground.start(run, PASS=1, SIGNAL=int(number)).ends(128 + number, says=[number.name])
+    if run.exists():
+        raise FaultError("leaves a folder behind")
+    ground.finish(run)
+    return f"exit {128 + number}, then the same bits"
+
+
 # Files of the run that are no longer what they were.
 
 
@@ -579,6 +633,7 @@ Case = Callable[[Ground, Path], str]
 NEWEST = "checkpoints/step-00000012.ckpt"
 SHORT = (
     "kills: short",
+    "reader hangs at 30, 2 workers",
     f"damage: {NEWEST} cut 0.03",
     "permission: checkpoint",
     "full disk, 700 KiB free",
@@ -603,6 +658,12 @@ def campaign() -> dict[str, Case]:
     for seed in range(4):
         add(f"kills: worker alone, {seed}", worker_killed, seed=seed)
     add("worker out of memory", worker_out_of_memory)
+    for count in (0, 2):
+        for file in (1, 30):
+            add(f"reader hangs at {file}, {count} workers", reader_hangs, count=count, file=file)
+    add("worker killed beside one that hangs", worker_killed_beside_another)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        add(f"stopped early by {number.name}", stopped_early, number=number)
 
     hurts = [f"{verb} {at}" for verb in ("cut", "flip") for at in (0, 0.03, 0.3, 0.5, 0.9, 1)]
     for name in (NEWEST, "config.yaml", "metrics.jsonl", "statistics.json", "backbone.json"):

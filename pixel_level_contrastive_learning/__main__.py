@@ -7,14 +7,24 @@ import sys
 from .checks import not_installed
 
 
+def leave(number: int, _: object) -> None:
+    """Exit at once, with the code of a signal."""
+    os.write(2, f"stopped by {signal.Signals(number).name}\n".encode())
+    os._exit(128 + number)
+
+
 def main() -> int:
     """Run a command; its exit code."""
-    # A run installs its own handler; before and after it there is nothing to save.
-    signal.signal(signal.SIGTERM, lambda number, _: os._exit(128 + number))
+    # A run installs its own handlers; before and after it there is nothing to save, and libraries
+    # that are being imported answer KeyboardInterrupt in ways of their own.
+    signal.signal(signal.SIGTERM, leave)
+    before = signal.signal(signal.SIGINT, leave)
     try:
         from .cli import main as command
     except ModuleNotFoundError as error:
         sys.exit(f"error: {not_installed(error.name)}")
+    if sys.argv[1:2] != ["pretrain"]:
+        signal.signal(signal.SIGINT, before)
     return command()
 
 

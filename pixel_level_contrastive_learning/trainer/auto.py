@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from math import ceil, cos, pi, sqrt
+from typing import Any
 
 from ..augment import Photometry, blur_of
-from ..views import Placement
 from .config import PRECISIONS, Auto, PretrainConfig
 
 ADAPTIVE = ("adam", "lamb", "lion", "nadam", "radam", "adan", "laprop", "adopt", "muon")
@@ -37,53 +37,30 @@ VIEW_SIDES = (64, 224)
 
 @dataclass(frozen=True)
 class Info:
-    """What was found out of data, system and network.
+    """What was found out of data, system and network."""
 
-    Attributes:
-        images: Images to train on.
-        typical_size: Median ``(height, width)`` of the images.
-        channels: Channels of the images.
-        device: ``cuda``, ``cpu`` or ``mps``.
-        native_bfloat16: Whether the device has bfloat16 instructions.
-        processes: Processes of the run, over all machines.
-        cores: Cores for each process.
-        batch_norm: Whether the backbone has batch norm.
-        pixel_layer: Name of the layer for the pixel loss, or names of several.
-        instance_layer: Name of the layer for the instance loss.
-    """
-
-    images: int
-    typical_size: tuple[int, int]
+    images: int  # to train on
+    typical_size: tuple[int, int]  # median (height, width) of the images
     channels: int
-    device: str
-    native_bfloat16: bool
-    processes: int
-    cores: int
-    batch_norm: bool
-    pixel_layer: str | tuple[str, ...]
+    device: str  # cuda, cpu or mps
+    native_bfloat16: bool  # whether the device has bfloat16 instructions
+    processes: int  # of the run, over all machines
+    cores: int  # for each process
+    batch_norm: bool  # whether the backbone has any
+    pixel_layer: str | tuple[str, ...]  # name of the layer for the pixel loss, or of several
     instance_layer: str
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """The length of a run, its learning rate and target momentum as functions of the step.
-
-    Attributes:
-        steps: Steps of the run.
-        steps_per_epoch: Steps that show every image about once.
-        warmup_steps: Steps of linear warm-up, from a hundredth of the peak; step ``warmup_steps``
-            is the first at the peak.
-        peak_lr: Largest learning rate.
-        final_lr: Where the learning rate's half cosine arrives at step ``steps``.
-        target_momentum: Target momentum at the start; it grows to 1 by half a cosine.
-    """
+    """The length of a run, its learning rate and target momentum as functions of the step."""
 
     steps: int
-    steps_per_epoch: int
-    warmup_steps: int
+    steps_per_epoch: int  # they show every image about once
+    warmup_steps: int  # of linear warm-up; step ``warmup_steps`` is the first at the peak
     peak_lr: float
-    final_lr: float
-    target_momentum: float
+    final_lr: float  # where the learning rate's half cosine arrives at step ``steps``
+    target_momentum: float  # at the start; it grows to 1 by half a cosine
 
     def lr(self, step: int) -> float:
         """The learning rate of a step, counted from 0 (the authors' schedule)."""
@@ -104,63 +81,38 @@ class Schedule:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """Everything that decides a run, resolved: nothing is `auto` any more.
+    """Everything that decides a run, resolved: nothing is `auto` any more."""
 
-    Attributes:
-        settings: The settings for `config.yaml`; nothing else reads them.
-        model: The backbone's name.
-        schedule: Length, learning rate and target momentum.
-        view_size: ``(height, width)`` of the views.
-        placement: How views are placed on their images.
-        photometry: Colour change of the first and the second view.
-        batch_size: Images a step, over all processes.
-        processes: Processes, over all machines.
-        workers: Loader processes for each device.
-        accumulate: Parts that a process takes its share of a batch in; 0: as memory allows.
-        optimizer: Name in timm.
-        weight_decay: Of weights with two dimensions or more.
-        clip_grad: Largest norm of the gradient; 0 is no limit.
-        precision: ``float32`` or ``bfloat16``.
-        device: ``cuda``, ``cpu`` or ``mps``.
-        sharded: Whether processes hold a shard of the network each (FSDP2).
-        seed: Of everything random.
-        compares_pixels: Whether the pixel loss has weight.
-        distance_thres: Cells match under this distance.
-        max_broken: Share of images that may be unreadable.
-        checkpoint_every: Steps between checkpoints.
-        keep_checkpoints: How many to keep.
-        picture_every: Steps between pictures; 0 for none.
-        probe_every: Steps between probes; 0 for none.
-        probe_protocol: ``linear`` or ``knn``.
-        loggers: Names of the loggers besides `metrics.jsonl`.
-    """
-
-    settings: PretrainConfig
+    settings: PretrainConfig  # for `config.yaml`; nothing else reads them
     model: str
     schedule: Schedule
-    view_size: tuple[int, int]
-    placement: Placement
-    photometry: tuple[Photometry, Photometry]
-    batch_size: int
-    processes: int
-    workers: int
-    accumulate: int
-    optimizer: str
-    weight_decay: float
-    clip_grad: float
-    precision: str
-    device: str
-    sharded: bool
+    view_size: tuple[int, int]  # (height, width)
+    crop_area: tuple[float, float]  # smallest and largest share of the image
+    aspect_ratio: tuple[float, float]  # smallest and largest width / height of a crop
+    prob_hflip: float
+    prob_vflip: float
+    max_rotation: float  # degrees
+    photometry: tuple[Photometry, Photometry]  # colour change of the first and the second view
+    batch_size: int  # images a step, over all processes
+    processes: int  # over all machines
+    workers: int  # loader processes for each device
+    accumulate: int  # parts that a process takes its share of a batch in; 0: as memory allows
+    optimizer: str  # its name in timm
+    weight_decay: float  # of weights with two dimensions or more
+    clip_grad: float  # largest norm of the gradient; 0 is no limit
+    precision: str  # float32 or bfloat16
+    device: str  # cuda, cpu or mps
+    sharded: bool  # whether processes hold a shard of the network each (FSDP2)
     seed: int
-    compares_pixels: bool
-    distance_thres: float
-    max_broken: float
-    checkpoint_every: int
+    compares_pixels: bool  # whether the pixel loss has weight
+    distance_thres: float  # cells match under this distance
+    max_broken: float  # share of images that may be unreadable
+    checkpoint_every: int  # steps
     keep_checkpoints: int
-    picture_every: int
-    probe_every: int
-    probe_protocol: str
-    loggers: tuple[str, ...]
+    picture_every: int  # steps; 0 for none
+    probe_every: int  # steps; 0 for none
+    probe_protocol: str  # linear or knn
+    loggers: tuple[str, ...]  # besides `metrics.jsonl`
 
     @property
     def images_per_process(self) -> int:
@@ -193,8 +145,6 @@ def resolve(config: PretrainConfig, info: Info) -> RunPlan:
         precision = "bfloat16" if info.native_bfloat16 else "float32"
     affordable = ceil(PICTURE_COST / (PICTURE_SHARE * (batch // info.processes)))
     epoch_or_so = 1000 if info.device == "cuda" else min(max(per_epoch, 100), 1000)
-    checkpoint_every = unless_auto(config.checkpoint_every, epoch_or_so)
-    picture_every = unless_auto(config.picture_every, max(steps // 10, affordable))
     probe_epochs = unless_auto(config.probe_every, max(1, round(steps / per_epoch / 10)))
     settings = replace(
         config,
@@ -209,8 +159,8 @@ def resolve(config: PretrainConfig, info: Info) -> RunPlan:
         lr=lr,
         warmup_epochs=schedule.warmup_steps / per_epoch,
         precision=precision,
-        checkpoint_every=checkpoint_every,
-        picture_every=picture_every,
+        checkpoint_every=unless_auto(config.checkpoint_every, epoch_or_so),
+        picture_every=unless_auto(config.picture_every, max(steps // 10, affordable)),
         probe_every=probe_epochs,
     )
     sharded = info.processes > 1 and config.strategy == "fsdp"
@@ -225,40 +175,21 @@ def resolve(config: PretrainConfig, info: Info) -> RunPlan:
         )
         for prob_blur, prob_solarise in zip(config.prob_blur, config.prob_solarise, strict=True)
     )
-    return RunPlan(
-        settings=settings,
-        model=config.model,
-        schedule=schedule,
-        view_size=size,
-        placement=Placement(
-            prob_hflip=config.prob_hflip,
-            prob_vflip=config.prob_vflip,
-            max_rotation=config.max_rotation,
-            area_range=config.crop_area,
-            aspect_range=config.aspect_ratio,
-        ),
-        photometry=(first, second),
-        batch_size=batch,
-        processes=info.processes,
-        workers=unless_auto(config.workers, default_workers(info)),
-        accumulate=unless_auto(config.accumulate, 0),
-        optimizer=config.optimizer,
-        weight_decay=config.weight_decay,
-        clip_grad=config.clip_grad,
-        precision=precision,
-        device=info.device,
-        sharded=sharded,
-        seed=config.seed,
-        compares_pixels=config.alpha > 0,
-        distance_thres=config.distance_thres,
-        max_broken=config.max_broken,
-        checkpoint_every=checkpoint_every,
-        keep_checkpoints=config.keep_checkpoints,
-        picture_every=picture_every,
-        probe_every=0 if config.probe is None or sharded else probe_epochs * per_epoch,
-        probe_protocol=config.probe_protocol,
-        loggers=config.loggers,
-    )
+    derived: dict[str, Any] = {
+        "settings": settings,
+        "schedule": schedule,
+        "view_size": size,
+        "photometry": (first, second),
+        "processes": info.processes,
+        "workers": unless_auto(config.workers, default_workers(info)),
+        "accumulate": unless_auto(config.accumulate, 0),
+        "device": info.device,
+        "sharded": sharded,
+        "compares_pixels": config.alpha > 0,
+        "probe_every": 0 if config.probe is None or sharded else probe_epochs * per_epoch,
+    }
+    names = {field.name for field in fields(RunPlan)} - derived.keys()
+    return RunPlan(**derived, **{name: getattr(settings, name) for name in names})
 
 
 def learning_rate(
@@ -268,11 +199,6 @@ def learning_rate(
 
     The peak grows with the batch: with its square root for adaptive optimisers, in proportion for
     others.
-
-    Args:
-        config: The settings: ``lr``, ``optimizer`` and ``weights``.
-        batch_size: Images a step, over all processes.
-        batch_norm: Whether the backbone has batch norm.
 
     Raises:
         ValueError: ``lr`` is `auto` and the optimiser has no default.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,48 +40,29 @@ from .system import Devices, cores_per_process
 
 FUSED = ("adam", "adamw", "sgd")
 """Optimisers that torch updates in one pass over the weights: a third of the time on a CPU."""
+LEARNER_SETTINGS = (
+    *("projection_size", "projection_hidden_size", "ppm_num_layers", "ppm_gamma", "alpha"),
+    *("instance_weight", "distance_thres", "similarity_temperature", "pixel_levels"),
+    "level_weights",
+)
+"""Settings that the learner takes by the same names."""
 
 
 class TrainingData(NamedTuple):
-    """The images of a run.
-
-    Attributes:
-        train: Images that are trained on.
-        held_out: A few that are only looked at; none of few images.
-        statistics: Their size, channels and range.
-    """
+    """The images of a run."""
 
     train: Source
-    held_out: Source
+    held_out: Source  # a few that are only looked at; none of few images
     statistics: Statistics
 
 
 def open_data(data: Any, config: PretrainConfig, resumed: Path | None) -> TrainingData:
-    """Open the images and measure their statistics; a resumed run keeps those it began with.
-
-    Args:
-        data: Folders and the like, or a Python sequence or data set.
-        config: The settings.
-        resumed: Folder of the run that is resumed; None for a new one.
-    """
+    """Open the images and measure their statistics; those in the folder of a resumed run stay."""
     source = open_source(data, leave_out=config.out, pages=config.pages, nodata=config.nodata)
-    stored = None if resumed is None else resumed / run_layout.STATISTICS
+    stored = resumed / run_layout.STATISTICS if resumed is not None else None
     if stored is not None and stored.exists():
-        try:
-            values = json.loads(stored.read_text(encoding="utf-8"))
-            images = values.pop("images", len(source))
-            plain: dict[str, Any] = {
-                name: tuple(value) if isinstance(value, list) else value
-                for name, value in values.items()
-                if name not in ("smallest", "sampled")  # of older versions
-            }
-            statistics = Statistics(**plain)
-        except (ValueError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"{stored} cannot be read ({error}); restore it, or remove it and the images are "
-                "measured again"
-            ) from error
-        if images != len(source):
+        statistics, images = read_statistics(stored)
+        if images not in (None, len(source)):
             LOG.warning(
                 "there are %d images, and there were %d when the run began: of those held out now "
                 "some may have been trained on",
@@ -92,6 +73,22 @@ def open_data(data: Any, config: PretrainConfig, resumed: Path | None) -> Traini
         channels = None if config.channels == "auto" else config.channels
         statistics = measure(source, channels=channels, seed=config.seed)
     return TrainingData(*split_held_out(source, config.seed), statistics)
+
+
+def read_statistics(path: Path) -> tuple[Statistics, int | None]:
+    """What `save_statistics` wrote: the statistics, and of how many images."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        names = [field.name for field in fields(Statistics)]  # older versions wrote others, too
+        plain: dict[str, Any] = {
+            n: tuple(v) if isinstance(v, list) else v for n, v in values.items() if n in names
+        }
+        return Statistics(**plain), values.get("images")
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} cannot be read ({error}); restore it, or remove it and the images are "
+            "measured again"
+        ) from error
 
 
 def save_statistics(data: TrainingData, folder: Path) -> None:
@@ -127,41 +124,27 @@ def build_learner(
     Raises:
         ValueError: A layer that cannot be used.
     """
+    own: dict[str, Any] = {name: getattr(config, name) for name in LEARNER_SETTINGS}
     learner = PixelCL(
         net,
         size,
-        hidden_layer_pixel=layer_keys(config.pixel_layer),
+        hidden_layer_pixel=layer_key(config.pixel_layer),
         hidden_layer_instance=layer_key(config.instance_layer),
-        projection_size=config.projection_size,
-        projection_hidden_size=config.projection_hidden_size,
         moving_average_decay=config.target_momentum,
-        ppm_num_layers=config.ppm_num_layers,
-        ppm_gamma=config.ppm_gamma,
-        distance_thres=config.distance_thres,
-        similarity_temperature=config.similarity_temperature,
-        alpha=config.alpha,
         use_pixpro=config.loss == "pixpro",
         channels=channels,
-        instance_weight=config.instance_weight,
-        pixel_levels=config.pixel_levels,
-        level_weights=config.level_weights,
+        **own,
     )
     return learner.to(memory_format=torch.channels_last)
 
 
-def layer_key(name: str) -> str | int | None:
-    """A layer as the learner takes it: a name, an index, or None for its default."""
-    return None if name == "auto" else name_or_index(name)
-
-
-def layer_keys(names: str | tuple[str, ...]) -> str | int | list[str | int] | None:
-    """One layer or several, likewise."""
-    return layer_key(names) if isinstance(names, str) else [name_or_index(name) for name in names]
-
-
-def name_or_index(name: str) -> str | int:
-    """A layer's name, or the number that the text is."""
-    return int(name) if name.removeprefix("-").isdecimal() and "." not in name else name
+def layer_key(name: str | tuple[str, ...]) -> Any:
+    """A layer as the learner takes it: a name, an index, several of them, or None for `auto`."""
+    if not isinstance(name, str):
+        return [layer_key(one) for one in name]
+    if name.removeprefix("-").isdecimal():
+        return int(name)
+    return None if name == "auto" else name
 
 
 def find_info(data: TrainingData, devices: Devices, learner: PixelCL) -> Info:
@@ -185,7 +168,8 @@ def build_card(plan: RunPlan, statistics: Statistics) -> BackboneCard:
     """What is needed to use the backbone."""
     settings = plan.settings
     random = AS_HANDED if is_module_handed() else "random"
-    random = ZERO_INIT if settings.zero_init_residual else random
+    if settings.zero_init_residual:
+        random = ZERO_INIT
     return BackboneCard(
         model=plan.model,
         channels=statistics.channels,
@@ -205,18 +189,16 @@ def build_train_loader(
     plan: RunPlan, data: TrainingData, rank: int, folder: Path | None
 ) -> TwoViewLoader:
     """The loader of one process; the one that writes lists unreadable images in the folder."""
-    placement = plan.placement
-    assert placement.area_range is not None
     return build_loader(
         data.train,
         data.statistics,
         image_size=plan.view_size,
         batch_size=plan.images_per_process,
-        crop_area=placement.area_range,
-        aspect_ratio=placement.aspect_range,
-        prob_hflip=placement.prob_hflip,
-        prob_vflip=placement.prob_vflip,
-        max_rotation=placement.max_rotation,
+        crop_area=plan.crop_area,
+        aspect_ratio=plan.aspect_ratio,
+        prob_hflip=plan.prob_hflip,
+        prob_vflip=plan.prob_vflip,
+        max_rotation=plan.max_rotation,
         photometry=plan.photometry,
         seed=plan.seed,
         workers=plan.workers,
@@ -236,43 +218,31 @@ class Autocast(MixedPrecision):
 
 
 def build_fabric(plan: RunPlan, devices: Devices) -> Fabric:
-    """Lightning Fabric for the plan's devices, strategy and precision."""
-    return Fabric(
-        accelerator=devices.kind,
-        devices=devices.per_node,
-        num_nodes=devices.nodes,
-        strategy=build_strategy(plan),
-        plugins=[Autocast("bf16-mixed", devices.kind)] if plan.precision == "bfloat16" else [],
-    )
-
-
-def build_strategy(plan: RunPlan) -> Strategy | str:
-    """How processes share the work.
+    """Lightning Fabric for the plan's devices, strategy and precision.
 
     Sharding is torch's second (`fully_shard`): parameters stay whole tensors to the eye, while the
     first flattens them, so that the target could not follow.
     """
-    if plan.processes == 1:
-        return "auto"
+    strategy: Strategy | str = "auto"
     if plan.sharded:
-        return ModelParallelStrategy(
-            shard, data_parallel_size=plan.processes, tensor_parallel_size=1
-        )
-    # Batch norm's buffers are each process's own: in training nobody reads them.
-    return DDPStrategy(
-        find_unused_parameters=False, broadcast_buffers=False, gradient_as_bucket_view=True
+        strategy = ModelParallelStrategy(shard, plan.processes, tensor_parallel_size=1)
+    elif plan.processes > 1:
+        # Batch norm's buffers are each process's own: in training nobody reads them.
+        strategy = DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
+    return Fabric(
+        accelerator=devices.kind,
+        devices=devices.per_node,
+        num_nodes=devices.nodes,
+        strategy=strategy,
+        plugins=[Autocast("bf16-mixed", devices.kind)] if plan.precision == "bfloat16" else [],
     )
 
 
 def build_optimizer(learner: nn.Module, plan: RunPlan, idle: set[str]) -> torch.optim.Optimizer:
     """Timm's optimiser over the parameters that the loss reaches.
 
-    Parameters of one dimension have no weight decay, and so no LARS either, as with the authors.
-
-    Args:
-        learner: What is trained.
-        plan: Name, learning rate and weight decay.
-        idle: Names of parameters that the loss never reaches.
+    Those that it never reaches are ``idle``. Parameters of one dimension have no weight decay, and
+    so no LARS either, as with the authors.
 
     Raises:
         ValueError: timm has no optimiser of that name.

@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from logging.handlers import MemoryHandler
 from pathlib import Path
 
 import torch
@@ -27,33 +28,25 @@ class TerminalHandler(logging.Handler):
             sys.stderr.write(f"{text}\n")
 
 
-class LateFileHandler(logging.Handler):
+class LateFileHandler(MemoryHandler):
     """Writes to a file, once there is a folder for it; keeps records until then."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        self.records: list[logging.LogRecord] = []
-        self.file: logging.FileHandler | None = None
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if self.file is None:
-            self.records.append(record)
-        else:
-            self.file.handle(record)
+        super().__init__(sys.maxsize)
 
     def open(self, path: Path) -> None:
         """Append to a file from now on, beginning with the records kept."""
-        self.file = logging.FileHandler(path, encoding="utf-8", errors=ERRORS)
-        self.file.setFormatter(self.formatter)
-        for record in self.records:
-            self.file.handle(record)
-        self.records.clear()
+        file = logging.FileHandler(path, encoding="utf-8", errors=ERRORS)
+        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        self.setTarget(file)
+        self.capacity = 0
+        self.flush()
 
     def close(self) -> None:
-        if self.file is not None:
-            self.file.close()
+        file = self.target
         super().close()
+        if file is not None:
+            file.close()
 
 
 @contextmanager
@@ -101,17 +94,12 @@ def metrics_line(metrics: dict[str, float]) -> str:
     )
 
 
-class ProgressBar:
-    """Metrics, speed, waiting, memory and time left; nothing where there is no terminal.
+class ProgressBar(Progress):
+    """Metrics, speed, waiting, memory and time left; nothing where there is no terminal."""
 
-    Args:
-        steps: Steps of the run.
-    """
-
-    def __init__(self, steps: int) -> None:
-        self.steps = steps
+    def __init__(self) -> None:
         console = Console(stderr=True)
-        self.progress = Progress(
+        super().__init__(
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
@@ -122,14 +110,9 @@ class ProgressBar:
             refresh_per_second=2,
         )
 
-    def start(self, done: int) -> None:
-        """Show the bar."""
-        self.task = self.progress.add_task("pretrain", total=self.steps, completed=done, metrics="")
-        self.progress.start()
-
-    def update(self, metrics: dict[str, float]) -> None:
+    def show(self, metrics: dict[str, float]) -> None:
         """Show the metrics of a step."""
-        if self.progress.disable:
+        if self.disable:
             return
         used = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_memory()
         text = (
@@ -137,11 +120,7 @@ class ProgressBar:
             f"{metrics['images_per_second']:.0f} images/s  waiting {metrics['waiting']:.0%}  "
             f"{used / 2**30:.1f} GiB"
         )
-        self.progress.update(self.task, completed=metrics["step"], metrics=text)
-
-    def stop(self) -> None:
-        """Leave the bar's last line."""
-        self.progress.stop()
+        self.update(self.task_ids[0], completed=metrics["step"], metrics=text)
 
 
 def peak_memory() -> float:

@@ -26,15 +26,10 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a step takes, in bytes.
+    """What a step takes, in bytes."""
 
-    Attributes:
-        fixed: Weights, target, gradients and the optimiser's state.
-        per_image: What an image leaves behind for the backward pass.
-    """
-
-    fixed: int
-    per_image: int
+    fixed: int  # weights, target, gradients and the optimiser's state
+    per_image: int  # what an image leaves behind for the backward pass
 
     def total(self, images: int) -> int:
         """Bytes for a part of this many images."""
@@ -98,34 +93,27 @@ def blank_views(
 
 
 @contextmanager
-def unchanged(learner: PixelCL) -> Iterator[None]:
-    """A context after which buffers, gradients and random generators are as they were."""
+def unchanged(learner: nn.Module) -> Iterator[None]:
+    """A context after which buffers, gradients and random generators are as they were.
+
+    Inside, batch norm does not wait for other processes, which may try other sizes: it uses its
+    running statistics, and keeps as much for the backward pass.
+    """
     buffers = {name: buffer.clone() for name, buffer in learner.named_buffers()}
     cuda = [p.device for p in list(learner.parameters())[:1] if p.device.type == "cuda"]
+    synced = [m for m in learner.modules() if isinstance(m, nn.SyncBatchNorm) and m.training]
     try:
+        for module in synced:
+            module.training = False
         with torch.random.fork_rng(cuda):
             yield
     finally:
+        for module in synced:
+            module.training = True
         for name, now in learner.named_buffers():
             if name in buffers and now.shape == buffers[name].shape:  # else made for these views
                 now.copy_(buffers[name])
         learner.zero_grad(set_to_none=True)
-
-
-@contextmanager
-def without_batch_norm_sync(learner: nn.Module) -> Iterator[None]:
-    """A context in which batch norm does not wait for other processes, which may try other sizes.
-
-    It then uses its running statistics, and keeps as much for the backward pass.
-    """
-    synced = [m for m in learner.modules() if isinstance(m, nn.SyncBatchNorm) and m.training]
-    for module in synced:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in synced:
-            module.training = True
 
 
 def choose_accumulate(
@@ -133,14 +121,8 @@ def choose_accumulate(
 ) -> int:
     """Into how many parts each process splits its share of a batch, so that memory suffices.
 
-    A resumed run keeps its parts, where a GPU has room for them.
-
-    Args:
-        fabric: Launched.
-        step: What is tried, and the parts of the run that is resumed.
-        plan: Of the run.
-        needed: What a step takes; None to try it out, halving a part while memory runs out. With a
-            shard each, processes would have to try the same sizes at the same time.
+    A resumed run keeps its parts, where a GPU has room for them. Without an estimate of what a step
+    takes it is tried out; processes with a shard each would have to try the same sizes at once.
 
     Raises:
         MemoryError: Not even the smallest part fits.
@@ -157,57 +139,42 @@ def choose_accumulate(
         parts = int(agreed)
     if fabric.is_global_zero:
         LOG.info(
-            "each device takes %d images a step, %d at a time (accumulate %d)",
-            images,
-            -(-images // parts),
-            parts,
+            f"each device takes {images} images a step, {-(-images // parts)} at a time "
+            f"(accumulate {parts})"
         )
     return parts
 
 
-def try_parts(fabric: Fabric, learner: PixelCL, plan: RunPlan, start: int) -> int:
-    """Parts, ``start`` or more, found by a forward and backward pass of one."""
-
-    def attempt(images: int) -> None:
-        ballast = [
-            torch.empty_like(p)
-            for p in learner.parameters()
-            if p.requires_grad
-            for _ in range(optimizer_states(plan))
-        ]  # what the optimiser keeps from its first step on
-        with fabric.autocast():
-            loss = learner(blank_views(images, learner, plan.view_size, fabric.device))
-        loss.backward()
-        del ballast
-
-    def release() -> None:
-        learner.zero_grad(set_to_none=True)
-        torch.cuda.empty_cache()
-
-    with unchanged(learner), without_batch_norm_sync(learner):
-        return halve_until_it_fits(plan.images_per_process, start, attempt, release)
-
-
-def halve_until_it_fits(
-    images: int, start: int, attempt: Callable[[int], None], release: Callable[[], None]
-) -> int:
-    """Parts of a batch of ``images``: doubled from ``start`` while ``attempt`` is out of memory."""
-    parts = start
-    while True:
-        size = -(-images // parts)
-        try:
-            attempt(size)
-        except torch.OutOfMemoryError:
-            release()
+def try_parts(fabric: Fabric, learner: PixelCL, plan: RunPlan, parts: int) -> int:
+    """Parts, doubled while the forward and backward pass of one is out of memory."""
+    with unchanged(learner):
+        while True:
+            size = -(-plan.images_per_process // parts)
+            try:
+                try_size(fabric, learner, plan, size)
+                return parts
+            except torch.OutOfMemoryError:
+                pass  # what it held is free once it is forgotten
+            learner.zero_grad(set_to_none=True)
+            torch.cuda.empty_cache()
             if size <= 2:
                 raise MemoryError(
                     f"{size} images do not fit into memory; give a smaller image_size, "
                     "projection_hidden_size or model"
-                ) from None
+                )
             LOG.info("%d images at a time do not fit into memory: trying half", size)
             parts *= 2
-        else:
-            return parts
+
+
+def try_size(fabric: Fabric, learner: PixelCL, plan: RunPlan, images: int) -> None:
+    """Take as much memory as a step of so many images."""
+    trained = [p for p in learner.parameters() if p.requires_grad]
+    # What the optimiser keeps from its first step on.
+    ballast = [torch.empty_like(p) for p in trained for _ in range(optimizer_states(plan))]
+    with fabric.autocast():
+        loss = learner(blank_views(images, learner, plan.view_size, fabric.device))
+    loss.backward()
+    del ballast
 
 
 def parts_by(needed: Estimate, images: int, free: int) -> int:

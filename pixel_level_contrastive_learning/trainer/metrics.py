@@ -6,8 +6,10 @@ import json
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from importlib import import_module
 from importlib.util import find_spec
+from math import isfinite
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +23,7 @@ from .. import run_layout
 from ..data.dataset import TwoViewBatch
 from ..evaluation.health import COLLAPSED_RANK, COLLAPSED_SPREAD, effective_rank, spread
 from ..files import cannot_write, write_whole
+from .auto import Schedule
 from .logging import LOG, ProgressBar, metrics_line
 from .training_step import METRIC_NAMES, NotFiniteError, StepResult, not_finite
 
@@ -42,9 +45,6 @@ class HealthMonitor:
     Collapse: the spread of features falls under `COLLAPSED_SPREAD`, or their effective rank under
     `COLLAPSED_RANK`. Divergence: after the warm-up the running means of both cosines are at most
     0, no better than chance, or the gradient is a thousand times its running mean.
-
-    Args:
-        warmup_steps: Divergence is judged after these.
     """
 
     def __init__(self, warmup_steps: int) -> None:
@@ -55,8 +55,16 @@ class HealthMonitor:
 
     def __call__(self, metrics: dict[str, float]) -> list[str]:
         """The warnings about a step that were not given for the step before."""
-        found: dict[str, str] = {}
+        usual = self.means.get("grad_norm", metrics["grad_norm"])
+        kept = SMOOTHING * (1 - SMOOTHING**self.seen) / (1 - SMOOTHING ** (self.seen + 1))
+        for name in ("pixel_cosine", "instance_cosine", "grad_norm"):
+            before = self.means.get(name, metrics[name])
+            self.means[name] = kept * before + (1 - kept) * metrics[name]
+        self.seen += 1
+        settled = metrics["step"] > self.warmup_steps and self.seen > 1 / (1 - SMOOTHING)
+        cosine = max(self.means["pixel_cosine"], self.means["instance_cosine"])
         advice = "Lower lr, lengthen the warm-up, or raise target_momentum"
+        found: dict[str, str] = {}
         if metrics.get("spread", 1) < COLLAPSED_SPREAD:
             found["spread"] = (
                 f"the features collapse: their spread is {metrics['spread']:.3g}, under "
@@ -67,23 +75,16 @@ class HealthMonitor:
                 f"the features collapse: their effective rank is {metrics['effective_rank']:.3g}, "
                 f"under {COLLAPSED_RANK}: they vary in hardly any direction. {advice}"
             )
-        usual = self.means.get("grad_norm", metrics["grad_norm"])
-        for name in ("pixel_cosine", "instance_cosine", "grad_norm"):
-            kept = SMOOTHING * (1 - SMOOTHING**self.seen) / (1 - SMOOTHING ** (self.seen + 1))
-            before = self.means.get(name, metrics[name])
-            self.means[name] = kept * before + (1 - kept) * metrics[name]
-        self.seen += 1
-        if metrics["step"] > self.warmup_steps and self.seen > 1 / (1 - SMOOTHING):
-            if max(self.means["pixel_cosine"], self.means["instance_cosine"]) <= 0:
-                found["cosine"] = (
-                    "the run diverges: the network predicts its target no better than chance "
-                    "(mean cosines at most 0). Lower lr or lengthen the warm-up"
-                )
-            if metrics["grad_norm"] > 1000 * usual > 0:
-                found["grad_norm"] = (
-                    f"the run diverges: the gradient's norm is {metrics['grad_norm']:.3g}, a "
-                    f"thousand times its usual {usual:.3g}. Lower lr, or set clip_grad to 1"
-                )
+        if settled and cosine <= 0:
+            found["cosine"] = (
+                "the run diverges: the network predicts its target no better than chance "
+                "(mean cosines at most 0). Lower lr or lengthen the warm-up"
+            )
+        if settled and metrics["grad_norm"] > 1000 * usual > 0:
+            found["grad_norm"] = (
+                f"the run diverges: the gradient's norm is {metrics['grad_norm']:.3g}, a thousand "
+                f"times its usual {usual:.3g}. Lower lr, or set clip_grad to 1"
+            )
         new = [warning for name, warning in found.items() if name not in self.active]
         self.active = set(found)
         return new
@@ -105,15 +106,11 @@ class MetricsWriter:
     step or two later. What is measured seldom (health, correspondence, probe) stands in the lines
     of all steps until it is measured again.
 
-    Args:
-        fabric: Launched.
-        folder: Folder of the run; None on processes that do not write.
-        steps: Steps of the run.
-        warmup_steps: Of these.
-        waited: Seconds spent waiting for data so far.
-        loggers: Besides `metrics.jsonl`.
+    ``folder`` is None on processes that do not write; ``waited`` gives the seconds spent waiting
+    for data so far.
 
     Attributes:
+        batch: Of the step at hand, or of the one that was found to be broken.
         last: The metrics of the last step that has arrived.
         latest: What was measured seldom, by name.
     """
@@ -122,14 +119,13 @@ class MetricsWriter:
         self,
         fabric: Fabric,
         folder: Path | None,
-        steps: int,
-        warmup_steps: int,
+        schedule: Schedule,
         waited: Callable[[], float],
         loggers: list[Logger],
     ) -> None:
         self.fabric, self.folder, self.waited, self.loggers = fabric, folder, waited, loggers
-        self.monitor = HealthMonitor(warmup_steps)
-        self.bar = None if folder is None else ProgressBar(steps)
+        self.steps, self.monitor = schedule.steps, HealthMonitor(schedule.warmup_steps)
+        self.bar = ProgressBar()
         self.sent: deque[Sent] = deque()
         self.lines: list[dict[str, float]] = []
         self.last: dict[str, float] = {}
@@ -143,17 +139,14 @@ class MetricsWriter:
     def recording(self, step: int) -> Iterator[None]:
         """A context that shows the bar, and writes what there is however it is left."""
         self.step_ended, self.waited_before = time.perf_counter(), self.waited()
-        if self.bar is not None:
-            self.bar.start(step)
+        self.bar.add_task("pretrain", total=self.steps, completed=step, metrics="")
         try:
-            yield
+            with self.bar if self.folder is not None else nullcontext():
+                yield
         except NotFiniteError:
-            if self.batch is not None:  # found before its step was taken
-                self.save_bad_batch(self.batch)
+            self.save_bad_batch()
             raise
         finally:
-            if self.bar is not None:
-                self.bar.stop()
             self.write()
             for logger in self.loggers:
                 logger.finalize("success")
@@ -197,8 +190,8 @@ class MetricsWriter:
         self.note_arrived()
         if now - self.written_at > WRITE_EVERY:
             self.write()
-        if self.bar is not None and self.last:
-            self.bar.update(self.last)
+        if self.folder is not None and self.last:
+            self.bar.show(self.last)
 
     def note_arrived(self, *, wait: bool = False) -> None:
         """Check and note the steps whose metrics have arrived; all steps, if told to wait.
@@ -227,41 +220,34 @@ class MetricsWriter:
         """Note the metrics of a step that have arrived."""
         result = sent.result
         values = dict(zip(METRIC_NAMES, result.metrics.tolist(), strict=True))
-        step = result.step
-        self.last = {
-            "step": step,
-            **values,
-            **sent.measured,
-            "lr": result.lr,
-            "target_momentum": result.target_momentum,
-        }
-        if not all(value - value == 0 for value in values.values()):
+        schedules = {"lr": result.lr, "target_momentum": result.target_momentum}
+        self.last = {"step": result.step, **values, **sent.measured, **schedules}
+        if not all(map(isfinite, values.values())):
             self.batch = sent.batch
-            raise NotFiniteError(not_finite(step, list(values.values())))
+            raise NotFiniteError(not_finite(result.step, list(values.values())))
         if self.folder is None:
             return
-        self.lines.append(dict(self.last))
+        self.lines.append(self.last)
         for warning in self.monitor(self.last):
-            LOG.warning("step %d: %s", step, warning)
-        if step % LOG_EVERY == 0:
+            LOG.warning("step %d: %s", result.step, warning)
+        if result.step % LOG_EVERY == 0:
             for logger in self.loggers:
-                logger.log_metrics(self.last, step=step)
+                logger.log_metrics(self.last, step=result.step)
         now = time.perf_counter()
-        if now - self.printed_at > PRINT_EVERY or step == 1:
-            self.printed_at, self.printed_step = now, step
+        if now - self.printed_at > PRINT_EVERY or result.step == 1:
+            self.printed_at, self.printed_step = now, result.step
             LOG.info("%s", metrics_line(self.last))
 
-    def save_bad_batch(self, batch: TwoViewBatch) -> None:
+    def save_bad_batch(self) -> None:
         """Keep the batch that broke the run, to be looked at."""
-        if self.folder is None:
+        batch = self.batch
+        if self.folder is None or batch is None:
             return
-        names = ("one", "two", "map_one", "map_two", "index")
-        held = {name: getattr(batch, name).cpu() for name in names}
-        held |= {
-            f"{view}.{name}": value
-            for view in ("factors_one", "factors_two")
-            for name, value in getattr(batch, view)._asdict().items()
+        held = {
+            name: getattr(batch, name) for name in ("one", "two", "map_one", "map_two", "index")
         }
+        for view in ("factors_one", "factors_two"):
+            held |= {f"{view}.{n}": own for n, own in getattr(batch, view)._asdict().items()}
         path = self.folder / run_layout.BAD_BATCH
         write_whole(path, lambda file: torch.save(held, file))
         LOG.error("the batch of this step is kept in %s", path)
@@ -306,22 +292,16 @@ def check_loggers(names: tuple[str, ...]) -> None:
 def build_loggers(names: tuple[str, ...], folder: Path, step: int) -> list[Logger]:
     """Lightning's loggers by name, writing into the run's folder from a step on."""
 
-    def wandb() -> Logger:
-        from lightning.pytorch.loggers import WandbLogger
-
-        return WandbLogger(save_dir=folder, name=folder.name)
-
-    def mlflow() -> Logger:
-        from lightning.pytorch.loggers import MLFlowLogger
-
-        return MLFlowLogger(folder.name, tracking_uri=f"file:{folder / 'mlflow'}")
+    def rare(kind: str, *args: Any, **kwargs: Any) -> Logger:
+        logger: Logger = getattr(import_module("lightning.pytorch.loggers"), kind)(*args, **kwargs)
+        return logger
 
     resumed = f"from-step-{step:08d}" if step else ""  # its CSV would replace the one before
     makers: dict[str, Callable[[], Logger]] = {
         "tensorboard": lambda: TensorBoardLogger(folder, name="tensorboard", version=""),
         "csv": lambda: CSVLogger(folder, name="csv", version=resumed, flush_logs_every_n_steps=1),
-        "wandb": wandb,
-        "mlflow": mlflow,
+        "wandb": lambda: rare("WandbLogger", save_dir=folder, name=folder.name),
+        "mlflow": lambda: rare("MLFlowLogger", folder.name, tracking_uri=f"file:{folder}/mlflow"),
     }
     loggers = [makers[name]() for name in names]
     for logger in loggers:

@@ -21,18 +21,12 @@ from .. import run_layout
 from ..files import cannot_write, check_writable, write_whole
 from .logging import LOG
 
-NUMBERED = "step-*.ckpt"
-"""Names of the checkpoints of single steps."""
 ORPHANS_LIVE = 15.0
 """Seconds that the loader's workers may outlive a killed run, and hold its lock."""
 
 
 class RunDir:
-    """The folder of a run.
-
-    Args:
-        path: The folder.
-    """
+    """The folder of a run, at a path."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -89,11 +83,13 @@ class RunDir:
     def locked(self) -> Iterator[None]:
         """A context in which no other process may train here; the folder is made.
 
-        The system gives the lock back when its process ends, however it ends.
+        The system gives the lock back when its process ends, however it ends. A folder that was
+        made and holds nothing at the end is removed.
 
         Raises:
             ValueError: Another process trains here, or nothing can be written.
         """
+        is_new = not self.path.exists()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = self.acquire()
@@ -109,6 +105,9 @@ class RunDir:
             for name in run_layout.LOCK_FILES:
                 (self.path / name).unlink(missing_ok=True)
             lock.release()
+            if is_new:
+                with suppress(OSError):  # it is not empty
+                    self.path.rmdir()
 
     def check_not_training(self) -> None:
         """Refuse a folder where another process trains; writes nothing."""
@@ -151,19 +150,14 @@ class RunDir:
             else:
                 path.unlink(missing_ok=True)
 
-    def write_config(self, text: str) -> None:
-        """Write `config.yaml`."""
-        write_whole(self.path / run_layout.CONFIG, text)
-
     def truncate(self, step: int) -> int:
         """Drop the lines of metrics and probes after a step (all at 0); how many those were.
 
         A last line that a killed run left unfinished is dropped too.
         """
         dropped = 0
-        for name in (run_layout.METRICS, run_layout.PROBE):
-            path = self.path / name
-            lines = path.read_bytes().splitlines() if path.exists() else []
+        for path in self.records():
+            lines = path.read_bytes().splitlines()
             kept: dict[int, bytes] = {}  # by step, in order: damaged digits may repeat one
             for line in lines:
                 number = step_of_line(line)
@@ -174,14 +168,22 @@ class RunDir:
             dropped += len(lines) - len(kept)
         return dropped
 
+    def records(self) -> list[Path]:
+        """The files there that have a line a step."""
+        paths = (self.path / name for name in (run_layout.METRICS, run_layout.PROBE))
+        return [path for path in paths if path.exists()]
+
     def checkpoint_path(self, step: int) -> Path:
         """The file of a step's checkpoint."""
         return self.checkpoints / f"step-{step:08d}.ckpt"
 
+    def numbered(self) -> list[Path]:
+        """The checkpoints of single steps, newest first."""
+        return sorted(self.checkpoints.glob("step-*.ckpt"), reverse=True)
+
     def checkpoint_paths(self) -> list[Path]:
         """The checkpoints, newest first, and the link to one of them after all others."""
-        numbered = sorted(self.checkpoints.glob(NUMBERED), reverse=True)
-        return [*numbered, *self.checkpoints.glob(run_layout.LAST)]
+        return [*self.numbered(), *self.checkpoints.glob(run_layout.LAST)]
 
     def newest_checkpoint(self) -> tuple[Path, dict[str, Any]] | None:
         """The newest checkpoint that can be read and its contents, or None.
@@ -224,7 +226,7 @@ class RunDir:
         path = self.checkpoint_path(step)
         write_whole(path, lambda file: torch.save(held, file))
         self.link(path, run_layout.LAST)
-        for old in sorted(self.checkpoints.glob(NUMBERED), reverse=True)[keep:]:
+        for old in self.numbered()[keep:]:
             old.unlink()
 
     def mark_best(self, step: int) -> None:
@@ -247,55 +249,49 @@ class RunDir:
             raise cannot_write(self.checkpoints / name, error) from error
 
     def renumber(self, checkpoint: Path, step: int, now: int) -> None:
-        """Count the steps up to a checkpoint anew, since batches have another size from it on.
+        """Count the step of a checkpoint as another, since batches have another size from it on.
 
         Lines of metrics and the checkpoint, which becomes the last, get the new numbers; other
         checkpoints go.
-
-        Args:
-            checkpoint: The one to go on from.
-            step: The step it was saved at.
-            now: The number of this step from now on.
         """
-        for name in (run_layout.METRICS, run_layout.PROBE):
-            path = self.path / name
-            if path.exists():
-                held = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-                # Rounded up, so that the first step stays one; of equals the last stays.
-                lines = {-(-line["step"] * now // step): line for line in held}
-                text = "".join(json.dumps(lines[n] | {"step": n}) + "\n" for n in lines)
-                write_whole(path, text)
+        for path in self.records():
+            held = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+            # Rounded up, so that the first step stays one; of equals the last stays.
+            lines = {-(-line["step"] * now // step): line for line in held}
+            write_whole(path, "".join(json.dumps(lines[n] | {"step": n}) + "\n" for n in lines))
         self.link(checkpoint, run_layout.LAST)
         moved = checkpoint.replace(self.checkpoint_path(now))
-        for path in self.checkpoints.glob(NUMBERED):
+        for path in self.numbered():
             if path != moved:
                 path.unlink()
 
     def discard_after(self, step: int) -> None:
         """Rename checkpoints of later steps, which cannot be read; remove unfinished files."""
-        for path in self.checkpoints.glob(NUMBERED):
-            if int(path.stem.removeprefix("step-")) > step:
+        for path in self.numbered():
+            if step_of(path) > step:
                 path.replace(path.with_suffix(".broken"))
         for folder in (self.path, self.checkpoints):
             for path in folder.glob(".*.part"):
                 path.unlink()
 
 
+def step_of(checkpoint: Path) -> int:
+    """The step in the name of a checkpoint; -1 for a link to one."""
+    number = checkpoint.stem.removeprefix("step-")
+    return int(number) if number.isdecimal() else -1
+
+
 def is_running(pid: str, host: str) -> bool:
     """Whether a process of this or, for all that is known, another host is alive."""
     if host != socket.gethostname() or not pid.isdecimal():
         return host != "?"
-    stat = Path(f"/proc/{pid}/stat")
-    if Path("/proc/self").exists():
-        with suppress(OSError):
-            return stat.read_text().rpartition(")")[2].split()[0] not in "ZX"  # ended, not reaped
-        return False
     try:
+        if Path("/proc/self").exists():
+            stat = Path(f"/proc/{pid}/stat").read_text()
+            return stat.rpartition(")")[2].split()[0] not in "ZX"  # ended, and not reaped
         os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
+    except OSError as error:
+        return isinstance(error, PermissionError)
     return True
 
 

@@ -19,7 +19,7 @@ from .auto import RunPlan, resolve, view_size
 from .config import PretrainConfig
 from .config_io import as_yaml, resume_changes, settings_in
 from .logging import LOG
-from .memory import estimate
+from .memory import MIB, estimate
 from .metrics import check_loggers
 from .run_dir import RunDir
 from .system import Devices, describe, find_devices, free_memory, is_writer
@@ -31,23 +31,14 @@ DRY_RUN_IMAGES = 16
 
 
 class Setup(NamedTuple):
-    """A run that is ready to start.
-
-    Attributes:
-        plan: Everything that decides it.
-        data: Its images.
-        learner: On the CPU.
-        devices: What it computes on.
-        probe_splits: Images and masks to fit a probe on, and those to score it on; or none.
-        before: Settings of the run that is resumed; None for a new run.
-    """
+    """A run that is ready to start."""
 
     plan: RunPlan
     data: build.TrainingData
-    learner: PixelCL
+    learner: PixelCL  # on the CPU
     devices: Devices
-    probe_splits: Sequence[SegmentationDataset]
-    before: dict[str, Any] | None
+    probe_splits: Sequence[SegmentationDataset]  # to fit a probe on, and to score it on; or none
+    before: dict[str, Any] | None  # settings of the run that is resumed; None for a new run
 
     @property
     def normalise(self) -> Normalise:
@@ -70,17 +61,15 @@ def check_places(config: PretrainConfig, objects: Any) -> RunDir:
                 f"out is {config.out!r}, where there is no run to resume; name the folder of one, "
                 "or name images to start a new one"
             )
+        hint = "name a folder of images, before the flags"
         if config.resume:
-            raise ValueError(
-                f"data is not given, and the run in {config.out!r} was given Python objects: pass "
-                "the same to pretrain()"
+            hint = "the run was given Python objects: pass the same to pretrain()"
+        elif run_dir.holds_run():
+            hint = (
+                f"{config.out!r} holds a run, which --resume goes on with. For a new one name a "
+                "folder of images"
             )
-        if run_dir.holds_run():
-            raise ValueError(
-                f"data is not given; {config.out!r} holds a run, which --resume goes on with. For "
-                "a new one name a folder of images"
-            )
-        raise ValueError("data is not given; name a folder of images, before the flags")
+        raise ValueError(f"data is not given; {hint}")
     if run_dir.path.resolve() in [Path(place).expanduser().resolve() for place in config.data]:
         raise ValueError(
             f"out is {config.out!r}, where the images are, too; give the run a folder of its own"
@@ -108,13 +97,8 @@ def set_up(config: PretrainConfig, objects: Any, run_dir: RunDir) -> Setup:
     data = build.open_data(objects if objects is not None else config.data, config, resumed)
     probe_splits: Sequence[SegmentationDataset] = ()
     if config.probe is not None:
-        probe_splits = open_labelled(
-            config.probe,
-            ids=config.ids,
-            colours=config.colours,
-            pages=config.pages,
-            nodata=config.nodata,
-        )
+        how = {name: getattr(config, name) for name in ("ids", "colours", "pages", "nodata")}
+        probe_splits = open_labelled(config.probe, **how)
     size, channels = view_size(config, data.statistics.median_size), data.statistics.channels
     torch.manual_seed(config.seed)
     load = not (config.resume and run_dir.checkpoint_paths())
@@ -129,50 +113,38 @@ def set_up(config: PretrainConfig, objects: Any, run_dir: RunDir) -> Setup:
 def log_setup(setup: Setup, *, dry_run: bool) -> None:
     """Log the data and the plan; the settings go to the log file, and are printed by a dry run."""
     plan, schedule, statistics = setup.plan, setup.plan.schedule, setup.data.statistics
+    images, (h, w) = len(setup.data.train), statistics.median_size
     scaled = ""
     if statistics.low is not None:
         low, high = rounded(statistics.low), rounded(statistics.high)
         scaled = f"; values from {low} to {high} become 0 to 1"
     LOG.info(
-        "%d images to train on, %d held out, typically %d x %d with %d channels; mean %s, std %s%s",
-        len(setup.data.train),
-        len(setup.data.held_out),
-        *statistics.median_size,
-        statistics.channels,
-        rounded(statistics.mean),
-        rounded(statistics.std),
-        scaled,
+        f"{images} images to train on, {len(setup.data.held_out)} held out, typically {h} x {w} "
+        f"with {statistics.channels} channels; mean {rounded(statistics.mean)}, "
+        f"std {rounded(statistics.std)}{scaled}"
     )
+    layers = ", ".join(map(str, setup.learner.online_encoder.pixel_hooks))
     LOG.info(
-        "%d steps of %d images (%d an epoch, %d of warm-up), learning rate up to %.3g, %s, "
-        "views of %d x %d pixels, pixel loss on %s, instance loss on %s, %s workers",
-        schedule.steps,
-        plan.batch_size,
-        schedule.steps_per_epoch,
-        schedule.warmup_steps,
-        schedule.peak_lr,
-        plan.precision,
-        *plan.view_size,
-        ", ".join(map(str, setup.learner.online_encoder.pixel_hooks)),
-        plan.settings.instance_layer,
-        plan.workers,
+        f"{schedule.steps} steps of {plan.batch_size} images ({schedule.steps_per_epoch} an epoch, "
+        f"{schedule.warmup_steps} of warm-up), learning rate up to {schedule.peak_lr:.3g}, "
+        f"{plan.precision}, views of {plan.view_size[0]} x {plan.view_size[1]} pixels, pixel loss "
+        f"on {layers}, instance loss on {plan.settings.instance_layer}, {plan.workers} workers"
     )
     if plan.settings.weights is not None:
         LOG.info(
-            "start weights are trained as a whole, with a learning rate of %.3g for 256 images",
-            plan.settings.lr,
+            "start weights are trained as a whole, with a learning rate of "
+            f"{plan.settings.lr:.3g} for 256 images"
         )
-    if plan.model.startswith(f"{OBJECT}:"):
+    origin, _, name = plan.model.partition(":")
+    if origin == OBJECT:
         LOG.info(
-            "the run cannot build %s again: pass it as model= to load_backbone, evaluate, "
-            "visualize and export, and to pretrain with resume=True",
-            plan.model.removeprefix(f"{OBJECT}:"),
+            f"the run cannot build {name} again: pass it as model= to load_backbone, evaluate, "
+            "visualize and export, and to pretrain with resume=True"
         )
-    if len(setup.data.train) < plan.batch_size:
+    if images < plan.batch_size:
         LOG.warning(
-            "there are fewer images (%d) than a batch has (%d): some come twice in a batch",
-            len(setup.data.train),
-            plan.batch_size,
+            f"there are fewer images ({images}) than a batch has ({plan.batch_size}): some come "
+            "twice in a batch"
         )
     if plan.sharded and setup.probe_splits:
         LOG.warning("with fsdp no process has the whole network: nothing is probed or drawn")
@@ -192,24 +164,15 @@ def dry_run(setup: Setup, run_dir: RunDir) -> dict[str, float]:
     batch = slice_batch(next(iter(loader)), slice(DRY_RUN_IMAGES))
     with torch.no_grad():
         terms = learner(make_views(batch, setup.normalise, plan), return_terms=True)
-    images = len(batch.one)
-    without = int(terms.images_without_pairs)
-    needed = estimate(learner, plan)
-    found = {
-        "positive_pairs": float(terms.positive_pairs) / images,
-        "images_without_pairs": without,
-        "memory_mib": needed.total(plan.images_per_process) / 2**20,
-    }
+    images, without = len(batch.one), int(terms.images_without_pairs)
+    pairs, needed = float(terms.positive_pairs) / images, estimate(learner, plan)
+    free = free_memory(torch.device(plan.device)) / MIB
+    LOG.info(f"{pairs:.1f} matching pairs an image; {without} of {images} images have none")
     LOG.info(
-        "%.1f matching pairs an image; %d of %d images have none",
-        found["positive_pairs"],
-        without,
-        images,
+        f"{needed.describe(plan.images_per_process)}; {free:.0f} MiB are free on {plan.device}"
     )
-    device = torch.device(plan.device)
-    free = free_memory(device) / 2**20
-    LOG.info("%s; %.0f MiB are free on %s", needed.describe(plan.images_per_process), free, device)
     if plan.compares_pixels:
         [path] = draw_batch(batch, learner, setup.normalise, plan, run_dir.path, count=1)
         LOG.info("a preview is in %s", path)
-    return found
+    memory = needed.total(plan.images_per_process) / MIB
+    return {"positive_pairs": pairs, "images_without_pairs": without, "memory_mib": memory}

@@ -1,10 +1,12 @@
-"""SIGINT and SIGTERM: the first lets the step end and saves, the second exits at once."""
+"""SIGINT and SIGTERM: the first ends the step at hand and saves, the second exits at once."""
 
 from __future__ import annotations
 
 import os
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any, Self
 
@@ -12,6 +14,7 @@ import torch
 from lightning.fabric import Fabric
 
 from .logging import LOG
+from .system import is_writer
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 ASK_EVERY = 10
@@ -27,10 +30,16 @@ class StopSignal:
 
     A context manager: its handlers are installed inside, and those from before come back after.
     Forked processes inherit them: there SIGINT is left to the parent, and SIGTERM ends the process.
+
+    Attributes:
+        number: Of the signal that was received.
+        alone: Whether no other process of the run waits for this one's next step.
     """
 
     def __init__(self) -> None:
         self.number: int | None = None
+        self.alone = True
+        self.at_rest = False
         self.owner = os.getpid()
         self.before: dict[signal.Signals, Any] = {}
 
@@ -44,7 +53,7 @@ class StopSignal:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def handle(self, number: int, _: FrameType | None) -> None:
-        """Note the first signal; exit at the second."""
+        """Note the first signal, or leave where nothing would be lost; exit at the second."""
         name = signal.Signals(number).name
         if os.getpid() != self.owner:
             if number == signal.SIGTERM:
@@ -58,11 +67,25 @@ class StopSignal:
             # A signal to the whole process group also ends the loader's workers, at which torch
             # would raise here, in mid-step. The step has its batch and needs no other.
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        if self.at_rest and self.alone:
+            LOG.warning("%s: stopping", name)
+            self.exit_if_received()
         LOG.warning("%s: the run saves and stops after this step; once more exits at once", name)
 
-    def received(self) -> bool:
-        """Whether this process was asked to stop."""
-        return self.number is not None
+    @contextmanager
+    def resting(self) -> Iterator[None]:
+        """A context in which a signal ends the run at once: no step is being made.
+
+        Raises:
+            Interrupted: Inside, or on entry if a signal came before.
+        """
+        if self.alone:
+            self.exit_if_received()
+        self.at_rest = True
+        try:
+            yield
+        finally:
+            self.at_rest = False
 
     def received_anywhere(self, fabric: Fabric, step: int) -> bool:
         """Whether a process of the run was asked to stop; several ask every `ASK_EVERY` steps."""
@@ -72,13 +95,16 @@ class StopSignal:
             number = torch.tensor(self.number or 0, device=fabric.device)
             torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
             self.number = int(number) or None
-        return self.received()
+        return self.number is not None
 
     def exit_if_received(self) -> None:
         """Exit if a signal was received: with code 130 after SIGINT, 143 after SIGTERM.
+
+        Processes that do not write exit with 0: Lightning kills the one that writes, and may be
+        saving, a few seconds after any other code.
 
         Raises:
             Interrupted: One was.
         """
         if self.number is not None:
-            raise Interrupted(128 + self.number)
+            raise Interrupted(128 + self.number if is_writer() else 0)

@@ -28,17 +28,11 @@ UNLIMITED = 2**60
 
 
 class Devices(NamedTuple):
-    """What a run computes on.
+    """What a run computes on."""
 
-    Attributes:
-        kind: ``cuda``, ``cpu`` or ``mps``.
-        per_node: Devices, and so processes, on each machine.
-        nodes: Machines.
-    """
-
-    kind: str
-    per_node: int
-    nodes: int
+    kind: str  # cuda, cpu or mps
+    per_node: int  # devices, and so processes, on each machine
+    nodes: int  # machines
 
     @property
     def processes(self) -> int:
@@ -53,13 +47,10 @@ def find_devices(config: PretrainConfig) -> Devices:
         ValueError: There are fewer.
     """
     cuda = torch.cuda.is_available()
-    kind = {"gpu": "cuda", "auto": "cuda" if cuda else "cpu"}.get(
-        config.accelerator, config.accelerator
-    )
-    available = {
-        "cuda": torch.cuda.device_count() if cuda else 0,
-        "mps": int(torch.backends.mps.is_available()),
-    }
+    kinds = {"gpu": "cuda", "auto": "cuda" if cuda else "cpu"}
+    kind = kinds.get(config.accelerator, config.accelerator)
+    gpus = torch.cuda.device_count() if cuda else 0
+    available = {"cuda": gpus, "mps": int(torch.backends.mps.is_available())}
     nodes = config.num_nodes
     if "LOCAL_WORLD_SIZE" in os.environ:  # torchrun has started the processes already
         per_node = int(os.environ["LOCAL_WORLD_SIZE"])
@@ -109,16 +100,15 @@ def free_memory(device: torch.device) -> int:
     bounds = [UNLIMITED]
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():
-        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-        bounds.append(int(lines["MemAvailable"].split()[0]) * 1024)
+        amounts = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        bounds.append(int(amounts["MemAvailable"].split()[0]) * 1024)
     elif hasattr(os, "sysconf"):  # macOS, which states what is installed, not what is free
         bounds.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     limit, used, stat = (CGROUP / f"memory.{name}" for name in ("max", "current", "stat"))
     if limit.exists() and used.exists() and limit.read_text().strip() != "max":
         # Cached pages of files count as used, but are given back when memory is asked for.
-        pages = (
-            dict(line.split() for line in stat.read_text().splitlines()) if stat.exists() else {}
-        )
+        lines = stat.read_text().splitlines() if stat.exists() else []
+        pages = dict(line.split() for line in lines)
         in_use = int(used.read_text()) - int(pages.get("inactive_file", 0))
         bounds.append(int(limit.read_text()) - in_use)
     return max(0, min(bounds))
@@ -137,11 +127,9 @@ def describe(devices: Devices) -> str:
 def processor_name() -> str:
     """The name of the CPU."""
     info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
 
 
 def installed_version(library: str) -> str:

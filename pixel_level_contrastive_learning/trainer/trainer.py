@@ -2,37 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping
-from contextlib import closing
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from inspect import Parameter, Signature
+from itertools import chain, repeat
 from pathlib import Path
-from typing import Any, NamedTuple
+from threading import Timer
+from typing import Any
 
 import torch
-from lightning.fabric import Fabric
 from torch import Tensor, nn
 
 from .. import run_layout
-from ..backbones.checkpoint import load_backbone, save_backbone, save_card
+from ..backbones.checkpoint import load_backbone, save_backbone
 from ..backbones.custom import handing_over
 from ..backbones.factory import build_backbone
-from ..backbones.state_dict import check_code, tensors_of
 from ..data.dataset import TwoViewBatch
 from ..data.loader import TwoViewLoader
-from ..pixel_cl import PixelCL
 from . import build
 from .config import PretrainConfig
-from .config_io import as_yaml, check_idle_changes, resume_changes, settings_of, to_config
+from .config_io import settings_of, to_config
 from .logging import LOG, logging_to, quiet_lightning
 from .memory import TRIED_ON, choose_accumulate, estimate
 from .metrics import MetricsWriter, build_loggers
+from .resume import find_resume_point
 from .run_dir import RunDir
 from .setup import Setup, check_places, dry_run, set_up
-from .signals import StopSignal
+from .signals import Interrupted, StopSignal
 from .system import is_writer
-from .training_step import BACKBONE, LEARNER, TrainingStep
+from .training_step import BACKBONE, TrainingStep
 from .validation import FeaturePictures, Probe, draw_batch
+
+WORKERS_END = 1.0
+"""Seconds in which the loader's workers end of themselves, unless they hang."""
 
 
 @dataclass(frozen=True)
@@ -52,61 +55,55 @@ class PretrainResult:
     run_dir: Path
 
 
-class ResumePoint(NamedTuple):
-    """Where a run goes on: the checkpoint's contents, the steps done, the images seen."""
-
-    held: Mapping[str, Any]
-    step: int
-    samples: int
-
-
 def fit(
-    fabric: Fabric,
-    setup: Setup,
-    step: TrainingStep,
-    run_dir: RunDir,
-    stop: StopSignal,
-    colours: Tensor | None,
+    setup: Setup, step: TrainingStep, run_dir: RunDir, stop: StopSignal, colours: Tensor | None
 ) -> dict[str, float]:
-    """Train until the last step, or until asked to stop; the metrics of the last step."""
-    plan, schedule = setup.plan, setup.plan.schedule
-    folder = run_dir.path if fabric.is_global_zero else None
-    stream = BatchStream(setup, fabric.global_rank, folder, step, stop)
-    loggers = build_loggers(plan.loggers, folder, step.step) if folder else []
-    metrics = MetricsWriter(
-        fabric, folder, schedule.steps, schedule.warmup_steps, lambda: stream.waited, loggers
-    )
-    pictures, probe = build_validation(setup, run_dir, colours, metrics)
-    saver = CheckpointSaver(step, run_dir, setup, metrics, pictures)
+    """Train until the last step, or until asked to stop; the metrics of the last step.
 
-    with closing(stream), metrics.recording(step.step):
-        if pictures:
-            pictures.draw(step)
-        if plan.probe_every and step.step % plan.probe_every == 0:
-            if probe and step.step not in probe.scores():  # else the run was killed in between
-                probe.run(step)
-            fabric.barrier()
-        for batch in stream:
+    Raises:
+        Interrupted: The run was asked to stop, and has saved.
+    """
+    plan, fabric, steps = setup.plan, step.fabric, setup.plan.schedule.steps
+    folder = run_dir.path if fabric.is_global_zero else None
+    loader = build.build_train_loader(plan, setup.data, fabric.global_rank, folder)
+    loader.start_at(step.samples)
+    loggers = build_loggers(plan.loggers, folder, step.step) if folder else []
+    metrics = MetricsWriter(fabric, folder, plan.schedule, lambda: loader.waited, loggers)
+    pictures, probe = build_validation(setup, run_dir, colours, metrics)
+    save = CheckpointSaver(step, run_dir, setup, metrics, pictures)
+
+    with ending(loader), metrics.recording(step.step):
+        with stop.resting():
+            if pictures:
+                pictures.draw(step)
+            if plan.probe_every and step.step % plan.probe_every == 0:
+                if probe and step.step not in probe.scores():  # else the run was killed in between
+                    probe.run(step)
+                fabric.barrier()
+        for batch in take(loader, steps - step.step, stop):
             first = metrics.batch is None
             if folder and plan.compares_pixels and (first or due(plan.picture_every, step.step)):
                 draw_batch(batch, step.learner, step.normalise, plan, folder)
             keep_features = metrics.begin_step(step.step, batch)
             metrics.end_step(step(batch, keep_features=keep_features))
             if due(plan.checkpoint_every, step.step):
-                saver.save()
+                save()
             if stop.received_anywhere(fabric, step.step):
                 break
             if pictures and due(plan.picture_every, step.step):
                 pictures.draw(step)
-            if plan.probe_every and (
-                due(plan.probe_every, step.step) or step.step == schedule.steps
-            ):
-                saver.save()
+            if plan.probe_every and (due(plan.probe_every, step.step) or step.step == steps):
+                save()
                 if probe:
                     probe.run(step)
                 fabric.barrier()
         metrics.settle()
-        saver.save()
+        save()
+        if stop.number is not None and step.step:
+            LOG.warning(
+                "stopped at step %d of %d as asked, and saved; --resume goes on", step.step, steps
+            )
+        stop.exit_if_received()
         if pictures:
             pictures.draw(step)
     return metrics.last
@@ -117,62 +114,42 @@ def due(every: int, step: int) -> bool:
     return every > 0 and step % every == 0
 
 
-class BatchStream:
-    """The batches of the rest of a run, epoch after epoch.
+@contextmanager
+def ending(loader: TwoViewLoader) -> Iterator[None]:
+    """A context after which the loader's workers end: the end of the process would wait for them.
 
-    Args:
-        setup: Plan and data.
-        rank: Of this process.
-        folder: Where unreadable images are listed; None on processes that do not write.
-        step: How far the run has come.
-        stop: A loader worker that died after a signal is no error, and ends the stream.
+    Torch waits for each; those that hang in a file are ended.
     """
-
-    def __init__(
-        self, setup: Setup, rank: int, folder: Path | None, step: TrainingStep, stop: StopSignal
-    ) -> None:
-        self.loader: TwoViewLoader | None
-        self.loader = build.build_train_loader(setup.plan, setup.data, rank, folder)
-        self.loader.start_at(step.samples)
-        self.batches = take(self.loader, setup.plan.schedule.steps - step.step, stop)
-
-    @property
-    def waited(self) -> float:
-        """Seconds spent waiting for data so far."""
-        return self.loader.waited if self.loader is not None else 0.0
-
-    def __iter__(self) -> Iterator[TwoViewBatch]:
-        return self.batches
-
-    def close(self) -> None:
-        """Let the workers end now: else the end of the process would wait for them."""
-        self.batches.close()
-        self.loader = None
+    try:
+        yield
+    finally:
+        batches: Any = loader.loader._iterator
+        if hasattr(batches, "_shutdown_workers"):
+            timer = Timer(WORKERS_END, lambda: [own.terminate() for own in batches._workers])
+            timer.start()
+            batches._shutdown_workers()
+            timer.cancel()
 
 
-def take(
-    loader: TwoViewLoader, steps: int, stop: StopSignal
-) -> Generator[TwoViewBatch, None, None]:
-    """``steps`` batches of a loader, epoch after epoch."""
-    given = 0
-    while given < steps:
-        batches = iter(loader)
-        while given < steps:
-            try:
+def take(loader: TwoViewLoader, steps: int, stop: StopSignal) -> Iterator[TwoViewBatch]:
+    """``steps`` batches of a loader, epoch after epoch; a signal while one is awaited ends them."""
+    batches = chain.from_iterable(repeat(loader))
+    for _ in range(steps):
+        try:
+            with stop.resting():
                 batch = next(batches)
-            except StopIteration:
-                break
-            except (RuntimeError, OSError, EOFError) as error:  # by where a worker was that died
-                if stop.received():
-                    return
-                if isinstance(error, RuntimeError) or getattr(error, "filename", None):
-                    raise
-                raise RuntimeError(
-                    f"a loader worker was killed ({error!r}), perhaps since memory ran out; "
-                    "resume the run (--resume), with fewer --workers if it happens again"
-                ) from error
-            yield batch
-            given += 1
+        except Interrupted:
+            return
+        except (RuntimeError, OSError, EOFError) as error:  # by where a worker was that died
+            if stop.number is not None:
+                return
+            if isinstance(error, RuntimeError) or getattr(error, "filename", None):
+                raise
+            raise RuntimeError(
+                f"a loader worker was killed ({error!r}), perhaps since memory ran out; "
+                "resume the run (--resume), with fewer --workers if it happens again"
+            ) from error
+        yield batch
 
 
 class CheckpointSaver:
@@ -186,21 +163,21 @@ class CheckpointSaver:
         metrics: MetricsWriter,
         pictures: FeaturePictures | None,
     ) -> None:
-        self.step, self.run_dir, self.keep = step, run_dir, setup.plan.keep_checkpoints
-        self.statistics = asdict(setup.data.statistics)
+        self.step, self.run_dir, self.setup = step, run_dir, setup
         self.metrics, self.pictures = metrics, pictures
         self.saved_at = step.step
 
-    def save(self) -> None:
+    def __call__(self) -> None:
         """Save now, unless this step is saved already or its metrics are not finite."""
         if self.saved_at == self.step.step:
             return
         self.metrics.settle()
-        held = self.step.state_dict()
-        held["statistics"] = self.statistics
-        held["colours"] = self.pictures.colours if self.pictures else None
+        held = self.step.state_dict() | {
+            "statistics": asdict(self.setup.data.statistics),
+            "colours": self.pictures.colours if self.pictures else None,
+        }
         if self.step.fabric.is_global_zero:
-            self.run_dir.save_checkpoint(held, self.step.step, self.keep)
+            self.run_dir.save_checkpoint(held, self.step.step, self.setup.plan.keep_checkpoints)
         self.saved_at = self.step.step
 
 
@@ -280,21 +257,24 @@ def run(config: PretrainConfig, objects: Any = None) -> PretrainResult:
     run_dir = check_places(config, objects)
     with logging_to(terminal=is_writer()) as log, quiet_lightning(), StopSignal() as stop:
         try:
-            setup = set_up(config, objects, run_dir)
-            stop.exit_if_received()
-            if config.dry_run:
-                result = PretrainResult(None, dry_run(setup, run_dir), run_dir.path)
-            elif is_writer():  # only now: what was refused leaves no trace
-                with run_dir.locked():
-                    run_dir.check(resume=config.resume, overwrite=config.overwrite)
-                    if config.overwrite:
+            with stop.resting():
+                setup = set_up(config, objects, run_dir)
+                if config.dry_run:
+                    return PretrainResult(None, dry_run(setup, run_dir), run_dir.path)
+            if not is_writer():
+                return train(setup, run_dir, stop)
+            with run_dir.locked():  # only now: what was refused leaves no trace
+                run_dir.check(resume=config.resume, overwrite=config.overwrite)
+                if config.overwrite:
+                    run_dir.remove_run()
+                is_new = not run_dir.holds_run()
+                log.open(run_dir.path / run_layout.TRAIN_LOG)
+                try:
+                    return train(setup, run_dir, stop)
+                except Interrupted:
+                    if is_new and not run_dir.checkpoint_paths():
                         run_dir.remove_run()
-                    log.open(run_dir.path / run_layout.TRAIN_LOG)
-                    result = train(setup, run_dir, stop)
-            else:
-                result = train(setup, run_dir, stop)
-            stop.exit_if_received()
-            return result
+                    raise
         except Exception as error:
             LOG.error("%s: %s", type(error).__name__, error, extra={"file_only": True})
             raise
@@ -306,115 +286,46 @@ def train(setup: Setup, run_dir: RunDir, stop: StopSignal) -> PretrainResult:
     Raises:
         Interrupted: The run was asked to stop, and has saved.
     """
-    plan, steps = setup.plan, setup.plan.schedule.steps
+    steps = setup.plan.schedule.steps
     resumed = find_resume_point(setup, run_dir)
-    if resumed is not None and resumed.step >= steps:
+    if resumed is not None and resumed["steps_done"] >= steps:
         LOG.info("all %d steps are done already", steps)
-        state = resumed.held["state_dict"]
-        setup.learner.load_state_dict({n.removeprefix(LEARNER): t for n, t in state.items()})
-        return PretrainResult(export_backbone(setup, run_dir, setup.learner.net), {}, run_dir.path)
+        weights, metrics = resumed["state_dict"], {}
+    else:
+        step = build_step(setup, resumed, stop)
+        metrics = fit(setup, step, run_dir, stop, (resumed or {}).get("colours"))
+        weights = step.weights()
+    backbone = export_backbone(setup, run_dir, weights) if is_writer() else None
+    stop.exit_if_received()
+    return PretrainResult(backbone, metrics, run_dir.path)
+
+
+def build_step(setup: Setup, resumed: Mapping[str, Any] | None, stop: StopSignal) -> TrainingStep:
+    """The step on the devices, with the state that a resumed run goes on with."""
+    plan = setup.plan
     tried = plan.device in TRIED_ON and not plan.sharded
-    needed = None if tried or plan.accumulate else estimate(setup.learner, plan)  # before sharding
-    fabric = build.build_fabric(plan, setup.devices)
-    fabric.launch()
-    torch.backends.cudnn.benchmark = plan.device == "cuda"
-    step = TrainingStep(fabric, setup.learner, plan, setup.normalise)
-    colours = None
-    if resumed is not None:
-        step.load_state_dict(resumed.held)
-        step.step, step.samples = resumed.step, resumed.samples
-        colours = resumed.held.get("colours")
-    step.accumulate = plan.accumulate or choose_accumulate(fabric, step, plan, needed)
-    metrics = fit(fabric, setup, step, run_dir, stop, colours)
-    if stop.received():
-        LOG.warning(
-            "stopped at step %d of %d as asked, and saved; --resume goes on", step.step, steps
-        )
+    stop.alone = plan.processes == 1
+    with stop.resting():
+        needed = None if tried or plan.accumulate else estimate(setup.learner, plan)
+        fabric = build.build_fabric(plan, setup.devices)
+        fabric.launch()
+        torch.backends.cudnn.benchmark = plan.device == "cuda"
+        step = TrainingStep(fabric, setup.learner, plan, setup.normalise)
+        if resumed is not None:
+            step.load_state_dict(resumed)
+        step.accumulate = plan.accumulate or choose_accumulate(fabric, step, plan, needed)
+    if stop.received_anywhere(fabric, 0):
         stop.exit_if_received()
-    net = whole_backbone(setup, run_dir) if plan.sharded else step.learner.net
-    return PretrainResult(export_backbone(setup, run_dir, net), metrics, run_dir.path)
+    return step
 
 
-def find_resume_point(setup: Setup, run_dir: RunDir) -> ResumePoint | None:
-    """Prepare the folder for the first step; where to go on, None for a new run.
-
-    Raises:
-        ValueError: A checkpoint that does not fit, or changes that nothing is trained with.
-    """
-    plan, point, number = setup.plan, None, 0
-    found = None if setup.before is None else run_dir.newest_checkpoint()
-    # The checkpoint's own: config.yaml may have been changed by hand, or by damage.
-    before = found[1].get("settings", setup.before) if found is not None else setup.before
-    changed = resume_changes(plan.settings, before or {})
-    for name, (old, new) in changed.items():
-        LOG.warning("changed: %s was %r and is now %r", name, old, new)
-    if found is not None:
-        path, held = found
-        check_shapes(setup.learner, held["state_dict"])
-        done, samples = int(held["steps_done"]), int(held["samples"])
-        # A run in epochs counts images, so that another batch size gives another step.
-        step = done if plan.settings.steps is not None else samples // plan.batch_size
-        numbered = path.stem.removeprefix("step-")
-        number = int(numbered) if numbered.isdecimal() else done
-        point = ResumePoint(held, step, samples)
-        statistics, file = asdict(setup.data.statistics), run_dir.path / run_layout.STATISTICS
-        if held.get("statistics", statistics) != statistics:
-            if file.exists():
-                raise ValueError(f"{file} is not the run's; remove it, and they are measured again")
-            LOG.warning("the statistics of the images are not those of the run")
-        check_idle_changes(changed, step, plan.schedule.steps)
-        LOG.info("going on at step %d, from %s", step, path)
-    elif setup.before is not None:
-        LOG.warning("no checkpoint in %s: starting at step 0", run_dir.checkpoints)
-    if is_writer():
-        run_dir.checkpoints.mkdir(parents=True, exist_ok=True)
-        dropped = run_dir.truncate(number)
-        if dropped:
-            LOG.info("dropped %d lines of metrics after step %d", dropped, number)
-        run_dir.discard_after(number)
-        if found is not None and point is not None and point.step != number:
-            run_dir.renumber(found[0], number, point.step)
-        run_dir.write_config(as_yaml(plan.settings))
-        build.save_statistics(setup.data, run_dir.path)
-        # Now, not at the end: with it the checkpoints can be evaluated while the run goes on.
-        card = build.build_card(plan, setup.data.statistics)
-        save_card(run_dir.path / run_layout.WEIGHTS, card)
-    return point
-
-
-def check_shapes(learner: PixelCL, held: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint whose weights do not fit, before anything of the run is changed."""
-    now = {BACKBONE + name for name in learner.net.state_dict()}
-    then = {name for name in held if name.startswith(BACKBONE)}
-    check_code("the checkpoint", sorted(now - then), sorted(then - now))
-    for name, own in tensors_of(learner).items():
-        there = held.get(LEARNER + name)
-        if there is not None and tuple(there.shape) != tuple(own.shape):
-            raise ValueError(
-                f"a run cannot go on with other weights: {LEARNER}{name} has the shape "
-                f"{tuple(there.shape)} in the checkpoint and {tuple(own.shape)} now; leave "
-                "image_size and the model as they were, or start a new run in another folder with "
-                "--weights"
-            )
-
-
-def export_backbone(setup: Setup, run_dir: RunDir, net: nn.Module) -> nn.Module | None:
-    """Write the backbone, and load it as its users will; None on processes that do not write."""
-    if not is_writer():
-        return None
+def export_backbone(setup: Setup, run_dir: RunDir, weights: Mapping[str, Tensor]) -> nn.Module:
+    """Write the backbone of a checkpoint's weights, and load it as its users will."""
+    plan, statistics = setup.plan, setup.data.statistics
+    net = build_backbone(plan.model, channels=statistics.channels, image_size=plan.view_size)
+    own = {n.removeprefix(BACKBONE): t for n, t in weights.items() if n.startswith(BACKBONE)}
+    net.load_state_dict(own)
     path = run_dir.path / run_layout.WEIGHTS
-    save_backbone(path, net, build.build_card(setup.plan, setup.data.statistics))
+    save_backbone(path, net, build.build_card(plan, statistics))
     LOG.info("the backbone is in %s", path)
     return load_backbone(run_dir.path)
-
-
-def whole_backbone(setup: Setup, run_dir: RunDir) -> nn.Module:
-    """The backbone, of which this process holds a shard, from the last checkpoint."""
-    found = run_dir.newest_checkpoint()
-    assert found is not None
-    state = found[1]["state_dict"]
-    channels = setup.data.statistics.channels
-    net = build_backbone(setup.plan.model, channels=channels, image_size=setup.plan.view_size)
-    own = {n.removeprefix(BACKBONE): t for n, t in state.items() if n.startswith(BACKBONE)}
-    net.load_state_dict(own)
-    return net

@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.nn import functional
 from torch.optim import Optimizer
 
 from ..augment import Normalise, change_both
@@ -29,17 +30,9 @@ from .auto import RunPlan
 from .build import build_optimizer
 from .config_io import absolute_settings
 
-METRIC_NAMES = (
-    "loss",
-    "pixel_loss",
-    "instance_loss",
-    "pixel_cosine",
-    "instance_cosine",
-    "positive_pairs",
-    "images_without_pairs",
-    "grad_norm",
-)
+METRIC_NAMES = (*Terms._fields, "grad_norm")
 """The metrics of a step, in the order of the tensor that carries them."""
+WITHOUT_PAIRS = METRIC_NAMES.index("images_without_pairs")
 FEATURES = 256
 """Feature vectors that spread and effective rank are measured on."""
 LEARNER = "learner."
@@ -53,22 +46,16 @@ FULL_STATE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 class StepResult(NamedTuple):
     """What a step gives.
 
-    Attributes:
-        step: The step, counted from 1.
-        metrics: ``(8,)`` float32 on the learner's device, in the order of `METRIC_NAMES`; pairs
-            are per image. The mean (of images without pairs, the sum) over all processes.
-        lr: The learning rate it was taken with.
-        target_momentum: The target's momentum.
-        images: Images of the step, over all processes.
-        features: ``(n, c)`` float32 features of the first view, where they were asked for.
+    The metrics are ``(8,)`` float32 on the learner's device, in the order of `METRIC_NAMES`: means
+    (of images without pairs, the sum) over all processes; pairs are per image.
     """
 
-    step: int
+    step: int  # counted from 1
     metrics: Tensor
-    lr: float
+    lr: float  # the step's own
     target_momentum: float
-    images: int
-    features: Tensor | None
+    images: int  # of the step, over all processes
+    features: Tensor | None  # (n, c) float32 of the first view, where they were asked for
 
 
 class NotFiniteError(RuntimeError):
@@ -78,11 +65,7 @@ class NotFiniteError(RuntimeError):
 class TrainingStep:
     """Trains a learner, a batch a call; holds the step count and what a checkpoint needs.
 
-    Args:
-        fabric: Launched.
-        learner: Is set up on the devices of ``fabric``, and sharded where the plan says so.
-        plan: Schedule, optimiser, precision, seed.
-        normalise: Brings views to about zero mean and unit variance.
+    The learner is set up on the devices of ``fabric``, and sharded where the plan says so.
 
     Attributes:
         step: Steps done.
@@ -153,23 +136,30 @@ class TrainingStep:
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if self.plan.clip_grad:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.plan.clip_grad, norm)
-        total[METRIC_NAMES.index("images_without_pairs")] *= len(batch.one)
         if self.fabric.world_size > 1:
             torch.distributed.all_reduce(total)
             total /= self.fabric.world_size
-            total[METRIC_NAMES.index("images_without_pairs")] *= self.fabric.world_size
+        total[WITHOUT_PAIRS] *= len(batch.one) * self.fabric.world_size
         total[-1] = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         return total
+
+    def weights(self) -> dict[str, Tensor]:
+        """The learner's state by its names in a checkpoint; takes every process if sharded."""
+        state: Mapping[str, Any] = (
+            get_model_state_dict(self.learner, options=FULL_STATE)
+            if self.plan.sharded
+            else self.learner.state_dict()
+        )
+        return {LEARNER + name: tensor for name, tensor in state.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint holds; every process takes part where the learner is sharded."""
         if self.plan.sharded:
-            state = get_model_state_dict(self.learner, options=FULL_STATE)
             optimizer = get_optimizer_state_dict(self.learner, self.optimizer, options=FULL_STATE)
         else:
-            state, optimizer = self.learner.state_dict(), self.optimizer.state_dict()
+            optimizer = self.optimizer.state_dict()
         return {
-            "state_dict": {LEARNER + name: tensor for name, tensor in state.items()},
+            "state_dict": self.weights(),
             "optimizer_states": [optimizer],
             "steps_done": self.step,
             "samples": self.samples,
@@ -178,7 +168,7 @@ class TrainingStep:
         }
 
     def load_state_dict(self, held: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint, but for the step count, which the run decides."""
+        """Go on from a checkpoint."""
         state = {name.removeprefix(LEARNER): own for name, own in held["state_dict"].items()}
         [optimizer] = held["optimizer_states"]
         if self.plan.sharded:
@@ -187,6 +177,7 @@ class TrainingStep:
         else:
             self.learner.load_state_dict(state)
             self.optimizer.load_state_dict(optimizer)
+        self.step, self.samples = held["steps_done"], int(held["samples"])
         self.parts_before = tuple(held["parts"])
 
 
@@ -259,24 +250,15 @@ def slice_batch(batch: Any, part: slice) -> Any:
 
 def as_metrics(terms: Terms, images: int) -> Tensor:
     """The terms of some images in the order of `METRIC_NAMES`; pairs are per image."""
-    values = (
-        terms.loss.detach(),
-        terms.pixel_loss,
-        terms.instance_loss,
-        terms.pixel_cosine,
-        terms.instance_cosine,
-        terms.positive_pairs / images,
-        terms.images_without_pairs / images,
-        torch.zeros_like(terms.pixel_loss),
-    )
-    return torch.stack([value.float() for value in values])
+    counts = terms.positive_pairs / images, terms.images_without_pairs / images
+    terms = terms._replace(positive_pairs=counts[0], images_without_pairs=counts[1])
+    values = torch.stack([value.detach().float() for value in terms])
+    return functional.pad(values, (0, 1))  # the gradient's norm is that of the whole batch
 
 
 def not_finite(step: int, metrics: Sequence[float]) -> str:
     """The message about a step whose metrics are NaN or infinite."""
-    shown = ", ".join(
-        f"{name} {value:.4g}" for name, value in zip(METRIC_NAMES, metrics, strict=True)
-    )
+    shown = ", ".join(f"{n} {value:.4g}" for n, value in zip(METRIC_NAMES, metrics, strict=True))
     return (
         f"step {step} gave a loss or gradient that is NaN or infinite ({shown}); the last good "
         "checkpoint, if there was one, is kept: go on from it with --resume (without one start "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -53,12 +54,9 @@ NOT_FINITE = (
 class FeaturePictures:
     """Draws features of some images, and measures whether cells find their spot in another view.
 
-    Args:
-        folder: Folder of the run.
-        card: How images are prepared for the network.
-        data: The held-out images are looked at, or those trained on where there are none.
-        colours: Of the last picture of the run that is resumed, to which the next is aligned.
-        latest: Where ``hit1``, ``hit1_colours_kept``, ``hit_near`` and ``hit_cells`` go.
+    The held-out images are looked at, or those trained on where there are none. Colours are aligned
+    to those of the last picture of the run that is resumed; ``hit1``, ``hit1_colours_kept``,
+    ``hit_near`` and ``hit_cells`` go to ``latest``.
     """
 
     def __init__(
@@ -71,17 +69,15 @@ class FeaturePictures:
     ) -> None:
         self.folder, self.card, self.latest = folder / run_layout.PICTURES, card, latest
         held_out = len(data.held_out) > 0
-        images = data.held_out if held_out else data.train
-        count = COMPARED if held_out else PICTURED
+        images, count = (data.held_out, COMPARED) if held_out else (data.train, PICTURED)
         views = central_views(images, data.statistics, card.image_size, count)
         self.pictured = views[:PICTURED]
-        self.pairs: list[ViewPairs] = []  # with their colours changed, and with them kept
-        if held_out and len(views):
-            repeated = list(views) * (COMPARED // len(views))
-            self.pairs = [
-                draw_pairs(repeated, card.image_size, seed=0, recoloured=recoloured)
-                for recoloured in (True, False)
-            ]
+        repeated = list(views) * (COMPARED // max(1, len(views)) if held_out else 0)
+        # With their colours changed, and with them kept.
+        self.pairs: list[ViewPairs] = [
+            draw_pairs(repeated, card.image_size, seed=0, recoloured=recoloured)
+            for recoloured in ((True, False) if repeated else ())
+        ]
         self.colours = colours
         self.reader: Reader | None = None  # looking through the network costs more than a picture
         self.drawn_at = -1
@@ -135,12 +131,8 @@ class FeaturePictures:
 class Probe:
     """Fits a probe to the frozen features, notes its mean IoU, and marks the best checkpoint.
 
-    Args:
-        run_dir: The run, whose checkpoint of the step is saved already.
-        card: How images are prepared for the network.
-        splits: Images and masks to fit on, and those to score on.
-        protocol: ``linear`` or ``knn``.
-        latest: Where ``probe_miou`` goes.
+    The checkpoint of the step is saved already. Of the splits one is fitted on and one scored on;
+    ``probe_miou`` goes to ``latest``.
     """
 
     def __init__(
@@ -200,17 +192,15 @@ def central_views(
     for index in range(len(source)):
         if len(found) == count:
             break
-        try:
-            pixels = read_image(source, index, statistics, size)
-        except ImageError:
-            continue
-        formed = statistics.convert(pixels)
-        unit = formed.float() / 255 if formed.dtype == torch.uint8 else formed
-        height, width = unit.shape[-2:]
-        zoom = min(height / h, width / w)
-        left, top = (width - w * zoom) / 2, (height - h * zoom) / 2
-        box = torch.tensor([[left, top, left + w * zoom, top + h * zoom]])
-        found.append(cut_views(unit[None], box_to_map(box, torch.tensor([False])), size)[0])
+        with suppress(ImageError):
+            formed = statistics.convert(read_image(source, index, statistics, size))
+            pixels = formed.float() / 255 if formed.dtype == torch.uint8 else formed
+            height, width = pixels.shape[-2:]
+            zoom = min(height / h, width / w)
+            left, top = (width - w * zoom) / 2, (height - h * zoom) / 2
+            box = torch.tensor([[left, top, left + w * zoom, top + h * zoom]])
+            to_image = box_to_map(box, torch.tensor([False]))
+            found.append(cut_views(pixels[None], to_image, size)[0])
     return torch.stack(found) if found else torch.empty(0, statistics.channels, h, w)
 
 

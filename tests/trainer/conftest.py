@@ -41,12 +41,18 @@ def images(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def settings(tmp_path: Path, images: Path) -> Callable[..., dict[str, Any]]:
+def run(tmp_path: Path) -> Path:
+    """The folder of a run with the settings below."""
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def settings(tmp_path: Path, run: Path, images: Path) -> Callable[..., dict[str, Any]]:
     """Settings of a run of six steps, and those given."""
     (tmp_path / "nets.py").write_text(TINY)
     small: dict[str, Any] = {
         "data": (str(images),),
-        "out": str(tmp_path / "run"),
+        "out": str(run),
         "model": f"{tmp_path / 'nets.py'}:tiny",
         "image_size": 32,
         "batch_size": 4,

@@ -68,20 +68,63 @@ def test_the_settings_written_down_leave_auto_to_the_system_alone() -> None:
     assert resolve(plan.settings, LAPTOP) == plan
 
 
-def test_blur_is_a_share_of_the_view() -> None:
-    def blur(**given: object) -> tuple[float, float]:
-        return planned(**given).photometry[1].sigma
+@pytest.mark.parametrize(
+    ("info", "given", "what", "comes_to"),
+    [
+        # Blur is a share of the view.
+        ({}, {"image_size": 224}, "photometry.1.sigma", (0.1, 2.0)),
+        ({}, {"image_size": (112, 448)}, "photometry.1.sigma", (0.05, 1.0)),
+        ({}, {"image_size": 112, "blur_sigma": (0.3, 0.4)}, "photometry.1.sigma", (0.3, 0.4)),
+        # Checkpoints are an epoch apart, or far apart on a GPU, where a step may take little.
+        ({"images": 320}, {}, "checkpoint_every", 100),
+        ({"images": 12800}, {}, "checkpoint_every", 400),
+        ({"images": 10**6}, {}, "checkpoint_every", 1000),
+        ({"images": 320, "device": "cuda"}, {}, "checkpoint_every", 1000),
+        # Probes come ten times in a run, or never.
+        ({}, {"steps": 1000}, "probe_every", 0),
+        ({}, {"steps": 1000, "probe": "masks"}, "probe_every", 93),  # three epochs of 31 steps
+        ({"processes": 2}, {"probe": "m", "strategy": "fsdp", "batch_size": 8}, "probe_every", 0),
+        # bfloat16 is used where it is native, and names of Lightning are understood.
+        ({"native_bfloat16": True}, {}, "precision", "bfloat16"),
+        ({"native_bfloat16": True}, {"precision": "32-true"}, "precision", "float32"),
+        ({}, {"precision": "bf16"}, "precision", "bfloat16"),
+        # The learning rate grows with the batch: in proportion, or with the square root.
+        ({}, {"optimizer": "sgd", "lr": 1.0, "batch_size": 64}, "schedule.peak_lr", 0.25),
+        ({}, {"optimizer": "sgd", "lr": 1.0, "batch_size": 1024}, "schedule.peak_lr", 4.0),
+        ({}, {"optimizer": "adamw", "lr": 1.0, "batch_size": 64}, "schedule.peak_lr", 0.5),
+        ({}, {"optimizer": "adamw", "lr": 1.0, "batch_size": 1024}, "schedule.peak_lr", 2.0),
+        # Adam's is smaller without batch norm and from start weights; no other's is.
+        ({}, {"optimizer": "adam"}, "settings.lr", 2e-3),
+        ({"batch_norm": False}, {"optimizer": "adam"}, "settings.lr", 1e-3),
+        ({}, {"optimizer": "adamw", "weights": "pretrained"}, "settings.lr", 1e-3),
+        ({}, {"optimizer": "adamw", "weights": "pretrained", "lr": 0.3}, "settings.lr", 0.3),
+        ({"batch_norm": False}, {"optimizer": "lars"}, "settings.lr", 1.0),
+        ({}, {"optimizer": "sgd", "weights": "pretrained"}, "settings.lr", 0.1),
+        ({}, {"optimizer": "rprop", "lr": 0.1}, "settings.lr", 0.1),
+        # A batch is no larger than the images, and divides among processes.
+        ({"images": 20}, {}, "batch_size", 16),
+        ({"processes": 3}, {}, "batch_size", 33),
+        ({}, {"batch_size": 1, "instance_weight": 0.0}, "batch_size", 1),
+    ],
+)
+def test_what_settings_come_to(info, given, what, comes_to) -> None:
+    found: object = planned(replace(LAPTOP, **info), **given)
+    for name in what.split("."):
+        found = found[int(name)] if name.isdecimal() else getattr(found, name)
+    assert found == comes_to
 
-    assert blur(image_size=224) == (0.1, 2.0)
-    assert blur(image_size=(112, 448)) == (0.05, 1.0)
-    assert blur(image_size=112, blur_sigma=(0.3, 0.4)) == (0.3, 0.4)
 
-
-def test_checkpoints_are_an_epoch_apart_or_far_apart_on_a_gpu() -> None:
-    every = [planned(replace(LAPTOP, images=n)).checkpoint_every for n in (320, 12800, 10**6)]
-    assert every == [100, 400, 1000]
-    # On a GPU a step may take a twentieth of a second.
-    assert planned(replace(LAPTOP, images=320, device="cuda")).checkpoint_every == 1000
+@pytest.mark.parametrize(
+    ("processes", "given", "told"),
+    [
+        (1, {"optimizer": "rprop"}, "which has no default learning rate; give one with lr"),
+        (3, {"batch_size": 10}, "give a multiple of 3, such as 12"),
+        (2, {"batch_size": 2}, "batch norm has no statistics of one image; give 4 or"),
+    ],
+)
+def test_what_comes_to_nothing_is_refused(processes, given, told) -> None:
+    with pytest.raises(ValueError, match=told):
+        planned(replace(LAPTOP, processes=processes), **given)
 
 
 def test_pictures_take_little_of_any_run() -> None:
@@ -95,58 +138,6 @@ def test_pictures_take_little_of_any_run() -> None:
             # Pictures are 128 views forward, a step of an image six forward passes and two more.
             assert 128 / (8 * batch / processes) < 0.02 * every(steps, batch, processes)
     assert every(1000, 8) == 134
-
-
-def test_probes_come_ten_times_in_a_run_or_never() -> None:
-    assert planned(steps=1000).probe_every == 0
-    assert planned(probe="masks", steps=1000).probe_every == 93  # three epochs of 31 steps
-    sharded = {"strategy": "fsdp", "batch_size": 8}
-    assert planned(replace(LAPTOP, processes=2), probe="masks", **sharded).probe_every == 0
-
-
-def test_bfloat16_is_used_where_it_is_native_and_names_of_lightning_are_understood() -> None:
-    native = replace(LAPTOP, native_bfloat16=True)
-    assert planned(native).precision == "bfloat16"
-    assert planned(native, precision="32-true").precision == "float32"
-    assert planned(precision="bf16").precision == "bfloat16"
-
-
-def test_the_learning_rate_grows_with_the_batch() -> None:
-    def peaks(optimizer: str) -> list[float]:
-        given = {"optimizer": optimizer, "lr": 1.0}
-        return [planned(batch_size=b, **given).schedule.peak_lr for b in (64, 256, 1024)]
-
-    assert peaks("sgd") == [0.25, 1.0, 4.0]
-    assert peaks("adamw") == [0.5, 1.0, 2.0]
-
-
-@pytest.mark.parametrize(("name", "less"), [("adamw", True), ("adam", True), ("lars", False)])
-def test_adam_has_a_smaller_default_without_batch_norm(name, less) -> None:
-    without = planned(replace(LAPTOP, batch_norm=False), optimizer=name).settings.lr
-    assert (0 < without < planned(optimizer=name).settings.lr) is less
-
-
-@pytest.mark.parametrize(("name", "less"), [("adamw", True), ("sgd", False)])
-def test_adam_has_a_smaller_default_from_start_weights(name, less) -> None:
-    started = planned(optimizer=name, weights="pretrained").settings.lr
-    assert (0 < started < planned(optimizer=name).settings.lr) is less
-    assert planned(optimizer=name, weights="pretrained", lr=0.3).settings.lr == 0.3
-
-
-def test_an_optimiser_without_default_learning_rate_asks_for_one() -> None:
-    with pytest.raises(ValueError, match="which has no default learning rate; give one with lr"):
-        planned(optimizer="rprop")
-    assert planned(optimizer="rprop", lr=0.1).settings.lr == 0.1
-
-
-def test_a_batch_is_no_larger_than_the_images_and_divides_among_processes() -> None:
-    assert planned(replace(LAPTOP, images=20)).batch_size == 16
-    assert planned(replace(LAPTOP, processes=3)).batch_size == 33
-    with pytest.raises(ValueError, match="give a multiple of 3, such as 12"):
-        planned(replace(LAPTOP, processes=3), batch_size=10)
-    with pytest.raises(ValueError, match="batch norm has no statistics of one image; give 4 or"):
-        planned(replace(LAPTOP, processes=2), batch_size=2)
-    assert planned(batch_size=1, instance_weight=0.0).batch_size == 1
 
 
 def test_a_run_counts_whole_batches_and_a_tenth_is_warm_up() -> None:

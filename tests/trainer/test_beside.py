@@ -1,40 +1,24 @@
 """What happens beside the steps of a real run: loggers, warnings, the bar, parts of a batch."""
 
-import csv
 import io
 import logging
 
 import pytest
 import torch
 from rich.console import Console
+from run_folders import checkpoint, log
 
 from pixel_level_contrastive_learning import PixelCL, pretrain
 from pixel_level_contrastive_learning.trainer import logging as progress
 from pixel_level_contrastive_learning.trainer import metrics, trainer
 
 
-def test_figures_go_to_the_loggers_every_ten_steps(tmp_path, settings) -> None:
-    pretrain(**settings(steps=21, loggers=("csv",)))
-    with (tmp_path / "run" / "csv" / "metrics.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert [row["step"] for row in rows] == ["10", "20"]
-    assert all(0 < float(row["loss"]) < 16 for row in rows)
-
-
-def test_a_run_that_collapses_says_so_in_words(tmp_path, settings, monkeypatch) -> None:
+def test_a_run_that_collapses_says_so_in_words(run, settings, monkeypatch) -> None:
     monkeypatch.setattr(metrics, "spread", lambda _: torch.tensor(0.01))
     pretrain(**settings())
-    told = [
-        line for line in (tmp_path / "run" / "train.log").read_text().splitlines() if "WARN" in line
-    ]
+    told = [line for line in log(run).splitlines() if "WARN" in line]
     assert len(told) == 1  # once, though it stays so
     assert "step 1: the features collapse: their spread is 0.01, under 0.1" in told[0]
-
-
-def test_lines_of_figures_come_every_half_minute_and_at_both_ends(tmp_path, settings) -> None:
-    pretrain(**settings())
-    log = (tmp_path / "run" / "train.log").read_text()
-    assert [n for n in range(1, 7) if f"INFO step {n}: loss" in log] == [1, 6]
 
 
 def test_a_terminal_sees_a_bar_and_a_file_does_not(tmp_path, settings, monkeypatch) -> None:
@@ -50,9 +34,7 @@ def test_a_terminal_sees_a_bar_and_a_file_does_not(tmp_path, settings, monkeypat
     assert silent.getvalue() == ""
 
 
-def test_a_batch_too_large_for_memory_is_taken_in_parts(
-    tmp_path, settings, monkeypatch, caplog
-) -> None:
+def test_a_batch_too_large_for_memory_is_taken_in_parts(run, settings, monkeypatch, caplog) -> None:
     forward = PixelCL.forward
 
     def limited(learner, views, *given, **named):
@@ -67,14 +49,13 @@ def test_a_batch_too_large_for_memory_is_taken_in_parts(
     assert "8 images at a time do not fit into memory: trying half" in caplog.text
     assert "each device takes 8 images a step, 2 at a time (accumulate 4)" in caplog.text
     monkeypatch.undo()
-    assert (tmp_path / "run" / "backbone.safetensors").exists()
+    assert (run / "backbone.safetensors").exists()
     caplog.clear()
     monkeypatch.setattr(trainer, "TRIED_ON", ("cpu",))
     with caplog.at_level(logging.INFO):
-        pretrain(out=tmp_path / "run", resume=True, steps=8)  # keeps its parts: 8 would fit now
+        pretrain(out=run, resume=True, steps=8)  # keeps its parts: 8 would fit now
     assert "2 at a time (accumulate 4)" in caplog.text
-    saved = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
-    assert saved["parts"] == [4, 8]
+    assert checkpoint(run)["parts"] == [4, 8]
 
 
 def test_an_image_that_fits_nowhere_ends_the_run_in_words(settings, monkeypatch) -> None:

@@ -3,10 +3,8 @@
 import pytest
 import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-from torch import nn
 
-from pixel_level_contrastive_learning import PixelCL, load_backbone, pretrain
-from pixel_level_contrastive_learning.backbones.checkpoint import read_backbone
+from pixel_level_contrastive_learning import PixelCL
 from pixel_level_contrastive_learning.backbones.factory import build_backbone, zero_last_norms
 from pixel_level_contrastive_learning.data.sources import open_source
 from pixel_level_contrastive_learning.data.statistics import measure
@@ -23,52 +21,6 @@ from pixel_level_contrastive_learning.trainer.build import (
 )
 from pixel_level_contrastive_learning.trainer.config import PretrainConfig
 from pixel_level_contrastive_learning.trainer.system import Devices
-
-
-def test_a_run_starts_from_the_weights_of_a_file(tmp_path, settings) -> None:
-    first = settings(out=str(tmp_path / "first"))
-    pretrain(**first)
-    held = tmp_path / "first" / "backbone.safetensors"
-    still = {"weights": str(held), "lr": 1e-12, "final_lr": 0.0, "steps": 1}
-    pretrain(**settings(**still))
-    start, end = (load_backbone(tmp_path / run).state_dict() for run in ("first", "run"))
-    weights = [name for name in start if "running" not in name and "tracked" not in name]
-    assert all(torch.allclose(start[name], end[name], atol=1e-6) for name in weights)
-    assert read_backbone(tmp_path / "run").card.start == str(held)
-    assert "matched 14 of 14 keys" in (tmp_path / "run" / "train.log").read_text()
-
-
-def test_weights_that_fit_nowhere_are_refused_without_a_trace(tmp_path, settings) -> None:
-    torch.save({"other.weight": torch.ones(3, 3)}, tmp_path / "other.pt")
-    with pytest.raises(ValueError, match=r"nothing in .*other.pt fits Sequential"):
-        pretrain(**settings(weights=str(tmp_path / "other.pt")))
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(
-    ("model", "norm"),
-    [
-        ("torchvision/resnet18", "bn2"),
-        ("torchvision/resnet50", "bn3"),
-        ("timm/resnet18", "bn2"),
-        ("timm/resnet50", "bn3"),
-    ],
-)
-def test_blocks_begin_as_identities_where_asked(model, norm) -> None:
-    net = build_backbone(model)
-    for module in net.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.ones_(module.weight)
-    assert zero_last_norms(net)
-    zeroed = {name for name, p in net.named_parameters() if p.ndim == 1 and not p.any()}
-    scales = {name for name in zeroed if name.endswith(".weight")}
-    blocks = [name for name, _ in net.named_modules() if name.endswith(f".{norm}")]
-    assert scales == {f"{name}.weight" for name in blocks}
-    assert len(scales) in (8, 16)
-
-
-def test_a_network_without_residual_norms_has_none_to_shut() -> None:
-    assert not zero_last_norms(build_backbone("timm/convnext_atto"))
 
 
 @pytest.mark.parametrize(
@@ -90,15 +42,22 @@ def test_a_card_says_what_a_run_started_from(given, start) -> None:
     assert build_card(plan, data.statistics).start == start
 
 
-@pytest.mark.parametrize("model", ["torchvision/resnet18", "timm/resnet18"])
-def test_a_run_begins_with_open_blocks_unless_asked(model) -> None:
-    def shut(**given: object) -> int:
-        net = build_net(PretrainConfig(model=model, **given), (64, 64), 3, load=True)
-        norms = [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)]
-        return sum(not norm.weight.any() for norm in norms)
+@pytest.mark.parametrize("library", ["torchvision", "timm"])
+@pytest.mark.parametrize(("model", "norm", "count"), [("18", "bn2", 8), ("50", "bn3", 16)])
+def test_blocks_begin_as_identities_where_asked(library, model, norm, count) -> None:
+    def shut(**given: object) -> list[str]:
+        config = PretrainConfig(model=f"{library}/resnet{model}", **given)
+        net = build_net(config, (64, 64), 3, load=True)
+        return [name for name, p in net.named_parameters() if "weight" in name and not p.any()]
 
-    assert shut() == 0
-    assert shut(zero_init_residual=True) == 8
+    assert shut() == []
+    names = shut(zero_init_residual=True)
+    assert len(names) == count
+    assert all(name.endswith(f".{norm}.weight") for name in names)
+
+
+def test_a_network_without_residual_norms_has_none_to_shut() -> None:
+    assert not zero_last_norms(build_backbone("timm/convnext_atto"))
 
 
 def test_layers_are_names_indices_or_left_to_the_learner() -> None:

@@ -2,9 +2,9 @@
 
 import copy
 import logging
-from pathlib import Path
 
 import pytest
+import run_folders
 import torch
 from torch import nn
 
@@ -22,9 +22,7 @@ class Net(nn.Sequential):
 
 
 def equal(one: nn.Module, two: nn.Module) -> bool:
-    """Whether two networks have the same weights and buffers."""
-    both = zip(one.state_dict().values(), two.state_dict().values(), strict=True)
-    return all(torch.equal(ours, theirs) for ours, theirs in both)
+    return run_folders.equal(one.state_dict(), two.state_dict())
 
 
 @pytest.mark.parametrize(
@@ -44,8 +42,7 @@ def test_a_network_without_a_file_is_trained_resumed_and_read(
     assert not equal(whole.backbone, model if is_module else Net())
     assert equal(load_backbone(run, model=model), whole.backbone)
 
-    (run / "checkpoints" / "step-00000006.ckpt").unlink()
-    (run / "checkpoints" / "last.ckpt").unlink()
+    run_folders.forget(run, "step-00000006", "last")
     assert equal(pretrain(out=run, data=images, model=model, resume=True).backbone, whole.backbone)
 
     card = read_card(run / "backbone.safetensors")
@@ -109,4 +106,4 @@ def test_channels_that_the_network_does_not_take_are_adapted(tmp_path, settings)
     for model, out in ((Net(), "module"), (Net, "class")):
         given = settings(model=model, data=gray, out=str(tmp_path / out), steps=1)
         assert pretrain(**given).backbone[0].weight.shape[1] == 1
-    assert Path(tmp_path / "class" / "config.yaml").read_text().count("object:Net") == 1
+    assert run_folders.config(tmp_path / "class")["model"] == "object:Net"

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 import torch
-import yaml
+from run_folders import checkpoint, config, forget
 
 from pixel_level_contrastive_learning import load_backbone, pretrain
 from pixel_level_contrastive_learning.backbones.checkpoint import read_card
@@ -27,16 +27,6 @@ def unet(channels=3):
 """
 
 
-def states(run) -> dict[str, torch.Tensor]:
-    """The weights in the newest checkpoint."""
-    return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
-
-
-def written(run) -> dict[str, object]:
-    """The settings in a run's folder."""
-    return yaml.safe_load((run / "config.yaml").read_text())
-
-
 def test_a_run_of_two_levels_is_resumed_repeated_and_read(
     tmp_path, settings, labelled, caplog
 ) -> None:
@@ -44,14 +34,12 @@ def test_a_run_of_two_levels_is_resumed_repeated_and_read(
     whole = pretrain(**given | {"out": str(tmp_path / "whole")})
     pretrain(**given)
     run = tmp_path / "run"
-    for path in (run / "checkpoints").glob("*.ckpt"):
-        if path.name != "step-00000002.ckpt":
-            path.unlink()
+    forget(run, "step-00000003", "step-00000004", "step-00000006", "last")
     pretrain(out=run, resume=True)
     assert "going on at step 2" in caplog.text
-    held = written(run)
+    held = config(run)
     assert (held["pixel_layer"], held["pixel_levels"], held["level_weights"]) == (["6", "2"], 2, [])
-    ours, others = states(run), states(whole.run_dir)
+    ours, others = checkpoint(run)["state_dict"], checkpoint(whole.run_dir)["state_dict"]
     for level in (0, 1):
         assert f"learner.propagate_pixels.{level}.transform_net.weight" in ours
     assert all(torch.equal(ours[name], others[name]) for name in others)
@@ -65,13 +53,13 @@ def test_a_run_of_two_levels_is_resumed_repeated_and_read(
 def test_a_run_keeps_its_levels(tmp_path, settings) -> None:
     given = settings(pixel_levels=2, steps=2)
     pretrain(**given)
-    assert written(tmp_path / "run")["pixel_layer"] == ["6", "2"]
+    assert config(tmp_path / "run")["pixel_layer"] == ["6", "2"]
     for other in ({"pixel_levels": 1}, {"pixel_layer": "6"}, {"pixel_layer": ["2", "6"]}):
         with pytest.raises(ValueError, match=r"other weights: pixel_layer from \('6', '2'\) to"):
             pretrain(out=tmp_path / "run", resume=True, steps=4, **other)
     same = {"pixel_levels": 2, "level_weights": [3, 1], "pixel_layer": ["6", "2"]}
     pretrain(out=tmp_path / "run", resume=True, steps=4, **same)
-    assert written(tmp_path / "run")["level_weights"] == [3, 1]
+    assert config(tmp_path / "run")["level_weights"] == [3, 1]
     with pytest.raises(ValueError, match=r"level_weights is \(1.0,\); give 2 numbers above 0"):
         pretrain(out=tmp_path / "run", resume=True, steps=6, level_weights=(1.0,))
 
@@ -103,7 +91,7 @@ def test_encoder_and_decoder_are_pretrained_and_given_back(
     net = load_backbone(run.run_dir)
     assert type(net).__name__.lower() == model
     held = {name.removeprefix("learner.online_encoder.net."): own
-            for name, own in states(run.run_dir).items()}  # fmt: skip
+            for name, own in checkpoint(run.run_dir)["state_dict"].items()}  # fmt: skip
     assert all(torch.equal(own, held[name]) for name, own in net.state_dict().items())
     torch.manual_seed(0)
     begun = pretrain(**given | {"out": str(tmp_path / "begun"), "steps": 1, "lr": 1e-9})

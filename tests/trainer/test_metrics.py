@@ -1,7 +1,5 @@
 """Signs that a run goes wrong, memory, signals: the parts beside the steps."""
 
-import os
-import signal
 from types import SimpleNamespace
 
 import pytest
@@ -10,18 +8,15 @@ from torch import nn
 
 from pixel_level_contrastive_learning import PixelCL
 from pixel_level_contrastive_learning.evaluation.health import COLLAPSED_RANK, COLLAPSED_SPREAD
-from pixel_level_contrastive_learning.trainer import signals
+from pixel_level_contrastive_learning.trainer.auto import Schedule
 from pixel_level_contrastive_learning.trainer.memory import (
     Estimate,
     blank_views,
-    halve_until_it_fits,
     parts_by,
     saved_bytes,
     unchanged,
-    without_batch_norm_sync,
 )
 from pixel_level_contrastive_learning.trainer.metrics import HealthMonitor, MetricsWriter
-from pixel_level_contrastive_learning.trainer.run_dir import RunDir
 
 HEALTHY = {
     "loss": 4.0,
@@ -71,28 +66,6 @@ def test_an_exploding_gradient_is_told() -> None:
     assert "the gradient's norm is 2e+03, a thousand times its usual 1" in sentence
 
 
-def test_parts_are_halved_until_they_fit() -> None:
-    tried: list[int] = []
-    released: list[int] = []
-
-    def attempt(images: int) -> None:
-        tried.append(images)
-        if images > 5:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-
-    assert halve_until_it_fits(32, 1, attempt, lambda: released.append(1)) == 8
-    assert tried == [32, 16, 8, 4]
-    assert len(released) == 3
-
-
-def test_what_never_fits_is_told() -> None:
-    def attempt(_: int) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    with pytest.raises(MemoryError, match="2 images do not fit into memory; give a smaller"):
-        halve_until_it_fits(8, 1, attempt, lambda: None)
-
-
 def test_parts_by_estimate_leave_a_margin() -> None:
     taken = Estimate(fixed=100, per_image=10)
     assert parts_by(taken, 32, 1000) == 1  # 0.8 * 1000 - 100 = 70 images
@@ -126,58 +99,6 @@ def test_a_trial_leaves_the_learner_and_the_dice_as_they_were() -> None:
     assert torch.equal(dice, torch.get_rng_state())
 
 
-def test_the_second_signal_leaves_at_once(monkeypatch) -> None:
-    left: list[int] = []
-    monkeypatch.setattr(os, "_exit", left.append)
-    with signals.StopSignal() as stop:
-        stop.exit_if_received()  # stays, since nothing has come yet
-        signal.raise_signal(signal.SIGINT)
-        assert (stop.number, left) == (signal.SIGINT, [])
-        with pytest.raises(signals.Interrupted) as told:
-            stop.exit_if_received()
-        assert told.value.code == 130
-        signal.raise_signal(signal.SIGINT)
-    assert left == [130]
-
-
-def test_forked_processes_leave_ctrl_c_to_their_parent(monkeypatch) -> None:
-    left: list[int] = []
-    monkeypatch.setattr(os, "_exit", left.append)
-    with signals.StopSignal() as stop:
-        stop.owner = -1  # as if this were a child
-        signal.raise_signal(signal.SIGINT)
-        assert (stop.number, left) == (None, [])
-        signal.raise_signal(signal.SIGTERM)
-    assert left == [143]
-
-
-def test_metrics_are_cut_back_to_a_step(tmp_path) -> None:
-    run = RunDir(tmp_path)
-    lines = [f'{{"step": {step}}}\n' for step in range(1, 6)]
-    (tmp_path / "metrics.jsonl").write_text("".join(lines) + '{"step": 6, "lo')
-    assert run.truncate(3) == 3
-    assert (tmp_path / "metrics.jsonl").read_text() == "".join(lines[:3])
-    assert run.truncate(0) == 3
-
-
-def test_replacing_a_run_touches_nothing_else(tmp_path) -> None:
-    (tmp_path / "notes.txt").write_text("mine")
-    (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "config.yaml").write_text("epochs: 1\n")
-    RunDir(tmp_path).remove_run()
-    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
-
-
-def test_only_the_newest_checkpoints_are_kept(tmp_path) -> None:
-    run = RunDir(tmp_path)
-    run.checkpoints.mkdir()
-    for step in (2, 10, 100):
-        run.save_checkpoint({"step": step}, step, keep=2)
-    assert [p.name for p in run.checkpoint_paths()] == [
-        *("step-00000100.ckpt", "step-00000010.ckpt", "last.ckpt")
-    ]
-
-
 class Arriving:
     """The event of a copy that the device has not done."""
 
@@ -187,7 +108,8 @@ class Arriving:
 
 @pytest.mark.parametrize(("processes", "judged"), [(1, [False, False]), (2, [False, True])])
 def test_processes_judge_the_same_step_however_fast_their_devices_are(processes, judged) -> None:
-    figures = MetricsWriter(SimpleNamespace(world_size=processes), None, 9, 1, lambda: 0.0, [])
+    fabric, schedule = SimpleNamespace(world_size=processes), Schedule(9, 1, 1, 1.0, 0.0, 0.99)
+    figures = MetricsWriter(fabric, None, schedule, lambda: 0.0, [])
     found = []
     for _ in judged:
         figures.sent.append(SimpleNamespace(event=Arriving()))
@@ -198,6 +120,6 @@ def test_processes_judge_the_same_step_however_fast_their_devices_are(processes,
 def test_a_trial_waits_for_no_other_process() -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 4, 4), nn.SyncBatchNorm(4), nn.BatchNorm2d(4))
     net[1].requires_grad_(False)
-    with without_batch_norm_sync(net):
+    with unchanged(net):
         assert [module.training for module in net] == [True, False, True]
     assert [module.training for module in net] == [True, True, True]

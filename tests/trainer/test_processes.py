@@ -1,17 +1,15 @@
-"""Runs in processes of their own: killed and resumed, and shared by two."""
+"""Runs in processes of their own: shared by two, and stopped."""
 
-import json
 import os
-import random
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from run_folders import checkpoint, metrics, steps
 
 PACKAGE = "pixel_level_contrastive_learning"
 ALONE = {name: value for name, value in os.environ.items() if "RANK" not in name}
@@ -45,51 +43,10 @@ def done(flags: list[str]) -> str:
     return said
 
 
-def metrics(run: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def checkpoint(run: Path) -> dict[str, Any]:
-    held: dict[str, Any] = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
-    return held
-
-
-def steps_saved(run: Path) -> int:
-    return max((int(p.stem[5:]) for p in (run / "checkpoints").glob("step-*.ckpt")), default=0)
-
-
-def same(one: dict[str, Any], two: dict[str, Any]) -> bool:
-    return all(torch.equal(one[name], two[name]) for name in one) and one.keys() == two.keys()
-
-
-@pytest.mark.parametrize(
-    ("workers", "times"),
-    [
-        (0, 1),
-        pytest.param(0, 5, marks=pytest.mark.slow),
-        pytest.param(2, 5, marks=pytest.mark.slow),
-    ],
-)
-def test_killed_runs_end_as_an_undisturbed_one(tmp_path, flags, workers, times) -> None:
-    length = 15 * (times + 1)
-    kept = {"workers": workers, "steps": length, "checkpoint_every": 4, "accelerator": "cpu"}
-    whole, run = tmp_path / "whole", tmp_path / "run"
-    done(flags(**kept, out=str(whole)))
-    dice = random.Random(workers)
-    for number in range(times):
-        target = 15 * number + dice.randint(4, 14)
-        process = start(flags(**kept, resume=True))
-        while process.poll() is None and steps_saved(run) < target:
-            time.sleep(0.01)
-        assert process.poll() is None, "it ended before it could be killed"
-        process.kill()
-        process.communicate()
-        os.killpg(process.pid, signal.SIGKILL) if workers else None
-    done(flags(**kept, resume=True))
-    assert same(checkpoint(whole)["state_dict"], checkpoint(run)["state_dict"])
-    losses = [[line["loss"] for line in metrics(folder)] for folder in (whole, run)]
-    assert losses[0] == losses[1]
-    assert [line["step"] for line in metrics(run)] == list(range(1, length + 1))
+def until_saved(process: subprocess.Popen[str], run: Path) -> None:
+    """Wait for the first checkpoint."""
+    while process.poll() is None and not list(run.glob("checkpoints/step-*.ckpt")):
+        time.sleep(0.02)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +70,7 @@ def test_two_processes_do_what_one_does(tmp_path, flags, strategy, levels) -> No
     assert said.count("run: ") == 1
     assert "2 x cpu" in said
     one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
-    assert [line["step"] for line in two] == list(range(1, 11))
+    assert steps(tmp_path / "two") == list(range(1, 11))
     for mine, theirs in zip(one, two, strict=True):
         for name in ("loss", "pixel_cosine", "instance_cosine", "positive_pairs"):
             assert theirs[name] == pytest.approx(mine[name], abs=1e-4), name
@@ -125,42 +82,23 @@ def test_two_processes_do_what_one_does(tmp_path, flags, strategy, levels) -> No
             assert torch.allclose(ours[name].float(), others[name].float(), atol=1e-4), name
 
 
-def test_the_death_of_one_process_ends_the_other_with_an_error(flags) -> None:
+def test_the_death_of_one_process_ends_the_other_with_an_error(run, flags) -> None:
     process = start(flags(steps=4000, devices=2, accelerator="cpu"))
-    run = Path(flags()[flags().index("--out") + 1])
-    while process.poll() is None and not steps_saved(run):
-        time.sleep(0.02)
-    [child] = [int(p) for p in children(process.pid)]
-    os.kill(child, signal.SIGKILL)
+    until_saved(process, run)
+    [child] = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(child), signal.SIGKILL)
     ended(process)
     assert process.returncode not in (0, None)
     assert not (run / "backbone.safetensors").exists()
 
 
-def children(parent: int) -> list[str]:
-    """The processes that another has started (Linux)."""
-    return Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
-
-
-def test_of_two_runs_started_at_once_one_is_refused(flags) -> None:
-    run = Path(flags()[flags().index("--out") + 1])
-    both = [start(flags(steps=400, accelerator="cpu")) for _ in "12"]
-    said = [ended(process) for process in both]
-    codes = [process.returncode for process in both]
-    assert sorted(codes) == [0, 2], said
-    winner = both[codes.index(0)]
-    assert f"process {winner.pid} on " in said[codes.index(2)]
-    assert [line["step"] for line in metrics(run)] == list(range(1, 401))
-    assert not list(run.glob(".lock*"))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_to_the_whole_group_ends_a_run_with_workers_in_order(flags, number, code) -> None:
+def test_a_signal_to_the_whole_group_ends_a_run_with_workers_in_order(
+    run, flags, number, code
+) -> None:
     process = start(flags(steps=4000, workers=2))
-    run = Path(flags()[flags().index("--out") + 1])
-    while process.poll() is None and not steps_saved(run):
-        time.sleep(0.02)
+    until_saved(process, run)
     os.killpg(process.pid, number)
     said = ended(process, within=60)
     assert process.returncode == code, said
@@ -169,10 +107,27 @@ def test_a_signal_to_the_whole_group_ends_a_run_with_workers_in_order(flags, num
     assert checkpoint(run)["steps_done"] == metrics(run)[-1]["step"]
 
 
-def test_a_signal_after_the_last_step_has_the_same_exit_code() -> None:
-    code = (
-        "import os, signal, sys, time; sys.argv = ['pixelcl', 'layers', 'nothing/here']; "
-        f"from {PACKAGE}.__main__ import main; main(); os.kill(os.getpid(), signal.SIGTERM); "
-        "time.sleep(9)"
-    )
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 143
+@pytest.mark.parametrize(
+    ("command", "number", "code"),
+    [
+        ("visualize", signal.SIGTERM, 143),
+        ("pretrain", signal.SIGTERM, 143),
+        ("pretrain", signal.SIGINT, 130),
+    ],
+)
+def test_a_signal_while_libraries_are_imported_ends_in_a_word(command, number, code) -> None:
+    program = f"""
+import os, signal, sys, time
+
+class Finder:
+    def find_spec(name, *_):
+        if name == "torch":
+            os.kill(os.getpid(), {number})
+
+sys.meta_path.insert(0, Finder)
+sys.argv = ["pixelcl", "{command}", "nothing/here", "--out", "out"]
+from {PACKAGE}.__main__ import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (code, f"stopped by {number.name}\n".encode())

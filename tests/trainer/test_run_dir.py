@@ -46,7 +46,7 @@ def test_a_run_that_trains_elsewhere_is_named_and_leaves_no_lock(tmp_path) -> No
             RunDir(run.path).locked(),
         ):
             pass
-    assert list(run.path.iterdir()) == []
+    assert not run.path.exists()
     with run.locked():
         assert sorted(path.name for path in run.path.iterdir()) == [".lock", ".lock-holder"]
 
@@ -81,6 +81,18 @@ def test_lines_of_metrics_are_whole_and_in_order_after_a_resume(tmp_path) -> Non
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))  # the last without its end
     assert RunDir(tmp_path).truncate(3) == 2
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3}\n'
+    assert RunDir(tmp_path).truncate(2) == 1
+    assert RunDir(tmp_path).truncate(0) == 2
+
+
+def test_only_the_newest_checkpoints_are_kept(tmp_path) -> None:
+    run = RunDir(tmp_path)
+    run.checkpoints.mkdir()
+    for step in (2, 10, 100):
+        run.save_checkpoint({"step": step}, step, keep=2)
+    assert [p.name for p in run.checkpoint_paths()] == [
+        *("step-00000100.ckpt", "step-00000010.ckpt", "last.ckpt")
+    ]
 
 
 def test_a_checkpoint_with_a_flipped_bit_is_damaged(tmp_path) -> None:

@@ -1,0 +1,87 @@
+"""Where a run goes on: its newest checkpoint, held against settings and network of now."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from .. import run_layout
+from ..backbones.checkpoint import save_card
+from ..backbones.state_dict import check_code, tensors_of
+from ..files import write_whole
+from ..pixel_cl import PixelCL
+from . import build
+from .config_io import as_yaml, check_idle_changes, resume_changes
+from .logging import LOG
+from .run_dir import RunDir, step_of
+from .setup import Setup
+from .system import is_writer
+from .training_step import BACKBONE, LEARNER
+
+
+def find_resume_point(setup: Setup, run_dir: RunDir) -> dict[str, Any] | None:
+    """Prepare the folder for the first step; the checkpoint to go on from, None for a new run.
+
+    Its ``steps_done`` are those of batches of the present size.
+
+    Raises:
+        ValueError: A checkpoint that does not fit, or changes that nothing is trained with.
+    """
+    plan, step, number = setup.plan, 0, 0
+    found = None if setup.before is None else run_dir.newest_checkpoint()
+    # The checkpoint's own: config.yaml may have been changed by hand, or by damage.
+    before = found[1].get("settings", setup.before) if found is not None else setup.before
+    changed = resume_changes(plan.settings, before or {})
+    for name, (old, new) in changed.items():
+        LOG.warning("changed: %s was %r and is now %r", name, old, new)
+    if found is not None:
+        path, held = found
+        check_shapes(setup.learner, held["state_dict"])
+        check_statistics(setup, run_dir, held)
+        step = int(held["steps_done"])
+        number = step_of(path) if step_of(path) >= 0 else step
+        if plan.settings.steps is None:  # a run in epochs counts images
+            step = int(held["samples"]) // plan.batch_size
+        check_idle_changes(changed, step, plan.schedule.steps)
+        LOG.info("going on at step %d, from %s", step, path)
+    elif setup.before is not None:
+        LOG.warning("no checkpoint in %s: starting at step 0", run_dir.checkpoints)
+    if is_writer():
+        run_dir.checkpoints.mkdir(parents=True, exist_ok=True)
+        if dropped := run_dir.truncate(number):
+            LOG.info("dropped %d lines of metrics after step %d", dropped, number)
+        run_dir.discard_after(number)
+        if found is not None and step != number:
+            run_dir.renumber(found[0], number, step)
+        write_whole(run_dir.path / run_layout.CONFIG, as_yaml(plan.settings))
+        build.save_statistics(setup.data, run_dir.path)
+        # Now, not at the end: with it the checkpoints can be evaluated while the run goes on.
+        card = build.build_card(plan, setup.data.statistics)
+        save_card(run_dir.path / run_layout.WEIGHTS, card)
+    return None if found is None else found[1] | {"steps_done": step}
+
+
+def check_statistics(setup: Setup, run_dir: RunDir, held: Mapping[str, Any]) -> None:
+    """Refuse a file of statistics other than those of a checkpoint; warn where there is no file."""
+    statistics, file = asdict(setup.data.statistics), run_dir.path / run_layout.STATISTICS
+    if held.get("statistics", statistics) != statistics:
+        if file.exists():
+            raise ValueError(f"{file} is not the run's; remove it, and they are measured again")
+        LOG.warning("the statistics of the images are not those of the run")
+
+
+def check_shapes(learner: PixelCL, held: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint whose weights do not fit, before anything of the run is changed."""
+    now = {BACKBONE + name for name in learner.net.state_dict()}
+    then = {name for name in held if name.startswith(BACKBONE)}
+    check_code("the checkpoint", sorted(now - then), sorted(then - now))
+    for name, own in tensors_of(learner).items():
+        there = held.get(LEARNER + name)
+        if there is not None and tuple(there.shape) != tuple(own.shape):
+            raise ValueError(
+                f"a run cannot go on with other weights: {LEARNER}{name} has the shape "
+                f"{tuple(there.shape)} in the checkpoint and {tuple(own.shape)} now; leave "
+                "image_size and the model as they were, or start a new run in another folder with "
+                "--weights"
+            )
