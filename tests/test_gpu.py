@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from small_nets import SmallNet, overlapping_views
 from torch import nn
 
 from pixel_level_contrastive_learning import PixelCL, View, blocks
@@ -15,7 +16,6 @@ from pixel_level_contrastive_learning.evaluation.features import Preparation, Re
 from pixel_level_contrastive_learning.evaluation.finetuning import CROP_DETAIL, finetune
 from pixel_level_contrastive_learning.evaluation.metrics import PreparedSplit
 from pixel_level_contrastive_learning.evaluation.probes import ProbeTask, run_probes
-from pixel_level_contrastive_learning.geometry import box_to_map
 
 pytestmark = [
     pytest.mark.gpu,
@@ -36,24 +36,13 @@ PREPARE = Preparation(Statistics(3, (0.5,) * 3, (0.25,) * 3, None, None, (1, 1))
 def small_learner(**settings: Any) -> PixelCL:
     """A learner on a small network on the CPU, the same at every call."""
     torch.manual_seed(0)
-    net = nn.Sequential(
-        nn.Conv2d(3, 16, 8, 8),
-        nn.BatchNorm2d(16),
-        nn.ReLU(inplace=True),
-        nn.Conv2d(16, 32, 2, 2),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(32, 5),
-    )
-    return PixelCL(net, 64, projection_size=16, projection_hidden_size=32, **settings)
+    return PixelCL(SmallNet(), 64, projection_size=16, projection_hidden_size=32, **settings)
 
 
 def views(device: str) -> tuple[View, View]:
     """Ready views that overlap, the same on each device."""
-    pixels = torch.rand(2, 4, 3, 64, 64, generator=torch.Generator().manual_seed(1))
-    boxes = torch.tensor([[0.0, 0, 96, 96], [30, 10, 110, 90]])
-    maps = box_to_map(boxes, torch.tensor([False, True]))[:, None].expand(2, 4, 2, 3)
-    one, two = (View(*pair) for pair in zip(pixels.to(device), maps.to(device), strict=True))
+    torch.manual_seed(1)
+    one, two = (View(*(part.to(device) for part in view)) for view in overlapping_views())
     return one, two
 
 

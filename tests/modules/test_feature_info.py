@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import segmentation_models_pytorch as smp
 import torch
-from small_nets import Calls, chain, small_net
+from small_nets import Calls, SmallNet, chain
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision import models
@@ -40,7 +40,7 @@ def vit() -> nn.Module:
         (models.resnet18, 224, "layer4", 7, "avgpool"),
         (models.resnet50, 128, "layer4", 4, "avgpool"),
         (models.resnet50, 64, "layer3", 4, "avgpool"),  # not what layer4 begins with
-        (small_net, 64, "deep", 4, "pool"),
+        (SmallNet, 64, "deep", 4, "pool"),
         (vit, 64, "encoder", 4, "encoder"),
         (models.mobilenet_v2, 128, "features", 4, "features"),  # its dropout is no pooled vector
     ],
@@ -141,18 +141,18 @@ def test_no_stride_above_32_is_taken_unasked() -> None:
 
 def test_images_too_small_for_a_default_are_refused() -> None:
     with pytest.raises(ValueError, match=r"(?s)(?=.*4x4)(?=.*16x16)(?=.*larger images)"):
-        FeatureInfo(small_net(), 3, (16, 16)).default_pixels()
+        FeatureInfo(SmallNet(), 3, (16, 16)).default_pixels()
 
 
 def test_layers_are_named_by_name_or_by_index() -> None:
-    info = FeatureInfo(small_net(), 3, (64, 64))
+    info = FeatureInfo(SmallNet(), 3, (64, 64))
     assert info.hook(3, pixel=True) == info.hook("deep", pixel=True)
     assert info.hook(-3, pixel=False) == info.hook("pool", pixel=False)
     assert info.hook("deep", pixel=True)[:2] == ("deep", Layout("b c h w", 12, (4, 4)))
 
 
 def test_a_layer_that_runs_twice_is_read_as_it_is_caught() -> None:
-    net = small_net()
+    net = SmallNet()
     net.deep = nn.Sequential(nn.Conv2d(8, 12, 2, 2), net.act)
     assert FeatureInfo(net, 3, (64, 64)).hook("act", pixel=True).layout[:3] == (
         "b c h w",
@@ -165,7 +165,7 @@ def test_a_layer_that_runs_twice_is_read_as_it_is_caught() -> None:
     ("layer", "overwritten"), [("stem", False), ("norm", True), ("act", False)]
 )
 def test_layers_changed_in_place_are_noticed(layer, overwritten) -> None:
-    assert FeatureInfo(small_net(), 3, (64, 64)).hook(layer, pixel=True).overwritten is overwritten
+    assert FeatureInfo(SmallNet(), 3, (64, 64)).hook(layer, pixel=True).overwritten is overwritten
 
 
 @pytest.mark.parametrize(
@@ -283,7 +283,7 @@ def test_layers_that_cannot_be_read_are_refused(net, layer, texts, pixel) -> Non
 @pytest.mark.parametrize("channels", [1, 5])
 def test_a_network_that_refuses_the_images_is_reported(channels) -> None:
     with pytest.raises(ValueError, match=rf"(?s)(?=.*{channels}, 64, 64)(?=.*image_size)"):
-        FeatureInfo(small_net(), channels, (64, 64))
+        FeatureInfo(SmallNet(), channels, (64, 64))
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated:FutureWarning")
@@ -310,12 +310,12 @@ def test_a_network_that_cannot_be_copied_is_refused_with_what_to_do(norm) -> Non
     ],
 )
 def test_parameters_behind_a_tap_are_unreached(layer, idle) -> None:
-    info = FeatureInfo(small_net(), 3, (64, 64))
+    info = FeatureInfo(SmallNet(), 3, (64, 64))
     assert info.unreached(info.hook(layer, pixel=False)) == idle
 
 
 def test_frozen_parameters_are_surveyed_as_if_they_learned() -> None:
-    net = small_net()
+    net = SmallNet()
     net.stem.requires_grad_(False)
     net.head.requires_grad_(False)
     info = FeatureInfo(net, 3, (64, 64))
@@ -344,7 +344,7 @@ def test_what_joins_a_tap_after_it_was_read_is_unreached() -> None:
 
 
 def test_a_table_of_indices_is_no_weight() -> None:
-    net = small_net()
+    net = SmallNet()
     net.stem.table = nn.Parameter(torch.arange(4), requires_grad=False)
     first = nn.Sequential()
     first.table = nn.Parameter(torch.arange(4), requires_grad=False)
