@@ -1,8 +1,11 @@
-"""Networks small enough to be evaluated in a second."""
+"""Networks small enough to be evaluated in a second, and what they are evaluated on."""
 
 import pytest
 import torch
 from torch import nn
+
+from pixel_level_contrastive_learning.data.segmentation import SegmentationDataset, open_labelled
+from pixel_level_contrastive_learning.evaluation.features import Reader
 
 NETWORK = """
 from torch import nn
@@ -44,3 +47,21 @@ def model(tmp_path) -> str:
     path.parent.mkdir(parents=True)
     path.write_text(NETWORK)
     return f"{path}:small"
+
+
+@pytest.fixture
+def reader(plain) -> Reader:
+    """Of the averages of the labelled images' patches."""
+    return Reader(plain, ["patches"], 3, (32, 48))
+
+
+@pytest.fixture
+def train(labelled) -> SegmentationDataset:
+    """The ten labelled images."""
+    return open_labelled(labelled)[0]
+
+
+@pytest.fixture
+def val(labelled) -> SegmentationDataset:
+    """The four labelled images."""
+    return open_labelled(labelled)[1]

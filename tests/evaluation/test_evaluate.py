@@ -11,10 +11,10 @@ import pytest
 import tifffile
 import torch
 from PIL import Image
+from small_cards import preparation, small_card
 
-from pixel_level_contrastive_learning.backbones.checkpoint import BackboneCard, save_backbone
+from pixel_level_contrastive_learning.backbones.checkpoint import save_backbone
 from pixel_level_contrastive_learning.data.sources import open_source
-from pixel_level_contrastive_learning.data.statistics import Statistics
 from pixel_level_contrastive_learning.evaluation import correspondence
 from pixel_level_contrastive_learning.evaluation.baselines import random_net
 from pixel_level_contrastive_learning.evaluation.correspondence import (
@@ -22,7 +22,6 @@ from pixel_level_contrastive_learning.evaluation.correspondence import (
 )
 from pixel_level_contrastive_learning.evaluation.correspondence import evenly, left_out, some_images
 from pixel_level_contrastive_learning.evaluation.evaluate import evaluate
-from pixel_level_contrastive_learning.evaluation.features import Preparation
 from pixel_level_contrastive_learning.evaluation.finetuning import RATES
 from pixel_level_contrastive_learning.evaluation.results import Evaluation, Row
 from pixel_level_contrastive_learning.evaluation.segmentation import what_it_means
@@ -31,15 +30,7 @@ from pixel_level_contrastive_learning.evaluation.segmentation import what_it_mea
 @pytest.fixture
 def run(model, tmp_path):
     """A run whose layer gives smoothed colours, as a good one would here."""
-    card = BackboneCard(
-        model=model,
-        channels=3,
-        image_size=(24, 24),
-        mean=(0.5,) * 3,
-        std=(0.25,) * 3,
-        pixel_layer="body",
-        instance_layer="pool",
-    )
+    card = small_card(model, image_size=(24, 24))
     net = random_net(card, 0)
     with torch.no_grad():
         for layer in (net.stem, net.body):
@@ -343,9 +334,6 @@ def test_a_network_that_goes_by_colour_is_told_so() -> None:
     assert "by colour" not in without([seen(0.2), seen(0.3, kept=0.6)])  # not by colour alone
 
 
-PREPARE = Preparation(Statistics(3, (0.5,) * 3, (0.5,) * 3, None, None, (1, 1)), 24)
-
-
 def plain(path: Path) -> None:
     Image.effect_noise((40, 32), 90).convert("RGB").save(path)
 
@@ -364,7 +352,7 @@ def test_others_stand_in_for_images_that_are_not_for_this_network(tmp_path, monk
     monkeypatch.setattr(correspondence, "MOST_IMAGES", 2)
     for number in range(4):  # the evenly spread ones are deep
         (plain if number % 2 else deep)(tmp_path / f"{number}.png")
-    seen, refused = some_images(open_source(tmp_path), PREPARE)
+    seen, refused = some_images(open_source(tmp_path), preparation(24))
     assert len(seen) == 2
     words = "it is 16-bit or float, where the images looked at were 8-bit"
     assert refused == [f"{tmp_path}/{number}.png: {words}" for number in (0, 2)]
@@ -373,7 +361,7 @@ def test_others_stand_in_for_images_that_are_not_for_this_network(tmp_path, monk
 def test_only_where_no_image_is_left_nothing_is_judged(tmp_path) -> None:
     deep(tmp_path / "a.png")
     with pytest.raises(ValueError) as error:
-        some_images(open_source(tmp_path), PREPARE)
+        some_images(open_source(tmp_path), preparation(24))
     assert str(error.value) == (
         f"none of 1 images can be used, the first because of {tmp_path}/a.png: it is 16-bit or "
         "float, where the images looked at were 8-bit; give a folder of images that open in a "

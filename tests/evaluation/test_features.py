@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from small_cards import small_card
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
@@ -146,16 +147,8 @@ def test_a_device_that_is_not_here_is_refused(name) -> None:
 
 
 def card(**settings) -> BackboneCard:
-    plain = {
-        "model": "torchvision/resnet18",
-        "channels": 3,
-        "image_size": (100, 200),
-        "mean": (0.5, 0.5, 0.5),
-        "std": (0.5, 0.25, 0.5),
-        "pixel_layer": "layer4",
-        "instance_layer": "avgpool",
-    }
-    return BackboneCard(**plain | settings)
+    plain = {"model": "torchvision/resnet18", "image_size": (100, 200), "std": (0.5, 0.25, 0.5)}
+    return small_card(**plain | settings)
 
 
 def test_whole_images_are_fed_at_the_scale_of_the_views() -> None:

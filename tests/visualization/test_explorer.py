@@ -11,17 +11,16 @@ import torch
 from einops import rearrange
 from evil_run import make_images
 from PIL import Image
+from small_cards import preparation, small_card
 from torch import Tensor, nn
 
 from pixel_level_contrastive_learning.augment import Photometry
 from pixel_level_contrastive_learning.backbones.checkpoint import (
-    BackboneCard,
     Loaded,
     save_backbone,
 )
 from pixel_level_contrastive_learning.backbones.factory import build_backbone
-from pixel_level_contrastive_learning.data.statistics import Statistics
-from pixel_level_contrastive_learning.evaluation.features import Preparation, Reader
+from pixel_level_contrastive_learning.evaluation.features import Reader
 from pixel_level_contrastive_learning.geometry import unit_centres
 from pixel_level_contrastive_learning.visualization import explorer
 from pixel_level_contrastive_learning.visualization.explorer import (
@@ -141,15 +140,9 @@ class Fixed(nn.Module):
 def loaded(folder: Path, function: str, side: int) -> Loaded:
     """One of these networks."""
     (folder / "averages.py").write_text(AVERAGES)
-    card = BackboneCard(
-        model=f"{folder / 'averages.py'}:{function}",
-        channels=3,
-        image_size=(side, side),
-        mean=(0.5,) * 3,
-        std=(0.5,) * 3,
-        pixel_layer="patches" if function == "Fixed" else "0",
-        instance_layer="1",
-    )
+    layer = "patches" if function == "Fixed" else "0"
+    settings = {"image_size": (side, side), "pixel_layer": layer, "instance_layer": "1"}
+    card = small_card(f"{folder / 'averages.py'}:{function}", **settings)
     return Loaded(build_backbone(card.model, channels=3, image_size=(side, side)), card, None)
 
 
@@ -192,18 +185,12 @@ def test_a_network_of_ones_own_that_takes_one_size_only_is_shown(tmp_path) -> No
     assert page.exists()
 
 
-@pytest.fixture
-def prepare() -> Preparation:
-    statistics = Statistics(3, (0.5,) * 3, (0.25,) * 3, None, None, (64, 64))
-    return Preparation(statistics, 48)
-
-
-def test_images_are_read_and_broken_ones_replaced(tmp_path, prepare) -> None:
+def test_images_are_read_and_broken_ones_replaced(tmp_path) -> None:
     for number in range(4):
         size = (40, 30) if number % 2 else (30, 40)
         Image.new("RGB", size, (60 * number, 0, 0)).save(tmp_path / f"{number}.png")
     (tmp_path / "0.png").write_bytes(b"")
-    held = read_samples(tmp_path, prepare, 2)
+    held = read_samples(tmp_path, preparation(48), 2)
     assert [sample.name for sample in held] == ["2.png", "1.png"]
     assert [sample.source for sample in held] == [0, 1]
     assert held[0].size == (SHOWN_SIDE, SHOWN_SIDE * 3 // 4)
@@ -211,10 +198,10 @@ def test_images_are_read_and_broken_ones_replaced(tmp_path, prepare) -> None:
     assert torch.equal(held[0].to_source, WHOLE)
 
 
-def test_a_folder_of_nothing_but_broken_images_is_refused(tmp_path, prepare) -> None:
+def test_a_folder_of_nothing_but_broken_images_is_refused(tmp_path) -> None:
     (tmp_path / "a.png").write_bytes(b"")
     with pytest.raises(ValueError) as error:
-        read_samples(tmp_path, prepare, 2)
+        read_samples(tmp_path, preparation(48), 2)
     assert str(error.value) == (
         f"none of 1 images can be used, the first because of {tmp_path}/a.png: the file is empty "
         "(0 bytes); give a folder of images that open in a viewer and are as the network knows "
@@ -230,11 +217,11 @@ def test_a_folder_of_nothing_but_broken_images_is_refused(tmp_path, prepare) -> 
     ],
 )
 def test_an_image_that_is_not_for_this_network_is_named_and_left_out(
-    tmp_path, prepare, caplog, odd, why
+    tmp_path, caplog, odd, why
 ) -> None:
     tifffile.imwrite(tmp_path / "a.tif", odd)
     Image.new("RGB", (40, 30)).save(tmp_path / "b.png")
-    assert [sample.name for sample in read_samples(tmp_path, prepare, 2)] == ["b.png"]
+    assert [sample.name for sample in read_samples(tmp_path, preparation(48), 2)] == ["b.png"]
     (told,) = caplog.messages
     assert told.startswith(f"left out {tmp_path}/a.tif: {why}")
 
