@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,38 +15,17 @@ from .. import run_layout
 from ..data.segmentation import SegmentationDataset
 from ..data.sources import FileSource
 from ..modules.feature_info import FeatureInfo, duplicate, unfreeze
-from .baselines import Contender, is_random, layers_read, line_up, sizing_contender
+from .baselines import Contender, layers_read, line_up, sizing_contender
+from .comparison import ALL_MAPS, CLUSTERING, FINETUNE, curve_shown, in_words, what_it_means
 from .features import Preparation, Reader, Size, deepest_maps
 from .finetuning import CROP_DETAIL, RATES, LearningRates, choose_rates, finetune, measure_cost
 from .metrics import PreparedSplit, SampleCache, Scored, Scores
 from .pictures import draw_label_curve, write_panels
 from .probes import ProbeTask, run_probes
-from .results import (
-    LUCK,
-    MIOU,
-    CurvePoint,
-    Evaluation,
-    Row,
-    gain,
-    in_words,
-    masks_saved,
-    may_be_luck,
-)
+from .results import MIOU, CurvePoint, Evaluation, Row
 
 log = logging.getLogger(__name__)
 
-FINETUNE = "finetune"
-ALL_MAPS = "linear-all"
-CLUSTERING = "overclustering"
-PROTOCOLS = {
-    "linear": "A linear probe",
-    ALL_MAPS: "A linear probe on all maps",
-    "knn": "A vote of neighbours",
-    "hummingbird": "Nearest-neighbour retrieval",
-    CLUSTERING: "Clustering",
-    FINETUNE: "Fine-tuning",
-}
-"""The protocols, and how a sentence begins with each."""
 MANY_CLUSTERS = 500
 SEVERAL_SEEDS = 3
 """Seeds unless a number is given, where the seed decides which masks are used; else one."""
@@ -206,12 +185,7 @@ def estimate_finetuning(
 class Contest:
     """One network's part of an evaluation with labels.
 
-    Args:
-        contender: The network.
-        prepare: How it is fed.
-        splits: The images.
-        plan: What is run.
-        keep: Images whose predictions are kept, by the first protocol with all masks it is given.
+    Predictions are kept of some images, by the first protocol with all masks it is given.
     """
 
     def __init__(
@@ -357,51 +331,3 @@ class Contest:
                     keep=keep,
                 )
                 self.note(FINETUNE, len(train), seed, found)
-
-
-def what_it_means(rows: Sequence[Row], protocol: str, split: str) -> str:
-    """The figures of the last row in words: what is gained over random weights, and the start."""
-    random, start, ours = rows[0], rows[-2:][0], rows[-1]
-    rival = max(start, random, key=lambda row: row.scores[MIOU])
-    reached, base = ours.scores[MIOU], random.scores[MIOU]
-    figure = f"{PROTOCOLS[protocol]} reaches {reached:.3f} mIoU on {split}"
-    if len(rows) == 1:
-        return f"{figure} with random weights: what other weights of this network have to beat."
-    beside = f"{figure}, {reached / max(base, 1e-9):.2f} times random weights ({base:.3f})"
-    if len(rows) == 3:
-        begun = start.scores[MIOU]
-        beside += f" and {reached / max(begun, 1e-9):.2f} times what it started from ({begun:.3f})"
-    return f"{beside}: {verdict_of(ours, rival, random, start)}{saved_in_words(rows)}"
-
-
-def verdict_of(ours: Row, rival: Row, random: Row, start: Row) -> str:
-    """Whether there is a gain over the better of random weights and the start, in words."""
-    if gain(ours, random, MIOU) < 0:
-        return (
-            "worse than random. Look at the loss and at the features' health (evaluate with images "
-            "in place of data), and at whether other layers do better."
-        )
-    if gain(ours, start, MIOU) < 0:
-        return "training made them worse. Keep the others, or train with a lower lr."
-    if gain(ours, rival, MIOU) < 1:
-        return "no clear gain. Train for longer, on more images, or try other layers."
-    if is_random(rival.name) and may_be_luck(ours, rival, MIOU):
-        return LUCK
-    compared = "random ones" if rival is random else "those it started from"
-    return f"the weights know more of these classes than {compared} do."
-
-
-def curve_shown(protocols: Collection[str]) -> str | None:
-    """The protocol whose label curve is drawn and told: fine-tuning, else the first."""
-    return FINETUNE if FINETUNE in protocols else next(iter(protocols), None)
-
-
-def saved_in_words(rows: Sequence[Row]) -> str:
-    """How many masks are saved beside each baseline, where there are label curves."""
-    ours = rows[-1]
-    protocol = curve_shown(ours.curves)
-    if protocol is None:
-        return ""
-    told = [masks_saved(ours, other, protocol) for other in rows[:-1]]
-    known = "; ".join(own for own in told if own)
-    return f" By {protocol}, {known}." if known else ""

@@ -11,6 +11,7 @@ from PIL import Image
 from small_cards import preparation
 
 from pixel_level_contrastive_learning.data.segmentation import open_labelled
+from pixel_level_contrastive_learning.evaluation.comparison import in_words
 from pixel_level_contrastive_learning.evaluation.metrics import PreparedSplit
 from pixel_level_contrastive_learning.evaluation.pictures import (
     class_colours,
@@ -21,7 +22,6 @@ from pixel_level_contrastive_learning.evaluation.results import (
     CurvePoint,
     Evaluation,
     Row,
-    in_words,
     masks_needed,
     masks_saved,
 )

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tifffile
 import torch
 from einops import rearrange
 from evil_run import make_images
@@ -207,23 +206,6 @@ def test_a_folder_of_nothing_but_broken_images_is_refused(tmp_path) -> None:
         "(0 bytes); give a folder of images that open in a viewer and are as the network knows "
         "them: 3 channels, 8-bit"
     )
-
-
-@pytest.mark.parametrize(
-    ("odd", "why"),
-    [
-        (np.zeros((30, 40), np.uint16), "it is 16-bit"),
-        (np.zeros((30, 40, 5), np.uint8), "it has 5 channels"),
-    ],
-)
-def test_an_image_that_is_not_for_this_network_is_named_and_left_out(
-    tmp_path, caplog, odd, why
-) -> None:
-    tifffile.imwrite(tmp_path / "a.tif", odd)
-    Image.new("RGB", (40, 30)).save(tmp_path / "b.png")
-    assert [sample.name for sample in read_samples(tmp_path, preparation(48), 2)] == ["b.png"]
-    (told,) = caplog.messages
-    assert told.startswith(f"left out {tmp_path}/a.tif: {why}")
 
 
 def test_of_a_strip_the_middle_is_shown() -> None:
