@@ -141,15 +141,6 @@ def test_convention_instance_loss_is_the_mean_over_the_batch() -> None:
     assert instance_loss(prediction, target).item() == pytest.approx((0 + 2 + 4) / 3)
 
 
-@both_losses
-def test_an_image_without_pairs_counts_as_zero_in_the_mean(loss) -> None:
-    online, target = noise(2, 4, 5), noise(2, 4, 6, seed=1)
-    mask = scattered(2, 5, 6, share=0.5)
-    mask[1] = False
-    first = loss(online[:1], target[:1], mask[:1])
-    torch.testing.assert_close(loss(online, target, mask), first / 2)
-
-
 # Against the slow loops.
 
 
@@ -207,12 +198,17 @@ def test_a_low_temperature_does_not_overflow() -> None:
 
 
 @loss_and_plain
+@pytest.mark.parametrize("entries", [blocks.ENTRIES, 2**17 - 1], ids=["large", "small"])
+@pytest.mark.parametrize("held", [False, True], ids=["by rule", "as table"])
 @pytest.mark.parametrize(
     ("images", "grid_one", "grid_two"),
     [(5, (24, 24), (20, 30)), (2, (36, 30), (33, 32))],
     ids=["many images", "many cells"],
 )
-def test_large_maps_agree_with_the_plain_form(loss, plain, images, grid_one, grid_two) -> None:
+def test_large_maps_agree_with_the_plain_form(
+    loss, plain, images, grid_one, grid_two, held, entries, monkeypatch
+) -> None:
+    monkeypatch.setattr(blocks, "ENTRIES", entries)
     views = two_crops(grid_one, grid_two, images)
     mask = positive_mask(*views)
     _, n_one, n_two = mask.shape
@@ -220,7 +216,7 @@ def test_large_maps_agree_with_the_plain_form(loss, plain, images, grid_one, gri
         noise(images, 8, n_one, dtype=torch.float64),
         noise(images, 8, n_two, seed=1, dtype=torch.float64),
     )
-    measured, expected = loss(*inputs, Positives(*views)), plain(*inputs, mask)
+    measured, expected = loss(*inputs, mask if held else Positives(*views)), plain(*inputs, mask)
     torch.testing.assert_close(measured, expected, rtol=1e-10, atol=1e-10)
     gradients = (torch.autograd.grad(result, inputs) for result in (measured, expected))
     for ours, theirs in zip(*gradients, strict=True):
@@ -261,22 +257,6 @@ def test_pixpro_pulls_as_the_authors_code_does() -> None:
 
 
 @both_losses
-@pytest.mark.parametrize("transposed", [False, True])
-def test_a_mask_and_positives_say_the_same(loss, transposed) -> None:
-    views = two_crops((6, 4), (3, 7))
-    mask, positives = positive_mask(*views), Positives(*views)
-    if transposed:
-        mask, positives = mask.mT, positives.mT
-    assert mask.any(dim=(1, 2)).all()
-    inputs = noise(2, 5, mask.shape[1]), noise(2, 5, mask.shape[2], seed=1)
-    results = loss(*inputs, positives), loss(*inputs, mask)
-    torch.testing.assert_close(*results)
-    gradients = (torch.autograd.grad(result, inputs) for result in results)
-    for sliced, whole in zip(*gradients, strict=True):
-        torch.testing.assert_close(sliced, whole)
-
-
-@both_losses
 def test_without_pairs_the_loss_is_zero_and_still_connected(loss) -> None:
     inputs = noise(2, 4, 5), noise(2, 4, 6, seed=1)
     result = loss(*inputs, torch.zeros(2, 5, 6, dtype=torch.bool))
@@ -284,15 +264,6 @@ def test_without_pairs_the_loss_is_zero_and_still_connected(loss) -> None:
     result.backward()
     for tensor in inputs:
         assert torch.equal(tensor.grad, torch.zeros_like(tensor))
-
-
-@both_losses
-def test_only_images_with_pairs_are_pulled(loss) -> None:
-    online, target = noise(3, 4, 5), noise(3, 4, 6, seed=1)
-    mask = scattered(3, 5, 6, share=0.5)
-    mask[1] = False
-    loss(online, target, mask).backward()
-    assert [bool(gradient.any()) for gradient in online.grad] == [True, False, True]
 
 
 @all_losses

@@ -260,15 +260,6 @@ def test_a_linear_classifier_tells_classes_apart() -> None:
     assert torch.equal(classify(own.cells).argmax(1), own.shares.argmax(1))
 
 
-def test_a_linear_classifier_stands_a_channel_that_is_always_the_same() -> None:
-    bank, own = coloured(100), coloured(60)
-    constant = bank._replace(cells=torch.cat([bank.cells, torch.full((100, 1), 3.0)], 1))
-    classify = linear_classifier(constant)
-    scores = classify(torch.cat([own.cells, torch.full((60, 1), 3.0)], 1))
-    assert scores.isfinite().all()
-    assert torch.equal(scores.argmax(1), own.shares.argmax(1))
-
-
 def test_a_channel_that_changes_only_later_has_no_say() -> None:
     """Off its mean by rounding alone, it would be blown up a million times."""
     dice = torch.Generator().manual_seed(0)

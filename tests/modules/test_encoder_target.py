@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from pixel_level_contrastive_learning.modules.encoder import (
-    Branches,
     Encoder,
     Projections,
     TargetEncoder,
@@ -140,17 +139,6 @@ def test_a_reset_makes_it_a_copy_again() -> None:
     assert not any(parameter.requires_grad for parameter in target.parameters())
 
 
-def test_it_follows_a_network_that_was_wrapped_later() -> None:
-    online = online_encoder()
-    target = TargetEncoder(online)
-    drift(online)
-    own, others = copied(target.parameters), copied(online.parameters)
-    online.net = torch.compile(online.net, backend="eager")
-    target.update(online, 0.5)
-    for kept, other, moved in zip(own, others, target.parameters(), strict=True):
-        torch.testing.assert_close(moved, (kept + other) / 2)
-
-
 # Gradients.
 
 
@@ -159,12 +147,6 @@ def test_no_gradient_reaches_the_target() -> None:
     projections = target(torch.rand(2, 3, 64, 64, requires_grad=True))
     assert not any(projected.requires_grad for projected in parts(projections))
     assert not any(parameter.requires_grad for parameter in target.parameters())
-
-
-def test_a_branch_that_is_not_asked_for_is_not_computed() -> None:
-    target, pixels = TargetEncoder(online_encoder()), torch.rand(2, 3, 64, 64)
-    assert target(pixels, Branches(pixel=False)).pixel == ()
-    assert target(pixels, Branches(instance=False)).instance is None
 
 
 # Precision.

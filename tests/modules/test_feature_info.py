@@ -176,7 +176,7 @@ def test_layers_changed_in_place_are_noticed(layer, overwritten) -> None:
     ],
     ids=["of a view", "of the whole"],
 )
-def test_dropout_in_place_is_noticed_though_it_is_idle_in_a_survey(layers) -> None:
+def test_dropout_in_place_is_noticed_though_it_is_idle_in_eval_mode(layers) -> None:
     net = chain(stem=nn.Conv2d(3, 8, 8, 8), pool=nn.AdaptiveAvgPool2d(1), **layers)
     info, x = FeatureInfo(net, 3, (64, 64)), torch.rand(8, 3, 64, 64)
     assert not info.hook("stem", pixel=True).overwritten
@@ -186,10 +186,10 @@ def test_dropout_in_place_is_noticed_though_it_is_idle_in_a_survey(layers) -> No
     assert torch.equal(FeatureHooks(hook).run(net.train(), x)["pool"], net.pool(net.stem(x)))
 
 
-# What a info must leave alone.
+# What feature info must leave alone.
 
 
-def test_a_survey_draws_nothing_and_changes_nothing() -> None:
+def test_feature_info_draws_nothing_and_changes_nothing() -> None:
     net = chain(
         stem=nn.Conv2d(3, 8, 8, 8),
         norm=nn.BatchNorm2d(8),
@@ -211,7 +211,7 @@ STEM, STILL = nn.Conv2d(3, 8, 8, 8), nn.Conv2d(8, 8, 1)
 
 
 def refused(net: nn.Module, layer: str | int, pixel: bool, texts: list[str]) -> None:
-    """Assert that a hook on the layer is refused with all of the texts, after a good info."""
+    """Assert that a hook on a layer of a network that can be read is refused in these words."""
     info = FeatureInfo(net, 3, (64, 64))
     with pytest.raises(ValueError) as error:
         info.hook(layer, pixel=pixel)
@@ -309,12 +309,12 @@ def test_a_network_that_cannot_be_copied_is_refused_with_what_to_do(norm) -> Non
         ("act", ["deep.weight", "deep.bias", "head.weight", "head.bias"]),
     ],
 )
-def test_parameters_behind_a_tap_are_unreached(layer, idle) -> None:
+def test_parameters_behind_a_hook_are_unreached(layer, idle) -> None:
     info = FeatureInfo(SmallNet(), 3, (64, 64))
     assert info.unreached(info.hook(layer, pixel=False)) == idle
 
 
-def test_frozen_parameters_are_surveyed_as_if_they_learned() -> None:
+def test_frozen_parameters_are_looked_at_as_if_they_learned() -> None:
     net = SmallNet()
     net.stem.requires_grad_(False)
     net.head.requires_grad_(False)
@@ -323,8 +323,8 @@ def test_frozen_parameters_are_surveyed_as_if_they_learned() -> None:
     assert not any(own.requires_grad for own in (*net.stem.parameters(), *net.head.parameters()))
 
 
-def test_what_joins_a_tap_after_it_was_read_is_unreached() -> None:
-    """A residual sum in place gives the tapped tensor a past that a copy of it does not have."""
+def test_what_joins_a_layer_after_it_was_read_is_unreached() -> None:
+    """A residual sum in place gives the hooked tensor a past that a copy of it does not have."""
 
     def joined(net: Calls, x: Tensor) -> Tensor:
         x = net.stem(x)

@@ -19,7 +19,7 @@ from pixel_level_contrastive_learning.modules.hooks import (
 )
 
 ANY = Layout("b c h w", 8, (4, 4))
-"""A reading for tests that do not look at it."""
+"""A layout for tests that do not look at it."""
 
 
 def caught(net: nn.Module, name: str, x: Tensor, **hook: bool) -> Tensor | None:
@@ -31,7 +31,7 @@ def caught(net: nn.Module, name: str, x: Tensor, **hook: bool) -> Tensor | None:
 
 
 @pytest.mark.parametrize("name", ["stem", "deep", "pool"])
-def test_a_tap_catches_what_its_layer_gives(name) -> None:
+def test_a_hook_catches_what_its_layer_gives(name) -> None:
     net, x = SmallNet().eval(), torch.rand(2, 3, 64, 64)
     expected = x
     for own, layer in net.named_children():
