@@ -129,10 +129,9 @@ def measure_correspondence(
     """
     normalise = Normalise(mean, std)
     sums = torch.zeros(5, dtype=torch.float64)
-    for start in range(0, len(pairs.one), batch):
-        part = ViewPairs(*(tensor[start : start + batch] for tensor in pairs))
-        one, two = (reader(normalise(pixels)).cpu() for pixels in (part.one, part.two))
-        sums += hits(one, two, part.map_one, part.map_two)
+    for *views, map_one, map_two in zip(*(torch.split(own, batch) for own in pairs), strict=True):
+        one, two = (reader(normalise(pixels)).cpu() for pixels in views)
+        sums += hits(one, two, map_one, map_two)
     *shares, cells = sums.tolist()
     if cells == 0:
         raise ValueError(
@@ -307,13 +306,13 @@ def figures_of(
     }
 
 
-def health_of(reader: Reader, pixels: Tensor, prepare: Preparation, batch: int = 16) -> Gauge:
+def health_of(reader: Reader, pixels: Tensor, prepare: Preparation) -> Gauge:
     """Spread and rank of some cells of all views ``(n, c, h, w)`` in [0, 1]."""
     each = max(1, MOST_CELLS // len(pixels))
     generator = torch.Generator().manual_seed(0)
     kept = []
-    for first in range(0, len(pixels), batch):
-        maps = reader(prepare.normalised(pixels[first : first + batch])).cpu()
+    for batch in torch.split(pixels, 16):
+        maps = reader(prepare.normalised(batch)).cpu()
         for cells in rearrange(maps, "b c h w -> b (h w) c"):
             kept.append(cells[torch.randperm(len(cells), generator=generator)[:each]])
     return gauge(torch.cat(kept))

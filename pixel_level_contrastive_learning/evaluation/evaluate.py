@@ -108,7 +108,7 @@ def evaluate(
         data_or_images(data, images),
         read_by_none(protocols, layers, steps) if data is not None else None,
         *(
-            needs_labels(name, value)
+            f"{name} is {value!r}, which is about labels; give data, or leave it out with images"
             for name, value, usual in (
                 ("protocol", protocol, None),
                 ("fraction", fraction, 1.0),
@@ -160,11 +160,6 @@ def data_or_images(data: object, images: object) -> str | None:
         f"{given} of data and images given; give data (a folder of images and masks) to evaluate "
         "with labels, or images to evaluate without"
     )
-
-
-def needs_labels(name: str, value: object) -> str:
-    """The complaint about a setting that means nothing where there are no labels."""
-    return f"{name} is {value!r}, which is about labels; give data, or leave it out with images"
 
 
 def read_by_none(protocols: Sequence[str], layers: Sequence[str] | None, steps: int) -> str | None:

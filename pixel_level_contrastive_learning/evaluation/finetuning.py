@@ -17,7 +17,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from ..data.segmentation import IGNORED
-from ..modules.feature_info import FeatureInfo, unfreeze
+from ..modules.feature_info import unfreeze
 from .features import Preparation, Reader, autocast, deepest_maps, device_of, resized
 from .metrics import PreparedSplit, Scored, score
 from .probes import held_out_last
@@ -68,9 +68,8 @@ class Segmenter(nn.Module):
         from segmentation_models_pytorch.decoders.unet.decoder import UnetDecoderBlock
 
         super().__init__()
-        levels = deepest_maps(FeatureInfo(unfreeze(net), channels, size))
-        self.net = net
-        self.reader = Reader(net, [level.name for level in levels], channels, size)
+        self.net = unfreeze(net)
+        self.reader = Reader(net, deepest_maps(net, channels, size), channels, size)
         widths = [reading.channels for reading in self.reader.layouts.values()]
         ways = pairwise([0, *widths])
         self.blocks = nn.ModuleList(

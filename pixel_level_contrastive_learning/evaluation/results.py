@@ -201,7 +201,8 @@ class Evaluation:
         for row in self.rows:
             table.add_column(Text(row.name, overflow="fold"), justify="right")
         for key in self.ours.scores:
-            table.add_row(key, *(shown_in(row, key) for row in self.rows))
+            figures = ((row.scores.get(key, nan), row.deviations.get(key, 0)) for row in self.rows)
+            table.add_row(key, *(shown(*own) for own in figures))
         if all(self.base(row).scores.get(MIOU) for row in self.rows):
             ratios = (row.scores[MIOU] / self.base(row).scores[MIOU] for row in self.rows)
             table.add_row("mIoU, times random", *(f"{own:.2f}" for own in ratios))
@@ -280,13 +281,8 @@ def in_short(value: object) -> str:
     return " + ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
-def shown_in(row: Row, key: str) -> str:
-    """A figure of a row for people; a dash where it has none."""
-    return shown(row.scores.get(key, nan), row.deviations.get(key, 0))
-
-
 def shown(value: float, deviation: float) -> str:
-    """A figure for people, with its spread over the seeds."""
+    """A figure for people, with its spread over the seeds; a dash for NaN."""
     if isnan(value):
         return "-"
     digits = 3 if abs(value) < 2 else 1

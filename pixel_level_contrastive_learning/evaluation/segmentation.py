@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from .. import run_layout
 from ..data.segmentation import SegmentationDataset
 from ..data.sources import FileSource
-from ..modules.feature_info import FeatureInfo, duplicate, unfreeze
 from .baselines import Contender, layers_read, line_up, sizing_contender
 from .comparison import ALL_MAPS, CLUSTERING, FINETUNE, curve_shown, in_words, what_it_means
 from .features import Preparation, Reader, Size, deepest_maps
@@ -271,7 +270,8 @@ class Contest:
     def probe(self, net: nn.Module, seed: int) -> None:
         """Run the protocols that read frozen features, all in one pass over the images."""
         plan = self.plan
-        layers = {ALL_MAPS: self.every_stride(net)} if ALL_MAPS in plan.protocols else {}
+        seen = self.contender.card.channels, self.scored.size()
+        layers = {ALL_MAPS: tuple(deepest_maps(net, *seen))} if ALL_MAPS in plan.protocols else {}
         usual = tuple(plan.layers or [self.contender.card.shown_layer])
         probes: list[ProbeTask] = []
         labels: list[str] = []
@@ -295,16 +295,10 @@ class Contest:
         if not probes:
             return
         names = list(dict.fromkeys(name for own in probes for name in own.layers))
-        reader = Reader(net, names, self.contender.card.channels, self.scored.size(), fast=True)
+        reader = Reader(net, names, *seen, fast=True)
         found = run_probes(reader, probes, self.scored, seed=seed, keep=keep)
         for label, probe, scored in zip(labels, probes, found, strict=True):
             self.note(label, len(probe.train), seed, scored)
-
-    def every_stride(self, net: nn.Module) -> tuple[str, ...]:
-        """The deepest layer of each stride."""
-        channels = self.contender.card.channels
-        info = FeatureInfo(unfreeze(duplicate(net)), channels, self.scored.size())
-        return tuple(own.name for own in deepest_maps(info))
 
     def seeds_of(self, protocol: str, fraction: float) -> range:
         """The seeds with which a protocol repeats for this network."""

@@ -20,7 +20,7 @@ from ..backbones.checkpoint import BackboneCard, Loaded
 from ..data.sources import open_source
 from ..evaluation.baselines import random_net
 from ..evaluation.correspondence import some_images
-from ..evaluation.features import Preparation, Reader
+from ..evaluation.features import Preparation, Reader, resized
 from ..views import Placement, cut_views, draw_maps
 from .matches import fit_size
 from .pca import centred, principal_components
@@ -67,7 +67,8 @@ def read_samples(images: Any, prepare: Preparation, count: int) -> list[Sample]:
 
     def fit(pixels: Tensor) -> Tensor:
         middle = crop_to_aspect(pixels)
-        return resize(middle, fit_size(middle.shape[-2:], SHOWN_SIDE)).clamp(0, 1)
+        size = fit_size(middle.shape[-2:], SHOWN_SIDE)
+        return resized(middle[None], size, antialias=True)[0].clamp(0, 1)
 
     found, _ = some_images(open_source(images), prepare, count, SHOWN_SIDE, fit)
     names = relative_names([name for name, _ in found])
@@ -80,11 +81,6 @@ def crop_to_aspect(pixels: Tensor) -> Tensor:
     height, width = min(h, MAX_ASPECT * w), min(w, MAX_ASPECT * h)
     top, left = (h - height) // 2, (w - width) // 2
     return pixels[:, top : top + height, left : left + width]
-
-
-def resize(pixels: Tensor, size: Sequence[int]) -> Tensor:
-    """An image ``(c, h, w)`` at another size, without aliasing."""
-    return interpolate(pixels[None], tuple(size), mode="bilinear", antialias=True)[0]
 
 
 def relative_names(names: Sequence[str]) -> list[str]:
@@ -157,9 +153,8 @@ def fine_map(reader: Reader, pixels: Tensor, stride: int | None, cells: int = 24
     # A network of a fixed input size (no stride) gets the image as it is and no border.
     border = 0 if stride is None else BORDER
     if stride is not None:
-        pixels = resize(
-            pixels, [max(1, round(side / stride)) * stride for side in pixels.shape[1:]]
-        )
+        h, w = (max(1, round(side / stride)) * stride for side in pixels.shape[1:])
+        pixels = resized(pixels[None], (h, w), antialias=True)[0]
     _, height, width = pixels.shape
     margin = border * (stride or 0)
 

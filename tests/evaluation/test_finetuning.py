@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 from torchvision import models
 
 from pixel_level_contrastive_learning.data.segmentation import SegmentationDataset
-from pixel_level_contrastive_learning.evaluation.features import deepest_maps
+from pixel_level_contrastive_learning.evaluation.features import Reader, deepest_maps
 from pixel_level_contrastive_learning.evaluation.finetuning import (
     CROP_DETAIL,
     RATES,
@@ -24,7 +24,6 @@ from pixel_level_contrastive_learning.evaluation.finetuning import (
     rate,
 )
 from pixel_level_contrastive_learning.evaluation.metrics import PreparedSplit, Scored, Scores
-from pixel_level_contrastive_learning.modules.feature_info import FeatureInfo
 
 
 def for_crops(split, size=32) -> PreparedSplit:
@@ -83,9 +82,9 @@ def fcn() -> nn.Module:
     ],
 )
 def test_the_decoder_is_given_what_stages_give(build, expected) -> None:
-    levels = deepest_maps(FeatureInfo(build(), 3, (64, 96)))
-    given = [(own.name, own.layout.channels) for own in levels if own.layout]
-    assert given == list(expected.items())
+    net = build()
+    layouts = Reader(net, deepest_maps(net, 3, (64, 96)), 3, (64, 96)).layouts
+    assert [(name, own.channels) for name, own in layouts.items()] == list(expected.items())
 
 
 @pytest.mark.parametrize(

@@ -139,6 +139,17 @@ def test_a_reset_makes_it_a_copy_again() -> None:
     assert not any(parameter.requires_grad for parameter in target.parameters())
 
 
+def test_it_follows_a_network_that_was_wrapped_later() -> None:
+    online = online_encoder()
+    target = TargetEncoder(online)
+    drift(online)
+    own, others = copied(target.parameters), copied(online.parameters)
+    online.net = torch.compile(online.net, backend="eager")
+    target.update(online, 0.5)
+    for kept, other, moved in zip(own, others, target.parameters(), strict=True):
+        torch.testing.assert_close(moved, (kept + other) / 2)
+
+
 # Gradients.
 
 

@@ -106,18 +106,20 @@ def head(*layers: nn.Module) -> nn.Sequential:
 
 
 @pytest.mark.parametrize(
-    ("net", "expected"),
+    ("net", "side", "expected"),
     [
-        (head(nn.Conv2d(8, 5, 1)), "body"),
-        (head(nn.Conv2d(8, 5, 1), nn.Identity()), "body"),
-        (head(nn.Conv2d(8, 5, 1), nn.BatchNorm2d(5)), "head"),  # a narrow end, not scores
-        (head(nn.Conv2d(8, 8, 1)), "head"),
-        (head(nn.Conv2d(8, 5, 1), nn.Conv2d(5, 8, 1)), "head"),
-        (head(nn.Conv2d(8, 9, 1), nn.Conv2d(9, 4, 1)), "head.0"),
+        (head(nn.Conv2d(8, 5, 1)), 64, "body"),
+        (head(nn.Conv2d(8, 5, 1), nn.Identity()), 64, "body"),
+        (head(nn.Conv2d(8, 5, 1), nn.BatchNorm2d(5)), 64, "head"),  # a narrow end, not scores
+        (head(nn.Conv2d(8, 8, 1)), 64, "head"),
+        (head(nn.Conv2d(8, 5, 1), nn.Conv2d(5, 8, 1)), 64, "head"),
+        (head(nn.Conv2d(8, 9, 1), nn.Conv2d(9, 4, 1)), 64, "head.0"),
+        (chain(scores=nn.Conv2d(3, 2, 8, 8)), 64, "scores"),  # better than nothing
+        (chain(fine=nn.Conv2d(3, 8, 32, 32), coarse=nn.Conv2d(8, 8, 2, 2)), 256, "fine"),
     ],
 )
-def test_class_scores_are_not_taken_unasked(net, expected) -> None:
-    assert FeatureInfo(net, 3, (64, 64)).default_pixels() == [expected]
+def test_neither_class_scores_nor_strides_above_32_are_taken_unasked(net, side, expected) -> None:
+    assert FeatureInfo(net, 3, (side, side)).default_pixels() == [expected]
 
 
 @pytest.mark.parametrize("aux", [False, True])  # an auxiliary head runs last and reads layer3
@@ -127,16 +129,6 @@ def test_the_answer_of_a_segmentation_network_is_not_taken_unasked(aux) -> None:
     info = FeatureInfo(net, 3, (64, 64))
     assert info.get("classifier").stride == info.get("backbone.layer4").stride == 8
     assert info.default_pixels() == ["classifier.2"]
-
-
-def test_scores_alone_are_better_than_nothing() -> None:
-    net = chain(scores=nn.Conv2d(3, 2, 8, 8))
-    assert FeatureInfo(net, 3, (64, 64)).default_pixels() == ["scores"]
-
-
-def test_no_stride_above_32_is_taken_unasked() -> None:
-    net = chain(fine=nn.Conv2d(3, 8, 32, 32), coarse=nn.Conv2d(8, 8, 2, 2))
-    assert FeatureInfo(net, 3, (256, 256)).default_pixels() == ["fine"]
 
 
 def test_images_too_small_for_a_default_are_refused() -> None:
