@@ -350,17 +350,6 @@ def test_colour_solarises_three_channels_only(channels) -> None:
     assert torch.allclose(Colour(bright, 3)(whites), torch.zeros(3, 3, 4, 4), atol=1e-6)
 
 
-@pytest.mark.parametrize("channels", [1, 2, 3, 5])
-@pytest.mark.parametrize("size", [(1, 1), (2, 2), (5, 7), (32, 24)])
-@pytest.mark.parametrize("view", [VIEW_ONE, VIEW_TWO], ids=["one", "two"])
-def test_default_colour_serves_any_image(view, size, channels) -> None:
-    changed = Colour(view, channels)(images(8, channels, *size))
-    assert changed.shape == (8, channels, *size)
-    assert changed.isfinite().all()
-    assert changed.min() >= -1e-5
-    assert changed.max() <= 1 + 1e-5
-
-
 def test_convention_normalising_takes_the_mean_and_divides() -> None:
     pixels = torch.tensor([0.5, 1.0, 0.0]).view(1, 3, 1, 1)
     normalised = Normalise((0.5, 0.5, 0.25), (0.1, 0.25, 0.5))(pixels)

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from pixel_level_contrastive_learning import blocks as room
-from pixel_level_contrastive_learning.blocks import Block, blocks, by_blocks, full_precision
+from pixel_level_contrastive_learning.blocks import Block, blocks, by_blocks
 from pixel_level_contrastive_learning.geometry import Positives
 
 TINY = [1, 2, 7, 13, 22, 40, 10**9]
@@ -207,22 +207,3 @@ def test_matches_are_counted_alike_in_blocks_of_any_size(entries, monkeypatch) -
     assert by_hand[0] > by_hand[1] > by_hand[2] == 0
     assert positives().count().tolist() == by_hand
     assert positives().mT.count().tolist() == by_hand
-
-
-# Precision.
-
-
-def test_autocast_leaves_products_in_full_precision() -> None:
-    ones = torch.ones(2, 2)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert (ones @ ones).dtype == torch.bfloat16
-        with full_precision(ones):
-            assert (ones @ ones).dtype == torch.float32
-        assert (ones @ ones).dtype == torch.bfloat16
-
-
-def test_a_device_without_autocast_is_left_alone() -> None:
-    nowhere = torch.ones(2, 2, device="meta")
-    assert not torch.amp.is_autocast_available("meta")
-    with full_precision(nowhere):
-        assert (nowhere @ nowhere).dtype == torch.float32

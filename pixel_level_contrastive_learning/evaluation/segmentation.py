@@ -215,18 +215,18 @@ class Contest:
             if FINETUNE in plan.protocols:
                 self.finetune(net, seed)
         first = plan.protocols[0]
-        by_label = {
-            own: self.figures_of(own) for own in dict.fromkeys(f.label for f in self.figures)
-        }
+        by_label: dict[str, dict[int, list[Figure]]] = {}
+        for one in self.figures:
+            by_label.setdefault(one.label, {}).setdefault(one.masks, []).append(one)
+        all_masks = {label: found[max(found)] for label, found in by_label.items()}
         seeds: dict[int, dict[str, float]] = {}
-        for label in sorted(by_label, key=lambda label: label != first):  # whose keys come first
-            for one in by_label[label][max(by_label[label])]:
+        for label in sorted(all_masks, key=lambda label: label != first):  # whose keys come first
+            for one in all_masks[label]:
                 own = seeds.setdefault(one.seed, {})
                 own[MIOU if label == first else f"{label} {MIOU}"] = one.scores.miou
                 own |= {"pixel accuracy": one.scores.accuracy} if label == first else {}
         classes = [
-            dict(zip(self.train.classes, one.scores.iou, strict=True))
-            for one in by_label[first][max(by_label[first])]
+            dict(zip(self.train.classes, one.scores.iou, strict=True)) for one in all_masks[first]
         ]
         curves = {
             label: [
@@ -239,25 +239,11 @@ class Contest:
         ordered = [seeds[key] for key in sorted(seeds)]
         return Row.of(contender.name, ordered, classes, contender.baselines, curves)
 
-    def figures_of(self, label: str) -> dict[int, list[Figure]]:
-        """The figures of a label by the masks used."""
-        found: dict[int, list[Figure]] = {}
-        for one in self.figures:
-            if one.label == label:
-                found.setdefault(one.masks, []).append(one)
-        return found
-
     def note(self, label: str, masks: int, seed: int, scored: Scored) -> None:
         """Keep a figure, and tell it."""
         self.figures.append(Figure(label, masks, seed, scored.scores))
-        log.info(
-            "%s, %s, %d masks, seed %d: mIoU %.3f",
-            self.contender.name,
-            label,
-            masks,
-            seed,
-            scored.scores.miou,
-        )
+        told = self.contender.name, label, masks, seed, scored.scores.miou
+        log.info("%s, %s, %d masks, seed %d: mIoU %.3f", *told)
         if label == self.plan.protocols[0] and scored.kept:
             self.kept = scored.kept
 

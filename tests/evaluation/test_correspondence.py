@@ -161,14 +161,6 @@ def test_a_network_is_judged_in_eval_mode_by_batches_of_any_size() -> None:
     assert found_in(net, images, seed=1) != found
 
 
-def test_features_that_are_all_alike_do_no_better_than_chance() -> None:
-    net = Edges()
-    nn.init.zeros_(net.patches.weight)
-    images = [torch.rand(3, 40, 60) for _ in range(8)]
-    found = found_in(net, images)
-    assert found.hit1 < 2 * found.chance
-
-
 def test_views_without_a_common_cell_are_refused() -> None:
     images = [torch.rand(3, 64, 64)]
     views = draw_pairs(images, (32, 32), 0)

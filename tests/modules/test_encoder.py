@@ -106,10 +106,6 @@ def test_projectors_see_what_was_read() -> None:
     torch.testing.assert_close(instance, encoder.instance_projector(expected.mean(dim=(2, 3))))
 
 
-def test_convention_the_grid_is_rows_and_columns() -> None:
-    assert bare(Backbone(nn.Identity()))(views()).grids == [(4, 6)]
-
-
 # Layers that others overwrite, gradients, precision.
 
 
@@ -132,13 +128,6 @@ def test_views_are_cast_to_the_weights(dtype, net_dtype) -> None:
     net, pixels = Backbone(nn.Identity()).to(net_dtype), views().to(dtype)
     [pixel], _ = bare(net)(pixels)
     torch.testing.assert_close(pixel, net.stem(pixels.to(net_dtype)))
-
-
-def test_nothing_is_asked_of_gradients_where_they_are_off() -> None:
-    encoder = bare(Backbone(nn.Identity()))
-    encoder.requires_grad_(False)
-    with torch.no_grad():
-        assert encoder(views()).pixel[0].isfinite().all()
 
 
 def checkpointing(reentrant: bool) -> Callable[[nn.Module, Tensor], Tensor]:
