@@ -3,6 +3,7 @@
 import pytest
 import torch
 from small_cards import small_card
+from small_nets import chain
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
@@ -18,16 +19,12 @@ from pixel_level_contrastive_learning.evaluation.features import (
 
 @pytest.fixture
 def net() -> nn.Sequential:
-    layers = {
-        "one": nn.Conv2d(3, 4, 3, stride=2, padding=1),
-        "norm": nn.BatchNorm2d(4),
-        "two": nn.Conv2d(4, 5, 3, stride=2, padding=1),
-        "drop": nn.Dropout(0.9),
-    }
-    net = nn.Sequential()
-    for name, layer in layers.items():
-        net.add_module(name, layer)
-    return net
+    return chain(
+        one=nn.Conv2d(3, 4, 3, stride=2, padding=1),
+        norm=nn.BatchNorm2d(4),
+        two=nn.Conv2d(4, 5, 3, stride=2, padding=1),
+        drop=nn.Dropout(0.9),
+    )
 
 
 def read(net: nn.Module, images: Tensor, *layers: str, fast: bool = False) -> Tensor:

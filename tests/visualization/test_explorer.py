@@ -11,6 +11,7 @@ from einops import rearrange
 from evil_run import make_images
 from PIL import Image
 from small_cards import preparation, small_card
+from small_nets import chain
 from torch import Tensor, nn
 
 from pixel_level_contrastive_learning.augment import Photometry
@@ -269,22 +270,16 @@ def test_another_view_is_the_same_for_a_seed_and_moves_no_generator() -> None:
     assert one.pixels.shape == sample.pixels.shape
 
 
-class Averages(nn.Module):
-    """A layer whose cell is the mean of its 8 x 8 pixels."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.cells = nn.Conv2d(2, 2, 8, 8, bias=False, groups=2)
-        nn.init.constant_(self.cells.weight, 1 / 64)
-        self.head = nn.AdaptiveAvgPool2d(1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(self.cells(x))
+def reader_of(cells: nn.Conv2d) -> Reader:
+    """Reads a layer whose cells are the means of what they see."""
+    nn.init.constant_(cells.weight, 1 / cells.weight[0].numel())
+    net = chain(cells=cells, head=nn.AdaptiveAvgPool2d(1))
+    return Reader(net, ["cells"], cells.in_channels, (32, 32))
 
 
 @pytest.fixture
 def averages() -> Reader:
-    return Reader(Averages(), ["cells"], 2, (32, 32))
+    return reader_of(nn.Conv2d(2, 2, 8, 8, bias=False, groups=2))
 
 
 @pytest.mark.parametrize("stride", [8, None])
@@ -312,17 +307,7 @@ def test_an_image_that_is_not_whole_cells_is_resized(averages) -> None:
 
 
 def test_the_zeros_that_a_network_pads_with_are_kept_away() -> None:
-    class Padded(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.cells = nn.Conv2d(1, 1, 9, 4, padding=4, bias=False)
-            nn.init.constant_(self.cells.weight, 1 / 81)
-            self.head = nn.AdaptiveAvgPool2d(1)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.head(self.cells(x))
-
-    reader = Reader(Padded(), ["cells"], 1, (32, 32))
+    reader = reader_of(nn.Conv2d(1, 1, 9, 4, padding=4, bias=False))
     flat = torch.ones(1, 32, 32)
     assert reader(flat[None]).std() > 0.05
     assert fine_map(reader, flat, 4, cells=16).std() < 1e-6
