@@ -25,39 +25,37 @@ def is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, Real) and not isinstance(value, bool) and isfinite(value)
 
 
+def unless(allowed: bool, name: str, value: object, words: str) -> str | None:
+    """None if a value is allowed, else the message with what is."""
+    return None if allowed else f"{name} is {value!r}; it must be {words}"
+
+
 def at_least(name: str, value: object, low: float) -> str | None:
     """Allow numbers from ``low`` up."""
-    if is_number(value) and value >= low:
-        return None
-    return f"{name} is {value!r}; it must be a number of at least {low}"
+    allowed = is_number(value) and value >= low
+    return unless(allowed, name, value, f"a number of at least {low}")
 
 
 def above(name: str, value: object, low: float) -> str | None:
     """Allow numbers above ``low``."""
-    if is_number(value) and value > low:
-        return None
-    return f"{name} is {value!r}; it must be a number above {low}"
+    return unless(is_number(value) and value > low, name, value, f"a number above {low}")
 
 
 def within(name: str, value: object, low: float, high: float) -> str | None:
     """Allow numbers from ``low`` to ``high``, both included."""
-    if is_number(value) and low <= value <= high:
-        return None
-    return f"{name} is {value!r}; it must be a number from {low} to {high}"
+    allowed = is_number(value) and low <= value <= high
+    return unless(allowed, name, value, f"a number from {low} to {high}")
 
 
 def share(name: str, value: object) -> str | None:
     """Allow numbers above 0, at most 1."""
-    if is_number(value) and 0 < value <= 1:
-        return None
-    return f"{name} is {value!r}; it must be a number above 0, at most 1"
+    return unless(is_number(value) and 0 < value <= 1, name, value, "a number above 0, at most 1")
 
 
 def whole(name: str, value: object, low: int) -> str | None:
     """Allow whole numbers from ``low`` up."""
-    if isinstance(value, int) and not isinstance(value, bool) and value >= low:
-        return None
-    return f"{name} is {value!r}; it must be a whole number of at least {low}"
+    allowed = isinstance(value, int) and not isinstance(value, bool) and value >= low
+    return unless(allowed, name, value, f"a whole number of at least {low}")
 
 
 def one_of(name: str, value: object, allowed: Collection[object]) -> str | None:
@@ -86,18 +84,15 @@ def ratio_range(name: str, value: object) -> str | None:
 def size_pair(name: str, value: object) -> str | None:
     """Allow sizes in pixels: one int, or ``(height, width)``."""
     sides = value if isinstance(value, (tuple, list)) else (value, value)
-    if len(sides) == 2 and all(whole(name, side, 1) is None for side in sides):
-        return None
-    return (
-        f"{name} is {value!r}; it must be a whole number of pixels or (height, width), such as 224"
-    )
+    allowed = len(sides) == 2 and all(whole(name, side, 1) is None for side in sides)
+    words = "a whole number of pixels or (height, width), such as 224"
+    return unless(allowed, name, value, words)
 
 
 def callable_or_none(name: str, value: object) -> str | None:
     """Allow functions, and None."""
-    if value is None or callable(value):
-        return None
-    return f"{name} is {value!r}; it must be callable: views (b, c, h, w) in, the same shape out"
+    words = "callable: views (b, c, h, w) in, the same shape out"
+    return unless(value is None or callable(value), name, value, words)
 
 
 def something_to_learn(alpha: object, instance_weight: object) -> str | None:
@@ -109,9 +104,9 @@ def something_to_learn(alpha: object, instance_weight: object) -> str | None:
 
 def weights_above_0(name: str, values: object) -> str | None:
     """Allow sequences of numbers above 0, empty ones as well."""
-    if isinstance(values, (tuple, list)) and all(is_number(own) and own > 0 for own in values):
-        return None
-    return f"{name} is {values!r}; it must be a list of numbers above 0, one a pixel layer"
+    listed = values if isinstance(values, (tuple, list)) else [None]
+    allowed = all(is_number(own) and own > 0 for own in listed)
+    return unless(allowed, name, values, "a list of numbers above 0, one a pixel layer")
 
 
 def per_channel(name: str, values: Sequence[float] | None, channels: object) -> str | None:

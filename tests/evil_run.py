@@ -5,9 +5,10 @@ from pathlib import Path
 
 import torch
 import yaml
+from small_cards import small_card
 from torchvision.transforms.functional import to_pil_image
 
-from pixel_level_contrastive_learning.backbones.checkpoint import BackboneCard, save_backbone
+from pixel_level_contrastive_learning.backbones.checkpoint import save_backbone
 from pixel_level_contrastive_learning.backbones.factory import build_backbone
 from pixel_level_contrastive_learning.demo.scenes import draw_scene
 
@@ -47,15 +48,7 @@ def make_run(folder: Path, images: Path, **settings: object) -> Path:
     model = f"{folder / 'small.py'}:small"
     torch.manual_seed(1)
     net = build_backbone(model, channels=3, image_size=(32, 32))
-    card = BackboneCard(
-        model=model,
-        channels=3,
-        image_size=(32, 32),
-        mean=(0.5, 0.5, 0.5),
-        std=(0.25, 0.25, 0.25),
-        pixel_layer="2",
-        instance_layer="3",
-    )
+    card = small_card(model, pixel_layer="2", instance_layer="3")
     save_backbone(folder / "backbone.safetensors", net, card)
     config = {"data": [str(images)], "distance_thres": 0.7, "note": EVIL, **settings}
     (folder / "config.yaml").write_text(yaml.safe_dump(config))

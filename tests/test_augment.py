@@ -1,7 +1,6 @@
-"""What happens to colour: against hand arithmetic, slow loops and torchvision."""
+"""What happens to colour: against hand arithmetic and torchvision."""
 
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -54,6 +53,16 @@ def factors(count: int = 1, **some: object) -> Factors:
     return Factors(**filled)
 
 
+def strong(which: list[int], count: int) -> Factors:
+    """Every change for these samples of so many, none for the others."""
+    return factors(
+        **{
+            name: [value if i in which else NEUTRAL[name] for i in range(count)]
+            for name, value in STRONG.items()
+        }
+    )
+
+
 def images(*shape: int, seed: int = 0) -> Tensor:
     """Values in [0, 1]."""
     return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
@@ -68,20 +77,19 @@ def gray_of(pixel: list[float]) -> float:
 # Each change by itself.
 
 
-def test_convention_brightness_multiplies_and_clips() -> None:
-    pixels = torch.tensor([0.0, 0.2, 0.5, 0.9]).view(1, 1, 2, 2)
-    brighter = change_colour(pixels, factors(brightness=1.4))
-    assert brighter.flatten().tolist() == pytest.approx([0, 0.28, 0.7, 1])
-    darker = change_colour(pixels, factors(brightness=0.6))
-    assert darker.flatten().tolist() == pytest.approx([0, 0.12, 0.3, 0.54])
-
-
-def test_convention_contrast_is_the_distance_from_the_mean() -> None:
-    pixels = torch.tensor([0.0, 0.2, 0.4, 1.0]).view(1, 1, 2, 2)  # mean 0.4
-    less = change_colour(pixels, factors(contrast=0.5))
-    assert less.flatten().tolist() == pytest.approx([0.2, 0.3, 0.4, 0.7])
-    more = change_colour(pixels, factors(contrast=1.4))
-    assert more.flatten().tolist() == pytest.approx([0, 0.12, 0.4, 1])  # clipped at both ends
+@pytest.mark.parametrize(
+    ("pixels", "change", "expected"),
+    [
+        ([0.0, 0.2, 0.5, 0.9], {"brightness": 1.4}, [0, 0.28, 0.7, 1]),  # clipped
+        ([0.0, 0.2, 0.5, 0.9], {"brightness": 0.6}, [0, 0.12, 0.3, 0.54]),
+        ([0.0, 0.2, 0.4, 1.0], {"contrast": 0.5}, [0.2, 0.3, 0.4, 0.7]),  # from the mean, 0.4
+        ([0.0, 0.2, 0.4, 1.0], {"contrast": 1.4}, [0, 0.12, 0.4, 1]),  # clipped at both ends
+        ([0.0, 0.4999, 0.5, 0.6, 1.0, 0.1], {"solarise": True}, [0, 0.4999, 0.5, 0.4, 0, 0.1]),
+    ],
+)
+def test_convention_what_a_change_does_to_gray_values(pixels, change, expected) -> None:
+    changed = change_colour(torch.tensor(pixels).view(1, 1, 2, -1), factors(**change))
+    assert changed.flatten().tolist() == pytest.approx(expected)
 
 
 def test_convention_contrast_of_colours_is_the_distance_from_the_mean_gray() -> None:
@@ -92,13 +100,13 @@ def test_convention_contrast_of_colours_is_the_distance_from_the_mean_gray() -> 
     assert less[0, :, 0].flatten().tolist() == pytest.approx(expected, abs=ROUNDING)
 
 
-def test_convention_saturation_is_the_distance_from_gray() -> None:
+@pytest.mark.parametrize("factor", [0.5, 0.8, 1.2])
+def test_convention_saturation_is_the_distance_from_gray(factor) -> None:
     pixel = [0.8, 0.4, 0.2]
     gray = gray_of(pixel)
-    for factor in (0.5, 0.8, 1.2):
-        changed = change_colour(torch.tensor(pixel).view(1, 3, 1, 1), factors(saturation=factor))
-        expected = [gray + factor * (value - gray) for value in pixel]
-        assert changed.flatten().tolist() == pytest.approx(expected, abs=ROUNDING)
+    changed = change_colour(torch.tensor(pixel).view(1, 3, 1, 1), factors(saturation=factor))
+    expected = [gray + factor * (value - gray) for value in pixel]
+    assert changed.flatten().tolist() == pytest.approx(expected, abs=ROUNDING)
 
 
 @pytest.mark.parametrize("hue", [0.0, 0.5])
@@ -119,39 +127,6 @@ def test_convention_a_third_of_a_turn_makes_red_green() -> None:
     assert torch.allclose(change_colour(green, factors(hue=-2 * math.pi / 3)), red, atol=1e-5)
 
 
-def test_convention_solarising_inverts_values_from_a_half_up() -> None:
-    pixels = torch.tensor([0.0, 0.4999, 0.5, 0.6, 1.0, 0.1]).view(1, 1, 2, 3)
-    inverted = change_colour(pixels, factors(solarise=True)).flatten().tolist()
-    assert inverted == pytest.approx([0, 0.4999, 0.5, 0.4, 0, 0.1])
-
-
-@pytest.mark.parametrize(
-    ("change", "other"),
-    [
-        ({"brightness": 1.3}, lambda x: torchvision.adjust_brightness(x, 1.3)),
-        ({"brightness": 0.6}, lambda x: torchvision.adjust_brightness(x, 0.6)),
-        ({"contrast": 1.4}, lambda x: torchvision.adjust_contrast(x, 1.4)),
-        ({"contrast": 0.6}, lambda x: torchvision.adjust_contrast(x, 0.6)),
-        ({"saturation": 1.2}, lambda x: torchvision.adjust_saturation(x, 1.2)),
-        ({"saturation": 0.8}, lambda x: torchvision.adjust_saturation(x, 0.8)),
-        ({"saturation": 0.0}, lambda x: torchvision.rgb_to_grayscale(x, 3)),
-        ({"hue": 2 * math.pi * 0.1}, lambda x: torchvision.adjust_hue(x, 0.1)),
-        ({"hue": -2 * math.pi * 0.07}, lambda x: torchvision.adjust_hue(x, -0.07)),
-        ({"solarise": True}, lambda x: torchvision.solarize(x, 0.5)),
-        (
-            {"brightness": 1.3, "contrast": 0.6, "solarise": True},
-            lambda x: torchvision.solarize(
-                torchvision.adjust_contrast(torchvision.adjust_brightness(x, 1.3), 0.6), 0.5
-            ),
-        ),
-    ],
-    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
-)
-def test_changes_equal_torchvision(change, other: Callable[[Tensor], Tensor]) -> None:
-    pixels = images(1, 3, 9, 7)
-    assert torch.allclose(change_colour(pixels, factors(**change)), other(pixels), atol=ROUNDING)
-
-
 @pytest.mark.parametrize("without", ["hue", "saturation", "nothing"])
 def test_changes_come_in_the_order_that_is_told(without) -> None:
     # Brightness, contrast, saturation, hue, sharpness, solarised: each order looks different.
@@ -169,60 +144,30 @@ def test_changes_come_in_the_order_that_is_told(without) -> None:
 # The blur.
 
 
-def slow_blur(image: Tensor, sigma: float, kernel: tuple[int, int]) -> Tensor:
-    """A Gaussian blur ``(h, w)`` pixel by pixel, mirrored about the outermost pixels."""
-    h, w = image.shape
-
-    def weights(size: int) -> list[float]:
-        bell = [math.exp(-((i - size // 2) ** 2) / (2 * sigma**2)) for i in range(size)]
-        return [value / sum(bell) for value in bell]
-
-    def mirrored(index: int, side: int) -> int:
-        return -index if index < 0 else 2 * (side - 1) - index if index >= side else index
-
-    down, across = weights(kernel[0]), weights(kernel[1])
-    blurred = torch.zeros(h, w, dtype=torch.float64)
-    for y in range(h):
-        for x in range(w):
-            for i, weight_down in enumerate(down):
-                for j, weight_across in enumerate(across):
-                    row = mirrored(y + i - kernel[0] // 2, h)
-                    column = mirrored(x + j - kernel[1] // 2, w)
-                    blurred[y, x] += weight_down * weight_across * image[row, column].item()
-    return blurred.float()
-
-
-@pytest.mark.parametrize("sigma", [0.1, 0.7, 2.0])
-def test_blur_equals_the_slow_loop(sigma) -> None:
-    pixels = images(1, 1, 14, 15)
-    blurred = change_colour(pixels, factors(sigma=sigma))
-    assert torch.allclose(blurred[0, 0], slow_blur(pixels[0, 0], sigma, (13, 13)), atol=1e-5)
+def blurred(pixels: Tensor, sigma: float, kernel: tuple[int, int]) -> Tensor:
+    """Torchvision's Gaussian blur with a kernel of so many rows and columns."""
+    return torchvision.gaussian_blur(pixels, [*kernel[::-1]], [sigma, sigma])
 
 
 @pytest.mark.parametrize(
-    ("size", "kernel"),
-    [((5, 7), (5, 7)), ((6, 20), (5, 13)), ((2, 2), (1, 1)), ((3, 1), (3, 1)), ((1, 1), (1, 1))],
+    ("size", "sigma", "kernel", "largest"),
+    [
+        *(((14, 15), sigma, (13, 13), ()) for sigma in (0.1, 0.7, 2.0)),
+        # Never larger than the view.
+        ((5, 7), 1.5, (5, 7), ()),
+        ((6, 20), 1.5, (5, 13), ()),
+        ((2, 2), 1.5, (1, 1), ()),
+        ((3, 1), 1.5, (3, 1), ()),
+        ((1, 1), 1.5, (1, 1), ()),
+        # Three of the largest deviations to either side; 0.9 shows where a default kernel goes on.
+        *(((12, 11), 0.3, (n, n), (largest,)) for largest, n in ((0.3, 3), (1.0, 7), (1.1, 9))),
+        ((12, 11), 0.9, (7, 7), (1.0,)),
+    ],
 )
-def test_a_blur_kernel_is_never_larger_than_the_view(size, kernel) -> None:
+def test_blur_equals_torchvisions(size, sigma, kernel, largest) -> None:
     pixels = images(1, 1, *size)
-    blurred = change_colour(pixels, factors(sigma=1.5))
-    assert torch.allclose(blurred[0, 0], slow_blur(pixels[0, 0], 1.5, kernel), atol=1e-5)
-
-
-def test_the_largest_blur_sets_the_kernel() -> None:
-    pixels = images(1, 1, 12, 11)
-    for largest, side in ((0.3, 3), (1.0, 7), (1.1, 9)):  # three deviations to either side
-        blurred = change_colour(pixels, factors(sigma=0.3), largest)
-        assert torch.allclose(blurred[0, 0], slow_blur(pixels[0, 0], 0.3, (side, side)), atol=1e-5)
-    # Deviations of 0.9 show where a kernel of the default size would go on.
-    blurred = change_colour(pixels, factors(sigma=0.9), 1.0)
-    assert torch.allclose(blurred[0, 0], slow_blur(pixels[0, 0], 0.9, (7, 7)), atol=1e-5)
-    assert not torch.allclose(blurred, change_colour(pixels, factors(sigma=0.9)), atol=1e-5)
-
-
-def test_blur_keeps_what_is_even() -> None:
-    even = torch.full((1, 3, 20, 20), 0.3)
-    assert torch.allclose(change_colour(even, factors(sigma=2.0)), even, atol=1e-6)
+    changed = change_colour(pixels, factors(sigma=sigma), *largest)
+    assert torch.allclose(changed, blurred(pixels, sigma, kernel), atol=1e-5)
 
 
 # What is left alone.
@@ -260,16 +205,13 @@ def test_a_sample_does_not_hang_on_the_others_of_its_batch(channels) -> None:
         assert torch.allclose(change_colour(pixels[i : i + 1], alone)[0], together[i], atol=1e-6)
 
 
-def test_changing_leaves_the_input_as_it_was() -> None:
-    pixels = images(2, 3, 8, 8)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("which", [[0, 1], [0]], ids=["all samples", "some samples"])
+def test_changing_keeps_the_input_as_it_was_and_its_dtype(dtype, which) -> None:
+    pixels = images(2, 3, 8, 8).to(dtype)
     before = pixels.clone()
-    for neutral_and_strong in (False, True):
-        some = {
-            name: [NEUTRAL[name], value] if neutral_and_strong else [value, value]
-            for name, value in STRONG.items()
-        }
-        change_colour(pixels, factors(2, **some))
-        assert torch.equal(pixels, before)
+    assert change_colour(pixels, strong(which, 2)).dtype == dtype
+    assert torch.equal(pixels, before)
 
 
 @pytest.mark.parametrize("channels", [1, 2, 5])
@@ -282,57 +224,16 @@ def test_other_channel_counts_have_no_colour_to_lose(channels) -> None:
     mean = darker.mean(dim=(1, 2, 3), keepdim=True)
     assert torch.allclose(changed, mean + 0.5 * (darker - mean), atol=1e-6)
 
-    blurred = change_colour(pixels, factors(2, sigma=1.0))
-    for channel in range(channels):
-        slow = slow_blur(pixels[1, channel], 1.0, (7, 7))  # 8 rows hold a kernel of 7
-        assert torch.allclose(blurred[1, channel], slow, atol=1e-5)
+    changed = change_colour(pixels, factors(2, sigma=1.0))
+    assert torch.allclose(changed, blurred(pixels, 1.0, (7, 7)), atol=1e-5)  # 8 rows hold 7
 
 
-@pytest.mark.parametrize("value", [0.0, 0.5, 1.0])
-def test_even_images_come_out_finite_and_within_bounds(value) -> None:
-    pixels = torch.full((2, 3, 6, 6), value)
-    for name, strong in STRONG.items():
-        changed = change_colour(pixels, factors(2, **{name: strong}))
-        assert changed.isfinite().all()
-        assert changed.min() >= -1e-6
-        assert changed.max() <= 1 + 1e-6
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("which", [[0, 1], [0]], ids=["all samples", "some samples"])
-def test_the_dtype_is_kept(dtype, which) -> None:
-    some = {
-        name: [value if i in which else NEUTRAL[name] for i in range(2)]
-        for name, value in STRONG.items()
-    }
-    assert change_colour(images(2, 3, 8, 8).to(dtype), factors(2, **some)).dtype == dtype
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("which", [[0, 1, 2], [1]], ids=["all samples", "some samples"])
-def test_changing_never_reads_the_device(channels, which) -> None:
-    # A tensor on the meta device has no values: whoever asks for one gets an error.
-    pixels = torch.empty(3, channels, 20, 24, device="meta")
-    some = {
-        name: [value if i in which else NEUTRAL[name] for i in range(3)]
-        for name, value in STRONG.items()
-    }
-    changed = change_colour(pixels, factors(3, **some))
-    assert changed.device.type == "meta"
-    assert changed.shape == pixels.shape
-    normalised = Normalise((0.5,) * channels, (0.2,) * channels)(pixels)
-    assert normalised.device.type == "meta"
-    whole = Augmentation(
-        Colour(VIEW_TWO, channels), Normalise((0.5,) * channels, (0.2,) * channels)
-    )
-    assert whole(pixels).device.type == "meta"
-
-
-def test_changing_does_not_hang_on_the_default_device() -> None:
+def test_the_default_device_has_no_say() -> None:
     pixels, drawn = images(8, 3, 16, 16), VIEW_TWO.draw(8)
     expected = change_colour(pixels, drawn)
     with torch.device("meta"):
         assert torch.equal(change_colour(pixels, drawn), expected)
+        assert {factor.device.type for factor in VIEW_TWO.draw(4)} == {"cpu"}
 
 
 # Drawing factors.
@@ -410,43 +311,16 @@ def test_factors_hang_together_with_nothing() -> None:
     assert share((drawn.saturation == 0)[~jittered], 0.5)
 
 
-@pytest.mark.parametrize("prob", [0.0, 1.0])
-def test_never_and_always_mean_what_they_say(prob) -> None:
-    drawn = Photometry(prob_jitter=prob, prob_gray=prob, prob_blur=prob, prob_solarise=prob).draw(
-        1000
-    )
-    assert ((drawn.brightness != 1).float().mean() > 0.99) == bool(prob)
-    assert (drawn.brightness == 1).all() == (not prob)
-    assert (drawn.saturation == 0).all() == bool(prob)
-    assert (drawn.saturation == 1).all() == (not prob)
-    assert (drawn.sigma > 0).all() == bool(prob)
-    assert (drawn.sigma == 0).all() == (not prob)
-    assert drawn.solarise.all() == bool(prob)
-    assert drawn.solarise.any() == bool(prob)
-
-
 def test_a_seed_fixes_the_factors_and_takes_nine_numbers_a_sample() -> None:
-    torch.manual_seed(5)
-    first = VIEW_ONE.draw(6)
-    after_one = torch.get_rng_state()
-    torch.manual_seed(5)
-    again = VIEW_ONE.draw(6)
-    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    torch.manual_seed(5)
-    VIEW_TWO.draw(6)
-    after_two = torch.get_rng_state()
-    torch.manual_seed(5)
-    torch.rand(9, 6)
-    assert torch.equal(after_one, torch.get_rng_state())
-    assert torch.equal(after_two, torch.get_rng_state())
-    assert len(first.brightness.unique()) > 1
-    assert len(first.sigma.unique()) == 6
-
-
-def test_factors_are_drawn_on_the_cpu_whatever_the_default_device() -> None:
-    with torch.device("meta"):
-        drawn = VIEW_TWO.draw(4)
-    assert {factor.device.type for factor in drawn} == {"cpu"}
+    drawn, states = [], []
+    for draw in (VIEW_ONE.draw, VIEW_ONE.draw, VIEW_TWO.draw, lambda count: torch.rand(9, count)):
+        torch.manual_seed(5)
+        drawn.append(draw(6))
+        states.append(torch.get_rng_state())
+    assert all(map(torch.equal, drawn[0], drawn[1]))
+    assert all(torch.equal(state, states[0]) for state in states)
+    assert len(drawn[0].brightness.unique()) > 1
+    assert len(drawn[0].sigma.unique()) == 6
 
 
 # The modules.
@@ -464,8 +338,7 @@ def test_colour_draws_for_each_sample_and_changes_accordingly() -> None:
 def test_colour_blurs_with_its_own_kernel() -> None:
     pixels = images(1, 1, 12, 12)
     soft = Photometry(prob_jitter=0, prob_gray=0, sigma=(1.0, 1.0))
-    blurred = Colour(soft, 1)(pixels)
-    assert torch.allclose(blurred[0, 0], slow_blur(pixels[0, 0], 1.0, (7, 7)), atol=1e-5)
+    assert torch.allclose(Colour(soft, 1)(pixels), blurred(pixels, 1.0, (7, 7)), atol=1e-5)
 
 
 @pytest.mark.parametrize("channels", [1, 2, 5])
@@ -477,29 +350,10 @@ def test_colour_solarises_three_channels_only(channels) -> None:
     assert torch.allclose(Colour(bright, 3)(whites), torch.zeros(3, 3, 4, 4), atol=1e-6)
 
 
-@pytest.mark.parametrize("channels", [1, 2, 3, 5])
-@pytest.mark.parametrize("size", [(1, 1), (2, 2), (5, 7), (32, 24)])
-@pytest.mark.parametrize("view", [VIEW_ONE, VIEW_TWO], ids=["one", "two"])
-def test_default_colour_serves_any_image(view, size, channels) -> None:
-    changed = Colour(view, channels)(images(8, channels, *size))
-    assert changed.shape == (8, channels, *size)
-    assert changed.isfinite().all()
-    assert changed.min() >= -1e-5
-    assert changed.max() <= 1 + 1e-5
-
-
 def test_convention_normalising_takes_the_mean_and_divides() -> None:
     pixels = torch.tensor([0.5, 1.0, 0.0]).view(1, 3, 1, 1)
     normalised = Normalise((0.5, 0.5, 0.25), (0.1, 0.25, 0.5))(pixels)
     assert normalised.flatten().tolist() == pytest.approx([0, 2, -0.5])
-
-
-def test_normalising_makes_zero_mean_and_unit_variance() -> None:
-    mean, std = torch.tensor([0.4, 0.6]), torch.tensor([0.1, 0.2])
-    pixels = torch.randn(4, 2, 50, 50) * std.view(-1, 1, 1) + mean.view(-1, 1, 1)
-    normalised = Normalise((0.4, 0.6), (0.1, 0.2))(pixels)
-    assert normalised.mean(dim=(0, 2, 3)).abs().max() < 0.05
-    assert (normalised.std(dim=(0, 2, 3)) - 1).abs().max() < 0.05
 
 
 def test_normalising_keeps_the_dtype_and_leaves_no_trace_in_a_state() -> None:

@@ -80,6 +80,11 @@ def test_memory_of_the_losses_is_the_peak_of_a_process_of_its_own() -> None:
     assert 1 < json.loads(out)["mib"] < 400
 
 
+def test_a_step_on_64_by_64_cells_takes_less_than_a_gib() -> None:
+    size = "--sides", "64", "--batch", "2", "--channels", "64", "--hidden", "2048"
+    assert 0 < json.loads(run("memory", "--child", *size, "--limit", "8"))["mib"] < 1024
+
+
 def test_memory_over_the_limit_is_said_and_no_larger_map_tried() -> None:
     small = "--batch", "2", "--channels", "64", "--hidden", "8", "--limit", "0"
     out = run("memory", "--part", "losses", "--sides", "32", "64", *small)

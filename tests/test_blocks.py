@@ -1,7 +1,5 @@
 """Tables walked in blocks: every entry once, and nothing but the memory shows it."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -10,10 +8,8 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from pixel_level_contrastive_learning import blocks as room
-from pixel_level_contrastive_learning.blocks import Block, blocks, by_blocks, full_precision
+from pixel_level_contrastive_learning.blocks import Block, blocks, by_blocks
 from pixel_level_contrastive_learning.geometry import Positives
-from pixel_level_contrastive_learning.losses import pixcontrast_loss, pixpro_loss
-from pixel_level_contrastive_learning.modules.ppm import PPM
 
 TINY = [1, 2, 7, 13, 22, 40, 10**9]
 """Entries that may be held, from less than a row to more than a table."""
@@ -196,32 +192,6 @@ def test_by_blocks_makes_a_block_again_in_backward_instead_of_keeping_it(monkeyp
     assert len(calls) == 2
 
 
-# Those who walk: how much is held at a time shows in nothing they give.
-
-
-def pixels(n: int, seed: int) -> Tensor:
-    """Pixels ``(3, 6, n)`` float64 that require a gradient."""
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randn(3, 6, n, generator=generator, dtype=torch.float64)
-    return drawn.requires_grad_()
-
-
-def result_and_gradients(
-    compute: Callable[..., Tensor], *inputs: Tensor, weights: tuple[Tensor, ...] = ()
-) -> list[Tensor]:
-    """What is computed, and its gradient with respect to inputs and weights."""
-    result = compute(*inputs)
-    pull = torch.linspace(-1, 1, result.numel(), dtype=torch.float64).view(result.shape)
-    pull = pull if result.ndim else torch.ones((), dtype=torch.float64)
-    return [result.detach(), *torch.autograd.grad(result, (*inputs, *weights), pull)]
-
-
-def assert_alike(found: list[Tensor], expected: list[Tensor]) -> None:
-    for one, other in zip(found, expected, strict=True):
-        assert torch.allclose(one, other, rtol=0, atol=1e-12)
-    assert any(gradient.abs().max() > 0 for gradient in expected[1:])
-
-
 def positives() -> Positives:
     """Matches of three images: the same view, some overlap, none at all."""
     one = torch.tensor([[12.0, 0, 0], [0, 8, 0]], dtype=torch.float64).repeat(3, 1, 1)
@@ -231,57 +201,9 @@ def positives() -> Positives:
 
 
 @pytest.mark.parametrize("entries", TINY[:-1])
-@pytest.mark.parametrize(
-    "loss",
-    [pixpro_loss, lambda x, t, pairs: pixcontrast_loss(x, t, pairs, 0.3)],
-    ids=["pixpro", "pixcontrast"],
-)
-@pytest.mark.parametrize("held", [False, True], ids=["by rule", "as table"])
-def test_losses_do_not_hang_on_the_size_of_blocks(loss, held, entries, monkeypatch) -> None:
-    def compute(online: Tensor, target: Tensor) -> Tensor:
-        pairs = positives()
-        return loss(online, target, pairs.rows(0, 12) if held else pairs)
-
-    expected = result_and_gradients(compute, pixels(12, 0), pixels(10, 1))
-    assert expected[0] > 0
-    monkeypatch.setattr(room, "ENTRIES", entries)
-    assert_alike(result_and_gradients(compute, pixels(12, 0), pixels(10, 1)), expected)
-
-
-@pytest.mark.parametrize("entries", TINY[:-1])
 def test_matches_are_counted_alike_in_blocks_of_any_size(entries, monkeypatch) -> None:
     monkeypatch.setattr(room, "ENTRIES", entries)
     by_hand = positives().rows(0, 12).sum(dim=(1, 2)).tolist()
     assert by_hand[0] > by_hand[1] > by_hand[2] == 0
     assert positives().count().tolist() == by_hand
     assert positives().mT.count().tolist() == by_hand
-
-
-@pytest.mark.parametrize("entries", TINY[:-1])
-@pytest.mark.parametrize("num_layers", [0, 1, 2])
-def test_propagation_does_not_hang_on_the_size_of_blocks(num_layers, entries, monkeypatch) -> None:
-    ppm = PPM(chan=6, num_layers=num_layers).double()
-    maps = pixels(12, 0).detach().view(3, 6, 3, 4).requires_grad_()
-    weights = tuple(ppm.parameters())
-    expected = result_and_gradients(ppm, maps, weights=weights)
-    monkeypatch.setattr(room, "ENTRIES", entries)
-    assert_alike(result_and_gradients(ppm, maps, weights=weights), expected)
-
-
-# Precision.
-
-
-def test_autocast_leaves_products_in_full_precision() -> None:
-    ones = torch.ones(2, 2)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert (ones @ ones).dtype == torch.bfloat16
-        with full_precision(ones):
-            assert (ones @ ones).dtype == torch.float32
-        assert (ones @ ones).dtype == torch.bfloat16
-
-
-def test_a_device_without_autocast_is_left_alone() -> None:
-    nowhere = torch.ones(2, 2, device="meta")
-    assert not torch.amp.is_autocast_available("meta")
-    with full_precision(nowhere):
-        assert (nowhere @ nowhere).dtype == torch.float32

@@ -14,7 +14,7 @@ from torchvision import models
 from pixel_level_contrastive_learning import cli, load_backbone
 from pixel_level_contrastive_learning.backbones.export import FORMATS
 from pixel_level_contrastive_learning.evaluation import evaluate, finetuning
-from pixel_level_contrastive_learning.evaluation.segmentation import PROTOCOLS
+from pixel_level_contrastive_learning.evaluation.comparison import PROTOCOLS
 from pixel_level_contrastive_learning.trainer.config import PretrainConfig
 
 PACKAGE = "pixel_level_contrastive_learning"

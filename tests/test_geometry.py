@@ -79,13 +79,6 @@ def test_convention_cells_are_told_row_by_row() -> None:
     ]
 
 
-def test_each_image_of_a_batch_has_its_own_box_and_flip() -> None:
-    boxes = torch.tensor([[0.0, 0, 12, 8], [0, 0, 12, 8], [100, 50, 220, 130]])
-    to_image = box_to_map(boxes, torch.tensor([False, True, False]))
-    assert cell_centres(to_image, (2, 4))[:, 0].tolist() == [[1.5, 2], [10.5, 2], [115, 70]]
-    assert cell_diagonals(to_image, (2, 4)).tolist() == [5, 5, 50]
-
-
 @pytest.mark.parametrize(
     ("to_image", "expected"),
     [
@@ -199,15 +192,6 @@ def test_matches_agree_with_the_loops(dtype, pair, grid_one, grid_two, threshold
     assert torch.equal(mask & decided, expected & decided)
 
 
-@dtypes
-@given(pair=view_pairs(), grid_one=grids, grid_two=grids, threshold=st.floats(0.05, 3))
-def test_matching_knows_no_first_and_second(dtype, pair, grid_one, grid_two, threshold) -> None:
-    one, two = pair[0].to(dtype), pair[1].to(dtype)
-    forth = positive_mask(one, two, grid_one, grid_two, threshold)
-    back = positive_mask(two, one, grid_two, grid_one, threshold)
-    assert torch.equal(forth.mT, back)
-
-
 # Matches that are never held whole.
 
 
@@ -229,15 +213,6 @@ def test_positives_are_the_mask_in_slices(dtype, pair, grid_one, grid_two, thres
         assert torch.equal(slices.rows(0, whole.shape[1]), whole)
         assert torch.equal(slices.count(), whole.sum(dim=(1, 2)))
         assert slices.count().dtype == torch.int64
-
-
-def test_positives_of_a_batch_differ_from_image_to_image() -> None:
-    here = CELLS_3_BY_4.repeat(3, 1)
-    there = here + torch.tensor([[0.0, 0, 0, 0], [3, 0, 3, 0], [100, 0, 100, 0]])
-    positives = Positives(straight(here), straight(there), (2, 4), (2, 4), 0.5)
-    # The same place, one cell to the right, out of sight: cell 1 there is 1, then 0, then nowhere.
-    assert positives.count().tolist() == [8, 6, 0]
-    assert positives.rows(1, 2).nonzero().tolist() == [[0, 0, 1], [1, 0, 0]]
 
 
 def test_positives_of_large_maps_are_the_mask_too() -> None:

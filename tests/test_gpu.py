@@ -6,16 +6,16 @@ from typing import Any
 
 import pytest
 import torch
+from small_cards import preparation
+from small_nets import SmallNet, overlapping_views
 from torch import nn
 
 from pixel_level_contrastive_learning import PixelCL, View, blocks
 from pixel_level_contrastive_learning.data.segmentation import open_labelled
-from pixel_level_contrastive_learning.data.statistics import Statistics
-from pixel_level_contrastive_learning.evaluation.features import Preparation, Reader
+from pixel_level_contrastive_learning.evaluation.features import Reader
 from pixel_level_contrastive_learning.evaluation.finetuning import CROP_DETAIL, finetune
 from pixel_level_contrastive_learning.evaluation.metrics import PreparedSplit
 from pixel_level_contrastive_learning.evaluation.probes import ProbeTask, run_probes
-from pixel_level_contrastive_learning.geometry import box_to_map
 
 pytestmark = [
     pytest.mark.gpu,
@@ -30,30 +30,17 @@ SETTINGS: list[dict[str, Any]] = [
     {"ppm_num_layers": 2, "max_rotation": 30, "cutout_ratio_range": (0.1, 1.0)},
 ]
 
-PREPARE = Preparation(Statistics(3, (0.5,) * 3, (0.25,) * 3, None, None, (1, 1)), 32)
-
 
 def small_learner(**settings: Any) -> PixelCL:
     """A learner on a small network on the CPU, the same at every call."""
     torch.manual_seed(0)
-    net = nn.Sequential(
-        nn.Conv2d(3, 16, 8, 8),
-        nn.BatchNorm2d(16),
-        nn.ReLU(inplace=True),
-        nn.Conv2d(16, 32, 2, 2),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(32, 5),
-    )
-    return PixelCL(net, 64, projection_size=16, projection_hidden_size=32, **settings)
+    return PixelCL(SmallNet(), 64, projection_size=16, projection_hidden_size=32, **settings)
 
 
 def views(device: str) -> tuple[View, View]:
     """Ready views that overlap, the same on each device."""
-    pixels = torch.rand(2, 4, 3, 64, 64, generator=torch.Generator().manual_seed(1))
-    boxes = torch.tensor([[0.0, 0, 96, 96], [30, 10, 110, 90]])
-    maps = box_to_map(boxes, torch.tensor([False, True]))[:, None].expand(2, 4, 2, 3)
-    one, two = (View(*pair) for pair in zip(pixels.to(device), maps.to(device), strict=True))
+    torch.manual_seed(1)
+    one, two = (View(*(part.to(device) for part in view)) for view in overlapping_views())
     return one, two
 
 
@@ -162,8 +149,8 @@ def test_probes_judge_as_on_the_cpu(labelled, protocol) -> None:
         torch.manual_seed(0)
         net = nn.Sequential(nn.Conv2d(3, 8, 8, 8), nn.Conv2d(8, 4, 1)).to(device)
         reader = Reader(net, ["0"], 3, (32, 48))
-        task = ProbeTask(protocol, PreparedSplit(train, PREPARE), ("0",))
-        (scored,) = run_probes(reader, [task], PreparedSplit(val, PREPARE), keep=[1])
+        task = ProbeTask(protocol, PreparedSplit(train, preparation(32)), ("0",))
+        (scored,) = run_probes(reader, [task], PreparedSplit(val, preparation(32)), keep=[1])
         rows.append((scored.scores.miou, scored.kept[1]))
     (expected, known), (found, predicted) = rows
     assert predicted.device.type == "cpu"
@@ -174,7 +161,10 @@ def test_probes_judge_as_on_the_cpu(labelled, protocol) -> None:
 def test_fine_tuning_runs_where_the_network_is(labelled) -> None:
     train, val = open_labelled(labelled)
     net = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.ReLU(), nn.Conv2d(8, 16, 2, 2)).cuda()
-    crops, whole = PreparedSplit(train, PREPARE, CROP_DETAIL), PreparedSplit(val, PREPARE)
+    crops, whole = (
+        PreparedSplit(train, preparation(32), CROP_DETAIL),
+        PreparedSplit(val, preparation(32)),
+    )
     scored = finetune(net, crops, whole, steps=60, batch=4)
     assert scored.scores.miou > 0.6
     assert next(net.parameters()).device.type == "cuda"

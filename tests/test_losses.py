@@ -1,6 +1,7 @@
 """What the pixel and the instance losses measure, and what they never do."""
 
 import math
+import re
 from collections.abc import Callable
 
 import pytest
@@ -40,7 +41,16 @@ def plain_pixcontrast(online: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     return reference.plain_pixcontrast_loss(online, target, mask, 0.3)
 
 
+def instances(online: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+    """The instance loss of pixels ``(b, d, n)`` as if each were an image; the mask has no say."""
+    return instance_loss(*(own.mT.flatten(0, 1) for own in (online, target)))
+
+
 both_losses = pytest.mark.parametrize("loss", [pixpro_loss, pixcontrast])
+all_losses = pytest.mark.parametrize("loss", [pixpro_loss, pixcontrast, instances])
+halves_and_full = pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str
+)
 loss_and_loops = pytest.mark.parametrize(
     ("loss", "loops"),
     [(pixpro_loss, reference.pixpro_loss), (pixcontrast, slow_pixcontrast)],
@@ -131,15 +141,6 @@ def test_convention_instance_loss_is_the_mean_over_the_batch() -> None:
     assert instance_loss(prediction, target).item() == pytest.approx((0 + 2 + 4) / 3)
 
 
-@both_losses
-def test_an_image_without_pairs_counts_as_zero_in_the_mean(loss) -> None:
-    online, target = noise(2, 4, 5), noise(2, 4, 6, seed=1)
-    mask = scattered(2, 5, 6, share=0.5)
-    mask[1] = False
-    first = loss(online[:1], target[:1], mask[:1])
-    torch.testing.assert_close(loss(online, target, mask), first / 2)
-
-
 # Against the slow loops.
 
 
@@ -168,19 +169,6 @@ def test_gradients_of_pixel_losses_agree_with_the_loops(loss, loops, drawn) -> N
 
 
 @dtypes
-@given(b=st.integers(1, 5), d=st.integers(1, 9), seed=st.integers(0, 2**31))
-def test_instance_loss_agrees_with_the_loops(dtype, b, d, seed) -> None:
-    prediction = noise(b, d, seed=seed, dtype=dtype)
-    target = noise(b, d, seed=seed + 1, dtype=dtype)
-    measured = instance_loss(prediction, target)
-    tolerance = reference.TOLERANCE[dtype]
-    assert measured.dtype == dtype
-    assert measured.shape == ()
-    expected = reference.instance_loss(prediction.double(), target.double())
-    torch.testing.assert_close(measured.double(), expected, rtol=tolerance, atol=tolerance)
-
-
-@dtypes
 @given(temperature=st.floats(0.05, 5))
 def test_pixcontrast_agrees_with_the_loops_at_any_temperature(dtype, temperature) -> None:
     online, target = noise(2, 3, 4, dtype=dtype), noise(2, 3, 5, seed=1, dtype=dtype)
@@ -191,6 +179,18 @@ def test_pixcontrast_agrees_with_the_loops_at_any_temperature(dtype, temperature
     torch.testing.assert_close(measured.double(), expected, rtol=tolerance, atol=tolerance)
 
 
+@dtypes
+@given(b=st.integers(1, 5), d=st.integers(1, 9), seed=st.integers(0, 2**31))
+def test_instance_loss_agrees_with_the_loops(dtype, b, d, seed) -> None:
+    vectors = noise(b, d, seed=seed, dtype=dtype), noise(b, d, seed=seed + 1, dtype=dtype)
+    measured = instance_loss(*vectors)
+    tolerance = reference.TOLERANCE[dtype]
+    assert measured.dtype == dtype
+    assert measured.shape == ()
+    expected = reference.instance_loss(*(own.double() for own in vectors))
+    torch.testing.assert_close(measured.double(), expected, rtol=tolerance, atol=tolerance)
+
+
 def test_a_low_temperature_does_not_overflow() -> None:
     # exp(1 / 0.001) is beyond float32; the log of the sum is not.
     loss = pixcontrast_loss(EYE, EYE, ~torch.eye(2).bool()[None], 0.001)
@@ -198,12 +198,17 @@ def test_a_low_temperature_does_not_overflow() -> None:
 
 
 @loss_and_plain
+@pytest.mark.parametrize("entries", [blocks.ENTRIES, 2**17 - 1], ids=["large", "small"])
+@pytest.mark.parametrize("held", [False, True], ids=["by rule", "as table"])
 @pytest.mark.parametrize(
     ("images", "grid_one", "grid_two"),
     [(5, (24, 24), (20, 30)), (2, (36, 30), (33, 32))],
     ids=["many images", "many cells"],
 )
-def test_large_maps_agree_with_the_plain_form(loss, plain, images, grid_one, grid_two) -> None:
+def test_large_maps_agree_with_the_plain_form(
+    loss, plain, images, grid_one, grid_two, held, entries, monkeypatch
+) -> None:
+    monkeypatch.setattr(blocks, "ENTRIES", entries)
     views = two_crops(grid_one, grid_two, images)
     mask = positive_mask(*views)
     _, n_one, n_two = mask.shape
@@ -211,23 +216,18 @@ def test_large_maps_agree_with_the_plain_form(loss, plain, images, grid_one, gri
         noise(images, 8, n_one, dtype=torch.float64),
         noise(images, 8, n_two, seed=1, dtype=torch.float64),
     )
-    measured, expected = loss(*inputs, Positives(*views)), plain(*inputs, mask)
+    measured, expected = loss(*inputs, mask if held else Positives(*views)), plain(*inputs, mask)
     torch.testing.assert_close(measured, expected, rtol=1e-10, atol=1e-10)
     gradients = (torch.autograd.grad(result, inputs) for result in (measured, expected))
     for ours, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
 
 
-@both_losses
+@all_losses
 def test_gradients_agree_with_finite_differences(loss) -> None:
-    inputs = noise(2, 3, 4, dtype=torch.float64), noise(2, 3, 5, seed=1, dtype=torch.float64)
-    mask = scattered(2, 4, 5, share=0.4)
+    inputs = noise(2, 3, 4, dtype=torch.float64), noise(2, 3, 4, seed=1, dtype=torch.float64)
+    mask = scattered(2, 4, 4, share=0.4)
     assert torch.autograd.gradcheck(lambda *tensors: loss(*tensors, mask), inputs)
-
-
-def test_gradients_of_the_instance_loss_agree_with_finite_differences() -> None:
-    inputs = noise(3, 4, dtype=torch.float64), noise(3, 4, seed=1, dtype=torch.float64)
-    assert torch.autograd.gradcheck(instance_loss, inputs)
 
 
 def test_pixpro_pulls_as_the_authors_code_does() -> None:
@@ -257,22 +257,6 @@ def test_pixpro_pulls_as_the_authors_code_does() -> None:
 
 
 @both_losses
-@pytest.mark.parametrize("transposed", [False, True])
-def test_a_mask_and_positives_say_the_same(loss, transposed) -> None:
-    views = two_crops((6, 4), (3, 7))
-    mask, positives = positive_mask(*views), Positives(*views)
-    if transposed:
-        mask, positives = mask.mT, positives.mT
-    assert mask.any(dim=(1, 2)).all()
-    inputs = noise(2, 5, mask.shape[1]), noise(2, 5, mask.shape[2], seed=1)
-    results = loss(*inputs, positives), loss(*inputs, mask)
-    torch.testing.assert_close(*results)
-    gradients = (torch.autograd.grad(result, inputs) for result in results)
-    for sliced, whole in zip(*gradients, strict=True):
-        torch.testing.assert_close(sliced, whole)
-
-
-@both_losses
 def test_without_pairs_the_loss_is_zero_and_still_connected(loss) -> None:
     inputs = noise(2, 4, 5), noise(2, 4, 6, seed=1)
     result = loss(*inputs, torch.zeros(2, 5, 6, dtype=torch.bool))
@@ -282,27 +266,12 @@ def test_without_pairs_the_loss_is_zero_and_still_connected(loss) -> None:
         assert torch.equal(tensor.grad, torch.zeros_like(tensor))
 
 
-@both_losses
-def test_only_images_with_pairs_are_pulled(loss) -> None:
-    online, target = noise(3, 4, 5), noise(3, 4, 6, seed=1)
-    mask = scattered(3, 5, 6, share=0.5)
-    mask[1] = False
-    loss(online, target, mask).backward()
-    assert [bool(gradient.any()) for gradient in online.grad] == [True, False, True]
-
-
-@both_losses
+@all_losses
 def test_a_good_prediction_costs_less_than_a_bad_one(loss) -> None:
     target, mask = noise(2, 8, 6), torch.eye(6).bool().expand(2, 6, 6)
     good = target + 0.1 * noise(2, 8, 6, seed=1)
     bad = target + 3 * noise(2, 8, 6, seed=1)
     assert loss(good, target, mask) < loss(bad, target, mask) < loss(-target, target, mask)
-
-
-def test_a_good_guess_of_the_instance_costs_less_than_a_bad_one() -> None:
-    target, change = noise(4, 8), noise(4, 8, seed=1)
-    good, bad = instance_loss(target + 0.1 * change, target), instance_loss(change, target)
-    assert good < bad < instance_loss(-target, target)
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -315,49 +284,28 @@ def test_rounding_never_leads_out_of_zero_to_four(sign) -> None:
         assert pixcontrast_loss(sign * x, x, torch.ones_like(mask), 0.3) >= 0
 
 
-@both_losses
+@all_losses
 def test_only_directions_matter(loss) -> None:
-    online, target = noise(2, 4, 5), noise(2, 4, 6, seed=1)
-    mask = scattered(2, 5, 6, share=0.5)
-    longer, shorter = torch.logspace(-2, 4, 5), torch.logspace(3, -3, 6)
+    online, target = noise(2, 4, 6), noise(2, 4, 6, seed=1)
+    mask = scattered(2, 6, 6, share=0.5)
+    longer, shorter = torch.logspace(-2, 4, 6), torch.logspace(3, -3, 6)
     torch.testing.assert_close(
         loss(longer * online, shorter * target, mask), loss(online, target, mask)
     )
 
 
-def test_only_the_direction_of_an_instance_matters() -> None:
-    prediction, target = noise(3, 4), noise(3, 4, seed=1)
-    lengths = torch.tensor([[1e-2], [1], [1e4]])
-    torch.testing.assert_close(
-        instance_loss(lengths * prediction, target / lengths), instance_loss(prediction, target)
-    )
-
-
-@both_losses
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@all_losses
+@halves_and_full
 @pytest.mark.parametrize("zeros", ["a few pixels", "every pixel"])
 def test_zero_vectors_neither_break_nor_explode(loss, dtype, zeros) -> None:
     online, target = noise(2, 8, 6, dtype=dtype), noise(2, 8, 6, seed=1, dtype=dtype)
     with torch.no_grad():
-        for tensor in (online, target):
-            tensor[..., slice(2) if zeros == "a few pixels" else slice(None)] = 0
+        for first, tensor in enumerate((online, target)):
+            tensor[..., slice(first, first + 2) if zeros == "a few pixels" else slice(None)] = 0
     result = loss(online, target, scattered(2, 6, 6, share=0.6))
     result.backward()
     assert result.isfinite()
     for tensor in (online, target):
-        assert tensor.grad.isfinite().all()
-        assert tensor.grad.abs().max() <= 10
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-def test_a_zero_instance_neither_breaks_nor_explodes(dtype) -> None:
-    prediction, target = noise(3, 8, dtype=dtype), noise(3, 8, seed=1, dtype=dtype)
-    with torch.no_grad():
-        prediction[0], target[1] = 0, 0
-    result = instance_loss(prediction, target)
-    result.backward()
-    assert result.isfinite()
-    for tensor in (prediction, target):
         assert tensor.grad.isfinite().all()
         assert tensor.grad.abs().max() <= 10
 
@@ -368,8 +316,8 @@ def test_a_zero_vector_is_orthogonal_to_everything() -> None:
     assert instance_loss(nothing[0], EYE[0]) == 2
 
 
-@both_losses
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@all_losses
+@halves_and_full
 def test_losses_are_computed_in_float32_under_autocast(loss, dtype) -> None:
     online, target = noise(2, 32, 9, dtype=dtype), noise(2, 32, 9, seed=1, dtype=dtype)
     mask = scattered(2, 9, 9, share=0.3)
@@ -385,16 +333,6 @@ def test_losses_are_computed_in_float32_under_autocast(loss, dtype) -> None:
         torch.testing.assert_close(half.grad, full.grad.to(dtype))
 
 
-def test_the_instance_loss_is_computed_in_float32_under_autocast() -> None:
-    prediction, target = noise(4, 32), noise(4, 32, seed=1)
-    expected = instance_loss(prediction, target)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        measured = instance_loss(prediction, target)
-        halved = instance_loss(prediction.bfloat16(), target.bfloat16())
-    assert measured.dtype == halved.dtype == torch.float32
-    torch.testing.assert_close(measured, expected, rtol=1e-6, atol=1e-6)
-
-
 @loss_and_plain
 def test_no_matrix_of_all_pairs_is_kept_for_backward(loss, plain, monkeypatch) -> None:
     b, n = 2, 24 * 24
@@ -405,10 +343,10 @@ def test_no_matrix_of_all_pairs_is_kept_for_backward(loss, plain, monkeypatch) -
     assert kept_elements(lambda: loss(online, target, Positives(*views))) < n * n
 
 
-@both_losses
+@all_losses
 def test_the_default_dtype_has_no_say(loss) -> None:
-    online, target = noise(2, 4, 5), noise(2, 4, 6, seed=1)
-    mask = scattered(2, 5, 6, share=0.5)
+    online, target = noise(2, 4, 6), noise(2, 4, 6, seed=1)
+    mask = scattered(2, 6, 6, share=0.5)
     expected = loss(online, target, mask)
     torch.set_default_dtype(torch.float64)
     try:
@@ -427,27 +365,18 @@ def test_a_temperature_must_be_above_zero(temperature) -> None:
 
 
 @both_losses
-@pytest.mark.parametrize("shape", [(2, 5, 7), (2, 6, 5), (3, 5, 6), (5, 6)])
-def test_a_mask_of_another_shape_is_refused(loss, shape) -> None:
-    mask = torch.ones(shape, dtype=torch.bool)
-    with pytest.raises(ValueError, match=", ".join(map(str, shape))):
-        loss(torch.randn(2, 4, 5), torch.randn(2, 4, 6), mask)
-
-
-@both_losses
-def test_positives_of_another_grid_are_refused(loss) -> None:
-    positives = Positives(*two_crops((2, 3), (4, 2)))
-    with pytest.raises(ValueError, match="2, 6, 8"):
-        loss(torch.randn(2, 4, 6), torch.randn(2, 4, 6), positives)
-
-
-@both_losses
-@pytest.mark.parametrize("shape", [(2, 3, 6), (1, 4, 6), (4, 6)])
-def test_features_that_do_not_fit_are_refused(loss, shape) -> None:
-    mask = torch.ones(2, 5, 6, dtype=torch.bool)
-    with pytest.raises(ValueError, match="2, 4, 5") as refusal:
-        loss(torch.randn(2, 4, 5), torch.randn(shape), mask)
-    assert ", ".join(map(str, shape)) in str(refusal.value)
+@pytest.mark.parametrize(
+    ("target", "pairs"),
+    [
+        *(((2, 4, 6), torch.ones(n).bool()) for n in ((2, 5, 7), (2, 6, 5), (3, 5, 6), (5, 6))),
+        ((2, 4, 6), Positives(*two_crops((2, 3), (4, 2)))),
+        *((shape, torch.ones(2, 5, 6).bool()) for shape in ((2, 3, 6), (1, 4, 6), (4, 6))),
+    ],
+)
+def test_pixels_and_pairs_that_do_not_fit_are_refused(loss, target, pairs) -> None:
+    shapes = f"pixels (2, 4, 5) and {target} and pairs {tuple(pairs.shape)}"
+    with pytest.raises(ValueError, match=re.escape(shapes)):
+        loss(torch.randn(2, 4, 5), torch.randn(target), pairs)
 
 
 def test_instances_that_do_not_fit_are_refused() -> None:

@@ -3,7 +3,6 @@
 import copy
 import io
 import random
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from small_nets import overlapping_views
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torchvision import models
 
 from pixel_level_contrastive_learning import PixelCL, View
-from pixel_level_contrastive_learning.geometry import box_to_map
 
 
 class Net(nn.Module):
@@ -56,14 +55,6 @@ def small_learner(channels: int = 3, **settings: Any) -> PixelCL:
     """A learner on a small network, the same at every call."""
     torch.manual_seed(0)
     return learner_of(Net(channels), channels=channels, **settings)
-
-
-def views(count: int = 4) -> tuple[View, View]:
-    """Two noisy views of each image, which overlap."""
-    boxes = torch.tensor([[0.0, 0, 96, 96], [30, 10, 110, 90]])
-    maps = box_to_map(boxes, torch.tensor([False, True]))
-    one, two = (View(torch.rand(count, 3, 64, 64), own.expand(count, 2, 3)) for own in maps)
-    return one, two
 
 
 def train(learner: PixelCL, steps: int = 3, side: int = 80) -> list[float]:
@@ -174,7 +165,7 @@ def test_a_state_dict_restores_the_learner_with_its_target() -> None:
     assert same_state(state(restored), state(trained))
     target = state(trained.target_encoder)
     assert not same_state(target, state(trained.online_encoder))
-    pair = views()
+    pair = overlapping_views()
     assert restored(pair) == trained(pair)
     runs = []
     for learner in (restored, trained):
@@ -194,7 +185,7 @@ def reloaded(learner: PixelCL) -> PixelCL:
 
 @pytest.mark.parametrize("copies", [copy.deepcopy, reloaded])
 def test_a_learner_can_be_copied_and_saved_whole(copies) -> None:
-    learner, pair = small_learner(), views()
+    learner, pair = small_learner(), overlapping_views()
     train(learner)
     other = copies(learner)
     assert other.net is not learner.net
@@ -259,20 +250,14 @@ def test_images_of_any_float_are_learned_from(dtype) -> None:
 GOOD = torch.rand(2, 3, 80, 80)
 
 
+# What else is refused, and how: tests of the inputs.
 @pytest.mark.parametrize(
     ("images", "texts"),
     [
         ((GOOD * 255).byte(), ["torch.uint8", "float", "images.float() / 255"]),
-        (GOOD[0], ["(3, 80, 80)", "images[None]"]),
         (GOOD[:, :1], ["1 channels", "built for 3", "channels=1"]),
-        (GOOD.permute(0, 2, 3, 1), ["80 channels", "permute(0, 3, 1, 2)"]),
-        (GOOD.numpy(), ["ndarray", "float tensor"]),
-        (GOOD[:0], ["(0, 3, 80, 80)"]),
         (GOOD[..., :8], ["80x8", "at least 16x16"]),
         (GOOD * 255, ["values from", "[0, 1]", "255"]),
-        (GOOD / torch.tensor([1.0, 0.0]).view(2, 1, 1, 1), ["image 1", "infinite"]),
-        (GOOD * torch.tensor([torch.nan, 1.0]).view(2, 1, 1, 1), ["image 0", "NaN"]),
-        ((GOOD,), ["1 views", "view_one"]),
         ((GOOD, GOOD), ["View", "to_image"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
@@ -282,16 +267,6 @@ def test_what_is_no_image_is_refused_with_what_to_do(images, texts) -> None:
         small_learner()(images)
     for text in texts:
         assert text in str(error.value)
-
-
-def test_normalised_images_are_learned_from_and_mentioned_once() -> None:
-    learner = small_learner()
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        losses = [learner(torch.randn(2, 3, 80, 80)) for _ in range(3)]
-    assert [warning.category for warning in said] == [UserWarning]
-    assert "[0, 1] is expected" in str(said[0].message)
-    assert all(loss.isfinite() for loss in losses)
 
 
 # 7. No batch makes it crash or go NaN.
@@ -321,7 +296,7 @@ def test_features_of_zero_stay_finite(mode, settings) -> None:
     nn.init.zeros_(learner.net.deep[0].bias)
     nn.init.zeros_(learner.online_encoder.pixel_projector[-2].weight)
     learner.reset_moving_average()
-    loss = learner(views())
+    loss = learner(overlapping_views())
     loss.backward()
     assert loss.isfinite()
     assert all(own.grad is None or own.grad.isfinite().all() for own in learner.parameters())
@@ -406,7 +381,7 @@ quiet = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that 
 @quiet
 @pytest.mark.parametrize("layer", ["norm", "deep", "deep.0"])
 def test_hooks_survive_what_is_done_to_the_backbone_later(change, layer) -> None:
-    pair, runs = views(), []
+    pair, runs = overlapping_views(), []
     for prepare in (lambda _: None, change):
         learner = small_learner(hidden_layer_pixel=layer)
         learner(pair)
@@ -438,7 +413,7 @@ def test_a_compiled_backbone_may_be_used_beside_the_learner(compile_net, first) 
 
         return execute
 
-    pair, runs = views(), []
+    pair, runs = overlapping_views(), []
     for prepare in (lambda *_: None, compile_net):
         learner = small_learner(hidden_layer_pixel="deep")
         prepare(learner, backend)
@@ -459,7 +434,7 @@ def test_a_compiled_backbone_may_be_used_beside_the_learner(compile_net, first) 
 @compiling
 @quiet
 def test_a_backbone_compiled_and_used_before_the_learner_is_built_is_read() -> None:
-    net, pair = small_learner().net, views()
+    net, pair = small_learner().net, overlapping_views()
     with torch._dynamo.config.patch(skip_nnmodule_hook_guards=True):  # as it is where torch starts
         net.compile(backend="eager")
         net(pair[0].pixels)
@@ -486,7 +461,7 @@ def test_nothing_reads_what_is_on_the_device(settings, ready) -> None:
     learner = small_learner(**settings).to("meta")
     images: Any = torch.rand(4, 3, 500, 90, device="meta")
     if ready:
-        images = tuple(View(*(held.to("meta") for held in view)) for view in views())
+        images = tuple(View(*(held.to("meta") for held in view)) for view in overlapping_views())
     opt = torch.optim.SGD(learner.parameters(), lr=0.1)
     for _ in range(2):
         terms = learner(images, return_terms=True)

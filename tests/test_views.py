@@ -1,7 +1,6 @@
 """Where views are laid over their images, and that their pixels are what lies there."""
 
 import math
-import random
 
 import pytest
 import reference
@@ -10,12 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
-from torch.utils.data import DataLoader, default_collate
 
 from pixel_level_contrastive_learning.geometry import cell_centres
 from pixel_level_contrastive_learning.views import (
     Placement,
-    View,
     averaged_down,
     cut_views,
     draw_maps,
@@ -59,37 +56,7 @@ def crop(image: tuple[int, int], view: tuple[int, int], factor: float, **kinds: 
     return torch.tensor([[across, down]])
 
 
-# What a view is.
-
-
-def test_a_data_loader_makes_one_view_of_many() -> None:
-    samples = [View(torch.full((3, 4, 5), float(i)), torch.full((2, 3), 10.0 * i)) for i in (1, 2)]
-    for batch in (default_collate(samples), next(iter(DataLoader(samples, batch_size=2)))):
-        assert type(batch) is View
-        assert batch.pixels.shape == (2, 3, 4, 5)
-        assert batch.pixels[:, 0, 0, 0].tolist() == [1, 2]
-        assert batch.to_image.shape == (2, 2, 3)
-        assert batch.to_image[:, 0, 0].tolist() == [10, 20]
-
-
-def test_a_view_survives_being_moved_field_by_field() -> None:
-    view = View(torch.zeros(1, 3, 4, 5), torch.zeros(1, 2, 3))
-    moved = torch.utils._pytree.tree_map(lambda field: field.to("meta"), view)
-    assert type(moved) is View
-    assert {field.device.type for field in moved} == {"meta"}
-    assert View._fields == ("pixels", "to_image")
-
-
 # Drawing maps.
-
-
-def test_a_seed_fixes_the_maps() -> None:
-    drawn = []
-    for seed in (1, 1, 2):
-        torch.manual_seed(seed)
-        drawn.append(draw_maps(8, IMAGE, ANYTHING))
-    assert torch.equal(drawn[0], drawn[1])
-    assert not torch.equal(drawn[0], drawn[2])
 
 
 def test_every_image_of_a_batch_gets_its_own_map() -> None:
@@ -108,13 +75,6 @@ def test_maps_take_six_numbers_an_image_whatever_the_placement() -> None:
     torch.manual_seed(3)
     torch.rand(6, 5)
     assert all(torch.equal(state, torch.get_rng_state()) for state in states)
-
-
-def test_maps_leave_other_generators_alone() -> None:
-    random.seed(0)
-    before = random.getstate()
-    draw_maps(4, IMAGE, ANYTHING)
-    assert random.getstate() == before
 
 
 @pytest.mark.parametrize("placement", [Placement((0.6, 0.8)), ANYTHING])
@@ -137,7 +97,7 @@ def test_maps_are_float32_whatever_the_default_dtype() -> None:
     assert drawn.dtype == torch.float32
 
 
-@pytest.mark.parametrize("ratios", [(0.6, 0.8), (0.05, 0.1), (0.5, 0.5), (1.0, 1.0)])
+@pytest.mark.parametrize("ratios", [(0.6, 0.8), (0.05, 0.1), (0.5, 1), (0.5, 0.5), (1, 1)])
 def test_a_crop_is_a_share_of_the_side_and_keeps_the_aspect(ratios) -> None:
     height, width = IMAGE
     maps = draw_maps(500, IMAGE, Placement(ratios))
@@ -150,12 +110,6 @@ def test_a_crop_is_a_share_of_the_side_and_keeps_the_aspect(ratios) -> None:
     span = ratios[1] - ratios[0]
     assert abs(shares[0].mean() - sum(ratios) / 2) <= 5 * span / math.sqrt(12 * 500) + 1e-6
     assert shares[0].max() - shares[0].min() >= 0.95 * span - 1e-6
-
-
-@pytest.mark.parametrize("ratios", [(1, 1), (0.5, 1)])
-def test_a_ratio_may_be_a_whole_number(ratios) -> None:
-    maps = draw_maps(50, IMAGE, Placement(ratios))
-    assert ratios[0] - 1e-6 <= (maps[:, 0, 0] / IMAGE[1]).min()
 
 
 def test_a_crop_may_lie_anywhere_in_its_image_and_nowhere_else() -> None:
@@ -317,21 +271,6 @@ def test_a_view_may_be_reduced_more_one_way_than_the_other(across, down) -> None
     assert misread(to_image, IMAGE, view, "bilinear") < HALF_A_PIXEL
 
 
-@pytest.mark.parametrize("degrees", [-90.0, 10.0, 45.0, 90.0, 137.0, 180.0])
-@pytest.mark.parametrize("view", [(40, 60), (16, 24), (5, 9)])
-def test_a_turned_view_reads_the_places_its_map_names(degrees, view) -> None:
-    maps = [
-        reference.view_map(IMAGE, 0.45, x, y, mirrored, flipped, degrees)
-        for x, y, mirrored, flipped in (
-            (0.5, 0.5, False, False),
-            (0.45, 0.52, True, False),
-            (0.5, 0.5, False, True),
-            (0.55, 0.48, True, True),
-        )
-    ]
-    assert misread(torch.stack(maps).float(), IMAGE, view, "bilinear") < HALF_A_PIXEL
-
-
 @given(
     image=st.tuples(st.integers(8, 90), st.integers(8, 90)),
     view=st.tuples(st.integers(1, 40), st.integers(1, 40)),
@@ -342,12 +281,6 @@ def test_any_view_that_is_drawn_reads_the_places_its_map_names(image, view, degr
     torch.manual_seed(seed)
     maps = draw_maps(6, image, Placement((0.1, 1.0), 0.5, 0.5, degrees))
     assert misread(maps, image, view, "bilinear") < HALF_A_PIXEL
-
-
-def test_a_sheared_view_reads_the_places_its_map_names() -> None:
-    for view in ((30, 40), (6, 6)):
-        to_image = reference.view_map(IMAGE, 0.5, shear=0.4, degrees=15)[None].float()
-        assert misread(to_image, IMAGE, view, "bilinear") < HALF_A_PIXEL
 
 
 @pytest.mark.parametrize("mode", ["bilinear", "nearest", "bicubic"])
@@ -482,15 +415,6 @@ def test_cutting_changes_neither_images_nor_maps() -> None:
     cut_views(images, maps, (8, 8))
     assert torch.equal(images, before[0])
     assert torch.equal(maps, before[1])
-
-
-@pytest.mark.parametrize("ratios", [(0.9, 1.0), (0.05, 1.0)], ids=["one power", "several"])
-def test_cutting_never_reads_the_device(ratios) -> None:
-    # A tensor on the meta device has no values: whoever asks for one gets an error.
-    images = torch.empty(12, 3, 96, 80, device="meta")
-    cut = cut_views(images, draw_maps(12, (96, 80), Placement(ratios, 0.5, 0.5, 20)), (16, 8))
-    assert cut.device.type == "meta"
-    assert cut.shape == (12, 3, 16, 8)
 
 
 def test_cutting_does_not_hang_on_the_default_device() -> None:

@@ -13,15 +13,10 @@ BLOCK_CELLS = 2**14
 
 
 def kmeans(cells: Tensor, count: int, seed: int = 0) -> Tensor:
-    """Centres of ``count`` clusters of cells, by Lloyd's steps from a k-means++ start.
+    """Centres ``(count, c)`` of clusters of cells ``(n, c)``.
 
-    Args:
-        cells: ``(n, c)`` float; costs ``n c count`` a step.
-        count: Of clusters; fewer where there are fewer cells.
-        seed: Decides the start.
-
-    Returns:
-        ``(count, c)``, on the cells' device.
+    Found by Lloyd's steps from a k-means++ start, which the seed decides; fewer where there are
+    fewer cells. Costs ``n c count`` a step.
 
     >>> kmeans(torch.tensor([[0.0], [1.0], [10.0], [11.0]]), 2).sort(dim=0).values.flatten()
     tensor([ 0.5000, 10.5000])
@@ -58,14 +53,11 @@ def nearest_centre(cells: Tensor, centres: Tensor) -> Tensor:
 
 
 def match_clusters(table: Tensor) -> Tensor:
-    """The class of each cluster, ``(k,)`` int64.
+    """The class of each cluster, ``(k,)`` int64, by how much of each it holds, ``(k, classes)``.
 
     With as many clusters as classes each class is given to one cluster, so that most is right in
     all (Hungarian matching); with more, each cluster takes the class that fills most of it
     (arXiv:2204.13101, sec. 4).
-
-    Args:
-        table: ``(k, classes)`` how much of each class lies in each cluster.
 
     >>> match_clusters(torch.tensor([[5.0, 4.0], [6.0, 1.0]])).tolist()
     [1, 0]

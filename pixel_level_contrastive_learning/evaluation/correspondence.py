@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ..augment import VIEW_ONE, VIEW_TWO, Colour, Normalise, Photometry, blur_of
+from ..augment import VIEW_ONE, VIEW_TWO, Colour, Normalise, blur_of
 from ..blocks import Block, blocks
 from ..checks import Pages
 from ..data.image import ImageError
@@ -22,10 +22,11 @@ from ..data.sources import Source, open_source
 from ..data.statistics import read_image
 from ..geometry import Positives
 from ..views import Placement, cut_views, draw_maps
-from .baselines import is_random, layers_read, line_up, sizing_contender
+from .baselines import layers_read, line_up, sizing_contender
+from .comparison import CLEAR, LUCK, gain, in_words, may_be_luck
 from .features import Preparation, Reader, Size
 from .health import Gauge, gauge, verdict
-from .results import CLEAR, LUCK, Evaluation, Row, gain, in_words, may_be_luck
+from .results import Evaluation, Row
 
 log = logging.getLogger(__name__)
 
@@ -99,14 +100,8 @@ def draw_pairs(
             photometry = replace(authors, sigma=sharpness)
             cuts = [cut_views(own[None], at[i : i + 1], size) for i, own in enumerate(images)]
             cut = torch.cat(cuts)
-            views.append(changed(cut, photometry, channels) if recoloured else cut)
+            views.append(Colour(photometry, channels).forward(cut) if recoloured else cut)
     return ViewPairs(*views, *maps)
-
-
-def changed(pixels: Tensor, photometry: Photometry, channels: int) -> Tensor:
-    """Views changed in colour."""
-    views: Tensor = Colour(photometry, channels)(pixels)
-    return views
 
 
 @torch.no_grad()
@@ -134,10 +129,9 @@ def measure_correspondence(
     """
     normalise = Normalise(mean, std)
     sums = torch.zeros(5, dtype=torch.float64)
-    for start in range(0, len(pairs.one), batch):
-        part = ViewPairs(*(tensor[start : start + batch] for tensor in pairs))
-        one, two = (reader(normalise(pixels)).cpu() for pixels in (part.one, part.two))
-        sums += hits(one, two, part.map_one, part.map_two)
+    for *views, map_one, map_two in zip(*(torch.split(own, batch) for own in pairs), strict=True):
+        one, two = (reader(normalise(pixels)).cpu() for pixels in views)
+        sums += hits(one, two, map_one, map_two)
     *shares, cells = sums.tolist()
     if cells == 0:
         raise ValueError(
@@ -151,14 +145,7 @@ def measure_correspondence(
 def hits(one: Tensor, two: Tensor, map_one: Tensor, map_two: Tensor) -> Tensor:
     """Sums over the cells with a true positive: hits, near hits, both chances, and their count.
 
-    Args:
-        one: ``(b, c, h, w)`` features of view one.
-        two: ``(b, c, h', w')`` features of view two.
-        map_one: ``(b, 2, 3)`` view maps.
-        map_two: ``(b, 2, 3)`` likewise.
-
-    Returns:
-        ``(5,)`` float64.
+    Of features ``(b, c, h, w)`` of two views and their maps ``(b, 2, 3)``; ``(5,)`` float64.
     """
     grid_one, grid_two = ((view.shape[-2], view.shape[-1]) for view in (one, two))
     rules = [
@@ -196,17 +183,9 @@ def evaluate_unlabelled(
     pages: Pages | None = None,
     nodata: float | None = None,
 ) -> Evaluation:
-    """Evaluate weights beside random ones on images alone.
+    """Evaluate weights beside random ones on images alone, all given as `evaluate` takes them.
 
-    Args:
-        weights: As for `evaluate`.
-        images: A folder, a list of paths and so on, see `open_source`.
-        pages: What several images in a file are read as, likewise.
-        nodata: The value of images where nothing was measured, likewise.
-        layers: Layers whose features are read; None for the one that was trained.
-        size: Pixels a side of the views, or ``(height, width)``; None for those of the training.
-        seeds: Each decides the views and the random weights of a repeat.
-        device: Where to compute.
+    Each seed decides the views and the random weights of a repeat.
 
     Raises:
         ValueError: No image can be read and is for this network.
@@ -217,10 +196,14 @@ def evaluate_unlabelled(
     card = sizing.card
     views = (size, size) if isinstance(size, int) else size or card.image_size
     prepare = Preparation.of(card, views, sizing.build(seeds[0]))
-    seen, refused = some_images(source, prepare)
-    for note in left_out(refused):
-        log.warning(note)
-        notes.append(note)
+    wanted = 2 * prepare.shortest
+
+    def smaller(pixels: Tensor) -> Tensor:
+        shorter = min(pixels.shape[-2:])
+        return Preparation(prepare.statistics, min(wanted, shorter)).resized(pixels)
+
+    found, unused = some_images(source, prepare, MOST_IMAGES, wanted, smaller)
+    seen = [pixels for _, pixels in found]
     changed, kept = (
         [draw_pairs(seen, views, seed, recoloured=new) for seed in seeds] for new in (True, False)
     )
@@ -247,36 +230,48 @@ def evaluate_unlabelled(
         },
         rows=tuple(rows),
         sentence=in_words(rows, correspondence_in_words),
-        notes=tuple(notes),
+        notes=(*notes, *unused),
     )
 
 
-def some_images(source: Source, prepare: Preparation) -> tuple[list[Tensor], list[str]]:
-    """Images ``(c, h, w)`` in [0, 1], and what is wrong with those that cannot be used.
+def some_images(
+    source: Source,
+    prepare: Preparation,
+    count: int,
+    shortest: int,
+    fit: Callable[[Tensor], Tensor],
+) -> tuple[list[tuple[str, Tensor]], list[str]]:
+    """Names and pixels of images, evenly spread over all, and notes on those that cannot be used.
 
-    Large ones are made smaller, their shorter side at least twice that of the views.
+    They are decoded with a shorter side of at least ``shortest``, and ``fit`` gives pixels
+    ``(c, h, w)`` in [0, 1] the size that is wanted.
 
     Raises:
         ValueError: None can be used.
     """
-    wanted = 2 * prepare.shortest
-    seen: list[Tensor] = []
+    found: list[tuple[str, Tensor]] = []
     refused: list[str] = []
-    for index in evenly(len(source), MOST_IMAGES):
+    for index in evenly(len(source), count):
+        name = source.name(index)
         try:
-            read = read_image(source, index, prepare.statistics, wanted)
+            read = read_image(source, index, prepare.statistics, shortest)
         except ImageError as error:
-            refused.append(f"{source.name(index)}: {error}")
+            refused.append(f"{name}: {error}")
             continue
-        pixels = prepare.in_range(read, source.name(index))
-        shorter = min(pixels.shape[-2:])
-        smaller = Preparation(prepare.statistics, min(wanted, shorter))
-        seen.append(smaller.resized(pixels))
-        if len(seen) == MOST_IMAGES:
+        found.append((name, fit(prepare.in_range(read, name))))
+        if len(found) == count:
             break
-    if not seen:
-        raise ValueError(none_left(refused, prepare))
-    return seen, refused
+    form = prepare.statistics
+    if not found:
+        raise ValueError(
+            f"none of {len(refused)} images can be used, the first because of {refused[0]}; give a "
+            "folder of images that open in a viewer and are as the network knows them: "
+            f"{form.channels} channels{', 8-bit' if form.low is None else ''}"
+        )
+    notes = left_out(refused)
+    for note in notes:
+        log.warning(note)
+    return found, notes
 
 
 def evenly(length: int, count: int) -> list[int]:
@@ -290,16 +285,6 @@ def left_out(refused: Sequence[str]) -> list[str]:
     more = len(refused) - SHOWN
     rest = [f"left out {more} more images"] if more > 0 else []
     return [*(f"left out {own}" for own in refused[:SHOWN]), *rest]
-
-
-def none_left(refused: Sequence[str], prepare: Preparation) -> str:
-    """The complaint about images none of which can be used."""
-    form = prepare.statistics
-    return (
-        f"none of {len(refused)} images can be used, the first because of {refused[0]}; give a "
-        "folder of images that open in a viewer and are as the network knows them: "
-        f"{form.channels} channels{', 8-bit' if form.low is None else ''}"
-    )
 
 
 def figures_of(
@@ -321,13 +306,13 @@ def figures_of(
     }
 
 
-def health_of(reader: Reader, pixels: Tensor, prepare: Preparation, batch: int = 16) -> Gauge:
+def health_of(reader: Reader, pixels: Tensor, prepare: Preparation) -> Gauge:
     """Spread and rank of some cells of all views ``(n, c, h, w)`` in [0, 1]."""
     each = max(1, MOST_CELLS // len(pixels))
     generator = torch.Generator().manual_seed(0)
     kept = []
-    for first in range(0, len(pixels), batch):
-        maps = reader(prepare.normalised(pixels[first : first + batch])).cpu()
+    for batch in torch.split(pixels, 16):
+        maps = reader(prepare.normalised(batch)).cpu()
         for cells in rearrange(maps, "b c h w -> b (h w) c"):
             kept.append(cells[torch.randperm(len(cells), generator=generator)[:each]])
     return gauge(torch.cat(kept))
@@ -362,6 +347,6 @@ def correspondence_in_words(rows: Sequence[Row]) -> str:
     better = f"{found}: the weights tell spots apart better than {begun}"
     if gain(rows[-1], rows[0], HIT) < 1:
         return f"{better}, but no better than random weights do. {health}"
-    if is_random(start.name) and may_be_luck(rows[-1], start, HIT):
+    if may_be_luck(rows[-1], start, HIT):
         return f"{found}: {LUCK} {health}"
     return f"{better}. {health}"

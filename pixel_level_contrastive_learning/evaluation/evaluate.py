@@ -11,11 +11,12 @@ from ..backbones.custom import Model, handing_over
 from ..checks import Pages, one_of, raise_together, share, size_pair, whole
 from ..data.segmentation import open_labelled
 from ..files import check_writable
+from .comparison import ALL_MAPS, FINETUNE, PROTOCOLS
 from .correspondence import evaluate_unlabelled
 from .features import Size, chosen_device
 from .finetuning import STEPS
 from .results import Evaluation
-from .segmentation import ALL_MAPS, FINETUNE, PROTOCOLS, Plan, evaluate_labelled
+from .segmentation import Plan, evaluate_labelled
 
 USUAL = ("linear", ALL_MAPS, "knn")
 """Protocols unless some are named; with several fractions fine-tuning beside them."""
@@ -97,7 +98,9 @@ def evaluate(
         *(one_of("protocol", own, PROTOCOLS) for own in protocols),
         *(share("fraction" if fractions is None else "fractions", own) for own in shares),
         None if shares else "fractions is empty; give shares of the masks, such as 0.05 0.2 1",
-        twice("fraction and fractions", fraction != 1 and fractions is not None),
+        "both fraction and fractions are given; give one of them"
+        if fraction != 1 and fractions is not None
+        else None,
         None if seeds is None else whole("seeds", seeds, 1),
         whole("seed", seed, 0),
         None if size is None else size_pair("size", size),
@@ -105,7 +108,7 @@ def evaluate(
         data_or_images(data, images),
         read_by_none(protocols, layers, steps) if data is not None else None,
         *(
-            needs_labels(name, value)
+            f"{name} is {value!r}, which is about labels; give data, or leave it out with images"
             for name, value, usual in (
                 ("protocol", protocol, None),
                 ("fraction", fraction, 1.0),
@@ -148,11 +151,6 @@ def evaluate(
     return found
 
 
-def twice(names: str, given: bool) -> str | None:
-    """The complaint about two settings of which only one may be given."""
-    return f"both {names} are given; give one of them" if given else None
-
-
 def data_or_images(data: object, images: object) -> str | None:
     """The complaint about neither or both."""
     if (data is None) != (images is None):
@@ -162,11 +160,6 @@ def data_or_images(data: object, images: object) -> str | None:
         f"{given} of data and images given; give data (a folder of images and masks) to evaluate "
         "with labels, or images to evaluate without"
     )
-
-
-def needs_labels(name: str, value: object) -> str:
-    """The complaint about a setting that means nothing where there are no labels."""
-    return f"{name} is {value!r}, which is about labels; give data, or leave it out with images"
 
 
 def read_by_none(protocols: Sequence[str], layers: Sequence[str] | None, steps: int) -> str | None:

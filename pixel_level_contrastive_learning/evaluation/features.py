@@ -17,9 +17,10 @@ from ..backbones.checkpoint import BackboneCard
 from ..backbones.factory import default_image_size
 from ..checks import raise_together, size_pair
 from ..data.statistics import Statistics, can_convert
-from ..modules.feature_info import FeatureInfo, Layer, default_maps, duplicate, unfreeze
+from ..modules.feature_info import FeatureInfo, default_maps, duplicate, unfreeze
 from ..modules.hooks import FeatureHooks, as_map, first_weight
 
+Size = tuple[int, int]
 FINEST_STRIDE = 3
 """Maps of a smaller stride than this are not read: they cost most and know least."""
 
@@ -47,7 +48,7 @@ class Reader:
         net: nn.Module,
         layers: Sequence[str] | None,
         channels: int,
-        size: tuple[int, int],
+        size: Size,
         *,
         fast: bool = False,
     ) -> None:
@@ -97,12 +98,13 @@ class Reader:
             yield torch.cat([resized(own, finest) for own in chosen], dim=1)
 
 
-def deepest_maps(info: FeatureInfo) -> list[Layer]:
-    """The deepest map of each stride from `FINEST_STRIDE` up, the coarsest first.
+def deepest_maps(net: nn.Module, channels: int, size: Size) -> list[str]:
+    """The layers that give the deepest map of each stride from `FINEST_STRIDE`, the coarsest first.
 
     Raises:
         ValueError: There is none.
     """
+    info = FeatureInfo(unfreeze(duplicate(net)), channels, size)
     fit = [own for own in info.layers if own.carries_gradient and own.stride >= FINEST_STRIDE]
     maps = default_maps(fit)
     if not maps:
@@ -110,7 +112,7 @@ def deepest_maps(info: FeatureInfo) -> list[Layer]:
             f"{info.net_type} has no map of a stride of {FINEST_STRIDE} or more that could be "
             f"decoded; {info.advice(pixel=True)}"
         )
-    return list(info.pyramid(maps))
+    return [own.name for own in info.pyramid(maps)]
 
 
 def resized(maps: Tensor, grid: tuple[int, ...], *, antialias: bool = False) -> Tensor:
@@ -176,8 +178,6 @@ WHOLE_IMAGE = 1.4
 scale at which training saw it, on average, for views are crops. (Of area 0.08 to 1 a crop has 0.69
 of the image's side in the mean.) Features judged at twice that scale are not those that were
 trained: on street scenes random weights gain more from larger images than trained ones do."""
-
-Size = tuple[int, int]
 
 
 @dataclass(frozen=True)

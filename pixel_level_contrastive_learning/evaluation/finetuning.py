@@ -17,7 +17,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from ..data.segmentation import IGNORED
-from ..modules.feature_info import FeatureInfo, unfreeze
+from ..modules.feature_info import unfreeze
 from .features import Preparation, Reader, autocast, deepest_maps, device_of, resized
 from .metrics import PreparedSplit, Scored, score
 from .probes import held_out_last
@@ -56,17 +56,11 @@ RATES = (
 
 
 class Segmenter(nn.Module):
-    """Any backbone with a U-Net-like decoder: class scores for every cell of its finest map.
+    """A backbone that takes images of a size, with a U-Net-like decoder: scores of its finest map.
 
     Reads the deepest map of each stride by hooks, so that a convolutional network gets a decoder
     with skips and a plain transformer, all of whose maps have one stride, an FCN head. The blocks
     are those of segmentation-models-pytorch.
-
-    Args:
-        net: The backbone, trained along.
-        channels: Channels of its images.
-        size: ``(height, width)`` of images it takes.
-        classes: How many to tell apart.
     """
 
     def __init__(self, net: nn.Module, channels: int, size: tuple[int, int], classes: int) -> None:
@@ -74,9 +68,8 @@ class Segmenter(nn.Module):
         from segmentation_models_pytorch.decoders.unet.decoder import UnetDecoderBlock
 
         super().__init__()
-        levels = deepest_maps(FeatureInfo(unfreeze(net), channels, size))
-        self.net = net
-        self.reader = Reader(net, [level.name for level in levels], channels, size)
+        self.net = unfreeze(net)
+        self.reader = Reader(net, deepest_maps(net, channels, size), channels, size)
         widths = [reading.channels for reading in self.reader.layouts.values()]
         ways = pairwise([0, *widths])
         self.blocks = nn.ModuleList(
@@ -184,11 +177,7 @@ def choose_rates(
 ) -> LearningRates:
     """The learning rates with which the network segments a held-out fifth of the masks best.
 
-    Args:
-        net: The network; it stays as it is.
-        train: Images with masks, four fifths of which are trained on, with `CROP_DETAIL`.
-        steps: Updates of each try.
-        seed: As for `finetune`.
+    It stays as it is. Each try takes so many steps; ``train`` is kept with `CROP_DETAIL`.
     """
     order, first = held_out_last(len(train))
     if first == len(order):  # a single image

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from math import isfinite
 from typing import NamedTuple
 
@@ -105,14 +104,8 @@ def at_least_float32(features: Tensor) -> Tensor:
     return features if features.dtype == torch.float64 else features.float()
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """What two figures say about features.
-
-    Attributes:
-        healthy: Whether both figures are finite and above their bounds.
-        sentence: The same in words, with the figures and what to do.
-    """
+class Verdict(NamedTuple):
+    """Whether both figures of health are finite and above their bounds, and that in words."""
 
     healthy: bool
     sentence: str
@@ -122,13 +115,10 @@ class Verdict:
 
 
 def verdict(spread: float, rank: float) -> Verdict:
-    """Whether features with these figures have collapsed, in words.
-
-    Args:
-        spread: What `spread` gave.
-        rank: What `effective_rank` gave, best of features scaled to length 1 as `gauge` does.
-    """
+    """Whether features have collapsed, in words, by the figures that `gauge` gives."""
     figures = f"spread {spread:.2f}, effective rank {rank:.1f}"
+    healthy = f"healthy are a spread of at least {COLLAPSED_SPREAD} and a rank of at least "
+    healthy += str(COLLAPSED_RANK)
     if not (isfinite(spread) and isfinite(rank)):
         return Verdict(
             False,
@@ -138,16 +128,13 @@ def verdict(spread: float, rank: float) -> Verdict:
     if spread < COLLAPSED_SPREAD:
         return Verdict(
             False,
-            f"The features have collapsed ({figures}; healthy are a spread of at least "
-            f"{COLLAPSED_SPREAD} and a rank of at least {COLLAPSED_RANK}): every cell gives nearly "
-            "the same answer. Lower the learning rate, raise the target's momentum, or use a "
-            "larger batch.",
+            f"The features have collapsed ({figures}; {healthy}): every cell gives nearly the same "
+            "answer. Lower the learning rate, raise the target's momentum, or use a larger batch.",
         )
     if rank < COLLAPSED_RANK:
         return Verdict(
             False,
-            f"The features have collapsed onto a line ({figures}; healthy are a spread of at least "
-            f"{COLLAPSED_SPREAD} and a rank of at least {COLLAPSED_RANK}): cells differ in one "
+            f"The features have collapsed onto a line ({figures}; {healthy}): cells differ in one "
             "respect only, often brightness. Lower the learning rate, or change colour more.",
         )
     return Verdict(True, f"The features have not collapsed ({figures}).")

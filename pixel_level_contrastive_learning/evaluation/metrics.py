@@ -37,11 +37,7 @@ class PreparedSample(NamedTuple):
 
 
 class SampleCache(dict[Path, PreparedSample]):
-    """Samples by the path of their image, as many as fit.
-
-    Args:
-        most_bytes: What they may take; default: `CACHE_BYTES`.
-    """
+    """Samples by the path of their image, as many as fit: by default into `CACHE_BYTES`."""
 
     def __init__(self, most_bytes: int | None = None) -> None:
         super().__init__()
@@ -206,11 +202,7 @@ def score(
 
 
 class Tally:
-    """Counts the pixels of one predictor, on the device of its predictions.
-
-    Args:
-        classes: How many there are.
-    """
+    """Counts the pixels of one predictor of so many classes, where its predictions are."""
 
     def __init__(self, classes: int) -> None:
         self.jaccard = MulticlassJaccardIndex(
@@ -233,11 +225,9 @@ class Tally:
 
 
 def likeliest(scores: Tensor, size: tuple[int, int]) -> Tensor:
-    """The class with the largest score at each pixel, ``(height, width)`` int64.
+    """The class ``(height, width)`` int64 with the largest score at each pixel of a mask.
 
-    Args:
-        scores: ``(classes, h, w)``, enlarged bilinearly some classes at a time.
-        size: ``(height, width)``.
+    Scores ``(classes, h, w)`` are enlarged bilinearly, some classes at a time.
     """
     some = max(1, UPSAMPLED_BYTES // (4 * size[0] * size[1]))
     highest = scores.new_full(size, -torch.inf)

@@ -55,14 +55,8 @@ def write_panels(
 ) -> list[Path]:
     """Write a PNG for each image that predictions were kept of, in place of earlier panels.
 
-    Args:
-        folder: Where to, made where there is none.
-        split: Images with masks.
-        predictions: Of each network, by its name: class ids ``(height, width)`` by the image's
-            place in the split.
-
-    Returns:
-        The files, in the order of the images.
+    Predictions are class ids ``(height, width)``, of each network by its name, by the image's
+    place in the split. Returns the files, in the order of the images.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for path in filter(is_panel, folder.glob("*.png")):
@@ -129,13 +123,7 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def draw_label_curve(path: Path, evaluation: Evaluation, protocol: str) -> None:
-    """Draw mean IoU over the number of masks as a PNG: a line for each network, with its spread.
-
-    Args:
-        path: The file.
-        evaluation: With label curves.
-        protocol: Whose curves are drawn.
-    """
+    """Draw mean IoU over the number of masks as a PNG: a line for each network, with its spread."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullLocator
 

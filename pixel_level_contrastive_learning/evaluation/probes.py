@@ -44,15 +44,10 @@ TABLE_ENTRIES = 2**23
 
 
 def class_shares(mask: Tensor, grid: tuple[int, int], classes: int) -> Tensor:
-    """What part of each cell each class covers: the mask, averaged over the cells' areas.
+    """What part of each cell of a grid ``(h, w)`` each class covers, ``(h * w, classes)`` float32.
 
-    Args:
-        mask: ``(height, width)`` uint8 class ids; `IGNORED` counts for no class.
-        grid: Cells ``(h, w)``. A pixel belongs to the cell that holds its centre.
-        classes: How many there are.
-
-    Returns:
-        ``(h * w, classes)`` float32, rows that sum to the part of the cell that is not ignored.
+    The mask ``(height, width)`` uint8 averaged over the cells' areas; a pixel belongs to the cell
+    that holds its centre, and `IGNORED` counts for no class.
     """
     rows, columns = (
         ((torch.arange(side) + 0.5) * cells / side).long()
@@ -159,11 +154,7 @@ class DivergedError(ValueError):
 def finite_features(
     reader: Reader, pixels: Tensor, choices: Sequence[Sequence[str]]
 ) -> Iterator[Tensor]:
-    """What the reader reads of some choices of its layers, where it is finite.
-
-    Raises:
-        DivergedError: Some of it is NaN or infinite.
-    """
+    """What the reader reads of some choices of its layers; an error where it is not finite."""
     for layers, maps in zip(choices, reader.read(pixels, choices), strict=True):
         if not maps.isfinite().all():
             raise DivergedError(
@@ -195,10 +186,7 @@ def linear_classifier(bank: FeatureBank) -> Classifier:
 
     Fitted to the shares of classes in each cell by L-BFGS, with no learning rate and no seed. The
     L2 strength is chosen by the mean IoU of held-out images' cells; then all are fitted. Beyond
-    `FIT_ENTRIES` cells are drawn, always the same ones.
-
-    Args:
-        bank: Training cells. They, or the drawn ones, are standardised in place.
+    `FIT_ENTRIES` cells are drawn, always the same ones. They are standardised in place.
     """
     bank = bank.drawn(max(1, FIT_ENTRIES // bank.cells.shape[1]))
     mean, std = bank.cells.mean(dim=0), bank.cells.std(dim=0, correction=0)
@@ -262,12 +250,7 @@ def neighbour_classifier(bank: FeatureBank, voting: Voting = KNN, seed: int = 0)
     """The votes of the most similar training cells: nothing is trained.
 
     Votes are class shares, weighed by ``exp(cosine / temperature)``. Costs a cosine for each pair
-    of cells, made in blocks.
-
-    Args:
-        bank: Training cells. They are copied, as many as are looked among.
-        voting: How they vote.
-        seed: Decides which cells are drawn where there are too many.
+    of cells, made in blocks. The seed decides which cells are drawn where there are too many.
     """
     cells, shares, _ = bank.drawn(voting.most_cells, seed)
     mean = cells.mean(dim=0) if voting.centred else cells.new_zeros(cells.shape[1])

@@ -1,9 +1,9 @@
-"""What an evaluation found: figures of several networks as a table, a sentence and a file."""
+"""What an evaluation found: figures of several networks as a table and a file."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from io import StringIO
 from math import exp, isnan, log, nan
@@ -14,15 +14,6 @@ from typing import Any, NamedTuple, Self
 from .. import run_layout
 from ..files import write_whole
 
-CLEAR = 1.05
-"""Times another figure from which a gain is called one; less may be chance."""
-ONE_DRAW = 1.25
-"""Times a single draw of random weights from which a gain is called one: on sixty drawn scenes
-another draw reached up to 1.17 times the first."""
-LUCK = (
-    "more than one draw of random weights, though another draw may reach as much. Repeat with "
-    "--seeds 3."
-)
 TABLE_WIDTH = 110
 """Columns of text that a table takes, at most."""
 MIOU = "mIoU"
@@ -108,28 +99,11 @@ def known_mean(values: Sequence[float]) -> float:
     return fmean(known) if known else nan
 
 
-def gain(ours: Row, other: Row, key: str) -> int:
-    """1 if a figure is clearly more than another row's, -1 if clearly less, else 0."""
-    reached, base = ours.scores[key], other.scores[key]
-    noise = 2 * max(row.deviations.get(key, 0.0) for row in (ours, other))
-    if reached > max(CLEAR * base, base + noise):
-        return 1
-    return -1 if reached < base - noise and reached * CLEAR < base else 0
-
-
-def may_be_luck(ours: Row, random: Row, key: str) -> bool:
-    """Whether another draw of random weights might reach what ours do."""
-    return len(random.seeds) == 1 and ours.scores[key] < ONE_DRAW * random.scores[key]
-
-
 def masks_needed(curve: Sequence[CurvePoint], miou: float) -> float:
     """Masks at which a label curve reaches a mean IoU.
 
-    Between its points it is followed over the logarithm of the masks, and it counts as never
-    falling. Beyond its ends nothing is guessed.
-
-    Returns:
-        Masks; infinity where the curve stays below, 0 where it begins above.
+    Infinity where it stays below, 0 where it begins above. Between its points it is followed over
+    the logarithm of the masks, and it counts as never falling.
 
     >>> curve = [CurvePoint(10, 0.2, 0, ()), CurvePoint(40, 0.4, 0, ())]
     >>> round(masks_needed(curve, 0.3), 6), masks_needed(curve, 0.5), masks_needed(curve, 0.1)
@@ -172,24 +146,6 @@ def masks_saved(ours: Row, other: Row, protocol: str) -> str | None:
         f"{point.masks} masks do more for {ours.name} than {most} for {other.name}: more than "
         f"{most / point.masks:.1f} times fewer"
     )
-
-
-def in_words(rows: Sequence[Row], words: Callable[[list[Row]], str]) -> str:
-    """What the figures mean: a sentence for each of the weights that were asked for.
-
-    Args:
-        rows: All rows.
-        words: Gives the sentence of some weights' row, the last of a few: their baselines first.
-    """
-    by_name = {row.name: row for row in rows}
-    told = {
-        row.name: words([*(by_name[own] for own in row.baselines), row])
-        for row in rows
-        if row.baselines
-    }
-    if len(told) > 1:
-        return "\n".join(f"{name}: {sentence}" for name, sentence in told.items())
-    return next(iter(told.values()), None) or words([rows[0]])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,7 +201,8 @@ class Evaluation:
         for row in self.rows:
             table.add_column(Text(row.name, overflow="fold"), justify="right")
         for key in self.ours.scores:
-            table.add_row(key, *(shown_in(row, key) for row in self.rows))
+            figures = ((row.scores.get(key, nan), row.deviations.get(key, 0)) for row in self.rows)
+            table.add_row(key, *(shown(*own) for own in figures))
         if all(self.base(row).scores.get(MIOU) for row in self.rows):
             ratios = (row.scores[MIOU] / self.base(row).scores[MIOU] for row in self.rows)
             table.add_row("mIoU, times random", *(f"{own:.2f}" for own in ratios))
@@ -324,13 +281,8 @@ def in_short(value: object) -> str:
     return " + ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
-def shown_in(row: Row, key: str) -> str:
-    """A figure of a row for people; a dash where it has none."""
-    return shown(row.scores.get(key, nan), row.deviations.get(key, 0))
-
-
 def shown(value: float, deviation: float) -> str:
-    """A figure for people, with its spread over the seeds."""
+    """A figure for people, with its spread over the seeds; a dash for NaN."""
     if isnan(value):
         return "-"
     digits = 3 if abs(value) < 2 else 1

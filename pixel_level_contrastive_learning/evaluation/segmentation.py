@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,39 +14,17 @@ from torch import Tensor, nn
 from .. import run_layout
 from ..data.segmentation import SegmentationDataset
 from ..data.sources import FileSource
-from ..modules.feature_info import FeatureInfo, duplicate, unfreeze
-from .baselines import Contender, is_random, layers_read, line_up, sizing_contender
+from .baselines import Contender, layers_read, line_up, sizing_contender
+from .comparison import ALL_MAPS, CLUSTERING, FINETUNE, curve_shown, in_words, what_it_means
 from .features import Preparation, Reader, Size, deepest_maps
 from .finetuning import CROP_DETAIL, RATES, LearningRates, choose_rates, finetune, measure_cost
 from .metrics import PreparedSplit, SampleCache, Scored, Scores
 from .pictures import draw_label_curve, write_panels
 from .probes import ProbeTask, run_probes
-from .results import (
-    LUCK,
-    MIOU,
-    CurvePoint,
-    Evaluation,
-    Row,
-    gain,
-    in_words,
-    masks_saved,
-    may_be_luck,
-)
+from .results import MIOU, CurvePoint, Evaluation, Row
 
 log = logging.getLogger(__name__)
 
-FINETUNE = "finetune"
-ALL_MAPS = "linear-all"
-CLUSTERING = "overclustering"
-PROTOCOLS = {
-    "linear": "A linear probe",
-    ALL_MAPS: "A linear probe on all maps",
-    "knn": "A vote of neighbours",
-    "hummingbird": "Nearest-neighbour retrieval",
-    CLUSTERING: "Clustering",
-    FINETUNE: "Fine-tuning",
-}
-"""The protocols, and how a sentence begins with each."""
 MANY_CLUSTERS = 500
 SEVERAL_SEEDS = 3
 """Seeds unless a number is given, where the seed decides which masks are used; else one."""
@@ -206,12 +184,7 @@ def estimate_finetuning(
 class Contest:
     """One network's part of an evaluation with labels.
 
-    Args:
-        contender: The network.
-        prepare: How it is fed.
-        splits: The images.
-        plan: What is run.
-        keep: Images whose predictions are kept, by the first protocol with all masks it is given.
+    Predictions are kept of some images, by the first protocol with all masks it is given.
     """
 
     def __init__(
@@ -242,18 +215,18 @@ class Contest:
             if FINETUNE in plan.protocols:
                 self.finetune(net, seed)
         first = plan.protocols[0]
-        by_label = {
-            own: self.figures_of(own) for own in dict.fromkeys(f.label for f in self.figures)
-        }
+        by_label: dict[str, dict[int, list[Figure]]] = {}
+        for one in self.figures:
+            by_label.setdefault(one.label, {}).setdefault(one.masks, []).append(one)
+        all_masks = {label: found[max(found)] for label, found in by_label.items()}
         seeds: dict[int, dict[str, float]] = {}
-        for label in sorted(by_label, key=lambda label: label != first):  # whose keys come first
-            for one in by_label[label][max(by_label[label])]:
+        for label in sorted(all_masks, key=lambda label: label != first):  # whose keys come first
+            for one in all_masks[label]:
                 own = seeds.setdefault(one.seed, {})
                 own[MIOU if label == first else f"{label} {MIOU}"] = one.scores.miou
                 own |= {"pixel accuracy": one.scores.accuracy} if label == first else {}
         classes = [
-            dict(zip(self.train.classes, one.scores.iou, strict=True))
-            for one in by_label[first][max(by_label[first])]
+            dict(zip(self.train.classes, one.scores.iou, strict=True)) for one in all_masks[first]
         ]
         curves = {
             label: [
@@ -266,25 +239,11 @@ class Contest:
         ordered = [seeds[key] for key in sorted(seeds)]
         return Row.of(contender.name, ordered, classes, contender.baselines, curves)
 
-    def figures_of(self, label: str) -> dict[int, list[Figure]]:
-        """The figures of a label by the masks used."""
-        found: dict[int, list[Figure]] = {}
-        for one in self.figures:
-            if one.label == label:
-                found.setdefault(one.masks, []).append(one)
-        return found
-
     def note(self, label: str, masks: int, seed: int, scored: Scored) -> None:
         """Keep a figure, and tell it."""
         self.figures.append(Figure(label, masks, seed, scored.scores))
-        log.info(
-            "%s, %s, %d masks, seed %d: mIoU %.3f",
-            self.contender.name,
-            label,
-            masks,
-            seed,
-            scored.scores.miou,
-        )
+        told = self.contender.name, label, masks, seed, scored.scores.miou
+        log.info("%s, %s, %d masks, seed %d: mIoU %.3f", *told)
         if label == self.plan.protocols[0] and scored.kept:
             self.kept = scored.kept
 
@@ -297,7 +256,8 @@ class Contest:
     def probe(self, net: nn.Module, seed: int) -> None:
         """Run the protocols that read frozen features, all in one pass over the images."""
         plan = self.plan
-        layers = {ALL_MAPS: self.every_stride(net)} if ALL_MAPS in plan.protocols else {}
+        seen = self.contender.card.channels, self.scored.size()
+        layers = {ALL_MAPS: tuple(deepest_maps(net, *seen))} if ALL_MAPS in plan.protocols else {}
         usual = tuple(plan.layers or [self.contender.card.shown_layer])
         probes: list[ProbeTask] = []
         labels: list[str] = []
@@ -321,16 +281,10 @@ class Contest:
         if not probes:
             return
         names = list(dict.fromkeys(name for own in probes for name in own.layers))
-        reader = Reader(net, names, self.contender.card.channels, self.scored.size(), fast=True)
+        reader = Reader(net, names, *seen, fast=True)
         found = run_probes(reader, probes, self.scored, seed=seed, keep=keep)
         for label, probe, scored in zip(labels, probes, found, strict=True):
             self.note(label, len(probe.train), seed, scored)
-
-    def every_stride(self, net: nn.Module) -> tuple[str, ...]:
-        """The deepest layer of each stride."""
-        channels = self.contender.card.channels
-        info = FeatureInfo(unfreeze(duplicate(net)), channels, self.scored.size())
-        return tuple(own.name for own in deepest_maps(info))
 
     def seeds_of(self, protocol: str, fraction: float) -> range:
         """The seeds with which a protocol repeats for this network."""
@@ -357,51 +311,3 @@ class Contest:
                     keep=keep,
                 )
                 self.note(FINETUNE, len(train), seed, found)
-
-
-def what_it_means(rows: Sequence[Row], protocol: str, split: str) -> str:
-    """The figures of the last row in words: what is gained over random weights, and the start."""
-    random, start, ours = rows[0], rows[-2:][0], rows[-1]
-    rival = max(start, random, key=lambda row: row.scores[MIOU])
-    reached, base = ours.scores[MIOU], random.scores[MIOU]
-    figure = f"{PROTOCOLS[protocol]} reaches {reached:.3f} mIoU on {split}"
-    if len(rows) == 1:
-        return f"{figure} with random weights: what other weights of this network have to beat."
-    beside = f"{figure}, {reached / max(base, 1e-9):.2f} times random weights ({base:.3f})"
-    if len(rows) == 3:
-        begun = start.scores[MIOU]
-        beside += f" and {reached / max(begun, 1e-9):.2f} times what it started from ({begun:.3f})"
-    return f"{beside}: {verdict_of(ours, rival, random, start)}{saved_in_words(rows)}"
-
-
-def verdict_of(ours: Row, rival: Row, random: Row, start: Row) -> str:
-    """Whether there is a gain over the better of random weights and the start, in words."""
-    if gain(ours, random, MIOU) < 0:
-        return (
-            "worse than random. Look at the loss and at the features' health (evaluate with images "
-            "in place of data), and at whether other layers do better."
-        )
-    if gain(ours, start, MIOU) < 0:
-        return "training made them worse. Keep the others, or train with a lower lr."
-    if gain(ours, rival, MIOU) < 1:
-        return "no clear gain. Train for longer, on more images, or try other layers."
-    if is_random(rival.name) and may_be_luck(ours, rival, MIOU):
-        return LUCK
-    compared = "random ones" if rival is random else "those it started from"
-    return f"the weights know more of these classes than {compared} do."
-
-
-def curve_shown(protocols: Collection[str]) -> str | None:
-    """The protocol whose label curve is drawn and told: fine-tuning, else the first."""
-    return FINETUNE if FINETUNE in protocols else next(iter(protocols), None)
-
-
-def saved_in_words(rows: Sequence[Row]) -> str:
-    """How many masks are saved beside each baseline, where there are label curves."""
-    ours = rows[-1]
-    protocol = curve_shown(ours.curves)
-    if protocol is None:
-        return ""
-    told = [masks_saved(ours, other, protocol) for other in rows[:-1]]
-    known = "; ".join(own for own in told if own)
-    return f" By {protocol}, {known}." if known else ""

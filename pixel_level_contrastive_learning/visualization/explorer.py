@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
@@ -18,17 +17,13 @@ from torch.nn.functional import interpolate
 
 from ..augment import Colour, Photometry
 from ..backbones.checkpoint import BackboneCard, Loaded
-from ..data.image import ImageError
 from ..data.sources import open_source
-from ..data.statistics import read_image
 from ..evaluation.baselines import random_net
-from ..evaluation.correspondence import evenly, left_out, none_left
-from ..evaluation.features import Preparation, Reader
+from ..evaluation.correspondence import some_images
+from ..evaluation.features import Preparation, Reader, resized
 from ..views import Placement, cut_views, draw_maps
 from .matches import fit_size
 from .pca import centred, principal_components
-
-log = logging.getLogger(__name__)
 
 RANDOM, TRAINED = "Random weights", "Trained weights"
 SHOWN_SIDE = 480
@@ -69,28 +64,15 @@ class Sample(NamedTuple):
 
 def read_samples(images: Any, prepare: Preparation, count: int) -> list[Sample]:
     """At most ``count`` images that are for this network, evenly spread over all."""
-    source = open_source(images)
-    found: list[tuple[str, Tensor]] = []
-    refused: list[str] = []
-    for index in evenly(len(source), count):
-        name = source.name(index)
-        try:
-            pixels = crop_to_aspect(read_image(source, index, prepare.statistics, SHOWN_SIDE))
-        except ImageError as error:
-            refused.append(f"{name}: {error}")
-            continue
-        found.append((name, prepare.in_range(pixels, name)))
-        if len(found) == count:
-            break
-    if not found:
-        raise ValueError(none_left(refused, prepare))
-    for note in left_out(refused):
-        log.warning(note)
+
+    def fit(pixels: Tensor) -> Tensor:
+        middle = crop_to_aspect(pixels)
+        size = fit_size(middle.shape[-2:], SHOWN_SIDE)
+        return resized(middle[None], size, antialias=True)[0].clamp(0, 1)
+
+    found, _ = some_images(open_source(images), prepare, count, SHOWN_SIDE, fit)
     names = relative_names([name for name, _ in found])
-    return [
-        Sample(name, resize(pixels, fit_size(pixels.shape[-2:], SHOWN_SIDE)).clamp(0, 1), k, WHOLE)
-        for k, (name, (_, pixels)) in enumerate(zip(names, found, strict=True))
-    ]
+    return [Sample(name, found[k][1], k, WHOLE) for k, name in enumerate(names)]
 
 
 def crop_to_aspect(pixels: Tensor) -> Tensor:
@@ -99,11 +81,6 @@ def crop_to_aspect(pixels: Tensor) -> Tensor:
     height, width = min(h, MAX_ASPECT * w), min(w, MAX_ASPECT * h)
     top, left = (h - height) // 2, (w - width) // 2
     return pixels[:, top : top + height, left : left + width]
-
-
-def resize(pixels: Tensor, size: Sequence[int]) -> Tensor:
-    """An image ``(c, h, w)`` at another size, without aliasing."""
-    return interpolate(pixels[None], tuple(size), mode="bilinear", antialias=True)[0]
 
 
 def relative_names(names: Sequence[str]) -> list[str]:
@@ -176,9 +153,8 @@ def fine_map(reader: Reader, pixels: Tensor, stride: int | None, cells: int = 24
     # A network of a fixed input size (no stride) gets the image as it is and no border.
     border = 0 if stride is None else BORDER
     if stride is not None:
-        pixels = resize(
-            pixels, [max(1, round(side / stride)) * stride for side in pixels.shape[1:]]
-        )
+        h, w = (max(1, round(side / stride)) * stride for side in pixels.shape[1:])
+        pixels = resized(pixels[None], (h, w), antialias=True)[0]
     _, height, width = pixels.shape
     margin = border * (stride or 0)
 

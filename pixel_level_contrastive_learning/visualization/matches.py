@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from colorsys import hls_to_rgb
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from einops import rearrange
+from PIL import Image as Pillow
+from PIL import ImageDraw, ImageFont
+from PIL.Image import Image
 from torch import Tensor
 
 from ..checks import raise_together, whole
 from ..geometry import cell_centres, positive_mask
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 VIEW_SIDE = 336
 """Pixels of the longer side of a drawn view."""
@@ -134,17 +134,12 @@ def fit_size(size: Sequence[int], side: int) -> tuple[int, int]:
 
 def to_pil(pixels: Tensor) -> Image:
     """An RGB image ``(3, h, w)`` with values in [0, 1] as a Pillow image, rounded."""
-    from PIL import Image as Pillow
-
     rounded = (pixels.detach().cpu().float().clamp(0, 1) * 255).round().to(torch.uint8)
     return Pillow.fromarray(rearrange(rounded, "rgb h w -> h w rgb").numpy())
 
 
 def draw_view(view: Tensor, matched: Tensor, grid: tuple[int, int]) -> Image:
     """A view as it is drawn: cells that are not ``matched`` dimmed, edges of cells shown."""
-    from PIL import Image as Pillow
-    from PIL import ImageDraw
-
     h, w = grid
     height, width = size = fit_size(view.shape[1:], VIEW_SIDE)
     bright = to_pil(view).resize(size[::-1], Pillow.Resampling.BICUBIC)
@@ -164,9 +159,6 @@ def draw_view(view: Tensor, matched: Tensor, grid: tuple[int, int]) -> Image:
 
 def side_by_side(images: Sequence[Image]) -> tuple[Image, list[Box]]:
     """The images on a transparent ground, corners rounded; and each one's box."""
-    from PIL import Image as Pillow
-    from PIL import ImageDraw
-
     height = max(image.height for image in images)
     width = sum(image.width for image in images) + GAP * (len(images) - 1)
     size = width + 2 * MARGIN, height + MARGIN + CAPTION
@@ -187,9 +179,6 @@ def draw_over(
     canvas: Image, boxes: list[Box], matches: list[Match], grid: tuple[int, int], words: str
 ) -> Image:
     """The canvas with a line for each match, dots at its ends, and words below on a label."""
-    from PIL import Image as Pillow
-    from PIL import ImageDraw, ImageFont
-
     s = SUPERSAMPLING
     layer = Pillow.new("RGBA", (canvas.width * s, canvas.height * s), (0, 0, 0, 0))
     pen = ImageDraw.Draw(layer)

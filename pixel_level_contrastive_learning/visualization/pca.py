@@ -6,18 +6,18 @@ Only the directions of features count: they are scaled to length 1, as in the lo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from einops import einsum, rearrange
+from PIL import Image as Pillow
+from PIL import ImageDraw
+from PIL.Image import Image
 from torch import Tensor
 from torch.nn.functional import interpolate, normalize, pad
 
 from ..checks import raise_together
 from .matches import fit_size, to_pil
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 MIN_REACH = 0.05
 """An axis reaches at least this far to either side of gray, in features of length 1: the features
@@ -194,9 +194,6 @@ def likeness_picture(
     >>> likeness_picture(torch.rand(2, 3, 64, 64), torch.rand(2, 16, 7, 7), (3, 3)).size
     (648, 320)
     """
-    from PIL import Image as Pillow
-    from PIL import ImageDraw
-
     drawn = []
     for image, own in zip(images, features, strict=True):
         size = fit_size(image.shape[-2:], side)

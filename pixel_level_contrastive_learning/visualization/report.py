@@ -11,10 +11,12 @@ from importlib.resources import files
 from io import BytesIO
 from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
+from PIL import Image as Pillow
+from PIL.Image import Image
 from torch import Tensor, cat
 
 from .. import run_layout
@@ -51,9 +53,6 @@ from .matches import pairs_picture, to_pil
 from .pca import pca_colours
 from .verdict import RunVerdict, judge_run
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src '{script}'; "
 POLICY += "base-uri 'none'; form-action 'none'"
 """What the browser is told to allow: pictures that the page holds, its styles, its one script."""
@@ -61,8 +60,6 @@ MAX_PICTURES = 6
 """Pictures of one kind on the page."""
 MAX_SIDE = 1440
 """Pixels of the longer side of a picture from the run's folder."""
-BICUBIC = 3
-"""Pillow's name for it, which needs no import of Pillow."""
 OUTDATED = "These figures are older than the run's weights: evaluate again."
 
 Maps = Mapping[str, Sequence[Tensor]]
@@ -298,7 +295,7 @@ def draw_gallery(samples: Sequence[Sample], maps: Maps) -> list[GalleryRow]:
 
     def half_size(pixels: Tensor, sample: Sample, alt: str) -> Picture:
         h, w = sample.size
-        return embed(to_pil(pixels).resize((w // 2, h // 2), BICUBIC), alt)
+        return embed(to_pil(pixels).resize((w // 2, h // 2), Pillow.Resampling.BICUBIC), alt)
 
     rows = []
     for number, sample in enumerate(samples):
@@ -337,8 +334,6 @@ def pairs_pictures(
     seed: int,
 ) -> list[Picture]:
     """Pictures of matching cells: those the run drew, or new ones."""
-    from PIL import Image as Pillow
-
     drawn = []
     for path in sorted((folder / run_layout.PREVIEW).glob("pairs*.png"))[:MAX_PICTURES]:
         with Pillow.open(path) as image:
@@ -355,8 +350,6 @@ def pairs_pictures(
 
 def saved_pictures(folder: Path, alt: str, pattern: str = "*.png") -> list[Picture]:
     """Some of the PNG files of a folder, evenly spread, the first and the last included."""
-    from PIL import Image as Pillow
-
     paths = sorted(folder.glob(pattern))
     if len(paths) > MAX_PICTURES:
         last = len(paths) - 1

@@ -9,9 +9,9 @@ from typing import NamedTuple
 from einops import rearrange
 from torch import Tensor, cat
 
+from ..evaluation.comparison import CLEAR
 from ..evaluation.correspondence import BY_COLOUR
 from ..evaluation.health import gauge, verdict
-from ..evaluation.results import CLEAR
 from .curves import Metrics, curve, running_mean
 
 LATEST = 20

@@ -115,9 +115,9 @@ def test_the_loss_is_finite(run) -> None:
 
 def test_default_layers_hold_features(run) -> None:
     """Attention weights may look like a map: as many keys as a square has cells."""
-    tap = run.learner.online_encoder.pixel_hooks[0]
-    assert min(tap.layout.grid) >= 4
-    assert ".attn" not in tap.name
+    hook = run.learner.online_encoder.pixel_hooks[0]
+    assert min(hook.layout.grid) >= 4
+    assert ".attn" not in hook.name
 
 
 def test_unreached_are_exactly_the_parameters_without_gradient(run) -> None:

@@ -1,8 +1,11 @@
-"""Networks small enough to be evaluated in a second."""
+"""Networks small enough to be evaluated in a second, and what they are evaluated on."""
 
 import pytest
-import torch
+from small_nets import chain
 from torch import nn
+
+from pixel_level_contrastive_learning.data.segmentation import SegmentationDataset, open_labelled
+from pixel_level_contrastive_learning.evaluation.features import Reader
 
 NETWORK = """
 from torch import nn
@@ -20,21 +23,12 @@ def small(channels=3):
 """
 
 
-class Plain(nn.Module):
-    """Gives the averages of patches of 4 x 4 pixels as features."""
-
-    def __init__(self, channels: int = 3) -> None:
-        super().__init__()
-        self.patches = nn.Conv2d(channels, channels, 4, stride=4, bias=False, groups=channels)
-        nn.init.constant_(self.patches.weight, 1 / 16)
-
-    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        return self.patches(pixels)
-
-
 @pytest.fixture
-def plain() -> Plain:
-    return Plain()
+def plain() -> nn.Sequential:
+    """Gives the averages of patches of 4 x 4 pixels as features."""
+    net = chain(patches=nn.Conv2d(3, 3, 4, stride=4, bias=False, groups=3))
+    nn.init.constant_(net.patches.weight, 1 / 16)
+    return net
 
 
 @pytest.fixture
@@ -44,3 +38,21 @@ def model(tmp_path) -> str:
     path.parent.mkdir(parents=True)
     path.write_text(NETWORK)
     return f"{path}:small"
+
+
+@pytest.fixture
+def reader(plain) -> Reader:
+    """Of the averages of the labelled images' patches."""
+    return Reader(plain, ["patches"], 3, (32, 48))
+
+
+@pytest.fixture
+def train(labelled) -> SegmentationDataset:
+    """The ten labelled images."""
+    return open_labelled(labelled)[0]
+
+
+@pytest.fixture
+def val(labelled) -> SegmentationDataset:
+    """The four labelled images."""
+    return open_labelled(labelled)[1]

@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from small_cards import small_card
 
 from pixel_level_contrastive_learning import PixelCL
 from pixel_level_contrastive_learning.backbones.checkpoint import (
-    BackboneCard,
     card_of,
     save_backbone,
     save_card,
@@ -21,25 +21,12 @@ from pixel_level_contrastive_learning.evaluation.baselines import (
 )
 
 
-def card(model: str, **settings) -> BackboneCard:
-    plain = {
-        "model": model,
-        "channels": 3,
-        "image_size": (32, 32),
-        "mean": (0.5,) * 3,
-        "std": (0.25,) * 3,
-        "pixel_layer": "body",
-        "instance_layer": "pool",
-    }
-    return BackboneCard(**plain | settings)
-
-
 def run(folder, model, shift, **settings):
     """A run whose weights are those of seed 0 plus a number."""
-    net = random_net(card(model), 0)
+    net = random_net(small_card(model), 0)
     with torch.no_grad():
         net.body.bias += shift
-    save_backbone(folder / "backbone.safetensors", net, card(model, **settings))
+    save_backbone(folder / "backbone.safetensors", net, small_card(model, **settings))
     return folder
 
 
@@ -70,12 +57,12 @@ def test_a_run_from_random_weights_stands_beside_others(labelled, model, tmp_pat
     assert [contender.by_seed for contender in contenders] == [True, False]
     random, ours = biases(contenders)
     torch.testing.assert_close(ours, random + 1)
-    assert contenders[-1].card == card(model)
+    assert contenders[-1].card == small_card(model)
     assert notes == []
 
 
 def test_what_a_loop_of_ones_own_has_saved_stands_beside_others(labelled, model, tmp_path) -> None:
-    net = random_net(card(model), 0)
+    net = random_net(small_card(model), 0)
     learner = PixelCL(net, 32, projection_size=8, projection_hidden_size=8)
     with torch.no_grad():
         learner.net.body.bias += 1
@@ -100,7 +87,7 @@ def test_weights_that_a_run_started_from_stand_between(labelled, model, tmp_path
 
 
 def test_random_weights_that_began_shut_stand_between(labelled, tmp_path) -> None:
-    resnet = card("torchvision/resnet18", pixel_layer="layer4", instance_layer="avgpool")
+    resnet = small_card("torchvision/resnet18", pixel_layer="layer4", instance_layer="avgpool")
     path = tmp_path / "backbone.safetensors"
     save_backbone(path, random_net(resnet, 3), replace(resnet, start="zero-init residual"))
     contenders, _ = line_up_labelled(labelled, path)
@@ -182,7 +169,7 @@ def test_several_weights_share_what_they_must_beat(labelled, model, tmp_path) ->
     start = str(before / "backbone.safetensors")
     one, two = (run(tmp_path / name, model, 2.0, start=start) for name in ("one", "two"))
     other = tmp_path / "other" / "backbone.safetensors"
-    resnet = card("torchvision/resnet18", pixel_layer="layer4", instance_layer="avgpool")
+    resnet = small_card("torchvision/resnet18", pixel_layer="layer4", instance_layer="avgpool")
     save_backbone(other, random_net(resnet, 3), resnet)
     contenders, notes = line_up_labelled(labelled, one, other, two)
     random, resnets = f"random weights ({model})", "random weights (torchvision/resnet18)"

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,35 +12,25 @@ import pytest
 import tifffile
 import torch
 from PIL import Image
+from small_cards import preparation, small_card
 
-from pixel_level_contrastive_learning.backbones.checkpoint import BackboneCard, save_backbone
+from pixel_level_contrastive_learning.backbones.checkpoint import save_backbone
 from pixel_level_contrastive_learning.data.sources import open_source
-from pixel_level_contrastive_learning.data.statistics import Statistics
-from pixel_level_contrastive_learning.evaluation import correspondence
 from pixel_level_contrastive_learning.evaluation.baselines import random_net
+from pixel_level_contrastive_learning.evaluation.comparison import what_it_means
 from pixel_level_contrastive_learning.evaluation.correspondence import (
     correspondence_in_words as without,
 )
 from pixel_level_contrastive_learning.evaluation.correspondence import evenly, left_out, some_images
 from pixel_level_contrastive_learning.evaluation.evaluate import evaluate
-from pixel_level_contrastive_learning.evaluation.features import Preparation
 from pixel_level_contrastive_learning.evaluation.finetuning import RATES
 from pixel_level_contrastive_learning.evaluation.results import Evaluation, Row
-from pixel_level_contrastive_learning.evaluation.segmentation import what_it_means
 
 
 @pytest.fixture
 def run(model, tmp_path):
     """A run whose layer gives smoothed colours, as a good one would here."""
-    card = BackboneCard(
-        model=model,
-        channels=3,
-        image_size=(24, 24),
-        mean=(0.5,) * 3,
-        std=(0.25,) * 3,
-        pixel_layer="body",
-        instance_layer="pool",
-    )
+    card = small_card(model, image_size=(24, 24))
     net = random_net(card, 0)
     with torch.no_grad():
         for layer in (net.stem, net.body):
@@ -136,14 +127,29 @@ def test_settings_about_labels_are_refused_without_any() -> None:
     )
 
 
-def test_what_a_protocol_does_not_read_is_refused(labelled) -> None:
-    with pytest.raises(
-        ValueError, match=r"^layers is \['body'\], but finetune reads a map of each"
-    ):
-        evaluate("runs/a", data=labelled, protocol="finetune", layers=("body",))
-    for protocol in ("linear", "knn"):
-        with pytest.raises(ValueError, match=r"^steps is 9, which is about fine-tuning; take"):
-            evaluate("runs/a", data=labelled, protocol=protocol, steps=9)
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (
+            {"protocol": "finetune", "layers": ("body",)},
+            "layers is ['body'], but finetune reads a map of each",
+        ),
+        ({"protocol": "linear", "steps": 9}, "steps is 9, which is about fine-tuning; take"),
+        ({"protocol": "knn", "steps": 9}, "steps is 9, which is about fine-tuning; take"),
+        ({"fraction": 0.5, "fractions": [0.1]}, "both fraction and fractions are given; give one"),
+        ({"fractions": [0.1, 2]}, "fractions is 2; it must be a number above 0, at most 1"),
+        ({"fractions": []}, "fractions is empty; give shares of the masks, such as"),
+        ({"weights": []}, "weights is empty; give a run, a file or a name"),
+        ({"images": "b"}, "both of data and images given"),
+        (
+            {"weights": torch.nn.Linear(2, 2)},
+            "weights is a Linear; give the folder of its run (res",
+        ),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(settings, words) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(words)}"):
+        evaluate(**{"weights": "runs/a", "data": "a"} | settings)
 
 
 def test_bytes_of_names_that_are_no_text_lose_no_figure(run, labelled, tmp_path, caplog) -> None:
@@ -152,13 +158,6 @@ def test_bytes_of_names_that_are_no_text_lose_no_figure(run, labelled, tmp_path,
     found = evaluate(run, images=labelled / "images/val", out=tmp_path)
     assert Evaluation.from_json((tmp_path / "correspondence.json").read_text()) == found
     assert os.fsdecode(b"M\xfcnchen.png") in found.notes[0]
-
-
-def test_large_images_are_looked_at_smaller(run, tmp_path) -> None:
-    (tmp_path / "photos").mkdir()
-    Image.effect_noise((1600, 1200), 90).convert("RGB").save(tmp_path / "photos/a.jpg")
-    found = evaluate(run, images=tmp_path / "photos")
-    assert found.settings["images"] == 1
 
 
 def test_random_weights_are_what_others_have_to_beat(model, labelled) -> None:
@@ -180,8 +179,6 @@ def test_all_that_is_wrong_is_said_at_once() -> None:
         "neither of data and images given; give data (a folder of images and masks) to evaluate "
         "with labels, or images to evaluate without",
     ]
-    with pytest.raises(ValueError, match="both of data and images given"):
-        evaluate("runs/a", data="a", images="b")
 
 
 def test_several_weights_and_protocols_stand_side_by_side(run, labelled, model, tmp_path) -> None:
@@ -229,19 +226,6 @@ def test_weights_of_a_library_are_fed_as_the_run_is(run, labelled) -> None:
     assert alone.settings["fed at"] == "shorter side 314"
     beside = evaluate(["random:torchvision/resnet18", run], **settings)
     assert beside.settings["fed at"] == "shorter side 34"
-
-
-def test_one_way_to_say_how_many_masks(labelled) -> None:
-    with pytest.raises(ValueError, match=r"^both fraction and fractions are given; give one of"):
-        evaluate("runs/a", data=labelled, fraction=0.5, fractions=[0.1])
-    with pytest.raises(
-        ValueError, match=r"^fractions is 2; it must be a number above 0, at most 1"
-    ):
-        evaluate("runs/a", data=labelled, fractions=[0.1, 2])
-    with pytest.raises(ValueError, match=r"^fractions is empty; give shares of the masks, such as"):
-        evaluate("runs/a", data=labelled, fractions=[])
-    with pytest.raises(ValueError, match=r"^weights is empty; give a run, a file or a name"):
-        evaluate([], data=labelled)
 
 
 # What it means.
@@ -306,11 +290,6 @@ def test_judging_by_what_was_learned_from_is_noted(run, labelled) -> None:
     assert evaluate(run, data=labelled, protocol="knn").notes == ()
 
 
-def test_a_network_itself_is_refused_with_what_to_give(labelled) -> None:
-    with pytest.raises(ValueError, match=r"weights is a Linear; give the folder of its run \(res"):
-        evaluate(torch.nn.Linear(2, 2), data=labelled)
-
-
 def seen(hit: float, spread: float = 0.6, kept: float = 0.4) -> Row:
     scores = {"hit@1": hit, "hit@1, colours kept": kept, "hit@1 by chance": 0.04}
     return Row("a", scores | {"spread": spread, "effective rank": 20.0})
@@ -343,9 +322,6 @@ def test_a_network_that_goes_by_colour_is_told_so() -> None:
     assert "by colour" not in without([seen(0.2), seen(0.3, kept=0.6)])  # not by colour alone
 
 
-PREPARE = Preparation(Statistics(3, (0.5,) * 3, (0.5,) * 3, None, None, (1, 1)), 24)
-
-
 def plain(path: Path) -> None:
     Image.effect_noise((40, 32), 90).convert("RGB").save(path)
 
@@ -360,25 +336,15 @@ def test_images_are_spread_evenly_and_the_others_wait() -> None:
     assert evenly(2, 5) == [0, 1]
 
 
-def test_others_stand_in_for_images_that_are_not_for_this_network(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(correspondence, "MOST_IMAGES", 2)
+def test_others_stand_in_for_images_that_are_not_for_this_network(tmp_path) -> None:
     for number in range(4):  # the evenly spread ones are deep
         (plain if number % 2 else deep)(tmp_path / f"{number}.png")
-    seen, refused = some_images(open_source(tmp_path), PREPARE)
-    assert len(seen) == 2
+    found, notes = some_images(open_source(tmp_path), preparation(24), 2, 48, lambda own: own.mT)
+    assert [(name, own.shape) for name, own in found] == [
+        (f"{tmp_path}/{number}.png", (3, 40, 32)) for number in (1, 3)
+    ]
     words = "it is 16-bit or float, where the images looked at were 8-bit"
-    assert refused == [f"{tmp_path}/{number}.png: {words}" for number in (0, 2)]
-
-
-def test_only_where_no_image_is_left_nothing_is_judged(tmp_path) -> None:
-    deep(tmp_path / "a.png")
-    with pytest.raises(ValueError) as error:
-        some_images(open_source(tmp_path), PREPARE)
-    assert str(error.value) == (
-        f"none of 1 images can be used, the first because of {tmp_path}/a.png: it is 16-bit or "
-        "float, where the images looked at were 8-bit; give a folder of images that open in a "
-        "viewer and are as the network knows them: 3 channels, 8-bit"
-    )
+    assert notes == [f"left out {tmp_path}/{number}.png: {words}" for number in (0, 2)]
 
 
 def test_an_odd_image_is_named_and_the_others_are_judged(model, tmp_path, caplog) -> None:

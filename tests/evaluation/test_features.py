@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from small_cards import small_card
+from small_nets import chain
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
@@ -15,31 +17,14 @@ from pixel_level_contrastive_learning.evaluation.features import (
 )
 
 
-class Tokens(nn.Module):
-    """A class token before a token for each patch of 8 x 8 pixels."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.patches = nn.Conv2d(3, 6, 8, stride=8)
-        self.last = nn.Identity()
-
-    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        tokens = self.patches(pixels).flatten(2).mT
-        return self.last(torch.cat([tokens[:, :1] * 0, tokens], dim=1))
-
-
 @pytest.fixture
 def net() -> nn.Sequential:
-    layers = {
-        "one": nn.Conv2d(3, 4, 3, stride=2, padding=1),
-        "norm": nn.BatchNorm2d(4),
-        "two": nn.Conv2d(4, 5, 3, stride=2, padding=1),
-        "drop": nn.Dropout(0.9),
-    }
-    net = nn.Sequential()
-    for name, layer in layers.items():
-        net.add_module(name, layer)
-    return net
+    return chain(
+        one=nn.Conv2d(3, 4, 3, stride=2, padding=1),
+        norm=nn.BatchNorm2d(4),
+        two=nn.Conv2d(4, 5, 3, stride=2, padding=1),
+        drop=nn.Dropout(0.9),
+    )
 
 
 def read(net: nn.Module, images: Tensor, *layers: str, fast: bool = False) -> Tensor:
@@ -53,15 +38,6 @@ def test_a_layer_gives_what_it_gives_in_eval_mode(net) -> None:
     found = read(net, images, "two")
     net.eval()
     torch.testing.assert_close(found, net.two(net.norm(net.one(images))).detach())
-
-
-@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float64])
-def test_images_are_brought_to_the_precision_of_the_network(net, kind) -> None:
-    images = torch.rand(2, 3, 16, 24)
-    exact = read(net, images, "two")
-    found = read(net.to(kind), images, "two")
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found, exact, atol=0.02, rtol=0.02)
 
 
 def test_features_are_read_in_bfloat16_where_the_device_has_it(net, monkeypatch) -> None:
@@ -97,14 +73,6 @@ def test_choices_of_layers_are_read_in_one_forward(net) -> None:
     torch.testing.assert_close(found[1], read(net, images, "one", "two"))
 
 
-def test_tokens_are_laid_out_as_a_map() -> None:
-    net = Tokens()
-    images = torch.rand(2, 3, 32, 48)
-    found = read(net, images, "last")
-    assert found.shape == (2, 6, 4, 6)
-    torch.testing.assert_close(found, read(net, images, "patches"))
-
-
 def test_the_network_stays_as_it_was(net) -> None:
     net.norm.eval()
     for weight in net.parameters():
@@ -118,17 +86,6 @@ def test_the_network_stays_as_it_was(net) -> None:
         assert torch.equal(value, before[name])
     assert torch.equal(torch.get_rng_state(), state)
     assert not any(layer._forward_hooks for layer in net.modules())
-
-
-def test_a_reader_reads_other_sizes_too(net) -> None:
-    reader = Reader(net, ["two"], 3, (16, 16))
-    assert (reader.channels(), reader.layers) == (5, ["two"])
-    assert reader(torch.rand(1, 3, 24, 40)).shape == (1, 5, 6, 10)
-
-
-def test_a_layer_that_is_not_there_is_named(net) -> None:
-    with pytest.raises(ValueError, match=r"no layer 'tow'.*perhaps two"):
-        read(net, torch.rand(1, 3, 16, 16), "tow")
 
 
 def test_a_network_that_cannot_be_copied_is_refused_in_words() -> None:
@@ -146,16 +103,8 @@ def test_a_device_that_is_not_here_is_refused(name) -> None:
 
 
 def card(**settings) -> BackboneCard:
-    plain = {
-        "model": "torchvision/resnet18",
-        "channels": 3,
-        "image_size": (100, 200),
-        "mean": (0.5, 0.5, 0.5),
-        "std": (0.5, 0.25, 0.5),
-        "pixel_layer": "layer4",
-        "instance_layer": "avgpool",
-    }
-    return BackboneCard(**plain | settings)
+    plain = {"model": "torchvision/resnet18", "image_size": (100, 200), "std": (0.5, 0.25, 0.5)}
+    return small_card(**plain | settings)
 
 
 def test_whole_images_are_fed_at_the_scale_of_the_views() -> None:

@@ -4,13 +4,13 @@ from itertools import pairwise
 
 import pytest
 import torch
+from small_cards import preparation
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torchvision import models
 
-from pixel_level_contrastive_learning.data.segmentation import SegmentationDataset, open_labelled
-from pixel_level_contrastive_learning.data.statistics import Statistics
-from pixel_level_contrastive_learning.evaluation.features import Preparation, deepest_maps
+from pixel_level_contrastive_learning.data.segmentation import SegmentationDataset
+from pixel_level_contrastive_learning.evaluation.features import Reader, deepest_maps
 from pixel_level_contrastive_learning.evaluation.finetuning import (
     CROP_DETAIL,
     RATES,
@@ -24,11 +24,6 @@ from pixel_level_contrastive_learning.evaluation.finetuning import (
     rate,
 )
 from pixel_level_contrastive_learning.evaluation.metrics import PreparedSplit, Scored, Scores
-from pixel_level_contrastive_learning.modules.feature_info import FeatureInfo
-
-
-def preparation(size) -> Preparation:
-    return Preparation(Statistics(3, (0.5,) * 3, (0.25,) * 3, None, None, (1, 1)), size)
 
 
 def for_crops(split, size=32) -> PreparedSplit:
@@ -67,43 +62,44 @@ def small() -> nn.Sequential:
     )
 
 
-def test_a_residual_network_is_decoded_from_every_stride() -> None:
-    net = models.resnet18()
-    levels = [level.name for level in deepest_maps(FeatureInfo(net, 3, (64, 96)))]
-    assert levels == ["layer4", "layer3", "layer2", "layer1"]
-    segmenter = Segmenter(net, 3, (64, 96), 5)
-    assert segmenter.net is net
-    assert segmenter(torch.rand(2, 3, 64, 96)).shape == (2, 5, 16, 24)
-    assert segmenter(torch.rand(2, 3, 80, 70)).shape == (2, 5, 20, 18)
+def fcn() -> nn.Module:
+    """A network whose auxiliary head runs last."""
+    return models.segmentation.fcn_resnet50(weights=None, weights_backbone=None, aux_loss=True)
 
 
 @pytest.mark.parametrize(
     ("build", "expected"),
     [
+        (models.resnet18, {"layer4": 512, "layer3": 256, "layer2": 128, "layer1": 64}),
+        # Blocks of these two begin at the stride of the stage before, and are not read there.
         (models.resnet50, {"layer4": 2048, "layer3": 1024, "layer2": 512, "layer1": 256}),
         (
             models.efficientnet_b0,
             {"features": 1280, "features.5": 112, "features.3": 40, "features.2": 24},
         ),
+        (fcn, {"classifier.2": 512, "backbone.layer1": 256}),
+        (Transformer, {"blocks": 8}),
     ],
 )
 def test_the_decoder_is_given_what_stages_give(build, expected) -> None:
-    """Blocks of both begin at the stride of the stage before, and are not read there."""
-    levels = deepest_maps(FeatureInfo(build(), 3, (64, 96)))
-    assert {own.name: own.layout.channels for own in levels if own.layout} == expected
+    net = build()
+    layouts = Reader(net, deepest_maps(net, 3, (64, 96)), 3, (64, 96)).layouts
+    assert [(name, own.channels) for name, own in layouts.items()] == list(expected.items())
 
 
-def test_an_auxiliary_head_that_runs_last_is_not_decoded() -> None:
-    net = models.segmentation.fcn_resnet50(weights=None, weights_backbone=None, aux_loss=True)
-    levels = [level.name for level in deepest_maps(FeatureInfo(net, 3, (64, 96)))]
-    assert levels == ["classifier.2", "backbone.layer1"]
-
-
-def test_a_transformer_gets_a_head_on_its_last_tokens() -> None:
-    net = Transformer()
-    levels = [level.name for level in deepest_maps(FeatureInfo(net, 3, (64, 96)))]
-    assert levels == ["blocks"]
-    assert Segmenter(net, 3, (64, 96), 5)(torch.rand(2, 3, 64, 96)).shape == (2, 5, 4, 6)
+@pytest.mark.parametrize(
+    ("build", "sizes"),
+    [
+        (models.resnet18, {(64, 96): (16, 24), (80, 70): (20, 18)}),
+        (Transformer, {(64, 96): (4, 6)}),
+    ],
+)
+def test_scores_stand_on_the_grid_of_the_finest_map(build, sizes) -> None:
+    net = build()
+    segmenter = Segmenter(net, 3, (64, 96), 5)
+    assert segmenter.net is net
+    for size, grid in sizes.items():
+        assert segmenter(torch.rand(2, 3, *size)).shape == (2, 5, *grid)
 
 
 def test_a_network_without_such_maps_is_refused() -> None:
@@ -135,12 +131,11 @@ def test_ignored_pixels_do_not_count() -> None:
 @pytest.mark.parametrize(
     ("size", "side"), [(200, (192, 192)), (20, (32, 32)), (600, (256, 256)), ((48, 64), (48, 64))]
 )
-def test_crops_fit_the_network_and_the_image(labelled, size, side) -> None:
-    assert crop_side(for_crops(open_labelled(labelled)[0], size)) == side
+def test_crops_fit_the_network_and_the_image(train, size, side) -> None:
+    assert crop_side(for_crops(train, size)) == side
 
 
-def test_crops_and_their_masks_are_cut_alike(labelled) -> None:
-    train, _ = open_labelled(labelled)
+def test_crops_and_their_masks_are_cut_alike(train) -> None:
     drawn = crops(for_crops(train), (32, 32), 10, torch.device("cpu"))
     pixels, masks = next(drawn)
     assert pixels.shape == (10, 3, 32, 32)
@@ -153,8 +148,7 @@ def test_crops_and_their_masks_are_cut_alike(labelled) -> None:
     assert not torch.equal(another, pixels)
 
 
-def test_every_image_comes_once_before_any_comes_again(labelled, monkeypatch) -> None:
-    train, _ = open_labelled(labelled)
+def test_every_image_comes_once_before_any_comes_again(train, monkeypatch) -> None:
     sample, seen = PreparedSplit.sample, []
 
     def noted(self, index):
@@ -168,10 +162,7 @@ def test_every_image_comes_once_before_any_comes_again(labelled, monkeypatch) ->
     assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
 
 
-def test_the_learning_rates_that_serve_held_out_masks_best_are_chosen(
-    labelled, monkeypatch
-) -> None:
-    train, _ = open_labelled(labelled)
+def test_the_learning_rates_that_serve_held_out_masks_best_are_chosen(train, monkeypatch) -> None:
     asked = []
 
     def tried(net, learnt, held, *, rates, steps, seed):
@@ -188,8 +179,7 @@ def test_the_learning_rates_that_serve_held_out_masks_best_are_chosen(
     assert len(asked) == len(RATES)
 
 
-def test_images_are_decoded_once_while_they_fit(labelled, monkeypatch) -> None:
-    train, _ = open_labelled(labelled)
+def test_images_are_decoded_once_while_they_fit(train, monkeypatch) -> None:
     read, seen = SegmentationDataset.read, []
 
     def noted(self, index, shortest=None):
@@ -210,8 +200,7 @@ def test_images_are_decoded_once_while_they_fit(labelled, monkeypatch) -> None:
     assert len(seen) == 10 + 10 + 8  # two of 24 576 bytes fit
 
 
-def test_a_network_learns_and_the_one_given_stays_as_it_was(labelled) -> None:
-    train, val = open_labelled(labelled)
+def test_a_network_learns_and_the_one_given_stays_as_it_was(train, val) -> None:
     net = small()
     before = {name: value.clone() for name, value in net.state_dict().items()}
     state = torch.get_rng_state()
@@ -226,8 +215,7 @@ def test_a_network_learns_and_the_one_given_stays_as_it_was(labelled) -> None:
 
 
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float64])
-def test_a_network_of_another_precision_is_trained_in_float32(labelled, kind) -> None:
-    train, _ = open_labelled(labelled)
+def test_a_network_of_another_precision_is_trained_in_float32(train, kind) -> None:
     net = small()
     net.table = nn.Parameter(torch.arange(4), requires_grad=False)  # which learns nothing
     net.to(kind)
@@ -238,8 +226,7 @@ def test_a_network_of_another_precision_is_trained_in_float32(labelled, kind) ->
     assert {own.dtype for own in net.parameters()} == {kind, torch.int64}
 
 
-def test_what_is_predicted_for_an_image_does_not_hang_on_the_others(labelled) -> None:
-    train, val = open_labelled(labelled)
+def test_what_is_predicted_for_an_image_does_not_hang_on_the_others(train, val) -> None:
     settings = {"steps": 5, "batch": 2}
     net = small()
     together = finetune(net, for_crops(train), whole(val), keep=[1, 2], **settings)
@@ -247,8 +234,7 @@ def test_what_is_predicted_for_an_image_does_not_hang_on_the_others(labelled) ->
     assert torch.equal(alone.kept[0], together.kept[1])
 
 
-def test_a_seed_decides_everything(labelled) -> None:
-    train, val = open_labelled(labelled)
+def test_a_seed_decides_everything(train, val) -> None:
     net = small()
     first, again, other = (
         finetune(net, for_crops(train), whole(val), steps=2, batch=2, seed=seed).scores

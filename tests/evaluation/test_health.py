@@ -19,19 +19,17 @@ AXES = torch.cat([torch.eye(8), -torch.eye(8)])
 """Both ends of eight axes: as spread out as can be."""
 
 
-def test_features_along_all_axes_have_spread_one() -> None:
-    assert spread(AXES).item() == pytest.approx(1)
-
-
-def test_spread_of_two_rows_by_hand() -> None:
-    # Each channel is 1 and 0: a deviation of a half; times the root of two channels.
-    assert spread(torch.eye(2)).item() == pytest.approx(math.sqrt(2) / 2)
-
-
-def test_equal_features_have_no_spread_however_long_they_are() -> None:
-    direction = torch.tensor([3.0, -1, 2])
-    features = torch.arange(1.0, 6)[:, None] * direction
-    assert spread(features).item() == pytest.approx(0, abs=1e-6)
+@pytest.mark.parametrize(
+    ("features", "expected"),
+    [
+        (AXES, 1),
+        # Each channel is 1 and 0: a deviation of a half; times the root of two channels.
+        (torch.eye(2), math.sqrt(2) / 2),
+        (torch.arange(1.0, 6)[:, None] * torch.tensor([3.0, -1, 2]), 0),  # however long
+    ],
+)
+def test_spread_by_hand(features, expected) -> None:
+    assert spread(features).item() == pytest.approx(expected, abs=1e-6)
 
 
 def test_spread_looks_at_directions_alone() -> None:
@@ -40,35 +38,28 @@ def test_spread_looks_at_directions_alone() -> None:
     torch.testing.assert_close(spread(longer), spread(features))
 
 
-def test_features_along_all_axes_have_full_rank() -> None:
-    assert effective_rank(AXES).item() == pytest.approx(8)
+HALF = torch.diag(torch.tensor([math.sqrt(2), 1, 1]))
+LINE = torch.linspace(-1, 1, 9)[:, None] * torch.tensor([1.0, 2, 3])
 
 
-def test_rank_of_uneven_axes_by_hand() -> None:
-    # Variances 2 : 1 : 1 are shares of a half and two quarters: 1.5 bits.
-    half = torch.diag(torch.tensor([math.sqrt(2), 1, 1]))
-    assert effective_rank(torch.cat([half, -half])).item() == pytest.approx(2**1.5, rel=1e-5)
-
-
-def test_rank_leaves_the_mean_out() -> None:
-    assert effective_rank(AXES + 5).item() == pytest.approx(8, rel=1e-4)
-
-
-def test_a_line_has_rank_one_and_so_has_a_point() -> None:
-    line = torch.linspace(-1, 1, 9)[:, None] * torch.tensor([1.0, 2, 3])
-    assert effective_rank(line).item() == pytest.approx(1, abs=1e-3)
-    assert effective_rank(torch.ones(9, 3)).item() == 1
+@pytest.mark.parametrize(
+    ("features", "expected"),
+    [
+        *((changed, 8) for changed in (AXES, AXES + 5, AXES * 1e30, AXES * 1e-30)),
+        # Variances 2 : 1 : 1 are shares of a half and two quarters: 1.5 bits.
+        (torch.cat([HALF, -HALF]), 2**1.5),
+        (LINE, 1),
+        (torch.ones(9, 3), 1),
+    ],
+)
+def test_rank_by_hand(features, expected) -> None:
+    assert effective_rank(features).item() == pytest.approx(expected, rel=1e-4)
 
 
 def test_rank_is_the_same_from_either_side() -> None:
     few = torch.randn(5, 5, dtype=torch.float64)
     wide = torch.cat([few, torch.zeros(5, 40, dtype=torch.float64)], dim=1)
     torch.testing.assert_close(effective_rank(wide), effective_rank(few))
-
-
-def test_rank_stands_large_and_small_values() -> None:
-    for scale in (1e30, 1e-30):
-        assert effective_rank(AXES * scale).item() == pytest.approx(8, rel=1e-4)
 
 
 @pytest.mark.parametrize("figure", [spread, effective_rank])
@@ -80,20 +71,15 @@ def test_what_is_not_finite_shows(figure, wrong) -> None:
 
 
 @pytest.mark.parametrize("figure", [spread, effective_rank])
-def test_half_precision_and_autocast_change_little(figure) -> None:
-    features = torch.randn(64, 8)
+def test_half_precision_and_autocast_change_little_and_no_gradient_is_carried(figure) -> None:
+    features = torch.randn(64, 8, requires_grad=True)
     exact = figure(features)
+    assert not exact.requires_grad
     rounded = figure(features.bfloat16())
     assert rounded.dtype == torch.float32
     torch.testing.assert_close(rounded, exact, rtol=0.01, atol=0)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         torch.testing.assert_close(figure(features), exact)
-
-
-def test_figures_carry_no_gradient() -> None:
-    features = torch.randn(6, 4, requires_grad=True)
-    assert not spread(features).requires_grad
-    assert not effective_rank(features).requires_grad
 
 
 def test_a_gauge_takes_the_rank_of_directions() -> None:
@@ -109,6 +95,7 @@ def test_healthy_features_are_called_so() -> None:
     said = verdict(0.7, 22.94)
     assert said.healthy
     assert str(said) == "The features have not collapsed (spread 0.70, effective rank 22.9)."
+    assert verdict(COLLAPSED_SPREAD, COLLAPSED_RANK).healthy  # the bounds themselves
 
 
 @pytest.mark.parametrize(
@@ -125,7 +112,3 @@ def test_sick_features_are_called_so_with_a_way_out(figures, words) -> None:
     assert not said.healthy
     assert words in said.sentence
     assert "learning rate" in said.sentence
-
-
-def test_the_bounds_themselves_are_healthy() -> None:
-    assert verdict(COLLAPSED_SPREAD, COLLAPSED_RANK).healthy

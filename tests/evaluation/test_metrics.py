@@ -5,22 +5,17 @@ import math
 import numpy as np
 import pytest
 import torch
+from small_cards import preparation
 from torch.nn.functional import interpolate, one_hot
 
-from pixel_level_contrastive_learning.data.segmentation import SegmentationDataset, open_labelled
-from pixel_level_contrastive_learning.data.statistics import Statistics
+from pixel_level_contrastive_learning.data.segmentation import SegmentationDataset
 from pixel_level_contrastive_learning.evaluation import metrics
-from pixel_level_contrastive_learning.evaluation.features import Preparation
 from pixel_level_contrastive_learning.evaluation.metrics import (
     PreparedSplit,
     batches,
     likeliest,
     score,
 )
-
-
-def preparation(size) -> Preparation:
-    return Preparation(Statistics(3, (0.5,) * 3, (0.5,) * 3, None, None, (1, 1)), size)
 
 
 def split(folder, masks, classes) -> SegmentationDataset:
@@ -70,22 +65,16 @@ def test_masks_of_other_sizes_are_judged_pixel_by_pixel(tmp_path) -> None:
     assert scored.scores.accuracy == 1
 
 
-def test_images_are_fed_by_size_in_order(labelled, tmp_path) -> None:
-    _, val = open_labelled(labelled)
+def test_images_are_fed_by_size_in_order(val, tmp_path) -> None:
     fed = list(batches(PreparedSplit(val, preparation(16)), 3))
     assert [own.indices for own in fed] == [[0, 1, 2], [3]]
     assert fed[0].pixels.shape == (3, 3, 16, 24)
     assert fed[0].masks[0].shape == (32, 48)
     shapes = [(4, 8), (4, 8), (8, 4), (4, 8)]
     mixed = split(tmp_path, [np.zeros(shape) for shape in shapes], ("a", "b"))
-    assert [own.indices for own in batches(PreparedSplit(mixed, preparation(4)))] == [
-        [0, 1],
-        [2],
-        [3],
-    ]
-    assert next(batches(PreparedSplit(mixed, preparation(4)))).pixels.unique().tolist() == [
-        -1
-    ]  # black
+    fed = list(batches(PreparedSplit(mixed, preparation(4))))
+    assert [own.indices for own in fed] == [[0, 1], [2], [3]]
+    assert fed[0].pixels.unique().tolist() == [-2]  # black
 
 
 @pytest.mark.parametrize("some", [1, 2, 5, 100])

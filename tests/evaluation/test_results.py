@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small_cards import preparation
 
 from pixel_level_contrastive_learning.data.segmentation import open_labelled
-from pixel_level_contrastive_learning.data.statistics import Statistics
-from pixel_level_contrastive_learning.evaluation.features import Preparation
+from pixel_level_contrastive_learning.evaluation.comparison import in_words
 from pixel_level_contrastive_learning.evaluation.metrics import PreparedSplit
 from pixel_level_contrastive_learning.evaluation.pictures import (
     class_colours,
@@ -22,7 +22,6 @@ from pixel_level_contrastive_learning.evaluation.results import (
     CurvePoint,
     Evaluation,
     Row,
-    in_words,
     masks_needed,
     masks_saved,
 )
@@ -170,9 +169,6 @@ def test_a_label_curve_is_drawn(tmp_path) -> None:
     assert min(blue, gray) > 300
 
 
-PREPARE = Preparation(Statistics(3, (0.5,) * 3, (0.5,) * 3, None, None, (1, 1)), 32)
-
-
 @pytest.mark.parametrize("count", [2, 11, 20, 21, 255])
 def test_every_class_has_its_own_colour_and_ignored_pixels_none(count) -> None:
     colours = class_colours(count)
@@ -187,7 +183,7 @@ def test_panels_show_truth_and_predictions(labelled, tmp_path) -> None:
     (labelled / "images/val/0.png").rename(strange)
     (labelled / "masks/val/0.png").rename(labelled / "masks/val" / strange.name)
     (labelled / "classes.txt").write_text("$\\frac$\n<b>\nStraße 猫\n", encoding="utf-8")
-    val = PreparedSplit(open_labelled(labelled)[1], PREPARE)
+    val = PreparedSplit(open_labelled(labelled)[1], preparation(32))
     kept = {3: torch.full((32, 48), 1, dtype=torch.uint8)}
     predictions = {"random weights": kept, "runs/$\\frac$": {3: torch.full((32, 48), 2).byte()}}
     (path,) = write_panels(tmp_path / "out", val, predictions)
@@ -202,8 +198,8 @@ def test_panels_show_truth_and_predictions(labelled, tmp_path) -> None:
         assert middle[int(width * (number + 0.5) / 4)].tolist() == colours[label].tolist()
 
 
-def test_panels_take_the_place_of_earlier_ones_and_of_nothing_else(labelled, tmp_path) -> None:
-    val = PreparedSplit(open_labelled(labelled)[1], PREPARE)
+def test_panels_take_the_place_of_earlier_ones_and_of_nothing_else(val, tmp_path) -> None:
+    val = PreparedSplit(val, preparation(32))
     kept = {index: torch.zeros(32, 48, dtype=torch.uint8) for index in range(4)}
     write_panels(tmp_path / "out", val, {"earlier": kept})
     strangers = {"0001_mine.png", "empty.png", "folder.png"}

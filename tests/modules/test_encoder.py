@@ -50,7 +50,7 @@ class Prefixed(nn.Module):
 
 
 def bare(net: nn.Module, layer: str = "body", instance: str | None = None) -> Encoder:
-    """An encoder whose projectors change nothing, so that a projection is what was tapped."""
+    """An encoder whose projectors change nothing, so that a projection is what was read."""
     info = FeatureInfo(net, 3, SIZE)
     hooks = [info.hook(layer, pixel=True)], info.hook(instance or layer, pixel=False)
     return Encoder(net, *hooks, nn.Identity(), nn.Identity())
@@ -96,7 +96,7 @@ def test_a_vector_is_the_instance_as_it_is() -> None:
     torch.testing.assert_close(instance, pool(net.stem(pixels)))
 
 
-def test_projectors_see_what_was_tapped() -> None:
+def test_projectors_see_what_was_read() -> None:
     encoder, pixels = bare(Backbone(nn.Identity())), views()
     encoder.pixel_projector = nn.Conv2d(8, 4, 1)
     encoder.instance_projector = nn.Linear(8, 3)
@@ -104,22 +104,6 @@ def test_projectors_see_what_was_tapped() -> None:
     expected = encoder.net.stem(pixels)
     torch.testing.assert_close(pixel, encoder.pixel_projector(expected))
     torch.testing.assert_close(instance, encoder.instance_projector(expected.mean(dim=(2, 3))))
-
-
-def test_convention_the_grid_is_rows_and_columns() -> None:
-    assert bare(Backbone(nn.Identity()))(views()).grids == [(4, 6)]
-
-
-@pytest.mark.parametrize(("pixel", "instance"), [(True, False), (False, True)])
-def test_a_branch_that_is_not_asked_for_is_not_computed(pixel, instance) -> None:
-    encoder = bare(Backbone(nn.Identity()))
-    calls = []
-    for head in (encoder.pixel_projector, encoder.instance_projector):
-        head.register_forward_hook(lambda module, *_: calls.append(module))
-    projections = encoder(views(), Branches(pixel, instance))
-    assert calls == [encoder.pixel_projector if pixel else encoder.instance_projector]
-    assert (projections.pixel != (), projections.instance is not None) == (pixel, instance)
-    assert projections.grids == [(4, 6) if pixel else (0, 0)]
 
 
 # Layers that others overwrite, gradients, precision.
@@ -144,13 +128,6 @@ def test_views_are_cast_to_the_weights(dtype, net_dtype) -> None:
     net, pixels = Backbone(nn.Identity()).to(net_dtype), views().to(dtype)
     [pixel], _ = bare(net)(pixels)
     torch.testing.assert_close(pixel, net.stem(pixels.to(net_dtype)))
-
-
-def test_nothing_is_asked_of_gradients_where_they_are_off() -> None:
-    encoder = bare(Backbone(nn.Identity()))
-    encoder.requires_grad_(False)
-    with torch.no_grad():
-        assert encoder(views()).pixel[0].isfinite().all()
 
 
 def checkpointing(reentrant: bool) -> Callable[[nn.Module, Tensor], Tensor]:
@@ -217,7 +194,7 @@ def checkpoint_body(net: Backbone) -> None:
     ],
 )
 @pytest.mark.parametrize("kind", Branches._fields)
-def test_a_layer_that_changed_since_the_survey_is_refused(change, texts, kind) -> None:
+def test_a_layer_that_changed_since_it_was_looked_at_is_refused(change, texts, kind) -> None:
     net = Backbone(nn.Sequential(nn.Conv2d(8, 8, 1), nn.Tanh()))
     layer = "body.0" if change is checkpoint_body else "body"
     encoder = bare(net, layer)

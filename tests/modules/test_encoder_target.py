@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from pixel_level_contrastive_learning.modules.encoder import (
-    Branches,
     Encoder,
     Projections,
     TargetEncoder,
@@ -159,12 +158,6 @@ def test_no_gradient_reaches_the_target() -> None:
     projections = target(torch.rand(2, 3, 64, 64, requires_grad=True))
     assert not any(projected.requires_grad for projected in parts(projections))
     assert not any(parameter.requires_grad for parameter in target.parameters())
-
-
-def test_a_branch_that_is_not_asked_for_is_not_computed() -> None:
-    target, pixels = TargetEncoder(online_encoder()), torch.rand(2, 3, 64, 64)
-    assert target(pixels, Branches(pixel=False)).pixel == ()
-    assert target(pixels, Branches(instance=False)).instance is None
 
 
 # Precision.

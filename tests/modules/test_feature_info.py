@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import segmentation_models_pytorch as smp
 import torch
-from small_nets import Calls, chain, small_net
+from small_nets import Calls, SmallNet, chain
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision import models
@@ -40,7 +40,7 @@ def vit() -> nn.Module:
         (models.resnet18, 224, "layer4", 7, "avgpool"),
         (models.resnet50, 128, "layer4", 4, "avgpool"),
         (models.resnet50, 64, "layer3", 4, "avgpool"),  # not what layer4 begins with
-        (small_net, 64, "deep", 4, "pool"),
+        (SmallNet, 64, "deep", 4, "pool"),
         (vit, 64, "encoder", 4, "encoder"),
         (models.mobilenet_v2, 128, "features", 4, "features"),  # its dropout is no pooled vector
     ],
@@ -106,18 +106,20 @@ def head(*layers: nn.Module) -> nn.Sequential:
 
 
 @pytest.mark.parametrize(
-    ("net", "expected"),
+    ("net", "side", "expected"),
     [
-        (head(nn.Conv2d(8, 5, 1)), "body"),
-        (head(nn.Conv2d(8, 5, 1), nn.Identity()), "body"),
-        (head(nn.Conv2d(8, 5, 1), nn.BatchNorm2d(5)), "head"),  # a narrow end, not scores
-        (head(nn.Conv2d(8, 8, 1)), "head"),
-        (head(nn.Conv2d(8, 5, 1), nn.Conv2d(5, 8, 1)), "head"),
-        (head(nn.Conv2d(8, 9, 1), nn.Conv2d(9, 4, 1)), "head.0"),
+        (head(nn.Conv2d(8, 5, 1)), 64, "body"),
+        (head(nn.Conv2d(8, 5, 1), nn.Identity()), 64, "body"),
+        (head(nn.Conv2d(8, 5, 1), nn.BatchNorm2d(5)), 64, "head"),  # a narrow end, not scores
+        (head(nn.Conv2d(8, 8, 1)), 64, "head"),
+        (head(nn.Conv2d(8, 5, 1), nn.Conv2d(5, 8, 1)), 64, "head"),
+        (head(nn.Conv2d(8, 9, 1), nn.Conv2d(9, 4, 1)), 64, "head.0"),
+        (chain(scores=nn.Conv2d(3, 2, 8, 8)), 64, "scores"),  # better than nothing
+        (chain(fine=nn.Conv2d(3, 8, 32, 32), coarse=nn.Conv2d(8, 8, 2, 2)), 256, "fine"),
     ],
 )
-def test_class_scores_are_not_taken_unasked(net, expected) -> None:
-    assert FeatureInfo(net, 3, (64, 64)).default_pixels() == [expected]
+def test_neither_class_scores_nor_strides_above_32_are_taken_unasked(net, side, expected) -> None:
+    assert FeatureInfo(net, 3, (side, side)).default_pixels() == [expected]
 
 
 @pytest.mark.parametrize("aux", [False, True])  # an auxiliary head runs last and reads layer3
@@ -129,30 +131,20 @@ def test_the_answer_of_a_segmentation_network_is_not_taken_unasked(aux) -> None:
     assert info.default_pixels() == ["classifier.2"]
 
 
-def test_scores_alone_are_better_than_nothing() -> None:
-    net = chain(scores=nn.Conv2d(3, 2, 8, 8))
-    assert FeatureInfo(net, 3, (64, 64)).default_pixels() == ["scores"]
-
-
-def test_no_stride_above_32_is_taken_unasked() -> None:
-    net = chain(fine=nn.Conv2d(3, 8, 32, 32), coarse=nn.Conv2d(8, 8, 2, 2))
-    assert FeatureInfo(net, 3, (256, 256)).default_pixels() == ["fine"]
-
-
 def test_images_too_small_for_a_default_are_refused() -> None:
     with pytest.raises(ValueError, match=r"(?s)(?=.*4x4)(?=.*16x16)(?=.*larger images)"):
-        FeatureInfo(small_net(), 3, (16, 16)).default_pixels()
+        FeatureInfo(SmallNet(), 3, (16, 16)).default_pixels()
 
 
 def test_layers_are_named_by_name_or_by_index() -> None:
-    info = FeatureInfo(small_net(), 3, (64, 64))
+    info = FeatureInfo(SmallNet(), 3, (64, 64))
     assert info.hook(3, pixel=True) == info.hook("deep", pixel=True)
     assert info.hook(-3, pixel=False) == info.hook("pool", pixel=False)
     assert info.hook("deep", pixel=True)[:2] == ("deep", Layout("b c h w", 12, (4, 4)))
 
 
 def test_a_layer_that_runs_twice_is_read_as_it_is_caught() -> None:
-    net = small_net()
+    net = SmallNet()
     net.deep = nn.Sequential(nn.Conv2d(8, 12, 2, 2), net.act)
     assert FeatureInfo(net, 3, (64, 64)).hook("act", pixel=True).layout[:3] == (
         "b c h w",
@@ -165,7 +157,7 @@ def test_a_layer_that_runs_twice_is_read_as_it_is_caught() -> None:
     ("layer", "overwritten"), [("stem", False), ("norm", True), ("act", False)]
 )
 def test_layers_changed_in_place_are_noticed(layer, overwritten) -> None:
-    assert FeatureInfo(small_net(), 3, (64, 64)).hook(layer, pixel=True).overwritten is overwritten
+    assert FeatureInfo(SmallNet(), 3, (64, 64)).hook(layer, pixel=True).overwritten is overwritten
 
 
 @pytest.mark.parametrize(
@@ -176,7 +168,7 @@ def test_layers_changed_in_place_are_noticed(layer, overwritten) -> None:
     ],
     ids=["of a view", "of the whole"],
 )
-def test_dropout_in_place_is_noticed_though_it_is_idle_in_a_survey(layers) -> None:
+def test_dropout_in_place_is_noticed_though_it_is_idle_in_eval_mode(layers) -> None:
     net = chain(stem=nn.Conv2d(3, 8, 8, 8), pool=nn.AdaptiveAvgPool2d(1), **layers)
     info, x = FeatureInfo(net, 3, (64, 64)), torch.rand(8, 3, 64, 64)
     assert not info.hook("stem", pixel=True).overwritten
@@ -186,10 +178,10 @@ def test_dropout_in_place_is_noticed_though_it_is_idle_in_a_survey(layers) -> No
     assert torch.equal(FeatureHooks(hook).run(net.train(), x)["pool"], net.pool(net.stem(x)))
 
 
-# What a info must leave alone.
+# What feature info must leave alone.
 
 
-def test_a_survey_draws_nothing_and_changes_nothing() -> None:
+def test_feature_info_draws_nothing_and_changes_nothing() -> None:
     net = chain(
         stem=nn.Conv2d(3, 8, 8, 8),
         norm=nn.BatchNorm2d(8),
@@ -211,7 +203,7 @@ STEM, STILL = nn.Conv2d(3, 8, 8, 8), nn.Conv2d(8, 8, 1)
 
 
 def refused(net: nn.Module, layer: str | int, pixel: bool, texts: list[str]) -> None:
-    """Assert that a hook on the layer is refused with all of the texts, after a good info."""
+    """Assert that a hook on a layer of a network that can be read is refused in these words."""
     info = FeatureInfo(net, 3, (64, 64))
     with pytest.raises(ValueError) as error:
         info.hook(layer, pixel=pixel)
@@ -283,7 +275,7 @@ def test_layers_that_cannot_be_read_are_refused(net, layer, texts, pixel) -> Non
 @pytest.mark.parametrize("channels", [1, 5])
 def test_a_network_that_refuses_the_images_is_reported(channels) -> None:
     with pytest.raises(ValueError, match=rf"(?s)(?=.*{channels}, 64, 64)(?=.*image_size)"):
-        FeatureInfo(small_net(), channels, (64, 64))
+        FeatureInfo(SmallNet(), channels, (64, 64))
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated:FutureWarning")
@@ -309,13 +301,13 @@ def test_a_network_that_cannot_be_copied_is_refused_with_what_to_do(norm) -> Non
         ("act", ["deep.weight", "deep.bias", "head.weight", "head.bias"]),
     ],
 )
-def test_parameters_behind_a_tap_are_unreached(layer, idle) -> None:
-    info = FeatureInfo(small_net(), 3, (64, 64))
+def test_parameters_behind_a_hook_are_unreached(layer, idle) -> None:
+    info = FeatureInfo(SmallNet(), 3, (64, 64))
     assert info.unreached(info.hook(layer, pixel=False)) == idle
 
 
-def test_frozen_parameters_are_surveyed_as_if_they_learned() -> None:
-    net = small_net()
+def test_frozen_parameters_are_looked_at_as_if_they_learned() -> None:
+    net = SmallNet()
     net.stem.requires_grad_(False)
     net.head.requires_grad_(False)
     info = FeatureInfo(net, 3, (64, 64))
@@ -323,8 +315,8 @@ def test_frozen_parameters_are_surveyed_as_if_they_learned() -> None:
     assert not any(own.requires_grad for own in (*net.stem.parameters(), *net.head.parameters()))
 
 
-def test_what_joins_a_tap_after_it_was_read_is_unreached() -> None:
-    """A residual sum in place gives the tapped tensor a past that a copy of it does not have."""
+def test_what_joins_a_layer_after_it_was_read_is_unreached() -> None:
+    """A residual sum in place gives the hooked tensor a past that a copy of it does not have."""
 
     def joined(net: Calls, x: Tensor) -> Tensor:
         x = net.stem(x)
@@ -344,7 +336,7 @@ def test_what_joins_a_tap_after_it_was_read_is_unreached() -> None:
 
 
 def test_a_table_of_indices_is_no_weight() -> None:
-    net = small_net()
+    net = SmallNet()
     net.stem.table = nn.Parameter(torch.arange(4), requires_grad=False)
     first = nn.Sequential()
     first.table = nn.Parameter(torch.arange(4), requires_grad=False)

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from small_nets import Calls, chain, small_net
+from small_nets import Calls, SmallNet, chain
 from torch import Tensor, nn
 
 from pixel_level_contrastive_learning.modules.feature_info import FeatureInfo
@@ -19,7 +19,7 @@ from pixel_level_contrastive_learning.modules.hooks import (
 )
 
 ANY = Layout("b c h w", 8, (4, 4))
-"""A reading for tests that do not look at it."""
+"""A layout for tests that do not look at it."""
 
 
 def caught(net: nn.Module, name: str, x: Tensor, **hook: bool) -> Tensor | None:
@@ -31,8 +31,8 @@ def caught(net: nn.Module, name: str, x: Tensor, **hook: bool) -> Tensor | None:
 
 
 @pytest.mark.parametrize("name", ["stem", "deep", "pool"])
-def test_a_tap_catches_what_its_layer_gives(name) -> None:
-    net, x = small_net().eval(), torch.rand(2, 3, 64, 64)
+def test_a_hook_catches_what_its_layer_gives(name) -> None:
+    net, x = SmallNet().eval(), torch.rand(2, 3, 64, 64)
     expected = x
     for own, layer in net.named_children():
         expected = layer(expected)
@@ -51,15 +51,9 @@ def test_a_layer_that_does_not_run_is_not_caught() -> None:
     assert caught(net, "spare", torch.zeros(1)) is None
 
 
-def test_a_caught_layer_is_not_held_after_the_run() -> None:
-    hooks, net = FeatureHooks(FeatureHook("stem", ANY)), small_net()
-    hooks.run(net, torch.rand(2, 3, 64, 64))
-    assert not hooks.outputs
-
-
 @pytest.mark.parametrize("overwritten", [True, False])
 def test_a_layer_changed_in_place_is_caught_as_it_was(overwritten) -> None:
-    net, x = small_net().eval(), torch.rand(2, 3, 64, 64)
+    net, x = SmallNet().eval(), torch.rand(2, 3, 64, 64)
     before = net.norm(net.stem(x))
     expected = before if overwritten else before.relu()
     assert before.min() < 0  # else the two are the same
@@ -113,7 +107,7 @@ def test_a_layer_may_be_called_like_a_wrapper(name) -> None:
 
 
 def test_a_layer_that_was_taken_out_is_named() -> None:
-    net = small_net()
+    net = SmallNet()
     del net.deep
     with pytest.raises(ValueError, match=r"(?s)(?=.*no longer)(?=.*'deep')(?=.*new learner)"):
         find_layer(net, "deep")
@@ -160,7 +154,7 @@ def test_what_is_neither_map_nor_tokens_nor_vector_cannot_be_read(output) -> Non
 
 
 def test_copies_on_several_devices_are_refused() -> None:
-    net = nn.DataParallel(small_net())
+    net = nn.DataParallel(SmallNet())
     net.device_ids = [0, 1]
     with pytest.raises(ValueError, match=r"DataParallel over 2 devices.*DistributedDataParallel"):
         find_layer(net, "stem")

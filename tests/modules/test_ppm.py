@@ -119,10 +119,12 @@ def test_gradients_agree_with_finite_differences(num_layers, gamma) -> None:
 
 
 @depths
+@pytest.mark.parametrize("entries", [blocks.ENTRIES, 2**17 - 1], ids=["large", "small"])
 @pytest.mark.parametrize(
     "shape", [(5, 4, 24, 24), (2, 4, 36, 30)], ids=["many images", "many cells"]
 )
-def test_large_maps_agree_with_the_plain_form(num_layers, shape) -> None:
+def test_large_maps_agree_with_the_plain_form(num_layers, shape, entries, monkeypatch) -> None:
+    monkeypatch.setattr(blocks, "ENTRIES", entries)
     ppm = module(4, num_layers)
     x, pull = noise(*shape), noise(*shape, seed=1)
     inputs = [x, *ppm.parameters()]
@@ -134,19 +136,6 @@ def test_large_maps_agree_with_the_plain_form(num_layers, shape) -> None:
 
 
 # What must not change, and what must never happen.
-
-
-@depths
-def test_images_of_a_batch_do_not_mix(num_layers) -> None:
-    ppm, x = module(4, num_layers).eval(), noise(3, 4, 2, 5)
-    alone = torch.cat([ppm(image) for image in x.split(1)])
-    torch.testing.assert_close(ppm(x), alone)
-
-
-def test_only_directions_matter() -> None:
-    ppm, x = module(4, num_layers=0), noise(2, 4, 2, 3)
-    lengths = torch.logspace(-2, 4, 6, dtype=torch.float64).view(2, 3)
-    torch.testing.assert_close(ppm(lengths * x), ppm(x))
 
 
 @depths

@@ -7,6 +7,7 @@ from base64 import b64decode
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -75,6 +76,13 @@ class Visit:
         """What a screen reader is told once the pointer rests."""
         self.page.wait_for_timeout(500)
         return self.page.locator("#status").text_content() or ""
+
+
+def held_images(report: Path) -> list[dict[str, Any]]:
+    """The explorer's images, as the page holds them."""
+    text = re.search(r'id="explorer-data">(.*?)</script>', report.read_text(), re.DOTALL)
+    assert text is not None
+    return json.loads(text[1])["images"]
 
 
 @pytest.fixture
@@ -231,9 +239,7 @@ def test_colours_of_each_image_alone_take_the_place_of_those_of_all(visit) -> No
 
 
 def test_a_ring_marks_where_the_spot_truly_lies_in_another_view(visit, report) -> None:
-    text = re.search(r'id="explorer-data">(.*?)</script>', report.read_text(), re.DOTALL)
-    assert text is not None
-    images = json.loads(text[1])["images"]
+    images = held_images(report)
     whole = images[0]
     view = next(own for own in images if own["source"] == whole["source"] and not own["whole"])
     h, w = whole["maps"][0]["h"], whole["maps"][0]["w"]
@@ -262,9 +268,7 @@ def test_a_ring_marks_where_the_spot_truly_lies_in_another_view(visit, report) -
 
 
 def test_the_share_of_like_pixels_is_what_python_finds(visit, report) -> None:
-    text = re.search(r'id="explorer-data">(.*?)</script>', report.read_text(), re.DOTALL)
-    assert text is not None
-    images = json.loads(text[1])["images"]
+    images = held_images(report)
     visit.page.locator("#right").select_option(label=images[1]["name"])
     for network in (0, 1):
         visit.point(network, 0, 0.3, 0.6)

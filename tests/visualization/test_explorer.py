@@ -6,22 +6,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tifffile
 import torch
 from einops import rearrange
 from evil_run import make_images
 from PIL import Image
+from small_cards import preparation, small_card
+from small_nets import chain
 from torch import Tensor, nn
 
 from pixel_level_contrastive_learning.augment import Photometry
 from pixel_level_contrastive_learning.backbones.checkpoint import (
-    BackboneCard,
     Loaded,
     save_backbone,
 )
 from pixel_level_contrastive_learning.backbones.factory import build_backbone
-from pixel_level_contrastive_learning.data.statistics import Statistics
-from pixel_level_contrastive_learning.evaluation.features import Preparation, Reader
+from pixel_level_contrastive_learning.evaluation.features import Reader
 from pixel_level_contrastive_learning.geometry import unit_centres
 from pixel_level_contrastive_learning.visualization import explorer
 from pixel_level_contrastive_learning.visualization.explorer import (
@@ -141,15 +140,9 @@ class Fixed(nn.Module):
 def loaded(folder: Path, function: str, side: int) -> Loaded:
     """One of these networks."""
     (folder / "averages.py").write_text(AVERAGES)
-    card = BackboneCard(
-        model=f"{folder / 'averages.py'}:{function}",
-        channels=3,
-        image_size=(side, side),
-        mean=(0.5,) * 3,
-        std=(0.5,) * 3,
-        pixel_layer="patches" if function == "Fixed" else "0",
-        instance_layer="1",
-    )
+    layer = "patches" if function == "Fixed" else "0"
+    settings = {"image_size": (side, side), "pixel_layer": layer, "instance_layer": "1"}
+    card = small_card(f"{folder / 'averages.py'}:{function}", **settings)
     return Loaded(build_backbone(card.model, channels=3, image_size=(side, side)), card, None)
 
 
@@ -192,18 +185,12 @@ def test_a_network_of_ones_own_that_takes_one_size_only_is_shown(tmp_path) -> No
     assert page.exists()
 
 
-@pytest.fixture
-def prepare() -> Preparation:
-    statistics = Statistics(3, (0.5,) * 3, (0.25,) * 3, None, None, (64, 64))
-    return Preparation(statistics, 48)
-
-
-def test_images_are_read_and_broken_ones_replaced(tmp_path, prepare) -> None:
+def test_images_are_read_and_broken_ones_replaced(tmp_path) -> None:
     for number in range(4):
         size = (40, 30) if number % 2 else (30, 40)
         Image.new("RGB", size, (60 * number, 0, 0)).save(tmp_path / f"{number}.png")
     (tmp_path / "0.png").write_bytes(b"")
-    held = read_samples(tmp_path, prepare, 2)
+    held = read_samples(tmp_path, preparation(48), 2)
     assert [sample.name for sample in held] == ["2.png", "1.png"]
     assert [sample.source for sample in held] == [0, 1]
     assert held[0].size == (SHOWN_SIDE, SHOWN_SIDE * 3 // 4)
@@ -211,32 +198,15 @@ def test_images_are_read_and_broken_ones_replaced(tmp_path, prepare) -> None:
     assert torch.equal(held[0].to_source, WHOLE)
 
 
-def test_a_folder_of_nothing_but_broken_images_is_refused(tmp_path, prepare) -> None:
+def test_a_folder_of_nothing_but_broken_images_is_refused(tmp_path) -> None:
     (tmp_path / "a.png").write_bytes(b"")
     with pytest.raises(ValueError) as error:
-        read_samples(tmp_path, prepare, 2)
+        read_samples(tmp_path, preparation(48), 2)
     assert str(error.value) == (
         f"none of 1 images can be used, the first because of {tmp_path}/a.png: the file is empty "
         "(0 bytes); give a folder of images that open in a viewer and are as the network knows "
         "them: 3 channels, 8-bit"
     )
-
-
-@pytest.mark.parametrize(
-    ("odd", "why"),
-    [
-        (np.zeros((30, 40), np.uint16), "it is 16-bit"),
-        (np.zeros((30, 40, 5), np.uint8), "it has 5 channels"),
-    ],
-)
-def test_an_image_that_is_not_for_this_network_is_named_and_left_out(
-    tmp_path, prepare, caplog, odd, why
-) -> None:
-    tifffile.imwrite(tmp_path / "a.tif", odd)
-    Image.new("RGB", (40, 30)).save(tmp_path / "b.png")
-    assert [sample.name for sample in read_samples(tmp_path, prepare, 2)] == ["b.png"]
-    (told,) = caplog.messages
-    assert told.startswith(f"left out {tmp_path}/a.tif: {why}")
 
 
 def test_of_a_strip_the_middle_is_shown() -> None:
@@ -300,22 +270,16 @@ def test_another_view_is_the_same_for_a_seed_and_moves_no_generator() -> None:
     assert one.pixels.shape == sample.pixels.shape
 
 
-class Averages(nn.Module):
-    """A layer whose cell is the mean of its 8 x 8 pixels."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.cells = nn.Conv2d(2, 2, 8, 8, bias=False, groups=2)
-        nn.init.constant_(self.cells.weight, 1 / 64)
-        self.head = nn.AdaptiveAvgPool2d(1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(self.cells(x))
+def reader_of(cells: nn.Conv2d) -> Reader:
+    """Reads a layer whose cells are the means of what they see."""
+    nn.init.constant_(cells.weight, 1 / cells.weight[0].numel())
+    net = chain(cells=cells, head=nn.AdaptiveAvgPool2d(1))
+    return Reader(net, ["cells"], cells.in_channels, (32, 32))
 
 
 @pytest.fixture
 def averages() -> Reader:
-    return Reader(Averages(), ["cells"], 2, (32, 32))
+    return reader_of(nn.Conv2d(2, 2, 8, 8, bias=False, groups=2))
 
 
 @pytest.mark.parametrize("stride", [8, None])
@@ -343,17 +307,7 @@ def test_an_image_that_is_not_whole_cells_is_resized(averages) -> None:
 
 
 def test_the_zeros_that_a_network_pads_with_are_kept_away() -> None:
-    class Padded(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.cells = nn.Conv2d(1, 1, 9, 4, padding=4, bias=False)
-            nn.init.constant_(self.cells.weight, 1 / 81)
-            self.head = nn.AdaptiveAvgPool2d(1)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.head(self.cells(x))
-
-    reader = Reader(Padded(), ["cells"], 1, (32, 32))
+    reader = reader_of(nn.Conv2d(1, 1, 9, 4, padding=4, bias=False))
     flat = torch.ones(1, 32, 32)
     assert reader(flat[None]).std() > 0.05
     assert fine_map(reader, flat, 4, cells=16).std() < 1e-6

@@ -118,15 +118,6 @@ def test_lines_end_where_the_cells_are() -> None:
     assert bare.getpixel((matches.MARGIN + 20, row)) == drawn.getpixel((matches.MARGIN + 20, row))
 
 
-def test_nothing_is_drawn_from_any_generator() -> None:
-    before = torch.get_rng_state()
-    view = torch.rand(3, 32, 32)
-    after = torch.get_rng_state()
-    pairs_picture(view, view, box(0, 0, 9, 9)[0], box(0, 0, 9, 9)[0], GRID, 0.7)
-    assert torch.equal(torch.get_rng_state(), after)
-    assert not torch.equal(before, after)
-
-
 def test_anything_but_colour_images_is_refused() -> None:
     view, same = torch.zeros(3, 8, 8), box(0, 0, 9, 9)[0]
     with pytest.raises(ValueError) as error:

@@ -1,0 +1,109 @@
+"""What figures of several networks mean: gains over random weights and the start, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+
+from .baselines import is_random
+from .results import MIOU, Row, masks_saved
+
+FINETUNE = "finetune"
+ALL_MAPS = "linear-all"
+CLUSTERING = "overclustering"
+PROTOCOLS = {
+    "linear": "A linear probe",
+    ALL_MAPS: "A linear probe on all maps",
+    "knn": "A vote of neighbours",
+    "hummingbird": "Nearest-neighbour retrieval",
+    CLUSTERING: "Clustering",
+    FINETUNE: "Fine-tuning",
+}
+"""The protocols, and how a sentence begins with each."""
+CLEAR = 1.05
+"""Times another figure from which a gain is called one; less may be chance."""
+ONE_DRAW = 1.25
+"""Times a single draw of random weights from which a gain is called one: on sixty drawn scenes
+another draw reached up to 1.17 times the first."""
+LUCK = (
+    "more than one draw of random weights, though another draw may reach as much. Repeat with "
+    "--seeds 3."
+)
+
+
+def gain(ours: Row, other: Row, key: str) -> int:
+    """1 if a figure is clearly more than another row's, -1 if clearly less, else 0."""
+    reached, base = ours.scores[key], other.scores[key]
+    noise = 2 * max(row.deviations.get(key, 0.0) for row in (ours, other))
+    if reached > max(CLEAR * base, base + noise):
+        return 1
+    return -1 if reached < base - noise and reached * CLEAR < base else 0
+
+
+def may_be_luck(ours: Row, other: Row, key: str) -> bool:
+    """Whether a row is one draw of random weights, and another draw might reach what ours do."""
+    drawn_once = is_random(other.name) and len(other.seeds) == 1
+    return drawn_once and ours.scores[key] < ONE_DRAW * other.scores[key]
+
+
+def in_words(rows: Sequence[Row], words: Callable[[list[Row]], str]) -> str:
+    """What the figures mean: a sentence for each of the weights that were asked for.
+
+    ``words`` gives that of the last of some rows; its baselines come first.
+    """
+    by_name = {row.name: row for row in rows}
+    told = {
+        row.name: words([*(by_name[own] for own in row.baselines), row])
+        for row in rows
+        if row.baselines
+    }
+    if len(told) > 1:
+        return "\n".join(f"{name}: {sentence}" for name, sentence in told.items())
+    return next(iter(told.values()), None) or words([rows[0]])
+
+
+def what_it_means(rows: Sequence[Row], protocol: str, split: str) -> str:
+    """The figures of the last row in words: what is gained over random weights, and the start."""
+    random, start, ours = rows[0], rows[-2:][0], rows[-1]
+    rival = max(start, random, key=lambda row: row.scores[MIOU])
+    reached, base = ours.scores[MIOU], random.scores[MIOU]
+    figure = f"{PROTOCOLS[protocol]} reaches {reached:.3f} mIoU on {split}"
+    if len(rows) == 1:
+        return f"{figure} with random weights: what other weights of this network have to beat."
+    beside = f"{figure}, {reached / max(base, 1e-9):.2f} times random weights ({base:.3f})"
+    if len(rows) == 3:
+        begun = start.scores[MIOU]
+        beside += f" and {reached / max(begun, 1e-9):.2f} times what it started from ({begun:.3f})"
+    return f"{beside}: {verdict_of(ours, rival, random, start)}{saved_in_words(rows)}"
+
+
+def verdict_of(ours: Row, rival: Row, random: Row, start: Row) -> str:
+    """Whether there is a gain over the better of random weights and the start, in words."""
+    if gain(ours, random, MIOU) < 0:
+        return (
+            "worse than random. Look at the loss and at the features' health (evaluate with images "
+            "in place of data), and at whether other layers do better."
+        )
+    if gain(ours, start, MIOU) < 0:
+        return "training made them worse. Keep the others, or train with a lower lr."
+    if gain(ours, rival, MIOU) < 1:
+        return "no clear gain. Train for longer, on more images, or try other layers."
+    if may_be_luck(ours, rival, MIOU):
+        return LUCK
+    compared = "random ones" if rival is random else "those it started from"
+    return f"the weights know more of these classes than {compared} do."
+
+
+def curve_shown(protocols: Collection[str]) -> str | None:
+    """The protocol whose label curve is drawn and told: fine-tuning, else the first."""
+    return FINETUNE if FINETUNE in protocols else next(iter(protocols), None)
+
+
+def saved_in_words(rows: Sequence[Row]) -> str:
+    """How many masks are saved beside each baseline, where there are label curves."""
+    ours = rows[-1]
+    protocol = curve_shown(ours.curves)
+    if protocol is None:
+        return ""
+    told = [masks_saved(ours, other, protocol) for other in rows[:-1]]
+    known = "; ".join(own for own in told if own)
+    return f" By {protocol}, {known}." if known else ""
