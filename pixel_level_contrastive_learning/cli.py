@@ -123,6 +123,59 @@ def evaluate(
         )
 
 
+def features(
+    weights: tyro.conf.Positional[str],
+    images: tyro.conf.Positional[tuple[str, ...]],
+    out: str,
+    layer: str | None = None,
+    format: Literal["npy", "safetensors", "zarr"] = "npy",  # noqa: A002  # it names the flag
+    size: int | tuple[int, int] | None = None,
+    pca: Literal[3] | None = None,
+    device: str | None = None,
+    pages: Pages | None = None,
+    nodata: float | None = None,
+    json: bool = False,
+) -> None:
+    """Write dense features of every image of a folder; run it again to continue.
+
+    Args:
+        weights: A run, an exported file, torchvision/NAME, timm/NAME or random:MODEL.
+        images: Folders of images, text files of paths, or shards.
+        out: Folder for the features and features.json, which says what they are.
+        layer: Layer to read; by default the one that was trained.
+        format: npy and safetensors write a file an image, zarr (extra zarr) a group of arrays.
+        size: Size of the images, their shorter side or height and width.
+        pca: 3 also draws the features as pictures, by their first three principal components.
+        device: Device to compute on, such as cpu or cuda:1; by default a GPU if there is one.
+        pages: What several pages or frames in a file are, as for `pixelcl pretrain`.
+        nodata: Value of images where nothing was measured, such as -9999.
+        json: Print the content of features.json.
+    """
+    from .trainer.logging import logging_to
+    from .visualization.feature_files import PICTURES
+    from .visualization.feature_files import features as written
+
+    with logging_to(terminal=True):
+        found = written(
+            weights,
+            images,
+            out=out,
+            layer=layer,
+            format=format,
+            size=size,
+            pca=pca,
+            device=device,
+            pages=pages,
+            nodata=nodata,
+        )
+    if json:
+        print(found.to_json(), end="")
+        return
+    print(f"features: {found.folder} ({found})")
+    if pca is not None:
+        print(f"pictures: {found.folder / PICTURES}")
+
+
 def visualize(
     run: tyro.conf.Positional[str],
     images: str | None = None,
@@ -270,7 +323,7 @@ def demo(out: str = "runs/demo", steps: int = 100, overwrite: bool = False) -> N
     print(f"report: {report}")
 
 
-COMMANDS = (pretrain, prepare, evaluate, visualize, export, layers, demo)
+COMMANDS = (pretrain, prepare, evaluate, features, visualize, export, layers, demo)
 
 
 def base_flags(arguments: Sequence[str]) -> dict[str, object]:
