@@ -11,13 +11,15 @@ import sys
 from argparse import ArgumentError, ArgumentParser
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, field, make_dataclass
-from inspect import cleandoc, getsource
+from inspect import cleandoc
 from itertools import pairwise, takewhile
+from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import tyro
 
+from .trainer import config
 from .trainer.config import NAMES, PretrainConfig
 from .trainer.config_io import settings_of, to_config
 
@@ -181,6 +183,8 @@ def print_help(about: str, *, whole: bool) -> None:
     group = ""
     for name in NAMES:
         group = GROUP_FROM.get(name, group)
+        if not whole and name not in FIRST:
+            continue
         hint, default = hints[name], getattr(PretrainConfig, name)
         told = default not in (None, ()) and default is not False
         text = tyro.conf.arg(
@@ -188,9 +192,7 @@ def print_help(about: str, *, whole: bool) -> None:
             help_behavior_hint=f"(default: {default})" if told else "",
             metavar=None if hint is bool else metavar(hint),
         )
-        hidden = () if whole or name in FIRST else (tyro.conf.Suppress,)
-        kind = Annotated[(hint, text, *hidden)]  # type: ignore[valid-type]
-        groups.setdefault(group, []).append((name, kind, field(default=default)))
+        groups.setdefault(group, []).append((name, Annotated[hint, text], field(default=default)))
     parts: list[Any] = []
     for name, about_it in MORE.items():
         text = tyro.conf.arg(help=about_it, help_behavior_hint="")
@@ -209,7 +211,8 @@ def print_help(about: str, *, whole: bool) -> None:
 
 def setting_texts() -> dict[str, str]:
     """The docstring of each setting, a line a sentence at most."""
-    [settings] = ast.parse(getsource(PretrainConfig)).body
+    found = ast.parse(Path(config.__file__).read_text(encoding="utf-8")).body
+    [settings] = (own for own in found if getattr(own, "name", "") == PretrainConfig.__name__)
     assert isinstance(settings, ast.ClassDef)
     return {
         one.target.id: re.sub(r"(?<!\.)\n", " ", cleandoc(two.value.value))
