@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import json
 import os
 import re
 import subprocess
@@ -25,6 +26,7 @@ from pixel_level_contrastive_learning.views import Placement, draw_maps
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", ROOT / "benchmarks/README.md", *sorted(ROOT.glob("docs/*.md"))]
 PYTHON = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -131,6 +133,19 @@ def test_the_loop_takes_real_photographs(streets: Path, tmp_path: Path) -> None:
     out = run("pretrain_loop.py", str(streets / "images" / "val"), *SHORT, cwd=tmp_path)
     assert "pixel_cosine" in out
     assert (tmp_path / "net.pt").stat().st_size > 0
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda own: own.stem)
+def test_a_notebook_runs_from_top_to_bottom(notebook: Path, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    cells = [cell for cell in json.loads(notebook.read_text())["cells"] if "outputs" in cell]
+    assert not any(cell["outputs"] for cell in cells)
+    for cell in cells:
+        exec("".join(cell["source"]), names)
+    found = names.get("found") or names["evaluation"]
+    assert Path("run/backbone.safetensors").exists()
+    assert "mIoU" in str(found)
 
 
 # The README.
