@@ -135,6 +135,7 @@ def test_the_loop_takes_real_photographs(streets: Path, tmp_path: Path) -> None:
     assert (tmp_path / "net.pt").stat().st_size > 0
 
 
+@pytest.mark.filterwarnings("ignore:unclosed file")  # a picture that a notebook shows
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda own: own.stem)
 def test_a_notebook_runs_from_top_to_bottom(notebook: Path, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
