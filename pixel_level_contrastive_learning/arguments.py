@@ -11,6 +11,7 @@ import sys
 from argparse import ArgumentError, ArgumentParser
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, field, make_dataclass
+from difflib import get_close_matches
 from inspect import cleandoc
 from itertools import pairwise, takewhile
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import tyro
 
+from .checks import raise_together
 from .trainer import config
 from .trainer.config import NAMES, PretrainConfig
 from .trainer.config_io import settings_of, to_config
@@ -44,6 +46,7 @@ MORE = {
     "json": "Print the metrics, or with --dry-run the figures, as JSON.",
 }
 """Flags that are no settings."""
+NUMBERS = {int: "a whole number", float: "a number"}
 HELP = ("-h", "--help", "--help-all")
 
 
@@ -57,12 +60,13 @@ def in_order(command: Callable[..., object], words: Sequence[str]) -> list[str]:
         words: What was typed after its name.
 
     Raises:
-        ValueError: A flag of several texts took every word, and none is left for the first
-            positional parameter.
+        ValueError: Values that their flags cannot have, all at once; a flag of several texts took
+            every word, and none is left for the first positional parameter.
     """
     hints = get_type_hints(command, include_extras=True)
     first: list[str] = []
     flags: list[str] = []
+    wrong: list[str] = []
     greedy: dict[str, list[str]] = {}
     left = list(words)
     while left:
@@ -74,12 +78,14 @@ def in_order(command: Callable[..., object], words: Sequence[str]) -> list[str]:
         hint = hints.get(word.removeprefix("--").replace("-", "_"))
         if hint is not None:
             following = values_of(hint, following)
+            wrong += [refused(word, own, hint) for own in following if not fits(hint, own)]
         elif word.startswith("--no-") or "=" in word:
             following = []
         del left[: len(following)]
         flags += [word, *following]
         if len(following) > 1 and str in leaves(hint):
             greedy[word] = following
+    raise_together(*wrong)
     positional = next((name.upper() for name, hint in hints.items() if is_positional(hint)), "")
     elsewhere = {"--resume", "--config", *HELP} & {own.partition("=")[0] for own in flags}
     if positional and not first and greedy and not elsewhere:
@@ -103,11 +109,11 @@ def is_positional(hint: Any) -> bool:
 
 def values_of(hint: Any, words: list[str]) -> list[str]:
     """The words that a flag takes of those behind it, the first of them right or wrong."""
-    most, kinds = most_values(hint), leaves(hint)
+    most = most_values(hint)
     if get_origin(hint) is tuple and Ellipsis not in get_args(hint):
         return words[:most]
-    fits = takewhile(lambda own: any(can_be(kind, own) for kind in kinds), words[1:most])
-    return words[: min(1, most) + len(list(fits))]
+    more = takewhile(lambda own: fits(hint, own), words[1:most])
+    return words[: min(1, most) + len(list(more))]
 
 
 def most_values(hint: Any) -> int:
@@ -120,21 +126,35 @@ def most_values(hint: Any) -> int:
     return 1 if get_origin(hint) is Literal else max(map(most_values, parts), default=1)
 
 
-def leaves(hint: Any) -> set[Any]:
+def leaves(hint: Any) -> list[Any]:
     """The types and the literal values that a type is made of."""
-    parts = get_args(hint)
-    return set().union(*map(leaves, parts)) if parts else {hint} - {NoneType, Ellipsis}
+    parts = [part for own in get_args(hint) for part in leaves(own)] if get_args(hint) else [hint]
+    return [own for own in dict.fromkeys(parts) if own is not Ellipsis]
+
+
+def fits(hint: Any, word: str) -> bool:
+    """Whether a word can be a value of a type."""
+    return any(can_be(kind, word) for kind in leaves(hint))
 
 
 def can_be(kind: Any, word: str) -> bool:
-    """Whether a word can be a value of a type, or is a literal one."""
+    """Whether a word can be a value of a plain type, or is a literal one."""
     if kind not in (int, float):
-        return kind is str or kind == word
+        return kind is str or word == ("None" if kind is NoneType else str(kind))
     try:
         kind(word)
     except ValueError:
         return False
     return True
+
+
+def refused(flag: str, word: str, hint: Any) -> str:
+    """The error message about a value that a flag cannot have."""
+    kinds = [own for own in leaves(hint) if own is not NoneType]
+    allowed = [NUMBERS.get(own) or repr(own) for own in kinds]
+    near = get_close_matches(word, map(str, kinds), n=1)
+    perhaps = f" (perhaps {near[0]!r})" if near else ""
+    return f"{flag} is {word!r}; it must be {' or '.join(allowed)}{perhaps}"
 
 
 def base_flags(arguments: Sequence[str]) -> dict[str, object]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from io import TextIOWrapper
 from json import dumps
 from math import isfinite
@@ -20,7 +21,7 @@ import tyro
 
 from . import run_layout
 from .arguments import in_order, parse_config
-from .checks import Pages, not_installed
+from .checks import Pages, not_installed, one_of, raise_together
 from .trainer.config import PretrainConfig
 
 
@@ -364,15 +365,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given[:1] == ["pretrain"]:
             words = [word for word in given[1:] if word != "--json"]
             pretrain(parse_config(words, pretrain.__doc__ or ""), json="--json" in given)
+        elif given == ["--version"]:
+            print(version("pixel-level-contrastive-learning"))
         else:
             known = {command.__name__: command for command in COMMANDS}
-            if given and given[0] in known:
+            if given and not given[0].startswith("-"):
+                raise_together(one_of("command", given[0], known))
                 given[1:] = in_order(known[given[0]], given[1:])
             tyro.extras.subcommand_cli_from_dict(
                 known,
                 prog="pixelcl",
                 description="Pretrain a backbone at pixel level on your own images.",
-                args=given,
+                args=given or ["--help"],
                 config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes),
             )
     except ValueError as error:  # the user's mistake

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from typing import get_args, get_type_hints
 
 import pytest
@@ -130,7 +131,7 @@ def test_flags_become_settings() -> None:
         ("--size 64 RUN --nodata -1", "RUN --size 64 --nodata -1"),
         ("--size 64 96 RUN", "RUN --size 64 96"),
         ("--json RUN --layers a b", "RUN --json --layers a b"),
-        ("--protocol lineer RUN", "RUN --protocol lineer"),  # refused later
+        ("--seeds None RUN", "RUN --seeds None"),
         ("--datta x RUN", "--datta x RUN"),  # likewise
     ],
 )
@@ -143,6 +144,7 @@ def test_words_before_data_are_settings_where_they_can_be() -> None:
     config = cli.parse_config(given)
     assert (config.data, config.image_size) == (("DATA", "MORE"), 96)
     assert (config.loggers, config.seed) == (("csv",), 3)
+    assert cli.parse_config(["DATA", "--ppm-num-layers", "2"]).ppm_num_layers == 2
     layers = "--pixel-layer", "layer3", "layer2", "--config", "x"
     assert arguments.in_order(PretrainConfig, layers) == [*layers]
 
@@ -226,7 +228,9 @@ def refusal(*arguments: str, capsys: pytest.CaptureFixture[str]) -> str:
         (["--epohs", "3"], "--epochs"),
         (["--pixel-layr", "layer3"], "--pixel-layer"),
         (["--epochs", "0", "--seed", "-1"], "epochs is 0; it must be a whole number"),
-        (["--epochs", "many"], "many"),
+        (["--epochs", "many"], "--epochs is 'many'; it must be a whole number or 'auto'"),
+        (["--loss", "pixpr", "--lr", "None"], "it must be 'pixpro' or 'pixcontrast' (perhaps"),
+        (["--crop-area", "0.1"], "--crop-area"),
         (["--config", "/nowhere/x.yaml"], "cannot be read"),
         (["--recipe", "pixpro-200ep"], "must be one of 'pixpro-100ep', 'pixpro-400ep' (perhaps"),
     ],
@@ -242,7 +246,24 @@ def test_both_mistakes_are_reported(capsys) -> None:
 
 
 def test_unknown_commands_are_refused_with_the_known_ones(capsys) -> None:
-    assert "pretrain" in refusal("pretrian", "x", capsys=capsys)
+    said = refusal("pretrian", "x", capsys=capsys)
+    assert "'layers', 'demo' (perhaps 'pretrain')" in said
+
+
+def test_without_a_word_the_help_is_shown(capsys) -> None:
+    assert exit_code(()) == 0
+    assert "{pretrain,prepare," in capsys.readouterr().out
+
+
+def test_all_that_is_wrong_is_told_at_once(capsys) -> None:
+    said = refusal("evaluate", "--protocol", "lin", "RUN", "--seeds", "two", capsys=capsys)
+    assert "--protocol is 'lin'; it must be 'linear' or" in said
+    assert "--seeds is 'two'; it must be a whole number" in said
+
+
+def test_the_version_is_that_of_the_package(capsys) -> None:
+    assert exit_code(("--version",)) == 0
+    assert capsys.readouterr().out.strip() == version("pixel-level-contrastive-learning")
 
 
 def test_out_and_data_are_asked_for(capsys) -> None:
