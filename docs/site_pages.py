@@ -3,6 +3,7 @@
 `mkdocs.yml` names this file. Whatever it warns of fails ``make site``.
 """
 
+import json
 import re
 from pathlib import Path
 from posixpath import dirname, join, normpath, relpath
@@ -24,10 +25,11 @@ ELSEWHERE = {  # file of the repository, its place on the site
     "propagate.png": "propagate.png",
     "examples/pretrain_loop.py": "examples/pretrain_loop.py",
     "examples/custom_backbone.py": "examples/custom_backbone.py",
+    "notebooks/own_folder.ipynb": "notebooks/own_folder.md",
+    "notebooks/read_a_run.ipynb": "notebooks/read_a_run.md",
 }
 SOURCES = {place: source for source, place in ELSEWHERE.items()}
 TARGET = re.compile(r"(?<=\]\()(?!\w+:|#)([^)#\s]+)")  # of a Markdown link, without its anchor
-OPTIONAL = re.compile(r"<!-- if (\S+): (.*?) -->", re.DOTALL)  # a picture and what it shows
 DOCTEST = re.compile(r"^>>> (?:.+(?:\n|$))+", re.MULTILINE)
 FLAG = re.compile(r" *# doctest: .*")
 BLOCK = re.compile(r"^::: (\S+)$", re.MULTILINE)
@@ -36,8 +38,24 @@ BLOCK = re.compile(r"^::: (\S+)$", re.MULTILINE)
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Adds the pages and pictures that lie outside ``docs/``."""
     for source, place in ELSEWHERE.items():
-        files.append(File.generated(config, place, abs_src_path=str(ROOT / source)))
+        path = ROOT / source
+        if path.suffix == ".ipynb":
+            files.append(File.generated(config, source, abs_src_path=str(path)))
+            files.append(File.generated(config, place, content=as_page(path)))
+        else:
+            files.append(File.generated(config, place, abs_src_path=str(path)))
     return files
+
+
+def as_page(notebook: Path) -> str:
+    """A notebook as Markdown, below its title a link to the file."""
+    title, *cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    link = f'<a href="{notebook.name}" download>Download this notebook</a>'
+    texts = ["".join(title["source"]), link]
+    for cell in cells:
+        text = "".join(cell["source"])
+        texts.append(f"```python\n{text}\n```" if cell["cell_type"] == "code" else text)
+    return "\n\n".join(texts)
 
 
 def on_page_markdown(text: str, page: Page, config: MkDocsConfig, files: Files) -> str:  # noqa: ARG001
@@ -46,14 +64,7 @@ def on_page_markdown(text: str, page: Page, config: MkDocsConfig, files: Files) 
     source = SOURCES.get(place, f"docs/{place}")
     if place == "api.md":
         check_reference(BLOCK.findall(text))
-    text = OPTIONAL.sub(picture, text)
     return TARGET.sub(lambda found: rebased(found[1], source, place), text)
-
-
-def picture(found: re.Match[str]) -> str:
-    """The picture of ``docs/`` that a comment asks for; nothing if there is none yet."""
-    name, shows = found.groups()
-    return f"![{shows}]({name})" if (ROOT / "docs" / name).is_file() else ""
 
 
 def rebased(link: str, source: str, place: str) -> str:

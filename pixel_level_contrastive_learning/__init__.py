@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .pixel_cl import PixelCL
     from .trainer.trainer import pretrain
     from .views import View
+    from .visualization.feature_files import features
     from .visualization.report import visualize
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "View",
     "evaluate",
     "export",
+    "features",
     "load_backbone",
     "pretrain",
     "visualize",
@@ -30,6 +32,7 @@ MODULES = {
     "View": ".views",
     "evaluate": ".evaluation.evaluate",
     "export": ".backbones.export",
+    "features": ".visualization.feature_files",
     "load_backbone": ".backbones.checkpoint",
     "pretrain": ".trainer.trainer",
     "visualize": ".visualization.report",

@@ -124,6 +124,7 @@ def per_channel(name: str, values: Sequence[float] | None, channels: object) -> 
 EXTRAS = {
     "rasterio": ("rasters", "cutting TIFFs and giant pictures into tiles"),
     "openslide": ("slides", "cutting whole-slide images into tiles"),
+    "zarr": ("zarr", "writing features as a Zarr group"),
 }
 """The extra of a library that is not in ``train``, and what it is for."""
 

@@ -1,36 +1,47 @@
 """The command line: each command parses its flags, calls one function and prints the result.
 
 Exit codes: 0 success; 1 failed, such as a full disk or a missing library; 2 wrong flags, settings
-or files; 130 stopped by SIGINT (Ctrl-C); 143 stopped by SIGTERM.
+or files; 130 stopped by SIGINT (Ctrl-C); 143 stopped by SIGTERM. With `--json` standard output is
+one JSON document; messages go to standard error in any case.
 """
 
 from __future__ import annotations
 
+import os
 import sys
-from argparse import ArgumentError, ArgumentParser
 from collections.abc import Sequence
-from dataclasses import asdict
+from importlib.metadata import version
 from io import TextIOWrapper
+from json import dumps
+from math import isfinite
 from pathlib import Path
 from typing import Literal
 
 import tyro
 
 from . import run_layout
-from .checks import Pages, not_installed
+from .arguments import in_order, parse_config
+from .checks import Pages, not_installed, one_of, raise_together
 from .trainer.config import PretrainConfig
-from .trainer.config_io import settings_of, to_config
 
 
-def pretrain(config: PretrainConfig) -> None:
+def print_json(content: object) -> None:
+    """Print plain values, others as text, as one JSON document."""
+    print(dumps(content, indent=1, ensure_ascii=False, default=str, allow_nan=False))
+
+
+def pretrain(config: PretrainConfig, *, json: bool = False) -> None:
     """Pretrain a backbone on images without labels."""
     from .trainer.trainer import run
 
     result = run(config)
-    if config.dry_run:
+    if json and (config.dry_run or result.backbone is not None):
+        figures = {name: own if isfinite(own) else None for name, own in result.metrics.items()}
+        print_json({"run": None if config.dry_run else result.run_dir, "metrics": figures})
+    elif config.dry_run:
         for name, value in result.metrics.items():
             print(f"{name}: {value:.4g}")
-    if result.backbone is not None:  # on the process that writes
+    elif result.backbone is not None:  # on the process that writes
         print(f"run: {result.run_dir}")
 
 
@@ -123,6 +134,59 @@ def evaluate(
         )
 
 
+def features(
+    weights: tyro.conf.Positional[str],
+    images: tyro.conf.Positional[tuple[str, ...]],
+    out: str,
+    layer: str | None = None,
+    format: Literal["npy", "safetensors", "zarr"] = "npy",  # noqa: A002  # it names the flag
+    size: int | tuple[int, int] | None = None,
+    pca: Literal[3] | None = None,
+    device: str | None = None,
+    pages: Pages | None = None,
+    nodata: float | None = None,
+    json: bool = False,
+) -> None:
+    """Write dense features of every image of a folder; run it again to continue.
+
+    Args:
+        weights: A run, an exported file, torchvision/NAME, timm/NAME or random:MODEL.
+        images: Folders of images, text files of paths, or shards.
+        out: Folder for the features and features.json, which says what they are.
+        layer: Layer to read; by default the one that was trained.
+        format: npy and safetensors write a file an image, zarr (extra zarr) a group of arrays.
+        size: Size of the images, their shorter side or height and width.
+        pca: 3 also draws the features as pictures, by their first three principal components.
+        device: Device to compute on, such as cpu or cuda:1; by default a GPU if there is one.
+        pages: What several pages or frames in a file are, as for `pixelcl pretrain`.
+        nodata: Value of images where nothing was measured, such as -9999.
+        json: Print the content of features.json.
+    """
+    from .trainer.logging import logging_to
+    from .visualization.feature_files import PICTURES
+    from .visualization.feature_files import features as written
+
+    with logging_to(terminal=True):
+        found = written(
+            weights,
+            images,
+            out=out,
+            layer=layer,
+            format=format,
+            size=size,
+            pca=pca,
+            device=device,
+            pages=pages,
+            nodata=nodata,
+        )
+    if json:
+        print(found.to_json(), end="")
+        return
+    print(f"features: {found.folder} ({found})")
+    if pca is not None:
+        print(f"pictures: {found.folder / PICTURES}")
+
+
 def visualize(
     run: tyro.conf.Positional[str],
     images: str | None = None,
@@ -148,6 +212,7 @@ def export(
         "torchvision", "timm", "safetensors", "state-dict", "smp", "mmseg", "detectron2"
     ] = "torchvision",
     out: str | None = None,
+    json: bool = False,
 ) -> None:
     """Write a run's backbone for another library.
 
@@ -155,10 +220,15 @@ def export(
         run: Folder of the run, or its backbone.safetensors.
         format: The library that is to read it.
         out: The file to write; by default backbone-FORMAT in the run's folder.
+        json: Print what was written, which keys matched and how to load it as JSON.
     """
     from .backbones.export import export as exported
 
-    print(exported(run, format, out))
+    found = exported(run, format, out)
+    if json:
+        print_json({**found._asdict(), "report": str(found.report)})
+    else:
+        print(found)
 
 
 def prepare(
@@ -225,6 +295,7 @@ def layers(
     model: tyro.conf.Positional[str],
     image_size: int | tuple[int, int] = 224,
     channels: int = 3,
+    json: bool = False,
 ) -> None:
     """List the layers of a model that the losses can read, and the default ones.
 
@@ -232,24 +303,36 @@ def layers(
         model: torchvision/NAME, timm/NAME, or your own path/to/file.py:function.
         image_size: Side of the views in pixels, or height and width.
         channels: Channels of the images.
+        json: Print JSON instead of a table.
     """
-    from rich.console import Console
-    from rich.table import Column, Table
-
     from .backbones.factory import build_backbone, default_layers, list_layers
 
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
     net = build_backbone(model, channels=channels, image_size=size)
-    table = Table(Column("layer", overflow="fold"), "type", "stride", "channels", "cells")
-    for layer in list_layers(net, channels, size):
-        cells = f"{layer.grid[0]}x{layer.grid[1]}"
-        table.add_row(layer.name, layer.type_name, f"{layer.stride:g}", str(layer.channels), cells)
-    Console().print(table)
+    found = list_layers(net, channels, size)
+    pixel = instance = None
     try:
         pixel, instance = default_layers(net, channels, size)
         defaults = f"{pixel} for the pixel level, {instance} for the instance level"
     except ValueError as error:
         defaults = str(error)
+    if json:
+        rows = [
+            {"layer": own.name, "type": own.type_name, "stride": own.stride}
+            | {"channels": own.channels, "cells": own.grid}
+            for own in found
+        ]
+        about = {"model": model, "image_size": size, "channels": channels, "layers": rows}
+        print_json({**about, "pixel_layer": pixel, "instance_layer": instance})
+        return
+    from rich.console import Console
+    from rich.table import Column, Table
+
+    table = Table(Column("layer", overflow="fold"), "type", "stride", "channels", "cells")
+    for own in found:
+        cells = f"{own.grid[0]}x{own.grid[1]}"
+        table.add_row(own.name, own.type_name, f"{own.stride:g}", str(own.channels), cells)
+    Console().print(table)
     print(f"by default: {defaults}")
 
 
@@ -270,38 +353,7 @@ def demo(out: str = "runs/demo", steps: int = 100, overwrite: bool = False) -> N
     print(f"report: {report}")
 
 
-COMMANDS = (pretrain, prepare, evaluate, visualize, export, layers, demo)
-
-
-def base_flags(arguments: Sequence[str]) -> dict[str, object]:
-    """The flags that give other settings their defaults: a resumed run, a file, a recipe."""
-    parser = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for flag in ("--out", "--config", "--recipe"):
-        parser.add_argument(flag)
-    parser.add_argument("--resume", action="store_true")
-    try:
-        flags = vars(parser.parse_known_args(list(arguments))[0])
-    except ArgumentError:  # a flag without its value, which the parser of all flags reports
-        return {}
-    return {name: value for name, value in flags.items() if value}
-
-
-def parse_config(arguments: Sequence[str]) -> PretrainConfig:
-    """The settings from flags, and from the file, recipe or resumed run that they name."""
-    flags = base_flags(arguments)
-    base = to_config(settings_of(flags))
-    parsed = tyro.cli(
-        PretrainConfig,
-        prog="pixelcl pretrain",
-        description=pretrain.__doc__,
-        args=list(arguments),
-        default=base,
-        # With --no-X for each switch --X, which a recipe or a resumed run may have turned on.
-        config=(tyro.conf.OmitArgPrefixes,),
-    )
-    before, now = asdict(base), asdict(parsed)
-    given = {name: value for name, value in now.items() if value != before[name]}
-    return to_config(settings_of(flags | given))
+COMMANDS = (pretrain, prepare, evaluate, features, visualize, export, layers, demo)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -311,13 +363,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         if given[:1] == ["pretrain"]:
-            pretrain(parse_config(given[1:]))
+            words = [word for word in given[1:] if word != "--json"]
+            pretrain(parse_config(words, pretrain.__doc__ or ""), json="--json" in given)
+        elif given == ["--version"]:
+            print(version("pixel-level-contrastive-learning"))
         else:
+            known = {command.__name__: command for command in COMMANDS}
+            if given and not given[0].startswith("-"):
+                raise_together(one_of("command", given[0], known))
+                given[1:] = in_order(known[given[0]], given[1:])
             tyro.extras.subcommand_cli_from_dict(
-                {command.__name__: command for command in COMMANDS},
+                known,
                 prog="pixelcl",
                 description="Pretrain a backbone at pixel level on your own images.",
-                args=given,
+                args=given or ["--help"],
                 config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes),
             )
     except ValueError as error:  # the user's mistake
@@ -329,6 +388,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever reads, such as `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (RuntimeError, OSError, MemoryError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -5,13 +5,14 @@ import re
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from typing import get_args, get_type_hints
 
 import pytest
 import torch
 from torchvision import models
 
-from pixel_level_contrastive_learning import cli, load_backbone
+from pixel_level_contrastive_learning import arguments, cli, load_backbone
 from pixel_level_contrastive_learning.backbones.export import FORMATS
 from pixel_level_contrastive_learning.evaluation import evaluate, finetuning
 from pixel_level_contrastive_learning.evaluation.comparison import PROTOCOLS
@@ -32,9 +33,9 @@ FLAGS_OF_PRETRAIN = """
 FLAGS = FLAGS_OF_PRETRAIN.split()
 
 
-def help_of(*arguments: str, capsys: pytest.CaptureFixture[str]) -> str:
+def help_of(*arguments: str, flag: str = "--help", capsys: pytest.CaptureFixture[str]) -> str:
     with pytest.raises(SystemExit) as done:
-        cli.main([*arguments, "--help"])
+        cli.main([*arguments, flag])
     assert done.value.code == 0
     return capsys.readouterr().out
 
@@ -47,9 +48,26 @@ def test_the_flags_are_frozen() -> None:
     assert ["data", *(flag[2:].replace("-", "_") for flag in FLAGS)] == names
 
 
-def test_help_names_every_flag(capsys) -> None:
+def test_help_all_names_every_flag_in_groups(capsys) -> None:
+    text = help_of("pretrain", flag="--help-all", capsys=capsys)
+    assert [flag for flag in FLAGS if not re.search(f" {flag}[ \n]", text)] == []
+    _, *parts = re.split(r"^ (\w+) options +$", text, flags=re.MULTILINE)
+    groups = dict(zip(parts[::2], parts[1::2], strict=True))
+    assert list(groups) == ["run", "data", "network", "views", "loss", "training", "machine"]
+    for group, flag in (("data", "pages"), ("network", "model"), ("run", "probe"), ("run", "out")):
+        assert f" --{flag} " in groups[group]
+    told = " ".join(text.split())
+    assert "--seed INT Random seed. (default: 0)" in told
+    assert "--nodata FLOAT Value that stands where" in told
+
+
+def test_help_names_the_flags_that_matter_first(capsys) -> None:
     text = help_of("pretrain", capsys=capsys)
-    assert [flag for flag in FLAGS if not re.search(f"{flag}[ ,]", text)] == []
+    shown = [flag for flag in FLAGS if re.search(f"^ +{flag} ", text, re.MULTILINE)]
+    assert len(shown) == len(arguments.FIRST) - 1  # all but the positional data
+    assert {"--out", "--model", "--weights", "--epochs", "--resume"} <= set(shown)
+    assert "--help-all" in text
+    assert text.count("\n") < 90
 
 
 def test_help_names_every_command(capsys) -> None:
@@ -102,6 +120,47 @@ def test_flags_become_settings() -> None:
         checkpoint_every=5,
         loggers=("csv", "tensorboard"),
     )
+
+
+@pytest.mark.parametrize(
+    ("given", "in_order"),
+    [
+        ("--protocol finetune RUN --data D", "RUN --protocol finetune --data D"),
+        ("--protocol knn linear RUN OTHER --json", "RUN OTHER --protocol knn linear --json"),
+        ("--fractions 0.1 1 RUN --data=D", "RUN --fractions 0.1 1 --data=D"),
+        ("--size 64 RUN --nodata -1", "RUN --size 64 --nodata -1"),
+        ("--size 64 96 RUN", "RUN --size 64 96"),
+        ("--json RUN --layers a b", "RUN --json --layers a b"),
+        ("--seeds None RUN", "RUN --seeds None"),
+        ("--datta x RUN", "--datta x RUN"),  # likewise
+    ],
+)
+def test_flags_of_several_values_take_no_word_that_cannot_be_one(given, in_order) -> None:
+    assert arguments.in_order(cli.evaluate, given.split()) == in_order.split()
+
+
+def test_words_before_data_are_settings_where_they_can_be() -> None:
+    given = ["--image-size", "96", "DATA", "--loggers", "csv", "MORE", "--no-resume", "--seed", "3"]
+    config = cli.parse_config(given)
+    assert (config.data, config.image_size) == (("DATA", "MORE"), 96)
+    assert (config.loggers, config.seed) == (("csv",), 3)
+    assert cli.parse_config(["DATA", "--ppm-num-layers", "2"]).ppm_num_layers == 2
+    layers = "--pixel-layer", "layer3", "layer2", "--config", "x"
+    assert arguments.in_order(PretrainConfig, layers) == [*layers]
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (
+            "pretrain --pixel-layer layer3 DATA",
+            "left for DATA; put it first: DATA --pixel-layer",
+        ),
+        ("evaluate --layers layer4 RUN --data D", "left for WEIGHTS; put it first: RUN --layers"),
+    ],
+)
+def test_a_flag_of_names_that_took_all_words_is_told(given, told, capsys) -> None:
+    assert told in refusal(*given.split(), capsys=capsys)
 
 
 def test_flags_count_more_than_the_file_and_the_recipe(tmp_path) -> None:
@@ -164,18 +223,20 @@ def refusal(*arguments: str, capsys: pytest.CaptureFixture[str]) -> str:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("given", "told"),
     [
         (["--epohs", "3"], "--epochs"),
         (["--pixel-layr", "layer3"], "--pixel-layer"),
         (["--epochs", "0", "--seed", "-1"], "epochs is 0; it must be a whole number"),
-        (["--epochs", "many"], "many"),
+        (["--epochs", "many"], "--epochs is 'many'; it must be a whole number or 'auto'"),
+        (["--loss", "pixpr", "--lr", "None"], "it must be 'pixpro' or 'pixcontrast' (perhaps"),
+        (["--crop-area", "0.1"], "--crop-area"),
         (["--config", "/nowhere/x.yaml"], "cannot be read"),
         (["--recipe", "pixpro-200ep"], "must be one of 'pixpro-100ep', 'pixpro-400ep' (perhaps"),
     ],
 )
-def test_mistakes_in_flags_are_refused_with_a_hint(arguments, told, capsys) -> None:
-    assert told in refusal("pretrain", "x", "--out", "y", *arguments, capsys=capsys)
+def test_mistakes_in_flags_are_refused_with_a_hint(given, told, capsys) -> None:
+    assert told in refusal("pretrain", "x", "--out", "y", *given, capsys=capsys)
 
 
 def test_both_mistakes_are_reported(capsys) -> None:
@@ -185,7 +246,24 @@ def test_both_mistakes_are_reported(capsys) -> None:
 
 
 def test_unknown_commands_are_refused_with_the_known_ones(capsys) -> None:
-    assert "pretrain" in refusal("pretrian", "x", capsys=capsys)
+    said = refusal("pretrian", "x", capsys=capsys)
+    assert "'layers', 'demo' (perhaps 'pretrain')" in said
+
+
+def test_without_a_word_the_help_is_shown(capsys) -> None:
+    assert exit_code(()) == 0
+    assert "{pretrain,prepare," in capsys.readouterr().out
+
+
+def test_all_that_is_wrong_is_told_at_once(capsys) -> None:
+    said = refusal("evaluate", "--protocol", "lin", "RUN", "--seeds", "two", capsys=capsys)
+    assert "--protocol is 'lin'; it must be 'linear' or" in said
+    assert "--seeds is 'two'; it must be a whole number" in said
+
+
+def test_the_version_is_that_of_the_package(capsys) -> None:
+    assert exit_code(("--version",)) == 0
+    assert capsys.readouterr().out.strip() == version("pixel-level-contrastive-learning")
 
 
 def test_out_and_data_are_asked_for(capsys) -> None:
@@ -246,6 +324,44 @@ def test_layers_are_listed(capsys) -> None:
         "4x4",
     ]
     assert last == ("by default: layer3 for the pixel level, avgpool for the instance level")
+
+
+def test_layers_are_listed_as_json(capsys) -> None:
+    assert cli.main(["layers", "torchvision/resnet18", "--image-size", "64", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["pixel_layer"], told["instance_layer"]) == ("layer3", "avgpool")
+    [row] = [row for row in told["layers"] if row["layer"] == "layer3"]
+    assert row == {
+        "layer": "layer3",
+        "type": "Sequential",
+        "stride": 16,
+        "channels": 256,
+        "cells": [4, 4],
+    }
+
+
+def test_dry_run_and_export_print_json_and_nothing_else(labelled, tmp_path, capsys) -> None:
+    images = str(labelled / "images")
+    small = "--model", "torchvision/resnet18", "--image-size", "32", "--projection-hidden-size", "8"
+    start = "pretrain", images, "--out", str(tmp_path / "run"), *small, "--batch-size", "4"
+    assert cli.main([*start, "--json", "--dry-run"]) == 0
+    told = capsys.readouterr()
+    assert json.loads(told.out)["metrics"]["positive_pairs"] > 0
+    assert "a preview is in" in told.err
+    assert cli.main([*start, "--steps", "1", "--workers", "0", "--json"]) == 0
+    done = json.loads(capsys.readouterr().out)
+    assert (done["run"], done["metrics"]["step"]) == (str(tmp_path / "run"), 1)
+    assert cli.main(["export", str(tmp_path / "run"), "--format", "timm", "--json"]) == 0
+    written = json.loads(capsys.readouterr().out)
+    assert written["path"] == str(tmp_path / "run" / "backbone-timm.safetensors")
+    assert "matched 122 of 122 keys" in written["report"]
+
+
+def test_a_reader_that_has_enough_is_no_error() -> None:
+    code = f"{sys.executable} -m {PACKAGE} pretrain --help-all | head -1"
+    done = subprocess.run(code, shell=True, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("usage")
+    assert done.stderr == ""
 
 
 def test_long_names_of_layers_are_shown_whole_also_where_no_layer_is_the_default(

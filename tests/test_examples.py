@@ -1,7 +1,8 @@
-"""The examples and the README's loop run as for a reader, and leave behind what they promise."""
+"""Examples, notebooks and loops run as for a reader, and leave behind what they promise."""
 
 import ast
 import inspect
+import json
 import os
 import re
 import subprocess
@@ -25,7 +26,9 @@ from pixel_level_contrastive_learning.views import Placement, draw_maps
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+LOOP = (ROOT / "docs/loop.md").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", ROOT / "benchmarks/README.md", *sorted(ROOT.glob("docs/*.md"))]
 PYTHON = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 SHORT = "--size", "64", "--batch", "2", "--steps", "2", "--out", "net.pt"
@@ -133,18 +136,28 @@ def test_the_loop_takes_real_photographs(streets: Path, tmp_path: Path) -> None:
     assert (tmp_path / "net.pt").stat().st_size > 0
 
 
-# The README.
+@pytest.mark.filterwarnings("ignore:unclosed file")  # a picture that a notebook shows
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda own: own.stem)
+def test_a_notebook_runs_from_top_to_bottom(notebook: Path, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    cells = [cell for cell in json.loads(notebook.read_text())["cells"] if "outputs" in cell]
+    assert not any(cell["outputs"] for cell in cells)
+    for cell in cells:
+        exec("".join(cell["source"]), names)
+    found = names.get("found") or names["evaluation"]
+    assert Path("run/backbone.safetensors").exists()
+    assert "mIoU" in str(found)
 
 
-def part(title: str) -> str:
-    """A section of the README."""
-    return README.split(f"\n## {title}\n")[1].split("\n## ")[0]
+# The loops of the README and of the page about them.
 
 
-def test_the_loop_in_the_readme_leaves_weights_that_pixelcl_takes(
-    scenes, said, tmp_path, monkeypatch
+@pytest.mark.parametrize("page", [README.split("## In your own training loop")[1], LOOP])
+def test_a_loop_leaves_weights_that_pixelcl_takes(
+    page: str, scenes, said, tmp_path, monkeypatch
 ) -> None:
-    loop, card, *_ = PYTHON.findall(part("In your own training loop"))
+    loop, card = PYTHON.findall(page)[0], PYTHON.findall(LOOP)[1]
     names: dict[str, Any] = {"loader": [torch.rand(2, 3, 80, 80)] * 2}
     monkeypatch.chdir(tmp_path)
     for lines in (loop, card):
@@ -159,7 +172,7 @@ def test_the_loop_in_the_readme_leaves_weights_that_pixelcl_takes(
 
 
 def test_crops_of_small_sides_leave_images_without_pairs() -> None:
-    """What the README says to do then is the way that helps."""
+    """What the page about the loop says to do then is the way that helps."""
 
     def without_pairs(*sides: float) -> float:
         crops = Placement(ratio_range=sides)
@@ -170,7 +183,7 @@ def test_crops_of_small_sides_leave_images_without_pairs() -> None:
     default = inspect.signature(PixelCL).parameters["cutout_ratio_range"].default
     assert without_pairs(*default) == without_pairs(0.5, 1.0) == 0
     assert 0 < without_pairs(0.3, 1.0) < without_pairs(0.05, 1.0) < without_pairs(0.05, 0.8)
-    advice = " ".join(part("Is it working?").split())
+    advice = " ".join(LOOP.split("## Is it working?")[1].split())
     assert "raise the lower bound of `cutout_ratio_range` (or `--crop-area`)" in advice
 
 

@@ -9,6 +9,7 @@ from ..checks import raise_together, whole
 from ..data.sources import IMAGES
 from ..evaluation.evaluate import evaluate
 from ..evaluation.results import Evaluation
+from ..trainer.logging import logging_to
 from ..trainer.trainer import pretrain
 from ..visualization.report import visualize
 from .scenes import CLASSES_FILE, CLASSES_TEXT, save_scenes
@@ -52,7 +53,8 @@ def run_demo(out: Path, *, steps: int, overwrite: bool = False) -> tuple[Evaluat
         overwrite=overwrite,
     )
     # Views show scenes of 160 pixels as if they had 180, on average.
-    evaluation = evaluate(
-        run, data=scenes, size=180, out=run, protocol="linear", fractions=FRACTIONS
-    )
+    with logging_to(terminal=True):  # it takes as long as the training: show each result
+        evaluation = evaluate(
+            run, data=scenes, size=180, out=run, protocol="linear", fractions=FRACTIONS
+        )
     return evaluation, visualize(run, images=images / "val", out=report)

@@ -14,6 +14,7 @@ from ..backbones.checkpoint import (
     AS_HANDED,
     ZERO_INIT,
     BackboneCard,
+    Loaded,
     is_file,
     read_backbone,
 )
@@ -67,16 +68,7 @@ def line_up(weights: Sequence[str | Path], source: Source) -> tuple[list[Contend
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise ValueError(f"weights names {twice} twice; name each once")
-    found = []
-    statistics = None
-    for name in weights:
-        if is_file(name):
-            found.append(read_backbone(name))
-            continue
-        statistics = statistics or measure(source)
-        loaded = read_backbone(name, channels=statistics.channels)
-        card = replace(loaded.card, low=statistics.low, high=statistics.high)
-        found.append(loaded._replace(card=card))
+    found = read_all(weights, source)
     randoms: dict[tuple[str, int], Contender] = {}
     starts: dict[tuple[str, str], Contender] = {}
     asked: list[Contender] = []
@@ -102,6 +94,21 @@ def line_up(weights: Sequence[str | Path], source: Source) -> tuple[list[Contend
         if not name.startswith("random:"):
             asked.append(Contender(name, holding(net), card, baselines=baselines))
     return [*randoms.values(), *starts.values(), *asked], notes
+
+
+def read_all(weights: Sequence[str | Path], source: Source) -> list[Loaded]:
+    """The networks of weights; those without a run are as the images are."""
+    found = []
+    statistics = None
+    for name in weights:
+        if is_file(name):
+            found.append(read_backbone(name))
+            continue
+        statistics = statistics or measure(source)
+        loaded = read_backbone(name, channels=statistics.channels)
+        card = replace(loaded.card, low=statistics.low, high=statistics.high)
+        found.append(loaded._replace(card=card))
+    return found
 
 
 def is_random(name: str) -> bool:

@@ -328,8 +328,6 @@ def precision(name: str, value: object) -> str | None:
 
 OWN_LIMITS: Mapping[str, Check] = {
     **dict.fromkeys(("out", "config", "weights", "probe", "ids", "colours"), plain_text),
-    **dict.fromkeys(("model", "pixel_layer", "instance_layer", "optimizer"), plain_text),
-    **dict.fromkeys(("out", "config", "weights", "probe"), plain_text),
     **dict.fromkeys(("model", "instance_layer", "optimizer"), plain_text),
     "pixel_layer": text_or_texts,
     **dict.fromkeys(

@@ -106,7 +106,7 @@ def unknown_names(given: Mapping[str, Any], where: str) -> Iterator[str]:
             dashed = str(name).replace("-", "_")
             near = get_close_matches(dashed, NAMES, n=3, cutoff=0.5)
             hint = f"; perhaps {' or '.join(near)}" if near else ""
-            yield f"{where}: {name!r} is no setting{hint}; `pixelcl pretrain --help` lists them"
+            yield f"{where}: {name!r} is no setting{hint}; `pixelcl pretrain --help-all` lists them"
 
 
 def read_settings(path: Path) -> dict[str, Any]:

@@ -204,7 +204,7 @@ def pretrain(data: Any = None, out: str | Path | None = None, **settings: Any) -
         data: A folder of images, or several; a text file of paths; WebDataset shards; or a Python
             sequence of tensors, arrays or PIL images, or a torch data set.
         out: Folder of the run.
-        **settings: The settings of `PretrainConfig` by name, as `pixelcl pretrain --help` describes
+        **settings: The settings of `PretrainConfig` by name, as `pixelcl pretrain --help-all` tells
             them. ``model`` may also be a network, of which a copy is trained from the weights that
             it has, or a function that builds one; pass it again to whatever reads the run.
 

@@ -1,0 +1,258 @@
+"""The words of a command line: their order, the settings of a run in them, and its help.
+
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from argparse import ArgumentError, ArgumentParser
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, field, make_dataclass
+from difflib import get_close_matches
+from inspect import cleandoc
+from itertools import pairwise, takewhile
+from pathlib import Path
+from types import NoneType
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+import tyro
+
+from .checks import raise_together
+from .trainer import config
+from .trainer.config import NAMES, PretrainConfig
+from .trainer.config_io import settings_of, to_config
+
+GROUP_FROM = {
+    "data": "run",
+    "pages": "data",
+    "model": "network",
+    "image_size": "views",
+    "loss": "loss",
+    "batch_size": "training",
+    "workers": "machine",
+    "checkpoint_every": "run",
+}
+"""The group of settings that begins with a setting."""
+FIRST = (
+    *("data", "out", "resume", "overwrite", "dry_run", "model", "weights", "image_size", "loss"),
+    *("epochs", "batch_size", "lr", "workers", "devices", "probe"),
+)
+"""The settings that `--help` names; `--help-all` names all."""
+MORE = {
+    "help_all": "List all flags, not only those that matter first.",
+    "json": "Print the metrics, or with --dry-run the figures, as JSON.",
+}
+"""Flags that are no settings."""
+NUMBERS = {int: "a whole number", float: "a number"}
+HELP = ("-h", "--help", "--help-all")
+
+
+def in_order(command: Callable[..., object], words: Sequence[str]) -> list[str]:
+    """The words of a command with the positional ones first.
+
+    A flag of several values would take those behind it, too. It takes what can be a value of it.
+
+    Args:
+        command: The function or class whose parameters the flags are.
+        words: What was typed after its name.
+
+    Raises:
+        ValueError: Values that their flags cannot have, all at once; a flag of several texts took
+            every word, and none is left for the first positional parameter.
+    """
+    hints = get_type_hints(command, include_extras=True)
+    first: list[str] = []
+    flags: list[str] = []
+    wrong: list[str] = []
+    greedy: dict[str, list[str]] = {}
+    left = list(words)
+    while left:
+        word = left.pop(0)
+        if not is_flag(word):
+            first.append(word)
+            continue
+        following = list(takewhile(lambda own: not is_flag(own), left))
+        hint = hints.get(word.removeprefix("--").replace("-", "_"))
+        if hint is not None:
+            following = values_of(hint, following)
+            wrong += [refused(word, own, hint) for own in following if not fits(hint, own)]
+        elif word.startswith("--no-") or "=" in word:
+            following = []
+        del left[: len(following)]
+        flags += [word, *following]
+        if len(following) > 1 and str in leaves(hint):
+            greedy[word] = following
+    raise_together(*wrong)
+    positional = next((name.upper() for name, hint in hints.items() if is_positional(hint)), "")
+    elsewhere = {"--resume", "--config", *HELP} & {own.partition("=")[0] for own in flags}
+    if positional and not first and greedy and not elsewhere:
+        flag, taken = next(iter(greedy.items()))
+        raise ValueError(
+            f"{flag} took {' and '.join(map(repr, taken))}, and nothing is left for {positional}; "
+            f"put it first: {taken[-1]} {flag} {' '.join(taken[:-1])}"
+        )
+    return first + flags
+
+
+def is_flag(word: str) -> bool:
+    """Whether a word is a flag, and not a number below 0."""
+    return word.startswith("-") and len(word) > 1 and not can_be(float, word)
+
+
+def is_positional(hint: Any) -> bool:
+    """Whether the parameter of a type is given by place; the others are flags."""
+    return hasattr(hint, "__metadata__")
+
+
+def values_of(hint: Any, words: list[str]) -> list[str]:
+    """The words that a flag takes of those behind it, the first of them right or wrong."""
+    most = most_values(hint)
+    if get_origin(hint) is tuple and Ellipsis not in get_args(hint):
+        return words[:most]
+    more = takewhile(lambda own: fits(hint, own), words[1:most])
+    return words[: min(1, most) + len(list(more))]
+
+
+def most_values(hint: Any) -> int:
+    """How many words a flag of a type takes at most."""
+    parts = get_args(hint)
+    if hint is bool:
+        return 0
+    if get_origin(hint) is tuple:
+        return len(parts) if Ellipsis not in parts else sys.maxsize
+    return 1 if get_origin(hint) is Literal else max(map(most_values, parts), default=1)
+
+
+def leaves(hint: Any) -> list[Any]:
+    """The types and the literal values that a type is made of."""
+    parts = [part for own in get_args(hint) for part in leaves(own)] if get_args(hint) else [hint]
+    return [own for own in dict.fromkeys(parts) if own is not Ellipsis]
+
+
+def fits(hint: Any, word: str) -> bool:
+    """Whether a word can be a value of a type."""
+    return any(can_be(kind, word) for kind in leaves(hint))
+
+
+def can_be(kind: Any, word: str) -> bool:
+    """Whether a word can be a value of a plain type, or is a literal one."""
+    if kind not in (int, float):
+        return kind is str or word == ("None" if kind is NoneType else str(kind))
+    try:
+        kind(word)
+    except ValueError:
+        return False
+    return True
+
+
+def refused(flag: str, word: str, hint: Any) -> str:
+    """The error message about a value that a flag cannot have."""
+    kinds = [own for own in leaves(hint) if own is not NoneType]
+    allowed = [NUMBERS.get(own) or repr(own) for own in kinds]
+    near = get_close_matches(word, map(str, kinds), n=1)
+    perhaps = f" (perhaps {near[0]!r})" if near else ""
+    return f"{flag} is {word!r}; it must be {' or '.join(allowed)}{perhaps}"
+
+
+def base_flags(arguments: Sequence[str]) -> dict[str, object]:
+    """The flags that give other settings their defaults: a resumed run, a file, a recipe."""
+    parser = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for flag in ("--out", "--config", "--recipe"):
+        parser.add_argument(flag)
+    parser.add_argument("--resume", action="store_true")
+    try:
+        flags = vars(parser.parse_known_args(list(arguments))[0])
+    except ArgumentError:  # a flag without its value, which the parser of all flags reports
+        return {}
+    return {name: value for name, value in flags.items() if value}
+
+
+def parse_config(arguments: Sequence[str], about: str = "") -> PretrainConfig:
+    """The settings from flags, and from the file, recipe or resumed run that they name.
+
+    Args:
+        arguments: What was typed after `pretrain`.
+        about: What the command does, for the help.
+    """
+    if set(HELP) & set(arguments):
+        print_help(about, whole="--help-all" in arguments)
+    arguments = in_order(PretrainConfig, arguments)
+    flags = base_flags(arguments)
+    base = to_config(settings_of(flags))
+    parsed = tyro.cli(
+        PretrainConfig,
+        prog="pixelcl pretrain",
+        description=about,
+        args=arguments,
+        default=base,
+        # With --no-X for each switch --X, which a recipe or a resumed run may have turned on.
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+    before, now = asdict(base), asdict(parsed)
+    given = {name: value for name, value in now.items() if value != before[name]}
+    return to_config(settings_of(flags | given))
+
+
+def print_help(about: str, *, whole: bool) -> None:
+    """Print the settings of a run in groups, those that matter first or all; ends the program."""
+    texts, hints = setting_texts(), get_type_hints(PretrainConfig, include_extras=True)
+    groups: dict[str, list[Any]] = {}
+    group = ""
+    for name in NAMES:
+        group = GROUP_FROM.get(name, group)
+        if not whole and name not in FIRST:
+            continue
+        hint, default = hints[name], getattr(PretrainConfig, name)
+        told = default not in (None, ()) and default is not False
+        text = tyro.conf.arg(
+            help=texts[name],
+            help_behavior_hint=f"(default: {default})" if told else "",
+            metavar=None if hint is bool else metavar(hint),
+        )
+        groups.setdefault(group, []).append((name, Annotated[hint, text], field(default=default)))
+    parts: list[Any] = []
+    for name, about_it in MORE.items():
+        text = tyro.conf.arg(help=about_it, help_behavior_hint="")
+        parts.append((name, Annotated[bool, text], field(default=False)))
+    for group, settings in groups.items():
+        own = make_dataclass(group, settings, frozen=True)
+        parts.append((group, own, field(default_factory=own)))
+    tyro.cli(
+        make_dataclass("Settings", parts),
+        prog="pixelcl pretrain",
+        description=about,
+        args=["--help"],
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
+    )
+
+
+def setting_texts() -> dict[str, str]:
+    """The docstring of each setting, a line a sentence at most."""
+    found = ast.parse(Path(config.__file__).read_text(encoding="utf-8")).body
+    [settings] = (own for own in found if getattr(own, "name", "") == PretrainConfig.__name__)
+    assert isinstance(settings, ast.ClassDef)
+    return {
+        one.target.id: re.sub(r"(?<!\.)\n", " ", cleandoc(two.value.value))
+        for one, two in pairwise(settings.body)
+        if isinstance(one, ast.AnnAssign)
+        and isinstance(one.target, ast.Name)
+        and isinstance(two, ast.Expr)
+        and isinstance(two.value, ast.Constant)
+        and isinstance(two.value.value, str)
+    }
+
+
+def metavar(hint: Any) -> str:
+    """How the values of a type are written in the help."""
+    if is_positional(hint):
+        return "DATA ..."
+    if get_origin(hint) is Literal:
+        return "|".join(map(str, get_args(hint)))
+    if get_origin(hint) is tuple:
+        one, *more = map(metavar, (own for own in get_args(hint) if own is not Ellipsis))
+        return " ".join([one, *more]) if more else f"{one} ..."
+    parts = [metavar(own) for own in get_args(hint) if own is not NoneType]
+    return "|".join(parts) if parts else str(hint.__name__).upper()

@@ -1,0 +1,317 @@
+"""`features`: dense features of every image as files, and pictures of them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from hashlib import blake2b
+from importlib import import_module
+from itertools import islice
+from pathlib import Path
+from time import monotonic
+from typing import Any, Literal, NamedTuple, Self, get_args
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+
+from ..backbones.custom import Model, handing_over
+from ..backbones.state_dict import tensors_of
+from ..checks import Pages, not_installed, one_of, raise_together, size_pair
+from ..data.image import ImageError
+from ..data.loader import in_order
+from ..data.sources import Source, open_source
+from ..evaluation.baselines import random_net, read_all
+from ..evaluation.correspondence import evenly, left_out, none_left
+from ..evaluation.features import Preparation, Reader, Size, chosen_device
+from ..files import check_writable, write_whole
+from .matches import to_pil
+from .pca import Basis, pca_colours
+
+log = logging.getLogger(__name__)
+
+Format = Literal["npy", "safetensors", "zarr"]
+INDEX = "features.json"
+"""What is in the folder. What it does not name is not whole."""
+PICTURES = "pictures"
+"""Folder of the features as colours."""
+BATCH = 16
+"""Images of one size that are run at once, at most."""
+SAVED_EVERY = 10
+"""Seconds after which the index is written again: a killed process loses no more work."""
+TOLD_EVERY = 30
+"""Seconds from one line about the progress to the next."""
+MAPS_OF_BASIS, CELLS_OF_BASIS = 64, 1024
+"""Maps that the colours of all are found from, and cells of each of them."""
+
+
+class Prepared(NamedTuple):
+    """An image as the network is fed it, and the ``(height, width)`` that it has."""
+
+    pixels: Tensor
+    size: Size
+
+
+@dataclass
+class FeatureFolder:
+    """Dense features of images in a folder.
+
+    Attributes:
+        folder: The folder.
+        index: The content of its ``features.json``: ``layer``, ``channels``, ``normalisation`` and
+            so on, and ``images``, an entry for each: its ``name``, its ``file`` of features, its
+            ``size``, the size it was ``fed`` at, its ``grid`` of cells and the ``stride`` of a cell
+            in fed pixels, each ``[height, width]``.
+    """
+
+    folder: Path
+    index: dict[str, Any]
+
+    def __len__(self) -> int:
+        return len(self.index["images"])
+
+    def __str__(self) -> str:
+        return f"{len(self)} images, {self.index['layer']}, {self.index['channels']} channels"
+
+    def map(self, number: int) -> Tensor:
+        """The features ``(channels, h, w)`` float32 of an image by its place in the index."""
+        path = self.folder / self.index["images"][number]["file"]
+        if self.index["format"] == "safetensors":
+            return load_file(path)["features"]
+        array = np.load(path) if path.suffix == ".npy" else import_module("zarr").open(path)[:]
+        return torch.from_numpy(array)
+
+    def picture(self, number: int) -> Path:
+        """Where the picture of an image's features is, if it was drawn."""
+        return self.folder / PICTURES / f"{Path(self.index['images'][number]['file']).stem}.png"
+
+    def write(self, name: str, features: Tensor, image: Prepared) -> None:
+        """Write the features ``(channels, h, w)`` of an image, and note them in the index."""
+        number, kind = len(self), self.index["format"]
+        called = f"{number:06d}_{''.join(c if c.isalnum() else '_' for c in Path(name).stem)[:60]}"
+        array = features.cpu().contiguous()
+        file = f"maps.zarr/{called}" if kind == "zarr" else f"maps/{called}.{kind}"
+        if kind == "zarr":
+            group = import_module("zarr").open_group(self.folder / "maps.zarr", mode="a")
+            group.create_array(called, data=array.numpy(), overwrite=True)
+        elif kind == "npy":
+            write_whole(self.folder / file, lambda to: np.save(to, array.numpy()))
+        else:
+            write_whole(self.folder / file, save({"features": array}))
+        size, fed, grid = map(list, (image.size, image.pixels.shape[-2:], array.shape[-2:]))
+        stride = [round(a / b, 4) for a, b in zip(fed, grid, strict=True)]
+        entry = {"name": name, "file": file, "size": size, "fed": fed, "grid": grid}
+        self.index["images"].append(entry | {"stride": stride})
+
+    def save_index(self) -> None:
+        """Write the index."""
+        write_whole(self.folder / INDEX, self.to_json())
+
+    def to_json(self) -> str:
+        """The index as JSON text."""
+        return json.dumps(self.index, indent=1, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def opened(cls, folder: Path, weights: str, settings: Mapping[str, Any]) -> Self:
+        """A new folder, or what an interrupted process left of one with the same settings.
+
+        Raises:
+            ValueError: The folder holds something else.
+        """
+        path = folder / INDEX
+        if path.is_file():
+            index = json.loads(path.read_text(encoding="utf-8"))
+            wanted = json.loads(json.dumps(settings))  # with lists in place of tuples
+            if other := [name for name, value in wanted.items() if index.get(name) != value]:
+                raise ValueError(
+                    f"out is {str(folder)!r}, which holds features of another "
+                    f"{', '.join(other)}; choose another folder, or delete this one"
+                )
+            return cls(folder, index)
+        if folder.is_dir() and any(folder.iterdir()):
+            raise ValueError(
+                f"out is {str(folder)!r}, which holds something else; choose a new or empty folder"
+            )
+        return cls(folder, {"weights": weights, **settings, "images": [], "left_out": []})
+
+
+def features(
+    weights: str | Path,
+    images: Any,
+    *,
+    out: str | Path,
+    layer: str | None = None,
+    format: Format = "npy",  # noqa: A002  # it names the flag
+    size: int | Size | None = None,
+    pca: Literal[3] | None = None,
+    device: str | None = None,
+    model: Model | None = None,
+    pages: Pages | None = None,
+    nodata: float | None = None,
+) -> FeatureFolder:
+    """Dense features of every image, a file each, with an index of what they are.
+
+    The same call continues after an interruption, and adds images that are new.
+
+    Args:
+        weights: A run, a file of `save_backbone` or `export`, ``torchvision/NAME``, ``timm/NAME``
+            or ``random:MODEL``.
+        images: A folder, a list of paths and so on, as for `pretrain`.
+        out: Folder of the files: new, empty, or that of an earlier call with the same settings.
+        layer: The layer. Default: the one that was trained, else the deepest map.
+        format: ``npy`` and ``safetensors`` (in it ``features``) write a file an image, ``zarr`` a
+            group with an array an image; all ``(channels, h, w)`` float32.
+        size: What images are fed at: the shorter side in pixels, or exactly ``(height, width)``.
+            Default: 1.4 times the views of the training.
+        pca: 3 also draws each image's features as a picture: the first three principal components
+            of all images as red, green and blue.
+        device: Where to compute; default: a GPU if there is one.
+        model: As for `load_backbone`.
+        pages: What several images in a file are read as.
+        nodata: The value of images where nothing was measured.
+
+    Returns:
+        The folder, whose maps can be read.
+
+    Raises:
+        ValueError: Values out of range, no such weights, layer or images, or ``out`` holds
+            something else.
+        ModuleNotFoundError: ``zarr`` is asked for and not installed.
+        CannotWriteError: The disk is full or the like.
+    """
+    raise_together(
+        one_of("format", format, get_args(Format)),
+        None if size is None else size_pair("size", size),
+        None if pca is None else one_of("pca", pca, (3,)),
+    )
+    if format == "zarr":
+        try:
+            import_module("zarr")
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(not_installed("zarr"), name="zarr") from error
+    check_writable("out", out)
+    place = chosen_device(device)
+    source = open_source(images, leave_out=out, pages=pages, nodata=nodata)
+    with handing_over(model):
+        [(net, card, _)] = read_all([weights], source)
+        if str(weights).startswith("random:"):
+            net = random_net(card, seed=0)  # the same ones when the call is repeated
+    net.to(place)
+    reader = Reader(net, (layer and [layer]) or [card.shown_layer], card.channels, card.image_size)
+    prepare = Preparation.of(card, size, net)
+    normalisation = {name: getattr(card, name) for name in ("mean", "std", "low", "high")}
+    settings = {
+        "model": card.model,
+        "weights_digest": digest(net),
+        "layer": reader.layers[0],
+        "channels": reader.channels(),
+        "format": format,
+        "size": prepare.size,
+        "normalisation": normalisation,
+    }
+    held = FeatureFolder.opened(Path(out).expanduser(), str(weights), settings)
+    write_maps(held, source, prepare, reader)
+    if pca is not None:
+        draw_pictures(held)
+    return held
+
+
+def digest(net: nn.Module) -> str:
+    """A short text that other weights do not have."""
+    found = blake2b(digest_size=8)
+    for name, value in sorted(tensors_of(net).items()):
+        found.update(name.encode())
+        found.update(value.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def write_maps(held: FeatureFolder, source: Source, prepare: Preparation, reader: Reader) -> None:
+    """Write the features of the images that a folder lacks.
+
+    Raises:
+        ValueError: None of the images can be used.
+    """
+    done = {entry["name"] for entry in held.index["images"]}
+    names = {source.name(index): index for index in range(len(source))}
+    todo = [index for name, index in names.items() if name not in done]
+    if done:
+        log.info("%d images are done, %d are left", len(done), len(todo))
+    refused: list[dict[str, str]] = []
+    held.index["left_out"] = refused
+    saved = told = monotonic()
+    try:
+        for batch in batches(source, todo, prepare, refused):
+            maps = reader(torch.stack([image.pixels for image in batch.values()]))
+            for (name, image), own in zip(batch.items(), maps, strict=True):
+                held.write(name, own, image)
+            if monotonic() - saved > SAVED_EVERY:
+                held.save_index()
+                saved = monotonic()
+            if monotonic() - told > TOLD_EVERY:
+                log.info("%d of %d images", len(held) - len(done), len(todo))
+                told = monotonic()
+    finally:
+        if len(held):
+            held.save_index()
+    reasons = [f"{own['name']}: {own['reason']}" for own in refused]
+    if not len(held):
+        raise ValueError(none_left(reasons, prepare))
+    for note in left_out(reasons):
+        log.warning(note)
+
+
+def batches(
+    source: Source, indices: Sequence[int], prepare: Preparation, refused: list[dict[str, str]]
+) -> Iterator[dict[str, Prepared]]:
+    """Images by name, neighbours of one size together; those that cannot be used are noted."""
+
+    def read(index: int) -> Prepared | str:
+        try:
+            image = source.open(index)
+            prepare.statistics.check(image)
+            unit = prepare.in_range(image.read(prepare.shortest), source.name(index))
+        except ImageError as error:
+            return str(error)
+        return Prepared(prepare.normalised(prepare.resized(unit, image.size)), image.size)
+
+    batch: dict[str, Prepared] = {}
+    threads = os.cpu_count() or 1
+    with ThreadPoolExecutor(threads) as pool:
+        for index, image in in_order(read, indices, threads, pool):
+            name = source.name(index)
+            if isinstance(image, str):
+                refused.append({"name": name, "reason": image})
+                continue
+            first = next(iter(batch.values()), image)
+            if len(batch) == BATCH or first.pixels.shape != image.pixels.shape:
+                yield batch
+                batch = {}
+            batch[name] = image
+    if batch:
+        yield batch
+
+
+def draw_pictures(held: FeatureFolder) -> None:
+    """Draw the maps of a folder as colours that mean the same in all of them."""
+    basis = common_basis(held)
+    for number, entry in enumerate(held.index["images"]):
+        colours, _ = pca_colours(held.map(number)[None], basis)
+        picture = to_pil(interpolate(colours, entry["fed"], mode="bilinear")[0])
+        write_whole(held.picture(number), partial(picture.save, format="PNG"))
+
+
+def common_basis(held: FeatureFolder) -> Basis:
+    """The components that colours are made of, from cells of maps spread over all."""
+    cells = []
+    for number in islice(evenly(len(held), MAPS_OF_BASIS), MAPS_OF_BASIS):
+        own = held.map(number).flatten(1)
+        cells.append(own[:, :: -(-own.shape[1] // CELLS_OF_BASIS)])
+    _, basis = pca_colours(torch.cat(cells, dim=1)[None, :, :, None])
+    return basis

@@ -1,0 +1,160 @@
+"""Features as files: what is in them, and that an interruption costs nothing."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from pixel_level_contrastive_learning import cli, features
+from pixel_level_contrastive_learning.augment import IMAGENET_MEAN, IMAGENET_STD
+from pixel_level_contrastive_learning.backbones.checkpoint import read_backbone
+from pixel_level_contrastive_learning.evaluation.baselines import random_net
+from pixel_level_contrastive_learning.visualization import feature_files
+
+NET = "random:torchvision/resnet18"
+
+
+@pytest.fixture
+def images(labelled):
+    return labelled / "images" / "val"
+
+
+@pytest.mark.parametrize("kind", ["npy", "safetensors", "zarr"])
+def test_a_map_is_what_the_layer_gives_for_the_image(images, tmp_path, kind) -> None:
+    if kind == "zarr":
+        pytest.importorskip("zarr")
+    held = features(NET, images, out=tmp_path / "f", layer="layer3", format=kind, size=(64, 96))
+    assert len(held) == 4
+    pixels = torch.from_numpy(np.array(Image.open(images / "1.png"))).permute(2, 0, 1) / 255
+    pixels = nn.functional.interpolate(pixels[None], (64, 96), mode="bilinear", antialias=True)
+    mean, std = (
+        torch.tensor(held.index["normalisation"][name]).view(3, 1, 1) for name in ("mean", "std")
+    )
+    net = random_net(read_backbone(NET).card, seed=0).eval()
+    seen = []
+    net.layer3.register_forward_hook(lambda *hook: seen.append(hook[2].detach()))
+    net((pixels - mean) / std)
+    assert torch.allclose(held.map(1), seen[0][0], atol=1e-4)
+
+
+def test_the_index_says_what_the_files_are(images, tmp_path, monkeypatch) -> None:
+    held = features(NET, images, out=tmp_path / "f", size=64)
+    index = json.loads((tmp_path / "f" / "features.json").read_text())
+    assert index == json.loads(held.to_json())
+    assert (index["weights"], index["layer"], index["channels"]) == (NET, "layer4", 512)
+    assert index["normalisation"] == {
+        "mean": list(IMAGENET_MEAN),
+        "std": list(IMAGENET_STD),
+        "low": None,
+        "high": None,
+    }
+    [first, *_] = index["images"]
+    assert first["name"] == str(images / "0.png")
+    assert (first["size"], first["fed"]) == ([32, 48], [64, 96])
+    assert (first["grid"], first["stride"]) == ([2, 3], [32, 32])
+    assert np.load(tmp_path / "f" / first["file"]).shape == (512, 2, 3)
+
+
+def test_what_a_killed_process_left_half_done_is_done_again(images, tmp_path, monkeypatch) -> None:
+    """Maps are written before the index names them; after a kill some are not named, or torn."""
+    whole = features(NET, images, out=tmp_path / "whole", size=64)
+    monkeypatch.setattr(feature_files, "BATCH", 1)
+    monkeypatch.setattr(feature_files, "SAVED_EVERY", -1)
+    write, written = feature_files.FeatureFolder.write, []
+
+    def dies(held, name, *rest) -> None:
+        if len(written) == 2:  # the file of the third is torn
+            (held.folder / whole.index["images"][2]["file"]).write_bytes(b"half")
+            held.save_index = lambda: None  # a killed process runs no finally
+            raise SystemExit
+        written.append(name)
+        write(held, name, *rest)
+
+    monkeypatch.setattr(feature_files.FeatureFolder, "write", dies)
+    with pytest.raises(SystemExit):
+        features(NET, images, out=tmp_path / "killed", size=64)
+    monkeypatch.undo()
+    read = []
+    prepared = feature_files.Preparation.resized
+    monkeypatch.setattr(
+        feature_files.Preparation, "resized", lambda *own: read.append(own) or prepared(*own)
+    )
+    again = features(NET, images, out=tmp_path / "killed", size=64)
+    assert len(read) == 2
+    assert again.index["images"] == whole.index["images"]
+    for number in range(4):
+        assert again.map(number).shape == (512, 2, 3)
+
+
+def test_images_that_are_new_are_added_and_broken_ones_named(images, tmp_path, caplog):
+    features(NET, images, out=tmp_path / "f", size=64)
+    Image.new("RGB", (64, 64), "red").save(images / "00.png")
+    (images / "torn.png").write_bytes(b"no image")
+    held = features(NET, images, out=tmp_path / "f", size=64)
+    assert [entry["name"] for entry in held.index["images"]][-1] == str(images / "00.png")
+    assert len(held) == len({entry["file"] for entry in held.index["images"]}) == 5
+    [left] = held.index["left_out"]
+    assert left["name"] == str(images / "torn.png")
+    assert "left out" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"layer": "layer3"}, "another layer, channels"),
+        ({"size": 32}, "another size"),
+        ({"format": "safetensors"}, "another format"),
+        ({"weights": "random:torchvision/resnet34"}, "another model, weights_digest"),
+    ],
+)
+def test_other_settings_are_not_mixed_in(images, tmp_path, settings, named) -> None:
+    features(NET, images, out=tmp_path / "f", size=64)
+    weights = settings.pop("weights", NET)
+    with pytest.raises(ValueError, match=named):
+        features(weights, images, out=tmp_path / "f", **{"size": 64} | settings)
+
+
+def test_a_folder_of_something_else_is_left_alone(images) -> None:
+    with pytest.raises(ValueError, match="holds something else"):
+        features(NET, images, out=images.parent)
+    (images.parent / "bad").mkdir()
+    (images.parent / "bad" / "a.png").write_bytes(b"no")
+    with pytest.raises(ValueError, match="none of the 1 images looked at"):
+        features(NET, images.parent / "bad", out=images.parent / "f")
+    assert not (images.parent / "f").exists()
+
+
+def test_colours_mean_the_same_in_all_pictures(images, tmp_path, capsys) -> None:
+    """Two images of one colour become pictures of one colour, and another image of another."""
+    for number, colour in enumerate(("red", "red", "blue")):
+        Image.new("RGB", (64, 64), colour).save(images / f"{number}.png")
+    (images / "3.png").unlink()
+    out = tmp_path / "f"
+    words = "features", NET, images, "--out", out, "--pca", 3, "--size", 64, "--layer", "layer3"
+    assert cli.main([str(word) for word in words]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"features: {out} (3 images, layer3, 256 channels)",
+        f"pictures: {out / 'pictures'}",
+    ]
+    one, two, other = (np.array(Image.open(own)) for own in sorted((out / "pictures").iterdir()))
+    assert one.shape == (64, 64, 3)
+    assert (one == two).all()
+    assert abs(one.astype(int) - other).max() > 60
+
+
+def test_zarr_is_asked_for_where_it_is_missing(images, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "zarr", None)
+    words = "features", NET, images, "--out", tmp_path / "f", "--format", "zarr"
+    assert cli.main([str(word) for word in words]) == 1
+    assert "pip install 'pixel-level-contrastive-learning[zarr]'" in capsys.readouterr().err
+
+
+def test_the_index_is_all_that_json_prints(images, tmp_path, capsys) -> None:
+    words = "features", NET, images, "--out", tmp_path / "f", "--json"
+    assert cli.main([str(word) for word in words]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == json.loads((tmp_path / "f" / "features.json").read_text())
