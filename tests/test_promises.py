@@ -4,7 +4,7 @@ import copy
 import io
 import random
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -329,13 +329,6 @@ def test_a_batch_of_one_is_refused_in_train_mode_with_what_to_do(part) -> None:
 # 8. The backbone may be converted, compiled or wrapped later.
 
 
-@pytest.fixture
-def _fresh_compiler() -> Iterator[None]:
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
-
-
 def to_sync_batch_norm(learner: PixelCL) -> None:
     nn.SyncBatchNorm.convert_sync_batchnorm(learner)
     assert isinstance(learner.net.norm, nn.SyncBatchNorm)
@@ -372,7 +365,7 @@ changes = pytest.mark.parametrize(
         wrap_in_data_parallel,
     ],
 )
-compiling = pytest.mark.usefixtures("_fresh_compiler")
+compiling = pytest.mark.usefixtures("fresh_compiler")
 quiet = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 
 
