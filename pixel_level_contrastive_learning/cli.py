@@ -97,30 +97,12 @@ def evaluate(
         colours: File that names the class of each colour in the masks, one a line: 128 0 0 road.
         json: Print the content of evaluation.json instead of a table.
     """
+    given = {name: value for name, value in locals().items() if name != "json"}
     from .evaluation.evaluate import evaluate as evaluated
     from .trainer.logging import logging_to
 
     with logging_to(terminal=True):  # fine-tuning takes a while: show each network's result
-        result = evaluated(
-            weights,
-            data=data,
-            images=images,
-            protocol=protocol,
-            layers=layers,
-            fraction=fraction,
-            fractions=fractions,
-            seeds=seeds,
-            seed=seed,
-            size=size,
-            split=split,
-            steps=steps,
-            out=out,
-            device=device,
-            pages=pages,
-            nodata=nodata,
-            ids=ids,
-            colours=colours,
-        )
+        result = evaluated(**given)
     if json:
         print(result.to_json(), end="")
         return
@@ -162,23 +144,13 @@ def features(
         nodata: Value of images where nothing was measured, such as -9999.
         json: Print the content of features.json.
     """
+    given = {name: value for name, value in locals().items() if name != "json"}
     from .trainer.logging import logging_to
     from .visualization.feature_files import PICTURES
     from .visualization.feature_files import features as written
 
     with logging_to(terminal=True):
-        found = written(
-            weights,
-            images,
-            out=out,
-            layer=layer,
-            format=format,
-            size=size,
-            pca=pca,
-            device=device,
-            pages=pages,
-            nodata=nodata,
-        )
+        found = written(**given)
     if json:
         print(found.to_json(), end="")
         return
@@ -268,26 +240,12 @@ def prepare(
         mpp: Size of a tile's pixels, in place of a level: micrometres, or metres of a map.
         keep_empty: Keep tiles that hold nothing but nodata or plain background.
     """
+    given = dict(locals())
     from .data.shard_writer import write_shards
     from .trainer.logging import logging_to
 
     with logging_to(terminal=True):
-        report = write_shards(
-            data,
-            out,
-            max_side=max_side,
-            quality=quality,
-            images_each=images_each,
-            max_broken=max_broken,
-            workers=workers,
-            pages=pages,
-            nodata=nodata,
-            tile=tile,
-            overlap=overlap,
-            level=level,
-            mpp=mpp,
-            keep_empty=keep_empty,
-        )
+        report = write_shards(**given)
     print(report)
 
 

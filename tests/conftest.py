@@ -44,6 +44,14 @@ def no_waiting() -> Callable[[], AbstractContextManager[None]]:
 
 
 @pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """A compiler that remembers nothing, before and after."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.fixture
 def streets() -> Path:
     """A folder of real street scenes: images/{train,val}, masks/{train,val}."""
     folder = SHARED / "data" / "camvid"

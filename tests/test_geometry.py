@@ -121,25 +121,22 @@ def test_convention_the_larger_of_two_cells_is_the_unit(threshold, matches) -> N
 
 
 @pytest.mark.parametrize(
-    ("mirrored", "flipped", "swapped"),
-    [(True, False, [1]), (False, True, [0]), (True, True, [0, 1])],
-    ids=["left-right", "up-down", "both"],
+    ("size", "grid", "laid", "turn"),
+    [
+        ((8, 12), (2, 4), {"mirrored": True}, lambda cells: cells.flip(1)),
+        ((8, 12), (2, 4), {"flipped": True}, lambda cells: cells.flip(0)),
+        ((8, 12), (2, 4), {"mirrored": True, "flipped": True}, lambda cells: cells.flip(0, 1)),
+        # Turned clockwise, the view's top row runs down the image's right edge.
+        ((8, 8), (3, 3), {"degrees": 90}, torch.rot90),
+    ],
+    ids=["left-right", "up-down", "both", "a quarter"],
 )
-def test_flipped_views_match_at_flipped_cells(mirrored, flipped, swapped) -> None:
-    here = reference.view_map((8, 12))[None]
-    there = reference.view_map((8, 12), mirrored=mirrored, flipped=flipped)[None]
-    order = torch.arange(8).view(2, 4).flip(swapped).flatten()
-    mask = positive_mask(here, there, (2, 4), (2, 4), 0.5)
-    assert torch.equal(mask, torch.eye(8)[:, order].bool()[None])
-
-
-def test_a_view_turned_by_a_quarter_matches_at_turned_cells() -> None:
-    # Turned clockwise, the view's top row runs down the image's right edge.
-    here = reference.view_map((8, 8))[None]
-    there = reference.view_map((8, 8), degrees=90)[None]
-    order = torch.arange(9).view(3, 3).rot90(1).flatten()
-    mask = positive_mask(here, there, (3, 3), (3, 3), 0.5)
-    assert torch.equal(mask, torch.eye(9)[:, order].bool()[None])
+def test_flipped_and_turned_views_match_at_such_cells(size, grid, laid, turn) -> None:
+    here, there = (reference.view_map(size, **own)[None] for own in ({}, laid))
+    count = math.prod(grid)
+    order = turn(torch.arange(count).view(grid)).flatten()
+    mask = positive_mask(here, there, grid, grid, 0.5)
+    assert torch.equal(mask, torch.eye(count)[:, order].bool()[None])
 
 
 # Against the slow loops.

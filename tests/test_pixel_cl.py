@@ -3,7 +3,7 @@
 import copy
 import inspect
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -624,14 +624,6 @@ def test_two_halves_of_a_batch_add_up_to_the_whole(settings) -> None:
 # Compiling.
 
 
-@pytest.fixture
-def dynamo() -> Iterator[None]:
-    """A compiler that remembers nothing, before and after."""
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
-
-
 def steps(learner: PixelCL, forward: Any, count: int) -> list[Tensor]:
     """The losses of a short run in float64, each on a batch of its own."""
     opt = torch.optim.SGD(trained(learner), lr=0.1)
@@ -646,7 +638,7 @@ def steps(learner: PixelCL, forward: Any, count: int) -> list[Tensor]:
     return losses
 
 
-@pytest.mark.usefixtures("dynamo")
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's
 @pytest.mark.parametrize(
     ("backend", "settings", "entries"),

@@ -4,13 +4,13 @@ import copy
 import io
 import random
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from small_nets import overlapping_views
+from small_nets import Calls, SmallNet, overlapping_views
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torchvision import models
@@ -18,31 +18,18 @@ from torchvision import models
 from pixel_level_contrastive_learning import PixelCL, View
 
 
-class Net(nn.Module):
-    """A small network with batch norm, dropout, an activation in place and a head.
+def draw(_: nn.Module, x: Tensor) -> Tensor:
+    """Some noise on a map."""
+    return x + torch.rand(()) + torch.rand_like(x)
 
-    Args:
-        channels: Channels of the images.
-        noisy: Whether it draws random numbers wherever it can.
-    """
+
+class Net(SmallNet):
+    """A small network whose deep layer is a block; a noisy one draws random numbers there."""
 
     def __init__(self, channels: int = 3, noisy: bool = False) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(channels, 8, 8, 8)
-        self.norm = nn.BatchNorm2d(8)
-        self.act = nn.ReLU(inplace=True)
-        self.drop = nn.Dropout(0.5 if noisy else 0.0)
-        self.deep = nn.Sequential(nn.Conv2d(8, 12, 2, 2), nn.Tanh())
-        self.pool = nn.AdaptiveAvgPool2d(1)
-        self.head = nn.Linear(12, 5)
-        self.noisy = noisy
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.act(self.norm(self.stem(x)))
-        if self.noisy:
-            x = x + torch.rand(()) + torch.rand_like(x)
-        x = self.deep(self.drop(x))
-        return self.head(self.pool(x).flatten(1))
+        super().__init__(channels)
+        noise = (nn.Dropout(0.5), Calls(draw)) if noisy else ()
+        self.deep = nn.Sequential(self.deep, nn.Tanh(), *noise)
 
 
 def learner_of(net: nn.Module, **settings: Any) -> PixelCL:
@@ -329,13 +316,6 @@ def test_a_batch_of_one_is_refused_in_train_mode_with_what_to_do(part) -> None:
 # 8. The backbone may be converted, compiled or wrapped later.
 
 
-@pytest.fixture
-def _fresh_compiler() -> Iterator[None]:
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
-
-
 def to_sync_batch_norm(learner: PixelCL) -> None:
     nn.SyncBatchNorm.convert_sync_batchnorm(learner)
     assert isinstance(learner.net.norm, nn.SyncBatchNorm)
@@ -372,7 +352,7 @@ changes = pytest.mark.parametrize(
         wrap_in_data_parallel,
     ],
 )
-compiling = pytest.mark.usefixtures("_fresh_compiler")
+compiling = pytest.mark.usefixtures("fresh_compiler")
 quiet = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 
 

@@ -51,21 +51,13 @@ them, one trained without any change of colour 0.75, random weights all."""
 
 
 class Correspondence(NamedTuple):
-    """How often cells of one view find their spot in the other.
+    """How often cells of one view find their spot in the other."""
 
-    Attributes:
-        hit1: Share of cells whose most similar cell of the other view is a true positive.
-        hit_near: Share of them whose most similar cell lies within two cells of the right spot.
-        chance: What `hit1` would be if the match were drawn blindly.
-        chance_near: What `hit_near` would be.
-        cells: Cells that were asked: those that see a spot which the other view sees as well.
-    """
-
-    hit1: float
-    hit_near: float
-    chance: float
-    chance_near: float
-    cells: int
+    hit1: float  # share of cells whose most similar cell of the other view is a true positive
+    hit_near: float  # share of them whose most similar cell lies within two cells of the right spot
+    chance: float  # what hit1 would be if the match were drawn blindly
+    chance_near: float  # what hit_near would be
+    cells: int  # cells that were asked: those that see a spot which the other view sees as well
 
 
 class ViewPairs(NamedTuple):

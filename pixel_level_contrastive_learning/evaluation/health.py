@@ -23,15 +23,10 @@ thirty times its learning rate 1.21 to 1.25."""
 
 
 class Gauge(NamedTuple):
-    """The two figures of health, plain numbers.
-
-    Attributes:
-        spread: See `spread`.
-        effective_rank: See `effective_rank`, of features scaled to length 1.
-    """
+    """The two figures of health, plain numbers."""
 
     spread: float
-    effective_rank: float
+    effective_rank: float  # of features scaled to length 1
 
 
 def gauge(features: Tensor) -> Gauge:

@@ -30,14 +30,10 @@ class Curvature(NamedTuple):
 
     Features vary a hundred thousand times more along some directions than along others; in
     coordinates in which all are alike, L-BFGS needs a fifth of the steps.
-
-    Attributes:
-        values: ``(c,)``, at least 0.
-        vectors: ``(c, c)``, one a column.
     """
 
-    values: Tensor
-    vectors: Tensor
+    values: Tensor  # (c,), at least 0
+    vectors: Tensor  # (c, c), one a column
 
     @classmethod
     def of(cls, cells: Tensor) -> Self:

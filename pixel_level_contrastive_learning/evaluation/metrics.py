@@ -25,15 +25,10 @@ CACHE_BYTES = 2**31
 
 
 class PreparedSample(NamedTuple):
-    """An image as a network is fed it, before normalisation, and its mask.
+    """An image as a network is fed it, before normalisation, and its mask."""
 
-    Attributes:
-        pixels: ``(c, h, w)`` float32 in [0, 1].
-        mask: ``(height, width)`` uint8 class ids, `IGNORED` where nothing is known.
-    """
-
-    pixels: Tensor
-    mask: Tensor
+    pixels: Tensor  # (c, h, w) float32 in [0, 1]
+    mask: Tensor  # (height, width) uint8 class ids, IGNORED where nothing is known
 
 
 class SampleCache(dict[Path, PreparedSample]):
@@ -118,17 +113,11 @@ class PreparedSplit:
 
 
 class Batch(NamedTuple):
-    """Some images of one size, ready for a network, and their masks.
+    """Some images of one size, ready for a network, and their masks."""
 
-    Attributes:
-        pixels: ``(b, c, h, w)`` float, normalised.
-        masks: Each ``(height, width)`` uint8, at its own size.
-        indices: Where they stand in their split.
-    """
-
-    pixels: Tensor
-    masks: list[Tensor]
-    indices: list[int]
+    pixels: Tensor  # (b, c, h, w) float, normalised
+    masks: list[Tensor]  # each (height, width) uint8, at its own size
+    indices: list[int]  # where they stand in their split
 
 
 def batches(split: PreparedSplit, size: int = 16) -> Iterator[Batch]:
@@ -149,17 +138,11 @@ def batches(split: PreparedSplit, size: int = 16) -> Iterator[Batch]:
 
 
 class Scores(NamedTuple):
-    """How good predictions are, each figure in [0, 1].
+    """How good predictions are, each figure in [0, 1]."""
 
-    Attributes:
-        miou: Mean IoU over the classes that are in the masks or were predicted.
-        accuracy: Share of pixels that are right.
-        iou: IoU of each class; NaN of a class that is neither in the masks nor predicted.
-    """
-
-    miou: float
-    accuracy: float
-    iou: tuple[float, ...]
+    miou: float  # over the classes that are in the masks or were predicted
+    accuracy: float  # share of pixels that are right
+    iou: tuple[float, ...]  # of each class; NaN of one that is neither in the masks nor predicted
 
 
 class Scored(NamedTuple):

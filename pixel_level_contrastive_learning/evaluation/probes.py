@@ -63,17 +63,11 @@ def class_shares(mask: Tensor, grid: tuple[int, int], classes: int) -> Tensor:
 
 
 class FeatureBank(NamedTuple):
-    """Cells of images that are kept.
+    """Cells of images that are kept."""
 
-    Attributes:
-        cells: ``(n, c)`` float32 features.
-        shares: ``(n, classes)`` float32, see `class_shares`; no row is all zero.
-        first_held: The row where the images begin that choose the strength, see `held_out_last`.
-    """
-
-    cells: Tensor
-    shares: Tensor
-    first_held: int
+    cells: Tensor  # (n, c) float32 features
+    shares: Tensor  # (n, classes) float32, see class_shares; no row is all zero
+    first_held: int  # the row where the images begin that choose the strength, see held_out_last
 
     def to(self, device: torch.device) -> Self:
         """The bank on another device."""
@@ -224,19 +218,12 @@ def cell_iou(weights: Tensor, cells: Tensor, shares: Tensor) -> float:
 
 
 class Voting(NamedTuple):
-    """How the nearest training cells vote.
+    """How the nearest training cells vote."""
 
-    Attributes:
-        neighbours: How many vote.
-        temperature: Cosines are divided by it before votes are weighed by their exponential.
-        most_cells: Training cells that neighbours are looked for among, drawn of all.
-        centred: Whether the mean of the training cells is taken out of all features.
-    """
-
-    neighbours: int
-    temperature: float
-    most_cells: int
-    centred: bool
+    neighbours: int  # how many vote
+    temperature: float  # cosines are divided by it before votes are weighed by their exponential
+    most_cells: int  # training cells that neighbours are looked for among, drawn of all
+    centred: bool  # whether the mean of the training cells is taken out of all features
 
 
 KNN = Voting(20, 0.07, 2**15, centred=True)
@@ -271,20 +258,12 @@ def neighbour_classifier(bank: FeatureBank, voting: Voting = KNN, seed: int = 0)
 
 
 class ProbeTask(NamedTuple):
-    """A probe to fit.
+    """A probe to fit; of clusters to the images that are scored, whose masks name the clusters."""
 
-    Attributes:
-        protocol: ``linear``, ``knn``, ``hummingbird`` or ``clusters``.
-        train: What is learnt from; of ``clusters`` the images that are scored, whose masks serve
-            to name the clusters.
-        layers: The layers it reads.
-        clusters: How many there are.
-    """
-
-    protocol: str
-    train: PreparedSplit
-    layers: tuple[str, ...]
-    clusters: int = 0
+    protocol: str  # linear, knn, hummingbird or clusters
+    train: PreparedSplit  # what is learnt from
+    layers: tuple[str, ...]  # which it reads
+    clusters: int = 0  # how many there are
 
     def fit(self, bank: FeatureBank, seed: int) -> Classifier:
         """The classifier; a linear one standardises the bank in place."""

@@ -265,7 +265,7 @@ def test_a_channel_that_changes_only_later_has_no_say() -> None:
     dice = torch.Generator().manual_seed(0)
     classes = torch.arange(200) % 2
     own = classes[:, None] + 0.1 * torch.randn(200, 4, generator=dice)
-    cells = torch.cat([own, torch.full((200, 1), 0.7)], dim=1)
+    cells = torch.cat([own, 0.7 + 6e-8 * classes[:, None]], dim=1)  # one bit apart
     classify = linear_classifier(FeatureBank(cells.clone(), one_hot(classes, 2).float(), 160))
     cells[:, 4] += 0.5
     assert torch.equal(classify(cells).argmax(1), classes)

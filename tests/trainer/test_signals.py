@@ -83,7 +83,7 @@ def test_only_the_process_that_writes_has_the_code_of_a_signal(monkeypatch) -> N
     stop = StopSignal()
     stop.number = signal.SIGTERM
     monkeypatch.setenv("LOCAL_RANK", "1")
-    with pytest.raises(Interrupted, match="^0$"):
+    with pytest.raises(Interrupted, match=r"^0$"):
         stop.exit_if_received()
 
 

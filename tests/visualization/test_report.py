@@ -4,7 +4,7 @@ import json
 import os
 import re
 import shutil
-from dataclasses import replace
+from dataclasses import fields, replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -292,19 +292,7 @@ def test_a_broken_evaluation_is_named(run_maker, tmp_path) -> None:
 
 def bare(**given: object) -> Report:
     """A report of nothing but these parts."""
-    parts = dict.fromkeys(
-        (
-            "networks",
-            "gallery",
-            "charts",
-            "evaluations",
-            "label_curve",
-            "predictions",
-            "pairs",
-            "steps",
-        ),
-        (),
-    )
+    parts = {own.name: () for own in fields(Report)}
     held = {"name": "", "facts": {}, "verdict": RunVerdict(True, "", "", []), "settings": {}}
     return Report(**parts | held | {"threshold": 0.7, "version": ""} | given)
 
