@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from ..checks import Pages
-from .decoding import open_image
-from .image import ImageError, LazyImage, without_value
+from .image import ImageError, LazyImage
 from .masks import IGNORED as IGNORED
 from .masks import (
     MASK_SUFFIXES,
@@ -26,8 +25,16 @@ from .masks import (
     read_coding,
     read_mask,
 )
-from .pages import read_bytes, settle_pages
-from .sources import IMAGES, MASKS, FileSource, find_files, no_image_message
+from .pages import settle_pages
+from .sources import (
+    IMAGES,
+    MASKS,
+    FileSource,
+    NodataSource,
+    Source,
+    find_files,
+    no_image_message,
+)
 
 SHOWN_PROBLEMS = 5
 """Wrong masks that an error lists; it counts the rest."""
@@ -60,25 +67,28 @@ class SegmentationDataset:
     """One split of a folder of images and masks.
 
     Attributes:
-        images: Its images, sorted by name, without those of which nothing is known.
+        source: All images of the split, sorted by name.
+        indices: Those of it that are meant, without those of which nothing is known.
         masks: Their masks.
         classes: The names of the classes, by id.
         folder: What names are relative to.
         coding: How the values of the masks become ids.
-        nodata: The value that stands in images where nothing was measured, beside NaN.
-        merged: Which image of a file is read where it holds several, see `PagedFiles`.
     """
 
-    images: tuple[Path, ...]
+    source: Source
+    indices: tuple[int, ...]
     masks: tuple[Path, ...]
     classes: tuple[str, ...]
     folder: Path
     coding: MaskCoding = PLAIN
-    nodata: float | None = None
-    merged: Mapping[Path, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.indices)
+
+    @property
+    def images(self) -> tuple[Path, ...]:
+        """Where the images lie."""
+        return tuple(Path(self.source.name(index)) for index in self.indices)
 
     def name(self, index: int) -> str:
         """The image's path below the split's folder."""
@@ -106,17 +116,16 @@ class SegmentationDataset:
 
     def open(self, index: int) -> LazyImage:
         """An image, not yet decoded; a `ValueError` names it where that cannot be."""
-        path = self.images[index]
         try:
-            image = open_image(read_bytes(str(path)), self.merged.get(path))
+            return self.source.open(self.indices[index])
         except ImageError as error:
+            path = self.images[index]
             raise ValueError(f"{path} cannot be read: {error}; replace or remove it") from error
-        return image if self.nodata is None else without_value(image, self.nodata)
 
     def subset(self, indices: Sequence[int]) -> SegmentationDataset:
         """Some of the images, in the order given."""
-        images, masks = (tuple(paths[i] for i in indices) for paths in (self.images, self.masks))
-        return replace(self, images=images, masks=masks)
+        kept = tuple(self.indices[i] for i in indices)
+        return replace(self, indices=kept, masks=tuple(self.masks[i] for i in indices))
 
     def share(self, fraction: float, seed: int) -> SegmentationDataset:
         """A share of the images, at least one, drawn by a seed; a larger share holds a smaller."""
@@ -159,9 +168,19 @@ def open_labelled(
     names = read_classes(folder / "classes.txt")
     coding, named = read_coding(ids, colours, names)
     names = names or named
-    opened = [open_split(folder, split, names or (), coding) for split in splits]
-    merged = merge_pages([path for split in opened for path in split.images], pages)
-    opened = [replace(split, merged=merged, nodata=nodata) for split in opened]
+    found_files = [find_split(folder, split) for split in splits]
+    merge_pages([files for files, _ in found_files], pages)
+    opened = [
+        SegmentationDataset(
+            files if nodata is None else NodataSource(files, nodata),
+            tuple(range(len(files))),
+            masks,
+            names or (),
+            folder / IMAGES / split,
+            coding,
+        )
+        for split, (files, masks) in zip(splits, found_files, strict=True)
+    ]
     problems: list[str] = []
     palettes, count = Palettes(), len(names) if names else IGNORED
     found = [check_masks(split, count, palettes, problems) for split in opened]
@@ -190,23 +209,20 @@ def open_labelled(
     ]
 
 
-def merge_pages(paths: Sequence[Path], pages: Pages | None) -> dict[Path, int]:
-    """Which image is read of files that hold several, since a mask belongs to one image."""
-    source = FileSource(list(map(str, paths)))
-    settle_pages([source], pages)
-    for file, images in source.split.items():
-        raise ValueError(
-            f"{paths[file]} holds {images} images, and its mask belongs to one; read them as "
-            "channels or the first alone (--pages channels, --pages first), or write each to a "
-            "file of its own with a mask"
-        )
-    return {paths[file]: image for file, image in source.merged.items()}
+def merge_pages(sources: Sequence[FileSource], pages: Pages | None) -> None:
+    """Decide what files of several images are read as: one image, since a mask belongs to one."""
+    settle_pages(sources, pages)
+    for source in sources:
+        for file, images in source.split.items():
+            raise ValueError(
+                f"{source.file_name(file)} holds {images} images, and its mask belongs to one; "
+                "read them as channels or the first alone (--pages channels, --pages first), or "
+                "write each to a file of its own with a mask"
+            )
 
 
-def open_split(
-    folder: Path, split: str, classes: tuple[str, ...], coding: MaskCoding
-) -> SegmentationDataset:
-    """One split, its masks not yet checked."""
+def find_split(folder: Path, split: str) -> tuple[FileSource, tuple[Path, ...]]:
+    """The images of one split and their masks, none of them looked at yet."""
     images, masks = folder / IMAGES / split, folder / MASKS / split
     for place in (images, masks):
         if not place.is_dir():
@@ -230,7 +246,7 @@ def open_split(
             f"_mask after it, and end in {', '.join(MASK_SUFFIXES)}, so write them, or remove "
             "those images"
         )
-    return SegmentationDataset(files, tuple(filter(None, own)), classes, images, coding)
+    return FileSource(paths), tuple(filter(None, own))
 
 
 def read_classes(path: Path) -> tuple[str, ...] | None:

@@ -14,6 +14,7 @@ from pixel_level_contrastive_learning.data.segmentation import (
     open_labelled,
     read_classes,
 )
+from pixel_level_contrastive_learning.data.sources import open_source
 
 
 def write(path, ids, mode=None) -> None:
@@ -216,9 +217,8 @@ def test_another_size_is_refused(labelled) -> None:
         f"{path} is 48x32 pixels (height x width), but its image 32x48; it looks turned by 90 "
         "degrees; write it at the image's size, enlarging to the nearest pixel so that ids stay ids"
     )
-    train = SegmentationDataset(
-        (labelled / "images/train/1.png",), (path,), ("a", "b"), labelled / "images"
-    )
+    source = open_source(labelled / "images/train/1.png")
+    train = SegmentationDataset(source, (0,), (path,), ("a", "b"), labelled / "images")
     with pytest.raises(ValueError, match="is 48x32 pixels"):
         train.read(0)
 
