@@ -16,8 +16,8 @@ from torch import Tensor
 from .decoding import NPY, TIFF
 from .image import ImageError
 from .orientation import ORIENTATION_TAG, PNG, orientation_of, split_png, turn_array
-from .pages import read_bytes
 from .picture import open_by_pillow
+from .reading import read_bytes
 from .tiff import opened_tiff, photometric_of, tiff_images
 
 IGNORED = 255

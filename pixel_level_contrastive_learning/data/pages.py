@@ -7,11 +7,11 @@ tell whether a file may hold several; only such files are looked through.
 from __future__ import annotations
 
 import logging
-import os
-import stat
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
+from functools import partial
 from struct import unpack
 from types import MappingProxyType
 from typing import IO, NamedTuple
@@ -21,9 +21,10 @@ from torch import Tensor
 
 from ..checks import Pages
 from .decoding import TIFF, open_image, stack_in
-from .image import ALL, CUT, MAX_BYTES, MOST_JOINED, ImageError, LazyImage, Stack, to_array_file
+from .image import ALL, MOST_JOINED, ImageError, LazyImage, Stack, to_array_file
 from .orientation import PNG
 from .picture import AVIF, JPEG
+from .reading import in_time, open_regular, read_bytes
 
 log = logging.getLogger(__name__)
 
@@ -38,8 +39,6 @@ WEBP_ANIMATION = 2
 """The bit of a WebP's flags that announces frames."""
 MOST_TAGS, LONGEST_DESCRIPTION = 4096, 2**16
 """What is looked at of the first page of a TIFF, at most."""
-NO_WAITING = getattr(os, "O_NONBLOCK", 0)
-"""A flag with which the opening of a named pipe does not wait for somebody to write to it."""
 DESCRIPTION_TAG, UIC_TAG = 270, 33629
 PLANES_DESCRIBED = (b"images=", b"truncated", b"<OME")
 """In the description of a TIFF's page: it may hold several planes."""
@@ -117,33 +116,6 @@ def tiff_may_hold_several(file: IO[bytes], start: int, head: bytes) -> bool:
             description = file.read(min(length, LONGEST_DESCRIPTION))
             return any(word in description for word in PLANES_DESCRIBED)
     return False
-
-
-def open_regular(path: str) -> IO[bytes]:
-    """A file, opened for reading.
-
-    Raises:
-        OSError: It cannot be opened.
-        ImageError: It is a pipe, a socket or a device, which may never end.
-    """
-    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | NO_WAITING))  # noqa: SIM115
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
-        raise ImageError("a pipe, a socket or a device, which is no file")
-    return file
-
-
-def read_bytes(path: str, offset: int = 0, length: int = -1) -> bytes:
-    """A file, or a part of it."""
-    try:
-        with open_regular(path) as file:
-            size = os.fstat(file.fileno()).st_size
-            if length < 0 and size > MAX_BYTES:
-                raise ImageError(f"a file of {size / 2**30:.1f} GiB; {CUT}")
-            file.seek(offset)
-            return file.read(length)
-    except OSError as error:
-        raise ImageError(error.strerror or type(error).__name__) from error
 
 
 class Place(NamedTuple):
@@ -227,16 +199,16 @@ class PagedFiles:
         file, image = self.locate(index)
         if image is None:
             return open_image(self.file_content(file))
-        return open_image(self.stacked(file), image)
+        content = self.stacked(file)
+        if isinstance(content, bytes):
+            return open_image(content, image)
+        opened = in_time(partial(open_image, content, image), content)
+        return replace(opened, load=lambda scale: in_time(partial(opened.load, scale), content))
 
     def stacked(self, file: int) -> bytes | str:
         """A file with several images, as `open_image` takes it: a TIFF is not read as a whole."""
         path, offset, _ = place = self.place(file)
-        if offset == 0:
-            with open_regular(path) as opened:
-                if opened.read(4) in TIFF:
-                    return path
-        return read_bytes(*place)
+        return path if offset == 0 and read_bytes(path, 0, 4) in TIFF else read_bytes(*place)
 
     def several(self) -> dict[int, Stack]:
         """What files hold, by their number, where it is more than one image."""
@@ -252,15 +224,19 @@ class PagedFiles:
         """What some files hold, by their number, where it is more than one image."""
         found: dict[int, Stack] = {}
         for file in files:
-            place = self.place(file)
             with suppress(ImageError, OSError, struct.error, IndexError):  # told when it is opened
-                with open_regular(place.path) as opened:
-                    if not may_hold_several(opened, place.offset):
-                        continue
-                stack = stack_in(self.stacked(file))
+                stack = in_time(partial(self.look_through, file), self.place(file).path)
                 if stack.images > 1 or stack.reduced:
                     found[file] = stack
         return found
+
+    def look_through(self, file: int) -> Stack:
+        """What a file holds."""
+        place = self.place(file)
+        with open_regular(place.path) as opened:
+            if not may_hold_several(opened, place.offset):
+                return Stack(1)
+        return stack_in(self.stacked(file))
 
     def settle(self, stacks: Mapping[int, Stack], pages: Pages | None) -> None:
         """Decide what files with several images are read as."""

@@ -15,10 +15,10 @@ from ..checks import Pages
 from .decoding import NPY, TIFF, open_image, stack_in
 from .image import ALL, ImageError, array_layout, decoder_message
 from .orientation import ORIENTATION_TAG
-from .pages import read_bytes
 from .picture import GIANT, JPEG
 from .raster_drivers import gdal_raster, slide_raster
 from .rasters import Raster, decoded_raster, mapped_raster, npy_raster
+from .reading import read_bytes
 from .sources import SLIDE_SUFFIXES
 from .tiff import ROWS, Plane, is_slide, opened_tiff, photometric_of, tiff_images
 

@@ -13,6 +13,8 @@ import os
 import shutil
 import tarfile
 from collections.abc import Sequence
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import Self
 from uuid import uuid4
@@ -21,9 +23,13 @@ import torch
 
 from .decoding import IMAGE_SUFFIXES
 from .image import ImageError
-from .pages import PagedFiles, Place, chance_of_several, read_bytes
+from .pages import PagedFiles, Place, chance_of_several
+from .reading import in_time
 
 log = logging.getLogger(__name__)
+
+HEADERS = 1000
+"""Headers of a tar file that are read at once."""
 
 
 class NameList:
@@ -86,13 +92,6 @@ class ShardSource(PagedFiles):
         shard, offset, length = self.positions[file].tolist()
         return Place(self.paths[shard], offset, length)
 
-    def file_content(self, file: int) -> bytes:
-        place = self.place(file)
-        content = read_bytes(*place)
-        if len(content) < place.length:
-            raise ImageError(f"the shard ends after {len(content)} of {place.length} bytes")
-        return content
-
 
 def is_url(place: str) -> bool:
     """Whether a shard has to be downloaded."""
@@ -108,13 +107,23 @@ def images_in(path: str) -> list[tuple[int, int, bytes]]:
     """Offset, length and name of each image in a tar file, of which only headers are read."""
     found = []
     try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                tar.members = []  # type: ignore[attr-defined]  # else every header is kept
+        with in_time(partial(tarfile.open, path, "r:"), path) as tar:
+            members = iter(tar)
+
+            def some() -> list[tarfile.TarInfo]:
+                read = []
+                for member in islice(members, HEADERS):
+                    tar.members = []  # type: ignore[attr-defined]  # else every header is kept
+                    read.append(member)
+                return read
+
+            for member in chain.from_iterable(iter(lambda: in_time(some, path), [])):
                 hidden = os.path.basename(member.name).startswith(".")
                 suffix = os.path.splitext(member.name)[1].lower()
                 if member.isfile() and suffix in IMAGE_SUFFIXES and not hidden:
                     found.append((member.offset_data, member.size, os.fsencode(member.name)))
+    except ImageError as error:
+        raise ValueError(f"{path!r} cannot be read: {error}") from error
     except tarfile.ReadError as error:
         if not found:
             raise ValueError(

@@ -12,6 +12,7 @@ from codecs import BOM_UTF8
 from collections import Counter
 from collections.abc import Iterable, Sequence, Set, Sized
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,8 +32,9 @@ from .image import (
     to_tensor,
     without_value,
 )
-from .pages import PagedFiles, Place, chance_of_several, read_bytes, settle_pages
+from .pages import PagedFiles, Place, chance_of_several, settle_pages
 from .picture import HIGH_DEPTH_MODES, to_eight_bit, to_float
+from .reading import in_time, read_bytes
 from .shards import NameList, ShardSource, is_shards
 
 log = logging.getLogger(__name__)
@@ -287,6 +289,10 @@ def open_path(place: str, leave_out: str | Path | None) -> PagedFiles:
     if is_shards(place):
         return ShardSource.find(place)
     path = Path(place).expanduser()
+    try:
+        in_time(path.exists, str(path))
+    except ImageError as error:
+        raise ValueError(f"data is {place!r}, which cannot be read: {error}") from error
     if path.is_dir():
         paths, others = find_files(path, leave_out=leave_out)
         if paths:
@@ -321,34 +327,30 @@ def find_files(
     others: Counter[str] = Counter()
     entered: set[tuple[int, int]] = set()
     if leave_out is not None and (skipped := Path(leave_out).expanduser()).is_dir():
-        entered.add((skipped.stat().st_dev, skipped.stat().st_ino))
-
-    def warn(error: OSError) -> None:
-        log.warning("a folder cannot be read and is left out: %s", error)
-
-    for place, folders, files in os.walk(folder, onerror=warn, followlinks=True):
-        here = os.stat(place)
-        if (here.st_dev, here.st_ino) in entered:  # a link back to where we were
-            folders.clear()
+        entered.add(identity(skipped))
+    waiting = [os.fspath(folder)]
+    while waiting:
+        place = waiting.pop()
+        try:
+            here = in_time(partial(identity, place), place)
+            folders, files = listed(place)
+        except (OSError, ImageError) as error:
+            log.warning("a folder cannot be read and is left out: %s: %s", place, error)
             continue
-        entered.add((here.st_dev, here.st_ino))
+        if here in entered:  # a link back to where we were
+            continue
+        entered.add(here)
         is_run = run_layout.CONFIG in files and run_layout.CHECKPOINTS in folders
         if is_run and place != os.fspath(folder):
             log.info("%s holds a run and is not searched", place)
-            folders.clear()
             continue
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
         if {IMAGES, MASKS} <= set(folders):
             for name in {MASKS, run_layout.PREDICTIONS} & set(folders):
                 path = Path(place) / name
                 log.info("%s belongs to the images beside it and is not searched", path)
                 folders.remove(name)
-        special = special_files(place)
+        waiting += [os.path.join(place, n) for n in reversed(folders) if not n.startswith(".")]
         for name in files:
-            if name in special:
-                special_path = os.path.join(place, name)
-                log.warning("%s is a pipe, a socket or a device: left out", special_path)
-                continue
             suffix = os.path.splitext(name)[1].lower()
             if suffix in suffixes and not name.startswith("."):
                 found.append(os.path.join(place, name))
@@ -357,16 +359,37 @@ def find_files(
     return sorted(found), others
 
 
-def special_files(folder: str) -> set[str]:
-    """The names in a folder that are pipes, sockets or devices, whose reading may never end."""
-    found = set()
-    with suppress(OSError), os.scandir(folder) as entries:
-        for entry in entries:
-            if not entry.is_file() and not entry.is_dir():  # a link to nowhere is a broken image
-                with suppress(OSError):
-                    entry.stat()
-                    found.add(entry.name)
-    return found
+def identity(path: str | Path) -> tuple[int, int]:
+    """What a folder is, however it is called."""
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
+
+
+def listed(folder: str) -> tuple[list[str], list[str]]:
+    """The names of the folders and of the files in a folder, links followed, both in order."""
+
+    def kind_of(entry: os.DirEntry[str]) -> str:
+        with suppress(OSError):
+            if entry.is_dir() or entry.is_file():
+                return "folder" if entry.is_dir() else "file"
+            entry.stat()
+            return "special"
+        return "file"  # a link to nowhere is a broken image
+
+    def entries() -> list[tuple[os.DirEntry[str], str]]:
+        with os.scandir(folder) as found:
+            return [(e, "link" if e.is_symlink() else kind_of(e)) for e in found]
+
+    names: dict[str, list[str]] = {"folder": [], "file": []}
+    for entry, kind in in_time(entries, folder):
+        if kind == "link":
+            with suppress(ImageError):  # where it leads does not answer, as is told when it is read
+                kind = in_time(partial(kind_of, entry), entry.path)
+        if kind == "special":  # whose reading may never end
+            log.warning("%s is a pipe, a socket or a device: left out", entry.path)
+        else:
+            names["folder" if kind == "folder" else "file"].append(entry.name)
+    return sorted(names["folder"]), sorted(names["file"])
 
 
 def no_image_message(folder: Path, others: Counter[str]) -> str:

@@ -311,6 +311,6 @@ def test_pretraining_on_what_is_too_large_names_the_way_out(tmp_path, monkeypatc
     stream = io.BytesIO()
     Image.new("L", (40, 50)).save(stream, "BMP")
     (tmp_path / "a.bmp").write_bytes(stream.getvalue())
-    monkeypatch.setattr("pixel_level_contrastive_learning.data.pages.MAX_BYTES", 1000)
+    monkeypatch.setattr("pixel_level_contrastive_learning.data.reading.MAX_BYTES", 1000)
     with pytest.raises(ImageError, match=r"^a file of 0\.0 GiB; cut it by `pixelcl prepare "):
         open_source(tmp_path).open(0)

@@ -270,7 +270,7 @@ def test_shards_that_are_cut_off_give_what_they_have(folder, caplog) -> None:
     assert "is cut off after 1 images" in caplog.text
     with path.open("r+b") as file:
         file.truncate(int(source.positions[-1, 1]) + 10)
-    with pytest.raises(ImageError, match=r"^the shard ends after 10 of"):
+    with pytest.raises(ImageError, match=r"^the file ends after 10 of"):
         source.open(len(source) - 1)
     path.unlink()
     with pytest.raises(ImageError, match=r"^No such file or directory$"):
