@@ -6,9 +6,11 @@ half, a quarter or an eighth of its size. Pixels come back upright, as the EXIF 
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Set
+from functools import cache
 from io import BytesIO
 from typing import TypeVar
 
@@ -29,14 +31,17 @@ from .image import (
     lazy_pixels,
 )
 from .picture import JPEG, frames_in, open_jpeg, open_picture
+from .readers import NamedArray, all_readers, open_named
 from .tiff import open_tiff, stack_of_tiff
 
 T = TypeVar("T")
 ENDINGS = (
     ".jpg .jpeg .jfif .png .webp .bmp .tif .tiff .npy .gif .ppm .pgm .pbm .pnm .avif .mpo .apng"
 )
-IMAGE_SUFFIXES = frozenset(re.findall(r"\.\w+", ENDINGS))
-"""Files taken for images, in lower case; their content decides the format."""
+IMAGE_SUFFIXES = frozenset(ENDINGS.split())
+"""Files taken for images, in lower case, whose content decides the format."""
+Content = bytes | str | NamedArray
+"""The bytes of a file; the path of a TIFF, of which only a page is read; what a reader returned."""
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 """How a TIFF begins: both byte orders, classic and big."""
 NPY = b"\x93NUMPY"
@@ -48,7 +53,21 @@ PNM_HEADER = 4096
 """Bytes within which the header of a PNM ends."""
 
 
-def open_image(content: bytes | str, image: int | None = None) -> LazyImage:
+@cache
+def image_suffixes() -> Set[str]:
+    """All files taken for images: those of `IMAGE_SUFFIXES`, and those that have a reader."""
+    return IMAGE_SUFFIXES | all_readers().keys()
+
+
+def ending_of(name: str, known: Set[str] | None = None) -> str:
+    """Which of the known endings a name has, by default one of images; an empty text for none."""
+    known = image_suffixes() if known is None else known
+    stem, last = os.path.splitext(name.lower())
+    double = os.path.splitext(stem)[1] + last
+    return next((ending for ending in (double, last, f"{last}/") if ending in known), "")
+
+
+def open_image(content: Content, image: int | None = None) -> LazyImage:
     """Read the header of an encoded image.
 
     Transparent images are laid over black; palettes and CMYK become RGB. All bands of a TIFF are
@@ -56,7 +75,7 @@ def open_image(content: bytes | str, image: int | None = None) -> LazyImage:
     becomes the lowest value of its channel.
 
     Args:
-        content: The bytes of the file; or its path, so that of a long TIFF only a page is read.
+        content: The file.
         image: Which of the images in the file; `ALL` for all of them as channels of one. None takes
             gray pages without a name as channels, and of other files the first image.
 
@@ -75,7 +94,7 @@ def open_image(content: bytes | str, image: int | None = None) -> LazyImage:
     return with_known_errors(content, lambda: open_numbered(content, image))
 
 
-def stack_in(content: bytes | str) -> Stack:
+def stack_in(content: Content) -> Stack:
     """Which images a file holds.
 
     Raises:
@@ -84,7 +103,7 @@ def stack_in(content: bytes | str) -> Stack:
     return with_known_errors(content, lambda: count_images(content))
 
 
-def with_known_errors(content: bytes | str, read: Callable[[], T]) -> T:
+def with_known_errors(content: Content, read: Callable[[], T]) -> T:
     """What a reader of a file returns; whatever it raises becomes an `ImageError`."""
     try:
         if not content:
@@ -99,8 +118,10 @@ def with_known_errors(content: bytes | str, read: Callable[[], T]) -> T:
         raise ImageError(decoder_message(error, start)) from error
 
 
-def open_numbered(content: bytes | str, image: int | None) -> LazyImage:
+def open_numbered(content: Content, image: int | None) -> LazyImage:
     """Open one of a file's images."""
+    if isinstance(content, NamedArray):
+        return open_named(content, image)
     if isinstance(content, str) or content.startswith(TIFF):
         return open_tiff(content, image)
     if content.startswith(NPY):
@@ -114,8 +135,10 @@ def open_numbered(content: bytes | str, image: int | None) -> LazyImage:
     return read(content, image or 0)
 
 
-def count_images(content: bytes | str) -> Stack:
+def count_images(content: Content) -> Stack:
     """Which images a file holds, by its format."""
+    if isinstance(content, NamedArray):
+        return content.stack
     if isinstance(content, str) or content.startswith(TIFF):
         return stack_of_tiff(content)
     return Stack(1) if content.startswith((NPY, *PNM_STARTS)) else frames_in(content)

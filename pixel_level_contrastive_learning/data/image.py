@@ -245,7 +245,7 @@ def too_large(height: int, width: int) -> str:
     return f"{height}x{width} pixels would take more than {MAX_BYTES // 2**30} GiB; {CUT}"
 
 
-def decoder_message(error: Exception, content: bytes = b"") -> str:
+def decoder_message(error: BaseException, content: bytes = b"") -> str:
     """A decoder's error in one line."""
     from PIL import UnidentifiedImageError
 

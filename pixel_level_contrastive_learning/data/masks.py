@@ -13,16 +13,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .decoding import NPY, TIFF
+from .decoding import NPY, TIFF, Content, ending_of
 from .image import ImageError
 from .orientation import ORIENTATION_TAG, PNG, orientation_of, split_png, turn_array
 from .picture import open_by_pillow
-from .reading import read_bytes
+from .readers import NamedArray
+from .sources import FileSource
 from .tiff import opened_tiff, photometric_of, tiff_images
 
 IGNORED = 255
 """The id of pixels that are neither trained on nor counted."""
-MASK_SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".gif", ".npy")
+MASK_SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".gif", ".npy", ".npz", ".nii", ".nii.gz")
 """Of several files with the name of an image, the first of these is its mask."""
 MASK_ENDINGS = ("", "_mask", "-mask", "_masks", "_label", "_labels", "_seg", "_gt")
 """What may stand after the name of the image."""
@@ -52,6 +53,16 @@ class MaskCoding:
 PLAIN = MaskCoding()
 
 
+class Page(NamedTuple):
+    """Which of the images in its file a mask belongs to, and how many they are."""
+
+    number: int
+    count: int  # type: ignore[assignment]  # hides a method of tuples that nobody wants
+
+
+ONLY = Page(0, 1)
+
+
 class Stored(NamedTuple):
     """A mask as it is stored, upright.
 
@@ -74,26 +85,36 @@ def find_masks(folder: Path, images: Sequence[Path]) -> list[Path | None]:
         place = folder / image.parent
         if place not in there:
             files = sorted(place.iterdir(), reverse=True) if place.is_dir() else []
-            there[place] = {file.stem + file.suffix.lower(): file.name for file in files}
-        names = [image.stem + end + suffix for end in MASK_ENDINGS for suffix in MASK_SUFFIXES]
+            there[place] = {stem_of(file.name) + ending_of(file.name): file.name for file in files}
+        stem = stem_of(image.name)
+        names = [stem + end + suffix for end in MASK_ENDINGS for suffix in MASK_SUFFIXES]
         name = next((there[place][name] for name in names if name in there[place]), None)
         found.append(None if name is None else place / name)
     return found
 
 
-def read_mask(path: Path, coding: MaskCoding = PLAIN) -> Tensor:
-    """The ids ``(height, width)`` uint8 in a mask, upright."""
-    return read_coded(path, coding)[0]
+def stem_of(name: str) -> str:
+    """The name of a file without its ending."""
+    return name[: -len(ending_of(name))] if ending_of(name) else Path(name).stem
 
 
-def read_coded(path: Path, coding: MaskCoding) -> tuple[Tensor, Palette]:
-    """The ids ``(height, width)`` uint8 in a mask, and their colours where it has a palette.
+def read_coded(
+    files: FileSource, file: int, coding: MaskCoding = PLAIN, page: Page = ONLY
+) -> tuple[Tensor, Palette]:
+    """The ids ``(height, width)`` uint8 in a mask, upright, and their colours if it has a palette.
+
+    Args:
+        files: The masks.
+        file: Which of them.
+        coding: How its values become ids.
+        page: Which of the images in it.
 
     Raises:
         ValueError: It cannot be read exactly: why, and what to do.
     """
+    path = Path(files.file_name(file))
     try:
-        stored = read_stored(read_bytes(str(path)))
+        stored = read_stored(files.file_content(file), page)
     except Exception as error:  # damaged bytes make decoders raise anything at all
         raise ValueError(f"{path} cannot be read as a mask: {error}; write it anew") from error
     values = stored.values
@@ -134,28 +155,48 @@ def read_coded(path: Path, coding: MaskCoding) -> tuple[Tensor, Palette]:
     return torch.from_numpy(values.astype(np.uint8)), kept
 
 
-def read_stored(content: bytes) -> Stored:
+def read_stored(content: Content, page: Page) -> Stored:
     """What a mask's file holds."""
-    if content.startswith(NPY):
+    if isinstance(content, NamedArray):
+        check_pages(content.stack.images, page)
+        array = np.moveaxis(content.plane(page.number), 0, -1)
+        return Stored(array.squeeze(-1) if array.shape[-1] == 1 else array, None, str(array.dtype))
+    if isinstance(content, bytes) and content.startswith(TIFF):
+        return read_tiff_mask(content, page)
+    if isinstance(content, bytes) and content.startswith(NPY):
         array = np.load(BytesIO(content), allow_pickle=False)
+        if page.count > 1 and array.ndim > 2:
+            check_pages(len(array), page)
+            return Stored(array[page.number], None, f"{array.dtype} array")
+        check_pages(1, page)
         return Stored(array.squeeze() if array.ndim > 2 else array, None, f"{array.dtype} array")
-    if content.startswith(TIFF):
-        return read_tiff_mask(content)
-    return read_picture_mask(content)
+    assert isinstance(content, bytes), "a mask is read whole"
+    return read_picture_mask(content, page)
 
 
-def read_tiff_mask(content: bytes) -> Stored:
+def check_pages(found: int, page: Page) -> None:
+    """Refuse a mask that has not as many pages as its image."""
+    if found != page.count:
+        raise ImageError(f"it has {found} pages, and its image {page.count}")
+
+
+def read_tiff_mask(content: bytes, wanted: Page) -> Stored:
     """A mask in a TIFF."""
     with opened_tiff(content) as file:
-        [*others, planes] = tiff_images(file).images
-        if others or len(planes) != 1:
-            raise ImageError(f"it has {len(file.pages)} pages, and a mask has one")
-        page = file.series[planes[0].series].keyframe
+        images = tiff_images(file).images
+        check_pages(sum(map(len, images)), wanted)
+        [plane] = images[wanted.number]
+        series = file.series[plane.series]
+        page = series.keyframe
         photometric, tag = photometric_of(page), page.tags.get(ORIENTATION_TAG)
         if photometric in ("YCBCR", "SEPARATED", "CIELAB"):
             raise ImageError(f"its pixels are {photometric}; they must be ids or RGB")
         try:
-            values = page.asarray()
+            number, pages = max(plane.number, 0), series.pages
+            if number < len(pages):
+                values = pages[number].asarray()
+            else:  # they lie one after the other behind a single page
+                values = series.asarray().reshape(-1, *page.shape)[number]
         except (KeyError, ValueError) as error:
             raise ImageError(f"{error.args[0]}: pip install imagecodecs") from error
         palette = page.colormap
@@ -166,7 +207,7 @@ def read_tiff_mask(content: bytes) -> Stored:
     return Stored(values_upright(values, orientation), colours, photometric)
 
 
-def read_picture_mask(content: bytes) -> Stored:
+def read_picture_mask(content: bytes, page: Page) -> Stored:
     """A mask in a PNG, BMP or GIF."""
     bits, orientation = 8, 1
     if png := content.startswith(PNG):
@@ -175,6 +216,7 @@ def read_picture_mask(content: bytes) -> Stored:
     image = open_by_pillow(content)
     if getattr(image, "n_frames", 1) > 1:
         raise ImageError("it has several frames, and a mask has one")
+    check_pages(1, page)
     orientation = orientation if png else orientation_of(image)
     if bits == 16 and image.mode in ("RGB", "RGBA", "LA"):
         raise ImageError("it has 16-bit colours, of which only 8 bits would be read")

@@ -14,26 +14,28 @@ from dataclasses import replace
 from functools import partial
 from struct import unpack
 from types import MappingProxyType
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
 from ..checks import Pages
-from .decoding import TIFF, open_image, stack_in
+from .decoding import TIFF, Content, ending_of, open_image, stack_in
 from .image import ALL, MOST_JOINED, ImageError, LazyImage, Stack, to_array_file
 from .orientation import PNG
 from .picture import AVIF, JPEG
+from .readers import DICOM, DICOM_MARK, NamedArray, all_readers, call_reader
 from .reading import in_time, open_regular, read_bytes
 
 log = logging.getLogger(__name__)
 
 LOOKED_AT = 10_000
-"""JPEG and PNG files of a source whose headers are looked at, evenly spread; all of them where one
-holds several images. Other formats, which often do, are all looked at."""
+"""Of files whose format seldom holds several images, so many headers are looked at, evenly spread;
+all of them where one holds several. Other formats are all looked at."""
 NEVER, SELDOM, OFTEN = range(3)
 GRAY_PAGES = "gray pages"
-SELDOM_SEVERAL = (".jpg", ".jpeg", ".jfif", ".png")
+SELDOM_SEVERAL = (".jpg", ".jpeg", ".jfif", ".png", ".heic", ".heif", DICOM, ".dicom", ".ima", "")
 NEVER_SEVERAL = (".npy", ".bmp", ".ppm", ".pgm", ".pbm", ".pnm")
 WEBP_ANIMATION = 2
 """The bit of a WebP's flags that announces frames."""
@@ -46,14 +48,10 @@ PLANES_DESCRIBED = (b"images=", b"truncated", b"<OME")
 
 def chance_of_several(name: str) -> int:
     """How likely a file of this name holds several images: `NEVER`, `SELDOM` or `OFTEN`."""
-    name = name.lower()
-    return (
-        NEVER
-        if name.endswith(NEVER_SEVERAL)
-        else SELDOM
-        if name.endswith(SELDOM_SEVERAL)
-        else OFTEN
-    )
+    ending = ending_of(name)
+    if ending in NEVER_SEVERAL:
+        return NEVER
+    return SELDOM if ending in SELDOM_SEVERAL else OFTEN
 
 
 def may_hold_several(file: IO[bytes], start: int = 0) -> bool:
@@ -131,12 +129,14 @@ class PagedFiles:
 
     Attributes:
         chances: For each file the chance that it holds several, see `chance_of_several`.
+        last: What a reader returned last, and of which file.
         split: How many images of the source a file is, by its number, where it is several.
         merged: Which image of a file stands for all of its, by its number: `ALL`, or the first.
         starts: ``(files,)`` int64, the index of each file's first image; None where each is one.
     """
 
     chances: bytes
+    last: tuple[int, NamedArray] | None = None
     split: Mapping[int, int] = MappingProxyType({})
     merged: Mapping[int, int] = MappingProxyType({})
     starts: Tensor | None = None
@@ -153,10 +153,6 @@ class PagedFiles:
     def place(self, file: int) -> Place:
         """Where a file lies."""
         raise NotImplementedError
-
-    def file_content(self, file: int) -> bytes:
-        """The bytes of a file."""
-        return read_bytes(*self.place(file))
 
     def __len__(self) -> int:
         return self.files + sum(count - 1 for count in self.split.values())
@@ -188,27 +184,48 @@ class PagedFiles:
         return names.get(self.merged.get(file))
 
     def content(self, index: int) -> bytes:
-        """The bytes of an image's file; of one of several in a file, an array of its own."""
+        """The bytes of an image's file; where it needs a reader or is one of several, an array."""
         file, image = self.locate(index)
-        if image is None:
-            return self.file_content(file)
-        return to_array_file(self.open(index))
+        content = self.file_content(file) if image is None else None
+        return content if isinstance(content, bytes) else to_array_file(self.open(index))
 
     def open(self, index: int) -> LazyImage:
         """Read the header of an image."""
         file, image = self.locate(index)
-        if image is None:
-            return open_image(self.file_content(file))
-        content = self.stacked(file)
+        content = self.file_content(file, several=image is not None)
         if isinstance(content, bytes):
             return open_image(content, image)
-        opened = in_time(partial(open_image, content, image), content)
-        return replace(opened, load=lambda scale: in_time(partial(opened.load, scale), content))
+        path = self.place(file).path
+        opened = in_time(partial(open_image, content, image), path)
+        if isinstance(content, NamedArray):  # it has been read
+            return opened
+        return replace(opened, load=lambda scale: in_time(partial(opened.load, scale), path))
 
-    def stacked(self, file: int) -> bytes | str:
-        """A file with several images, as `open_image` takes it: a TIFF is not read as a whole."""
-        path, offset, _ = place = self.place(file)
-        return path if offset == 0 and read_bytes(path, 0, 4) in TIFF else read_bytes(*place)
+    def file_content(self, file: int, several: bool = False) -> Content:
+        """A file as `open_image` takes it: a TIFF of several images is not read as a whole."""
+        if self.last is not None and self.last[0] == file:
+            return self.last[1]
+        ending, place = ending_of(self.file_name(file)), self.place(file)
+        path, readers = place.path, all_readers()
+        if (
+            several
+            and ending not in readers
+            and not place.offset
+            and read_bytes(path, 0, 4) in TIFF
+        ):
+            return path
+        content = path if ending.endswith("/") else read_bytes(*place)
+        if not ending and content[DICOM_MARK] == b"DICM":
+            ending = DICOM
+        if ending not in readers:
+            return content
+        named = call_reader(ending, content, path)
+        if get_worker_info() is None:  # a loader's worker draws files at random
+            self.last = file, named
+        return named
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"last": None}
 
     def several(self) -> dict[int, Stack]:
         """What files hold, by their number, where it is more than one image."""
@@ -232,11 +249,12 @@ class PagedFiles:
 
     def look_through(self, file: int) -> Stack:
         """What a file holds."""
-        place = self.place(file)
-        with open_regular(place.path) as opened:
-            if not may_hold_several(opened, place.offset):
-                return Stack(1)
-        return stack_in(self.stacked(file))
+        place, ending = self.place(file), ending_of(self.file_name(file))
+        if ending and ending not in all_readers():
+            with open_regular(place.path) as opened:
+                if not may_hold_several(opened, place.offset):
+                    return Stack(1)
+        return stack_in(self.file_content(file, several=True))
 
     def settle(self, stacks: Mapping[int, Stack], pages: Pages | None) -> None:
         """Decide what files with several images are read as."""

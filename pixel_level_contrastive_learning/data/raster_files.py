@@ -12,14 +12,16 @@ from typing import Any
 import numpy as np
 
 from ..checks import Pages
-from .decoding import NPY, TIFF, open_image, stack_in
+from .decoding import NPY, TIFF, ending_of, open_image, stack_in
+from .folders import SLIDE_SUFFIXES, is_dicom
 from .image import ALL, ImageError, array_layout, decoder_message
 from .orientation import ORIENTATION_TAG
 from .picture import GIANT, JPEG
 from .raster_drivers import gdal_raster, slide_raster
-from .rasters import Raster, decoded_raster, mapped_raster, npy_raster
+from .rasters import Raster, decoded_raster, mapped_raster, named_raster, npy_raster
+from .readers import NamedArray, all_readers
 from .reading import read_bytes
-from .sources import SLIDE_SUFFIXES
+from .sources import FileSource
 from .tiff import ROWS, Plane, is_slide, opened_tiff, photometric_of, tiff_images
 
 NO_RGB = ("SEPARATED", "CIELAB", "ICCLAB", "ITULAB")
@@ -45,6 +47,8 @@ def is_larger(path: str, side: int) -> bool:
     if Path(path).suffix.lower() in SLIDE_SUFFIXES:
         return True
     try:
+        if (named := named_in(path)) is not None:
+            return max(named.size) > side
         start = read_bytes(path, 0, 8)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -76,6 +80,10 @@ def open_rasters(path: str, pages: Pages | None = None) -> list[Raster]:
             warnings.simplefilter("ignore")
             if Path(path).suffix.lower() in SLIDE_SUFFIXES - {".jp2"}:
                 return [slide_raster(path)]
+            if (named := named_in(path)) is not None:
+                stack = named.stack
+                numbers = stack.chosen(pages) if stack.images > 1 else [0]
+                return [named_raster(named, number) for number in numbers]
             start = read_bytes(path, 0, 8)
             if start.startswith(NPY):
                 return [npy_raster(path)]
@@ -86,6 +94,15 @@ def open_rasters(path: str, pages: Pages | None = None) -> list[Raster]:
         raise
     except Exception as error:  # damaged bytes make decoders raise anything at all
         raise ImageError(decoder_message(error)) from error
+
+
+def named_in(path: str) -> NamedArray | None:
+    """What the reader of a file returns; None where it needs none."""
+    ending = ending_of(path)
+    if ending in all_readers() or (not ending and is_dicom(path)):
+        content = FileSource([path]).file_content(0)
+        return content if isinstance(content, NamedArray) else None
+    return None
 
 
 def tiff_rasters(path: str, pages: Pages | None) -> list[Raster]:

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .image import ImageError, LazyImage, channels_last, to_tensor
+from .image import ALL, ImageError, LazyImage, channels_last, to_tensor
+from .readers import NamedArray
 
 Box = tuple[int, int, int, int]
 """Edges ``(x0, y0, x1, y1)`` in pixels of the full image, upright."""
@@ -76,6 +77,21 @@ def mapped_raster(load: Callable[[], Array], last: bool, planes: Sequence[int] =
     height, width = array.shape[-3:-1] if last else array.shape[-2:]
     bands = count * array.size // (height * width)
     return Raster((height, width), bands, array.dtype, array_reader(load, last, planes))
+
+
+def named_raster(named: NamedArray, number: int) -> Raster:
+    """One of the images in an array with named axes, or all of them as the channels of one."""
+    numbers = range(named.stack.images) if number == ALL else [number]
+
+    def read(box: Box, size: tuple[int, int]) -> Window:
+        x0, y0, x1, y1 = box
+        planes = [named.plane(own, slice(y0, y1), slice(x0, x1)) for own in numbers]
+        pixels = np.concatenate(planes)
+        assert pixels.shape[1:] == size, "an array has one scale"
+        return Window(pixels, is_known(pixels, None))
+
+    bands = len(numbers) * named.channels
+    return Raster(named.size, bands, np.dtype(named.array.dtype), read)
 
 
 def array_reader(load: Callable[[], Array], last: bool, planes: Sequence[int] = ()) -> Read:

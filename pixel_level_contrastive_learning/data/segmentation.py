@@ -13,28 +13,23 @@ import torch
 from torch import Tensor
 
 from ..checks import Pages
+from .folders import IMAGES, MASKS, find_files, no_image_message
 from .image import ImageError, LazyImage
 from .masks import IGNORED as IGNORED
 from .masks import (
     MASK_SUFFIXES,
+    ONLY,
     PLAIN,
     MaskCoding,
+    Page,
+    Palette,
     Palettes,
     find_masks,
     read_coded,
     read_coding,
-    read_mask,
 )
 from .pages import settle_pages
-from .sources import (
-    IMAGES,
-    MASKS,
-    FileSource,
-    NodataSource,
-    Source,
-    find_files,
-    no_image_message,
-)
+from .sources import FileSource, NodataSource, Source
 
 SHOWN_PROBLEMS = 5
 """Wrong masks that an error lists; it counts the rest."""
@@ -67,23 +62,30 @@ class SegmentationDataset:
     """One split of a folder of images and masks.
 
     Attributes:
-        source: All images of the split, sorted by name.
-        indices: Those of it that are meant, without those of which nothing is known.
-        masks: Their masks.
+        files: The files of its images, sorted by name.
+        masks: For each of them the file of its mask.
+        indices: The images in them that are meant, without those of which nothing is known.
         classes: The names of the classes, by id.
         folder: What names are relative to.
         coding: How the values of the masks become ids.
+        nodata: The value that stands in images where nothing was measured, beside NaN.
     """
 
-    source: Source
+    files: FileSource
+    masks: FileSource
     indices: tuple[int, ...]
-    masks: tuple[Path, ...]
     classes: tuple[str, ...]
     folder: Path
     coding: MaskCoding = PLAIN
+    nodata: float | None = None
 
     def __len__(self) -> int:
         return len(self.indices)
+
+    @property
+    def source(self) -> Source:
+        """All images in the files, as a source."""
+        return self.files if self.nodata is None else NodataSource(self.files, self.nodata)
 
     @property
     def images(self) -> tuple[Path, ...]:
@@ -105,9 +107,9 @@ class SegmentationDataset:
         Raises:
             ValueError: The image cannot be read, or its size is not the mask's.
         """
-        mask = read_mask(self.masks[index], self.coding)
+        mask, _ = self.mask(index)
         image = self.open(index)
-        check_size(self.masks[index], mask, image)
+        check_size(self.mask_name(index), mask, image)
         try:
             pixels = image.read(shortest)
         except ImageError as error:
@@ -122,10 +124,21 @@ class SegmentationDataset:
             path = self.images[index]
             raise ValueError(f"{path} cannot be read: {error}; replace or remove it") from error
 
+    def mask(self, index: int) -> tuple[Tensor, Palette]:
+        """The ids in a mask, and their colours if it has a palette, see `read_coded`."""
+        file, number = self.files.locate(self.indices[index])
+        count = self.files.split.get(file)
+        page = ONLY if count is None else Page(number or 0, count)
+        return read_coded(self.masks, file, self.coding, page)
+
+    def mask_name(self, index: int) -> Path:
+        """Where a mask lies."""
+        file, _ = self.files.locate(self.indices[index])
+        return Path(self.masks.file_name(file))
+
     def subset(self, indices: Sequence[int]) -> SegmentationDataset:
         """Some of the images, in the order given."""
-        kept = tuple(self.indices[i] for i in indices)
-        return replace(self, indices=kept, masks=tuple(self.masks[i] for i in indices))
+        return replace(self, indices=tuple(self.indices[i] for i in indices))
 
     def share(self, fraction: float, seed: int) -> SegmentationDataset:
         """A share of the images, at least one, drawn by a seed; a larger share holds a smaller."""
@@ -169,15 +182,16 @@ def open_labelled(
     coding, named = read_coding(ids, colours, names)
     names = names or named
     found_files = [find_split(folder, split) for split in splits]
-    merge_pages([files for files, _ in found_files], pages)
+    settle_pages([files for files, _ in found_files], pages)
     opened = [
         SegmentationDataset(
-            files if nodata is None else NodataSource(files, nodata),
-            tuple(range(len(files))),
+            files,
             masks,
+            tuple(range(len(files))),
             names or (),
             folder / IMAGES / split,
             coding,
+            nodata,
         )
         for split, (files, masks) in zip(splits, found_files, strict=True)
     ]
@@ -209,19 +223,7 @@ def open_labelled(
     ]
 
 
-def merge_pages(sources: Sequence[FileSource], pages: Pages | None) -> None:
-    """Decide what files of several images are read as: one image, since a mask belongs to one."""
-    settle_pages(sources, pages)
-    for source in sources:
-        for file, images in source.split.items():
-            raise ValueError(
-                f"{source.file_name(file)} holds {images} images, and its mask belongs to one; "
-                "read them as channels or the first alone (--pages channels, --pages first), or "
-                "write each to a file of its own with a mask"
-            )
-
-
-def find_split(folder: Path, split: str) -> tuple[FileSource, tuple[Path, ...]]:
+def find_split(folder: Path, split: str) -> tuple[FileSource, FileSource]:
     """The images of one split and their masks, none of them looked at yet."""
     images, masks = folder / IMAGES / split, folder / MASKS / split
     for place in (images, masks):
@@ -246,7 +248,7 @@ def find_split(folder: Path, split: str) -> tuple[FileSource, tuple[Path, ...]]:
             f"_mask after it, and end in {', '.join(MASK_SUFFIXES)}, so write them, or remove "
             "those images"
         )
-    return FileSource(paths), tuple(filter(None, own))
+    return FileSource(paths), FileSource(list(map(str, own)))
 
 
 def read_classes(path: Path) -> tuple[str, ...] | None:
@@ -310,9 +312,10 @@ def check_masks(
 ) -> list[set[int]]:
     """The ids in each of a split's masks; what is wrong with them is added to ``problems``."""
     found: list[set[int]] = []
-    for index, path in enumerate(split.masks):
+    for index in range(len(split)):
+        path = split.mask_name(index)
         try:
-            mask, palette = read_coded(path, split.coding)
+            mask, palette = split.mask(index)
             opened = split.open(index)
         except ValueError as error:
             problems.append(str(error))

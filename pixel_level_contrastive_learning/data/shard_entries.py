@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from io import BytesIO
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +12,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from .decoding import IMAGE_SUFFIXES, NPY, TIFF, open_image
+from .decoding import IMAGE_SUFFIXES, NPY, TIFF, ending_of, open_image
 from .image import ImageError, LazyImage, channels_last
 from .picture import JPEG
 from .rasters import Array, as_whole_numbers
@@ -134,11 +133,11 @@ class Tiles:
 
 
 def suffix_of(name: str, content: bytes) -> str:
-    """The file's suffix, or else that of the format its content begins with; empty if unknown."""
-    suffix = Path(name).suffix.lower()
-    if suffix in IMAGE_SUFFIXES:
-        return suffix.removeprefix(".")
-    return next((kind for start, kind in SIGNATURES.items() if content.startswith(start)), "")
+    """The suffix of the format that content begins with, or else the file's; empty if unknown."""
+    for start, kind in SIGNATURES.items():
+        if content.startswith(start):
+            return kind
+    return ending_of(name, IMAGE_SUFFIXES).removeprefix(".")
 
 
 def read_smaller(image: LazyImage, max_side: int) -> Tensor:

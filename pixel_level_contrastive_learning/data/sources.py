@@ -9,19 +9,16 @@ from __future__ import annotations
 import logging
 import os
 from codecs import BOM_UTF8
-from collections import Counter
-from collections.abc import Iterable, Sequence, Set, Sized
-from contextlib import suppress
-from functools import partial
+from collections.abc import Iterable, Sequence, Sized
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from .. import run_layout
 from ..checks import Pages
-from .decoding import IMAGE_SUFFIXES
+from .decoding import ending_of
+from .folders import SLIDE_SUFFIXES, count_by_ending, find_files, is_dicom, no_image_message
 from .image import (
     CUT,
     ImageError,
@@ -39,11 +36,6 @@ from .shards import NameList, ShardSource, is_shards
 
 log = logging.getLogger(__name__)
 
-SLIDES = ".svs .ndpi .mrxs .scn .bif .vms .vmu .svslide .jp2"
-SLIDE_SUFFIXES = frozenset(SLIDES.split())
-"""Files that are cut into tiles before they can be trained on: slides and JPEG 2000."""
-IMAGES, MASKS = "images", "masks"
-"""Folders of labelled images."""
 MIN_IMAGES_TO_HOLD_OUT, HELD_OUT_SHARE, MAX_HELD_OUT = 200, 0.02, 256
 """From how many images on some are held out of training, which share, and at most how many."""
 
@@ -293,7 +285,7 @@ def open_path(place: str, leave_out: str | Path | None) -> PagedFiles:
         in_time(path.exists, str(path))
     except ImageError as error:
         raise ValueError(f"data is {place!r}, which cannot be read: {error}") from error
-    if path.is_dir():
+    if path.is_dir() and not ending_of(path.name).endswith("/"):
         paths, others = find_files(path, leave_out=leave_out)
         if paths:
             if others:
@@ -307,105 +299,11 @@ def open_path(place: str, leave_out: str | Path | None) -> PagedFiles:
             f"{place!r} does not exist; name a folder of images (a run may be resumed with its "
             "images in another place)"
         )
-    if path.suffix.lower() in IMAGE_SUFFIXES:
+    if ending_of(path.name) or is_dicom(str(path)):
         return FileSource([str(path)])
     if path.suffix.lower() in SLIDE_SUFFIXES:
         raise ValueError(f"{place!r} is a slide or the like; {CUT}")
     return FileSource(read_list(path))
-
-
-def find_files(
-    folder: Path, suffixes: Set[str] = IMAGE_SUFFIXES, *, leave_out: str | Path | None = None
-) -> tuple[list[str], Counter[str]]:
-    """All images under a folder, sorted by name, and how many other files there are by suffix.
-
-    Links are followed, each folder is entered once, and names that begin with a dot are skipped. So
-    is a run below the folder, whose pictures are no images of the user's, and of a folder for
-    `evaluate` the masks and predictions.
-    """
-    found: list[str] = []
-    others: Counter[str] = Counter()
-    entered: set[tuple[int, int]] = set()
-    if leave_out is not None and (skipped := Path(leave_out).expanduser()).is_dir():
-        entered.add(identity(skipped))
-    waiting = [os.fspath(folder)]
-    while waiting:
-        place = waiting.pop()
-        try:
-            here = in_time(partial(identity, place), place)
-            folders, files = listed(place)
-        except (OSError, ImageError) as error:
-            log.warning("a folder cannot be read and is left out: %s: %s", place, error)
-            continue
-        if here in entered:  # a link back to where we were
-            continue
-        entered.add(here)
-        is_run = run_layout.CONFIG in files and run_layout.CHECKPOINTS in folders
-        if is_run and place != os.fspath(folder):
-            log.info("%s holds a run and is not searched", place)
-            continue
-        if {IMAGES, MASKS} <= set(folders):
-            for name in {MASKS, run_layout.PREDICTIONS} & set(folders):
-                path = Path(place) / name
-                log.info("%s belongs to the images beside it and is not searched", path)
-                folders.remove(name)
-        waiting += [os.path.join(place, n) for n in reversed(folders) if not n.startswith(".")]
-        for name in files:
-            suffix = os.path.splitext(name)[1].lower()
-            if suffix in suffixes and not name.startswith("."):
-                found.append(os.path.join(place, name))
-            else:
-                others[suffix] += 1
-    return sorted(found), others
-
-
-def identity(path: str | Path) -> tuple[int, int]:
-    """What a folder is, however it is called."""
-    status = os.stat(path)
-    return status.st_dev, status.st_ino
-
-
-def listed(folder: str) -> tuple[list[str], list[str]]:
-    """The names of the folders and of the files in a folder, links followed, both in order."""
-
-    def kind_of(entry: os.DirEntry[str]) -> str:
-        with suppress(OSError):
-            if entry.is_dir() or entry.is_file():
-                return "folder" if entry.is_dir() else "file"
-            entry.stat()
-            return "special"
-        return "file"  # a link to nowhere is a broken image
-
-    def entries() -> list[tuple[os.DirEntry[str], str]]:
-        with os.scandir(folder) as found:
-            return [(e, "link" if e.is_symlink() else kind_of(e)) for e in found]
-
-    names: dict[str, list[str]] = {"folder": [], "file": []}
-    for entry, kind in in_time(entries, folder):
-        if kind == "link":
-            with suppress(ImageError):  # where it leads does not answer, as is told when it is read
-                kind = in_time(partial(kind_of, entry), entry.path)
-        if kind == "special":  # whose reading may never end
-            log.warning("%s is a pipe, a socket or a device: left out", entry.path)
-        else:
-            names["folder" if kind == "folder" else "file"].append(entry.name)
-    return sorted(names["folder"]), sorted(names["file"])
-
-
-def no_image_message(folder: Path, others: Counter[str]) -> str:
-    """The message about a folder without images."""
-    found = count_by_ending(others) if others else "no file at all"
-    return (
-        f"no image in {str(folder)!r}: looked in it and below for files that end in "
-        f"{', '.join(sorted(IMAGE_SUFFIXES))}, and for shards (.tar); found {found}"
-    )
-
-
-def count_by_ending(others: Counter[str]) -> str:
-    """Files that are no images, counted by their endings."""
-    kinds = ", ".join(f"{count} {suffix or 'without'}" for suffix, count in others.most_common(5))
-    slides = "; slides: " + CUT.replace("it", "them", 1) if SLIDE_SUFFIXES & set(others) else ""
-    return f"{others.total()} other files, by ending: {kinds}{slides}"
 
 
 def read_list(path: Path) -> list[str]:

@@ -18,14 +18,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..checks import Pages, above, raise_together, whole
-from .decoding import IMAGE_SUFFIXES
+from .decoding import ending_of, image_suffixes
+from .folders import SLIDE_SUFFIXES, find_files, no_image_message
 from .image import ImageError
 from .pages import settle_pages
 from .raster_files import is_larger, open_rasters
 from .rasters import Array, Box, Raster, Window, with_nodata
 from .reading import in_time
 from .shards import is_shards
-from .sources import SLIDE_SUFFIXES, FileSource, find_files, no_image_message, open_path
+from .sources import FileSource, open_path
 from .statistics import PERCENTILES
 
 PLAIN_SHARE = 0.99
@@ -262,8 +263,8 @@ def find_rasters(data: Sequence[str | Path]) -> list[str]:
         path = Path(place).expanduser()
         if is_shards(place):
             raise ValueError(f"data is {place!r}; tiles are cut from files: name their folder")
-        if path.is_dir():
-            found, others = find_files(path, IMAGE_SUFFIXES | SLIDE_SUFFIXES)
+        if path.is_dir() and not ending_of(path.name).endswith("/"):
+            found, others = find_files(path, image_suffixes() | SLIDE_SUFFIXES)
             if not found:
                 raise ValueError(no_image_message(path, others))
             paths += found

@@ -11,16 +11,23 @@ from PIL import Image
 
 from pixel_level_contrastive_learning.data.masks import (
     IGNORED,
+    PLAIN,
     MaskCoding,
     parse_ids,
+    read_coded,
     read_coding,
-    read_mask,
 )
 from pixel_level_contrastive_learning.data.orientation import ORIENTATION_TAG
 from pixel_level_contrastive_learning.data.segmentation import open_labelled
+from pixel_level_contrastive_learning.data.sources import FileSource
 
 IDS = np.random.default_rng(0).integers(0, 3, (6, 8)).astype(np.uint8)
 COLOURS = np.array([[0, 0, 0], [128, 0, 0], [0, 128, 0]], np.uint8)
+
+
+def read_mask(path, coding=PLAIN):
+    """The ids in a mask."""
+    return read_coded(FileSource([str(path)]), 0, coding)[0]
 
 
 def picture(kind: str, array: np.ndarray, mode: str | None = None, **how: object) -> bytes:
@@ -118,7 +125,7 @@ REFUSED = {
     "values that are no whole numbers, such as 0.5": npy(np.full((2, 2), 0.5)),
     "values that are no whole numbers, such as nan": npy(np.full((2, 2), np.nan)),
     "has ids from -1 to 2": npy(IDS.astype(int) - (IDS == 0)),
-    "it has 3 pages, and a mask has one": tiff(np.stack([IDS] * 3), photometric="minisblack"),
+    "it has 3 pages, and its image 1": tiff(np.stack([IDS] * 3), photometric="minisblack"),
     "it has several frames": picture(
         "GIF", IDS, "P", save_all=True, append_images=[Image.fromarray(IDS + 9)]
     ),
@@ -301,15 +308,38 @@ def test_names_in_a_file_of_colours_name_the_classes(labelled, tmp_path) -> None
     assert open_labelled(labelled, colours=file)[0].classes == ("rot", "grün", "blau")
 
 
-def test_an_image_of_several_pages_has_no_mask(labelled) -> None:
+@pytest.mark.parametrize("kind", ["tif", "imagej", "npy", "npz"])
+def test_a_stack_has_a_stack_of_masks(labelled, kind) -> None:
+    path, masks = labelled / "images/train/0.tif", labelled / "masks/train"
+    path.with_suffix(".png").unlink()
+    pages, ids = np.zeros((3, 32, 48), np.uint8), np.arange(3)[:, None, None]
+    named = {"photometric": "minisblack", "metadata": {"axes": "ZYX"}}
+    tifffile.imwrite(path, pages, **named)
+    with pytest.raises(ValueError, match=r"0.png cannot be read .* has 1 pages, and its image 3"):
+        open_labelled(labelled)
+    mask = np.broadcast_to(ids, pages.shape).astype(np.uint8)
+    if kind == "npy":
+        np.save(masks / "0.npy", mask)
+    elif kind == "npz":
+        np.savez(masks / "0.npz", mask[..., None])
+    else:
+        tifffile.imwrite(masks / "0.tif", mask, imagej=kind == "imagej", **named)
+    (masks / "0.png").rename(masks / "0.webp")
+    train, _ = open_labelled(labelled)
+    assert len(train) == 12
+    assert [train.read(i).mask.unique().tolist() for i in range(3)] == [[0], [1], [2]]
+    assert [train.name(i) for i in (2, 3)] == ["0.tif[2]", "1.png"]
+    with pytest.raises(ValueError, match=r"it has 3 pages, and its image 1|\(3, 32, 48\)"):
+        open_labelled(labelled, pages="first")
+
+
+def test_pages_may_be_the_channels_of_an_image_with_a_mask(labelled) -> None:
     path = labelled / "images/train/0.png"
     path.unlink()
     pages = np.zeros((3, 32, 48), np.uint8)
     tifffile.imwrite(
         path.with_suffix(".tif"), pages, photometric="minisblack", metadata={"axes": "ZYX"}
     )
-    with pytest.raises(ValueError, match=r"0.tif holds 3 images, and its mask belongs to one"):
-        open_labelled(labelled)
     train, _ = open_labelled(labelled, pages="channels")
     assert train.read(0).pixels.shape == (3, 32, 48)
     assert open_labelled(labelled, pages="first")[0].read(0).pixels.shape == (1, 32, 48)

@@ -8,13 +8,13 @@ import pytest
 import torch
 from PIL import Image
 
-from pixel_level_contrastive_learning.data.masks import read_mask
+from pixel_level_contrastive_learning.data.masks import read_coded
 from pixel_level_contrastive_learning.data.segmentation import (
     SegmentationDataset,
     open_labelled,
     read_classes,
 )
-from pixel_level_contrastive_learning.data.sources import open_source
+from pixel_level_contrastive_learning.data.sources import FileSource
 
 
 def write(path, ids, mode=None) -> None:
@@ -76,8 +76,8 @@ def test_a_share_is_drawn_by_its_seed_and_lies_in_larger_ones(labelled) -> None:
     assert train.share(0.3, 3) == shares[1]
     assert list(shares[2].images) == sorted(shares[2].images)
     assert len({train.share(0.3, seed).images for seed in range(5)}) > 1
-    pairs = zip(shares[2].images, shares[2].masks, strict=True)
-    assert all(image.stem == mask.stem for image, mask in pairs)
+    masks = [shares[2].mask_name(index).stem for index in range(5)]
+    assert masks == [image.stem for image in shares[2].images]
 
 
 # Classes.
@@ -196,7 +196,7 @@ def test_palettes_bits_and_sixteen_bits_hold_ids(tmp_path) -> None:
     Image.fromarray(ids.astype(bool)).save(tmp_path / "bits.png")
     Image.fromarray(ids.astype(np.uint16)).save(tmp_path / "deep.png")
     for name in ("palette", "bits", "deep"):
-        found = read_mask(tmp_path / f"{name}.png")
+        found, _ = read_coded(FileSource([f"{tmp_path}/{name}.png"]), 0)
         assert found.dtype == torch.uint8
         assert found.tolist() == ids.tolist()
 
@@ -217,8 +217,8 @@ def test_another_size_is_refused(labelled) -> None:
         f"{path} is 48x32 pixels (height x width), but its image 32x48; it looks turned by 90 "
         "degrees; write it at the image's size, enlarging to the nearest pixel so that ids stay ids"
     )
-    source = open_source(labelled / "images/train/1.png")
-    train = SegmentationDataset(source, (0,), (path,), ("a", "b"), labelled / "images")
+    image, mask = FileSource([f"{labelled}/images/train/1.png"]), FileSource([str(path)])
+    train = SegmentationDataset(image, mask, (0,), ("a", "b"), labelled / "images")
     with pytest.raises(ValueError, match="is 48x32 pixels"):
         train.read(0)
 
@@ -231,7 +231,7 @@ def test_a_missing_mask_is_named(labelled) -> None:
     assert refusal(labelled) == (
         f"{path} is not there (there is 4.webp); 1 of 10 images have no mask: masks have the names "
         "of their images, perhaps with _mask after it, and end in .png, .tif, .tiff, .bmp, .gif, "
-        ".npy, so write them, or remove those images"
+        ".npy, .npz, .nii, .nii.gz, so write them, or remove those images"
     )
 
 
@@ -304,7 +304,8 @@ def test_images_without_a_known_pixel_are_left_out(labelled) -> None:
     for number in (0, 7):
         write(labelled / f"masks/train/{number}.png", np.full((32, 48), 255, np.uint8))
     train, val = opened(labelled)
-    assert [path.stem for path in train.images] == [path.stem for path in train.masks]
+    masks = [train.mask_name(index).stem for index in range(len(train))]
+    assert masks == [path.stem for path in train.images]
     assert [train.name(i) for i in range(len(train))] == [
         f"{i}.png" for i in (1, 2, 3, 4, 5, 6, 8, 9)
     ]
