@@ -1,10 +1,12 @@
 """Readers, one's own and ours: their pixels, and that a broken one costs its file alone."""
 
 import os
+import re
 import sys
 import tarfile
 import time
 from importlib.metadata import EntryPoint
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -177,6 +179,19 @@ def test_named_axes_are_put_in_order(shape, axes, size, channels, images) -> Non
     assert (part == planes[-1][:, 1:3, 4:6]).all()
     if axes == "XTYZC":
         assert (planes[5][1] == array[:, 1, :, 1, 1].T).all()
+
+
+def test_the_reader_in_the_guide_reads_its_frames(tmp_path, monkeypatch) -> None:
+    guide = (Path(__file__).parents[2] / "docs" / "pretraining.md").read_text()
+    [code] = re.findall(r"```python\n(import numpy.*?)```", guide, re.DOTALL)
+    [ending, module, function] = re.findall(r'"(\.\w+)" = "(\w+):(\w+)"', guide)[0]
+    (tmp_path / f"{module}.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    entry = EntryPoint(ending, f"{module}:{function}", GROUP)
+    monkeypatch.setattr(readers, "entry_points", lambda group: [entry])
+    frames = DICE.integers(0, 65536, (2, 480, 640)).astype("<u2")
+    (tmp_path / "a.frames").write_bytes(bytes(64) + frames.tobytes())
+    assert (np.stack(pixels(open_source(tmp_path)))[:, 0] == frames).all()
 
 
 # DICOM.
