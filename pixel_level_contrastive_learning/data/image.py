@@ -15,6 +15,7 @@ from torch import Tensor
 from ..checks import Pages
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from PIL import Image
 
 SCALES = (1, 2, 4, 8)
@@ -169,8 +170,20 @@ def to_array_file(image: LazyImage) -> bytes:
 
     decoded, stream = image.decode(), BytesIO()
     pixels, known = to_tensor(decoded.pixels), decoded.known
-    np.save(stream, (pixels if known is None else pixels.where(known, torch.nan)).numpy())
+    pixels = pixels if known is None else pixels.where(known, torch.nan)
+    np.save(stream, as_whole_numbers(pixels.numpy()))
     return stream.getvalue()
+
+
+def as_whole_numbers(array: NDArray[Any]) -> NDArray[Any]:
+    """Float32 values as uint16 or int16 where all of them are whole and lie in its range."""
+    import numpy as np
+
+    if array.dtype == np.float32 and (array == array.round()).all():
+        for kind in (np.uint16, np.int16):
+            if np.iinfo(kind).min <= array.min() and array.max() <= np.iinfo(kind).max:
+                return array.astype(kind)
+    return array
 
 
 def largest_scale(factor: float) -> int:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .image import ALL, ImageError, LazyImage, channels_last, to_tensor
+from .image import ALL, ImageError, LazyImage, as_whole_numbers, channels_last, to_tensor
 from .readers import NamedArray
 
 Box = tuple[int, int, int, int]
@@ -153,10 +153,3 @@ def decoded_raster(image: LazyImage) -> Raster:
 
     dtype = np.dtype(np.float32 if image.high_depth else np.uint8)
     return Raster(image.size, image.channels, dtype, array_reader(load, last=False))
-
-
-def as_whole_numbers(array: Array) -> Array:
-    """Values as uint16 where all of them are whole and lie in its range; else as they are."""
-    low, high = array.min(), array.max()
-    whole = array.dtype == np.float32 and low >= 0 and high < 2**16
-    return array.astype(np.uint16) if whole and (array == array.round()).all() else array

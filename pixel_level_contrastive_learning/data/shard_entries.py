@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from .decoding import IMAGE_SUFFIXES, NPY, TIFF, ending_of, open_image
-from .image import ImageError, LazyImage, channels_last
+from .image import ImageError, LazyImage, as_whole_numbers, channels_last
 from .picture import JPEG
-from .rasters import Array, as_whole_numbers
+from .rasters import Array
 from .sources import NodataSource, Source
 from .tiff import NODATA_TAG
 from .tiles import Tiling

@@ -1,5 +1,6 @@
 """Readers, one's own and ours: their pixels, and that a broken one costs its file alone."""
 
+import io
 import os
 import re
 import sys
@@ -245,7 +246,9 @@ def test_a_ct_keeps_its_negative_values(tmp_path) -> None:
         next(iter(build_loader(source, measured, image_size=(16, 16), batch_size=1))).one.max() <= 1
     )
     write_shards(tmp_path, tmp_path / "out")
-    assert (pixels(open_source(tmp_path / "out"))[0] == found).all()
+    written = open_source(tmp_path / "out")
+    assert (pixels(written)[0] == found).all()
+    assert np.load(io.BytesIO(written.content(0))).dtype == np.int16
     write_shards(tmp_path, tmp_path / "tiles", tile=16)
     assert len(open_source(tmp_path / "tiles")) == 4
     assert (pixels(open_source(tmp_path / "tiles"))[0] == found[:, :16, :16]).all()
