@@ -18,20 +18,19 @@ import numpy as np
 import torch
 from einops import rearrange
 
+from .arrays import NamedArray, array_to_pixels, lazy_pixels, open_named
 from .image import (
     ALL,
     DecodedImage,
     ImageError,
     LazyImage,
     Stack,
-    array_to_pixels,
     check_memory,
     decoder_message,
     join,
-    lazy_pixels,
 )
 from .picture import JPEG, frames_in, open_jpeg, open_picture
-from .readers import NamedArray, all_readers, open_named
+from .readers import all_readers
 from .tiff import open_tiff, stack_of_tiff
 
 T = TypeVar("T")

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from .arrays import Deferred
 from .image import MAX_BYTES, ImageError
-from .readers import Deferred
 
 Named = tuple[Any, str]
-"""An array and its axes, see `readers.NamedArray`."""
+"""An array and its axes, see `arrays.NamedArray`."""
 USUAL = ("image", "images", "img", "data", "arr_0")
 """What the array of images is called in an NPZ that holds several."""
 GZIP = b"\x1f\x8b"

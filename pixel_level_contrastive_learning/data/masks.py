@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .arrays import NamedArray
 from .decoding import NPY, TIFF, Content, ending_of
 from .image import ImageError
 from .orientation import ORIENTATION_TAG, PNG, orientation_of, split_png, turn_array
 from .picture import open_by_pillow
-from .readers import NamedArray
 from .sources import FileSource
 from .tiff import opened_tiff, photometric_of, tiff_images
 
@@ -157,21 +157,19 @@ def read_coded(
 
 def read_stored(content: Content, page: Page) -> Stored:
     """What a mask's file holds."""
-    if isinstance(content, NamedArray):
-        check_pages(content.stack.images, page)
-        array = np.moveaxis(content.plane(page.number), 0, -1)
-        return Stored(array.squeeze(-1) if array.shape[-1] == 1 else array, None, str(array.dtype))
-    if isinstance(content, bytes) and content.startswith(TIFF):
-        return read_tiff_mask(content, page)
+    assert not isinstance(content, str), "a mask is read whole"
     if isinstance(content, bytes) and content.startswith(NPY):
         array = np.load(BytesIO(content), allow_pickle=False)
-        if page.count > 1 and array.ndim > 2:
-            check_pages(len(array), page)
-            return Stored(array[page.number], None, f"{array.dtype} array")
-        check_pages(1, page)
-        return Stored(array.squeeze() if array.ndim > 2 else array, None, f"{array.dtype} array")
-    assert isinstance(content, bytes), "a mask is read whole"
-    return read_picture_mask(content, page)
+        content = NamedArray.of((array, "ZYX" if page.count > 1 and array.ndim == 3 else ""))
+    if isinstance(content, NamedArray):
+        check_pages(content.stack.images, page)
+        values = content.plane(page.number)
+        if len(values) in (3, 4):  # colours
+            values = np.moveaxis(values, 0, -1)
+        values = values[0] if len(values) == 1 else values
+        return Stored(values, None, f"{values.dtype} array")
+    read = read_tiff_mask if content.startswith(TIFF) else read_picture_mask
+    return read(content, page)
 
 
 def check_pages(found: int, page: Page) -> None:

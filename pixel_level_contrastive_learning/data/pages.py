@@ -21,11 +21,12 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from ..checks import Pages
+from .arrays import NamedArray
 from .decoding import TIFF, Content, ending_of, open_image, stack_in
 from .image import ALL, MOST_JOINED, ImageError, LazyImage, Stack, to_array_file
 from .orientation import PNG
 from .picture import AVIF, JPEG
-from .readers import DICOM, DICOM_MARK, NamedArray, all_readers, call_reader
+from .readers import DICOM, DICOM_MARK, all_readers, call_reader
 from .reading import in_time, open_regular, read_bytes
 
 log = logging.getLogger(__name__)

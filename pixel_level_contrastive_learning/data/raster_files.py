@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,15 @@ from typing import Any
 import numpy as np
 
 from ..checks import Pages
+from .arrays import Deferred, NamedArray, one_image
 from .decoding import NPY, TIFF, ending_of, open_image, stack_in
 from .folders import SLIDE_SUFFIXES, is_dicom
-from .image import ALL, ImageError, array_layout, decoder_message
+from .image import ALL, ImageError, decoder_message
 from .orientation import ORIENTATION_TAG
 from .picture import GIANT, JPEG
 from .raster_drivers import gdal_raster, slide_raster
-from .rasters import Raster, decoded_raster, mapped_raster, named_raster, npy_raster
-from .readers import NamedArray, all_readers
+from .rasters import Raster, decoded_raster, named_raster
+from .readers import all_readers
 from .reading import read_bytes
 from .sources import FileSource
 from .tiff import ROWS, Plane, is_slide, opened_tiff, photometric_of, tiff_images
@@ -47,14 +49,11 @@ def is_larger(path: str, side: int) -> bool:
     if Path(path).suffix.lower() in SLIDE_SUFFIXES:
         return True
     try:
-        if (named := named_in(path)) is not None:
-            return max(named.size) > side
-        start = read_bytes(path, 0, 8)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            if start.startswith(NPY):
-                size = array_layout(np.load(path, "r", allow_pickle=False).shape)[1:]
-            elif start.startswith(TIFF):
+            if (named := named_in(path)) is not None:
+                size = named.size
+            elif read_bytes(path, 0, 4) in TIFF:
                 with TiffFile(path) as file:
                     page: Any = file.pages[0]
                     size = page.imagelength, page.imagewidth
@@ -81,12 +80,10 @@ def open_rasters(path: str, pages: Pages | None = None) -> list[Raster]:
             if Path(path).suffix.lower() in SLIDE_SUFFIXES - {".jp2"}:
                 return [slide_raster(path)]
             if (named := named_in(path)) is not None:
-                stack = named.stack
-                numbers = stack.chosen(pages) if stack.images > 1 else [0]
-                return [named_raster(named, number) for number in numbers]
+                every = range(named.stack.images)
+                chosen = named.stack.chosen(pages) if len(every) > 1 else [0]
+                return [named_raster(named, every if n == ALL else [n]) for n in chosen]
             start = read_bytes(path, 0, 8)
-            if start.startswith(NPY):
-                return [npy_raster(path)]
             if start.startswith(TIFF):
                 return tiff_rasters(path, pages)
             return picture_rasters(path, start, pages)
@@ -102,7 +99,12 @@ def named_in(path: str) -> NamedArray | None:
     if ending in all_readers() or (not ending and is_dicom(path)):
         content = FileSource([path]).file_content(0)
         return content if isinstance(content, NamedArray) else None
-    return None
+    if read_bytes(path, 0, 6) != NPY:
+        return None
+    array = np.load(path, "r", allow_pickle=False)
+    # Mapped anew for each window, so that what was read is let go.
+    load = partial(np.load, path, "r", allow_pickle=False)
+    return one_image(Deferred(array.shape, array.dtype, load, held=False))
 
 
 def tiff_rasters(path: str, pages: Pages | None) -> list[Raster]:
@@ -133,10 +135,11 @@ def planes_raster(path: str, file: Any, planes: Sequence[Plane]) -> Raster:
     in_one = len({plane.series for plane in planes}) == 1
     if several and in_one and series.dataoffset is not None and orientation == 1:
         dtype, offset = series.dtype.newbyteorder(file.byteorder), series.dataoffset
-        shape = (1, *series.shape) if rows else (series.size // page.size, *page.shape)
-        numbers = [0] if rows else [plane.number for plane in planes]
-        last = rows or page.axes == "YXS"
-        return mapped_raster(lambda: np.memmap(path, dtype, "r", offset, shape), last, numbers)
+        shape = series.shape if rows else (series.size // page.size, *page.shape)
+        load = partial(np.memmap, path, dtype, "r", offset, shape)
+        axes = "YXS" if rows else f"Z{page.axes}"
+        named = NamedArray.of((Deferred(shape, dtype, load, held=False), axes))
+        return named_raster(named, [0] if rows else [plane.number for plane in planes])
     parts: list[Any] = [None if rows else plane_page(file, plane) for plane in planes]
     if None in parts or page.axes not in ("YX", "YXS", "SYX"):
         raise ImageError(f"its axes are {series.axes}; save each image in a file of its own")

@@ -12,8 +12,9 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from .arrays import channels_last
 from .decoding import IMAGE_SUFFIXES, NPY, TIFF, ending_of, open_image
-from .image import ImageError, LazyImage, as_whole_numbers, channels_last
+from .image import ImageError, LazyImage, as_whole_numbers
 from .picture import JPEG
 from .rasters import Array
 from .sources import NodataSource, Source

@@ -17,14 +17,13 @@ import torch
 from torch import Tensor
 
 from ..checks import Pages
+from .arrays import array_to_pixels, lazy_pixels
 from .decoding import ending_of
 from .folders import SLIDE_SUFFIXES, count_by_ending, find_files, is_dicom, no_image_message
 from .image import (
     CUT,
     ImageError,
     LazyImage,
-    array_to_pixels,
-    lazy_pixels,
     to_array_file,
     to_tensor,
     without_value,

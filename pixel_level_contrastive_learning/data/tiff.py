@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from .arrays import NamedArray, array_to_pixels, one_image
 from .image import (
     ALL,
     EIGHT_BIT,
@@ -22,8 +23,6 @@ from .image import (
     ImageError,
     LazyImage,
     Stack,
-    array_layout,
-    array_to_pixels,
     check_memory,
     pages_differ,
     to_tensor,
@@ -228,16 +227,16 @@ def open_tiff(content: bytes | str, image: int | None = None) -> LazyImage:
         images, stack = tiff_images(file)
         joined = image == ALL or (image is None and stack.joined)
         planes = [plane for one in images for plane in one] if joined else images[image or 0]
-        shapes = {shape_and_axes(file, plane) for plane in planes}
-        shape, axes = shape_and_axes(file, planes[0])
+        layouts = [layout(file, plane) for plane in planes]
         page = file.series[planes[0].series].keyframe
         dtype, samples = page.dtype, Samples.of(page)
         tag = page.tags.get(ORIENTATION_TAG)
         orientation, missing = int(tag.value) if tag else 1, nodata(page)
         file_bytes = file.filehandle.size
+    shapes = {own.array.shape for own in layouts}
     if len(shapes) > 1:
-        raise ImageError(pages_differ({shape for shape, _ in shapes}))
-    found, height, width = array_layout(shape, axes)
+        raise ImageError(pages_differ(shapes))
+    found, (height, width) = layouts[0].channels, layouts[0].size
     rows = planes[0].number == ROWS
     channels = (found if rows else samples.channels or found) * len(planes)
     check_memory(height, width, channels * (dtype.itemsize + 4 * samples.deep), file_bytes)
@@ -256,12 +255,11 @@ def open_tiff(content: bytes | str, image: int | None = None) -> LazyImage:
     return LazyImage(upright_size(height, width, orientation), channels, samples.deep, load)
 
 
-def shape_and_axes(file: Any, plane: Plane) -> tuple[tuple[int, ...], str]:
-    """Shape and axes of a plane, as `array_to_pixels` takes them."""
+def layout(file: Any, plane: Plane) -> NamedArray:
+    """The shape of a plane and its axes."""
     series = file.series[plane.series]
-    if plane.number == ROWS:
-        return series.shape, ""
-    return series.keyframe.shape, series.keyframe.axes
+    page = series.keyframe
+    return one_image(series) if plane.number == ROWS else one_image(page, page.axes)
 
 
 def read_plane(
@@ -290,9 +288,8 @@ def read_plane(
         if samples.samples != 1 or samples.palette is not None:
             raise ImageError(f"{error.args[0]}: pip install imagecodecs") from error
         return read_by_pillow(content, page.index, to_float)
-    return turn_upright(
-        samples.to_pixels(array_to_pixels(array, shape_and_axes(file, plane)[1])), orientation
-    )
+    pixels = array_to_pixels(array, layout(file, plane).axes)
+    return turn_upright(samples.to_pixels(pixels), orientation)
 
 
 def read_by_pillow(content: bytes | str, page: int, convert: Callable[[Image.Image], T]) -> T:

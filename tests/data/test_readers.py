@@ -15,9 +15,10 @@ from PIL import Image
 from webdataset import TarWriter
 
 from pixel_level_contrastive_learning.data import decoding, folders, readers, reading
+from pixel_level_contrastive_learning.data.arrays import Deferred, NamedArray
 from pixel_level_contrastive_learning.data.image import ImageError
 from pixel_level_contrastive_learning.data.loader import build_loader
-from pixel_level_contrastive_learning.data.readers import GROUP, NamedArray
+from pixel_level_contrastive_learning.data.readers import GROUP
 from pixel_level_contrastive_learning.data.segmentation import open_labelled
 from pixel_level_contrastive_learning.data.shard_writer import write_shards
 from pixel_level_contrastive_learning.data.sources import Source, open_source
@@ -434,9 +435,9 @@ def test_nifti_is_scaled_and_bytes_stay_bytes(tmp_path) -> None:
 def test_a_volume_is_read_once_for_its_slices(tmp_path, monkeypatch) -> None:
     nifti(tmp_path / "a.nii.gz", VOLUME)
     calls = []
-    real = readers.Deferred.values.func
+    real = Deferred.values.func
     monkeypatch.setattr(
-        readers.Deferred,
+        Deferred,
         "__getitem__",
         lambda self, at: (calls.append(id(self)), real(self)[at])[1],
     )
