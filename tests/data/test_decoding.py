@@ -4,44 +4,25 @@ import io
 
 import numpy as np
 import pytest
-import tifffile
 import torch
+from corpus.encoders import chunk, npy, picture, png, tiff
 from PIL import Image
 from torch import Tensor
 
-from pixel_level_contrastive_learning.data import image, picture
+from pixel_level_contrastive_learning.data import image
+from pixel_level_contrastive_learning.data import picture as picture_module
 from pixel_level_contrastive_learning.data.decoding import open_image
 from pixel_level_contrastive_learning.data.image import ImageError, to_rgb
+from pixel_level_contrastive_learning.data.orientation import ORIENTATION_TAG, split_png
 from pixel_level_contrastive_learning.data.tiff import NODATA_TAG
 
 RAMP = np.arange(12, dtype=np.uint8).reshape(3, 4) * 20
 COLOUR = np.stack((RAMP, RAMP[::-1], RAMP[:, ::-1]), axis=-1)
 
 
-def encoded(image: Image.Image, kind: str, **how: object) -> bytes:
-    """A Pillow image as a file."""
-    stream = io.BytesIO()
-    image.save(stream, kind, **how)
-    return stream.getvalue()
-
-
-def saved(array: np.ndarray, **how: object) -> bytes:
-    """An array as a TIFF."""
-    stream = io.BytesIO()
-    tifffile.imwrite(stream, array, **how)
-    return stream.getvalue()
-
-
 def decode(content: bytes, at_least: int | None = None) -> Tensor:
     """The upright pixels of a file."""
     return open_image(content).read(at_least)
-
-
-def npy(array: object) -> bytes:
-    """An array as a NumPy file."""
-    stream = io.BytesIO()
-    np.save(stream, np.asarray(array))
-    return stream.getvalue()
 
 
 def agrees(content: bytes, pixels: Tensor) -> None:
@@ -56,7 +37,7 @@ def agrees(content: bytes, pixels: Tensor) -> None:
 @pytest.mark.parametrize("progressive", [False, True])
 def test_a_jpeg_gives_what_pillow_gives(mode, progressive) -> None:
     image = Image.linear_gradient("L").convert(mode)
-    content = encoded(image, "JPEG", progressive=progressive)
+    content = picture("JPEG", image, progressive=progressive)
     pixels = decode(content)
     expected = np.atleast_3d(np.array(Image.open(io.BytesIO(content))))
     assert (pixels.permute(1, 2, 0).int() - torch.from_numpy(expected).int()).abs().max() <= 1
@@ -96,7 +77,7 @@ def test_what_a_geotiff_says_was_not_measured_is_filled(dtype, text, value, comp
     bands = np.arange(7, 31).reshape(2, 3, 4).astype(dtype)
     bands[:, 1] = value
     how = {"photometric": "minisblack", "planarconfig": "separate", "compression": compression}
-    content = saved(bands, extratags=[(NODATA_TAG, 2, 0, text, True)], **how)
+    content = tiff(bands, extratags=[(NODATA_TAG, 2, 0, text, True)], **how)
     raster = open_image(content).decode()
     assert raster.known.all(dim=2).tolist() == [[True, False, True]] * 2
     bands[0, 1], bands[1, 1] = 7, 19
@@ -106,7 +87,7 @@ def test_what_a_geotiff_says_was_not_measured_is_filled(dtype, text, value, comp
 @pytest.mark.parametrize(("dtype", "text"), [(np.float32, "none"), (np.uint8, "0")])
 def test_a_tag_without_a_number_and_8_bit_data_are_taken_as_they_are(dtype, text) -> None:
     ramp = np.arange(12, dtype=dtype).reshape(3, 4)
-    raster = open_image(saved(ramp, extratags=[(NODATA_TAG, 2, 0, text, True)])).decode()
+    raster = open_image(tiff(ramp, extratags=[(NODATA_TAG, 2, 0, text, True)])).decode()
     assert raster.known is None
 
 
@@ -127,18 +108,18 @@ def test_any_channels_are_shown_as_three(channels, shown) -> None:
     ("shortest", "height"), [(None, 603), (400, 603), (301, 302), (150, 151), (75, 76), (10, 76)]
 )
 def test_a_large_jpeg_is_decoded_no_smaller_than_asked(shortest, height) -> None:
-    assert picture.SMALL < 603 * 1001
-    content = encoded(Image.new("RGB", (1001, 603), (200, 100, 50)), "JPEG")
+    assert picture_module.SMALL < 603 * 1001
+    content = picture("JPEG", Image.new("RGB", (1001, 603), (200, 100, 50)))
     pixels = decode(content, shortest)
     assert pixels.shape[1] == height  # rounded up
     assert (pixels[:, 3, 3].int() - torch.tensor([200, 100, 50])).abs().max() <= 2
-    assert decode(encoded(Image.new("L", (90, 70)), "JPEG"), 5).shape == (1, 70, 90)
+    assert decode(picture("JPEG", Image.new("L", (90, 70))), 5).shape == (1, 70, 90)
 
 
 def test_a_giant_that_has_to_be_decoded_whole_is_averaged_down(monkeypatch) -> None:
-    content = encoded(Image.fromarray(COLOUR).resize((64, 48), Image.Resampling.NEAREST), "PNG")
+    content = picture("PNG", Image.fromarray(COLOUR).resize((64, 48), Image.Resampling.NEAREST))
     assert open_image(content).decode(4).scale == 1
-    monkeypatch.setattr(picture, "GIANT", 1000)
+    monkeypatch.setattr(picture_module, "GIANT", 1000)
     smaller = open_image(content).decode(4)
     assert (smaller.scale, smaller.pixels.size) == (4, (16, 12))
 
@@ -147,11 +128,11 @@ def test_a_giant_that_has_to_be_decoded_whole_is_averaged_down(monkeypatch) -> N
 
 
 def test_a_bomb_is_refused_before_it_is_decoded(monkeypatch) -> None:
-    flat = encoded(Image.new("L", (1000, 1000)), "PNG")
+    flat = picture("PNG", Image.new("L", (1000, 1000)))
     noise = np.random.default_rng(0).integers(0, 256, (1000, 1000), dtype=np.uint8)
-    rich = encoded(Image.fromarray(noise), "PNG")
-    webp = encoded(Image.new("RGB", (1000, 1000)), "WEBP")
-    jpeg = encoded(Image.new("L", (1000, 1000)), "JPEG")
+    rich = picture("PNG", Image.fromarray(noise))
+    webp = picture("WEBP", Image.new("RGB", (1000, 1000)))
+    jpeg = picture("JPEG", Image.new("L", (1000, 1000)))
     assert decode(flat).shape == (1, 1000, 1000)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 200_000)
     with pytest.raises(ImageError) as error:
@@ -172,13 +153,13 @@ def test_a_bomb_is_refused_before_it_is_decoded(monkeypatch) -> None:
 def test_no_file_may_take_more_than_the_memory_allowed(monkeypatch) -> None:
     monkeypatch.setattr(image, "MAX_BYTES", 1000)
     with pytest.raises(ImageError, match=r"^16x20 pixels would take more than 0 GiB; cut it by"):
-        open_image(encoded(Image.new("RGB", (20, 16)), "PNG"))
+        open_image(picture("PNG", Image.new("RGB", (20, 16))))
     with pytest.raises(ImageError, match=r"^16x20 pixels would take more than 0 GiB; cut it by"):
-        open_image(saved(np.zeros((16, 20), np.float32)))
+        open_image(tiff(np.zeros((16, 20), np.float32)))
 
 
 def test_a_jpeg_of_twenty_thousand_squared_is_decoded_at_an_eighth() -> None:
-    content = encoded(Image.new("L", (20000, 20000), 90), "JPEG")
+    content = picture("JPEG", Image.new("L", (20000, 20000), 90))
     pixels = decode(content, 224)
     assert pixels.shape == (1, 2500, 2500)
     assert pixels.unique().tolist() == [90]
@@ -189,7 +170,56 @@ def test_a_tiff_is_turned_once(more) -> None:
     array = np.arange(6, dtype=np.uint8).reshape(2, 3)
     turned = [[3, 0], [4, 1], [5, 2]]
     tags = [(274, "H", 1, 6, True), *more]
-    gray = saved(array, photometric="minisblack", extratags=tags)
+    gray = tiff(array, photometric="minisblack", extratags=tags)
     assert decode(gray).tolist() == [turned]
-    rgb = saved(np.stack([array] * 3, -1), photometric="rgb", extratags=tags)
+    rgb = tiff(np.stack([array] * 3, -1), photometric="rgb", extratags=tags)
     assert decode(rgb).tolist() == [turned] * 3
+
+
+# Metadata.
+
+
+TURNED = Image.Exif()
+TURNED[ORIENTATION_TAG] = 6
+NOISE = np.random.default_rng(0).integers(0, 256, (6, 8, 3)).astype(np.uint8)
+
+
+def test_broken_exif_of_an_avif_costs_no_pixels() -> None:
+    exif = Image.Exif()
+    exif[305] = "a program"
+    exif[ORIENTATION_TAG] = 6
+    content = picture("AVIF", NOISE, exif=exif, quality=100)
+    start = max(content.find(b"II*\0"), content.find(b"MM\0*"))
+    broken = content[:start] + b"\0garbage" + content[start + 8 :]
+    assert torch.equal(decode(broken), decode(content))
+    assert decode(broken).shape == (3, 8, 6)  # the file says in two places how it is turned
+
+
+def test_a_png_without_metadata_is_not_copied() -> None:
+    plain = picture("PNG", NOISE)
+    assert split_png(plain)[0] is plain
+    bare, orientation = split_png(plain[:33] + chunk(b"tIME", bytes(7)) + plain[33:])
+    assert (bare, orientation) == (plain, 1)
+    assert split_png(plain[:60]) == (plain[:60], 1)
+    content = picture("PNG", NOISE, exif=TURNED)
+    with pytest.raises(ImageError, match="damaged"):  # cut off after its metadata
+        decode(content[: len(content) // 2])
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.99])
+def test_a_deep_png_that_is_not_whole_does_not_end_the_process(share) -> None:
+    """Torchvision's decoder reads past the end of such files, and the process with it."""
+    whole = png(NOISE.astype(np.uint16), 16, 2)
+    with pytest.raises(ImageError, match="damaged"):
+        decode(whole[: int(share * len(whole))])
+    wrong = bytearray(whole)
+    wrong[-20] ^= 1  # in the pixels, under a checksum that was right
+    with pytest.raises(
+        ImageError, match=r"^damaged: the chunk b'IDAT' is cut off, or its checksum"
+    ):
+        decode(bytes(wrong))
+    for place in (25, 26, 27, 28):  # colour type, compression, filter, interlacing
+        header = bytearray(whole[16:29])
+        header[place - 16] = 5
+        with pytest.raises(ImageError):
+            decode(whole[:8] + chunk(b"IHDR", bytes(header)) + whole[33:])

@@ -1,12 +1,9 @@
 """Masks of any format give the ids that were meant, or are refused with the way out."""
 
-import io
-import struct
-import zlib
-
 import numpy as np
 import pytest
 import tifffile
+from corpus.encoders import npy, picture, png, tiff
 from PIL import Image
 
 from pixel_level_contrastive_learning.data.masks import (
@@ -30,59 +27,26 @@ def read_mask(path, coding=PLAIN):
     return read_coded(FileSource([str(path)]), 0, coding)[0]
 
 
-def picture(kind: str, array: np.ndarray, mode: str | None = None, **how: object) -> bytes:
-    """An array as Pillow writes it; a palette of `COLOURS` where it is of indices."""
-    image = Image.fromarray(array, mode)
-    if mode == "P":
-        image.putpalette(COLOURS.flatten().tolist())
-    stream = io.BytesIO()
-    image.save(stream, kind, **how)
-    return stream.getvalue()
-
-
-def tiff(array: np.ndarray, **how: object) -> bytes:
-    """An array as a TIFF."""
-    stream = io.BytesIO()
-    tifffile.imwrite(stream, array, **how)
-    return stream.getvalue()
-
-
-def npy(array: np.ndarray) -> bytes:
-    """An array as a NumPy file."""
-    stream = io.BytesIO()
-    np.save(stream, array)
-    return stream.getvalue()
-
-
-def low_bits(bits: int) -> bytes:
-    """The ids as a gray PNG of 1, 2 or 4 bits, written by hand."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        check = struct.pack(">I", zlib.crc32(kind + data))
-        return struct.pack(">I", len(data)) + kind + data + check
-
-    rows = [
-        b"\0" + np.packbits([[v >> (bits - 1 - b) & 1 for b in range(bits)] for v in row]).tobytes()
-        for row in (IDS % 2**bits).tolist()
-    ]
-    head = struct.pack(">IIBBBBB", 8, 6, bits, 0, 0, 0, 0)
-    body = chunk(b"IDAT", zlib.compress(b"".join(rows)))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + body + chunk(b"IEND", b"")
+def indexed(array: np.ndarray) -> Image.Image:
+    """Indices of `COLOURS`."""
+    image = Image.fromarray(array, "P")
+    image.putpalette(COLOURS.flatten().tolist())
+    return image
 
 
 FILES = {
     "gray.png": picture("PNG", IDS),
-    "palette.png": picture("PNG", IDS, "P"),
+    "palette.png": picture("PNG", indexed(IDS)),
     "deep.png": picture("PNG", IDS.astype(np.uint16)),
-    "bits2.png": low_bits(2),
-    "bits4.png": low_bits(4),
+    "bits2.png": png(IDS, 2, 0),
+    "bits4.png": png(IDS, 4, 0),
     "gray.bmp": picture("BMP", IDS),
-    "palette.bmp": picture("BMP", IDS, "P"),
-    "palette.gif": picture("GIF", IDS, "P"),
+    "palette.bmp": picture("BMP", indexed(IDS)),
+    "palette.gif": picture("GIF", indexed(IDS)),
     "gray.tif": tiff(IDS),
     "deep.tiff": tiff(IDS.astype(np.int32)),
     "float.tif": tiff(IDS.astype(np.float32)),
-    "palette.tif": picture("TIFF", IDS, "P"),
+    "palette.tif": picture("TIFF", indexed(IDS)),
     "pillow.tif": picture("TIFF", IDS),
     "whole.npy": npy(IDS.astype(np.int64)),
     "float.npy": npy(IDS.astype(np.float64)),
@@ -98,7 +62,7 @@ def test_ids_are_read_exactly(tmp_path, name) -> None:
 
 def test_two_values_may_be_bits(tmp_path) -> None:
     files = {
-        "a.png": low_bits(1),
+        "a.png": png(IDS % 2, 1, 0),
         "b.npy": npy(IDS % 2 > 0),
         "c.tif": tiff(IDS % 2 > 0, photometric="minisblack"),
     }
@@ -127,7 +91,7 @@ REFUSED = {
     "has ids from -1 to 2": npy(IDS.astype(int) - (IDS == 0)),
     "it has 3 pages, and its image 1": tiff(np.stack([IDS] * 3), photometric="minisblack"),
     "it has several frames": picture(
-        "GIF", IDS, "P", save_all=True, append_images=[Image.fromarray(IDS + 9)]
+        "GIF", indexed(IDS), save_all=True, append_images=[Image.fromarray(IDS + 9)]
     ),
     "says that white is 0, so its values, 0 to 2, may be meant the other way": tiff(
         IDS, photometric="miniswhite"
@@ -178,10 +142,10 @@ def test_ids_that_cannot_be_read_are_refused(text) -> None:
 CODED = {
     "RGB": picture("PNG", COLOURS[IDS]),
     "RGBA": picture("PNG", np.dstack([COLOURS[IDS], np.full(IDS.shape, 9, np.uint8)])),
-    "palette": picture("PNG", IDS, "P"),
+    "palette": picture("PNG", indexed(IDS)),
     "BMP": picture("BMP", COLOURS[IDS]),
     "TIFF": tiff(COLOURS[IDS], photometric="rgb"),
-    "TIFF palette": picture("TIFF", IDS, "P"),
+    "TIFF palette": picture("TIFF", indexed(IDS)),
     "array": npy(COLOURS[IDS]),
 }
 WRITTEN = {

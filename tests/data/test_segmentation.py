@@ -8,7 +8,6 @@ import pytest
 import torch
 from PIL import Image
 
-from pixel_level_contrastive_learning.data.masks import read_coded
 from pixel_level_contrastive_learning.data.segmentation import (
     SegmentationDataset,
     open_labelled,
@@ -186,19 +185,6 @@ def test_an_empty_list_of_classes_is_refused(tmp_path) -> None:
 
 
 # Masks.
-
-
-def test_palettes_bits_and_sixteen_bits_hold_ids(tmp_path) -> None:
-    ids = np.array([[0, 1], [1, 0]], np.uint8)
-    palette = Image.fromarray(ids, "P")
-    palette.putpalette([10, 200, 30, 4, 5, 6])
-    palette.save(tmp_path / "palette.png")
-    Image.fromarray(ids.astype(bool)).save(tmp_path / "bits.png")
-    Image.fromarray(ids.astype(np.uint16)).save(tmp_path / "deep.png")
-    for name in ("palette", "bits", "deep"):
-        found, _ = read_coded(FileSource([f"{tmp_path}/{name}.png"]), 0)
-        assert found.dtype == torch.uint8
-        assert found.tolist() == ids.tolist()
 
 
 def test_ids_beyond_the_classes_are_refused(labelled) -> None:
