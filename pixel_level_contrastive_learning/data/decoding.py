@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import os
 import re
-import warnings
-from collections.abc import Callable, Set
+from collections.abc import Set
 from functools import cache
 from io import BytesIO
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -26,14 +24,13 @@ from .image import (
     LazyImage,
     Stack,
     check_memory,
-    decoder_message,
     join,
+    known_errors,
 )
 from .picture import JPEG, frames_in, open_jpeg, open_picture
 from .readers import all_readers
 from .tiff import open_tiff, stack_of_tiff
 
-T = TypeVar("T")
 ENDINGS = (
     ".jpg .jpeg .jfif .png .webp .bmp .tif .tiff .npy .gif .ppm .pgm .pbm .pnm .avif .mpo .apng"
 )
@@ -45,6 +42,15 @@ TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 """How a TIFF begins: both byte orders, classic and big."""
 NPY = b"\x93NUMPY"
 """How a NumPy array begins."""
+SIGNATURES = {
+    JPEG: "jpg",
+    b"\x89PNG": "png",
+    b"RIFF": "webp",
+    b"GIF8": "gif",
+    b"BM": "bmp",
+    NPY: "npy",
+} | dict.fromkeys(TIFF, "tif")
+"""How files begin, and the suffix of their format."""
 PNM_STARTS = (b"P2", b"P3", b"P5", b"P6")
 PNM = re.compile(rb"P([2356])" + 3 * rb"(?:\s|#[^\n]*\n)+(\d+)" + rb"\s")
 """The header of a PNM: its kind, width, height and largest value."""
@@ -90,7 +96,20 @@ def open_image(content: Content, image: int | None = None) -> LazyImage:
         >>> image.size, image.channels, image.read().shape
         ((480, 640), 1, torch.Size([1, 480, 640]))
     """
-    return with_known_errors(content, lambda: open_numbered(content, image))
+    with known_errors(content=checked(content)):
+        if isinstance(content, NamedArray):
+            return open_named(content, image)
+        if isinstance(content, str) or content.startswith(TIFF):
+            return open_tiff(content, image)
+        if content.startswith(NPY):
+            return open_npy(content)
+        header = PNM.match(content[:PNM_HEADER])
+        if header and int(header[4]) > 255:
+            return open_deep_pnm(content, header)
+        read = open_jpeg if content.startswith(JPEG) else open_picture
+        if image == ALL:
+            return join([read(content, number) for number in range(frames_in(content).images)])
+        return read(content, image or 0)
 
 
 def stack_in(content: Content) -> Stack:
@@ -99,48 +118,19 @@ def stack_in(content: Content) -> Stack:
     Raises:
         ImageError: It cannot be read.
     """
-    return with_known_errors(content, lambda: count_images(content))
+    with known_errors(content=checked(content)):
+        if isinstance(content, NamedArray):
+            return content.stack
+        if isinstance(content, str) or content.startswith(TIFF):
+            return stack_of_tiff(content)
+        return Stack(1) if content.startswith((NPY, *PNM_STARTS)) else frames_in(content)
 
 
-def with_known_errors(content: Content, read: Callable[[], T]) -> T:
-    """What a reader of a file returns; whatever it raises becomes an `ImageError`."""
-    try:
-        if not content:
-            raise ImageError("the file is empty (0 bytes)")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return read()
-    except ImageError:
-        raise
-    except Exception as error:
-        start = content if isinstance(content, bytes) else b""
-        raise ImageError(decoder_message(error, start)) from error
-
-
-def open_numbered(content: Content, image: int | None) -> LazyImage:
-    """Open one of a file's images."""
-    if isinstance(content, NamedArray):
-        return open_named(content, image)
-    if isinstance(content, str) or content.startswith(TIFF):
-        return open_tiff(content, image)
-    if content.startswith(NPY):
-        return open_npy(content)
-    header = PNM.match(content[:PNM_HEADER])
-    if header and int(header[4]) > 255:
-        return open_deep_pnm(content, header)
-    read = open_jpeg if content.startswith(JPEG) else open_picture
-    if image == ALL:
-        return join([read(content, number) for number in range(frames_in(content).images)])
-    return read(content, image or 0)
-
-
-def count_images(content: Content) -> Stack:
-    """Which images a file holds, by its format."""
-    if isinstance(content, NamedArray):
-        return content.stack
-    if isinstance(content, str) or content.startswith(TIFF):
-        return stack_of_tiff(content)
-    return Stack(1) if content.startswith((NPY, *PNM_STARTS)) else frames_in(content)
+def checked(content: Content) -> Content:
+    """A file that is not empty."""
+    if not content:
+        raise ImageError("the file is empty (0 bytes)")
+    return content
 
 
 def open_npy(content: bytes) -> LazyImage:

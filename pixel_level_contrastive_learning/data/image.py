@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from io import BytesIO
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -33,6 +34,20 @@ EIGHT_BIT = ("uint8", "bool")
 
 class ImageError(Exception):
     """An image cannot be used; the message is the reason, without the file's name."""
+
+
+@contextmanager
+def known_errors(*, content: object = b"", but: type[Exception] = ImageError) -> Iterator[None]:
+    """Let whatever a decoder raises become an `ImageError`, and its warnings be silent."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a decoder's remarks on a file help nobody
+            yield
+    except (ImageError, but):
+        raise
+    except Exception as error:  # damaged bytes make decoders raise anything at all
+        start = content if isinstance(content, bytes) else b""
+        raise ImageError(decoder_message(error, start)) from error
 
 
 class DecodedImage(NamedTuple):
@@ -75,14 +90,8 @@ class LazyImage:
         Raises:
             ImageError: The file is damaged, or holds no number.
         """
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # a decoder's remarks on a file help nobody
-                return fill_missing(self.load(scale))
-        except ImageError:
-            raise
-        except Exception as error:  # damaged bytes make decoders raise anything at all
-            raise ImageError(decoder_message(error)) from error
+        with known_errors():
+            return fill_missing(self.load(scale))
 
     def read(self, at_least: int | tuple[int, int] | None = None) -> Tensor:
         """The upright pixels ``(c, h, w)``: uint8, or float32 raw values.

@@ -19,7 +19,7 @@ from .image import ImageError
 from .orientation import ORIENTATION_TAG, PNG, orientation_of, split_png, turn_array
 from .picture import open_by_pillow
 from .sources import FileSource
-from .tiff import opened_tiff, photometric_of, tiff_images
+from .tiff import opened_tiff, photometric_of, plane_array, tiff_images
 
 IGNORED = 255
 """The id of pixels that are neither trained on nor counted."""
@@ -184,19 +184,11 @@ def read_tiff_mask(content: bytes, wanted: Page) -> Stored:
         images = tiff_images(file).images
         check_pages(sum(map(len, images)), wanted)
         [plane] = images[wanted.number]
-        series = file.series[plane.series]
-        page = series.keyframe
+        page = file.series[plane.series].keyframe
         photometric, tag = photometric_of(page), page.tags.get(ORIENTATION_TAG)
         if photometric in ("YCBCR", "SEPARATED", "CIELAB"):
             raise ImageError(f"its pixels are {photometric}; they must be ids or RGB")
-        try:
-            number, pages = max(plane.number, 0), series.pages
-            if number < len(pages):
-                values = pages[number].asarray()
-            else:  # they lie one after the other behind a single page
-                values = series.asarray().reshape(-1, *page.shape)[number]
-        except (KeyError, ValueError) as error:
-            raise ImageError(f"{error.args[0]}: pip install imagecodecs") from error
+        values = plane_array(file, plane)
         palette = page.colormap
     if "S" in page.axes and page.axes[0] == "S":
         values = np.moveaxis(values, 0, -1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
@@ -14,30 +13,22 @@ import numpy as np
 
 from ..checks import Pages
 from .arrays import Deferred, NamedArray, one_image
-from .decoding import NPY, TIFF, ending_of, open_image, stack_in
+from .decoding import NPY, SIGNATURES, TIFF, ending_of, open_image, stack_in
 from .folders import SLIDE_SUFFIXES, is_dicom
-from .image import ALL, ImageError, decoder_message
+from .image import ALL, ImageError, known_errors
 from .orientation import ORIENTATION_TAG
-from .picture import GIANT, JPEG
+from .picture import GIANT
 from .raster_drivers import gdal_raster, slide_raster
 from .rasters import Raster, decoded_raster, named_raster
 from .readers import all_readers
 from .reading import read_bytes
 from .sources import FileSource
-from .tiff import ROWS, Plane, is_slide, opened_tiff, photometric_of, tiff_images
+from .tiff import ROWS, Plane, is_slide, opened_tiff, page_of, photometric_of, tiff_images
 
 NO_RGB = ("SEPARATED", "CIELAB", "ICCLAB", "ITULAB")
-DRIVERS = {
-    JPEG: "JPEG",
-    b"\x89PNG": "PNG",
-    b"\0\0\0\x0cjP": "JP2OpenJPEG",
-    b"\xff\x4f\xff\x51": "JP2OpenJPEG",
-    b"RIFF": "WEBP",
-    b"BM": "BMP",
-    b"GIF8": "GIF",
-    b"P5": "PNM",
-    b"P6": "PNM",
-}
+DRIVERS = {start: {"jpg": "JPEG"}.get(kind, kind.upper()) for start, kind in SIGNATURES.items()}
+DRIVERS |= {b"\0\0\0\x0cjP": "JP2OpenJPEG", b"\xff\x4f\xff\x51": "JP2OpenJPEG"}
+DRIVERS |= {b"P5": "PNM", b"P6": "PNM"}
 """How giant pictures begin, and what GDAL calls their format."""
 
 
@@ -49,8 +40,7 @@ def is_larger(path: str, side: int) -> bool:
     if Path(path).suffix.lower() in SLIDE_SUFFIXES:
         return True
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with known_errors(but=Image.DecompressionBombError):
             if (named := named_in(path)) is not None:
                 size = named.size
             elif read_bytes(path, 0, 4) in TIFF:
@@ -62,7 +52,7 @@ def is_larger(path: str, side: int) -> bool:
                     size = image.size
     except Image.DecompressionBombError:
         return True
-    except Exception:  # the reason is told when it is read
+    except ImageError:  # the reason is told when it is read
         return False
     return max(size) > side
 
@@ -74,23 +64,17 @@ def open_rasters(path: str, pages: Pages | None = None) -> list[Raster]:
         ImageError: It cannot be read, or not by windows.
         ModuleNotFoundError: The library that reads it is not installed.
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            if Path(path).suffix.lower() in SLIDE_SUFFIXES - {".jp2"}:
-                return [slide_raster(path)]
-            if (named := named_in(path)) is not None:
-                every = range(named.stack.images)
-                chosen = named.stack.chosen(pages) if len(every) > 1 else [0]
-                return [named_raster(named, every if n == ALL else [n]) for n in chosen]
-            start = read_bytes(path, 0, 8)
-            if start.startswith(TIFF):
-                return tiff_rasters(path, pages)
-            return picture_rasters(path, start, pages)
-    except (ImageError, ModuleNotFoundError):
-        raise
-    except Exception as error:  # damaged bytes make decoders raise anything at all
-        raise ImageError(decoder_message(error)) from error
+    with known_errors(but=ModuleNotFoundError):
+        if Path(path).suffix.lower() in SLIDE_SUFFIXES - {".jp2"}:
+            return [slide_raster(path)]
+        if (named := named_in(path)) is not None:
+            every = range(named.stack.images)
+            chosen = named.stack.chosen(pages) if len(every) > 1 else [0]
+            return [named_raster(named, every if n == ALL else [n]) for n in chosen]
+        start = read_bytes(path, 0, 8)
+        if start.startswith(TIFF):
+            return tiff_rasters(path, pages)
+        return picture_rasters(path, start, pages)
 
 
 def named_in(path: str) -> NamedArray | None:
@@ -140,7 +124,7 @@ def planes_raster(path: str, file: Any, planes: Sequence[Plane]) -> Raster:
         axes = "YXS" if rows else f"Z{page.axes}"
         named = NamedArray.of((Deferred(shape, dtype, load, held=False), axes))
         return named_raster(named, [0] if rows else [plane.number for plane in planes])
-    parts: list[Any] = [None if rows else plane_page(file, plane) for plane in planes]
+    parts = [page_of(file, plane) for plane in planes]
     if None in parts or page.axes not in ("YX", "YXS", "SYX"):
         raise ImageError(f"its axes are {series.axes}; save each image in a file of its own")
     if len(parts) == 1 and parts[0].index == 0:  # with its smaller copies, and its mask
@@ -148,12 +132,6 @@ def planes_raster(path: str, file: Any, planes: Sequence[Plane]) -> Raster:
     return gdal_raster(
         [f"GTIFF_DIR:off:{part.offset}:{path}" for part in parts], "GTiff", orientation
     )
-
-
-def plane_page(file: Any, plane: Plane) -> Any:
-    """The page that holds a plane and no other; None if there is none."""
-    series = file.series[plane.series]
-    return series.pages[plane.number] if plane.number < len(series.pages) else None
 
 
 def picture_rasters(path: str, start: bytes, pages: Pages | None) -> list[Raster]:

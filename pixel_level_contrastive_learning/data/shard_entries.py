@@ -13,23 +13,12 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from .arrays import channels_last
-from .decoding import IMAGE_SUFFIXES, NPY, TIFF, ending_of, open_image
+from .decoding import IMAGE_SUFFIXES, SIGNATURES, ending_of, open_image
 from .image import ImageError, LazyImage, as_whole_numbers
-from .picture import JPEG
 from .rasters import Array
 from .sources import NodataSource, Source
 from .tiff import NODATA_TAG
 from .tiles import Tiling
-
-SIGNATURES = {
-    JPEG: "jpg",
-    b"\x89PNG": "png",
-    b"RIFF": "webp",
-    b"GIF8": "gif",
-    b"BM": "bmp",
-    NPY: "npy",
-} | dict.fromkeys(TIFF, "tif")
-"""How files begin, and the suffix of their format."""
 
 
 class ShardEntry(NamedTuple):

@@ -266,30 +266,50 @@ def read_plane(
     file: Any, plane: Plane, content: bytes | str, samples: Samples, orientation: int
 ) -> Tensor | Image.Image:
     """The upright pixels of one plane of a TIFF."""
-    series = file.series[plane.series]
-    whole = len(series.pages) > plane.number
-    page = series.pages[plane.number] if whole else series.keyframe
-    if page is None:
-        raise ImageError(f"page {plane.number + 1} of it is in another file, or missing")
-    if samples.by_pillow and whole and plane.number != ROWS:
+    page = page_of(file, plane)
+    if samples.by_pillow and page is not None:
         return read_by_pillow(content, page.index, to_eight_bit)
     try:
-        if plane.number == ROWS:
-            array = series.asarray()
-        elif whole:
-            array = page.asarray()
-        else:  # planes that lie one after the other behind a single page
-            start = series.dataoffset + plane.number * page.nbytes
-            dtype = page.dtype.newbyteorder(file.byteorder)
-            array = file.filehandle.read_array(dtype, page.size, start).reshape(page.shape)
-    except (KeyError, ValueError) as error:
-        if "imagecodecs" not in str(error):
+        array = plane_array(file, plane)
+    except MissingCodecError:
+        if page is None or samples.samples != 1 or samples.palette is not None:
             raise
-        if samples.samples != 1 or samples.palette is not None:
-            raise ImageError(f"{error.args[0]}: pip install imagecodecs") from error
         return read_by_pillow(content, page.index, to_float)
     pixels = array_to_pixels(array, layout(file, plane).axes)
     return turn_upright(samples.to_pixels(pixels), orientation)
+
+
+class MissingCodecError(ImageError):
+    """What is compressed so needs a library that is not installed."""
+
+
+def page_of(file: Any, plane: Plane) -> Any:
+    """The page that holds a plane and no other; None if there is none."""
+    series = file.series[plane.series]
+    if plane.number == ROWS or plane.number >= len(series.pages):
+        return None
+    if series.pages[plane.number] is None:
+        raise ImageError(f"page {plane.number + 1} of it is in another file, or missing")
+    return series.pages[plane.number]
+
+
+def plane_array(file: Any, plane: Plane) -> NDArray[Any]:
+    """The numbers of a plane, its axes as `layout` names them."""
+    series, page = file.series[plane.series], page_of(file, plane)
+    try:
+        if plane.number == ROWS or page is not None:
+            array: NDArray[Any] = (series if page is None else page).asarray()
+            return array
+    except (KeyError, ValueError) as error:
+        if "imagecodecs" not in str(error):
+            raise
+        raise MissingCodecError(f"{error.args[0]}: pip install imagecodecs") from error
+    # Planes lie one after the other behind a single page.
+    page = series.keyframe
+    start = series.dataoffset + plane.number * page.nbytes
+    dtype = page.dtype.newbyteorder(file.byteorder)
+    array = file.filehandle.read_array(dtype, page.size, start).reshape(page.shape)
+    return array
 
 
 def read_by_pillow(content: bytes | str, page: int, convert: Callable[[Image.Image], T]) -> T:
