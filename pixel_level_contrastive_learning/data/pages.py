@@ -55,8 +55,14 @@ def chance_of_several(name: str) -> int:
     return SELDOM if ending in SELDOM_SEVERAL else OFTEN
 
 
-def may_hold_several(file: IO[bytes], start: int = 0) -> bool:
+def may_hold_several(path: str, start: int = 0) -> bool:
     """Whether a file, or the part of it that begins at ``start``, may hold several images."""
+    with open_regular(path) as file:
+        return header_tells_several(file, start)
+
+
+def header_tells_several(file: IO[bytes], start: int = 0) -> bool:
+    """Whether the header of what begins at ``start`` says that there may be several images."""
     file.seek(start)
     head = file.read(32)
     if head.startswith(PNG):
@@ -243,19 +249,19 @@ class PagedFiles:
         found: dict[int, Stack] = {}
         for file in files:
             with suppress(ImageError, OSError, struct.error, IndexError):  # told when it is opened
-                stack = in_time(partial(self.look_through, file), self.place(file).path)
+                stack = self.stack(file)
                 if stack.images > 1 or stack.reduced:
                     found[file] = stack
         return found
 
-    def look_through(self, file: int) -> Stack:
+    def stack(self, file: int) -> Stack:
         """What a file holds."""
         place, ending = self.place(file), ending_of(self.file_name(file))
-        if ending and ending not in all_readers():
-            with open_regular(place.path) as opened:
-                if not may_hold_several(opened, place.offset):
-                    return Stack(1)
-        return stack_in(self.file_content(file, several=True))
+        looked = partial(may_hold_several, *place[:2])
+        if ending and ending not in all_readers() and not in_time(looked, place.path):
+            return Stack(1)
+        content = self.file_content(file, several=True)
+        return in_time(partial(stack_in, content), place.path)
 
     def settle(self, stacks: Mapping[int, Stack], pages: Pages | None) -> None:
         """Decide what files with several images are read as."""
