@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cached_property
 from math import prod
 from typing import Any, NamedTuple
 
@@ -42,16 +41,16 @@ class Deferred:
     ) -> None:
         self.shape, self.dtype = tuple(shape), np.dtype(dtype)
         self.read, self.held = read, held
-
-    @cached_property
-    def values(self) -> Any:
-        """All of it."""
-        if prod(self.shape) * self.dtype.itemsize > MAX_BYTES:
-            raise ImageError(too_large(*self.shape[:2]))
-        return self.read()
+        self.values: Any = None
 
     def __getitem__(self, index: Any) -> Any:
-        return (self.values if self.held else self.read())[index]
+        values = self.values
+        if values is None:
+            if self.held and prod(self.shape) * self.dtype.itemsize > MAX_BYTES:
+                raise ImageError(too_large(*self.shape[:2]))
+            values = self.read()
+            self.values = values if self.held else None
+        return values[index]
 
 
 class NamedArray(NamedTuple):

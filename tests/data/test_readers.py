@@ -2,6 +2,7 @@
 
 import io
 import os
+import pickle
 import re
 import sys
 import tarfile
@@ -14,8 +15,8 @@ import pytest
 from PIL import Image
 from webdataset import TarWriter
 
-from pixel_level_contrastive_learning.data import decoding, folders, readers, reading
-from pixel_level_contrastive_learning.data.arrays import Deferred, NamedArray
+from pixel_level_contrastive_learning.data import decoding, folders, pages, readers, reading
+from pixel_level_contrastive_learning.data.arrays import NamedArray
 from pixel_level_contrastive_learning.data.image import ImageError
 from pixel_level_contrastive_learning.data.loader import build_loader
 from pixel_level_contrastive_learning.data.readers import GROUP
@@ -329,6 +330,22 @@ def test_frames_of_dicom_are_images_each_with_its_scale(tmp_path, caplog) -> Non
     assert (pixels(open_source(tmp_path, pages="channels"))[0] == 3.0 * frames + 1).all()
 
 
+@pytest.mark.parametrize(
+    "syntax", ["RLELossless", "JPEG2000Lossless", "DeflatedExplicitVRLittleEndian"]
+)
+def test_compressed_dicom_is_read(tmp_path, syntax) -> None:
+    import pydicom
+
+    large = np.tile(CT, (4, 4))
+    file = pydicom.dcmread(dicom(tmp_path / "a.dcm", large))
+    if syntax.startswith("Deflated"):
+        file.file_meta.TransferSyntaxUID = getattr(pydicom.uid, syntax)
+    else:
+        file.compress(getattr(pydicom.uid, syntax))
+    file.save_as(tmp_path / "a.dcm", enforce_file_format=True)
+    assert (pixels(open_source(tmp_path))[0][0] == large).all()
+
+
 @pytest.mark.parametrize("name", ["IM1", "1.2.840.113619.2", "a.CT", "deep/I0"])
 def test_dicom_is_found_without_an_ending(tmp_path, name) -> None:
     (tmp_path / "deep").mkdir()
@@ -434,15 +451,16 @@ def test_nifti_is_scaled_and_bytes_stay_bytes(tmp_path) -> None:
 
 def test_a_volume_is_read_once_for_its_slices(tmp_path, monkeypatch) -> None:
     nifti(tmp_path / "a.nii.gz", VOLUME)
-    calls = []
-    real = Deferred.values.func
-    monkeypatch.setattr(
-        Deferred,
-        "__getitem__",
-        lambda self, at: (calls.append(id(self)), real(self)[at])[1],
-    )
-    assert len(pixels(open_source(tmp_path))) == 4
-    assert len(set(calls)) == 1
+    source, calls = open_source(tmp_path), []
+    source.last = None
+    real = pages.call_reader
+    monkeypatch.setattr(pages, "call_reader", lambda *given: calls.append(given) or real(*given))
+    assert len(pixels(source)) == 4
+    assert len(calls) == 1
+    values = source.last[1].array.values
+    source.open(0)
+    assert source.last[1].array.values is values
+    assert pickle.loads(pickle.dumps(source)).last is None
 
 
 def test_volumes_have_volumes_of_masks(labelled) -> None:
