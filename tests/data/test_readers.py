@@ -457,7 +457,7 @@ def test_a_volume_is_read_once_for_its_slices(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(pages, "call_reader", lambda *given: calls.append(given) or real(*given))
     assert len(pixels(source)) == 4
     assert len(calls) == 1
-    values = source.last[1].array.values
+    assert (values := source.last[1].array.values) is not None
     source.open(0)
     assert source.last[1].array.values is values
     assert pickle.loads(pickle.dumps(source)).last is None
