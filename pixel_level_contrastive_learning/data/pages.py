@@ -27,7 +27,7 @@ from .image import ALL, MOST_JOINED, ImageError, LazyImage, Stack, to_array_file
 from .orientation import PNG
 from .picture import AVIF, JPEG
 from .readers import DICOM, DICOM_MARK, all_readers, call_reader
-from .reading import in_time, open_regular, read_bytes
+from .reading import in_time, open_regular, read_bytes, read_part
 
 log = logging.getLogger(__name__)
 
@@ -36,8 +36,22 @@ LOOKED_AT = 10_000
 all of them where one holds several. Other formats are all looked at."""
 NEVER, SELDOM, OFTEN = range(3)
 GRAY_PAGES = "gray pages"
-SELDOM_SEVERAL = (".jpg", ".jpeg", ".jfif", ".png", ".heic", ".heif", DICOM, ".dicom", ".ima", "")
+SELDOM_SEVERAL = (
+    ".jpg",
+    ".jpeg",
+    ".jfif",
+    ".png",
+    ".heic",
+    ".heif",
+    ".npz",
+    DICOM,
+    ".dicom",
+    ".ima",
+    "",
+)
 NEVER_SEVERAL = (".npy", ".bmp", ".ppm", ".pgm", ".pbm", ".pnm")
+SHAPE_FIRST, HEAD = (".nii", ".nii.gz"), 2**16
+"""Files whose first bytes, so many, tell a reader the shape of what follows."""
 WEBP_ANIMATION = 2
 """The bit of a WebP's flags that announces frames."""
 MOST_TAGS, LONGEST_DESCRIPTION = 4096, 2**16
@@ -210,16 +224,13 @@ class PagedFiles:
 
     def file_content(self, file: int, several: bool = False) -> Content:
         """A file as `open_image` takes it: a TIFF of several images is not read as a whole."""
-        if self.last is not None and self.last[0] == file:
-            return self.last[1]
+        last = self.last  # which another thread may change
+        if last is not None and last[0] == file:
+            return last[1]
         ending, place = ending_of(self.file_name(file)), self.place(file)
         path, readers = place.path, all_readers()
-        if (
-            several
-            and ending not in readers
-            and not place.offset
-            and read_bytes(path, 0, 4) in TIFF
-        ):
+        may_be_tiff = several and ending not in readers and not place.offset
+        if may_be_tiff and read_bytes(path, 0, 4) in TIFF:
             return path
         content = path if ending.endswith("/") else read_bytes(*place)
         if not ending and content[DICOM_MARK] == b"DICM":
@@ -260,6 +271,10 @@ class PagedFiles:
         looked = partial(may_hold_several, *place[:2])
         if ending and ending not in all_readers() and not in_time(looked, place.path):
             return Stack(1)
+        if ending in SHAPE_FIRST:
+            with suppress(ImageError):  # if so much does not do, all of it is read
+                head, _ = in_time(partial(read_part, place.path, place.offset, HEAD), place.path)
+                return call_reader(ending, head, place.path).stack
         content = self.file_content(file, several=True)
         return in_time(partial(stack_in, content), place.path)
 

@@ -449,6 +449,17 @@ def test_nifti_is_scaled_and_bytes_stay_bytes(tmp_path) -> None:
     assert (pixels(open_source(tmp_path / "c.nii"))[0][0] == expected[..., 0].T).all()
 
 
+def test_the_slices_of_a_volume_are_counted_by_its_header(tmp_path) -> None:
+    noise = DICE.integers(0, 60000, (60, 60, 40)).astype(np.uint16)
+    whole = Path(nifti(tmp_path / "a.nii.gz", noise)).read_bytes()
+    assert len(whole) > 2 * pages.HEAD
+    (tmp_path / "a.nii.gz").write_bytes(whole[: pages.HEAD])
+    source = open_source(tmp_path)
+    assert len(source) == 40
+    with pytest.raises(ImageError, match="damaged"):
+        source.open(39)
+
+
 def test_a_volume_is_read_once_for_its_slices(tmp_path, monkeypatch) -> None:
     nifti(tmp_path / "a.nii.gz", VOLUME)
     source, calls = open_source(tmp_path), []
