@@ -49,7 +49,7 @@ def dicom_type(file: Any) -> str:
         return "float32"
     if file.PhotometricInterpretation == "PALETTE COLOR":
         return "uint8" if file.RedPaletteColorLookupTableDescriptor[2] <= 8 else "float32"
-    plain = "ModalityLUTSequence" not in file and dicom_scaling(file) == [(1.0, 0.0)]
+    plain = "ModalityLUTSequence" not in file and {*dicom_scaling(file)} == {(1.0, 0.0)}
     return ("bool" if file.BitsAllocated == 1 else "uint8") if plain else "float32"
 
 
@@ -112,7 +112,7 @@ def read_nifti(content: bytes) -> Named:
             return np.flip(image.get_fdata(caching="unchanged", dtype=np.float32), flipped)
         found = scaled.get_unscaled()
         if dtype.names:  # colours
-            found = found.view("u1").reshape(*shape, len(dtype.names))
+            found = np.ascontiguousarray(found).view("u1").reshape(*shape, len(dtype.names))
         return np.flip(found, flipped)
 
     if dtype.names:

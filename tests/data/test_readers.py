@@ -449,6 +449,14 @@ def test_nifti_is_scaled_and_bytes_stay_bytes(tmp_path) -> None:
     assert (pixels(open_source(tmp_path / "c.nii"))[0][0] == expected[..., 0].T).all()
 
 
+def test_colours_of_nifti(tmp_path) -> None:
+    colours = np.ascontiguousarray(VALUES.transpose(3, 2, 0, 1))  # x y z c
+    stored = colours.view([(name, "u1") for name in "RGB"])[..., 0]
+    found = pixels(open_source(nifti(tmp_path / "a.nii.gz", stored)))
+    assert found[0].dtype == np.uint8
+    assert (np.stack(found) == VALUES).all()
+
+
 def test_the_slices_of_a_volume_are_counted_by_its_header(tmp_path) -> None:
     noise = DICE.integers(0, 60000, (60, 60, 40)).astype(np.uint16)
     whole = Path(nifti(tmp_path / "a.nii.gz", noise)).read_bytes()
