@@ -102,7 +102,7 @@ def open_image(content: Content, image: int | None = None) -> LazyImage:
         if isinstance(content, str) or content.startswith(TIFF):
             return open_tiff(content, image)
         if content.startswith(NPY):
-            return open_npy(content)
+            return lazy_pixels(array_to_pixels(np.load(BytesIO(content), allow_pickle=False)))
         header = PNM.match(content[:PNM_HEADER])
         if header and int(header[4]) > 255:
             return open_deep_pnm(content, header)
@@ -131,11 +131,6 @@ def checked(content: Content) -> Content:
     if not content:
         raise ImageError("the file is empty (0 bytes)")
     return content
-
-
-def open_npy(content: bytes) -> LazyImage:
-    """Open a NumPy array."""
-    return lazy_pixels(array_to_pixels(np.load(BytesIO(content), allow_pickle=False)))
 
 
 def open_deep_pnm(content: bytes, header: re.Match[bytes]) -> LazyImage:

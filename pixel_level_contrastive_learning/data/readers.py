@@ -7,9 +7,8 @@ its files; those of `formats` come through the same door, and only import their 
 from __future__ import annotations
 
 import warnings
-from functools import cache, partial
+from functools import cache
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any
 
 from ..checks import EXTRAS, not_installed
 from .arrays import NamedArray
@@ -51,7 +50,7 @@ def call_reader(ending: str, content: bytes | str, path: str) -> NamedArray:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return NamedArray.of(in_time(partial(call_entry, entry, content), path))
+            return NamedArray.of(in_time(lambda: entry.load()(content), path))
     except (Exception, SystemExit) as error:  # a reader may raise anything at all
         if isinstance(error, ModuleNotFoundError) and error.name in EXTRAS:
             raise ImageError(not_installed(error.name)) from error
@@ -60,8 +59,3 @@ def call_reader(ending: str, content: bytes | str, path: str) -> NamedArray:
         if ours or isinstance(error, ImageError):
             why = str(error) if isinstance(error, ImageError) else decoder_message(error)
         raise ImageError(why if ours else f"its reader, {entry.value}, failed: {why}") from error
-
-
-def call_entry(entry: EntryPoint, content: bytes | str) -> Any:
-    """What an entry point returns, which is imported first."""
-    return entry.load()(content)

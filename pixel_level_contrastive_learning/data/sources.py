@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..checks import Pages
 from .arrays import array_to_pixels, lazy_pixels
-from .decoding import ending_of
+from .decoding import ending_of, image_suffixes
 from .folders import SLIDE_SUFFIXES, count_by_ending, find_files, is_dicom, no_image_message
 from .image import (
     CUT,
@@ -275,8 +275,11 @@ def open_source(
     )
 
 
-def open_path(place: str, leave_out: str | Path | None) -> PagedFiles:
-    """The images of a folder, a file or a pattern of shards."""
+def open_path(
+    place: str, leave_out: str | Path | None = None, *, slides: bool = False
+) -> PagedFiles:
+    """The images of a folder, a file or a pattern of shards, slides among them or refused."""
+    known = image_suffixes() | (SLIDE_SUFFIXES if slides else set())
     if is_shards(place):
         return ShardSource.find(place)
     path = Path(place).expanduser()
@@ -285,7 +288,7 @@ def open_path(place: str, leave_out: str | Path | None) -> PagedFiles:
     except ImageError as error:
         raise ValueError(f"data is {place!r}, which cannot be read: {error}") from error
     if path.is_dir() and not ending_of(path.name).endswith("/"):
-        paths, others = find_files(path, leave_out=leave_out)
+        paths, others = find_files(path, known, leave_out=leave_out)
         if paths:
             if others:
                 log.info("left out of %s: %s", path, count_by_ending(others))
@@ -298,7 +301,7 @@ def open_path(place: str, leave_out: str | Path | None) -> PagedFiles:
             f"{place!r} does not exist; name a folder of images (a run may be resumed with its "
             "images in another place)"
         )
-    if ending_of(path.name) or is_dicom(str(path)):
+    if ending_of(path.name, known) or is_dicom(str(path)):
         return FileSource([str(path)])
     if path.suffix.lower() in SLIDE_SUFFIXES:
         raise ValueError(f"{place!r} is a slide or the like; {CUT}")
@@ -320,7 +323,7 @@ def read_list(path: Path) -> list[str]:
     paths = [str(path.parent / Path(line.strip()).expanduser()) for line in lines if line.strip()]
     if not paths:
         raise ValueError(f"data is {str(path)!r}, a list without paths; write one path a line")
-    if os.path.isdir(paths[0]):
+    if os.path.isdir(paths[0]) and not ending_of(paths[0]).endswith("/"):
         raise ValueError(
             f"data is {str(path)!r}, a list that begins with the folder {paths[0]!r}; name folders "
             "themselves as data, and list images alone"

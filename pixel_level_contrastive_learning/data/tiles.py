@@ -18,8 +18,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..checks import Pages, above, raise_together, whole
-from .decoding import ending_of, image_suffixes
-from .folders import SLIDE_SUFFIXES, find_files, no_image_message
 from .image import ImageError
 from .pages import settle_pages
 from .raster_files import is_larger, open_rasters
@@ -260,19 +258,10 @@ def find_rasters(data: Sequence[str | Path]) -> list[str]:
     """The files that are meant: images and slides in folders, single ones, or lists of paths."""
     paths: list[str] = []
     for place in map(str, data):
-        path = Path(place).expanduser()
-        if is_shards(place):
+        files = None if is_shards(place) else open_path(place, slides=True)
+        if not isinstance(files, FileSource):
             raise ValueError(f"data is {place!r}; tiles are cut from files: name their folder")
-        if path.is_dir() and not ending_of(path.name).endswith("/"):
-            found, others = find_files(path, image_suffixes() | SLIDE_SUFFIXES)
-            if not found:
-                raise ValueError(no_image_message(path, others))
-            paths += found
-        elif path.suffix.lower() in SLIDE_SUFFIXES and path.exists():
-            paths.append(str(path))
-        else:
-            files = open_path(place, None)
-            paths += map(files.file_name, range(files.files))
+        paths += map(files.file_name, range(files.files))
     return paths
 
 

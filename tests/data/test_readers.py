@@ -569,6 +569,8 @@ def test_zarr_is_read_by_its_named_axes(tmp_path, workers) -> None:
     )
     assert next(iter(loader)).one.shape == (2, 3, 8, 8)
     assert len(open_source(tmp_path)) == 3  # of both, and nothing inside of them
+    (tmp_path / "list.txt").write_text("b.zarr\n")
+    assert len(open_source(tmp_path / "list.txt")) == 2
     write_shards(tmp_path / "a.zarr", tmp_path / "tiles", tile=16)
     assert (pixels(open_source(tmp_path / "tiles"))[0][0] == CT[:16, :16]).all()
 
