@@ -6,6 +6,7 @@ import glob
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -87,7 +88,7 @@ class SegmentationDataset:
         """All images in the files, as a source."""
         return self.files if self.nodata is None else NodataSource(self.files, self.nodata)
 
-    @property
+    @cached_property
     def images(self) -> tuple[Path, ...]:
         """Where the images lie."""
         return tuple(Path(self.source.name(index)) for index in self.indices)
