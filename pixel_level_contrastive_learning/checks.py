@@ -124,7 +124,10 @@ def per_channel(name: str, values: Sequence[float] | None, channels: object) -> 
 EXTRAS = {
     "rasterio": ("rasters", "cutting TIFFs and giant pictures into tiles"),
     "openslide": ("slides", "cutting whole-slide images into tiles"),
-    "zarr": ("zarr", "writing features as a Zarr group"),
+    "pydicom": ("dicom", "reading DICOM"),
+    "nibabel": ("nifti", "reading NIfTI"),
+    "pillow_heif": ("heic", "reading HEIC"),
+    "zarr": ("zarr", "reading and writing Zarr"),
 }
 """The extra of a library that is not in ``train``, and what it is for."""
 

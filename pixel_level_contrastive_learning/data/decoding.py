@@ -6,41 +6,51 @@ half, a quarter or an eighth of its size. Pixels come back upright, as the EXIF 
 
 from __future__ import annotations
 
+import os
 import re
-import warnings
-from collections.abc import Callable
+from collections.abc import Set
+from functools import cache
 from io import BytesIO
-from typing import TypeVar
 
 import numpy as np
 import torch
 from einops import rearrange
 
+from .arrays import NamedArray, array_to_pixels, lazy_pixels, open_named
 from .image import (
     ALL,
     DecodedImage,
     ImageError,
     LazyImage,
     Stack,
-    array_to_pixels,
     check_memory,
-    decoder_message,
     join,
-    lazy_pixels,
+    known_errors,
 )
 from .picture import JPEG, frames_in, open_jpeg, open_picture
+from .readers import all_readers
 from .tiff import open_tiff, stack_of_tiff
 
-T = TypeVar("T")
 ENDINGS = (
     ".jpg .jpeg .jfif .png .webp .bmp .tif .tiff .npy .gif .ppm .pgm .pbm .pnm .avif .mpo .apng"
 )
-IMAGE_SUFFIXES = frozenset(re.findall(r"\.\w+", ENDINGS))
-"""Files taken for images, in lower case; their content decides the format."""
+IMAGE_SUFFIXES = frozenset(ENDINGS.split())
+"""Files taken for images, in lower case, whose content decides the format."""
+Content = bytes | str | NamedArray
+"""The bytes of a file; the path of a TIFF, of which only a page is read; what a reader returned."""
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 """How a TIFF begins: both byte orders, classic and big."""
 NPY = b"\x93NUMPY"
 """How a NumPy array begins."""
+SIGNATURES = {
+    JPEG: "jpg",
+    b"\x89PNG": "png",
+    b"RIFF": "webp",
+    b"GIF8": "gif",
+    b"BM": "bmp",
+    NPY: "npy",
+} | dict.fromkeys(TIFF, "tif")
+"""How files begin, and the suffix of their format."""
 PNM_STARTS = (b"P2", b"P3", b"P5", b"P6")
 PNM = re.compile(rb"P([2356])" + 3 * rb"(?:\s|#[^\n]*\n)+(\d+)" + rb"\s")
 """The header of a PNM: its kind, width, height and largest value."""
@@ -48,7 +58,21 @@ PNM_HEADER = 4096
 """Bytes within which the header of a PNM ends."""
 
 
-def open_image(content: bytes | str, image: int | None = None) -> LazyImage:
+@cache
+def image_suffixes() -> Set[str]:
+    """All files taken for images: those of `IMAGE_SUFFIXES`, and those that have a reader."""
+    return IMAGE_SUFFIXES | all_readers().keys()
+
+
+def ending_of(name: str, known: Set[str] | None = None) -> str:
+    """Which of the known endings a name has, by default one of images; an empty text for none."""
+    known = image_suffixes() if known is None else known
+    stem, last = os.path.splitext(name.lower())
+    double = os.path.splitext(stem)[1] + last
+    return next((ending for ending in (double, last, f"{last}/") if ending in known), "")
+
+
+def open_image(content: Content, image: int | None = None) -> LazyImage:
     """Read the header of an encoded image.
 
     Transparent images are laid over black; palettes and CMYK become RGB. All bands of a TIFF are
@@ -56,7 +80,7 @@ def open_image(content: bytes | str, image: int | None = None) -> LazyImage:
     becomes the lowest value of its channel.
 
     Args:
-        content: The bytes of the file; or its path, so that of a long TIFF only a page is read.
+        content: The file.
         image: Which of the images in the file; `ALL` for all of them as channels of one. None takes
             gray pages without a name as channels, and of other files the first image.
 
@@ -72,58 +96,41 @@ def open_image(content: bytes | str, image: int | None = None) -> LazyImage:
         >>> image.size, image.channels, image.read().shape
         ((480, 640), 1, torch.Size([1, 480, 640]))
     """
-    return with_known_errors(content, lambda: open_numbered(content, image))
+    with known_errors(content=checked(content)):
+        if isinstance(content, NamedArray):
+            return open_named(content, image)
+        if isinstance(content, str) or content.startswith(TIFF):
+            return open_tiff(content, image)
+        if content.startswith(NPY):
+            return lazy_pixels(array_to_pixels(np.load(BytesIO(content), allow_pickle=False)))
+        header = PNM.match(content[:PNM_HEADER])
+        if header and int(header[4]) > 255:
+            return open_deep_pnm(content, header)
+        read = open_jpeg if content.startswith(JPEG) else open_picture
+        if image == ALL:
+            return join([read(content, number) for number in range(frames_in(content).images)])
+        return read(content, image or 0)
 
 
-def stack_in(content: bytes | str) -> Stack:
+def stack_in(content: Content) -> Stack:
     """Which images a file holds.
 
     Raises:
         ImageError: It cannot be read.
     """
-    return with_known_errors(content, lambda: count_images(content))
+    with known_errors(content=checked(content)):
+        if isinstance(content, NamedArray):
+            return content.stack
+        if isinstance(content, str) or content.startswith(TIFF):
+            return stack_of_tiff(content)
+        return Stack(1) if content.startswith((NPY, *PNM_STARTS)) else frames_in(content)
 
 
-def with_known_errors(content: bytes | str, read: Callable[[], T]) -> T:
-    """What a reader of a file returns; whatever it raises becomes an `ImageError`."""
-    try:
-        if not content:
-            raise ImageError("the file is empty (0 bytes)")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return read()
-    except ImageError:
-        raise
-    except Exception as error:
-        start = content if isinstance(content, bytes) else b""
-        raise ImageError(decoder_message(error, start)) from error
-
-
-def open_numbered(content: bytes | str, image: int | None) -> LazyImage:
-    """Open one of a file's images."""
-    if isinstance(content, str) or content.startswith(TIFF):
-        return open_tiff(content, image)
-    if content.startswith(NPY):
-        return open_npy(content)
-    header = PNM.match(content[:PNM_HEADER])
-    if header and int(header[4]) > 255:
-        return open_deep_pnm(content, header)
-    read = open_jpeg if content.startswith(JPEG) else open_picture
-    if image == ALL:
-        return join([read(content, number) for number in range(frames_in(content).images)])
-    return read(content, image or 0)
-
-
-def count_images(content: bytes | str) -> Stack:
-    """Which images a file holds, by its format."""
-    if isinstance(content, str) or content.startswith(TIFF):
-        return stack_of_tiff(content)
-    return Stack(1) if content.startswith((NPY, *PNM_STARTS)) else frames_in(content)
-
-
-def open_npy(content: bytes) -> LazyImage:
-    """Open a NumPy array."""
-    return lazy_pixels(array_to_pixels(np.load(BytesIO(content), allow_pickle=False)))
+def checked(content: Content) -> Content:
+    """A file that is not empty."""
+    if not content:
+        raise ImageError("the file is empty (0 bytes)")
+    return content
 
 
 def open_deep_pnm(content: bytes, header: re.Match[bytes]) -> LazyImage:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from io import BytesIO
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,6 +16,7 @@ from torch import Tensor
 from ..checks import Pages
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from PIL import Image
 
 SCALES = (1, 2, 4, 8)
@@ -32,6 +34,20 @@ EIGHT_BIT = ("uint8", "bool")
 
 class ImageError(Exception):
     """An image cannot be used; the message is the reason, without the file's name."""
+
+
+@contextmanager
+def known_errors(*, content: object = b"", but: type[Exception] = ImageError) -> Iterator[None]:
+    """Let whatever a decoder raises become an `ImageError`, and its warnings be silent."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a decoder's remarks on a file help nobody
+            yield
+    except (ImageError, but):
+        raise
+    except Exception as error:  # damaged bytes make decoders raise anything at all
+        start = content if isinstance(content, bytes) else b""
+        raise ImageError(decoder_message(error, start)) from error
 
 
 class DecodedImage(NamedTuple):
@@ -74,14 +90,8 @@ class LazyImage:
         Raises:
             ImageError: The file is damaged, or holds no number.
         """
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # a decoder's remarks on a file help nobody
-                return fill_missing(self.load(scale))
-        except ImageError:
-            raise
-        except Exception as error:  # damaged bytes make decoders raise anything at all
-            raise ImageError(decoder_message(error)) from error
+        with known_errors():
+            return fill_missing(self.load(scale))
 
     def read(self, at_least: int | tuple[int, int] | None = None) -> Tensor:
         """The upright pixels ``(c, h, w)``: uint8, or float32 raw values.
@@ -169,8 +179,20 @@ def to_array_file(image: LazyImage) -> bytes:
 
     decoded, stream = image.decode(), BytesIO()
     pixels, known = to_tensor(decoded.pixels), decoded.known
-    np.save(stream, (pixels if known is None else pixels.where(known, torch.nan)).numpy())
+    pixels = pixels if known is None else pixels.where(known, torch.nan)
+    np.save(stream, as_whole_numbers(pixels.numpy()))
     return stream.getvalue()
+
+
+def as_whole_numbers(array: NDArray[Any]) -> NDArray[Any]:
+    """Float32 values as uint16 or int16 where all of them are whole and lie in its range."""
+    import numpy as np
+
+    if array.dtype == np.float32 and (array == array.round()).all():
+        for kind in (np.uint16, np.int16):
+            if np.iinfo(kind).min <= array.min() and array.max() <= np.iinfo(kind).max:
+                return array.astype(kind)
+    return array
 
 
 def largest_scale(factor: float) -> int:
@@ -245,7 +267,7 @@ def too_large(height: int, width: int) -> str:
     return f"{height}x{width} pixels would take more than {MAX_BYTES // 2**30} GiB; {CUT}"
 
 
-def decoder_message(error: Exception, content: bytes = b"") -> str:
+def decoder_message(error: BaseException, content: bytes = b"") -> str:
     """A decoder's error in one line."""
     from PIL import UnidentifiedImageError
 
@@ -264,50 +286,3 @@ def pages_differ(sizes: Set[tuple[int, ...]]) -> str:
         f"its pages differ in size ({listed}), so they are no channels of one image; read them as "
         "images (--pages images)"
     )
-
-
-# Arrays.
-
-
-def lazy_pixels(pixels: Tensor) -> LazyImage:
-    """Pixels ``(c, h, w)`` in memory as an image that needs no decoding."""
-    channels, height, width = pixels.shape
-    high_depth = pixels.dtype != torch.uint8
-    return LazyImage((height, width), channels, high_depth, lambda _: DecodedImage(pixels))
-
-
-def array_to_pixels(array: Any, axes: str = "") -> Tensor:
-    """A NumPy array, whose axes tifffile may name, as pixels ``(c, h, w)`` that may be NaN."""
-    import numpy as np
-
-    array_layout(array.shape, axes)
-    if array.dtype == np.bool_:
-        array = array * np.uint8(255)
-    if array.dtype.kind not in "uif":
-        raise ImageError(f"values of type {array.dtype}; they must be whole numbers or floats")
-    kept = np.uint8 if array.dtype == np.uint8 else np.float32
-    pixels = torch.from_numpy(np.array(array, dtype=kept, order="C"))
-    if pixels.ndim == 2:
-        return pixels[None]
-    return rearrange(pixels, "h w c -> c h w") if channels_last(array.shape, axes) else pixels
-
-
-def array_layout(shape: tuple[int, ...], axes: str = "") -> tuple[int, int, int]:
-    """Channels, height and width of an array."""
-    if len(shape) == 2:
-        shape = (1, *shape)
-    elif channels_last(shape, axes):
-        shape = (shape[-1], *shape[:-1])
-    if len(shape) != 3 or 0 in shape:
-        raise ImageError(
-            f"an array of shape {shape}; it must be (h, w), (c, h, w) or (h, w, c), none of them 0"
-        )
-    return shape
-
-
-def channels_last(shape: tuple[int, ...], axes: str = "") -> bool:
-    """Whether the channels stand last: by name, or where the last side is the shorter end."""
-    named = [axis for axis in axes if axis in "SC"]
-    if len(named) == 1:
-        return axes.endswith(named[0])
-    return len(shape) == 3 and shape[-1] <= shape[0]

@@ -13,16 +13,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .decoding import NPY, TIFF
+from .arrays import NamedArray
+from .decoding import NPY, TIFF, Content, ending_of
 from .image import ImageError
 from .orientation import ORIENTATION_TAG, PNG, orientation_of, split_png, turn_array
-from .pages import read_bytes
 from .picture import open_by_pillow
-from .tiff import opened_tiff, photometric_of, tiff_images
+from .sources import FileSource
+from .tiff import opened_tiff, photometric_of, plane_array, tiff_images
 
 IGNORED = 255
 """The id of pixels that are neither trained on nor counted."""
-MASK_SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".gif", ".npy")
+MASK_SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".gif", ".npy", ".npz", ".nii", ".nii.gz")
 """Of several files with the name of an image, the first of these is its mask."""
 MASK_ENDINGS = ("", "_mask", "-mask", "_masks", "_label", "_labels", "_seg", "_gt")
 """What may stand after the name of the image."""
@@ -52,6 +53,16 @@ class MaskCoding:
 PLAIN = MaskCoding()
 
 
+class Page(NamedTuple):
+    """Which of the images in its file a mask belongs to, and how many they are."""
+
+    number: int
+    count: int  # type: ignore[assignment]  # hides a method of tuples that nobody wants
+
+
+ONLY = Page(0, 1)
+
+
 class Stored(NamedTuple):
     """A mask as it is stored, upright.
 
@@ -74,26 +85,36 @@ def find_masks(folder: Path, images: Sequence[Path]) -> list[Path | None]:
         place = folder / image.parent
         if place not in there:
             files = sorted(place.iterdir(), reverse=True) if place.is_dir() else []
-            there[place] = {file.stem + file.suffix.lower(): file.name for file in files}
-        names = [image.stem + end + suffix for end in MASK_ENDINGS for suffix in MASK_SUFFIXES]
+            there[place] = {stem_of(file.name) + ending_of(file.name): file.name for file in files}
+        stem = stem_of(image.name)
+        names = [stem + end + suffix for end in MASK_ENDINGS for suffix in MASK_SUFFIXES]
         name = next((there[place][name] for name in names if name in there[place]), None)
         found.append(None if name is None else place / name)
     return found
 
 
-def read_mask(path: Path, coding: MaskCoding = PLAIN) -> Tensor:
-    """The ids ``(height, width)`` uint8 in a mask, upright."""
-    return read_coded(path, coding)[0]
+def stem_of(name: str) -> str:
+    """The name of a file without its ending."""
+    return name[: -len(ending_of(name))] if ending_of(name) else Path(name).stem
 
 
-def read_coded(path: Path, coding: MaskCoding) -> tuple[Tensor, Palette]:
-    """The ids ``(height, width)`` uint8 in a mask, and their colours where it has a palette.
+def read_coded(
+    files: FileSource, file: int, coding: MaskCoding = PLAIN, page: Page = ONLY
+) -> tuple[Tensor, Palette]:
+    """The ids ``(height, width)`` uint8 in a mask, upright, and their colours if it has a palette.
+
+    Args:
+        files: The masks.
+        file: Which of them.
+        coding: How its values become ids.
+        page: Which of the images in it.
 
     Raises:
         ValueError: It cannot be read exactly: why, and what to do.
     """
+    path = Path(files.file_name(file))
     try:
-        stored = read_stored(read_bytes(str(path)))
+        stored = read_stored(files.file_content(file), page)
     except Exception as error:  # damaged bytes make decoders raise anything at all
         raise ValueError(f"{path} cannot be read as a mask: {error}; write it anew") from error
     values = stored.values
@@ -134,30 +155,40 @@ def read_coded(path: Path, coding: MaskCoding) -> tuple[Tensor, Palette]:
     return torch.from_numpy(values.astype(np.uint8)), kept
 
 
-def read_stored(content: bytes) -> Stored:
+def read_stored(content: Content, page: Page) -> Stored:
     """What a mask's file holds."""
-    if content.startswith(NPY):
+    assert not isinstance(content, str), "a mask is read whole"
+    if isinstance(content, bytes) and content.startswith(NPY):
         array = np.load(BytesIO(content), allow_pickle=False)
-        return Stored(array.squeeze() if array.ndim > 2 else array, None, f"{array.dtype} array")
-    if content.startswith(TIFF):
-        return read_tiff_mask(content)
-    return read_picture_mask(content)
+        content = NamedArray.of((array, "ZYX" if page.count > 1 and array.ndim == 3 else ""))
+    if isinstance(content, NamedArray):
+        check_pages(content.stack.images, page)
+        values = content.plane(page.number)
+        if len(values) in (3, 4):  # colours
+            values = np.moveaxis(values, 0, -1)
+        values = values[0] if len(values) == 1 else values
+        return Stored(values, None, f"{values.dtype} array")
+    read = read_tiff_mask if content.startswith(TIFF) else read_picture_mask
+    return read(content, page)
 
 
-def read_tiff_mask(content: bytes) -> Stored:
+def check_pages(found: int, page: Page) -> None:
+    """Refuse a mask that has not as many pages as its image."""
+    if found != page.count:
+        raise ImageError(f"it has {found} pages, and its image {page.count}")
+
+
+def read_tiff_mask(content: bytes, wanted: Page) -> Stored:
     """A mask in a TIFF."""
     with opened_tiff(content) as file:
-        [*others, planes] = tiff_images(file).images
-        if others or len(planes) != 1:
-            raise ImageError(f"it has {len(file.pages)} pages, and a mask has one")
-        page = file.series[planes[0].series].keyframe
+        images = tiff_images(file).images
+        check_pages(sum(map(len, images)), wanted)
+        [plane] = images[wanted.number]
+        page = file.series[plane.series].keyframe
         photometric, tag = photometric_of(page), page.tags.get(ORIENTATION_TAG)
         if photometric in ("YCBCR", "SEPARATED", "CIELAB"):
             raise ImageError(f"its pixels are {photometric}; they must be ids or RGB")
-        try:
-            values = page.asarray()
-        except (KeyError, ValueError) as error:
-            raise ImageError(f"{error.args[0]}: pip install imagecodecs") from error
+        values = plane_array(file, plane)
         palette = page.colormap
     if "S" in page.axes and page.axes[0] == "S":
         values = np.moveaxis(values, 0, -1)
@@ -166,7 +197,7 @@ def read_tiff_mask(content: bytes) -> Stored:
     return Stored(values_upright(values, orientation), colours, photometric)
 
 
-def read_picture_mask(content: bytes) -> Stored:
+def read_picture_mask(content: bytes, page: Page) -> Stored:
     """A mask in a PNG, BMP or GIF."""
     bits, orientation = 8, 1
     if png := content.startswith(PNG):
@@ -175,6 +206,7 @@ def read_picture_mask(content: bytes) -> Stored:
     image = open_by_pillow(content)
     if getattr(image, "n_frames", 1) > 1:
         raise ImageError("it has several frames, and a mask has one")
+    check_pages(1, page)
     orientation = orientation if png else orientation_of(image)
     if bits == 16 and image.mode in ("RGB", "RGBA", "LA"):
         raise ImageError("it has 16-bit colours, of which only 8 bits would be read")

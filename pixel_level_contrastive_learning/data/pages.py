@@ -7,39 +7,55 @@ tell whether a file may hold several; only such files are looked through.
 from __future__ import annotations
 
 import logging
-import os
-import stat
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
+from functools import partial
 from struct import unpack
 from types import MappingProxyType
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
 from ..checks import Pages
-from .decoding import TIFF, open_image, stack_in
-from .image import ALL, CUT, MAX_BYTES, MOST_JOINED, ImageError, LazyImage, Stack, to_array_file
+from .arrays import NamedArray
+from .decoding import TIFF, Content, ending_of, open_image, stack_in
+from .image import ALL, MOST_JOINED, ImageError, LazyImage, Stack, to_array_file
 from .orientation import PNG
 from .picture import AVIF, JPEG
+from .readers import DICOM, DICOM_MARK, all_readers, call_reader
+from .reading import in_time, open_regular, read_bytes, read_part
 
 log = logging.getLogger(__name__)
 
 LOOKED_AT = 10_000
-"""JPEG and PNG files of a source whose headers are looked at, evenly spread; all of them where one
-holds several images. Other formats, which often do, are all looked at."""
+"""Of files whose format seldom holds several images, so many headers are looked at, evenly spread;
+all of them where one holds several. Other formats are all looked at."""
 NEVER, SELDOM, OFTEN = range(3)
 GRAY_PAGES = "gray pages"
-SELDOM_SEVERAL = (".jpg", ".jpeg", ".jfif", ".png")
+SELDOM_SEVERAL = (
+    ".jpg",
+    ".jpeg",
+    ".jfif",
+    ".png",
+    ".heic",
+    ".heif",
+    ".npz",
+    DICOM,
+    ".dicom",
+    ".ima",
+    "",
+)
 NEVER_SEVERAL = (".npy", ".bmp", ".ppm", ".pgm", ".pbm", ".pnm")
+SHAPE_FIRST, HEAD = (".nii", ".nii.gz"), 2**16
+"""Files whose first bytes, so many, tell a reader the shape of what follows."""
 WEBP_ANIMATION = 2
 """The bit of a WebP's flags that announces frames."""
 MOST_TAGS, LONGEST_DESCRIPTION = 4096, 2**16
 """What is looked at of the first page of a TIFF, at most."""
-NO_WAITING = getattr(os, "O_NONBLOCK", 0)
-"""A flag with which the opening of a named pipe does not wait for somebody to write to it."""
 DESCRIPTION_TAG, UIC_TAG = 270, 33629
 PLANES_DESCRIBED = (b"images=", b"truncated", b"<OME")
 """In the description of a TIFF's page: it may hold several planes."""
@@ -47,18 +63,20 @@ PLANES_DESCRIBED = (b"images=", b"truncated", b"<OME")
 
 def chance_of_several(name: str) -> int:
     """How likely a file of this name holds several images: `NEVER`, `SELDOM` or `OFTEN`."""
-    name = name.lower()
-    return (
-        NEVER
-        if name.endswith(NEVER_SEVERAL)
-        else SELDOM
-        if name.endswith(SELDOM_SEVERAL)
-        else OFTEN
-    )
+    ending = ending_of(name)
+    if ending in NEVER_SEVERAL:
+        return NEVER
+    return SELDOM if ending in SELDOM_SEVERAL else OFTEN
 
 
-def may_hold_several(file: IO[bytes], start: int = 0) -> bool:
+def may_hold_several(path: str, start: int = 0) -> bool:
     """Whether a file, or the part of it that begins at ``start``, may hold several images."""
+    with open_regular(path) as file:
+        return header_tells_several(file, start)
+
+
+def header_tells_several(file: IO[bytes], start: int = 0) -> bool:
+    """Whether the header of what begins at ``start`` says that there may be several images."""
     file.seek(start)
     head = file.read(32)
     if head.startswith(PNG):
@@ -119,33 +137,6 @@ def tiff_may_hold_several(file: IO[bytes], start: int, head: bytes) -> bool:
     return False
 
 
-def open_regular(path: str) -> IO[bytes]:
-    """A file, opened for reading.
-
-    Raises:
-        OSError: It cannot be opened.
-        ImageError: It is a pipe, a socket or a device, which may never end.
-    """
-    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | NO_WAITING))  # noqa: SIM115
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
-        raise ImageError("a pipe, a socket or a device, which is no file")
-    return file
-
-
-def read_bytes(path: str, offset: int = 0, length: int = -1) -> bytes:
-    """A file, or a part of it."""
-    try:
-        with open_regular(path) as file:
-            size = os.fstat(file.fileno()).st_size
-            if length < 0 and size > MAX_BYTES:
-                raise ImageError(f"a file of {size / 2**30:.1f} GiB; {CUT}")
-            file.seek(offset)
-            return file.read(length)
-    except OSError as error:
-        raise ImageError(error.strerror or type(error).__name__) from error
-
-
 class Place(NamedTuple):
     """Where the bytes of a file lie: in a file of their own, or in a shard."""
 
@@ -159,12 +150,14 @@ class PagedFiles:
 
     Attributes:
         chances: For each file the chance that it holds several, see `chance_of_several`.
+        last: What a reader returned last, and of which file.
         split: How many images of the source a file is, by its number, where it is several.
         merged: Which image of a file stands for all of its, by its number: `ALL`, or the first.
         starts: ``(files,)`` int64, the index of each file's first image; None where each is one.
     """
 
     chances: bytes
+    last: tuple[int, NamedArray] | None = None
     split: Mapping[int, int] = MappingProxyType({})
     merged: Mapping[int, int] = MappingProxyType({})
     starts: Tensor | None = None
@@ -181,10 +174,6 @@ class PagedFiles:
     def place(self, file: int) -> Place:
         """Where a file lies."""
         raise NotImplementedError
-
-    def file_content(self, file: int) -> bytes:
-        """The bytes of a file."""
-        return read_bytes(*self.place(file))
 
     def __len__(self) -> int:
         return self.files + sum(count - 1 for count in self.split.values())
@@ -216,27 +205,45 @@ class PagedFiles:
         return names.get(self.merged.get(file))
 
     def content(self, index: int) -> bytes:
-        """The bytes of an image's file; of one of several in a file, an array of its own."""
+        """The bytes of an image's file; where it needs a reader or is one of several, an array."""
         file, image = self.locate(index)
-        if image is None:
-            return self.file_content(file)
-        return to_array_file(self.open(index))
+        content = self.file_content(file) if image is None else None
+        return content if isinstance(content, bytes) else to_array_file(self.open(index))
 
     def open(self, index: int) -> LazyImage:
         """Read the header of an image."""
         file, image = self.locate(index)
-        if image is None:
-            return open_image(self.file_content(file))
-        return open_image(self.stacked(file), image)
+        content = self.file_content(file, several=image is not None)
+        if isinstance(content, bytes):
+            return open_image(content, image)
+        path = self.place(file).path
+        opened = in_time(partial(open_image, content, image), path)
+        if isinstance(content, NamedArray):  # it has been read
+            return opened
+        return replace(opened, load=lambda scale: in_time(partial(opened.load, scale), path))
 
-    def stacked(self, file: int) -> bytes | str:
-        """A file with several images, as `open_image` takes it: a TIFF is not read as a whole."""
-        path, offset, _ = place = self.place(file)
-        if offset == 0:
-            with open_regular(path) as opened:
-                if opened.read(4) in TIFF:
-                    return path
-        return read_bytes(*place)
+    def file_content(self, file: int, several: bool = False) -> Content:
+        """A file as `open_image` takes it: a TIFF of several images is not read as a whole."""
+        last = self.last  # which another thread may change
+        if last is not None and last[0] == file:
+            return last[1]
+        ending, place = ending_of(self.file_name(file)), self.place(file)
+        path, readers = place.path, all_readers()
+        may_be_tiff = several and ending not in readers and not place.offset
+        if may_be_tiff and read_bytes(path, 0, 4) in TIFF:
+            return path
+        content = path if ending.endswith("/") else read_bytes(*place)
+        if not ending and content[DICOM_MARK] == b"DICM":
+            ending = DICOM
+        if ending not in readers:
+            return content
+        named = call_reader(ending, content, path)
+        if get_worker_info() is None:  # a loader's worker draws files at random
+            self.last = file, named
+        return named
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"last": None}
 
     def several(self) -> dict[int, Stack]:
         """What files hold, by their number, where it is more than one image."""
@@ -252,15 +259,24 @@ class PagedFiles:
         """What some files hold, by their number, where it is more than one image."""
         found: dict[int, Stack] = {}
         for file in files:
-            place = self.place(file)
             with suppress(ImageError, OSError, struct.error, IndexError):  # told when it is opened
-                with open_regular(place.path) as opened:
-                    if not may_hold_several(opened, place.offset):
-                        continue
-                stack = stack_in(self.stacked(file))
+                stack = self.stack(file)
                 if stack.images > 1 or stack.reduced:
                     found[file] = stack
         return found
+
+    def stack(self, file: int) -> Stack:
+        """What a file holds."""
+        place, ending = self.place(file), ending_of(self.file_name(file))
+        looked = partial(may_hold_several, *place[:2])
+        if ending and ending not in all_readers() and not in_time(looked, place.path):
+            return Stack(1)
+        if ending in SHAPE_FIRST:
+            with suppress(ImageError):  # if so much does not do, all of it is read
+                head, _ = in_time(partial(read_part, place.path, place.offset, HEAD), place.path)
+                return call_reader(ending, head, place.path).stack
+        content = self.file_content(file, several=True)
+        return in_time(partial(stack_in, content), place.path)
 
     def settle(self, stacks: Mapping[int, Stack], pages: Pages | None) -> None:
         """Decide what files with several images are read as."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -12,28 +12,23 @@ from typing import Any
 import numpy as np
 
 from ..checks import Pages
-from .decoding import NPY, TIFF, open_image, stack_in
-from .image import ALL, ImageError, array_layout, decoder_message
+from .arrays import Deferred, NamedArray, one_image
+from .decoding import NPY, SIGNATURES, TIFF, ending_of, open_image, stack_in
+from .folders import SLIDE_SUFFIXES, is_dicom
+from .image import ALL, ImageError, known_errors
 from .orientation import ORIENTATION_TAG
-from .pages import read_bytes
-from .picture import GIANT, JPEG
+from .picture import GIANT
 from .raster_drivers import gdal_raster, slide_raster
-from .rasters import Raster, decoded_raster, mapped_raster, npy_raster
-from .sources import SLIDE_SUFFIXES
-from .tiff import ROWS, Plane, is_slide, opened_tiff, photometric_of, tiff_images
+from .rasters import Raster, decoded_raster, named_raster
+from .readers import all_readers
+from .reading import read_bytes
+from .sources import FileSource
+from .tiff import ROWS, Plane, is_slide, opened_tiff, page_of, photometric_of, tiff_images
 
 NO_RGB = ("SEPARATED", "CIELAB", "ICCLAB", "ITULAB")
-DRIVERS = {
-    JPEG: "JPEG",
-    b"\x89PNG": "PNG",
-    b"\0\0\0\x0cjP": "JP2OpenJPEG",
-    b"\xff\x4f\xff\x51": "JP2OpenJPEG",
-    b"RIFF": "WEBP",
-    b"BM": "BMP",
-    b"GIF8": "GIF",
-    b"P5": "PNM",
-    b"P6": "PNM",
-}
+DRIVERS = {start: {"jpg": "JPEG"}.get(kind, kind.upper()) for start, kind in SIGNATURES.items()}
+DRIVERS |= {b"\0\0\0\x0cjP": "JP2OpenJPEG", b"\xff\x4f\xff\x51": "JP2OpenJPEG"}
+DRIVERS |= {b"P5": "PNM", b"P6": "PNM"}
 """How giant pictures begin, and what GDAL calls their format."""
 
 
@@ -45,12 +40,10 @@ def is_larger(path: str, side: int) -> bool:
     if Path(path).suffix.lower() in SLIDE_SUFFIXES:
         return True
     try:
-        start = read_bytes(path, 0, 8)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            if start.startswith(NPY):
-                size = array_layout(np.load(path, "r", allow_pickle=False).shape)[1:]
-            elif start.startswith(TIFF):
+        with known_errors(but=Image.DecompressionBombError):
+            if (named := named_in(path)) is not None:
+                size = named.size
+            elif read_bytes(path, 0, 4) in TIFF:
                 with TiffFile(path) as file:
                     page: Any = file.pages[0]
                     size = page.imagelength, page.imagewidth
@@ -59,7 +52,7 @@ def is_larger(path: str, side: int) -> bool:
                     size = image.size
     except Image.DecompressionBombError:
         return True
-    except Exception:  # the reason is told when it is read
+    except ImageError:  # the reason is told when it is read
         return False
     return max(size) > side
 
@@ -71,21 +64,31 @@ def open_rasters(path: str, pages: Pages | None = None) -> list[Raster]:
         ImageError: It cannot be read, or not by windows.
         ModuleNotFoundError: The library that reads it is not installed.
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            if Path(path).suffix.lower() in SLIDE_SUFFIXES - {".jp2"}:
-                return [slide_raster(path)]
-            start = read_bytes(path, 0, 8)
-            if start.startswith(NPY):
-                return [npy_raster(path)]
-            if start.startswith(TIFF):
-                return tiff_rasters(path, pages)
-            return picture_rasters(path, start, pages)
-    except (ImageError, ModuleNotFoundError):
-        raise
-    except Exception as error:  # damaged bytes make decoders raise anything at all
-        raise ImageError(decoder_message(error)) from error
+    with known_errors(but=ModuleNotFoundError):
+        if Path(path).suffix.lower() in SLIDE_SUFFIXES - {".jp2"}:
+            return [slide_raster(path)]
+        if (named := named_in(path)) is not None:
+            every = range(named.stack.images)
+            chosen = named.stack.chosen(pages) if len(every) > 1 else [0]
+            return [named_raster(named, every if n == ALL else [n]) for n in chosen]
+        start = read_bytes(path, 0, 8)
+        if start.startswith(TIFF):
+            return tiff_rasters(path, pages)
+        return picture_rasters(path, start, pages)
+
+
+def named_in(path: str) -> NamedArray | None:
+    """What the reader of a file returns; None where it needs none."""
+    ending = ending_of(path)
+    if ending in all_readers() or (not ending and is_dicom(path)):
+        content = FileSource([path]).file_content(0)
+        return content if isinstance(content, NamedArray) else None
+    if read_bytes(path, 0, 6) != NPY:
+        return None
+    array = np.load(path, "r", allow_pickle=False)
+    # Mapped anew for each window, so that what was read is let go.
+    load = partial(np.load, path, "r", allow_pickle=False)
+    return one_image(Deferred(array.shape, array.dtype, load, held=False))
 
 
 def tiff_rasters(path: str, pages: Pages | None) -> list[Raster]:
@@ -116,11 +119,12 @@ def planes_raster(path: str, file: Any, planes: Sequence[Plane]) -> Raster:
     in_one = len({plane.series for plane in planes}) == 1
     if several and in_one and series.dataoffset is not None and orientation == 1:
         dtype, offset = series.dtype.newbyteorder(file.byteorder), series.dataoffset
-        shape = (1, *series.shape) if rows else (series.size // page.size, *page.shape)
-        numbers = [0] if rows else [plane.number for plane in planes]
-        last = rows or page.axes == "YXS"
-        return mapped_raster(lambda: np.memmap(path, dtype, "r", offset, shape), last, numbers)
-    parts: list[Any] = [None if rows else plane_page(file, plane) for plane in planes]
+        shape = series.shape if rows else (series.size // page.size, *page.shape)
+        load = partial(np.memmap, path, dtype, "r", offset, shape)
+        axes = "YXS" if rows else f"Z{page.axes}"
+        named = NamedArray.of((Deferred(shape, dtype, load, held=False), axes))
+        return named_raster(named, [0] if rows else [plane.number for plane in planes])
+    parts = [page_of(file, plane) for plane in planes]
     if None in parts or page.axes not in ("YX", "YXS", "SYX"):
         raise ImageError(f"its axes are {series.axes}; save each image in a file of its own")
     if len(parts) == 1 and parts[0].index == 0:  # with its smaller copies, and its mask
@@ -128,12 +132,6 @@ def planes_raster(path: str, file: Any, planes: Sequence[Plane]) -> Raster:
     return gdal_raster(
         [f"GTIFF_DIR:off:{part.offset}:{path}" for part in parts], "GTiff", orientation
     )
-
-
-def plane_page(file: Any, plane: Plane) -> Any:
-    """The page that holds a plane and no other; None if there is none."""
-    series = file.series[plane.series]
-    return series.pages[plane.number] if plane.number < len(series.pages) else None
 
 
 def picture_rasters(path: str, start: bytes, pages: Pages | None) -> list[Raster]:

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .image import ImageError, LazyImage, channels_last, to_tensor
+from .arrays import Deferred, NamedArray
+from .image import LazyImage, as_whole_numbers, to_tensor
 
 Box = tuple[int, int, int, int]
 """Edges ``(x0, y0, x1, y1)`` in pixels of the full image, upright."""
@@ -58,45 +59,18 @@ class Raster:
     nodata: float | None = None
 
 
-def npy_raster(path: str) -> Raster:
-    """A NumPy array, mapped anew for each window, so that what was read is let go."""
-    shape = np.load(path, "r", allow_pickle=False).shape
-    last = len(shape) == 3 and channels_last(shape)
-    return mapped_raster(lambda: np.load(path, "r", allow_pickle=False), last)
-
-
-def mapped_raster(load: Callable[[], Array], last: bool, planes: Sequence[int] = ()) -> Raster:
-    """An image from a function that maps its array, or some planes of it, channels last or not."""
-    array = load()
-    count = 1
-    if planes:
-        array, count = array[0], len(planes)
-    if array.dtype.kind not in "buif":
-        raise ImageError(f"values of type {array.dtype}; they must be whole numbers or floats")
-    height, width = array.shape[-3:-1] if last else array.shape[-2:]
-    bands = count * array.size // (height * width)
-    return Raster((height, width), bands, array.dtype, array_reader(load, last, planes))
-
-
-def array_reader(load: Callable[[], Array], last: bool, planes: Sequence[int] = ()) -> Read:
-    """What reads windows of an array, or of some planes of it."""
+def named_raster(named: NamedArray, numbers: Sequence[int] = (0,)) -> Raster:
+    """Some of the images in an array with named axes, their channels joined."""
 
     def read(box: Box, size: tuple[int, int]) -> Window:
-        array = load()
-        parts = [array[number] for number in planes] if planes else [array]
-        pixels = np.concatenate([cut(part, box, last) for part in parts])
+        x0, y0, x1, y1 = box
+        planes = [named.plane(number, slice(y0, y1), slice(x0, x1)) for number in numbers]
+        pixels = np.concatenate(planes)
         assert pixels.shape[1:] == size, "an array has one scale"
         return Window(pixels, is_known(pixels, None))
 
-    return read
-
-
-def cut(array: Array, box: Box, last: bool) -> Array:
-    """A copy ``(c, h, w)`` of a part of an array ``(..., h, w)`` or ``(..., h, w, c)``."""
-    x0, y0, x1, y1 = box
-    part = array[..., y0:y1, x0:x1, :] if last else array[..., y0:y1, x0:x1]
-    part = np.moveaxis(part, -1, -3) if last else part
-    return np.array(part.reshape(-1, *part.shape[-2:]))
+    bands = len(numbers) * named.channels
+    return Raster(named.size, bands, np.dtype(named.array.dtype), read)
 
 
 def is_known(pixels: Array, nodata: float | None) -> NDArray[np.bool_]:
@@ -127,20 +101,16 @@ def with_nodata(raster: Raster, value: float | None) -> Raster:
 
 def decoded_raster(image: LazyImage) -> Raster:
     """A picture that is decoded whole, when its first window is read."""
-    lock, held = Lock(), list[Array]()
+    lock = Lock()
 
-    def load() -> Array:
-        with lock:
-            if not held:
-                held.append(as_whole_numbers(to_tensor(image.decode().pixels).numpy()))
-        return held[0]
+    def read() -> Array:
+        return as_whole_numbers(to_tensor(image.decode().pixels).numpy())
 
-    dtype = np.dtype(np.float32 if image.high_depth else np.uint8)
-    return Raster(image.size, image.channels, dtype, array_reader(load, last=False))
+    dtype = np.float32 if image.high_depth else np.uint8
+    raster = named_raster(NamedArray(Deferred((image.channels, *image.size), dtype, read), "CYX"))
 
+    def locked(box: Box, size: tuple[int, int]) -> Window:
+        with lock:  # else several threads decode it
+            return raster.read(box, size)
 
-def as_whole_numbers(array: Array) -> Array:
-    """Values as uint16 where all of them are whole and lie in its range; else as they are."""
-    low, high = array.min(), array.max()
-    whole = array.dtype == np.float32 and low >= 0 and high < 2**16
-    return array.astype(np.uint16) if whole and (array == array.round()).all() else array
+    return replace(raster, read=locked)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,21 +14,23 @@ import torch
 from torch import Tensor
 
 from ..checks import Pages
-from .decoding import open_image
-from .image import ImageError, LazyImage, without_value
+from .folders import IMAGES, MASKS, find_files, no_image_message
+from .image import ImageError, LazyImage
 from .masks import IGNORED as IGNORED
 from .masks import (
     MASK_SUFFIXES,
+    ONLY,
     PLAIN,
     MaskCoding,
+    Page,
+    Palette,
     Palettes,
     find_masks,
     read_coded,
     read_coding,
-    read_mask,
 )
-from .pages import read_bytes, settle_pages
-from .sources import IMAGES, MASKS, FileSource, find_files, no_image_message
+from .pages import settle_pages
+from .sources import FileSource, NodataSource, Source
 
 SHOWN_PROBLEMS = 5
 """Wrong masks that an error lists; it counts the rest."""
@@ -60,25 +63,35 @@ class SegmentationDataset:
     """One split of a folder of images and masks.
 
     Attributes:
-        images: Its images, sorted by name, without those of which nothing is known.
-        masks: Their masks.
+        files: The files of its images, sorted by name.
+        masks: For each of them the file of its mask.
+        indices: The images in them that are meant, without those of which nothing is known.
         classes: The names of the classes, by id.
         folder: What names are relative to.
         coding: How the values of the masks become ids.
         nodata: The value that stands in images where nothing was measured, beside NaN.
-        merged: Which image of a file is read where it holds several, see `PagedFiles`.
     """
 
-    images: tuple[Path, ...]
-    masks: tuple[Path, ...]
+    files: FileSource
+    masks: FileSource
+    indices: tuple[int, ...]
     classes: tuple[str, ...]
     folder: Path
     coding: MaskCoding = PLAIN
     nodata: float | None = None
-    merged: Mapping[Path, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.indices)
+
+    @property
+    def source(self) -> Source:
+        """All images in the files, as a source."""
+        return self.files if self.nodata is None else NodataSource(self.files, self.nodata)
+
+    @cached_property
+    def images(self) -> tuple[Path, ...]:
+        """Where the images lie."""
+        return tuple(Path(self.source.name(index)) for index in self.indices)
 
     def name(self, index: int) -> str:
         """The image's path below the split's folder."""
@@ -95,9 +108,9 @@ class SegmentationDataset:
         Raises:
             ValueError: The image cannot be read, or its size is not the mask's.
         """
-        mask = read_mask(self.masks[index], self.coding)
+        mask, _ = self.mask(index)
         image = self.open(index)
-        check_size(self.masks[index], mask, image)
+        check_size(self.mask_name(index), mask, image)
         try:
             pixels = image.read(shortest)
         except ImageError as error:
@@ -106,17 +119,27 @@ class SegmentationDataset:
 
     def open(self, index: int) -> LazyImage:
         """An image, not yet decoded; a `ValueError` names it where that cannot be."""
-        path = self.images[index]
         try:
-            image = open_image(read_bytes(str(path)), self.merged.get(path))
+            return self.source.open(self.indices[index])
         except ImageError as error:
+            path = self.images[index]
             raise ValueError(f"{path} cannot be read: {error}; replace or remove it") from error
-        return image if self.nodata is None else without_value(image, self.nodata)
+
+    def mask(self, index: int) -> tuple[Tensor, Palette]:
+        """The ids in a mask, and their colours if it has a palette, see `read_coded`."""
+        file, number = self.files.locate(self.indices[index])
+        count = self.files.split.get(file)
+        page = ONLY if count is None else Page(number or 0, count)
+        return read_coded(self.masks, file, self.coding, page)
+
+    def mask_name(self, index: int) -> Path:
+        """Where a mask lies."""
+        file, _ = self.files.locate(self.indices[index])
+        return Path(self.masks.file_name(file))
 
     def subset(self, indices: Sequence[int]) -> SegmentationDataset:
         """Some of the images, in the order given."""
-        images, masks = (tuple(paths[i] for i in indices) for paths in (self.images, self.masks))
-        return replace(self, images=images, masks=masks)
+        return replace(self, indices=tuple(self.indices[i] for i in indices))
 
     def share(self, fraction: float, seed: int) -> SegmentationDataset:
         """A share of the images, at least one, drawn by a seed; a larger share holds a smaller."""
@@ -159,9 +182,20 @@ def open_labelled(
     names = read_classes(folder / "classes.txt")
     coding, named = read_coding(ids, colours, names)
     names = names or named
-    opened = [open_split(folder, split, names or (), coding) for split in splits]
-    merged = merge_pages([path for split in opened for path in split.images], pages)
-    opened = [replace(split, merged=merged, nodata=nodata) for split in opened]
+    found_files = [find_split(folder, split) for split in splits]
+    settle_pages([files for files, _ in found_files], pages)
+    opened = [
+        SegmentationDataset(
+            files,
+            masks,
+            tuple(range(len(files))),
+            names or (),
+            folder / IMAGES / split,
+            coding,
+            nodata,
+        )
+        for split, (files, masks) in zip(splits, found_files, strict=True)
+    ]
     problems: list[str] = []
     palettes, count = Palettes(), len(names) if names else IGNORED
     found = [check_masks(split, count, palettes, problems) for split in opened]
@@ -190,23 +224,8 @@ def open_labelled(
     ]
 
 
-def merge_pages(paths: Sequence[Path], pages: Pages | None) -> dict[Path, int]:
-    """Which image is read of files that hold several, since a mask belongs to one image."""
-    source = FileSource(list(map(str, paths)))
-    settle_pages([source], pages)
-    for file, images in source.split.items():
-        raise ValueError(
-            f"{paths[file]} holds {images} images, and its mask belongs to one; read them as "
-            "channels or the first alone (--pages channels, --pages first), or write each to a "
-            "file of its own with a mask"
-        )
-    return {paths[file]: image for file, image in source.merged.items()}
-
-
-def open_split(
-    folder: Path, split: str, classes: tuple[str, ...], coding: MaskCoding
-) -> SegmentationDataset:
-    """One split, its masks not yet checked."""
+def find_split(folder: Path, split: str) -> tuple[FileSource, FileSource]:
+    """The images of one split and their masks, none of them looked at yet."""
     images, masks = folder / IMAGES / split, folder / MASKS / split
     for place in (images, masks):
         if not place.is_dir():
@@ -230,7 +249,7 @@ def open_split(
             f"_mask after it, and end in {', '.join(MASK_SUFFIXES)}, so write them, or remove "
             "those images"
         )
-    return SegmentationDataset(files, tuple(filter(None, own)), classes, images, coding)
+    return FileSource(paths), FileSource(list(map(str, own)))
 
 
 def read_classes(path: Path) -> tuple[str, ...] | None:
@@ -294,9 +313,10 @@ def check_masks(
 ) -> list[set[int]]:
     """The ids in each of a split's masks; what is wrong with them is added to ``problems``."""
     found: list[set[int]] = []
-    for index, path in enumerate(split.masks):
+    for index in range(len(split)):
+        path = split.mask_name(index)
         try:
-            mask, palette = read_coded(path, split.coding)
+            mask, palette = split.mask(index)
             opened = split.open(index)
         except ValueError as error:
             problems.append(str(error))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from io import BytesIO
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,23 +12,13 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from .decoding import IMAGE_SUFFIXES, NPY, TIFF, open_image
-from .image import ImageError, LazyImage, channels_last
-from .picture import JPEG
-from .rasters import Array, as_whole_numbers
+from .arrays import channels_last
+from .decoding import IMAGE_SUFFIXES, SIGNATURES, ending_of, open_image
+from .image import ImageError, LazyImage, as_whole_numbers
+from .rasters import Array
 from .sources import NodataSource, Source
 from .tiff import NODATA_TAG
 from .tiles import Tiling
-
-SIGNATURES = {
-    JPEG: "jpg",
-    b"\x89PNG": "png",
-    b"RIFF": "webp",
-    b"GIF8": "gif",
-    b"BM": "bmp",
-    NPY: "npy",
-} | dict.fromkeys(TIFF, "tif")
-"""How files begin, and the suffix of their format."""
 
 
 class ShardEntry(NamedTuple):
@@ -134,11 +123,11 @@ class Tiles:
 
 
 def suffix_of(name: str, content: bytes) -> str:
-    """The file's suffix, or else that of the format its content begins with; empty if unknown."""
-    suffix = Path(name).suffix.lower()
-    if suffix in IMAGE_SUFFIXES:
-        return suffix.removeprefix(".")
-    return next((kind for start, kind in SIGNATURES.items() if content.startswith(start)), "")
+    """The suffix of the format that content begins with, or else the file's; empty if unknown."""
+    for start, kind in SIGNATURES.items():
+        if content.startswith(start):
+            return kind
+    return ending_of(name, IMAGE_SUFFIXES).removeprefix(".")
 
 
 def read_smaller(image: LazyImage, max_side: int) -> Tensor:

@@ -13,17 +13,24 @@ import os
 import shutil
 import tarfile
 from collections.abc import Sequence
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import Self
 from uuid import uuid4
 
 import torch
 
-from .decoding import IMAGE_SUFFIXES
+from .decoding import ending_of, image_suffixes
 from .image import ImageError
-from .pages import PagedFiles, Place, chance_of_several, read_bytes
+from .pages import PagedFiles, Place, chance_of_several
+from .readers import DICOM_MARK
+from .reading import in_time
 
 log = logging.getLogger(__name__)
+
+HEADERS = 1000
+"""Headers of a tar file that are read at once."""
 
 
 class NameList:
@@ -61,7 +68,7 @@ class ShardSource(PagedFiles):
         if not members:
             raise ValueError(
                 f"no image in {len(paths)} shards ({paths[0]!r}, ...); looked for members that "
-                f"end in {', '.join(sorted(IMAGE_SUFFIXES))}"
+                f"end in {', '.join(sorted(image_suffixes()))}"
             )
         for empty in set(range(len(paths))) - {shard for shard, *_ in members}:
             log.warning("%s holds no image and is left out", paths[empty])
@@ -86,13 +93,6 @@ class ShardSource(PagedFiles):
         shard, offset, length = self.positions[file].tolist()
         return Place(self.paths[shard], offset, length)
 
-    def file_content(self, file: int) -> bytes:
-        place = self.place(file)
-        content = read_bytes(*place)
-        if len(content) < place.length:
-            raise ImageError(f"the shard ends after {len(content)} of {place.length} bytes")
-        return content
-
 
 def is_url(place: str) -> bool:
     """Whether a shard has to be downloaded."""
@@ -108,13 +108,21 @@ def images_in(path: str) -> list[tuple[int, int, bytes]]:
     """Offset, length and name of each image in a tar file, of which only headers are read."""
     found = []
     try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                tar.members = []  # type: ignore[attr-defined]  # else every header is kept
-                hidden = os.path.basename(member.name).startswith(".")
-                suffix = os.path.splitext(member.name)[1].lower()
-                if member.isfile() and suffix in IMAGE_SUFFIXES and not hidden:
+        with in_time(partial(tarfile.open, path, "r:"), path) as tar:
+            members = iter(tar)
+
+            def some() -> list[tuple[tarfile.TarInfo, bool]]:
+                read = []
+                for member in islice(members, HEADERS):
+                    tar.members = []  # type: ignore[attr-defined]  # else every header is kept
+                    read.append((member, member.isfile() and is_image(tar, member)))
+                return read
+
+            for member, taken in chain.from_iterable(iter(lambda: in_time(some, path), [])):
+                if taken:
                     found.append((member.offset_data, member.size, os.fsencode(member.name)))
+    except ImageError as error:
+        raise ValueError(f"{path!r} cannot be read: {error}") from error
     except tarfile.ReadError as error:
         if not found:
             raise ValueError(
@@ -124,6 +132,16 @@ def images_in(path: str) -> list[tuple[int, int, bytes]]:
     if found and not is_complete(path):
         log.warning("%s is cut off after %d images", path, len(found))
     return found
+
+
+def is_image(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bool:
+    """Whether a file in a tar file is an image: by its ending, or as DICOM without any."""
+    name = os.path.basename(member.name)
+    if name.startswith(".") or os.path.splitext(name)[1].strip(".0123456789"):
+        return not name.startswith(".") and bool(ending_of(name))
+    assert tar.fileobj is not None
+    tar.fileobj.seek(member.offset_data + DICOM_MARK.start)
+    return member.size > DICOM_MARK.stop and tar.fileobj.read(4) == b"DICM"
 
 
 def is_complete(path: str) -> bool:

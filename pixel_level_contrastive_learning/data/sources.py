@@ -9,39 +9,32 @@ from __future__ import annotations
 import logging
 import os
 from codecs import BOM_UTF8
-from collections import Counter
-from collections.abc import Iterable, Sequence, Set, Sized
-from contextlib import suppress
+from collections.abc import Iterable, Sequence, Sized
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from .. import run_layout
 from ..checks import Pages
-from .decoding import IMAGE_SUFFIXES
+from .arrays import array_to_pixels, lazy_pixels
+from .decoding import ending_of, image_suffixes
+from .folders import SLIDE_SUFFIXES, count_by_ending, find_files, is_dicom, no_image_message
 from .image import (
     CUT,
     ImageError,
     LazyImage,
-    array_to_pixels,
-    lazy_pixels,
     to_array_file,
     to_tensor,
     without_value,
 )
-from .pages import PagedFiles, Place, chance_of_several, read_bytes, settle_pages
+from .pages import PagedFiles, Place, chance_of_several, settle_pages
 from .picture import HIGH_DEPTH_MODES, to_eight_bit, to_float
+from .reading import in_time, read_bytes
 from .shards import NameList, ShardSource, is_shards
 
 log = logging.getLogger(__name__)
 
-SLIDES = ".svs .ndpi .mrxs .scn .bif .vms .vmu .svslide .jp2"
-SLIDE_SUFFIXES = frozenset(SLIDES.split())
-"""Files that are cut into tiles before they can be trained on: slides and JPEG 2000."""
-IMAGES, MASKS = "images", "masks"
-"""Folders of labelled images."""
 MIN_IMAGES_TO_HOLD_OUT, HELD_OUT_SHARE, MAX_HELD_OUT = 200, 0.02, 256
 """From how many images on some are held out of training, which share, and at most how many."""
 
@@ -282,13 +275,20 @@ def open_source(
     )
 
 
-def open_path(place: str, leave_out: str | Path | None) -> PagedFiles:
-    """The images of a folder, a file or a pattern of shards."""
+def open_path(
+    place: str, leave_out: str | Path | None = None, *, slides: bool = False
+) -> PagedFiles:
+    """The images of a folder, a file or a pattern of shards, slides among them or refused."""
+    known = image_suffixes() | (SLIDE_SUFFIXES if slides else set())
     if is_shards(place):
         return ShardSource.find(place)
     path = Path(place).expanduser()
-    if path.is_dir():
-        paths, others = find_files(path, leave_out=leave_out)
+    try:
+        in_time(path.exists, str(path))
+    except ImageError as error:
+        raise ValueError(f"data is {place!r}, which cannot be read: {error}") from error
+    if path.is_dir() and not ending_of(path.name).endswith("/"):
+        paths, others = find_files(path, known, leave_out=leave_out)
         if paths:
             if others:
                 log.info("left out of %s: %s", path, count_by_ending(others))
@@ -301,88 +301,11 @@ def open_path(place: str, leave_out: str | Path | None) -> PagedFiles:
             f"{place!r} does not exist; name a folder of images (a run may be resumed with its "
             "images in another place)"
         )
-    if path.suffix.lower() in IMAGE_SUFFIXES:
+    if ending_of(path.name, known) or is_dicom(str(path)):
         return FileSource([str(path)])
     if path.suffix.lower() in SLIDE_SUFFIXES:
         raise ValueError(f"{place!r} is a slide or the like; {CUT}")
     return FileSource(read_list(path))
-
-
-def find_files(
-    folder: Path, suffixes: Set[str] = IMAGE_SUFFIXES, *, leave_out: str | Path | None = None
-) -> tuple[list[str], Counter[str]]:
-    """All images under a folder, sorted by name, and how many other files there are by suffix.
-
-    Links are followed, each folder is entered once, and names that begin with a dot are skipped. So
-    is a run below the folder, whose pictures are no images of the user's, and of a folder for
-    `evaluate` the masks and predictions.
-    """
-    found: list[str] = []
-    others: Counter[str] = Counter()
-    entered: set[tuple[int, int]] = set()
-    if leave_out is not None and (skipped := Path(leave_out).expanduser()).is_dir():
-        entered.add((skipped.stat().st_dev, skipped.stat().st_ino))
-
-    def warn(error: OSError) -> None:
-        log.warning("a folder cannot be read and is left out: %s", error)
-
-    for place, folders, files in os.walk(folder, onerror=warn, followlinks=True):
-        here = os.stat(place)
-        if (here.st_dev, here.st_ino) in entered:  # a link back to where we were
-            folders.clear()
-            continue
-        entered.add((here.st_dev, here.st_ino))
-        is_run = run_layout.CONFIG in files and run_layout.CHECKPOINTS in folders
-        if is_run and place != os.fspath(folder):
-            log.info("%s holds a run and is not searched", place)
-            folders.clear()
-            continue
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        if {IMAGES, MASKS} <= set(folders):
-            for name in {MASKS, run_layout.PREDICTIONS} & set(folders):
-                path = Path(place) / name
-                log.info("%s belongs to the images beside it and is not searched", path)
-                folders.remove(name)
-        special = special_files(place)
-        for name in files:
-            if name in special:
-                special_path = os.path.join(place, name)
-                log.warning("%s is a pipe, a socket or a device: left out", special_path)
-                continue
-            suffix = os.path.splitext(name)[1].lower()
-            if suffix in suffixes and not name.startswith("."):
-                found.append(os.path.join(place, name))
-            else:
-                others[suffix] += 1
-    return sorted(found), others
-
-
-def special_files(folder: str) -> set[str]:
-    """The names in a folder that are pipes, sockets or devices, whose reading may never end."""
-    found = set()
-    with suppress(OSError), os.scandir(folder) as entries:
-        for entry in entries:
-            if not entry.is_file() and not entry.is_dir():  # a link to nowhere is a broken image
-                with suppress(OSError):
-                    entry.stat()
-                    found.add(entry.name)
-    return found
-
-
-def no_image_message(folder: Path, others: Counter[str]) -> str:
-    """The message about a folder without images."""
-    found = count_by_ending(others) if others else "no file at all"
-    return (
-        f"no image in {str(folder)!r}: looked in it and below for files that end in "
-        f"{', '.join(sorted(IMAGE_SUFFIXES))}, and for shards (.tar); found {found}"
-    )
-
-
-def count_by_ending(others: Counter[str]) -> str:
-    """Files that are no images, counted by their endings."""
-    kinds = ", ".join(f"{count} {suffix or 'without'}" for suffix, count in others.most_common(5))
-    slides = "; slides: " + CUT.replace("it", "them", 1) if SLIDE_SUFFIXES & set(others) else ""
-    return f"{others.total()} other files, by ending: {kinds}{slides}"
 
 
 def read_list(path: Path) -> list[str]:
@@ -400,7 +323,7 @@ def read_list(path: Path) -> list[str]:
     paths = [str(path.parent / Path(line.strip()).expanduser()) for line in lines if line.strip()]
     if not paths:
         raise ValueError(f"data is {str(path)!r}, a list without paths; write one path a line")
-    if os.path.isdir(paths[0]):
+    if os.path.isdir(paths[0]) and not ending_of(paths[0]).endswith("/"):
         raise ValueError(
             f"data is {str(path)!r}, a list that begins with the folder {paths[0]!r}; name folders "
             "themselves as data, and list images alone"

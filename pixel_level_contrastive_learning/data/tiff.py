@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from .arrays import NamedArray, array_to_pixels, one_image
 from .image import (
     ALL,
     EIGHT_BIT,
@@ -22,8 +23,6 @@ from .image import (
     ImageError,
     LazyImage,
     Stack,
-    array_layout,
-    array_to_pixels,
     check_memory,
     pages_differ,
     to_tensor,
@@ -228,16 +227,16 @@ def open_tiff(content: bytes | str, image: int | None = None) -> LazyImage:
         images, stack = tiff_images(file)
         joined = image == ALL or (image is None and stack.joined)
         planes = [plane for one in images for plane in one] if joined else images[image or 0]
-        shapes = {shape_and_axes(file, plane) for plane in planes}
-        shape, axes = shape_and_axes(file, planes[0])
+        layouts = [layout(file, plane) for plane in planes]
         page = file.series[planes[0].series].keyframe
         dtype, samples = page.dtype, Samples.of(page)
         tag = page.tags.get(ORIENTATION_TAG)
         orientation, missing = int(tag.value) if tag else 1, nodata(page)
         file_bytes = file.filehandle.size
+    shapes = {own.array.shape for own in layouts}
     if len(shapes) > 1:
-        raise ImageError(pages_differ({shape for shape, _ in shapes}))
-    found, height, width = array_layout(shape, axes)
+        raise ImageError(pages_differ(shapes))
+    found, (height, width) = layouts[0].channels, layouts[0].size
     rows = planes[0].number == ROWS
     channels = (found if rows else samples.channels or found) * len(planes)
     check_memory(height, width, channels * (dtype.itemsize + 4 * samples.deep), file_bytes)
@@ -256,43 +255,61 @@ def open_tiff(content: bytes | str, image: int | None = None) -> LazyImage:
     return LazyImage(upright_size(height, width, orientation), channels, samples.deep, load)
 
 
-def shape_and_axes(file: Any, plane: Plane) -> tuple[tuple[int, ...], str]:
-    """Shape and axes of a plane, as `array_to_pixels` takes them."""
+def layout(file: Any, plane: Plane) -> NamedArray:
+    """The shape of a plane and its axes."""
     series = file.series[plane.series]
-    if plane.number == ROWS:
-        return series.shape, ""
-    return series.keyframe.shape, series.keyframe.axes
+    page = series.keyframe
+    return one_image(series) if plane.number == ROWS else one_image(page, page.axes)
 
 
 def read_plane(
     file: Any, plane: Plane, content: bytes | str, samples: Samples, orientation: int
 ) -> Tensor | Image.Image:
     """The upright pixels of one plane of a TIFF."""
-    series = file.series[plane.series]
-    whole = len(series.pages) > plane.number
-    page = series.pages[plane.number] if whole else series.keyframe
-    if page is None:
-        raise ImageError(f"page {plane.number + 1} of it is in another file, or missing")
-    if samples.by_pillow and whole and plane.number != ROWS:
+    page = page_of(file, plane)
+    if samples.by_pillow and page is not None:
         return read_by_pillow(content, page.index, to_eight_bit)
     try:
-        if plane.number == ROWS:
-            array = series.asarray()
-        elif whole:
-            array = page.asarray()
-        else:  # planes that lie one after the other behind a single page
-            start = series.dataoffset + plane.number * page.nbytes
-            dtype = page.dtype.newbyteorder(file.byteorder)
-            array = file.filehandle.read_array(dtype, page.size, start).reshape(page.shape)
+        array = plane_array(file, plane)
+    except MissingCodecError:
+        if page is None or samples.samples != 1 or samples.palette is not None:
+            raise
+        return read_by_pillow(content, page.index, to_float)
+    pixels = array_to_pixels(array, layout(file, plane).axes)
+    return turn_upright(samples.to_pixels(pixels), orientation)
+
+
+class MissingCodecError(ImageError):
+    """What is compressed so needs a library that is not installed."""
+
+
+def page_of(file: Any, plane: Plane) -> Any:
+    """The page that holds a plane and no other; None if there is none."""
+    series = file.series[plane.series]
+    if plane.number == ROWS or plane.number >= len(series.pages):
+        return None
+    if series.pages[plane.number] is None:
+        raise ImageError(f"page {plane.number + 1} of it is in another file, or missing")
+    return series.pages[plane.number]
+
+
+def plane_array(file: Any, plane: Plane) -> NDArray[Any]:
+    """The numbers of a plane, its axes as `layout` names them."""
+    series, page = file.series[plane.series], page_of(file, plane)
+    try:
+        if plane.number == ROWS or page is not None:
+            array: NDArray[Any] = (series if page is None else page).asarray()
+            return array
     except (KeyError, ValueError) as error:
         if "imagecodecs" not in str(error):
             raise
-        if samples.samples != 1 or samples.palette is not None:
-            raise ImageError(f"{error.args[0]}: pip install imagecodecs") from error
-        return read_by_pillow(content, page.index, to_float)
-    return turn_upright(
-        samples.to_pixels(array_to_pixels(array, shape_and_axes(file, plane)[1])), orientation
-    )
+        raise MissingCodecError(f"{error.args[0]}: pip install imagecodecs") from error
+    # Planes lie one after the other behind a single page.
+    page = series.keyframe
+    start = series.dataoffset + plane.number * page.nbytes
+    dtype = page.dtype.newbyteorder(file.byteorder)
+    array = file.filehandle.read_array(dtype, page.size, start).reshape(page.shape)
+    return array
 
 
 def read_by_pillow(content: bytes | str, page: int, convert: Callable[[Image.Image], T]) -> T:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import accumulate
 from pathlib import Path
 from threading import Lock
@@ -18,13 +18,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..checks import Pages, above, raise_together, whole
-from .decoding import IMAGE_SUFFIXES
 from .image import ImageError
 from .pages import settle_pages
 from .raster_files import is_larger, open_rasters
 from .rasters import Array, Box, Raster, Window, with_nodata
+from .reading import in_time
 from .shards import is_shards
-from .sources import SLIDE_SUFFIXES, FileSource, find_files, no_image_message, open_path
+from .sources import FileSource, open_path
 from .statistics import PERCENTILES
 
 PLAIN_SHARE = 0.99
@@ -164,7 +164,7 @@ class Tiling:
             images = self.source.split.get(index)
             return [Grid(index, page) for page in range(images)] if images else [Grid(index)]
         try:
-            rasters = open_rasters(path, self.source.pages_of(index))
+            rasters = self.rasters(index)
         except ImageError as error:
             self.refused[index] = str(error)
             return [Grid(index)]
@@ -172,6 +172,11 @@ class Tiling:
             self.grid(index, raster, page if len(rasters) > 1 else None)
             for page, raster in enumerate(rasters)
         ]
+
+    def rasters(self, file: int) -> list[Raster]:
+        """The images of a file."""
+        path, pages = self.paths[file], self.source.pages_of(file)
+        return in_time(partial(open_rasters, path, pages), path)
 
     def grid(self, index: int, raster: Raster, page: int | None) -> Grid:
         """How a raster is cut."""
@@ -217,7 +222,9 @@ class Tiling:
         box = grid.box(number)
         raster, contrast = self.open(grid)
         try:
-            window = raster.read(box, grid.size)
+            window = in_time(partial(raster.read, box, grid.size), self.paths[grid.file])
+        except ImageError:
+            raise
         except Exception as error:  # damaged bytes make decoders raise anything at all
             text = " ".join(str(error.__cause__ or error).split())
             raise ImageError(f"damaged: {text} (tile at x {box[0]}, y {box[1]})") from error
@@ -234,9 +241,7 @@ class Tiling:
         key = grid.file, grid.page or 0
         with self.lock:
             if key not in self.opened:
-                pages = self.source.pages_of(grid.file)
-                rasters = open_rasters(self.paths[grid.file], pages)
-                raster = with_nodata(rasters[key[1]], self.nodata)
+                raster = with_nodata(self.rasters(grid.file)[key[1]], self.nodata)
                 kept = list(self.opened.items())[-1:]
                 self.opened = dict([*kept, (key, Opened(raster, background_contrast(raster)))])
             return self.opened[key]
@@ -253,19 +258,10 @@ def find_rasters(data: Sequence[str | Path]) -> list[str]:
     """The files that are meant: images and slides in folders, single ones, or lists of paths."""
     paths: list[str] = []
     for place in map(str, data):
-        path = Path(place).expanduser()
-        if is_shards(place):
+        files = None if is_shards(place) else open_path(place, slides=True)
+        if not isinstance(files, FileSource):
             raise ValueError(f"data is {place!r}; tiles are cut from files: name their folder")
-        if path.is_dir():
-            found, others = find_files(path, IMAGE_SUFFIXES | SLIDE_SUFFIXES)
-            if not found:
-                raise ValueError(no_image_message(path, others))
-            paths += found
-        elif path.suffix.lower() in SLIDE_SUFFIXES and path.exists():
-            paths.append(str(path))
-        else:
-            files = open_path(place, None)
-            paths += map(files.file_name, range(files.files))
+        paths += map(files.file_name, range(files.files))
     return paths
 
 

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from ..checks import raise_together, whole
-from ..data.sources import IMAGES
+from ..data.folders import IMAGES
 from ..evaluation.evaluate import evaluate
 from ..evaluation.results import Evaluation
 from ..trainer.logging import logging_to

@@ -19,7 +19,7 @@ from torch.nn import functional
 from torchvision.transforms.functional import to_pil_image
 
 from ..checks import one_of, raise_together, whole
-from ..data.sources import IMAGES, MASKS
+from ..data.folders import IMAGES, MASKS
 
 SPLITS = ("train", "val")
 MIN_SIDE = 32  # below it a texture's period is less than two pixels

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from .. import run_layout
 from ..data.segmentation import SegmentationDataset
-from ..data.sources import FileSource
 from .baselines import Contender, layers_read, line_up, sizing_contender
 from .comparison import ALL_MAPS, CLUSTERING, FINETUNE, curve_shown, in_words, what_it_means
 from .features import Preparation, Reader, Size, deepest_maps
@@ -87,7 +86,7 @@ def evaluate_labelled(
     """Evaluate all networks by masks, and draw what they predict."""
     train, scored = opened
     splits = Splits(train, scored)
-    contenders, notes = line_up(weights, FileSource([str(path) for path in splits.train.images]))
+    contenders, notes = line_up(weights, train.source)
     prepared = prepare_all(contenders, size, plan.first_seed)
     if split == "train":
         notes.append("Scored on the very images it learned from, and so too kindly.")

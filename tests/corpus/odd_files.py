@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import struct
 import zlib
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
-import tifffile
+from corpus.encoders import SIGNATURE, chunk, npy, picture, png, tiff
 from PIL import Image
 
 RANDOM = np.random.default_rng(0)
@@ -18,8 +17,9 @@ RGB = RANDOM.integers(0, 256, (24, 32, 3)).astype(np.uint8)
 FINE = RANDOM.integers(0, 65536, (24, 32, 4)).astype(np.uint16)
 ROWS, COLUMNS = np.mgrid[0:24, 0:32]
 SMOOTH = np.dstack([10 * ROWS, 8 * COLUMNS, 4 * ROWS + 4 * COLUMNS]).astype(np.uint8)
+TURNED = Image.Exif()
+TURNED[274] = 6
 LONG = zlib.compress(b"a" * 2**21)
-SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
 class Odd(NamedTuple):
@@ -45,57 +45,14 @@ def first(array: np.ndarray) -> np.ndarray:
     return np.atleast_3d(array).transpose(2, 0, 1)
 
 
-def picture(kind: str, array: np.ndarray | Image.Image, **how: object) -> bytes:
-    """An array as Pillow writes it."""
-    stream = io.BytesIO()
-    image = Image.fromarray(array) if isinstance(array, np.ndarray) else array
-    image.save(stream, kind, **how)
-    return stream.getvalue()
-
-
-def tiff(array: np.ndarray, **how: object) -> bytes:
-    """An array as tifffile writes it."""
-    stream = io.BytesIO()
-    opened = {
-        name: how.pop(name) for name in ("bigtiff", "byteorder", "imagej", "ome") if name in how
-    }
-    tifffile.imwrite(stream, array, **opened, **how)
-    return stream.getvalue()
-
-
-def npy(array: np.ndarray) -> bytes:
-    """An array as NumPy writes it."""
-    stream = io.BytesIO()
-    np.save(stream, array)
-    return stream.getvalue()
-
-
-def chunk(kind: bytes, data: bytes) -> bytes:
-    """A chunk of a PNG."""
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-
-def png(array: np.ndarray, bits: int, colour: int, extra: bytes = b"", last: bytes = b"") -> bytes:
-    """A PNG of any bits and colour type, written by hand."""
-    height, width = array.shape[:2]
-    rows = array.reshape(height, -1)
-    if bits < 8:
-        shifts = np.arange(bits - 1, -1, -1)
-        packed = np.packbits((rows[..., None] >> shifts & 1).reshape(height, -1), axis=1)
-    else:
-        packed = rows.astype(f">u{bits // 8}").view(np.uint8).reshape(height, -1)
-    body = b"".join(b"\0" + row.tobytes() for row in packed)
-    head = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
-    end = last + chunk(b"IEND", b"")
-    return SIGNATURE + chunk(b"IHDR", head) + extra + chunk(b"IDAT", zlib.compress(body)) + end
-
-
 def formats() -> Iterator[Odd]:
     """Each format with gray and with colour."""
     for kind in ("PNG", "BMP", "TIFF", "PPM"):
         for name, array in (("gray", GRAY), ("colour", RGB)):
             yield Odd(f"{name}.{kind}", picture(kind, array), (first(array),))
     yield Odd("lossless.webp", picture("WEBP", RGB, lossless=True), (first(RGB),))
+    gray = picture("WEBP", GRAY, lossless=True)
+    yield Odd("gray.webp", gray, (first(GRAY).repeat(3, axis=0),))
     yield Odd("gray.gif", picture("GIF", GRAY), (first(GRAY).repeat(3, axis=0),))
     yield Odd(
         "smooth.jpg", picture("JPEG", SMOOTH, quality=98, subsampling=0), (first(SMOOTH),), near=12
@@ -127,14 +84,19 @@ def modes() -> Iterator[Odd]:
     for name, colour, channels in (("gray", 0, 1), ("colour", 2, 3)):
         values = FINE[..., :channels]
         yield Odd(f"16 bits {name}.png", png(values, 16, colour), (first(values),))
-    for name, colour, channels in (("gray", 4, 1), ("colour", 6, 3)):
-        values = np.dstack([FINE[..., :channels], np.full((24, 32), 65535, np.uint16)])
-        yield Odd(f"16 bits {name} opaque.png", png(values, 16, colour), (first(values[..., :-1]),))
-    for alpha, share in ((255, 1), (0, 0)):
-        rgba = np.dstack([RGB, np.full((24, 32), alpha, np.uint8)])
-        yield Odd(f"alpha {alpha}.png", picture("PNG", rgba), (first(RGB * share),))
-        gray = np.dstack([GRAY, np.full((24, 32), alpha, np.uint8)])
-        yield Odd(f"gray alpha {alpha}.png", picture("PNG", gray), (first(GRAY * share),))
+    for alpha in (255, 51, 0):  # over black
+        share, off = alpha / 255, alpha == 51
+        for name, array, colour in (("gray ", GRAY, 4), ("", RGB, 6)):
+            values = np.dstack([array, np.full((24, 32), alpha, np.uint8)])
+            over = first(array * share)
+            yield Odd(f"{name}alpha {alpha}.png", picture("PNG", values), (over,), near=off)
+            deep = values.astype(np.uint16) * 257
+            content = png(deep, 16, colour)
+            yield Odd(f"16 bits {name}alpha {alpha}.png", content, (over * 257,), near=off / 8)
+    clear = Image.fromarray(GRAY % 2, "P")
+    clear.putpalette([10, 20, 30, 40, 50, 60])
+    over = first(np.array([[0, 0, 0], [40, 50, 60]])[GRAY % 2])
+    yield Odd("a clear colour.png", picture("PNG", clear, transparency=0), (over,))
     yield Odd(
         "one bit.tif", picture("TIFF", Image.fromarray(GRAY > 99)), (first((GRAY > 99) * 255),)
     )
@@ -157,13 +119,25 @@ def orientations() -> Iterator[Odd]:
     for tag, turn in enumerate(turns, 1):
         exif = Image.Exif()
         exif[274] = tag
-        for kind in ("PNG", "WEBP", "TIFF"):
-            how = {"lossless": True} if kind == "WEBP" else {}
-            yield Odd(
-                f"turned {tag}.{kind}", picture(kind, RGB, exif=exif, **how), (first(turn(RGB)),)
-            )
-        deep = tiff(FINE[..., 0], extratags=[(274, "H", 1, tag, True)])
-        yield Odd(f"turned deep {tag}.tif", deep, (first(turn(FINE[..., 0])),))
+        for kind in ("PNG", "WEBP", "TIFF", "JPEG"):
+            how = {"WEBP": {"lossless": True}, "JPEG": {"quality": 98}}.get(kind, {})
+            content = picture(kind, SMOOTH, exif=exif, **how)
+            near = 12 * (kind == "JPEG")
+            yield Odd(f"turned {tag}.{kind}", content, (first(turn(SMOOTH)),), near=near)
+        deep = FINE[..., 0]
+        for name, content in {
+            "deep": tiff(deep, extratags=[(274, "H", 1, tag, True)]),
+            "packed": picture("TIFF", deep, exif=exif, compression="tiff_lzw"),
+        }.items():
+            yield Odd(f"turned {name} {tag}.tif", content, (first(turn(deep)),))
+    texts = {
+        b"tEXt": b"Raw profile type exif\0\nexif\n      32\n" + TURNED.tobytes().hex().encode(),
+        b"iTXt": b'XML:com.adobe.xmp\0\0\0\0\0<x tiff:Orientation="6"/>',
+    }
+    for kind, text in texts.items():
+        yield Odd(
+            f"turned by {kind}.png", png(RGB, 8, 2, chunk(kind, text)), (first(turns[5](RGB)),)
+        )
 
 
 METADATA = {
@@ -171,6 +145,10 @@ METADATA = {
     "cut": chunk(b"eXIf", b"II*\0\x08\0\0\0\x05\0"),
     "far": chunk(b"eXIf", b"MM\0*\x7f\xff\xff\xff"),
     "none": chunk(b"eXIf", b""),
+    "false tag": chunk(b"eXIf", b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x02\0\0\0\x01abcd"),
+    "no exif": chunk(b"tEXt", b"Raw profile type exif\0\nexif\n9\nzz"),
+    "long plain text": chunk(b"tEXt", b"k\0" + b"a" * 2**21),
+    "suggested palette": chunk(b"sPLT", b"x"),
     "long text": chunk(b"zTXt", b"k\0\0" + LONG),
     "long xmp": chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + LONG),
     "long profile": chunk(b"iCCP", b"icc\0\0" + LONG),
@@ -186,14 +164,35 @@ def metadata() -> Iterator[Odd]:
         yield Odd(f"{name} before.png", png(RGB, 8, 2, extra), (first(RGB),))
         yield Odd(f"{name} after.png", png(RGB, 8, 2, last=extra), (first(RGB),))
         yield Odd(f"{name} deep.png", png(FINE[..., :3], 16, 2, extra), (first(FINE[..., :3]),))
+        turned = png(RGB, 8, 2, extra, last=chunk(b"eXIf", TURNED.tobytes()[6:]))
+        yield Odd(f"{name} turned.png", turned, (first(RGB.swapaxes(0, 1)[:, ::-1]),))
     packer = zlib.compressobj(1)
     bomb = b"".join(packer.compress(bytes(2**20)) for _ in range(200)) + packer.flush()
     yield Odd("200 MB text.png", png(RGB, 8, 2, chunk(b"zTXt", b"k\0\0" + bomb)), (first(RGB),))
-    for number, exif in enumerate((b"Exif\0\0garbage", b"\0\0\0\0", b"II*\0\x08\0\0\0\x05\0")):
+    broken = (
+        b"Exif\0\0garbage",
+        bytes(4),
+        b"II*\0\x08\0\0\0\x05\0",
+        b"Exif\0\0MM\0*\x7f\xff\xff\xff",
+    )
+    for number, exif in enumerate(broken):
         content = picture("WEBP", RGB, lossless=True, exif=exif)
         yield Odd(f"broken exif {number}.webp", content, (first(RGB),))
+        content = picture("JPEG", SMOOTH, quality=98, exif=exif)
+        yield Odd(f"broken exif {number}.jpg", content, (first(SMOOTH),), near=12)
     long = picture("WEBP", RGB, lossless=True, xmp=bytes(2**21), icc_profile=bytes(2**21))
     yield Odd("long.webp", long, (first(RGB),))
+
+
+def packed_tiff(values: np.ndarray, bits: int) -> bytes:
+    """A gray TIFF of so many bits a value, written by hand."""
+    data = np.packbits(values[..., None] >> np.arange(bits)[::-1] & 1, axis=None).tobytes()
+    height, width = values.shape
+    tags = {256: width, 257: height, 258: bits, 259: 1, 262: 1, 273: 8, 277: 1, 278: height}
+    tags[279] = len(data)
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    head = b"II*\0" + struct.pack("<I", 8 + len(data)) + data
+    return head + struct.pack("<H", len(tags)) + entries + bytes(4)
 
 
 def tiffs() -> Iterator[Odd]:
@@ -215,14 +214,26 @@ def tiffs() -> Iterator[Odd]:
     yield Odd("zlib.tif", tiff(FINE[..., 0], compression="zlib"), (first(FINE[..., 0]),))
     for how in ("tiff_lzw", "packbits", "tiff_adobe_deflate"):
         yield Odd(f"{how}.tif", picture("TIFF", RGB, compression=how), (first(RGB),))
-    yield Odd(
-        "white is 0.tif",
-        tiff(FINE[..., 0], photometric="miniswhite"),
-        (first(65535 - FINE[..., 0]),),
-    )
+    for gray in (FINE[..., 0], FINE[..., 0].astype(np.float32)):
+        content = picture("TIFF", gray, compression="tiff_lzw")
+        yield Odd(f"packed {gray.dtype}.tif", content, (first(gray),))
+    for white, gray in ((65535, FINE[..., 0]), (255, GRAY)):
+        content = tiff(gray, photometric="miniswhite")
+        yield Odd(f"white is 0 of {white}.tif", content, (first(white - gray),))
     inks = FINE.astype(np.float64)
-    colours = (65535 - inks[..., :3]) * (65535 - inks[..., 3:]) / 65535
-    yield Odd("inks.tif", tiff(FINE, photometric="separated"), (first(colours),), near=0.1)
+    colours = first((65535 - inks[..., :3]) * (65535 - inks[..., 3:]) / 65535)
+    for planar, array in (("contig", FINE), ("separate", first(FINE))):
+        content = tiff(array, photometric="separated", planarconfig=planar)
+        yield Odd(f"inks {planar}.tif", content, (colours,), near=0.1)
+    cmyk = Image.fromarray((FINE >> 8).astype(np.uint8), "CMYK")
+    yield Odd("inks 8.tif", picture("TIFF", cmyk), (first(np.array(cmyk.convert("RGB"))),))
+    table = RANDOM.integers(0, 65536, (3, 65536)).astype(np.uint16)
+    content = tiff(FINE[..., 0], photometric="palette", colormap=table)
+    yield Odd("palette of 16 bits.tif", content, (table[:, FINE[..., 0]],))
+    for bits in (2, 4, 12):
+        values = FINE[..., 0] >> 16 - bits
+        full = values * (255 // (2**bits - 1)) if bits < 8 else values
+        yield Odd(f"{bits} bits.tif", packed_tiff(values, bits), (first(full),))
     nodata = FINE[..., 0].astype(np.float32)
     nodata[:4] = -9999
     filled = np.where(nodata == -9999, nodata[4:].min(), nodata)
@@ -263,6 +274,7 @@ def pnms() -> Iterator[Odd]:
             text = " ".join(map(str, values.flatten())).encode()
             body = text if kind < 4 else values.astype(">u2" if largest > 255 else "u1").tobytes()
             yield Odd(f"P{kind} {largest}.pnm", header + body, (first(values),))
+    yield Odd("of 3.pgm", b"P5\n2 1\n3\n\0\3", (np.array([[[0, 255]]]),))
     yield Odd("bits.pbm", b"P4\n8 1\n\x0f", (first(np.array([[255] * 4 + [0] * 4])),))
 
 
@@ -338,9 +350,16 @@ def refusals() -> Iterator[Odd]:
     }
     for kind, content in damaged.items():
         for share in (0.1, 0.5):
-            yield Odd(f"cut at {share}.{kind}", content[: int(share * len(content))], refusal="")
-    yield Odd("empty.png", b"", refusal=r"the file is empty")
-    yield Odd("text.jpg", b"Dear diary", refusal="not an image that can be read")
+            text = content[: int(share * len(content))]
+            reason = r"damaged: .* of .* values are there$" if kind == "pnm" else "damaged: "
+            yield Odd(f"cut at {share}.{kind}", text, refusal=reason if share == 0.5 else "")
+    for start in (b"\xff\xd8\xff", b"II*\0"):
+        yield Odd(f"{start[:2].hex()} alone.tif", start, refusal="damaged: ")
+    yield Odd("empty.png", b"", refusal=r"the file is empty \(0 bytes\)")
+    diary = "not an image that can be read: it begins with b'Dear diary'"
+    yield Odd("text.jpg", b"Dear diary", refusal=diary)
+    for start in (b"8BPS\0\1", b"\0\0\0\x0cjP  "):  # other formats of Pillow
+        yield Odd(f"{start[-3:].hex()}.png", start + bytes(64), refusal="not an image")
     yield Odd("html.jpg", b"<!DOCTYPE html><html>", refusal="not an image that can be read")
     yield Odd("postscript.png", b"%!PS-Adobe-3.0 EPSF-3.0\n" + bytes(99), refusal="not an image")
     for kind in ("png", "bmp", "pnm", "deep pnm", "tif", "float tif"):
@@ -349,7 +368,8 @@ def refusals() -> Iterator[Odd]:
             huge(kind),
             refusal="(a decompression bomb|20000x20000 pix)",
         )
-    yield Odd("four axes.npy", npy(np.zeros((2, 3, 4, 5))), refusal="an array of shape")
+    axes = r"an array of shape \(2, 3, 4, 5\); it must be \(h, w\)"
+    yield Odd("four axes.npy", npy(np.zeros((2, 3, 4, 5))), refusal=axes)
     yield Odd("no pixel.npy", npy(np.zeros((0, 5))), refusal="an array of shape")
     yield Odd("words.npy", npy(np.array([["a"]])), refusal="values of type")
     yield Odd("complex.npy", npy(np.zeros((4, 4), complex)), refusal="values of type")

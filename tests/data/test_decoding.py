@@ -1,64 +1,28 @@
 """Any image file: its pixels, what its header tells, and the reason where it cannot be read."""
 
 import io
-import struct
-import zlib
 
 import numpy as np
 import pytest
-import tifffile
 import torch
-from PIL import Image, ImageOps
+from corpus.encoders import chunk, npy, picture, png, tiff
+from PIL import Image
 from torch import Tensor
 
-from pixel_level_contrastive_learning.data import image, picture
+from pixel_level_contrastive_learning.data import image
+from pixel_level_contrastive_learning.data import picture as picture_module
 from pixel_level_contrastive_learning.data.decoding import open_image
 from pixel_level_contrastive_learning.data.image import ImageError, to_rgb
-from pixel_level_contrastive_learning.data.orientation import ORIENTATION_TAG
+from pixel_level_contrastive_learning.data.orientation import ORIENTATION_TAG, split_png
 from pixel_level_contrastive_learning.data.tiff import NODATA_TAG
 
 RAMP = np.arange(12, dtype=np.uint8).reshape(3, 4) * 20
 COLOUR = np.stack((RAMP, RAMP[::-1], RAMP[:, ::-1]), axis=-1)
 
 
-def encoded(image: Image.Image, kind: str, **how: object) -> bytes:
-    """A Pillow image as a file."""
-    stream = io.BytesIO()
-    image.save(stream, kind, **how)
-    return stream.getvalue()
-
-
-def saved(array: np.ndarray, **how: object) -> bytes:
-    """An array as a TIFF."""
-    stream = io.BytesIO()
-    tifffile.imwrite(stream, array, **how)
-    return stream.getvalue()
-
-
-def deep_png(array: np.ndarray, colour_type: int) -> bytes:
-    """A 16-bit PNG, written by hand: Pillow writes none in colour."""
-    lines = b"".join(b"\0" + line.astype(">u2").tobytes() for line in array)
-
-    def chunk(name: bytes, data: bytes) -> bytes:
-        length, check = struct.pack(">I", len(data)), struct.pack(">I", zlib.crc32(name + data))
-        return length + name + data + check
-
-    height, width = array.shape[:2]
-    header = struct.pack(">IIBBBBB", width, height, 16, colour_type, 0, 0, 0)
-    parts = chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(lines)), chunk(b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
-
-
 def decode(content: bytes, at_least: int | None = None) -> Tensor:
     """The upright pixels of a file."""
     return open_image(content).read(at_least)
-
-
-def npy(array: object) -> bytes:
-    """An array as a NumPy file."""
-    stream = io.BytesIO()
-    np.save(stream, np.asarray(array))
-    return stream.getvalue()
 
 
 def agrees(content: bytes, pixels: Tensor) -> None:
@@ -69,120 +33,15 @@ def agrees(content: bytes, pixels: Tensor) -> None:
     assert opened.high_depth == (pixels.dtype == torch.float32)
 
 
-@pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "WEBP", "PPM"])
-@pytest.mark.parametrize("array", [RAMP, COLOUR], ids=["gray", "colour"])
-def test_lossless_files_give_their_pixels(kind, array) -> None:
-    how = {"lossless": True} if kind == "WEBP" else {}
-    content = encoded(Image.fromarray(array), kind, **how)
-    pixels = decode(content)
-    expected = torch.from_numpy(np.atleast_3d(array)).permute(2, 0, 1)
-    if kind == "WEBP":  # knows no gray
-        expected = expected.expand(3, -1, -1)
-    assert torch.equal(pixels, expected)
-    agrees(content, pixels)
-
-
 @pytest.mark.parametrize("mode", ["L", "RGB"])
 @pytest.mark.parametrize("progressive", [False, True])
 def test_a_jpeg_gives_what_pillow_gives(mode, progressive) -> None:
     image = Image.linear_gradient("L").convert(mode)
-    content = encoded(image, "JPEG", progressive=progressive)
+    content = picture("JPEG", image, progressive=progressive)
     pixels = decode(content)
     expected = np.atleast_3d(np.array(Image.open(io.BytesIO(content))))
     assert (pixels.permute(1, 2, 0).int() - torch.from_numpy(expected).int()).abs().max() <= 1
     agrees(content, pixels)
-
-
-def test_convention_modes_become_gray_or_rgb() -> None:
-    gray, colour = Image.fromarray(RAMP), Image.fromarray(COLOUR)
-    assert decode(encoded(gray.convert("1"), "PNG")).unique().tolist() == [0, 255]
-    palette = encoded(colour.quantize(12), "PNG")
-    assert torch.equal(decode(palette), torch.from_numpy(COLOUR).permute(2, 0, 1))
-    agrees(palette, decode(palette))
-    cmyk = decode(encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG", quality=100))
-    assert (cmyk[:, 4, 4].int() - torch.tensor([255, 0, 0])).abs().max() <= 2  # red
-
-
-@pytest.mark.parametrize(
-    ("mode", "paint", "seen"),
-    [
-        ("RGBA", (200, 100, 40, 255), [200, 100, 40]),
-        ("RGBA", (200, 100, 40, 51), [40, 20, 8]),  # a fifth of it, over black
-        ("RGBA", (200, 100, 40, 0), [0, 0, 0]),
-        ("LA", (200, 51), [40]),
-    ],
-)
-def test_convention_what_is_transparent_is_laid_over_black(mode, paint, seen) -> None:
-    content = encoded(Image.new(mode, (3, 2), paint), "PNG")
-    assert decode(content)[:, 0, 0].tolist() == seen
-    agrees(content, decode(content))
-
-
-def test_a_transparent_colour_of_a_palette_is_laid_over_black() -> None:
-    image = Image.new("P", (2, 1))
-    image.putpalette([10, 20, 30, 40, 50, 60])
-    image.putdata([0, 1])
-    assert decode(encoded(image, "PNG", transparency=0))[:, 0].mT.tolist() == [
-        [0, 0, 0],
-        [40, 50, 60],
-    ]
-
-
-@pytest.mark.parametrize("colour_type", [0, 2])
-def test_sixteen_bits_stay_sixteen_bits(colour_type) -> None:
-    values = (np.arange(12).reshape(3, 4) * 5003 + 7).astype(np.uint16)
-    array = values if colour_type == 0 else np.stack((values, values + 1, values + 2), axis=-1)
-    content = deep_png(array, colour_type)
-    pixels = decode(content)
-    assert pixels.dtype == torch.float32
-    assert pixels.permute(1, 2, 0).squeeze(-1).tolist() == array.tolist()
-    agrees(content, pixels)
-
-
-@pytest.mark.parametrize(("colour_type", "channels"), [(4, 1), (6, 3)])
-def test_sixteen_bit_alpha_is_laid_over_black(colour_type, channels) -> None:
-    array = np.full((2, 3, channels + 1), 40000, dtype=np.uint16)
-    array[..., -1] = 65535 // 5
-    pixels = decode(deep_png(array, colour_type))
-    assert pixels.shape == (channels, 2, 3)
-    assert torch.allclose(pixels, torch.tensor(8000.0))
-
-
-@pytest.mark.parametrize("dtype", ["uint8", "uint16", "int16", "float32", "float64"])
-@pytest.mark.parametrize("bands", [1, 2, 3, 4, 7])
-@pytest.mark.parametrize("first", [True, False], ids=["bands first", "bands last"])
-def test_a_tiff_keeps_all_its_bands(dtype, bands, first) -> None:
-    array = (np.arange(bands * 10 * 12) % 251).reshape(bands, 10, 12).astype(dtype)
-    photometric = "rgb" if bands in (3, 4) and first is False else "minisblack"
-    plain = array[0] if bands == 1 else array if first else array.transpose(1, 2, 0)
-    content = saved(plain, photometric=photometric)
-    pixels = decode(content)
-    assert pixels.dtype == (torch.uint8 if dtype == "uint8" else torch.float32)
-    assert pixels.tolist() == array.tolist()
-    agrees(content, pixels)
-
-
-def test_of_a_stack_in_depth_the_first_page_counts() -> None:
-    stack = np.arange(5 * 6 * 7, dtype=np.uint16).reshape(5, 6, 7)
-    content = saved(stack, imagej=True, metadata={"axes": "ZYX"})
-    assert decode(content).tolist() == stack[:1].tolist()
-    agrees(content, decode(content))
-
-
-@pytest.mark.parametrize("mode", ["I;16", "F"])
-def test_a_compressed_gray_tiff_needs_no_further_library(mode) -> None:
-    values = (np.arange(12).reshape(3, 4) * 5000).astype("uint16" if mode == "I;16" else "float32")
-    content = encoded(Image.fromarray(values), "TIFF", compression="tiff_lzw")
-    assert decode(content)[0].tolist() == values.tolist()
-
-
-def test_an_array_has_its_channels_at_the_shorter_end() -> None:
-    array = np.arange(4 * 5 * 6, dtype=np.float32).reshape(4, 5, 6)
-    for content in (npy(array), npy(array.transpose(1, 2, 0))):
-        pixels = decode(content)
-        assert pixels.tolist() == array.tolist()
-        agrees(content, pixels)
-    assert decode(npy(array[0] > 10)).unique().tolist() == [0, 255]
 
 
 def test_what_is_no_number_becomes_the_lowest() -> None:
@@ -218,7 +77,7 @@ def test_what_a_geotiff_says_was_not_measured_is_filled(dtype, text, value, comp
     bands = np.arange(7, 31).reshape(2, 3, 4).astype(dtype)
     bands[:, 1] = value
     how = {"photometric": "minisblack", "planarconfig": "separate", "compression": compression}
-    content = saved(bands, extratags=[(NODATA_TAG, 2, 0, text, True)], **how)
+    content = tiff(bands, extratags=[(NODATA_TAG, 2, 0, text, True)], **how)
     raster = open_image(content).decode()
     assert raster.known.all(dim=2).tolist() == [[True, False, True]] * 2
     bands[0, 1], bands[1, 1] = 7, 19
@@ -228,7 +87,7 @@ def test_what_a_geotiff_says_was_not_measured_is_filled(dtype, text, value, comp
 @pytest.mark.parametrize(("dtype", "text"), [(np.float32, "none"), (np.uint8, "0")])
 def test_a_tag_without_a_number_and_8_bit_data_are_taken_as_they_are(dtype, text) -> None:
     ramp = np.arange(12, dtype=dtype).reshape(3, 4)
-    raster = open_image(saved(ramp, extratags=[(NODATA_TAG, 2, 0, text, True)])).decode()
+    raster = open_image(tiff(ramp, extratags=[(NODATA_TAG, 2, 0, text, True)])).decode()
     assert raster.known is None
 
 
@@ -242,36 +101,6 @@ def test_any_channels_are_shown_as_three(channels, shown) -> None:
 # Orientation.
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
-@pytest.mark.parametrize("tag", range(1, 9))
-def test_a_turned_image_stands_upright(kind, tag) -> None:
-    array = np.zeros((24, 40, 3), np.uint8)
-    array[:12, :20] = (250, 30, 30)
-    array[12:, :20] = (30, 250, 30)
-    image = Image.fromarray(array)
-    exif = image.getexif()
-    exif[ORIENTATION_TAG] = tag
-    content = encoded(image, kind, exif=exif)
-    expected = np.array(ImageOps.exif_transpose(Image.open(io.BytesIO(content))).convert("RGB"))
-    pixels = decode(content)
-    assert open_image(content).size == expected.shape[:2] == ((40, 24) if tag > 4 else (24, 40))
-    assert (pixels.permute(1, 2, 0).int() - torch.from_numpy(expected).int()).abs().max() <= 2
-
-
-@pytest.mark.parametrize("tag", range(1, 9))
-def test_a_turned_deep_tiff_stands_upright(tag) -> None:
-    array = np.arange(12, dtype=np.uint16).reshape(3, 4) * 17
-    exif = Image.new("L", (1, 1)).getexif()
-    exif[ORIENTATION_TAG] = tag
-    twin = encoded(Image.fromarray((array // 17).astype(np.uint8)), "PNG", exif=exif)
-    plain = saved(array, extratags=[(ORIENTATION_TAG, 3, 1, tag, True)])
-    read_by_pillow = encoded(Image.fromarray(array), "TIFF", exif=exif, compression="tiff_lzw")
-    for content in (plain, read_by_pillow):
-        pixels = decode(content)
-        assert torch.equal(pixels, decode(twin).float() * 17)
-        agrees(content, pixels)
-
-
 # Scaled decoding.
 
 
@@ -279,18 +108,18 @@ def test_a_turned_deep_tiff_stands_upright(tag) -> None:
     ("shortest", "height"), [(None, 603), (400, 603), (301, 302), (150, 151), (75, 76), (10, 76)]
 )
 def test_a_large_jpeg_is_decoded_no_smaller_than_asked(shortest, height) -> None:
-    assert picture.SMALL < 603 * 1001
-    content = encoded(Image.new("RGB", (1001, 603), (200, 100, 50)), "JPEG")
+    assert picture_module.SMALL < 603 * 1001
+    content = picture("JPEG", Image.new("RGB", (1001, 603), (200, 100, 50)))
     pixels = decode(content, shortest)
     assert pixels.shape[1] == height  # rounded up
     assert (pixels[:, 3, 3].int() - torch.tensor([200, 100, 50])).abs().max() <= 2
-    assert decode(encoded(Image.new("L", (90, 70)), "JPEG"), 5).shape == (1, 70, 90)
+    assert decode(picture("JPEG", Image.new("L", (90, 70))), 5).shape == (1, 70, 90)
 
 
 def test_a_giant_that_has_to_be_decoded_whole_is_averaged_down(monkeypatch) -> None:
-    content = encoded(Image.fromarray(COLOUR).resize((64, 48), Image.Resampling.NEAREST), "PNG")
+    content = picture("PNG", Image.fromarray(COLOUR).resize((64, 48), Image.Resampling.NEAREST))
     assert open_image(content).decode(4).scale == 1
-    monkeypatch.setattr(picture, "GIANT", 1000)
+    monkeypatch.setattr(picture_module, "GIANT", 1000)
     smaller = open_image(content).decode(4)
     assert (smaller.scale, smaller.pixels.size) == (4, (16, 12))
 
@@ -298,34 +127,12 @@ def test_a_giant_that_has_to_be_decoded_whole_is_averaged_down(monkeypatch) -> N
 # What cannot be read.
 
 
-def test_reasons_are_told_in_words() -> None:
-    whole = encoded(Image.fromarray(COLOUR).resize((64, 48)), "PNG")
-    jpeg = encoded(Image.fromarray(COLOUR).resize((64, 48)), "JPEG")
-    for content, reason in {
-        b"": "the file is empty (0 bytes)",
-        b"Dear diary": "not an image that can be read: it begins with b'Dear diary'",
-        whole[: len(whole) // 2]: "damaged: ",
-        jpeg[: len(jpeg) // 2]: "damaged: ",
-        b"\xff\xd8\xff": "damaged: ",
-        b"II*\0": "damaged: ",
-        npy(
-            np.zeros((2, 3, 4, 5))
-        ): "an array of shape (2, 3, 4, 5); it must be (h, w), (c, h, w) or",
-        npy([["a", "b"]]): "values of type <U1; they must be whole numbers or floats",
-        npy([[{}]]): "damaged: Object arrays cannot be loaded",
-    }.items():
-        with pytest.raises(ImageError) as error:
-            decode(content)
-        assert str(error.value).startswith(reason)
-        assert "\n" not in str(error.value)
-
-
 def test_a_bomb_is_refused_before_it_is_decoded(monkeypatch) -> None:
-    flat = encoded(Image.new("L", (1000, 1000)), "PNG")
+    flat = picture("PNG", Image.new("L", (1000, 1000)))
     noise = np.random.default_rng(0).integers(0, 256, (1000, 1000), dtype=np.uint8)
-    rich = encoded(Image.fromarray(noise), "PNG")
-    webp = encoded(Image.new("RGB", (1000, 1000)), "WEBP")
-    jpeg = encoded(Image.new("L", (1000, 1000)), "JPEG")
+    rich = picture("PNG", Image.fromarray(noise))
+    webp = picture("WEBP", Image.new("RGB", (1000, 1000)))
+    jpeg = picture("JPEG", Image.new("L", (1000, 1000)))
     assert decode(flat).shape == (1, 1000, 1000)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 200_000)
     with pytest.raises(ImageError) as error:
@@ -346,13 +153,13 @@ def test_a_bomb_is_refused_before_it_is_decoded(monkeypatch) -> None:
 def test_no_file_may_take_more_than_the_memory_allowed(monkeypatch) -> None:
     monkeypatch.setattr(image, "MAX_BYTES", 1000)
     with pytest.raises(ImageError, match=r"^16x20 pixels would take more than 0 GiB; cut it by"):
-        open_image(encoded(Image.new("RGB", (20, 16)), "PNG"))
+        open_image(picture("PNG", Image.new("RGB", (20, 16))))
     with pytest.raises(ImageError, match=r"^16x20 pixels would take more than 0 GiB; cut it by"):
-        open_image(saved(np.zeros((16, 20), np.float32)))
+        open_image(tiff(np.zeros((16, 20), np.float32)))
 
 
 def test_a_jpeg_of_twenty_thousand_squared_is_decoded_at_an_eighth() -> None:
-    content = encoded(Image.new("L", (20000, 20000), 90), "JPEG")
+    content = picture("JPEG", Image.new("L", (20000, 20000), 90))
     pixels = decode(content, 224)
     assert pixels.shape == (1, 2500, 2500)
     assert pixels.unique().tolist() == [90]
@@ -363,7 +170,56 @@ def test_a_tiff_is_turned_once(more) -> None:
     array = np.arange(6, dtype=np.uint8).reshape(2, 3)
     turned = [[3, 0], [4, 1], [5, 2]]
     tags = [(274, "H", 1, 6, True), *more]
-    gray = saved(array, photometric="minisblack", extratags=tags)
+    gray = tiff(array, photometric="minisblack", extratags=tags)
     assert decode(gray).tolist() == [turned]
-    rgb = saved(np.stack([array] * 3, -1), photometric="rgb", extratags=tags)
+    rgb = tiff(np.stack([array] * 3, -1), photometric="rgb", extratags=tags)
     assert decode(rgb).tolist() == [turned] * 3
+
+
+# Metadata.
+
+
+TURNED = Image.Exif()
+TURNED[ORIENTATION_TAG] = 6
+NOISE = np.random.default_rng(0).integers(0, 256, (6, 8, 3)).astype(np.uint8)
+
+
+def test_broken_exif_of_an_avif_costs_no_pixels() -> None:
+    exif = Image.Exif()
+    exif[305] = "a program"
+    exif[ORIENTATION_TAG] = 6
+    content = picture("AVIF", NOISE, exif=exif, quality=100)
+    start = max(content.find(b"II*\0"), content.find(b"MM\0*"))
+    broken = content[:start] + b"\0garbage" + content[start + 8 :]
+    assert torch.equal(decode(broken), decode(content))
+    assert decode(broken).shape == (3, 8, 6)  # the file says in two places how it is turned
+
+
+def test_a_png_without_metadata_is_not_copied() -> None:
+    plain = picture("PNG", NOISE)
+    assert split_png(plain)[0] is plain
+    bare, orientation = split_png(plain[:33] + chunk(b"tIME", bytes(7)) + plain[33:])
+    assert (bare, orientation) == (plain, 1)
+    assert split_png(plain[:60]) == (plain[:60], 1)
+    content = picture("PNG", NOISE, exif=TURNED)
+    with pytest.raises(ImageError, match="damaged"):  # cut off after its metadata
+        decode(content[: len(content) // 2])
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.99])
+def test_a_deep_png_that_is_not_whole_does_not_end_the_process(share) -> None:
+    """Torchvision's decoder reads past the end of such files, and the process with it."""
+    whole = png(NOISE.astype(np.uint16), 16, 2)
+    with pytest.raises(ImageError, match="damaged"):
+        decode(whole[: int(share * len(whole))])
+    wrong = bytearray(whole)
+    wrong[-20] ^= 1  # in the pixels, under a checksum that was right
+    with pytest.raises(
+        ImageError, match=r"^damaged: the chunk b'IDAT' is cut off, or its checksum"
+    ):
+        decode(bytes(wrong))
+    for place in (25, 26, 27, 28):  # colour type, compression, filter, interlacing
+        header = bytearray(whole[16:29])
+        header[place - 16] = 5
+        with pytest.raises(ImageError):
+            decode(whole[:8] + chunk(b"IHDR", bytes(header)) + whole[33:])

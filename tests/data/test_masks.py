@@ -1,81 +1,52 @@
 """Masks of any format give the ids that were meant, or are refused with the way out."""
 
-import io
-import struct
-import zlib
-
 import numpy as np
 import pytest
 import tifffile
+from corpus.encoders import npy, picture, png, tiff
 from PIL import Image
 
 from pixel_level_contrastive_learning.data.masks import (
     IGNORED,
+    PLAIN,
     MaskCoding,
     parse_ids,
+    read_coded,
     read_coding,
-    read_mask,
 )
 from pixel_level_contrastive_learning.data.orientation import ORIENTATION_TAG
 from pixel_level_contrastive_learning.data.segmentation import open_labelled
+from pixel_level_contrastive_learning.data.sources import FileSource
 
 IDS = np.random.default_rng(0).integers(0, 3, (6, 8)).astype(np.uint8)
 COLOURS = np.array([[0, 0, 0], [128, 0, 0], [0, 128, 0]], np.uint8)
 
 
-def picture(kind: str, array: np.ndarray, mode: str | None = None, **how: object) -> bytes:
-    """An array as Pillow writes it; a palette of `COLOURS` where it is of indices."""
-    image = Image.fromarray(array, mode)
-    if mode == "P":
-        image.putpalette(COLOURS.flatten().tolist())
-    stream = io.BytesIO()
-    image.save(stream, kind, **how)
-    return stream.getvalue()
+def read_mask(path, coding=PLAIN):
+    """The ids in a mask."""
+    return read_coded(FileSource([str(path)]), 0, coding)[0]
 
 
-def tiff(array: np.ndarray, **how: object) -> bytes:
-    """An array as a TIFF."""
-    stream = io.BytesIO()
-    tifffile.imwrite(stream, array, **how)
-    return stream.getvalue()
-
-
-def npy(array: np.ndarray) -> bytes:
-    """An array as a NumPy file."""
-    stream = io.BytesIO()
-    np.save(stream, array)
-    return stream.getvalue()
-
-
-def low_bits(bits: int) -> bytes:
-    """The ids as a gray PNG of 1, 2 or 4 bits, written by hand."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        check = struct.pack(">I", zlib.crc32(kind + data))
-        return struct.pack(">I", len(data)) + kind + data + check
-
-    rows = [
-        b"\0" + np.packbits([[v >> (bits - 1 - b) & 1 for b in range(bits)] for v in row]).tobytes()
-        for row in (IDS % 2**bits).tolist()
-    ]
-    head = struct.pack(">IIBBBBB", 8, 6, bits, 0, 0, 0, 0)
-    body = chunk(b"IDAT", zlib.compress(b"".join(rows)))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + body + chunk(b"IEND", b"")
+def indexed(array: np.ndarray) -> Image.Image:
+    """Indices of `COLOURS`."""
+    image = Image.fromarray(array, "P")
+    image.putpalette(COLOURS.flatten().tolist())
+    return image
 
 
 FILES = {
     "gray.png": picture("PNG", IDS),
-    "palette.png": picture("PNG", IDS, "P"),
+    "palette.png": picture("PNG", indexed(IDS)),
     "deep.png": picture("PNG", IDS.astype(np.uint16)),
-    "bits2.png": low_bits(2),
-    "bits4.png": low_bits(4),
+    "bits2.png": png(IDS, 2, 0),
+    "bits4.png": png(IDS, 4, 0),
     "gray.bmp": picture("BMP", IDS),
-    "palette.bmp": picture("BMP", IDS, "P"),
-    "palette.gif": picture("GIF", IDS, "P"),
+    "palette.bmp": picture("BMP", indexed(IDS)),
+    "palette.gif": picture("GIF", indexed(IDS)),
     "gray.tif": tiff(IDS),
     "deep.tiff": tiff(IDS.astype(np.int32)),
     "float.tif": tiff(IDS.astype(np.float32)),
-    "palette.tif": picture("TIFF", IDS, "P"),
+    "palette.tif": picture("TIFF", indexed(IDS)),
     "pillow.tif": picture("TIFF", IDS),
     "whole.npy": npy(IDS.astype(np.int64)),
     "float.npy": npy(IDS.astype(np.float64)),
@@ -91,7 +62,7 @@ def test_ids_are_read_exactly(tmp_path, name) -> None:
 
 def test_two_values_may_be_bits(tmp_path) -> None:
     files = {
-        "a.png": low_bits(1),
+        "a.png": png(IDS % 2, 1, 0),
         "b.npy": npy(IDS % 2 > 0),
         "c.tif": tiff(IDS % 2 > 0, photometric="minisblack"),
     }
@@ -118,9 +89,9 @@ REFUSED = {
     "values that are no whole numbers, such as 0.5": npy(np.full((2, 2), 0.5)),
     "values that are no whole numbers, such as nan": npy(np.full((2, 2), np.nan)),
     "has ids from -1 to 2": npy(IDS.astype(int) - (IDS == 0)),
-    "it has 3 pages, and a mask has one": tiff(np.stack([IDS] * 3), photometric="minisblack"),
+    "it has 3 pages, and its image 1": tiff(np.stack([IDS] * 3), photometric="minisblack"),
     "it has several frames": picture(
-        "GIF", IDS, "P", save_all=True, append_images=[Image.fromarray(IDS + 9)]
+        "GIF", indexed(IDS), save_all=True, append_images=[Image.fromarray(IDS + 9)]
     ),
     "says that white is 0, so its values, 0 to 2, may be meant the other way": tiff(
         IDS, photometric="miniswhite"
@@ -171,10 +142,10 @@ def test_ids_that_cannot_be_read_are_refused(text) -> None:
 CODED = {
     "RGB": picture("PNG", COLOURS[IDS]),
     "RGBA": picture("PNG", np.dstack([COLOURS[IDS], np.full(IDS.shape, 9, np.uint8)])),
-    "palette": picture("PNG", IDS, "P"),
+    "palette": picture("PNG", indexed(IDS)),
     "BMP": picture("BMP", COLOURS[IDS]),
     "TIFF": tiff(COLOURS[IDS], photometric="rgb"),
-    "TIFF palette": picture("TIFF", IDS, "P"),
+    "TIFF palette": picture("TIFF", indexed(IDS)),
     "array": npy(COLOURS[IDS]),
 }
 WRITTEN = {
@@ -301,15 +272,38 @@ def test_names_in_a_file_of_colours_name_the_classes(labelled, tmp_path) -> None
     assert open_labelled(labelled, colours=file)[0].classes == ("rot", "grün", "blau")
 
 
-def test_an_image_of_several_pages_has_no_mask(labelled) -> None:
+@pytest.mark.parametrize("kind", ["tif", "imagej", "npy", "npz"])
+def test_a_stack_has_a_stack_of_masks(labelled, kind) -> None:
+    path, masks = labelled / "images/train/0.tif", labelled / "masks/train"
+    path.with_suffix(".png").unlink()
+    pages, ids = np.zeros((3, 32, 48), np.uint8), np.arange(3)[:, None, None]
+    named = {"photometric": "minisblack", "metadata": {"axes": "ZYX"}}
+    tifffile.imwrite(path, pages, **named)
+    with pytest.raises(ValueError, match=r"0.png cannot be read .* has 1 pages, and its image 3"):
+        open_labelled(labelled)
+    mask = np.broadcast_to(ids, pages.shape).astype(np.uint8)
+    if kind == "npy":
+        np.save(masks / "0.npy", mask)
+    elif kind == "npz":
+        np.savez(masks / "0.npz", mask[..., None])
+    else:
+        tifffile.imwrite(masks / "0.tif", mask, imagej=kind == "imagej", **named)
+    (masks / "0.png").rename(masks / "0.webp")
+    train, _ = open_labelled(labelled)
+    assert len(train) == 12
+    assert [train.read(i).mask.unique().tolist() for i in range(3)] == [[0], [1], [2]]
+    assert [train.name(i) for i in (2, 3)] == ["0.tif[2]", "1.png"]
+    with pytest.raises(ValueError, match=r"it has 3 pages, and its image 1|coded in colours"):
+        open_labelled(labelled, pages="first")
+
+
+def test_pages_may_be_the_channels_of_an_image_with_a_mask(labelled) -> None:
     path = labelled / "images/train/0.png"
     path.unlink()
     pages = np.zeros((3, 32, 48), np.uint8)
     tifffile.imwrite(
         path.with_suffix(".tif"), pages, photometric="minisblack", metadata={"axes": "ZYX"}
     )
-    with pytest.raises(ValueError, match=r"0.tif holds 3 images, and its mask belongs to one"):
-        open_labelled(labelled)
     train, _ = open_labelled(labelled, pages="channels")
     assert train.read(0).pixels.shape == (3, 32, 48)
     assert open_labelled(labelled, pages="first")[0].read(0).pixels.shape == (1, 32, 48)

@@ -12,7 +12,7 @@ from webdataset import TarWriter
 from pixel_level_contrastive_learning.data import pages as module
 from pixel_level_contrastive_learning.data.decoding import stack_in
 from pixel_level_contrastive_learning.data.image import ImageError, Stack
-from pixel_level_contrastive_learning.data.pages import may_hold_several
+from pixel_level_contrastive_learning.data.pages import header_tells_several
 from pixel_level_contrastive_learning.data.shard_writer import write_shards
 from pixel_level_contrastive_learning.data.sources import Source, open_source
 
@@ -131,7 +131,7 @@ def test_a_single_picture_is_no_stack(kind) -> None:
     stream = io.BytesIO()
     Image.new("RGB", (8, 8)).save(stream, kind)
     assert stack_in(stream.getvalue()) == Stack(1)
-    assert may_hold_several(stream) == (kind == "GIF")  # whose frames are not announced
+    assert header_tells_several(stream) == (kind == "GIF")  # whose frames are not announced
 
 
 def test_smaller_pictures_of_a_photo_are_left_out(tmp_path, caplog) -> None:
@@ -163,7 +163,7 @@ def test_of_many_photos_some_are_looked_at_and_all_where_one_holds_several(
     holds = module.may_hold_several
     monkeypatch.setattr(module, "LOOKED_AT", 3)
     monkeypatch.setattr(
-        module, "may_hold_several", lambda file, start: looked_at.append(file) or holds(file, start)
+        module, "may_hold_several", lambda path, start: looked_at.append(path) or holds(path, start)
     )
     for number in range(9):
         Image.new("RGB", (8, 8)).save(tmp_path / f"{number}.jpg")

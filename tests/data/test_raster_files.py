@@ -128,42 +128,6 @@ def test_a_turned_raster_is_cut_upright(tmp_path, orientation) -> None:
     assert (pixels == whole[:, 5:80, 3:60].numpy()).all()
 
 
-@pytest.mark.parametrize("compression", [None, "zlib"])
-@pytest.mark.parametrize(
-    ("axes", "shape", "images", "bands"),
-    [
-        ("ZYX", (3,), 3, 1),
-        ("ZCYX", (3, 2), 3, 2),
-        ("CZYX", (2, 3), 3, 2),
-        ("TZCYX", (2, 2, 2), 4, 2),
-    ],
-)
-def test_named_pages_are_images_and_channels(
-    tmp_path, axes, shape, images, bands, compression
-) -> None:
-    array = values((*shape, 40, 50))
-    path = tmp_path / "a.ome.tif"
-    imwrite(path, array, metadata={"axes": axes}, photometric="minisblack", compression=compression)
-    found = open_rasters(str(path))
-    assert [raster.bands for raster in found] == [bands] * images
-    channel = axes.find("C")
-    expected = array[:, None] if channel < 0 else np.moveaxis(array, channel, -3)
-    expected = expected.reshape(images, bands, 40, 50)
-    for raster, image in zip(found, expected, strict=True):
-        pixels, _ = raster.read((10, 20, 30, 35), (15, 20))
-        assert (pixels == image[:, 20:35, 10:30]).all()
-
-
-def test_unnamed_gray_pages_are_channels_up_to_sixteen_and_colour_pages_are_images(
-    tmp_path,
-) -> None:
-    for count, images in {16: 1, 17: 17}.items():
-        imwrite(tmp_path / "a.tif", values((count, 40, 50)), photometric="minisblack")
-        assert len(open_rasters(str(tmp_path / "a.tif"))) == images
-    imwrite(tmp_path / "a.tif", values((5, 40, 50, 3), np.uint8), photometric="rgb")
-    assert [raster.bands for raster in open_rasters(str(tmp_path / "a.tif"))] == [3] * 5
-
-
 @pytest.mark.filterwarnings("ignore:Use `@`")  # of rasterio, to affine
 def test_levels_and_the_size_of_a_pixel_are_read(tmp_path) -> None:
     from rasterio.transform import from_origin
@@ -202,40 +166,58 @@ def test_a_mask_beside_the_pixels_says_what_was_measured(tmp_path) -> None:
     assert (raster.read((5, 3, 45, 33), (30, 40)).known == measured[3:33, 5:45]).all()
 
 
-@pytest.mark.parametrize("compression", [None, "zlib"])
-@pytest.mark.parametrize(("pages", "bands"), [("images", 1), ("channels", 6), ("first", 1)])
-def test_pages_are_what_is_asked_for(tmp_path, pages, bands, compression) -> None:
-    array = values((2, 3, 40, 50))
-    how = {"photometric": "minisblack", "compression": compression}
-    imwrite(tmp_path / "a.tif", array, metadata={"axes": "TZYX"}, **how)
-    pictures = array.reshape(6, 1, 40, 50)
-    expected = {"images": pictures, "channels": pictures[None, :, 0], "first": pictures[:1]}[pages]
-    found = open_rasters(str(tmp_path / "a.tif"), pages)
-    assert [raster.bands for raster in found] == [bands] * len(expected)
-    for raster, image in zip(found, expected, strict=True):
-        assert (raster.read((10, 20, 30, 35), (15, 20)).pixels == image[:, 20:35, 10:30]).all()
+def frames(path: Path) -> None:
+    first, *others = [Image.fromarray(frame) for frame in values((3, 40, 50), np.uint8)]
+    first.save(path, save_all=True, append_images=others)
 
 
-@pytest.mark.parametrize("kind", ["gif", "imagej", "rows", "rest"])
-def test_stacks_are_counted_as_when_they_are_not_cut(tmp_path, kind) -> None:
-    path = tmp_path / ("a.gif" if kind == "gif" else "a.tif")
-    if kind == "gif":
-        frames = [Image.fromarray(frame) for frame in values((3, 40, 50), np.uint8)]
-        frames[0].save(path, save_all=True, append_images=frames[1:])
-    elif kind == "imagej":  # more channels than ImageJ has
-        imwrite(path, values((12, 40, 50)), imagej=True)
-    elif kind == "rows":  # an image (h, w, c), whose writer was not told so
-        imwrite(path, values((40, 50, 12)), photometric="minisblack")
-    else:
-        imwrite(path, values((2, 40, 50)), photometric="minisblack")
-        imwrite(path, values((30, 45)), append=True)
-    source = open_source(path, pages="images")
-    rasters = open_rasters(str(path), "images")
-    assert len(rasters) == len(source) == {"gif": 3, "imagej": 12, "rows": 1, "rest": 3}[kind]
+def two_series(path: Path) -> None:
+    imwrite(path, values((2, 40, 50)), photometric="minisblack")
+    imwrite(path, values((30, 45)), append=True)
+
+
+def stack(*shape: int, axes: str = "", **how: object) -> Callable[[Path], None]:
+    named = {"metadata": {"axes": axes}} if axes else {}
+    return lambda path: imwrite(path, values((*shape, 40, 50)), **named, **how)
+
+
+GRAY = {"photometric": "minisblack"}
+STACKS: dict[str, tuple[Callable[[Path], object], int, int]] = {
+    "frames.gif": (frames, 3, 3),
+    "two_series.tif": (two_series, 3, 1),
+    "z.ome.tif": (stack(3, axes="ZYX", **GRAY), 3, 1),
+    "zc.ome.tif": (stack(3, 2, axes="ZCYX", **GRAY), 3, 2),
+    "cz.ome.tif": (stack(2, 3, axes="CZYX", **GRAY), 3, 2),
+    "tzc.ome.tif": (stack(2, 2, 2, axes="TZCYX", **GRAY, compression="zlib"), 4, 2),
+    "packed.ome.tif": (stack(2, 3, axes="CZYX", **GRAY, compression="zlib"), 3, 2),
+    "tz.tif": (stack(2, 3, axes="TZYX", **GRAY), 6, 1),
+    "tz packed.tif": (stack(2, 3, axes="TZYX", **GRAY, compression="zlib"), 6, 1),
+    "unnamed.tif": (stack(16, **GRAY), 1, 16),
+    "too many.tif": (stack(17, **GRAY), 17, 1),
+    "more than imagej has.tif": (stack(12, imagej=True), 12, 1),
+    "rows.tif": (lambda path: imwrite(path, values((40, 50, 12)), **GRAY), 1, 12),
+    "colour.tif": (lambda path: imwrite(path, values((5, 40, 50, 3)), photometric="rgb"), 5, 3),
+}
+
+
+@pytest.mark.parametrize("pages", [None, "images", "channels", "first"])
+@pytest.mark.parametrize("name", STACKS)
+def test_stacks_are_read_as_when_they_are_not_cut(tmp_path, name, pages) -> None:
+    write, images, bands = STACKS[name]
+    write(tmp_path / name)
+    if name == "two_series.tif" and pages == "channels":
+        with pytest.raises(ImageError, match="differ in size"):
+            open_rasters(str(tmp_path / name), pages)
+        return
+    source = open_source(tmp_path / name, pages=pages)
+    rasters = open_rasters(str(tmp_path / name), pages)
+    assert len(rasters) == len(source)
+    if pages is None:
+        assert [raster.bands for raster in rasters] == [bands] * images
     for index, raster in enumerate(rasters):
-        pixels = source.open(index).read().numpy()
-        h, w = raster.size
+        (h, w), pixels = raster.size, source.open(index).read().numpy()
         assert (raster.read((0, 0, w, h), (h, w)).pixels == pixels).all()
+        assert (raster.read((10, 20, 30, 29), (9, 20)).pixels == pixels[:, 20:29, 10:30]).all()
 
 
 def test_a_slide_is_read_at_any_scale(tmp_path) -> None:
@@ -311,6 +293,6 @@ def test_pretraining_on_what_is_too_large_names_the_way_out(tmp_path, monkeypatc
     stream = io.BytesIO()
     Image.new("L", (40, 50)).save(stream, "BMP")
     (tmp_path / "a.bmp").write_bytes(stream.getvalue())
-    monkeypatch.setattr("pixel_level_contrastive_learning.data.pages.MAX_BYTES", 1000)
+    monkeypatch.setattr("pixel_level_contrastive_learning.data.reading.MAX_BYTES", 1000)
     with pytest.raises(ImageError, match=r"^a file of 0\.0 GiB; cut it by `pixelcl prepare "):
         open_source(tmp_path).open(0)

@@ -8,12 +8,12 @@ import pytest
 import torch
 from PIL import Image
 
-from pixel_level_contrastive_learning.data.masks import read_mask
 from pixel_level_contrastive_learning.data.segmentation import (
     SegmentationDataset,
     open_labelled,
     read_classes,
 )
+from pixel_level_contrastive_learning.data.sources import FileSource
 
 
 def write(path, ids, mode=None) -> None:
@@ -75,8 +75,8 @@ def test_a_share_is_drawn_by_its_seed_and_lies_in_larger_ones(labelled) -> None:
     assert train.share(0.3, 3) == shares[1]
     assert list(shares[2].images) == sorted(shares[2].images)
     assert len({train.share(0.3, seed).images for seed in range(5)}) > 1
-    pairs = zip(shares[2].images, shares[2].masks, strict=True)
-    assert all(image.stem == mask.stem for image, mask in pairs)
+    masks = [shares[2].mask_name(index).stem for index in range(5)]
+    assert masks == [image.stem for image in shares[2].images]
 
 
 # Classes.
@@ -88,62 +88,50 @@ def test_without_names_classes_are_numbered(labelled) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["sky\nsign post\n", "0 sky\n1 sign post\n", "0\tsky\n 1 sign post\n\n \n"]
+    ("content", "names"),
+    [
+        (b"sky\nsign post\n", ("sky", "sign post")),
+        (b"0 sky\n1 sign post\n", ("sky", "sign post")),
+        (b"0\tsky\n 1 sign post\n\n \n", ("sky", "sign post")),
+        (b"\xef\xbb\xbf0 sky\r\n1 stra\xc3\x9fe\r\n", ("sky", "straße")),
+    ],
 )
-def test_names_may_follow_their_ids(tmp_path, text) -> None:
+def test_names_may_follow_their_ids(tmp_path, content, names) -> None:
     path = tmp_path / "classes.txt"
-    path.write_text(text)
-    assert read_classes(path) == ("sky", "sign post")
+    path.write_bytes(content)
+    assert read_classes(path) == names
 
 
-def test_ids_out_of_order_are_refused(tmp_path) -> None:
+ORDER = "has id 1 in line 1, where 0 must stand: one class a line in the order of ids, from 0"
+NONE = "names 0 classes; it must name 1 to 255, one a line in the order of ids"
+BLANK = (
+    "has nothing in line 2, where the class of id 1 must stand; name it, or remove the line if the "
+    "next name is that class"
+)
+TWICE = (
+    "names two classes 'void' (ids 1 and 3); scores are listed by name, so give each class its own"
+)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"1 sky\n2 road\n", ORDER),
+        ("sky\nstraße\n".encode("latin-1"), "is not UTF-8 (line 2); save it as UTF-8"),
+        ("sky\nstraße\n".encode("utf-16"), "is not UTF-8 (line 1); save it as UTF-8"),
+        (b"sky\n\nroad\n", BLANK),
+        (b"0 sky\n \n1 road\n", BLANK),
+        (b"sky\nvoid\nroad\nvoid", TWICE),
+        (b"0 sky\n1 void\n2 road\n3 void", TWICE),
+        (b"\n\n", NONE),
+    ],
+)
+def test_classes_that_cannot_be_read_are_refused(tmp_path, content, reason) -> None:
     path = tmp_path / "classes.txt"
-    path.write_text("1 sky\n2 road\n")
+    path.write_bytes(content)
     with pytest.raises(ValueError) as error:
         read_classes(path)
-    assert str(error.value) == (
-        f"{path} has id 1 in line 1, where 0 must stand: one class a line in the order of "
-        "ids, from 0"
-    )
-
-
-def test_a_byte_order_mark_is_no_part_of_a_name(tmp_path) -> None:
-    path = tmp_path / "classes.txt"
-    path.write_bytes(b"\xef\xbb\xbf0 sky\r\n1 stra\xc3\x9fe\r\n")
-    assert read_classes(path) == ("sky", "straße")
-
-
-@pytest.mark.parametrize(("coding", "line"), [("latin-1", 2), ("utf-16", 1)])
-def test_another_coding_is_refused(tmp_path, coding, line) -> None:
-    path = tmp_path / "classes.txt"
-    path.write_text("sky\nstraße\n", encoding=coding)
-    with pytest.raises(ValueError) as error:
-        read_classes(path)
-    assert str(error.value) == f"{path} is not UTF-8 (line {line}); save it as UTF-8"
-
-
-@pytest.mark.parametrize("text", ["sky\n\nroad\n", "0 sky\n \n1 road\n"])
-def test_a_blank_line_between_names_is_refused(tmp_path, text) -> None:
-    path = tmp_path / "classes.txt"
-    path.write_text(text)
-    with pytest.raises(ValueError) as error:
-        read_classes(path)
-    assert str(error.value) == (
-        f"{path} has nothing in line 2, where the class of id 1 must stand; name it, or remove the "
-        "line if the next name is that class"
-    )
-
-
-@pytest.mark.parametrize("text", ["sky\nvoid\nroad\nvoid", "0 sky\n1 void\n2 road\n3 void"])
-def test_a_name_of_two_classes_is_refused(tmp_path, text) -> None:
-    path = tmp_path / "classes.txt"
-    path.write_text(text)
-    with pytest.raises(ValueError) as error:
-        read_classes(path)
-    assert str(error.value) == (
-        f"{path} names two classes 'void' (ids 1 and 3); scores are listed by name, so give each "
-        "class its own"
-    )
+    assert str(error.value) == f"{path} {reason}"
 
 
 def recoded(folder, ids) -> None:
@@ -177,48 +165,55 @@ def test_classes_that_are_missing_are_not_refused(labelled) -> None:
     assert len(opened(labelled)[0].classes) == 150
 
 
-def test_an_empty_list_of_classes_is_refused(tmp_path) -> None:
-    path = tmp_path / "classes.txt"
-    path.write_text("\n\n")
-    with pytest.raises(ValueError, match=r"classes\.txt names 0 classes; it must name 1 to 255"):
-        read_classes(path)
-
-
 # Masks.
 
 
-def test_palettes_bits_and_sixteen_bits_hold_ids(tmp_path) -> None:
-    ids = np.array([[0, 1], [1, 0]], np.uint8)
-    palette = Image.fromarray(ids, "P")
-    palette.putpalette([10, 200, 30, 4, 5, 6])
-    palette.save(tmp_path / "palette.png")
-    Image.fromarray(ids.astype(bool)).save(tmp_path / "bits.png")
-    Image.fromarray(ids.astype(np.uint16)).save(tmp_path / "deep.png")
-    for name in ("palette", "bits", "deep"):
-        found = read_mask(tmp_path / f"{name}.png")
-        assert found.dtype == torch.uint8
-        assert found.tolist() == ids.tolist()
+GREEN = np.zeros((32, 48, 3), np.uint8)
+GREEN[:10] = (0, 128, 0)
+GRAY = "if its gray values are the ids, write one channel: Image.open(path).getchannel(0)"
 
 
-def test_ids_beyond_the_classes_are_refused(labelled) -> None:
-    path = labelled / "masks/val/1.png"
-    write(path, np.full((32, 48), 3, np.uint8))
-    assert refusal(labelled) == (
-        f"{path} has id 3, but classes.txt names 3 classes (ids 0 to 2); name the class there, or "
-        "set such pixels to 255 to ignore them"
-    )
+@pytest.mark.parametrize(
+    ("mask", "reason"),
+    [
+        (
+            np.full((32, 48), 3, np.uint8),
+            "has id 3, but classes.txt names 3 classes (ids 0 to 2); name the class there, or set "
+            "such pixels to 255 to ignore them",
+        ),
+        (
+            np.zeros((48, 32), np.uint8),
+            "is 48x32 pixels (height x width), but its image 32x48; it looks turned by 90 degrees; "
+            "write it at the image's size, enlarging to the nearest pixel so that ids stay ids",
+        ),
+        (
+            GREEN,
+            "is coded in colours (RGB, 2 different ones), where masks hold class ids: name the "
+            "class of each colour in a file (--colours FILE, lines such as '128 0 0 1'), or write "
+            "one channel that holds the number of each pixel's class",
+        ),
+        (np.ones((32, 48, 2), np.uint8), GRAY),
+        (np.ones((32, 48, 3), np.uint8), GRAY),
+        (
+            np.full((32, 48), 700, np.uint16),
+            "has ids from 700 to 700; write 8-bit PNG with ids from 0 to 254, and 255 for pixels "
+            'to ignore, or name the id of each value with --ids "700:0,700:1"',
+        ),
+    ],
+)
+def test_a_mask_that_is_wrong_is_refused(labelled, mask, reason) -> None:
+    path = labelled / "masks/train/4.png"
+    write(path, mask)
+    told = refusal(labelled)
+    assert told.startswith(f"{path} {reason}" if reason != GRAY else f"{path} is coded in colours")
+    assert told.endswith(reason)
 
 
-def test_another_size_is_refused(labelled) -> None:
+def test_a_mask_of_another_size_is_refused_when_it_is_read(labelled) -> None:
     path = labelled / "masks/train/1.png"
     write(path, np.zeros((48, 32), np.uint8))
-    assert refusal(labelled) == (
-        f"{path} is 48x32 pixels (height x width), but its image 32x48; it looks turned by 90 "
-        "degrees; write it at the image's size, enlarging to the nearest pixel so that ids stay ids"
-    )
-    train = SegmentationDataset(
-        (labelled / "images/train/1.png",), (path,), ("a", "b"), labelled / "images"
-    )
+    image, mask = FileSource([f"{labelled}/images/train/1.png"]), FileSource([str(path)])
+    train = SegmentationDataset(image, mask, (0,), ("a", "b"), labelled / "images")
     with pytest.raises(ValueError, match="is 48x32 pixels"):
         train.read(0)
 
@@ -231,34 +226,7 @@ def test_a_missing_mask_is_named(labelled) -> None:
     assert refusal(labelled) == (
         f"{path} is not there (there is 4.webp); 1 of 10 images have no mask: masks have the names "
         "of their images, perhaps with _mask after it, and end in .png, .tif, .tiff, .bmp, .gif, "
-        ".npy, so write them, or remove those images"
-    )
-
-
-def test_colours_are_refused(labelled) -> None:
-    path = labelled / "masks/train/4.png"
-    colours = np.zeros((32, 48, 3), np.uint8)
-    colours[:10] = (0, 128, 0)
-    write(path, colours)
-    assert refusal(labelled) == (
-        f"{path} is coded in colours (RGB, 2 different ones), where masks hold class ids: name the "
-        "class of each colour in a file (--colours FILE, lines such as '128 0 0 1'), or write one "
-        "channel that holds the number of each pixel's class"
-    )
-    for channels in (2, 3):  # gray with alpha, gray as RGB
-        write(path, np.ones((32, 48, channels), np.uint8))
-        assert (
-            "if its gray values are the ids, write one channel: Image.open(path).getchannel(0)"
-            in refusal(labelled)
-        )
-
-
-def test_ids_that_are_none_are_refused(labelled) -> None:
-    path = labelled / "masks/train/4.png"
-    write(path, np.full((32, 48), 700, np.uint16))
-    assert refusal(labelled) == (
-        f"{path} has ids from 700 to 700; write 8-bit PNG with ids from 0 to 254, and 255 for "
-        'pixels to ignore, or name the id of each value with --ids "700:0,700:1"'
+        ".npy, .npz, .nii, .nii.gz, so write them, or remove those images"
     )
 
 
@@ -304,7 +272,8 @@ def test_images_without_a_known_pixel_are_left_out(labelled) -> None:
     for number in (0, 7):
         write(labelled / f"masks/train/{number}.png", np.full((32, 48), 255, np.uint8))
     train, val = opened(labelled)
-    assert [path.stem for path in train.images] == [path.stem for path in train.masks]
+    masks = [train.mask_name(index).stem for index in range(len(train))]
+    assert masks == [path.stem for path in train.images]
     assert [train.name(i) for i in range(len(train))] == [
         f"{i}.png" for i in (1, 2, 3, 4, 5, 6, 8, 9)
     ]

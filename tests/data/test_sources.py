@@ -69,11 +69,11 @@ def test_masks_beside_images_are_no_images(tmp_path, caplog) -> None:
     caplog.set_level("INFO")
     for name in ("images/a.png", "masks/a.png", "predictions/0.png", "other/masks/b.png"):
         paint(tmp_path / "set" / name)
-    (tmp_path / "set" / "notes.heic").touch()
+    (tmp_path / "set" / "notes.xcf").touch()
     assert names(open_source(tmp_path), tmp_path) == ["set/images/a.png", "set/other/masks/b.png"]
     for name in ("masks", "predictions"):
         assert f"{tmp_path / 'set' / name} belongs to the images beside it" in caplog.text
-    assert f"left out of {tmp_path}: 1 other files, by ending: 1 .heic" in caplog.text
+    assert f"left out of {tmp_path}: 1 other files, by ending: 1 .xcf" in caplog.text
 
 
 def test_a_name_that_is_no_text_can_be_read(tmp_path) -> None:
@@ -178,7 +178,9 @@ def test_nothing_usable_is_told_at_once(tmp_path) -> None:
         (tmp_path / name).write_text("text")
     with pytest.raises(ValueError) as error:
         open_source(tmp_path)
-    assert ".apng, .avif, .bmp, .gif, .jfif, .jpeg, .jpg, .mpo, .npy" in str(error.value)
+    assert ".apng, .avif, .bmp, .dcm, .dicom, .gif, .heic, .heif, .ima, .jfif, .jpeg" in str(
+        error.value
+    )
     assert "found 4 other files, by ending: 2 .doc, " in str(error.value)
     for data, text in {
         str(tmp_path / "gone"): "does not exist; name a folder of images",
@@ -270,7 +272,7 @@ def test_shards_that_are_cut_off_give_what_they_have(folder, caplog) -> None:
     assert "is cut off after 1 images" in caplog.text
     with path.open("r+b") as file:
         file.truncate(int(source.positions[-1, 1]) + 10)
-    with pytest.raises(ImageError, match=r"^the shard ends after 10 of"):
+    with pytest.raises(ImageError, match=r"^the file ends after 10 of"):
         source.open(len(source) - 1)
     path.unlink()
     with pytest.raises(ImageError, match=r"^No such file or directory$"):

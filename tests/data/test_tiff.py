@@ -5,6 +5,7 @@ import io
 import numpy as np
 import pytest
 import tifffile
+from corpus.encoders import tiff
 from PIL import Image
 
 from pixel_level_contrastive_learning.data.decoding import open_image, stack_in
@@ -17,13 +18,6 @@ RANDOM = np.random.default_rng(0)
 def pages(*shape: int, dtype: str = "uint8") -> np.ndarray:
     """Pages of noise."""
     return RANDOM.integers(0, 256, shape).astype(dtype)
-
-
-def tiff(array: np.ndarray, **how: object) -> bytes:
-    """An array as a TIFF."""
-    stream = io.BytesIO()
-    tifffile.imwrite(stream, array, **how)
-    return stream.getvalue()
 
 
 def by_pillow(array: np.ndarray, **how: object) -> bytes:

@@ -16,6 +16,7 @@ from small_cards import preparation, small_card
 
 from pixel_level_contrastive_learning.backbones.checkpoint import save_backbone
 from pixel_level_contrastive_learning.data.sources import open_source
+from pixel_level_contrastive_learning.evaluation import baselines, segmentation
 from pixel_level_contrastive_learning.evaluation.baselines import random_net
 from pixel_level_contrastive_learning.evaluation.comparison import what_it_means
 from pixel_level_contrastive_learning.evaluation.correspondence import (
@@ -115,6 +116,27 @@ def test_without_labels_the_size_is_that_of_the_views(run, labelled) -> None:
     found = evaluate(run, images=labelled / "images/val", size=(48, 64))
     assert found.settings["views"] == "48x64"
     assert evaluate(run, images=labelled / "images/val", size=48).settings["views"] == "48x48"
+
+
+def test_weights_without_a_run_are_scaled_without_nodata(labelled, model, monkeypatch) -> None:
+    for path in (labelled / "images").rglob("*.png"):
+        with Image.open(path) as image:
+            values = np.array(image, np.float32) + 100
+        values[:, :16] = 20  # not so far away that it is found without a word
+        tifffile.imwrite(path.with_suffix(".tif"), values, photometric="rgb")
+        path.unlink()
+    lows = []
+
+    def line_up(*given):
+        contenders, notes = baselines.line_up(*given)
+        lows.append(min(contenders[0].card.low))
+        return contenders, notes
+
+    monkeypatch.setattr(segmentation, "line_up", line_up)
+    for value in (None, 20.0):
+        evaluate(f"random:{model}", data=labelled, protocol="knn", nodata=value)
+    assert lows[0] == 20
+    assert lows[1] > 100
 
 
 def test_settings_about_labels_are_refused_without_any() -> None:

@@ -9,6 +9,7 @@ from small_cards import preparation
 from torch.nn.functional import interpolate, one_hot
 
 from pixel_level_contrastive_learning.data.segmentation import SegmentationDataset
+from pixel_level_contrastive_learning.data.sources import FileSource
 from pixel_level_contrastive_learning.evaluation import metrics
 from pixel_level_contrastive_learning.evaluation.metrics import (
     PreparedSplit,
@@ -27,9 +28,10 @@ def split(folder, masks, classes) -> SegmentationDataset:
         own = np.array(mask, np.uint8)
         for kind, pixels in (("image", np.zeros((*own.shape, 3), np.uint8)), ("mask", own)):
             Image.fromarray(pixels).save(folder / f"{kind}{number}.png")
-        images.append(folder / f"image{number}.png")
-        paths.append(folder / f"mask{number}.png")
-    return SegmentationDataset(tuple(images), tuple(paths), classes, folder)
+        images.append(f"{folder}/image{number}.png")
+        paths.append(f"{folder}/mask{number}.png")
+    indices = tuple(range(len(images)))
+    return SegmentationDataset(FileSource(images), FileSource(paths), indices, classes, folder)
 
 
 def always(answers) -> metrics.Predict:

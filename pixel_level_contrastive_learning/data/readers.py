@@ -1,0 +1,61 @@
+"""Readers of more formats: functions from a file's bytes to an array with named axes.
+
+A package of the user's names its readers as entry points of `GROUP`, each called by the ending of
+its files; those of `formats` come through the same door, and only import their library when called.
+"""
+
+from __future__ import annotations
+
+import warnings
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+
+from ..checks import EXTRAS, not_installed
+from .arrays import NamedArray
+from .image import ImageError, decoder_message
+from .reading import in_time
+
+GROUP = "pixel_level_contrastive_learning.readers"
+"""Entry points of readers, each called by an ending: ``.abc`` of files, ``.abc/`` of folders."""
+DICOM, DICOM_MARK = ".dcm", slice(128, 132)
+"""The ending of a DICOM file; and where its bytes are ``DICM``, whatever its ending."""
+FORMATS = {
+    "read_dicom": (DICOM, ".dicom", ".ima"),
+    "read_nifti": (".nii", ".nii.gz"),
+    "read_heic": (".heic", ".heif"),
+    "read_npz": (".npz",),
+    "read_zarr": (".zarr/",),
+}
+"""The readers in `formats`, and the endings of their files."""
+
+
+@cache
+def all_readers() -> dict[str, EntryPoint]:
+    """The readers by ending, in lower case; one that is installed comes before ours."""
+    ours = {
+        ending: EntryPoint(ending, f"{__package__}.formats:{function}", GROUP)
+        for function, endings in FORMATS.items()
+        for ending in endings
+    }
+    return ours | {entry.name.lower(): entry for entry in entry_points(group=GROUP)}
+
+
+def call_reader(ending: str, content: bytes | str, path: str) -> NamedArray:
+    """What a reader makes of the bytes of a file, or of the path of a folder.
+
+    Raises:
+        ImageError: It is not installed, fails, does not answer, or returns something else.
+    """
+    entry = all_readers()[ending]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return NamedArray.of(in_time(lambda: entry.load()(content), path))
+    except (Exception, SystemExit) as error:  # a reader may raise anything at all
+        if isinstance(error, ModuleNotFoundError) and error.name in EXTRAS:
+            raise ImageError(not_installed(error.name)) from error
+        ours = entry.module.startswith(f"{__package__}.")
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        if ours or isinstance(error, ImageError):
+            why = str(error) if isinstance(error, ImageError) else decoder_message(error)
+        raise ImageError(why if ours else f"its reader, {entry.value}, failed: {why}") from error
