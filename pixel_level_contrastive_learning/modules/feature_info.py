@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from .hooks import (
     first_weight,
     layout_of,
     plain_name,
+    tensor_in,
 )
 
 SAME_STRIDE = 1.5
@@ -47,7 +49,7 @@ class Layer:
     carries_gradient: bool
     overwritten: bool = False  # whether a later layer changes the output, be it in training alone
     is_default: bool = True  # neither the inside of a downsampling block nor class scores
-    is_scores: bool = False  # what a classifier gives for each class, as a vector or for each cell
+    is_scores: bool = False  # what a classifier gives for each class or cell, or a BERT-like pooler
 
     @property
     def type_name(self) -> str:
@@ -136,6 +138,7 @@ class FeatureInfo:
                     used.extend(inputs)
                 elif inputs and next(module.parameters(), None) is None:
                     passed.append((inputs[0], output))
+                output = tensor_in(output)
                 tensor = output if isinstance(output, Tensor) else torch.empty(0)
                 _, given = layout_and_stride(inputs[0] if inputs else None)
                 gradient = tensor.grad_fn, tensor.requires_grad
@@ -176,6 +179,8 @@ class FeatureInfo:
         classes = getattr(self.net, "num_classes", None) or -1  # timm, torchvision
         scores = {id(own.output) for own in layers.values() if width(own.module) == classes}
         scores -= used_ids
+        poolers = tuple(f"{name}." for name, own in layers.items() if is_pooler(own.module))
+        scores |= {id(own.output) for name, own in layers.items() if f"{name}.".startswith(poolers)}
         for given, gave in passed:
             scores |= {id(gave)} if id(given) in scores else set()
         for name, layer in layers.items():
@@ -319,12 +324,13 @@ class FeatureInfo:
         """The pooled vector, which follows the last map; the pixel layer where there is none."""
         maps = [i for i, layer in enumerate(self.layers) if layer.is_map and not layer.is_scores]
         last_map = max(maps, default=-1)
-        answer = self.layers[-1].output  # is no feature, and dropout zeroes a share of them
+        # The answer is no feature, unless the network ends there; dropout zeroes a share of it.
+        answer = self.layers[-1].output
         vectors = [
             layer
             for layer in self.layers[last_map + 1 :]
             if layer.layout is not None
-            and layer.output is not answer
+            and (layer.output is not answer or re.search("Pool|Norm", layer.type_name))
             and not layer.is_scores
             and not layer.type_name.startswith("Dropout")
         ]
@@ -370,6 +376,12 @@ class FeatureInfo:
 def narrows(layer: nn.Module) -> bool:
     """Whether a layer is a convolution to fewer channels: class scores, where no weights follow."""
     return isinstance(layer, nn.Conv2d) and layer.out_channels < layer.in_channels
+
+
+def is_pooler(layer: nn.Module) -> bool:
+    """Whether a layer is a pooler as of BERT: dense, behind no feature, and in few checkpoints."""
+    dense = any(isinstance(own, nn.Linear) for own in layer.modules())
+    return dense and type(layer).__name__.endswith("Pooler")
 
 
 def width(layer: nn.Module) -> object:

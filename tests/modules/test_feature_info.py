@@ -245,12 +245,12 @@ def checkpointed(own: nn.Module, x: Tensor) -> Tensor:
     [
         (
             Calls(
-                lambda own, x: own.end(own.pair(x)[0]),
-                pair=Calls(lambda _, x: (x, x)),
+                lambda own, x: own.end(own.named(x)["x"]),
+                named=Calls(lambda _, x: {"x": x}),
                 end=STEM,
             ),
-            "pair",
-            ["'pair'", "tuple", "end (8 channels, 8x8 cells)"],
+            "named",
+            ["'named'", "dict", "end (8 channels, 8x8 cells)"],
         ),
         (
             Calls(lambda own, x: own.end(x), spare=nn.Conv2d(3, 8, 1), end=STEM),
@@ -273,7 +273,7 @@ def checkpointed(own: nn.Module, x: Tensor) -> Tensor:
             ["'end'", "frozen", "unfreeze"],
         ),
     ],
-    ids=["tuple", "never run", "re-entrant checkpoint", "frozen"],
+    ids=["dict", "never run", "re-entrant checkpoint", "frozen"],
 )
 @pytest.mark.parametrize("pixel", [True, False], ids=["pixel", "instance"])
 def test_layers_that_cannot_be_read_are_refused(net, layer, texts, pixel) -> None:
