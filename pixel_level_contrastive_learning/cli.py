@@ -61,8 +61,8 @@ def evaluate(
     """Evaluate weights beside random ones, with labels (--data) or without (--images).
 
     Args:
-        weights: One or several: a run, an exported file, torchvision/NAME, timm/NAME or
-            random:MODEL.
+        weights: One or several: a run, an exported file, torchvision/NAME, timm/NAME,
+            hf://OWNER/NAME or random:MODEL.
         data: Folder with images/{train,val} and masks/{train,val}.
         images: Folder of images without labels.
         protocol: How to evaluate with labels. linear, linear-all (a map of each stride), knn,
@@ -229,7 +229,7 @@ def layers(
     """List the layers of a model that the losses can read, and the default ones.
 
     Args:
-        model: torchvision/NAME, timm/NAME, or your own path/to/file.py:function.
+        model: torchvision/NAME, timm/NAME, hf://OWNER/NAME, or your own path/to/file.py:function.
         image_size: Side of the views in pixels, or height and width.
         channels: Channels of the images.
     """

@@ -25,7 +25,9 @@ from .factory import (
     default_layers,
     default_statistics,
     parse_model_name,
+    refuse_code,
 )
+from .hub import hub_config, is_card, on_hub, place_of
 from .state_dict import (
     KeyReport,
     check_code,
@@ -73,6 +75,8 @@ class BackboneCard:
             blocks as identities), ``pretrained``, ``as handed over``, or a file.
         seed: The seed of the run.
         version: The version of this package that wrote it.
+        config: What describes the network of a repository on the Hub, so that it can be built
+            without the repository; None for other networks.
 
     Raises:
         ValueError: A value out of range.
@@ -90,6 +94,7 @@ class BackboneCard:
     start: str = "random"
     seed: int = 0
     version: str = package_version()
+    config: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         for field in fields(self):  # JSON has lists where we have tuples
@@ -106,6 +111,18 @@ class BackboneCard:
         """The layer that evaluation, probes and pictures read: the first pixel layer."""
         return self.pixel_layer if isinstance(self.pixel_layer, str) else self.pixel_layer[0]
 
+    def build(
+        self, image_size: tuple[int, int] | None = None, *, pretrained: bool = False
+    ) -> nn.Module:
+        """The network, without the weights of a file; see `build_backbone`."""
+        return build_backbone(
+            self.model,
+            channels=self.channels,
+            image_size=image_size or self.image_size,
+            pretrained=pretrained,
+            config=self.config,
+        )
+
     def to_json(self) -> str:
         """The card as JSON text."""
         return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
@@ -121,7 +138,7 @@ class BackboneCard:
         return cls(**values)
 
 
-def read_card(weights: Path) -> BackboneCard:
+def read_card(weights: Path, from_hub: bool = False) -> BackboneCard:
     """The card beside a file of weights; for a checkpoint, that of its run."""
     folder = run_folder(weights)
     path = weights.with_suffix(".json") if folder == weights.parent else folder / CARD
@@ -136,6 +153,8 @@ def read_card(weights: Path) -> BackboneCard:
         raise ValueError(f"{path} is not a backbone's card: {error}") from error
     if (handed := handed_name()) is not None:
         return replace(card, model=handed)
+    if from_hub:
+        refuse_code(card.model)
     file = custom_file(card.model)
     if file is None or file.is_file():
         return card
@@ -260,9 +279,10 @@ def read_backbone(
 
     Args:
         source: A run directory (of an unfinished run, its last checkpoint), a checkpoint in one, a
-            file of weights with its card beside it (`save_backbone`, `save_card`, `export`),
-            ``torchvision/NAME`` or ``timm/NAME`` for the library's weights, or ``random:MODEL`` for
-            random ones.
+            file of weights with its card beside it (`save_backbone`, `save_card`, `export`), such
+            a file on the Hub (``hf://OWNER/NAME[/FILE]``), ``torchvision/NAME``, ``timm/NAME`` or
+            ``hf://OWNER/NAME`` for the weights of a library or a repository, or ``random:MODEL``
+            for random ones.
         channels: Channels of the images. Pretrained and random backbones are built for them
             (default: 3); a file's must be these.
         image_size: ``(height, width)`` of the images, for networks of a fixed input size. Default:
@@ -282,15 +302,13 @@ def read_backbone(
         pretrained = not name.startswith("random:")
         return from_library(name.removeprefix("random:"), channels, image_size, pretrained)
     path = find_weights(source)
-    card = read_card(path)
+    card = read_card(path, on_hub(source))
     if channels is not None and channels != card.channels:
         raise ValueError(
             f"{path} takes images of {card.channels} channels, not {channels}; give it images of "
             f"{card.channels}, or adapt it: adapt_channels(load_backbone(path), {channels})"
         )
-    net = build_backbone(
-        card.model, channels=card.channels, image_size=image_size or card.image_size
-    )
+    net = card.build(image_size)
     report = load_matching(net, read_state_dict(path), str(path))
     if parse_model_name(card.model)[0] == "custom":
         check_code(str(path), [*report.missing, *report.mismatched], report.unexpected)
@@ -320,10 +338,12 @@ def load_backbone(path: str | Path, *, model: Model | None = None) -> nn.Module:
 
 
 def is_file(source: str | Path) -> bool:
-    """Whether weights are a run or a file, and not a library's or random ones."""
+    """Whether weights are a run or a file with a card, and not a library's or random ones."""
     name = str(source)
     if name.startswith("random:"):
         return False
+    if on_hub(name):
+        return place_of(name).file is not None or is_card(hub_config(name))
     return not name.startswith(("torchvision/", "timm/")) or Path(name).exists()
 
 
@@ -345,5 +365,6 @@ def from_library(
         pixel_layer=pixel,
         instance_layer=instance,
         start="pretrained" if pretrained else "random",
+        config=hub_config(model) if on_hub(model) else None,
     )
     return Loaded(net, card, None)

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from .. import run_layout
 from ..backbones.checkpoint import load_backbone, save_backbone, save_card
 from ..backbones.custom import handing_over
-from ..backbones.factory import build_backbone
 from ..backbones.state_dict import check_code, tensors_of
 from ..data.dataset import TwoViewBatch
 from ..data.loader import TwoViewLoader
@@ -413,8 +412,7 @@ def whole_backbone(setup: Setup, run_dir: RunDir) -> nn.Module:
     found = run_dir.newest_checkpoint()
     assert found is not None
     state = found[1]["state_dict"]
-    channels = setup.data.statistics.channels
-    net = build_backbone(setup.plan.model, channels=channels, image_size=setup.plan.view_size)
+    net = build.build_card(setup.plan, setup.data.statistics).build()
     own = {n.removeprefix(BACKBONE): t for n, t in state.items() if n.startswith(BACKBONE)}
     net.load_state_dict(own)
     return net
