@@ -145,7 +145,15 @@ def visualize(
 def export(
     run: tyro.conf.Positional[str],
     format: Literal[  # noqa: A002  # it names the flag
-        "torchvision", "timm", "safetensors", "state-dict", "smp", "mmseg", "detectron2"
+        "torchvision",
+        "timm",
+        "safetensors",
+        "state-dict",
+        "smp",
+        "mmseg",
+        "detectron2",
+        "onnx",
+        "transformers",
     ] = "torchvision",
     out: str | None = None,
 ) -> None:

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 
-from pixel_level_contrastive_learning import load_backbone
+from pixel_level_contrastive_learning import export, load_backbone
 from pixel_level_contrastive_learning.backbones.checkpoint import (
     BackboneCard,
     is_file,
@@ -278,3 +278,40 @@ def test_a_network_that_transformers_does_not_know_is_refused(hub) -> None:
     (hub / "me/net/config.json").write_text('{"model_type": "vitt"}')
     with pytest.raises(ValueError, match="no networks of the kind 'vitt'; update transformers"):
         build_backbone("hf://me/net")
+
+
+# Exports of such networks.
+
+
+@pytest.mark.parametrize(
+    ("repository", "form"),
+    [
+        ("transformers", "transformers"),
+        ("transformers", "safetensors"),
+        ("timm", "timm"),
+        ("timm", "state-dict"),
+        ("ours", "timm"),
+    ],
+)
+def test_a_network_of_the_hub_is_exported_with_what_builds_it(
+    hub, tmp_path, repository, form
+) -> None:
+    {"transformers": of_transformers, "timm": of_timm, "ours": of_ours}[repository](hub)
+    net, card, _ = read_backbone(f"random:hf://me/{repository}", channels=2, image_size=(96, 64))
+    save_backbone(tmp_path / "run/backbone.safetensors", net, card)
+    hub_config.cache_clear()
+    for file in (hub / "me" / repository).iterdir():
+        file.unlink()
+    done = export(tmp_path / "run", form)
+    assert done.report.complete
+    names: dict[str, Any] = {}
+    exec(done.how_to, names)
+    assert type(names["net"]) is type(net)
+    assert same(names["net"], net)
+    if form == "transformers":
+        assert done.path == tmp_path / "run/backbone-transformers"
+        given = export(tmp_path / "run", form, tmp_path / "other", model=net)
+        assert same(AutoModel.from_pretrained(given.path), net)
+    elif repository != "transformers":
+        with pytest.raises(ValueError, match="format is 'transformers', which has no hf://me"):
+            export(tmp_path / "run", "transformers")
