@@ -156,14 +156,28 @@ def export(
         "transformers",
     ] = "torchvision",
     out: str | None = None,
+    push: str | None = None,
+    private: bool = False,
+    licence: str | None = None,
+    dry_run: bool = False,
 ) -> None:
-    """Write a run's backbone for another library.
+    """Write a run's backbone for another library, or upload it to the Hugging Face Hub.
 
     Args:
         run: Folder of the run, or its backbone.safetensors.
         format: The library that is to read it.
         out: The file to write; by default backbone-FORMAT in the run's folder.
+        push: Instead, upload it with a page written from the run to OWNER/NAME on the Hub;
+            hf://OWNER/NAME then reads it.
+        private: With --push, make the repository private if it is new.
+        licence: With --push, licence of the weights, such as mit or cc-by-4.0.
+        dry_run: With --push, print what would be uploaded, and upload nothing.
     """
+    if push is not None:
+        from .backbones.push import push as pushed
+
+        print(pushed(run, push, private=private, licence=licence, dry_run=dry_run))
+        return
     from .backbones.export import export as exported
 
     print(exported(run, format, out))
