@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import warnings
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
@@ -27,6 +27,7 @@ from .factory import (
     parse_model_name,
     refuse_code,
 )
+from .fingerprint import differs, fingerprint_of
 from .hub import hub_config, is_card, on_hub, place_of
 from .state_dict import (
     KeyReport,
@@ -77,6 +78,8 @@ class BackboneCard:
         version: The version of this package that wrote it.
         config: What describes the network of a repository on the Hub, so that it can be built
             without the repository; None for other networks.
+        fingerprint: What the network's code computes, see `fingerprint_of`; no part of what makes
+            two cards equal. None where it is not known.
 
     Raises:
         ValueError: A value out of range.
@@ -95,11 +98,12 @@ class BackboneCard:
     seed: int = 0
     version: str = package_version()
     config: dict[str, Any] | None = None
+    fingerprint: tuple[float, ...] | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
-        for field in fields(self):  # JSON has lists where we have tuples
-            if isinstance(value := getattr(self, field.name), list):
-                object.__setattr__(self, field.name, tuple(value))
+        for own in fields(self):  # JSON has lists where we have tuples
+            if isinstance(value := getattr(self, own.name), list):
+                object.__setattr__(self, own.name, tuple(value))
         statistics = {name: getattr(self, name) for name in ("mean", "std", "low", "high")}
         raise_together(
             *check_limits({"channels": self.channels, "image_size": self.image_size}),
@@ -133,7 +137,7 @@ class BackboneCard:
         values = json.loads(text)
         if not isinstance(values, dict):
             raise ValueError(f"it is a {type(values).__name__}, not an object with fields")
-        names = [field.name for field in fields(cls)]
+        names = [own.name for own in fields(cls)]
         raise_together(*(one_of("field", name, names) for name in values))
         return cls(**values)
 
@@ -167,14 +171,49 @@ def read_card(weights: Path, from_hub: bool = False) -> BackboneCard:
     return replace(card, model=f"{moved}:{card.model.rpartition(':')[2]}")
 
 
+def card_in(folder: Path) -> BackboneCard | None:
+    """The card of a run's folder; None where there is none, or a damaged one."""
+    path = folder / CARD
+    try:
+        return BackboneCard.from_json(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except (ValueError, TypeError):  # it is written anew
+        return None
+
+
+def begin_card(path: Path, net: nn.Module, card: BackboneCard, resumed: bool) -> None:
+    """Write the card of a run, beside its weights to come; warn if it goes on with other code."""
+    if resumed and (before := card_in(path.parent)) is not None:
+        warn_of_other_code(net, before, str(path.parent))
+    save_card(path, with_fingerprint(card, net))
+
+
 def save_backbone(path: str | Path, net: nn.Module, card: BackboneCard) -> None:
     """Write a backbone's weights and its card: ``X.safetensors`` and ``X.json``."""
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"path is {str(path)!r}; it must end in .safetensors")
     tensors = clean_state_dict(net)
-    save_card(path, card)  # first: whoever finds weights finds a card beside them
+    save_card(
+        path, with_fingerprint(card, net)
+    )  # first: whoever finds weights finds a card beside them
     write_whole(path, save(tensors, metadata={"format": "pt"}))
+
+
+def with_fingerprint(card: BackboneCard, net: nn.Module) -> BackboneCard:
+    """The card of a network that knows what its code computes."""
+    return replace(card, fingerprint=fingerprint_of(net, card.channels, card.image_size))
+
+
+def warn_of_other_code(net: nn.Module, card: BackboneCard, source: str) -> None:
+    """Warn where a network does something else than when its card was written."""
+    then = card.fingerprint
+    if then is not None and differs(then, with_fingerprint(card, net).fingerprint):
+        warnings.warn(
+            f"{source}: the model's code computes something else than when the run was made, with "
+            "the same weights; use the code (or the version of its library) as it was, or train "
+            "again",
+            stacklevel=3,
+        )
 
 
 def save_card(path: str | Path, card: BackboneCard) -> None:
@@ -314,6 +353,8 @@ def read_backbone(
         check_code(str(path), [*report.missing, *report.mismatched], report.unexpected)
     if report.complete:
         log.info("%s: %s", path, report)
+        if image_size in (None, card.image_size):
+            warn_of_other_code(net, card, str(path))
     else:
         warnings.warn(f"{path} does not fill all of {card.model}: {report}", stacklevel=2)
     return Loaded(net, card, report)

@@ -21,7 +21,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import run_layout
-from ..backbones.checkpoint import AS_HANDED, ZERO_INIT, BackboneCard
+from ..backbones.checkpoint import AS_HANDED, ZERO_INIT, BackboneCard, card_in
 from ..backbones.custom import is_module_handed
 from ..backbones.factory import build_backbone, zero_last_norms
 from ..backbones.hub import hub_config, on_hub
@@ -130,10 +130,8 @@ def network_config(config: PretrainConfig) -> dict[str, Any] | None:
     """What describes a network on the Hub; a resumed run has it. None for other networks."""
     if not on_hub(config.model):
         return None
-    card = Path(config.out or "") / run_layout.CARD
-    if config.resume and card.is_file():
-        return BackboneCard.from_json(card.read_text(encoding="utf-8")).config
-    return hub_config(config.model)
+    card = card_in(Path(config.out)) if config.resume and config.out else None
+    return hub_config(config.model) if card is None else card.config
 
 
 def build_learner(

@@ -14,7 +14,7 @@ from lightning.fabric import Fabric
 from torch import Tensor, nn
 
 from .. import run_layout
-from ..backbones.checkpoint import load_backbone, save_backbone, save_card
+from ..backbones.checkpoint import begin_card, load_backbone, save_backbone
 from ..backbones.custom import handing_over
 from ..backbones.state_dict import check_code, tensors_of
 from ..data.dataset import TwoViewBatch
@@ -377,7 +377,7 @@ def find_resume_point(setup: Setup, run_dir: RunDir) -> ResumePoint | None:
         build.save_statistics(setup.data, run_dir.path)
         # Now, not at the end: with it the checkpoints can be evaluated while the run goes on.
         card = build.build_card(plan, setup.data.statistics)
-        save_card(run_dir.path / run_layout.WEIGHTS, card)
+        begin_card(run_dir.path / run_layout.WEIGHTS, setup.learner.net, card, point is not None)
     return point
 
 
