@@ -39,7 +39,7 @@ def fingerprint_of(
         The figures; None where it cannot run on such an image, or gives no finite tensor.
     """
     copied = duplicate(getattr(net, "_orig_mod", net)).cpu().float().eval()
-    block = noise()
+    block = fixed_noise()
     for name, tensor in copied.state_dict().items():
         if isinstance(tensor, Tensor) and tensor.is_floating_point():
             tensor.copy_(fixed_weight(name, tensor, block))
@@ -67,7 +67,7 @@ def fingerprint_of(
     return tuple(figures.round(decimals=5).tolist()) if known else None
 
 
-def noise() -> Tensor:
+def fixed_noise() -> Tensor:
     """Values from -1 to 1 without order, by whole numbers: the same with every version of torch."""
     bits = torch.arange(1, PERIOD + 1)
     for factor in (0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35):  # of xxHash and MurmurHash

@@ -20,7 +20,7 @@ SUFFIXES = ((".safetensors",), (".bin", ".ckpt", ".pt", ".pth"))
 """Of files of weights: those of the first kind that a repository has are looked at."""
 
 
-class Place(NamedTuple):
+class Repository(NamedTuple):
     """A repository at a revision (None: its newest), and a file in it (None: the usual one)."""
 
     repo: str
@@ -36,14 +36,14 @@ def on_hub(name: object) -> bool:
     return str(name).startswith(HUB)
 
 
-def place_of(name: str) -> Place:
+def place_of(name: str) -> Repository:
     """The repository and the file that a name leads to."""
     owner, _, rest = name.removeprefix(HUB).partition("/")
     repo, _, file = rest.partition("/")
     repo, _, revision = repo.partition("@")
     if not owner or not repo:
         raise ValueError(f"{name!r} is no repository; give {HUB}OWNER/NAME or {HUB}OWNER/NAME/FILE")
-    return Place(f"{owner}/{repo}", revision or None, file or None)
+    return Repository(f"{owner}/{repo}", revision or None, file or None)
 
 
 def hub_api() -> Any:
@@ -52,7 +52,7 @@ def hub_api() -> Any:
 
 
 @contextmanager
-def explain_hub_errors(place: Place) -> Iterator[None]:
+def explain_hub_errors(place: Repository) -> Iterator[None]:
     """Say what to do where a repository cannot be reached."""
     errors = import_extra("huggingface_hub.errors")
     page = f"https://huggingface.co/{place.repo}"
@@ -79,7 +79,7 @@ def explain_hub_errors(place: Place) -> Iterator[None]:
         ) from error
 
 
-def files_of(place: Place) -> list[str]:
+def files_of(place: Repository) -> list[str]:
     """The files of a repository; without a connection those that were downloaded before."""
     errors, api = import_extra("huggingface_hub.errors"), hub_api()
     with explain_hub_errors(place):
@@ -93,7 +93,7 @@ def files_of(place: Place) -> list[str]:
             return [str(f.relative_to(folder)) for f in sorted(folder.rglob("*")) if f.is_file()]
 
 
-def fetch(place: Place, file: str) -> Path:
+def fetch(place: Repository, file: str) -> Path:
     """A file of a repository in the cache, where it is downloaded to once."""
     with explain_hub_errors(place):
         return Path(hub_api().hf_hub_download(place.repo, file, revision=place.revision))
@@ -117,7 +117,7 @@ def fetch_weights(name: str) -> Path:
     return fetch(place, file)
 
 
-def only_weights(place: Place, files: list[str]) -> str:
+def only_weights(place: Repository, files: list[str]) -> str:
     """The one file of weights of a repository: safetensors, or else of torch."""
     kinds = ([file for file in files if file.endswith(suffixes)] for suffixes in SUFFIXES)
     found: list[str] = next(filter(None, kinds), [])

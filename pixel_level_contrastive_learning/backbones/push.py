@@ -18,7 +18,7 @@ from .checkpoint import BackboneCard, clean_state_dict, read_backbone
 from .custom import Model, custom_file, handing_over
 from .export import how_to, named_in
 from .factory import parse_model_name
-from .hub import HUB, Place, hub_api, on_hub, place_of
+from .hub import HUB, Repository, hub_api, on_hub, place_of
 from .state_dict import find_weights, run_folder
 
 PAGE = "README.md"
@@ -103,7 +103,7 @@ def without_paths(card: BackboneCard) -> BackboneCard:
 
 
 @contextmanager
-def explain_refusals(place: Place) -> Iterator[None]:
+def explain_refusals(place: Repository) -> Iterator[None]:
     """Say what to do where a repository cannot be written."""
     errors = import_extra("huggingface_hub.errors")
     try:
@@ -123,7 +123,7 @@ def explain_refusals(place: Place) -> Iterator[None]:
 
 
 def written_page(
-    card: BackboneCard, folder: Path, place: Place, licence: str | None, loading: str
+    card: BackboneCard, folder: Path, place: Repository, licence: str | None, loading: str
 ) -> str:
     """The page of a repository, from what the run's folder holds."""
     library = parse_model_name(card.model)[0]
