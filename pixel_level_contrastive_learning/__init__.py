@@ -1,6 +1,5 @@
 """Pretrain a backbone at pixel level on images without labels (arXiv:2011.10043)."""
 
-from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -43,12 +42,9 @@ def __getattr__(name: str) -> object:
     """A public name, imported at its first use: importing the package loads no torch."""
     if name not in MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    try:
-        value: object = getattr(import_module(MODULES[name], __name__), name)
-    except ModuleNotFoundError as error:
-        from .checks import not_installed
+    from .checks import import_extra
 
-        raise ModuleNotFoundError(not_installed(error.name), name=error.name) from error
+    value: object = getattr(import_extra(f"{__name__}{MODULES[name]}"), name)
     globals()[name] = value
     return value
 

@@ -8,9 +8,10 @@ This module imports no torch, since the command line checks its flags before it 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Sized
 from difflib import get_close_matches
 from functools import partial
+from importlib import import_module
 from math import isfinite
 from numbers import Real
-from typing import Literal, TypeGuard, get_args
+from typing import Any, Literal, TypeGuard, get_args
 
 
 def raise_together(*messages: str | None) -> None:
@@ -128,6 +129,9 @@ EXTRAS = {
     "nibabel": ("nifti", "reading NIfTI"),
     "pillow_heif": ("heic", "reading HEIC"),
     "zarr": ("zarr", "reading and writing Zarr"),
+    "huggingface_hub": ("hub", "reading from and writing to the Hugging Face Hub"),
+    "transformers": ("transformers", "a network of transformers"),
+    **dict.fromkeys(("onnx", "onnxruntime", "onnxscript"), ("onnx", "an export to ONNX")),
 }
 """The extra of a library that is not in ``train``, and what it is for."""
 
@@ -139,6 +143,14 @@ def not_installed(library: str | None) -> str:
         f"{library} is not installed; {what} needs the extra {extra}: "
         f"pip install 'pixel-level-contrastive-learning[{extra}]'"
     )
+
+
+def import_extra(name: str) -> Any:
+    """A module of an extra; where it is not installed, the error says which extra has it."""
+    try:
+        return import_module(name)
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(not_installed(error.name), name=error.name) from error
 
 
 Pages = Literal["images", "channels", "first"]

@@ -72,8 +72,8 @@ def evaluate(
     """Evaluate weights beside random ones, with labels (--data) or without (--images).
 
     Args:
-        weights: One or several: a run, an exported file, torchvision/NAME, timm/NAME or
-            random:MODEL.
+        weights: One or several: a run, an exported file, torchvision/NAME, timm/NAME,
+            hf://OWNER/NAME or random:MODEL.
         data: Folder with images/{train,val} and masks/{train,val}.
         images: Folder of images without labels.
         protocol: How to evaluate with labels. linear, linear-all (a map of each stride), knn,
@@ -181,19 +181,41 @@ def visualize(
 def export(
     run: tyro.conf.Positional[str],
     format: Literal[  # noqa: A002  # it names the flag
-        "torchvision", "timm", "safetensors", "state-dict", "smp", "mmseg", "detectron2"
+        "torchvision",
+        "timm",
+        "safetensors",
+        "state-dict",
+        "smp",
+        "mmseg",
+        "detectron2",
+        "onnx",
+        "transformers",
     ] = "torchvision",
     out: str | None = None,
     json: bool = False,
+    push: str | None = None,
+    private: bool = False,
+    licence: str | None = None,
+    dry_run: bool = False,
 ) -> None:
-    """Write a run's backbone for another library.
+    """Write a run's backbone for another library, or upload it to the Hugging Face Hub.
 
     Args:
         run: Folder of the run, or its backbone.safetensors.
         format: The library that is to read it.
         out: The file to write; by default backbone-FORMAT in the run's folder.
         json: Print what was written, which keys matched and how to load it as JSON.
+        push: Instead, upload it with a page written from the run to OWNER/NAME on the Hub;
+            hf://OWNER/NAME then reads it.
+        private: With --push, make the repository private if it is new.
+        licence: With --push, licence of the weights, such as mit or cc-by-4.0.
+        dry_run: With --push, print what would be uploaded, and upload nothing.
     """
+    if push is not None:
+        from .backbones.push import push as pushed
+
+        print(pushed(run, push, private=private, licence=licence, dry_run=dry_run))
+        return
     from .backbones.export import export as exported
 
     found = exported(run, format, out)
@@ -258,7 +280,7 @@ def layers(
     """List the layers of a model that the losses can read, and the default ones.
 
     Args:
-        model: torchvision/NAME, timm/NAME, or your own path/to/file.py:function.
+        model: torchvision/NAME, timm/NAME, hf://OWNER/NAME, or your own path/to/file.py:function.
         image_size: Side of the views in pixels, or height and width.
         channels: Channels of the images.
         json: Print JSON instead of a table.

@@ -28,7 +28,7 @@ from .modules.encoder import (
     relative_weights,
     vector_projector,
 )
-from .modules.feature_info import FeatureInfo
+from .modules.feature_info import FeatureInfo, is_too_small, refusal
 from .modules.hooks import NoGradientError, first_weight
 from .modules.ppm import PPM
 from .views import Placement, View
@@ -284,6 +284,10 @@ class PixelCL(nn.Module):
             _, channels, height, width = view.pixels.shape
             info = FeatureInfo(self.net, channels, (height, width), training=self.net.training)
             raise NoGradientError(error.kind, error.name, info.alternative(error.name)) from None
+        except RuntimeError as error:  # of an auxiliary head, which runs in train mode alone
+            if not is_too_small(error):
+                raise
+            raise refusal(type(self.net).__name__, view.pixels, error) from error
         except ValueError as error:
             if not lacks_batch_statistics(error):
                 raise

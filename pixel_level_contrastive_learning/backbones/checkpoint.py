@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import warnings
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
@@ -25,7 +25,10 @@ from .factory import (
     default_layers,
     default_statistics,
     parse_model_name,
+    refuse_code,
 )
+from .fingerprint import differs, fingerprint_of
+from .hub import hub_config, is_card, on_hub, place_of
 from .state_dict import (
     KeyReport,
     check_code,
@@ -73,6 +76,10 @@ class BackboneCard:
             blocks as identities), ``pretrained``, ``as handed over``, or a file.
         seed: The seed of the run.
         version: The version of this package that wrote it.
+        config: What describes the network of a repository on the Hub, so that it can be built
+            without the repository; None for other networks.
+        fingerprint: What the network's code computes, see `fingerprint_of`; no part of what makes
+            two cards equal. None where it is not known.
 
     Raises:
         ValueError: A value out of range.
@@ -90,11 +97,13 @@ class BackboneCard:
     start: str = "random"
     seed: int = 0
     version: str = package_version()
+    config: dict[str, Any] | None = None
+    fingerprint: tuple[float, ...] | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
-        for field in fields(self):  # JSON has lists where we have tuples
-            if isinstance(value := getattr(self, field.name), list):
-                object.__setattr__(self, field.name, tuple(value))
+        for own in fields(self):  # JSON has lists where we have tuples
+            if isinstance(value := getattr(self, own.name), list):
+                object.__setattr__(self, own.name, tuple(value))
         statistics = {name: getattr(self, name) for name in ("mean", "std", "low", "high")}
         raise_together(
             *check_limits({"channels": self.channels, "image_size": self.image_size}),
@@ -106,6 +115,18 @@ class BackboneCard:
         """The layer that evaluation, probes and pictures read: the first pixel layer."""
         return self.pixel_layer if isinstance(self.pixel_layer, str) else self.pixel_layer[0]
 
+    def build(
+        self, image_size: tuple[int, int] | None = None, *, pretrained: bool = False
+    ) -> nn.Module:
+        """The network, without the weights of a file; see `build_backbone`."""
+        return build_backbone(
+            self.model,
+            channels=self.channels,
+            image_size=image_size or self.image_size,
+            pretrained=pretrained,
+            config=self.config,
+        )
+
     def to_json(self) -> str:
         """The card as JSON text."""
         return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
@@ -116,12 +137,12 @@ class BackboneCard:
         values = json.loads(text)
         if not isinstance(values, dict):
             raise ValueError(f"it is a {type(values).__name__}, not an object with fields")
-        names = [field.name for field in fields(cls)]
+        names = [own.name for own in fields(cls)]
         raise_together(*(one_of("field", name, names) for name in values))
         return cls(**values)
 
 
-def read_card(weights: Path) -> BackboneCard:
+def read_card(weights: Path, from_hub: bool = False) -> BackboneCard:
     """The card beside a file of weights; for a checkpoint, that of its run."""
     folder = run_folder(weights)
     path = weights.with_suffix(".json") if folder == weights.parent else folder / CARD
@@ -136,6 +157,8 @@ def read_card(weights: Path) -> BackboneCard:
         raise ValueError(f"{path} is not a backbone's card: {error}") from error
     if (handed := handed_name()) is not None:
         return replace(card, model=handed)
+    if from_hub:
+        refuse_code(card.model)
     file = custom_file(card.model)
     if file is None or file.is_file():
         return card
@@ -148,14 +171,49 @@ def read_card(weights: Path) -> BackboneCard:
     return replace(card, model=f"{moved}:{card.model.rpartition(':')[2]}")
 
 
+def card_in(folder: Path) -> BackboneCard | None:
+    """The card of a run's folder; None where there is none, or a damaged one."""
+    path = folder / CARD
+    try:
+        return BackboneCard.from_json(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except (ValueError, TypeError):  # it is written anew
+        return None
+
+
+def begin_card(path: Path, net: nn.Module, card: BackboneCard, resumed: bool) -> None:
+    """Write the card of a run, beside its weights to come; warn if it goes on with other code."""
+    if resumed and (before := card_in(path.parent)) is not None:
+        warn_of_other_code(net, before, str(path.parent))
+    save_card(path, with_fingerprint(card, net))
+
+
 def save_backbone(path: str | Path, net: nn.Module, card: BackboneCard) -> None:
     """Write a backbone's weights and its card: ``X.safetensors`` and ``X.json``."""
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"path is {str(path)!r}; it must end in .safetensors")
     tensors = clean_state_dict(net)
-    save_card(path, card)  # first: whoever finds weights finds a card beside them
+    save_card(
+        path, with_fingerprint(card, net)
+    )  # first: whoever finds weights finds a card beside them
     write_whole(path, save(tensors, metadata={"format": "pt"}))
+
+
+def with_fingerprint(card: BackboneCard, net: nn.Module) -> BackboneCard:
+    """The card of a network that knows what its code computes."""
+    return replace(card, fingerprint=fingerprint_of(net, card.channels, card.image_size))
+
+
+def warn_of_other_code(net: nn.Module, card: BackboneCard, source: str) -> None:
+    """Warn where a network does something else than when its card was written."""
+    then = card.fingerprint
+    if then is not None and differs(then, with_fingerprint(card, net).fingerprint):
+        warnings.warn(
+            f"{source}: the model's code computes something else than when the run was made, with "
+            "the same weights; use the code (or the version of its library) as it was, or train "
+            "again",
+            stacklevel=3,
+        )
 
 
 def save_card(path: str | Path, card: BackboneCard) -> None:
@@ -260,9 +318,10 @@ def read_backbone(
 
     Args:
         source: A run directory (of an unfinished run, its last checkpoint), a checkpoint in one, a
-            file of weights with its card beside it (`save_backbone`, `save_card`, `export`),
-            ``torchvision/NAME`` or ``timm/NAME`` for the library's weights, or ``random:MODEL`` for
-            random ones.
+            file of weights with its card beside it (`save_backbone`, `save_card`, `export`), such
+            a file on the Hub (``hf://OWNER/NAME[/FILE]``), ``torchvision/NAME``, ``timm/NAME`` or
+            ``hf://OWNER/NAME`` for the weights of a library or a repository, or ``random:MODEL``
+            for random ones.
         channels: Channels of the images. Pretrained and random backbones are built for them
             (default: 3); a file's must be these.
         image_size: ``(height, width)`` of the images, for networks of a fixed input size. Default:
@@ -282,20 +341,20 @@ def read_backbone(
         pretrained = not name.startswith("random:")
         return from_library(name.removeprefix("random:"), channels, image_size, pretrained)
     path = find_weights(source)
-    card = read_card(path)
+    card = read_card(path, on_hub(source))
     if channels is not None and channels != card.channels:
         raise ValueError(
             f"{path} takes images of {card.channels} channels, not {channels}; give it images of "
             f"{card.channels}, or adapt it: adapt_channels(load_backbone(path), {channels})"
         )
-    net = build_backbone(
-        card.model, channels=card.channels, image_size=image_size or card.image_size
-    )
+    net = card.build(image_size)
     report = load_matching(net, read_state_dict(path), str(path))
     if parse_model_name(card.model)[0] == "custom":
         check_code(str(path), [*report.missing, *report.mismatched], report.unexpected)
     if report.complete:
         log.info("%s: %s", path, report)
+        if image_size in (None, card.image_size):
+            warn_of_other_code(net, card, str(path))
     else:
         warnings.warn(f"{path} does not fill all of {card.model}: {report}", stacklevel=2)
     return Loaded(net, card, report)
@@ -320,10 +379,12 @@ def load_backbone(path: str | Path, *, model: Model | None = None) -> nn.Module:
 
 
 def is_file(source: str | Path) -> bool:
-    """Whether weights are a run or a file, and not a library's or random ones."""
+    """Whether weights are a run or a file with a card, and not a library's or random ones."""
     name = str(source)
     if name.startswith("random:"):
         return False
+    if on_hub(name):
+        return place_of(name).file is not None or is_card(hub_config(name))
     return not name.startswith(("torchvision/", "timm/")) or Path(name).exists()
 
 
@@ -345,5 +406,6 @@ def from_library(
         pixel_layer=pixel,
         instance_layer=instance,
         start="pretrained" if pretrained else "random",
+        config=hub_config(model) if on_hub(model) else None,
     )
     return Loaded(net, card, None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from textwrap import dedent
@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from ..checks import one_of, raise_together
+from ..checks import import_extra, one_of, raise_together
 from ..files import write_whole
 from .checkpoint import BackboneCard, clean_state_dict, read_backbone, save_card
 from .custom import (
@@ -26,7 +26,17 @@ from .custom import (
     handing_over,
     import_from_folder,
 )
-from .factory import default_image_size, parse_model_name, timm_kwargs, torchvision_kwargs
+from .factory import (
+    LIBRARIES,
+    default_image_size,
+    parse_model_name,
+    timm_kwargs,
+    timm_settings,
+    torchvision_kwargs,
+    transformers_config,
+)
+from .hub import is_card
+from .onnx import AXES, INPUT, onnx_program
 from .state_dict import KeyReport, find_weights, load_matching, read_state_dict, run_folder
 from .stem import find_stem
 
@@ -38,8 +48,10 @@ FORMATS = {
     "smp": ".pth",
     "mmseg": ".pth",
     "detectron2": ".pkl",
+    "onnx": ".onnx",
+    "transformers": "",
 }
-"""What `export` writes, and the suffixes of the files."""
+"""What `export` writes, and the suffixes of the files; that of transformers is a folder."""
 HEADLESS = {"smp", "mmseg", "detectron2"}
 """Formats for networks without a classifier."""
 DEPTHS = {f"resnet{depth}": depth for depth in (18, 34, 50, 101, 152)}
@@ -83,13 +95,15 @@ def export(
     ``torchvision`` and ``timm`` hold every weight under the library's names, as do ``safetensors``
     and ``state-dict`` for any model. ``smp`` is an encoder of segmentation-models-pytorch,
     ``mmseg`` and ``detectron2`` a backbone there (ResNets). A ResNet of torchvision can go to timm,
-    and back.
+    and back. ``transformers`` is a folder for its ``from_pretrained``, of a model from there.
+    ``onnx`` gives the pooled vector and the map of the trained layer, checked against the network;
+    batch and size of its images are free where the network allows it.
 
     Args:
         run: A run directory, or a file with its card.
         format: One of `FORMATS`.
-        out: The file to write. Default: ``backbone-FORMAT`` in the run directory, with the suffix
-            of the format.
+        out: The file or folder to write. Default: ``backbone-FORMAT`` in the run directory, with
+            the suffix of the format.
         model: As for `load_backbone`.
 
     Raises:
@@ -105,10 +119,10 @@ def export(
     source = find_weights(run)
     with handing_over(model):
         net, card, loaded = read_backbone(source)
-    card = replace(card, model=model_in(card.model, format))
+    card = replace(card, **named_in(card, net, format))
     default = run_folder(source) / f"backbone-{format}{FORMATS[format]}"
     path = default if out is None else Path(out).expanduser()
-    if path.suffix != FORMATS[format]:
+    if FORMATS[format] not in ("", path.suffix):
         raise ValueError(f"out is {str(path)!r}; for {format} it must end in {FORMATS[format]}")
     if path.resolve() == source.resolve():
         raise ValueError(f"out is {str(path)!r}, the weights that are exported; name another file")
@@ -120,8 +134,16 @@ def export(
             f"{source} does not have all weights of its model, and random ones are not exported; "
             f"use the model as it was trained, or train again.\n{loaded}"
         )
+    how = None
     if format == "detectron2":
         write_whole(path, detectron2_file(state))
+    elif format == "onnx":
+        program = onnx_program(net, card)
+        write_whole(path, program.content)
+        how = running(card, path.resolve(), program.free)
+    elif format == "transformers":
+        net.save_pretrained(path)  # type: ignore[operator]  # a network of transformers has it
+        state = import_extra("transformers").AutoModel.from_pretrained(path).state_dict()
     else:
         if format not in HEADLESS:
             save_card(path, card)
@@ -131,17 +153,25 @@ def export(
             write_whole(path, lambda file: torch.save(state, file))
         state = read_state_dict(path)
     report = load_matching(net, state, str(path))
-    return Exported(path, format, report, how_to(format, net, card, path.resolve()))
+    how = how or how_to(format, net, card, path.resolve())
+    return Exported(path, format, report, how)
 
 
-def model_in(model: str, format: str) -> str:  # noqa: A002
-    """The model's name in the library that a format is for; a ValueError where it has none."""
+def named_in(card: BackboneCard, net: nn.Module, format: str) -> dict[str, Any]:  # noqa: A002
+    """Model and configuration of a card for a format; a ValueError where it has no such model."""
+    model, config = card.model, card.config
+    while config is not None and is_card(config):  # of a repository of ours
+        model, config = config["model"], config.get("config")
+    if config is not None and "architecture" in config:
+        model = f"timm/{config['architecture']}"
     library, name = parse_model_name(model)
     architecture = name.partition(".")[0] if library == "timm" else name
-    is_resnet = library != "custom" and architecture in TIMM_ALIKE
-    names = dict.fromkeys(("safetensors", "state-dict"), model)
-    if library != "custom":
+    is_resnet = library in LIBRARIES and architecture in TIMM_ALIKE
+    names = dict.fromkeys(("safetensors", "state-dict", "onnx"), model)
+    if library in LIBRARIES:
         names[library] = model
+    if is_of_transformers(net):
+        names["transformers"] = model
     if is_resnet:
         names.setdefault("torchvision", f"torchvision/{architecture}")
         names.setdefault("timm", f"timm/{architecture}")
@@ -153,10 +183,15 @@ def model_in(model: str, format: str) -> str:  # noqa: A002
         names["mmseg"] = names["detectron2"] = f"torchvision/{architecture}"
     if format not in names:
         raise ValueError(
-            f"format is {format!r}, which has no {model}; for this model: "
+            f"format is {format!r}, which has no {card.model}; for this model: "
             f"{', '.join(name for name in FORMATS if name in names)}"
         )
-    return names[format]
+    return {"model": names[format], "config": config}
+
+
+def is_of_transformers(net: nn.Module) -> bool:
+    """Whether a network is one of transformers, which need not be imported."""
+    return any(kind.__name__ == "PreTrainedModel" for kind in type(net).__mro__)
 
 
 def detectron2_file(state: Mapping[str, Tensor]) -> bytes:
@@ -200,6 +235,8 @@ def loading(format: str, net: nn.Module, card: BackboneCard, path: Path) -> str:
                 pretrained_cfg_overlay={overlay},
             )
             """)
+    if format == "transformers":
+        return f"from transformers import AutoModel\n\nnet = AutoModel.from_pretrained({file!r})\n"
     lines = building(net, card)
     if format == "timm":
         lines[-1] = f"{lines[-1].removesuffix(')')}, checkpoint_path={file!r})"
@@ -216,12 +253,19 @@ def building(net: nn.Module, card: BackboneCard) -> list[str]:
     library, name = parse_model_name(card.model)
     images = card.channels, card.image_size
     if library == "timm":
-        kwargs = timm_kwargs(name, *images)
+        kwargs = timm_settings(card.config or {}) | timm_kwargs(name, *images)
         return ["import timm", "", f"net = timm.create_model({arguments(repr(name), kwargs)})"]
     if library == "torchvision":
         kwargs = torchvision_kwargs(name, *images)
         call = f"models.get_model({arguments(repr(name), {'weights': None, **kwargs})})"
         lines = ["from torchvision import models", "", f"net = {call}"]
+    elif library == "hub":
+        assert card.config is not None
+        config = transformers_config(card.config, *images).to_diff_dict()
+        kind = config.pop("model_type")
+        lines = ["from transformers import AutoConfig, AutoModel", ""]
+        lines.append(f"config = AutoConfig.for_model({arguments(repr(kind), config)})")
+        return [*lines, "net = AutoModel.from_config(config)"]
     elif name.startswith(f"{OBJECT}:"):
         return ["net = ...  # your network, as it was handed over"]
     else:
@@ -253,15 +297,39 @@ def arguments(first: str, kwargs: Mapping[str, Any]) -> str:
     return ", ".join([*given, *(f"{key}={value!r}" for key, value in kwargs.items())])
 
 
-def feeding(card: BackboneCard) -> str:
-    """The lines that scale and normalise images as in training."""
+def running(card: BackboneCard, path: Path, free: Collection[str]) -> str:
+    """The lines that run an ONNX program on images, where torch is not installed either."""
+    fixed = dict(zip(AXES, ("2", *map(str, card.image_size)), strict=True))
+    batch, *size = (name if name in free else own for name, own in fixed.items())
+    only = "" if len(free) == len(AXES) else ", of just this size"
+    shape = ", ".join([batch, str(card.channels), *size])
+    return dedent(f"""\
+        import numpy as np
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession({str(path)!r})
+
+
+        def net(images):  # ({shape}) float32{only}: vector (batch, c), map (batch, c, h, w)
+            return session.run(None, {{{INPUT!r}: images}})
+
+        """) + feeding(card, "np.array({}, np.float32).reshape", "astype(np.float32)", "clip")
+
+
+def feeding(
+    card: BackboneCard,
+    array: str = "torch.tensor({}).view",
+    to_float: str = "float()",
+    clip: str = "clamp",
+) -> str:
+    """The lines that scale and normalise images as in training: of torch, or in other words."""
     numbers = {"low": card.low, "high": card.high, "mean": card.mean, "std": card.std}
-    kind, scaled = "8-bit", "x.float() / 255"
+    kind, scaled = "8-bit", f"x.{to_float} / 255"
     if card.low is not None:
-        kind, scaled = "16-bit or float", "((x.float() - low) / (high - low)).clamp(0, 1)"
+        kind, scaled = "16-bit or float", f"((x.{to_float} - low) / (high - low)).{clip}(0, 1)"
     order = ", red green blue" if card.channels == 3 else ""
     lines = [
-        f"{name} = torch.tensor({list(values)}).view(-1, 1, 1)"
+        f"{name} = {array.format(list(values))}(-1, 1, 1)"
         for name, values in numbers.items()
         if values is not None
     ]

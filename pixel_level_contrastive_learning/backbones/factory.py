@@ -1,11 +1,11 @@
-"""Backbones by name: ``torchvision/resnet50``, ``timm/NAME`` or ``path/to/file.py:function``."""
+"""Backbones by name: ``torchvision/NAME``, ``timm/NAME``, ``hf://OWNER/NAME``, a function."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import json
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
-from importlib import import_module
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -13,14 +13,18 @@ from torch import nn
 from torchvision import models
 
 from ..augment import IMAGENET_MEAN, IMAGENET_STD
-from ..checks import check_limits, raise_together
+from ..checks import check_limits, import_extra, raise_together
 from ..modules.feature_info import FeatureInfo
 from .custom import custom_net
-from .state_dict import load_matching
+from .hub import HUB, fetch, fetch_weights, files_of, hub_config, is_card, on_hub, place_of
+from .state_dict import load_matching, read_state_dict
 from .stem import adapt_channels
 
 Size = tuple[int, int]
+Config = dict[str, Any]
 LIBRARIES = ("torchvision", "timm")
+PREPROCESSOR = "preprocessor_config.json"
+"""How images are prepared for a network of transformers."""
 
 
 def build_backbone(
@@ -29,6 +33,7 @@ def build_backbone(
     channels: int = 3,
     image_size: int | Size | None = None,
     pretrained: bool = False,
+    config: Config | None = None,
 ) -> nn.Module:
     """A network by its name, for images of this many channels and this size.
 
@@ -37,13 +42,15 @@ def build_backbone(
     torchvision.
 
     Args:
-        model: ``torchvision/NAME``, ``timm/NAME``, ``path/to/file.py:function`` or
+        model: ``torchvision/NAME``, ``timm/NAME``, ``hf://OWNER/NAME`` (a repository that
+            `pixelcl export --push`, timm or transformers wrote), ``path/to/file.py:function`` or
             ``package.module:function``. A function of your own is called with those of
             ``channels=``, ``image_size=`` and ``pretrained=`` that its signature takes.
         channels: Channels of the images; a stem made for others is adapted, see `adapt_channels`.
         image_size: Side in pixels or ``(height, width)``. Only networks of a fixed input size need
             it; None leaves them at their own.
-        pretrained: Whether to download the library's weights (once).
+        pretrained: Whether to download the weights of the library or repository (once).
+        config: What describes the network of a repository, where it was read before.
 
     Raises:
         ValueError: An unknown name, or a network that cannot be built for these images.
@@ -56,13 +63,20 @@ def build_backbone(
     raise_together(*check_limits({"channels": channels, **sizes}))
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
     library, name = parse_model_name(model)
+    if library == "hub":
+        return hub_net(name, channels, size, pretrained, config or hub_config(name))
     builders = {"torchvision": torchvision_net, "timm": timm_net, "custom": custom_net}
     return builders[library](name, channels, size, pretrained)
 
 
 def parse_model_name(model: str) -> tuple[str, str]:
-    """The library, ``torchvision``, ``timm`` or ``custom``, and the model's name there."""
-    advice = "give torchvision/NAME, timm/NAME or path/to/file.py:function"
+    """The library, ``torchvision``, ``timm``, ``hub`` or ``custom``, and the model's name there."""
+    if on_hub(model):
+        place = place_of(model)
+        if place.file is not None:
+            raise ValueError(f"model is {model!r}, a file; give the repository alone: {place}")
+        return "hub", model
+    advice = f"give torchvision/NAME, timm/NAME, {HUB}OWNER/NAME or path/to/file.py:function"
     library, slash, name = model.partition("/")
     if slash and library in LIBRARIES:
         known = model_names(library)
@@ -89,12 +103,20 @@ def model_names(library: str) -> list[str]:
 
 def timm() -> Any:
     """The library timm, imported when first needed: it takes half a second."""
-    return import_module("timm")
+    return import_extra("timm")
 
 
-def default_image_size(model: str) -> Size | None:
+def default_image_size(model: str, config: Config | None = None) -> Size | None:
     """The ``(height, width)`` of a network of fixed input size; None where any size will do."""
     library, name = parse_model_name(model)
+    if library == "hub":
+        config = config or hub_config(name)
+        if is_card(config):
+            return default_image_size(config["model"], config.get("config"))
+        if "architecture" not in config:
+            size = getattr(transformers_config(config), "image_size", None)
+            return (size, size) if isinstance(size, int) else size and tuple(size)
+        library, name = "timm", config["architecture"]
     if library == "torchvision" and (name == "maxvit_t" or name.startswith("vit_")):
         return 224, 224
     if library == "timm" and (cfg := timm().get_pretrained_cfg(name)).fixed_input_size:
@@ -106,12 +128,19 @@ def default_image_size(model: str) -> Size | None:
 def default_statistics(model: str, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and std that pretrained weights expect, averaged for any channels but RGB."""
     library, name = parse_model_name(model)
-    mean: Iterable[float] = IMAGENET_MEAN
-    std: Iterable[float] = IMAGENET_STD
+    mean: Sequence[float] = IMAGENET_MEAN
+    std: Sequence[float] = IMAGENET_STD
     if library == "timm":
         cfg = timm().get_pretrained_cfg(name)
         mean, std = cfg.mean, cfg.std
-    if channels != 3:
+    elif library == "hub":
+        config, place = hub_config(name), place_of(name)
+        given = config.get("pretrained_cfg", config)
+        if "model_type" in config and PREPROCESSOR in files_of(place):
+            held = json.loads(fetch(place, PREPROCESSOR).read_text(encoding="utf-8"))
+            given = {key.removeprefix("image_"): value for key, value in held.items()}
+        mean, std = given.get("mean", mean), given.get("std", std)
+    if len(mean) != channels:
         mean, std = ((fmean(values),) * channels for values in (mean, std))
     return tuple(mean), tuple(std)
 
@@ -165,13 +194,15 @@ def timm_kwargs(name: str, channels: int, image_size: Size | None) -> dict[str, 
     return kwargs
 
 
-def timm_net(name: str, channels: int, image_size: Size | None, pretrained: bool) -> nn.Module:
+def timm_net(
+    name: str, channels: int, image_size: Size | None, pretrained: bool, **settings: Any
+) -> nn.Module:
     """A network of timm, which adapts stems and position embeddings itself."""
     model = f"timm/{name}"
     if pretrained and not timm().is_model_pretrained(name):
         raise ValueError(f"timm has no weights for {model}; start from random ones, or give a file")
     with explain_errors(model, image_size):
-        kwargs = timm_kwargs(name, channels, image_size)
+        kwargs = settings | timm_kwargs(name, channels, image_size)
         net: nn.Module = timm().create_model(name, pretrained=pretrained, **kwargs)
     if not pretrained:
         norms = (module for module in net.modules() if isinstance(module, nn.BatchNorm2d))
@@ -179,6 +210,67 @@ def timm_net(name: str, channels: int, image_size: Size | None, pretrained: bool
             if norm.affine and not norm.weight.is_meta and not norm.weight.any():
                 nn.init.ones_(norm.weight)
     return net
+
+
+def timm_settings(config: Config) -> Config:
+    """The keywords that timm builds the network of a repository with."""
+    classes = {key: config[key] for key in ("num_classes",) if key in config}
+    return {**classes, **config.get("model_args", {})}
+
+
+def refuse_code(model: str) -> None:
+    """Refuse a network that is built by code, where a repository names it: it may do anything."""
+    if parse_model_name(model)[0] == "custom":
+        raise ValueError(
+            f"the repository has weights of {model}, whose code it does not have; get the code, "
+            "and give it as --model (in Python as model=) and the repository as --weights"
+        )
+
+
+def hub_net(
+    model: str, channels: int, image_size: Size | None, pretrained: bool, config: Config
+) -> nn.Module:
+    """The network that a repository describes; no code of the repository runs."""
+    if is_card(config):
+        inner, own = config["model"], config.get("config")
+        refuse_code(inner)
+        net = build_backbone(inner, channels=channels, image_size=image_size, config=own)
+    elif "architecture" in config:
+        net = timm_net(config["architecture"], channels, image_size, False, **timm_settings(config))
+    else:
+        with explain_errors(model, image_size):
+            own = transformers_config(config, channels, image_size)
+            net = import_extra("transformers").AutoModel.from_config(own)
+        net = adapt_channels(net, channels, keep=False)
+    if pretrained:
+        file = fetch_weights(model)
+        if "model_type" in config:
+            fetch(place_of(model), "config.json")  # beside it
+            with explain_errors(model, None):
+                automatic = import_extra("transformers").AutoModel
+                given = automatic.from_pretrained(file.parent, config=transformers_config(config))
+            state = given.state_dict()
+        else:
+            state = read_state_dict(file)
+        load_matching(net, state, f"the weights of {model}")
+    return net
+
+
+def transformers_config(
+    config: Config, channels: int | None = None, image_size: Size | None = None
+) -> Any:
+    """The configuration of a network of transformers; of one with a text part, its vision part."""
+    kinds = import_extra("transformers").CONFIG_MAPPING
+    kind = config["model_type"]
+    if kind not in kinds:
+        raise ValueError(f"transformers has no networks of the kind {kind!r}; update transformers")
+    made = kinds[kind].from_dict(config)
+    made = getattr(made, "vision_config", made)
+    if channels is not None and hasattr(made, "num_channels"):
+        made.num_channels = channels
+    if image_size is not None and hasattr(made, "image_size"):
+        made.image_size = image_size[0] if len({*image_size}) == 1 else [*image_size]
+    return made
 
 
 @contextmanager

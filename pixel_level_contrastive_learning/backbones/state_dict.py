@@ -6,6 +6,8 @@ import logging
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from importlib import import_module
+from math import isqrt
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, NamedTuple
@@ -16,11 +18,14 @@ from torch import Tensor, nn
 from torchvision.models import VisionTransformer
 from torchvision.models.vision_transformer import interpolate_embeddings
 
-from ..modules.hooks import plain_name
+from ..modules.hooks import plain_name, token_grid
 from ..run_layout import CHECKPOINTS, LAST, WEIGHTS
+from .hub import fetch_weights, on_hub
 from .stem import adapt_input_conv, find_stem
 
 Shape = tuple[int, ...]
+OF_TRANSFORMERS = ("position_embeddings", "position_embedding.weight")
+"""How the names of position embeddings end in networks of transformers."""
 log = logging.getLogger(__name__)
 
 
@@ -81,7 +86,7 @@ def load_weights(net: nn.Module, source: str | Path) -> KeyReport:
 
     Args:
         net: The network; changed in place.
-        source: The file, or a run directory.
+        source: The file, a run directory, or ``hf://OWNER/NAME[/FILE]`` on the Hugging Face Hub.
 
     Raises:
         ValueError: The file cannot be read, or nothing in it fits.
@@ -91,7 +96,9 @@ def load_weights(net: nn.Module, source: str | Path) -> KeyReport:
 
 
 def find_weights(source: str | Path) -> Path:
-    """The file itself; of a run directory its weights, or its last checkpoint if unfinished."""
+    """The file itself, from the Hub if need be; of a run its weights, or its last checkpoint."""
+    if on_hub(source):
+        return fetch_weights(str(source))
     path = Path(source).expanduser()
     if path.is_dir():
         last = path / CHECKPOINTS / LAST
@@ -234,6 +241,12 @@ def adapt_to_input(
         if kernels.ndim == 4 and kernels.shape[1] != stem[1].in_channels:
             adapted = adapt_input_conv(stem[1].in_channels, kernels)
             given = given | {f"{stem[0]}.weight": adapted}
+    if any(name.endswith(OF_TRANSFORMERS) for name in misfits):
+        return given | {
+            name: resized_positions(name, given[name], net)
+            for name in misfits
+            if name.endswith(OF_TRANSFORMERS)
+        }
     if not any("pos_embed" in name or "relative_position" in name for name in misfits):
         return given
     if isinstance(net, VisionTransformer):
@@ -245,3 +258,17 @@ def adapt_to_input(
     if checkpoint_filter_fn is not None and library.__name__.startswith("timm."):
         return dict(checkpoint_filter_fn(given, net))
     return given
+
+
+def resized_positions(name: str, table: Tensor, net: nn.Module) -> Tensor:
+    """Position embeddings ``(1, n, c)`` or ``(n, c)`` for a network of transformers."""
+    config: Any = net.config
+    sides = (config.image_size,) * 2 if isinstance(config.image_size, int) else config.image_size
+    grid = [side // config.patch_size for side in sides]
+    prefix = net.state_dict()[name].shape[-2] - grid[0] * grid[1]
+    cells = table.shape[-2] - prefix
+    side = isqrt(cells)
+    old = (side, side) if side**2 == cells else token_grid(cells, (sides[0], sides[1]))
+    resample = import_module("timm.layers").resample_abs_pos_embed
+    resized: Tensor = resample(table.reshape(1, *table.shape[-2:]), grid, [*old], prefix)
+    return resized if table.ndim == 3 else resized[0]

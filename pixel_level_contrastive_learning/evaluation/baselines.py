@@ -19,7 +19,7 @@ from ..backbones.checkpoint import (
     read_backbone,
 )
 from ..backbones.custom import draw_anew, is_module_handed
-from ..backbones.factory import build_backbone, zero_last_norms
+from ..backbones.factory import zero_last_norms
 from ..backbones.state_dict import load_weights
 from ..data.sources import Source
 from ..data.statistics import measure
@@ -161,7 +161,7 @@ def random_net(card: BackboneCard, seed: int) -> nn.Module:
     """The network of a card with random weights. No generator outside moves on."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        net = build_backbone(card.model, channels=card.channels, image_size=card.image_size)
+        net = card.build()
         return draw_anew(net) if is_module_handed() else net
 
 
@@ -178,10 +178,7 @@ def zero_init_builder(card: BackboneCard) -> Callable[[int], nn.Module]:
 
 def start_net(card: BackboneCard) -> nn.Module:
     """The network of a card with the weights that its training started from, not random ones."""
-    pretrained = card.start == "pretrained"
-    net = build_backbone(
-        card.model, channels=card.channels, image_size=card.image_size, pretrained=pretrained
-    )
+    net = card.build(pretrained=card.start == "pretrained")
     if card.start not in ("pretrained", AS_HANDED):
         load_weights(net, card.start)
     return net

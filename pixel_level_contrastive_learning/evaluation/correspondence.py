@@ -253,13 +253,8 @@ def some_images(
         found.append((name, fit(prepare.in_range(read, name))))
         if len(found) == count:
             break
-    form = prepare.statistics
     if not found:
-        raise ValueError(
-            f"none of {len(refused)} images can be used, the first because of {refused[0]}; give a "
-            "folder of images that open in a viewer and are as the network knows them: "
-            f"{form.channels} channels{', 8-bit' if form.low is None else ''}"
-        )
+        raise ValueError(none_left(refused, prepare))
     notes = left_out(refused)
     for note in notes:
         log.warning(note)
@@ -277,6 +272,16 @@ def left_out(refused: Sequence[str]) -> list[str]:
     more = len(refused) - SHOWN
     rest = [f"left out {more} more images"] if more > 0 else []
     return [*(f"left out {own}" for own in refused[:SHOWN]), *rest]
+
+
+def none_left(refused: Sequence[str], prepare: Preparation) -> str:
+    """The error message about images none of which can be used."""
+    form = prepare.statistics
+    return (
+        f"none of {len(refused)} images can be used, the first because of {refused[0]}; give a "
+        "folder of images that open in a viewer and are as the network knows them: "
+        f"{form.channels} channels{', 8-bit' if form.low is None else ''}"
+    )
 
 
 def figures_of(

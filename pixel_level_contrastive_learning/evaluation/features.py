@@ -17,8 +17,9 @@ from ..backbones.checkpoint import BackboneCard
 from ..backbones.factory import default_image_size
 from ..checks import raise_together, size_pair
 from ..data.statistics import Statistics, can_convert
-from ..modules.feature_info import FeatureInfo, default_maps, duplicate, unfreeze
+from ..modules.feature_info import FeatureInfo, duplicate, unfreeze
 from ..modules.hooks import FeatureHooks, as_map, first_weight
+from ..modules.layer import default_maps
 
 Size = tuple[int, int]
 FINEST_STRIDE = 3
@@ -209,7 +210,7 @@ class Preparation:
             ValueError: The size is none, or one that the network does not take.
         """
         raise_together(None if size is None else size_pair("size", size))
-        if default_image_size(card.model) is not None:
+        if default_image_size(card.model, card.config) is not None:
             if size not in (None, card.image_size):
                 h, w = card.image_size
                 raise ValueError(

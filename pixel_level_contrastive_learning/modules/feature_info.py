@@ -1,11 +1,11 @@
-"""Feature info: the layers of a backbone, what they give, and which serve as features."""
+"""Feature info: the layers of a backbone, found by running it, and which serve as features."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import islice
 from typing import Any
@@ -24,76 +24,17 @@ from .hooks import (
     first_weight,
     layout_of,
     plain_name,
+    tensor_in,
 )
-
-SAME_STRIDE = 1.5
-"""Strides within this factor are equal: borders make a map a cell larger or smaller."""
-ONE_BLOCK = 3.0
-"""A layer that multiplies the stride by more than this is a row of blocks, not one block."""
-
-
-@dataclass(eq=False)
-class Layer:
-    """A layer of a backbone as it ran."""
-
-    name: str  # in the backbone, such as layer4
-    module: nn.Module
-    output: object  # the same object for layers that give the very same tensor
-    layout: Layout | None  # None for an output that is no map, tokens or vector
-    stride: float  # pixels of the image a cell covers, along the longer way; 0 without a layout
-    input_stride: float  # of the map it was given, likewise
-    version: int  # of the output when the layer was done; later changes in place count it up
-    root: Any  # the last step of the gradient of what a hook reads
-    carries_gradient: bool
-    overwritten: bool = False  # whether a later layer changes the output, be it in training alone
-    is_default: bool = True  # neither the inside of a downsampling block nor class scores
-    is_scores: bool = False  # what a classifier gives for each class, as a vector or for each cell
-
-    @property
-    def type_name(self) -> str:
-        """The name of its class."""
-        return type(self.module).__name__
-
-    @property
-    def is_map(self) -> bool:
-        """Whether it has more than one cell, so that there is something to compare."""
-        return self.layout is not None and max(self.layout.grid) > 1
-
-    @property
-    def shape(self) -> str:
-        """The shape of its output, or the type where that is no tensor."""
-        output = self.output
-        return str(tuple(output.shape)) if isinstance(output, Tensor) else type(output).__name__
-
-    def __str__(self) -> str:
-        if self.layout is None or not self.is_map:
-            return f"{self.name} {self.shape}"
-        h, w = self.layout.grid
-        return f"{self.name} ({self.layout.channels} channels, {h}x{w} cells)"
-
-
-def default_maps(layers: Sequence[Layer]) -> list[Layer]:
-    """The maps that may be used unnamed; those that are no default only where there is no other."""
-    maps = [
-        layer
-        for layer in layers
-        if layer.is_map
-        and layer.layout is not None
-        and layer.layout.is_square
-        and not layer.type_name.startswith(("Dropout", "Softmax"))
-    ]
-    return [layer for layer in maps if layer.is_default] or maps
-
-
-def inside_downsampling(strides: Mapping[str, tuple[float, float]]) -> set[str]:
-    """The layers of a downsampling block before it gets coarser, by strides of input and output."""
-    return {
-        name
-        for name, (_, own) in strides.items()
-        for block in [name[:end] for end, letter in enumerate(name) if letter == "."]
-        for given, gives in [strides.get(block, (0.0, 0.0))]
-        if SAME_STRIDE * given < gives < ONE_BLOCK * given and own < SAME_STRIDE * given
-    }
+from .layer import (
+    SAME_STRIDE,
+    Layer,
+    default_maps,
+    inside_downsampling,
+    is_pooler,
+    narrows,
+    width,
+)
 
 
 class FeatureInfo:
@@ -136,6 +77,7 @@ class FeatureInfo:
                     used.extend(inputs)
                 elif inputs and next(module.parameters(), None) is None:
                     passed.append((inputs[0], output))
+                output = tensor_in(output)
                 tensor = output if isinstance(output, Tensor) else torch.empty(0)
                 _, given = layout_and_stride(inputs[0] if inputs else None)
                 gradient = tensor.grad_fn, tensor.requires_grad
@@ -155,17 +97,17 @@ class FeatureInfo:
             if getattr(layer, "inplace", False):
                 yield layer.register_forward_pre_hook(overwrites)
 
-        named = ((plain_name(name), layer) for name, layer in self.net.named_modules() if name)
-        handles = [handle for name, layer in named for handle in hooks(name, layer)]
+        handles = [
+            handle
+            for name, layer in self.net.named_modules()
+            if name and not isinstance(layer, torch.jit.ScriptModule)  # it takes no hooks
+            for handle in hooks(plain_name(name), layer)
+        ]
         try:
             with self.isolated():
                 self.net(self.images)
         except Exception as error:
-            raise ValueError(
-                f"{self.net_type} cannot take images of shape {tuple(self.images.shape)}: {error}; "
-                "give PixelCL the image_size and channels that the network is built for, or build "
-                "the network for these"
-            ) from error
+            raise refusal(self.net_type, self.images, error) from error
         finally:
             for handle in handles:
                 handle.remove()
@@ -176,6 +118,8 @@ class FeatureInfo:
         classes = getattr(self.net, "num_classes", None) or -1  # timm, torchvision
         scores = {id(own.output) for own in layers.values() if width(own.module) == classes}
         scores -= used_ids
+        poolers = tuple(f"{name}." for name, own in layers.items() if is_pooler(own.module))
+        scores |= {id(own.output) for name, own in layers.items() if f"{name}.".startswith(poolers)}
         for given, gave in passed:
             scores |= {id(gave)} if id(given) in scores else set()
         for name, layer in layers.items():
@@ -319,12 +263,13 @@ class FeatureInfo:
         """The pooled vector, which follows the last map; the pixel layer where there is none."""
         maps = [i for i, layer in enumerate(self.layers) if layer.is_map and not layer.is_scores]
         last_map = max(maps, default=-1)
-        answer = self.layers[-1].output  # is no feature, and dropout zeroes a share of them
+        # The answer is no feature, unless the network ends there; dropout zeroes a share of it.
+        answer = self.layers[-1].output
         vectors = [
             layer
             for layer in self.layers[last_map + 1 :]
             if layer.layout is not None
-            and layer.output is not answer
+            and (layer.output is not answer or re.search("Pool|Norm", layer.type_name))
             and not layer.is_scores
             and not layer.type_name.startswith("Dropout")
         ]
@@ -367,18 +312,33 @@ class FeatureInfo:
         return [name for name, parameter in parameters.items() if id(parameter) not in reached]
 
 
-def narrows(layer: nn.Module) -> bool:
-    """Whether a layer is a convolution to fewer channels: class scores, where no weights follow."""
-    return isinstance(layer, nn.Conv2d) and layer.out_channels < layer.in_channels
+def refusal(net_type: str, images: Tensor, error: Exception) -> ValueError:
+    """The error for images that a network cannot take."""
+    advice = (
+        "give larger images (image_size)"
+        if is_too_small(error)
+        else "give PixelCL the image_size and channels that the network is built for, or build the "
+        "network for these"
+    )
+    return ValueError(
+        f"{net_type} cannot take images of shape {tuple(images.shape)}: {error}; {advice}"
+    )
 
 
-def width(layer: nn.Module) -> object:
-    """How many channels a convolution or a linear layer gives; None for others."""
-    return getattr(layer, "out_features", getattr(layer, "out_channels", None))
+def is_too_small(error: Exception) -> bool:
+    """Whether a convolution or a pool of torch found no room in its map."""
+    return (
+        re.search(r"Kernel size can't be greater|Output size is too small", str(error)) is not None
+    )
 
 
 def duplicate(net: nn.Module) -> nn.Module:
     """A copy of a network, or an error that tells how to make it one that can be copied."""
+    if isinstance(net, torch.jit.ScriptModule):
+        raise ValueError(
+            f"{net.original_name} is a TorchScript network, whose layers cannot be read; build the "
+            "network in Python and load its weights: net.load_state_dict(scripted.state_dict())"
+        )
     try:
         return copy.deepcopy(net)
     except Exception as error:

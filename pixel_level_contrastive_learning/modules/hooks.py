@@ -25,7 +25,7 @@ WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
 class Layout(NamedTuple):
     """How the output of a layer is laid out."""
 
-    axes: str  # "b c h w", "b h w c", "b n c" (tokens) or "b c" (a vector)
+    axes: str  # "b c h w", "b h w c", "b n c" (tokens), "b c" or, with n = 1, "b c n" (a vector)
     channels: int
     grid: tuple[int, int]  # cells (h, w); (1, 1) for a vector
     prefix: int = 0  # tokens before the first patch token
@@ -47,8 +47,8 @@ def layout_of(output: object, size: tuple[int, int], batch: int) -> Layout | Non
         return None
     if output.ndim not in (2, 3, 4) or output.shape[0] != batch or 0 in output.shape:
         return None
-    if output.ndim == 2:
-        return Layout("b c", output.shape[1], (1, 1))
+    if output.ndim == 2 or (output.ndim == 3 and output.shape[2] == 1):  # of a pool over tokens
+        return Layout("b c" if output.ndim == 2 else "b c n", output.shape[1], (1, 1))
     if output.ndim == 3:
         _, tokens, channels = output.shape
         layouts = [
@@ -62,6 +62,13 @@ def layout_of(output: object, size: tuple[int, int], batch: int) -> Layout | Non
     maps = ("b c h w", first, (second, third)), ("b h w c", third, (first, second))
     layouts = [Layout(*parts, distortion=distortion(parts[2], size)) for parts in maps]
     return min(layouts, key=lambda layout: layout.distortion)
+
+
+def tensor_in(output: object) -> object:
+    """The tensor of a layer that gives several values: the first, or the last hidden state."""
+    if isinstance(output, (tuple, list)) and output:
+        return output[0]
+    return getattr(output, "last_hidden_state", output)  # of transformers
 
 
 def token_grid(tokens: int, size: tuple[int, int]) -> tuple[int, int]:
@@ -146,9 +153,11 @@ class Keeper:
         self.outputs = outputs
         self.hook = hook
 
-    def __call__(self, module: nn.Module, inputs: object, output: Any) -> None:  # noqa: ARG002
-        copied = isinstance(output, Tensor) and self.hook.overwritten
-        self.outputs[self.hook.name] = output.clone() if copied else output
+    def __call__(self, module: nn.Module, inputs: object, output: object) -> None:  # noqa: ARG002
+        output = tensor_in(output)
+        if isinstance(output, Tensor) and self.hook.overwritten:
+            output = output.clone()
+        self.outputs[self.hook.name] = output
 
 
 def guard_hooks() -> None:

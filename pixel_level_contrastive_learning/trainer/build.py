@@ -21,9 +21,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import run_layout
-from ..backbones.checkpoint import AS_HANDED, ZERO_INIT, BackboneCard
+from ..backbones.checkpoint import AS_HANDED, ZERO_INIT, BackboneCard, card_in
 from ..backbones.custom import is_module_handed
 from ..backbones.factory import build_backbone, zero_last_norms
+from ..backbones.hub import hub_config, on_hub
 from ..backbones.state_dict import load_weights
 from ..data.loader import TwoViewLoader, build_loader
 from ..data.sources import Source, open_source, split_held_out
@@ -108,12 +109,26 @@ def build_net(
         ValueError: An unknown model, or weights that do not fit.
     """
     pretrained = load and config.weights == PRETRAINED
-    net = build_backbone(config.model, channels=channels, image_size=size, pretrained=pretrained)
+    net = build_backbone(
+        config.model,
+        channels=channels,
+        image_size=size,
+        pretrained=pretrained,
+        config=network_config(config),
+    )
     if load and config.weights is None and config.zero_init_residual:
         zero_last_norms(net)
     elif load and config.weights not in (None, PRETRAINED):
         LOG.info("weights from %s:\n%s", config.weights, load_weights(net, config.weights))
     return net
+
+
+def network_config(config: PretrainConfig) -> dict[str, Any] | None:
+    """What describes a network on the Hub; a resumed run has it. None for other networks."""
+    if not on_hub(config.model):
+        return None
+    card = card_in(Path(config.out)) if config.resume and config.out else None
+    return hub_config(config.model) if card is None else card.config
 
 
 def build_learner(
@@ -182,6 +197,7 @@ def build_card(plan: RunPlan, statistics: Statistics) -> BackboneCard:
         instance_layer=settings.instance_layer,
         start=start_weights(settings.weights) or random,
         seed=plan.seed,
+        config=network_config(settings),
     )
 
 

@@ -118,10 +118,11 @@ class PretrainConfig:
     """Value that stands where nothing was measured, such as -9999, beside NaN and GDAL's tag."""
 
     model: str = "torchvision/resnet50"
-    """Backbone: torchvision/NAME, timm/NAME, or a function of yours, path/to/file.py:function."""
+    """Backbone: torchvision/NAME, timm/NAME, hf://OWNER/NAME for a repository of pixelcl, timm or
+    transformers on the Hugging Face Hub, or a function of yours, path/to/file.py:function."""
     weights: str | None = None
-    """Initial weights: a file, a run's folder, or `pretrained` for those of torchvision or timm.
-    Random if not given."""
+    """Initial weights: a file, a run's folder, hf://OWNER/NAME or hf://OWNER/NAME/FILE on the Hub,
+    or `pretrained` for those of the model's library or repository. Random if not given."""
     channels: int | Auto = "auto"
     """Channels of the images.
     auto: found from the images."""

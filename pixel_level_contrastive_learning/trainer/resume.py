@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from .. import run_layout
-from ..backbones.checkpoint import save_card
+from ..backbones.checkpoint import begin_card
 from ..backbones.state_dict import check_code, tensors_of
 from ..files import write_whole
 from ..pixel_cl import PixelCL
@@ -58,7 +58,7 @@ def find_resume_point(setup: Setup, run_dir: RunDir) -> dict[str, Any] | None:
         build.save_statistics(setup.data, run_dir.path)
         # Now, not at the end: with it the checkpoints can be evaluated while the run goes on.
         card = build.build_card(plan, setup.data.statistics)
-        save_card(run_dir.path / run_layout.WEIGHTS, card)
+        begin_card(run_dir.path / run_layout.WEIGHTS, setup.learner.net, card, found is not None)
     return None if found is None else found[1] | {"steps_done": step}
 
 

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from .. import run_layout
 from ..backbones.checkpoint import load_backbone, save_backbone
 from ..backbones.custom import handing_over
-from ..backbones.factory import build_backbone
 from ..data.dataset import TwoViewBatch
 from ..data.loader import TwoViewLoader
 from . import build
@@ -321,11 +320,11 @@ def build_step(setup: Setup, resumed: Mapping[str, Any] | None, stop: StopSignal
 
 def export_backbone(setup: Setup, run_dir: RunDir, weights: Mapping[str, Tensor]) -> nn.Module:
     """Write the backbone of a checkpoint's weights, and load it as its users will."""
-    plan, statistics = setup.plan, setup.data.statistics
-    net = build_backbone(plan.model, channels=statistics.channels, image_size=plan.view_size)
+    card = build.build_card(setup.plan, setup.data.statistics)
+    net = card.build()
     own = {n.removeprefix(BACKBONE): t for n, t in weights.items() if n.startswith(BACKBONE)}
     net.load_state_dict(own)
     path = run_dir.path / run_layout.WEIGHTS
-    save_backbone(path, net, build.build_card(plan, statistics))
+    save_backbone(path, net, card)
     LOG.info("the backbone is in %s", path)
     return load_backbone(run_dir.path)

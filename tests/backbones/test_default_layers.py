@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from transformers import AutoConfig, AutoModel
 
 from pixel_level_contrastive_learning.backbones.factory import build_backbone, default_layers
 from pixel_level_contrastive_learning.modules.feature_info import FeatureInfo
@@ -29,7 +30,7 @@ timm/poolformer_s12 stages head.global_pool
 timm/pvt_v2_b0 stages stages
 timm/coat_lite_tiny norm4 norm4
 timm/convit_tiny norm norm
-timm/pit_ti_distilled_224 transformers.2.blocks norm
+timm/pit_ti_distilled_224 transformers norm
 timm/visformer_tiny norm global_pool
 timm/edgenext_xx_small norm_pre head.global_pool
 timm/fastvit_t8 final_conv head.global_pool
@@ -71,6 +72,60 @@ def test_what_feeds_the_head_is_read(line) -> None:
     size = (int(side[0]) if side else 128,) * 2
     net = build_backbone(model, image_size=size)
     assert default_layers(net, 3, size) == (pixel, instance)
+
+
+TOKENS = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2} | {
+    "intermediate_size": 64,
+    "image_size": 112,
+    "patch_size": 16,
+}
+STAGES = {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1]}
+WINDOWS = {"embed_dim": 8, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2], "image_size": 128}
+PYRAMID = STAGES | {"num_attention_heads": [1, 1, 2, 2], "image_size": 128}
+# Networks of transformers, made small: pixel layer, instance layer, what builds them.
+TRANSFORMERS = {
+    "resnet": ("encoder", "pooler", STAGES | {"embedding_size": 8}),
+    "regnet": ("encoder", "pooler", STAGES | {"embedding_size": 8, "groups_width": 8}),
+    "bit": ("norm", "pooler", STAGES | {"embedding_size": 8, "num_groups": 4}),
+    "convnext": ("encoder", "layernorm", STAGES),
+    "convnextv2": ("encoder", "layernorm", STAGES),
+    "dinov3_convnext": ("layer_norm", "layer_norm", STAGES),
+    "poolformer": ("encoder", "encoder", STAGES),
+    "focalnet": ("layernorm", "pooler", STAGES | {"embed_dim": 8, "image_size": 128}),
+    "efficientnet": ("encoder", "pooler", {"width_coefficient": 0.25, "hidden_dim": 320}),
+    "mobilenet_v1": ("layer.25", "pooler", {"depth_multiplier": 0.25}),
+    "mobilenet_v2": ("conv_1x1", "pooler", {"depth_multiplier": 0.35}),
+    "mobilevit": ("conv_1x1_exp", "conv_1x1_exp", {"hidden_sizes": [16, 16, 16]}),
+    "pvt": ("encoder", "encoder", PYRAMID),
+    "pvt_v2": ("encoder", "encoder", PYRAMID),
+    "segformer": ("stages.3", "stages.3", PYRAMID),
+    "glpn": ("encoder", "encoder", PYRAMID),
+    "swin": ("layernorm", "pooler", WINDOWS | {"window_size": 4}),
+    "swinv2": ("layernorm", "pooler", WINDOWS | {"window_size": 4}),
+    "hiera": ("encoder", "pooler", WINDOWS | {"image_size": [128, 128]}),
+    "vit": ("layernorm", "layernorm", TOKENS),
+    "vit_msn": ("layernorm", "layernorm", TOKENS),
+    "deit": ("layernorm", "layernorm", TOKENS),
+    "beit": ("layernorm", "pooler", TOKENS),
+    "data2vec-vision": ("layernorm", "layernorm", TOKENS),
+    "ijepa": ("layernorm", "layernorm", TOKENS),
+    "dinov2": ("layernorm", "layernorm", TOKENS | {"patch_size": 14}),
+    "dinov2_with_registers": ("layernorm", "layernorm", TOKENS),
+    "dinov3_vit": ("norm", "norm", TOKENS),
+    "clip_vision_model": ("encoder", "post_layernorm", TOKENS),
+    "siglip_vision_model": ("post_layernorm", "head", TOKENS),
+    "vitdet": ("encoder", "encoder", TOKENS | {"pretrain_image_size": 112}),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", TRANSFORMERS)
+def test_what_transformers_calls_the_last_hidden_state_is_read(family) -> None:
+    """The pooled vector, too, but of no pooler with a dense layer: few checkpoints have one."""
+    pixel, instance, settings = TRANSFORMERS[family]
+    net = AutoModel.from_config(AutoConfig.for_model(family, **settings))
+    side = 112 if settings.get("image_size") == 112 else 128
+    assert default_layers(net, 3, (side, side)) == (pixel, instance)
 
 
 class TwoHeads(nn.Module):

@@ -333,7 +333,7 @@ def test_formats_that_do_not_know_the_model_are_refused(tmp_path) -> None:
         export(tmp_path, "torchvision")
     assert str(error.value) == (
         "format is 'torchvision', which has no timm/test_vit; for this model: timm, safetensors, "
-        "state-dict"
+        "state-dict, onnx"
     )
     with pytest.raises(ValueError, match=r"it must be one of 'torchvision', .* \(perhaps 'timm'\)"):
         export(tmp_path, "tim")

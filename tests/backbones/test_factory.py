@@ -61,8 +61,8 @@ def test_a_network_is_what_its_library_builds(model, plain) -> None:
         ),
         (
             "nets/mine.py",
-            "model is 'nets/mine.py'; it has no library: give torchvision/NAME, timm/NAME or "
-            "path/to/file.py:function",
+            "model is 'nets/mine.py'; it has no library: give torchvision/NAME, timm/NAME, "
+            "hf://OWNER/NAME or path/to/file.py:function",
         ),
         ("torchvision/zzz", "torchvision has no such network: give torchvision/NAME"),
         ("torchvision/fcn_resnet50", "torchvision has no such network"),

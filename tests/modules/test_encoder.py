@@ -169,9 +169,9 @@ def flatten_body(net: Backbone) -> None:
     net.body = nn.Flatten()
 
 
-def pair_body(net: Backbone) -> None:
-    net.body.register_forward_hook(lambda *_: (torch.zeros(1), torch.zeros(1)))
-    net.run = lambda body, x: body(x)[0]
+def name_body(net: Backbone) -> None:
+    net.body.register_forward_hook(lambda *_: {"x": torch.zeros(1)})
+    net.run = lambda body, x: body(x)["x"]
 
 
 def freeze(net: Backbone) -> None:
@@ -188,7 +188,7 @@ def checkpoint_body(net: Backbone) -> None:
         (stop_body, ["did not run", "every time"]),
         (widen_body, ["(2, 16, 4, 6)", "c = 8", "new learner"]),
         (flatten_body, ["(2, 192)", "'b c h w'", "new learner"]),
-        (pair_body, ["tuple", "new learner"]),
+        (name_body, ["dict", "new learner"]),
         (freeze, ["without gradient", "frozen", "unfreeze"]),
         (checkpoint_body, ["without gradient", "re-entrant", "use_reentrant=False"]),
     ],

@@ -11,16 +11,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision import models
 
-from pixel_level_contrastive_learning.modules.feature_info import (
-    FeatureInfo,
-    default_maps,
-    inside_downsampling,
-)
-from pixel_level_contrastive_learning.modules.hooks import (
-    FeatureHooks,
-    Layout,
-    first_weight,
-)
+from pixel_level_contrastive_learning import PixelCL
+from pixel_level_contrastive_learning.modules.feature_info import FeatureInfo
+from pixel_level_contrastive_learning.modules.hooks import FeatureHooks, Layout, first_weight
+from pixel_level_contrastive_learning.modules.layer import default_maps, inside_downsampling
 
 # The layers that are taken where none is named.
 
@@ -237,12 +231,12 @@ def checkpointed(own: nn.Module, x: Tensor) -> Tensor:
     [
         (
             Calls(
-                lambda own, x: own.end(own.pair(x)[0]),
-                pair=Calls(lambda _, x: (x, x)),
+                lambda own, x: own.end(own.named(x)["x"]),
+                named=Calls(lambda _, x: {"x": x}),
                 end=STEM,
             ),
-            "pair",
-            ["'pair'", "tuple", "end (8 channels, 8x8 cells)"],
+            "named",
+            ["'named'", "dict", "end (8 channels, 8x8 cells)"],
         ),
         (
             Calls(lambda own, x: own.end(x), spare=nn.Conv2d(3, 8, 1), end=STEM),
@@ -265,7 +259,7 @@ def checkpointed(own: nn.Module, x: Tensor) -> Tensor:
             ["'end'", "frozen", "unfreeze"],
         ),
     ],
-    ids=["tuple", "never run", "re-entrant checkpoint", "frozen"],
+    ids=["dict", "never run", "re-entrant checkpoint", "frozen"],
 )
 @pytest.mark.parametrize("pixel", [True, False], ids=["pixel", "instance"])
 def test_layers_that_cannot_be_read_are_refused(net, layer, texts, pixel) -> None:
@@ -276,6 +270,31 @@ def test_layers_that_cannot_be_read_are_refused(net, layer, texts, pixel) -> Non
 def test_a_network_that_refuses_the_images_is_reported(channels) -> None:
     with pytest.raises(ValueError, match=rf"(?s)(?=.*{channels}, 64, 64)(?=.*image_size)"):
         FeatureInfo(SmallNet(), channels, (64, 64))
+
+
+def test_images_too_small_for_a_network_are_refused_with_what_would_do() -> None:
+    """Below 75 pixels for the body of Inception, below 139 for its auxiliary head."""
+    net = models.inception_v3(weights=None, init_weights=False)
+    with pytest.raises(
+        ValueError, match=r"Inception3 cannot .* \(2, 3, 74, 74\): .*; give larger im"
+    ):
+        FeatureInfo(net, 3, (74, 74))
+    learner = PixelCL(net, 96, projection_size=8, projection_hidden_size=8)
+    with pytest.raises(
+        ValueError, match=r"Inception3 cannot .* \(2, 3, 96, 96\): .*; give larger im"
+    ):
+        learner(torch.rand(2, 3, 96, 96))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated:FutureWarning")
+def test_torchscript_is_refused_and_passed_over_inside_a_network() -> None:
+    scripted = torch.jit.script(chain(stem=nn.Conv2d(3, 8, 8, 8)))
+    with pytest.raises(
+        ValueError, match=r"Sequential is a TorchScript network, .*scripted\.state_"
+    ):
+        FeatureInfo(scripted, 3, (64, 64))
+    net = chain(scripted=scripted, after=nn.Conv2d(8, 8, 1))
+    assert [layer.name for layer in FeatureInfo(net, 3, (64, 64)).layers] == ["after"]
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated:FutureWarning")

@@ -46,6 +46,31 @@ def test_a_layer_that_runs_twice_is_caught_the_second_time() -> None:
     assert caught(net, "add", torch.zeros(1)) == 2
 
 
+class Hidden(dict[str, Tensor]):
+    """As layers of transformers give it."""
+
+    last_hidden_state = property(lambda self: self["last_hidden_state"])
+
+
+@pytest.mark.parametrize(
+    "several",
+    [
+        lambda x: (x + 1, x),
+        lambda x: [x + 1, None],
+        lambda x: Hidden(pooled=x, last_hidden_state=x + 1),
+    ],
+    ids=["tuple", "list", "last hidden state"],
+)
+@pytest.mark.parametrize("overwritten", [True, False])
+def test_of_several_values_the_first_tensor_is_caught(several, overwritten) -> None:
+    net = chain(stem=nn.Conv2d(3, 8, 8, 8), several=Calls(lambda _, x: several(x)))
+    x = torch.rand(2, 3, 64, 64)
+    assert torch.equal(caught(net, "several", x, overwritten=overwritten), net.stem(x) + 1)
+    info = FeatureInfo(net, 3, (64, 64))
+    assert info.default_pixels() == ["several"]
+    assert info.hook("several", pixel=True).layout[:3] == ("b c h w", 8, (8, 8))
+
+
 def test_a_layer_that_does_not_run_is_not_caught() -> None:
     net = Calls(lambda own, x: own.used(x), used=nn.Identity(), spare=nn.Identity())
     assert caught(net, "spare", torch.zeros(1)) is None
@@ -127,6 +152,7 @@ def test_a_layer_that_was_taken_out_is_named() -> None:
         ((2, 29, 7), ("b n c", 7, (4, 6), 5)),
         ((2, 7), ("b c", 7, (1, 1), 0)),
         ((2, 7, 1, 1), ("b c h w", 7, (1, 1), 0)),
+        ((2, 24, 1), ("b c n", 24, (1, 1), 0)),
     ],
     ids=str,
 )

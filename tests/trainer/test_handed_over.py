@@ -90,6 +90,22 @@ def test_code_that_changed_since_the_run_is_refused_by_name(settings, labelled, 
             use()
 
 
+def test_code_that_computes_something_else_since_the_run_is_told(settings, images) -> None:
+    """As many weights, of the same names and shapes."""
+    model, now = Net(), Net()
+    now[2] = nn.Tanh()
+    run = pretrain(**settings(model=model)).run_dir
+    for use in (
+        lambda: load_backbone(run, model=now),
+        lambda: evaluate(run, images=images, model=now),
+        lambda: export(run, "safetensors", model=now),
+        lambda: pretrain(out=run, data=images, resume=True, steps=8, model=now),
+    ):
+        with pytest.warns(UserWarning, match="computes something else than when the run was made"):
+            use()
+    load_backbone(run, model=now)  # it went on with this code
+
+
 def test_random_weights_beside_a_network_are_not_its_own(tmp_path, settings, images) -> None:
     model = Net()
     with torch.no_grad():

@@ -1,0 +1,154 @@
+"""The Hugging Face Hub: files of a repository, named ``hf://OWNER/NAME[@REVISION][/FILE]``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+from ..checks import import_extra
+from ..run_layout import CARD
+
+HUB = "hf://"
+"""What the name of a repository begins with."""
+CONFIG = "config.json"
+"""What describes a network of timm or transformers in its repository."""
+SUFFIXES = ((".safetensors",), (".bin", ".ckpt", ".pt", ".pth"))
+"""Of files of weights: those of the first kind that a repository has are looked at."""
+
+
+class Repository(NamedTuple):
+    """A repository at a revision (None: its newest), and a file in it (None: the usual one)."""
+
+    repo: str
+    revision: str | None
+    file: str | None
+
+    def __str__(self) -> str:
+        return f"{HUB}{self.repo}{f'@{self.revision}' if self.revision else ''}"
+
+
+def on_hub(name: object) -> bool:
+    """Whether a name is that of a repository on the Hub."""
+    return str(name).startswith(HUB)
+
+
+def place_of(name: str) -> Repository:
+    """The repository and the file that a name leads to."""
+    owner, _, rest = name.removeprefix(HUB).partition("/")
+    repo, _, file = rest.partition("/")
+    repo, _, revision = repo.partition("@")
+    if not owner or not repo:
+        raise ValueError(f"{name!r} is no repository; give {HUB}OWNER/NAME or {HUB}OWNER/NAME/FILE")
+    return Repository(f"{owner}/{repo}", revision or None, file or None)
+
+
+def hub_api() -> Any:
+    """The client of the Hub, which keeps what it downloads and knows who is logged in."""
+    return import_extra("huggingface_hub").HfApi()
+
+
+@contextmanager
+def explain_hub_errors(place: Repository) -> Iterator[None]:
+    """Say what to do where a repository cannot be reached."""
+    errors = import_extra("huggingface_hub.errors")
+    page = f"https://huggingface.co/{place.repo}"
+    try:
+        yield
+    except errors.GatedRepoError as error:
+        raise ValueError(
+            f"{place} is for those who agreed to its terms: agree on {page}, then log in with "
+            "`hf auth login` or set HF_TOKEN"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise ValueError(
+            f"there is no repository {place.repo} on the Hub, or it is private; check the name on "
+            f"{page}, and for a private one log in with `hf auth login` or set HF_TOKEN"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise ValueError(f"there is no {place}; for the revisions see {page}/commits") from error
+    except errors.HFValidationError as error:
+        raise ValueError(f"{place} cannot be the name of a repository: {error}") from error
+    except (errors.HTTPError, OSError) as error:
+        raise ConnectionError(
+            f"{place} could not be reached and is not in the cache: {error}; check the connection "
+            "and HF_HUB_OFFLINE, or get the files on another machine and give their path"
+        ) from error
+
+
+def files_of(place: Repository) -> list[str]:
+    """The files of a repository; without a connection those that were downloaded before."""
+    errors, api = import_extra("huggingface_hub.errors"), hub_api()
+    with explain_hub_errors(place):
+        try:
+            return list(api.list_repo_files(place.repo, revision=place.revision))
+        except (errors.OfflineModeIsEnabled, errors.HTTPError) as error:
+            if isinstance(error, errors.HfHubHTTPError):  # the Hub did answer
+                raise
+            kept = {"revision": place.revision, "local_files_only": True}
+            folder = Path(api.snapshot_download(place.repo, **kept))
+            return [str(f.relative_to(folder)) for f in sorted(folder.rglob("*")) if f.is_file()]
+
+
+def fetch(place: Repository, file: str) -> Path:
+    """A file of a repository in the cache, where it is downloaded to once."""
+    with explain_hub_errors(place):
+        return Path(hub_api().hf_hub_download(place.repo, file, revision=place.revision))
+
+
+def fetch_weights(name: str) -> Path:
+    """The file of weights that a name leads to; the card beside it is fetched, too.
+
+    Raises:
+        ValueError: No such repository or file, no weights, or several and none is named.
+        ConnectionError: The Hub cannot be reached, and the file is not in the cache.
+    """
+    place = place_of(name)
+    files = files_of(place)
+    file = place.file or only_weights(place, files)
+    if file not in files:
+        raise ValueError(f"{place} has no file {file}; it has {', '.join(files) or 'no files'}")
+    card = str(PurePosixPath(file).with_suffix(".json"))
+    if card in files:
+        fetch(place, card)
+    return fetch(place, file)
+
+
+def only_weights(place: Repository, files: list[str]) -> str:
+    """The one file of weights of a repository: safetensors, or else of torch."""
+    kinds = ([file for file in files if file.endswith(suffixes)] for suffixes in SUFFIXES)
+    found: list[str] = next(filter(None, kinds), [])
+    if len(found) == 1:
+        return found[0]
+    what = f"has several files of weights: {', '.join(found)}" if found else "has no weights"
+    raise ValueError(f"{place} {what}; name a file: {place}/{found[0] if found else 'FILE'}")
+
+
+@lru_cache(maxsize=16)
+def hub_config(name: str) -> dict[str, Any]:
+    """What describes the network of a repository: our card, or timm's or transformers' settings.
+
+    Raises:
+        ValueError: No such repository, or nothing of these in it.
+        ConnectionError: The Hub cannot be reached, and the file is not in the cache.
+    """
+    place = place_of(name)
+    files = files_of(place)
+    for file, keys in ((CARD, {"model"}), (CONFIG, {"architecture", "model_type"})):
+        if file in files:
+            held = json.loads(fetch(place, file).read_text(encoding="utf-8"))
+            if isinstance(held, dict) and keys & held.keys():
+                return held
+    raise ValueError(
+        f"{place} describes no network: it has neither a {CARD} of `pixelcl export --push` nor a "
+        f"{CONFIG} of timm or transformers; build the network by --model and give its weights as "
+        f"--weights {place}"
+    )
+
+
+def is_card(config: dict[str, Any]) -> bool:
+    """Whether what describes a network is a card of ours."""
+    return "model" in config

@@ -1,0 +1,192 @@
+"""Push: a run's backbone to the Hugging Face Hub, with a page that says what it is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from safetensors.torch import save
+
+from .. import run_layout
+from ..checks import import_extra
+from .checkpoint import BackboneCard, clean_state_dict, read_backbone
+from .custom import Model, custom_file, handing_over
+from .export import how_to, named_in
+from .factory import parse_model_name
+from .hub import HUB, Repository, hub_api, on_hub, place_of
+from .state_dict import find_weights, run_folder
+
+PAGE = "README.md"
+"""The page of a repository."""
+SHOWN = ("loss", "epochs", "steps", "batch_size", "optimizer", "lr", "crop_area", "seed")
+"""Settings that the page shows, those without paths."""
+
+
+class Pushed(NamedTuple):
+    """What was uploaded, or in a dry run would be: the files of a repository by name."""
+
+    repository: str
+    files: Mapping[str, bytes]
+    dry_run: bool
+
+    def __str__(self) -> str:
+        verb = "would upload" if self.dry_run else "uploaded"
+        sizes = [f"  {name}  {len(own):,} bytes" for name, own in self.files.items()]
+        page = self.files[PAGE].decode()
+        return "\n".join([f"{verb} to {self.repository}:", *sizes, "", page.rstrip()])
+
+
+def push(
+    run: str | Path,
+    repository: str,
+    *,
+    private: bool = False,
+    licence: str | None = None,
+    dry_run: bool = False,
+    model: Model | None = None,
+) -> Pushed:
+    """Upload a run's backbone, its card and a page written from the run; ``hf://`` reads it back.
+
+    Paths on this machine are left out of what is uploaded.
+
+    Args:
+        run: A run directory, or a file with its card.
+        repository: ``OWNER/NAME``, made if there is none; files of these names are replaced.
+        private: Whether a new repository is private.
+        licence: Of the weights, as the Hub names it, such as ``mit`` or ``cc-by-4.0``.
+        dry_run: Upload nothing, and give what would be.
+        model: As for `load_backbone`.
+
+    Raises:
+        ValueError: No backbone, one that lacks weights of its model, no such owner, or no right to
+            write there.
+        ConnectionError: The Hub cannot be reached.
+    """
+    place = place_of(HUB + repository.removeprefix(HUB))
+    source = find_weights(run)
+    with handing_over(model):
+        net, card, report = read_backbone(source)
+        if report is not None and not report.complete:
+            raise ValueError(f"{source} does not have all weights of its model:\n{report}")
+        card = without_paths(replace(card, **named_in(card, net, "safetensors")))
+        code = parse_model_name(card.model)[0] == "custom"
+        loading = "" if code else how_to("safetensors", net, card, Path(run_layout.WEIGHTS))
+    page = written_page(card, run_folder(source), place, licence, loading)
+    files = {
+        run_layout.WEIGHTS: save(clean_state_dict(net), metadata={"format": "pt"}),
+        run_layout.CARD: card.to_json().encode(),
+        PAGE: page.encode(),
+    }
+    if not dry_run:
+        with explain_refusals(place):
+            api = hub_api()
+            add = import_extra("huggingface_hub").CommitOperationAdd
+            operations = [
+                add(path_in_repo=name, path_or_fileobj=own) for name, own in files.items()
+            ]
+            api.create_repo(place.repo, private=private, exist_ok=True)
+            api.create_commit(place.repo, operations, commit_message="Upload a backbone")
+    return Pushed(str(place), files, dry_run)
+
+
+def without_paths(card: BackboneCard) -> BackboneCard:
+    """The card without folders of this machine."""
+    model, start = card.model, card.start
+    if (file := custom_file(model)) is not None:
+        model = f"{file.name}:{model.rpartition(':')[2]}"
+    return replace(card, model=model, start=start if on_hub(start) else Path(start).name)
+
+
+@contextmanager
+def explain_refusals(place: Repository) -> Iterator[None]:
+    """Say what to do where a repository cannot be written."""
+    errors = import_extra("huggingface_hub.errors")
+    try:
+        yield
+    except errors.HFValidationError as error:
+        raise ValueError(f"{place} cannot be the name of a repository: {error}") from error
+    except (errors.HfHubHTTPError, errors.LocalTokenNotFoundError) as error:
+        raise ValueError(
+            f"{place} could not be written: {error}; log in with `hf auth login`, or set HF_TOKEN "
+            "to a token that may write there"
+        ) from error
+    except (errors.HTTPError, OSError) as error:
+        raise ConnectionError(
+            f"{place} could not be reached: {error}; check the connection and HF_HUB_OFFLINE, and "
+            "push again"
+        ) from error
+
+
+def written_page(
+    card: BackboneCard, folder: Path, place: Repository, licence: str | None, loading: str
+) -> str:
+    """The page of a repository, from what the run's folder holds."""
+    library = parse_model_name(card.model)[0]
+    facts = {
+        "library_name": library if library == "timm" else "pixel-level-contrastive-learning",
+        "pipeline_tag": "image-feature-extraction",
+        "tags": ["pixel-level-contrastive-learning", "self-supervised-learning", "pixpro"],
+    } | ({} if licence is None else {"license": licence})
+    settings = held(folder / run_layout.CONFIG)
+    data = held(folder / run_layout.STATISTICS)
+    images = f" on {data['images']} images" if "images" in data else ""
+    size = "x".join(map(str, card.image_size))
+    rows = {
+        "network": f"`{card.model}`",
+        "started from": card.start,
+        "channels": card.channels,
+        "views": f"{size} pixels",
+        "pixel layer": card.pixel_layer,
+        "instance layer": card.instance_layer,
+    } | {name: settings[name] for name in SHOWN if settings.get(name) is not None}
+    parts = [
+        f"---\n{yaml.safe_dump(facts, sort_keys=False)}---\n\n# {place.repo.partition('/')[2]}\n\n"
+        f"A backbone pretrained at pixel level, without labels,{images} by\n"
+        "`pixel-level-contrastive-learning` (PixPro, [arXiv:2011.10043]"
+        "(https://arxiv.org/abs/2011.10043)).\n",
+        "## Use\n\n```python\nfrom pixel_level_contrastive_learning import load_backbone\n\n"
+        f"net = load_backbone({str(place)!r}{', model=...' * (not loading)})\n```\n",
+        f"Without the package, `{run_layout.WEIGHTS}` downloaded:\n\n```python\n{loading}```\n"
+        if loading
+        else f"The network is built by code of its author, `{card.model}`.\n",
+        "## Training\n\n" + table(["setting", "value"], [[*row] for row in rows.items()]),
+        *(evaluated(folder / name) for name in (run_layout.EVALUATION, run_layout.CORRESPONDENCE)),
+        f"## Licence\n\nOf the weights: {licence or 'not stated by their owner'}. Where training "
+        "started from pretrained weights, theirs holds as well.\n",
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def held(path: Path) -> dict[str, Any]:
+    """The content of a JSON or YAML file of a run; nothing where there is none."""
+    return dict(yaml.safe_load(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+
+
+def evaluated(path: Path) -> str:
+    """What an evaluation found, as a table; nothing where there was none."""
+    if not path.is_file():
+        return ""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    figures = list(dict.fromkeys(name for row in found["rows"] for name in row["scores"]))
+    rows = [
+        [Path(row["name"]).name if Path(row["name"]).exists() else row["name"]]
+        + [in_digits(row["scores"].get(figure)) for figure in figures]
+        for row in found["rows"]
+    ]
+    return f"## {found['protocol']} on {Path(found['data']).name}\n\n" + table(["", *figures], rows)
+
+
+def in_digits(value: float | None) -> str:
+    """A figure of three digits."""
+    return "" if value is None else f"{value:.3f}"
+
+
+def table(head: list[str], rows: list[list[Any]]) -> str:
+    """A table in Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)

@@ -1,0 +1,96 @@
+"""A layer of a backbone as it ran: what it gave, and of what kind it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from .hooks import Layout
+
+SAME_STRIDE = 1.5
+"""Strides within this factor are equal: borders make a map a cell larger or smaller."""
+ONE_BLOCK = 3.0
+"""A layer that multiplies the stride by more than this is a row of blocks, not one block."""
+
+
+@dataclass(eq=False)
+class Layer:
+    """A layer of a backbone as it ran."""
+
+    name: str  # in the backbone, such as layer4
+    module: nn.Module
+    output: object  # the same object for layers that give the very same tensor
+    layout: Layout | None  # None for an output that is no map, tokens or vector
+    stride: float  # pixels of the image a cell covers, along the longer way; 0 without a layout
+    input_stride: float  # of the map it was given, likewise
+    version: int  # of the output when the layer was done; later changes in place count it up
+    root: Any  # the last step of the gradient of what a hook reads
+    carries_gradient: bool
+    overwritten: bool = False  # whether a later layer changes the output, be it in training alone
+    is_default: bool = True  # neither the inside of a downsampling block nor class scores
+    is_scores: bool = False  # what a classifier gives for each class or cell, or a BERT-like pooler
+
+    @property
+    def type_name(self) -> str:
+        """The name of its class."""
+        return type(self.module).__name__
+
+    @property
+    def is_map(self) -> bool:
+        """Whether it has more than one cell, so that there is something to compare."""
+        return self.layout is not None and max(self.layout.grid) > 1
+
+    @property
+    def shape(self) -> str:
+        """The shape of its output, or the type where that is no tensor."""
+        output = self.output
+        return str(tuple(output.shape)) if isinstance(output, Tensor) else type(output).__name__
+
+    def __str__(self) -> str:
+        if self.layout is None or not self.is_map:
+            return f"{self.name} {self.shape}"
+        h, w = self.layout.grid
+        return f"{self.name} ({self.layout.channels} channels, {h}x{w} cells)"
+
+
+def default_maps(layers: Sequence[Layer]) -> list[Layer]:
+    """The maps that may be used unnamed; those that are no default only where there is no other."""
+    maps = [
+        layer
+        for layer in layers
+        if layer.is_map
+        and layer.layout is not None
+        and layer.layout.is_square
+        and not layer.type_name.startswith(("Dropout", "Softmax"))
+    ]
+    return [layer for layer in maps if layer.is_default] or maps
+
+
+def inside_downsampling(strides: Mapping[str, tuple[float, float]]) -> set[str]:
+    """The layers of a downsampling block before it gets coarser, by strides of input and output."""
+    return {
+        name
+        for name, (_, own) in strides.items()
+        for block in [name[:end] for end, letter in enumerate(name) if letter == "."]
+        for given, gives in [strides.get(block, (0.0, 0.0))]
+        if SAME_STRIDE * given < gives < ONE_BLOCK * given and own < SAME_STRIDE * given
+    }
+
+
+def narrows(layer: nn.Module) -> bool:
+    """Whether a layer is a convolution to fewer channels: class scores, where no weights follow."""
+    return isinstance(layer, nn.Conv2d) and layer.out_channels < layer.in_channels
+
+
+def is_pooler(layer: nn.Module) -> bool:
+    """Whether a layer is a pooler as of BERT: dense, behind no feature, and in few checkpoints."""
+    dense = any(isinstance(own, nn.Linear) for own in layer.modules())
+    return dense and type(layer).__name__.endswith("Pooler")
+
+
+def width(layer: nn.Module) -> object:
+    """How many channels a convolution or a linear layer gives; None for others."""
+    return getattr(layer, "out_features", getattr(layer, "out_channels", None))
