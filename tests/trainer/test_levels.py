@@ -69,7 +69,7 @@ def test_a_dry_run_names_levels_and_grids(settings, caplog) -> None:
         one = pretrain(**settings(dry_run=True)).metrics
         two = pretrain(**settings(dry_run=True, pixel_levels=2)).metrics
     assert "pixel loss on 6 (8x8 cells), instance loss on 7" in caplog.text
-    assert "pixel loss on 6 (8x8 cells), 2 (16x16 cells), instance loss on 6" in caplog.text
+    assert "pixel loss on 6 (8x8 cells), 2 (16x16 cells), instance loss on 7" in caplog.text
     assert two["memory_mib"] > one["memory_mib"]
     assert two["positive_pairs"] == one["positive_pairs"]
 

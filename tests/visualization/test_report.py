@@ -173,7 +173,7 @@ def test_twelve_images_stay_under_ten_megabytes(run_maker, tmp_path) -> None:
     run = run_maker("twelve")
     card = json.loads((run / "backbone.json").read_text())
     # A stride of two on large views: maps that no page could carry as they are.
-    card |= {"pixel_layer": "0", "image_size": [160, 160]}
+    card |= {"pixel_layer": "0", "image_size": [160, 160], "fingerprint": None}
     (run / "backbone.json").write_text(json.dumps(card))
     images = make_images(tmp_path / "twelve", 12)
     page = visualize(run, images=images, out=tmp_path / "large.html")
