@@ -14,6 +14,7 @@ import torch
 from lightning.fabric import Fabric
 
 from .logging import LOG
+from .system import is_writer
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 ASK_EVERY = 10
@@ -99,8 +100,11 @@ class StopSignal:
     def exit_if_received(self) -> None:
         """Exit if a signal was received: with code 130 after SIGINT, 143 after SIGTERM.
 
+        Processes that do not write exit with 0: Lightning kills the one that writes, and may be
+        saving, a few seconds after any other code.
+
         Raises:
             Interrupted: One was.
         """
         if self.number is not None:
-            raise Interrupted(128 + self.number)
+            raise Interrupted(128 + self.number if is_writer() else 0)

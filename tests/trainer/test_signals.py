@@ -79,6 +79,14 @@ def test_the_second_signal_leaves_at_once(monkeypatch) -> None:
     assert left == [130]
 
 
+def test_only_the_process_that_writes_has_the_code_of_a_signal(monkeypatch) -> None:
+    stop = StopSignal()
+    stop.number = signal.SIGTERM
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(Interrupted, match=r"^0$"):
+        stop.exit_if_received()
+
+
 def test_forked_processes_leave_ctrl_c_to_their_parent(monkeypatch) -> None:
     left: list[int] = []
     monkeypatch.setattr(os, "_exit", left.append)
