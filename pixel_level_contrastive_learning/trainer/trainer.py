@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from inspect import Parameter, Signature
 from itertools import chain, repeat
 from pathlib import Path
@@ -70,7 +71,7 @@ def fit(
     loggers = build_loggers(plan.loggers, folder, step.step) if folder else []
     metrics = MetricsWriter(fabric, folder, plan.schedule, lambda: loader.waited, loggers)
     pictures, probe = build_validation(setup, run_dir, colours, metrics)
-    save = CheckpointSaver(step, run_dir, setup, metrics, pictures)
+    save = partial(save_checkpoint, step, run_dir, setup, metrics, pictures)
 
     with ending(loader), metrics.recording(step.step):
         with stop.resting():
@@ -152,33 +153,24 @@ def take(loader: TwoViewLoader, steps: int, stop: StopSignal) -> Iterator[TwoVie
         yield batch
 
 
-class CheckpointSaver:
-    """Saves a step's checkpoint, once; every process takes part, one writes."""
-
-    def __init__(
-        self,
-        step: TrainingStep,
-        run_dir: RunDir,
-        setup: Setup,
-        metrics: MetricsWriter,
-        pictures: FeaturePictures | None,
-    ) -> None:
-        self.step, self.run_dir, self.setup = step, run_dir, setup
-        self.metrics, self.pictures = metrics, pictures
-        self.saved_at = step.step
-
-    def __call__(self) -> None:
-        """Save now, unless this step is saved already or its metrics are not finite."""
-        if self.saved_at == self.step.step:
-            return
-        self.metrics.settle()
-        held = self.step.state_dict() | {
-            "statistics": asdict(self.setup.data.statistics),
-            "colours": self.pictures.colours if self.pictures else None,
-        }
-        if self.step.fabric.is_global_zero:
-            self.run_dir.save_checkpoint(held, self.step.step, self.setup.plan.keep_checkpoints)
-        self.saved_at = self.step.step
+def save_checkpoint(
+    step: TrainingStep,
+    run_dir: RunDir,
+    setup: Setup,
+    metrics: MetricsWriter,
+    pictures: FeaturePictures | None,
+) -> None:
+    """Save a step once, if its metrics are finite; every process takes part, one writes."""
+    if step.saved_at == step.step:
+        return
+    metrics.settle()
+    held = step.state_dict() | {
+        "statistics": asdict(setup.data.statistics),
+        "colours": pictures.colours if pictures else None,
+    }
+    if step.fabric.is_global_zero:
+        run_dir.save_checkpoint(held, step.step, setup.plan.keep_checkpoints)
+    step.saved_at = step.step
 
 
 def build_validation(

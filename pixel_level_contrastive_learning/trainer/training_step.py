@@ -70,6 +70,7 @@ class TrainingStep:
     Attributes:
         step: Steps done.
         samples: Images seen, over all processes.
+        saved_at: Step of the newest checkpoint.
         accumulate: Parts that a process takes its share of a batch in.
         parts_before: ``accumulate`` and images a process when the checkpoint was written.
     """
@@ -87,7 +88,7 @@ class TrainingStep:
         idle = set(learner.unreached_parameters())
         self.optimizer = build_optimizer(learner, plan, idle)
         self.optimizer_step = cast(Optimizer, fabric.setup_optimizers(self.optimizer)).step
-        self.step = self.samples = 0
+        self.step = self.samples = self.saved_at = 0
         self.accumulate = plan.accumulate or 1
         self.parts_before: tuple[int, ...] = ()
 
@@ -177,7 +178,8 @@ class TrainingStep:
         else:
             self.learner.load_state_dict(state)
             self.optimizer.load_state_dict(optimizer)
-        self.step, self.samples = held["steps_done"], int(held["samples"])
+        self.step = self.saved_at = held["steps_done"]
+        self.samples = int(held["samples"])
         self.parts_before = tuple(held["parts"])
 
 
