@@ -16,7 +16,7 @@ from small_cards import preparation, small_card
 
 from pixel_level_contrastive_learning.backbones.checkpoint import save_backbone
 from pixel_level_contrastive_learning.data.sources import open_source
-from pixel_level_contrastive_learning.evaluation import baselines, segmentation
+from pixel_level_contrastive_learning.evaluation import baselines, correspondence, segmentation
 from pixel_level_contrastive_learning.evaluation.baselines import random_net
 from pixel_level_contrastive_learning.evaluation.comparison import what_it_means
 from pixel_level_contrastive_learning.evaluation.correspondence import (
@@ -180,6 +180,20 @@ def test_bytes_of_names_that_are_no_text_lose_no_figure(run, labelled, tmp_path,
     found = evaluate(run, images=labelled / "images/val", out=tmp_path)
     assert Evaluation.from_json((tmp_path / "correspondence.json").read_text()) == found
     assert os.fsdecode(b"M\xfcnchen.png") in found.notes[0]
+
+
+def test_large_images_are_looked_at_at_twice_the_views(run, tmp_path, monkeypatch) -> None:
+    (tmp_path / "photos").mkdir()
+    Image.effect_noise((1600, 1200), 90).convert("RGB").save(tmp_path / "photos/a.png")
+    draw, seen = correspondence.draw_pairs, []
+
+    def noted(images, *given, **settings):
+        seen.append(images[0].shape)
+        return draw(images, *given, **settings)
+
+    monkeypatch.setattr(correspondence, "draw_pairs", noted)
+    evaluate(run, images=tmp_path / "photos")
+    assert set(seen) == {(3, 48, 64)}
 
 
 def test_random_weights_are_what_others_have_to_beat(model, labelled) -> None:
