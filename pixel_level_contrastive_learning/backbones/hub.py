@@ -53,7 +53,7 @@ def hub_api() -> Any:
 
 @contextmanager
 def explain_hub_errors(place: Repository) -> Iterator[None]:
-    """Say what to do where a repository cannot be reached."""
+    """Say what to do where a repository cannot be read or written."""
     errors = import_extra("huggingface_hub.errors")
     page = f"https://huggingface.co/{place.repo}"
     try:
@@ -72,10 +72,15 @@ def explain_hub_errors(place: Repository) -> Iterator[None]:
         raise ValueError(f"there is no {place}; for the revisions see {page}/commits") from error
     except errors.HFValidationError as error:
         raise ValueError(f"{place} cannot be the name of a repository: {error}") from error
+    except (errors.HfHubHTTPError, errors.LocalTokenNotFoundError) as error:
+        raise ValueError(
+            f"the Hub refuses {place}: {error}; log in with `hf auth login`, or set HF_TOKEN to a "
+            "token that may do this there"
+        ) from error
     except (errors.HTTPError, OSError) as error:
         raise ConnectionError(
-            f"{place} could not be reached and is not in the cache: {error}; check the connection "
-            "and HF_HUB_OFFLINE, or get the files on another machine and give their path"
+            f"{place} could not be reached: {error}; check the connection and HF_HUB_OFFLINE, or "
+            "to read it get the files on another machine and give their path"
         ) from error
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +17,7 @@ from .checkpoint import BackboneCard, clean_state_dict, read_backbone
 from .custom import Model, custom_file, handing_over
 from .export import how_to, named_in
 from .factory import parse_model_name
-from .hub import HUB, Repository, hub_api, on_hub, place_of
+from .hub import HUB, Repository, explain_hub_errors, hub_api, on_hub, place_of
 from .state_dict import find_weights, run_folder
 
 PAGE = "README.md"
@@ -83,7 +82,7 @@ def push(
         PAGE: page.encode(),
     }
     if not dry_run:
-        with explain_refusals(place):
+        with explain_hub_errors(place):
             api = hub_api()
             add = import_extra("huggingface_hub").CommitOperationAdd
             operations = [
@@ -100,26 +99,6 @@ def without_paths(card: BackboneCard) -> BackboneCard:
     if (file := custom_file(model)) is not None:
         model = f"{file.name}:{model.rpartition(':')[2]}"
     return replace(card, model=model, start=start if on_hub(start) else Path(start).name)
-
-
-@contextmanager
-def explain_refusals(place: Repository) -> Iterator[None]:
-    """Say what to do where a repository cannot be written."""
-    errors = import_extra("huggingface_hub.errors")
-    try:
-        yield
-    except errors.HFValidationError as error:
-        raise ValueError(f"{place} cannot be the name of a repository: {error}") from error
-    except (errors.HfHubHTTPError, errors.LocalTokenNotFoundError) as error:
-        raise ValueError(
-            f"{place} could not be written: {error}; log in with `hf auth login`, or set HF_TOKEN "
-            "to a token that may write there"
-        ) from error
-    except (errors.HTTPError, OSError) as error:
-        raise ConnectionError(
-            f"{place} could not be reached: {error}; check the connection and HF_HUB_OFFLINE, and "
-            "push again"
-        ) from error
 
 
 def written_page(

@@ -5,6 +5,7 @@ import timm.models
 import torch
 from torch import nn
 from torchvision import models
+from transformers import AutoConfig, AutoModel
 
 from pixel_level_contrastive_learning.backbones.stem import (
     adapt_channels,
@@ -20,6 +21,16 @@ STEMS = {
     "densenet121": "features.conv0",
     "shufflenet_v2_x0_5": "conv1.0",
     "vit_b_32": "conv_proj",
+}
+
+STAGES = {"hidden_sizes": [8, 16], "depths": [1, 1]}
+TOKENS = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 56}
+SMALL = {
+    "resnet": STAGES | {"embedding_size": 8},
+    "convnext": STAGES | {"num_stages": 2},
+    "vit": TOKENS | {"patch_size": 14},
+    "swin": {"embed_dim": 8, "depths": [1, 1], "num_heads": [1, 1], "window_size": 4},
+    "dinov2": TOKENS,
 }
 
 
@@ -103,3 +114,15 @@ def test_a_grouped_stem_and_senseless_channels_are_refused() -> None:
         adapt_channels(net, 3)
     with pytest.raises(ValueError, match=r"channels is 0; it must be a whole number of at least 1"):
         adapt_channels(net, 0)
+
+
+@pytest.mark.parametrize("family", ["resnet", "convnext", "vit", "swin", "dinov2"])
+def test_a_network_of_transformers_takes_the_channels_it_is_adapted_to(family) -> None:
+    """Its layers count them, too, and so does what is written of it."""
+    net = adapt_channels(AutoModel.from_config(AutoConfig.for_model(family, **SMALL[family])), 5)
+    assert net(torch.rand(1, 5, 56, 56)).last_hidden_state.isfinite().all()
+    assert net.config.num_channels == 5
+    again = AutoModel.from_config(net.config).state_dict()
+    assert {name: own.shape for name, own in again.items()} == {
+        name: own.shape for name, own in net.state_dict().items()
+    }
