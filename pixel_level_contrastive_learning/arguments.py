@@ -50,7 +50,7 @@ NUMBERS = {int: "a whole number", float: "a number"}
 HELP = ("-h", "--help", "--help-all")
 
 
-def in_order(command: Callable[..., object], words: Sequence[str]) -> list[str]:
+def positionals_first(command: Callable[..., object], words: Sequence[str]) -> list[str]:
     """The words of a command with the positional ones first.
 
     A flag of several values would take those behind it, too. It takes what can be a value of it.
@@ -179,7 +179,7 @@ def parse_config(arguments: Sequence[str], about: str = "") -> PretrainConfig:
     """
     if set(HELP) & set(arguments):
         print_help(about, whole="--help-all" in arguments)
-    arguments = in_order(PretrainConfig, arguments)
+    arguments = positionals_first(PretrainConfig, arguments)
     flags = base_flags(arguments)
     base = to_config(settings_of(flags))
     parsed = tyro.cli(

@@ -20,7 +20,7 @@ from typing import Literal
 import tyro
 
 from . import run_layout
-from .arguments import in_order, parse_config
+from .arguments import parse_config, positionals_first
 from .checks import Pages, not_installed, one_of, raise_together
 from .trainer.config import PretrainConfig
 
@@ -351,7 +351,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             known = {command.__name__: command for command in COMMANDS}
             if given and not given[0].startswith("-"):
                 raise_together(one_of("command", given[0], known))
-                given[1:] = in_order(known[given[0]], given[1:])
+                given[1:] = positionals_first(known[given[0]], given[1:])
             tyro.extras.subcommand_cli_from_dict(
                 known,
                 prog="pixelcl",

@@ -136,7 +136,7 @@ def test_flags_become_settings() -> None:
     ],
 )
 def test_flags_of_several_values_take_no_word_that_cannot_be_one(given, in_order) -> None:
-    assert arguments.in_order(cli.evaluate, given.split()) == in_order.split()
+    assert arguments.positionals_first(cli.evaluate, given.split()) == in_order.split()
 
 
 def test_words_before_data_are_settings_where_they_can_be() -> None:
@@ -146,7 +146,7 @@ def test_words_before_data_are_settings_where_they_can_be() -> None:
     assert (config.loggers, config.seed) == (("csv",), 3)
     assert cli.parse_config(["DATA", "--ppm-num-layers", "2"]).ppm_num_layers == 2
     layers = "--pixel-layer", "layer3", "layer2", "--config", "x"
-    assert arguments.in_order(PretrainConfig, layers) == [*layers]
+    assert arguments.positionals_first(PretrainConfig, layers) == [*layers]
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,7 @@ def open_image(content: Content, image: int | None = None) -> LazyImage:
         >>> image.size, image.channels, image.read().shape
         ((480, 640), 1, torch.Size([1, 480, 640]))
     """
-    with known_errors(content=checked(content)):
+    with known_errors(content=not_empty(content)):
         if isinstance(content, NamedArray):
             return open_named(content, image)
         if isinstance(content, str) or content.startswith(TIFF):
@@ -118,7 +118,7 @@ def stack_in(content: Content) -> Stack:
     Raises:
         ImageError: It cannot be read.
     """
-    with known_errors(content=checked(content)):
+    with known_errors(content=not_empty(content)):
         if isinstance(content, NamedArray):
             return content.stack
         if isinstance(content, str) or content.startswith(TIFF):
@@ -126,7 +126,7 @@ def stack_in(content: Content) -> Stack:
         return Stack(1) if content.startswith((NPY, *PNM_STARTS)) else frames_in(content)
 
 
-def checked(content: Content) -> Content:
+def not_empty(content: Content) -> Content:
     """A file that is not empty."""
     if not content:
         raise ImageError("the file is empty (0 bytes)")

@@ -41,7 +41,7 @@ def is_larger(path: str, side: int) -> bool:
         return True
     try:
         with known_errors(but=Image.DecompressionBombError):
-            if (named := named_in(path)) is not None:
+            if (named := from_reader(path)) is not None:
                 size = named.size
             elif read_bytes(path, 0, 4) in TIFF:
                 with TiffFile(path) as file:
@@ -67,7 +67,7 @@ def open_rasters(path: str, pages: Pages | None = None) -> list[Raster]:
     with known_errors(but=ModuleNotFoundError):
         if Path(path).suffix.lower() in SLIDE_SUFFIXES - {".jp2"}:
             return [slide_raster(path)]
-        if (named := named_in(path)) is not None:
+        if (named := from_reader(path)) is not None:
             every = range(named.stack.images)
             chosen = named.stack.chosen(pages) if len(every) > 1 else [0]
             return [named_raster(named, every if n == ALL else [n]) for n in chosen]
@@ -77,7 +77,7 @@ def open_rasters(path: str, pages: Pages | None = None) -> list[Raster]:
         return picture_rasters(path, start, pages)
 
 
-def named_in(path: str) -> NamedArray | None:
+def from_reader(path: str) -> NamedArray | None:
     """What the reader of a file returns; None where it needs none."""
     ending = ending_of(path)
     if ending in all_readers() or (not ending and is_dicom(path)):

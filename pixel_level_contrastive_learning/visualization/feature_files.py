@@ -209,7 +209,7 @@ def features(
     normalisation = {name: getattr(card, name) for name in ("mean", "std", "low", "high")}
     settings = {
         "model": card.model,
-        "weights_digest": digest(net),
+        "weights_digest": weights_digest(net),
         "layer": reader.layers[0],
         "channels": reader.channels(),
         "format": format,
@@ -223,7 +223,7 @@ def features(
     return held
 
 
-def digest(net: nn.Module) -> str:
+def weights_digest(net: nn.Module) -> str:
     """A short text that other weights do not have."""
     found = blake2b(digest_size=8)
     for name, value in sorted(tensors_of(net).items()):
@@ -247,7 +247,7 @@ def write_maps(held: FeatureFolder, source: Source, prepare: Preparation, reader
     held.index["left_out"] = refused
     saved = told = monotonic()
     try:
-        for batch in batches(source, todo, prepare, refused):
+        for batch in same_sized(source, todo, prepare, refused):
             maps = reader(torch.stack([image.pixels for image in batch.values()]))
             for (name, image), own in zip(batch.items(), maps, strict=True):
                 held.write(name, own, image)
@@ -267,7 +267,7 @@ def write_maps(held: FeatureFolder, source: Source, prepare: Preparation, reader
         log.warning(note)
 
 
-def batches(
+def same_sized(
     source: Source, indices: Sequence[int], prepare: Preparation, refused: list[dict[str, str]]
 ) -> Iterator[dict[str, Prepared]]:
     """Images by name, neighbours of one size together; those that cannot be used are noted."""
