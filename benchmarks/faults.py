@@ -57,17 +57,17 @@ class Paced(nn.Sequential):
         return super().forward(x)
 
 def hang_at(number):
-    from pixel_level_contrastive_learning.data import pages
-    open_regular, files = pages.open_regular, []
+    from pixel_level_contrastive_learning.data import reading
+    open_regular, files = reading.open_regular, []
 
     def hanging(path):
         files.append(path)
         if len(files) >= number:
-            print("hangs", flush=True)
+            print("asleep", flush=True)
             time.sleep(999)
         return open_regular(path)
 
-    pages.open_regular = hanging
+    reading.open_regular = hanging
 
 def tiny(channels=3):
     if "HANG" in os.environ:
@@ -364,7 +364,7 @@ def reader_hangs(ground: Ground, folder: Path, count: int, file: int) -> str:
     """A file never answers, as on a server that is gone, from a number of files in a process on."""
     run, flags = folder / "run", ("--workers", count)
     command = ground.start(run, *flags, HANG=file)
-    command.until(lambda: command.said().count("hangs") == max(count, 1))
+    command.until(lambda: command.said().count("asleep") == max(count, 1))
     time.sleep(1)  # steps of the batches that are there
     told = time.monotonic()
     os.kill(command.pid, signal.SIGTERM)
@@ -382,7 +382,7 @@ def worker_killed_beside_another(ground: Ground, folder: Path) -> str:
     """A worker of the loader dies while the other hangs, and the run waits."""
     run, flags = folder / "run", ("--workers", "2")
     command = ground.start(run, *flags, HANG=20)
-    command.until(lambda: command.said().count("hangs") == 2)
+    command.until(lambda: command.said().count("asleep") == 2)
     os.kill(workers(command)[0], signal.SIGKILL)
     command.ends(1, says=["error: .*worker"])
     ground.finish(run, *flags)

@@ -46,6 +46,9 @@ def detector(weights: str, size: int) -> FasterRCNN:
         BackboneWithFPN(net, stages, widths, out_channels=128),
         num_classes=len(CLASSES),
         rpn_anchor_generator=anchors,
+        rpn_post_nms_top_n_train=100,  # a scene has few shapes
+        rpn_post_nms_top_n_test=100,
+        box_batch_size_per_image=64,
         image_mean=card.mean,
         image_std=card.std,
         min_size=size,

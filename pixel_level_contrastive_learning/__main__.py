@@ -1,5 +1,6 @@
 """``python -m pixel_level_contrastive_learning`` does what ``pixelcl`` does."""
 
+import atexit
 import os
 import signal
 import sys
@@ -18,6 +19,8 @@ def main() -> int:
     # A run installs its own handlers; before and after it there is nothing to save, and libraries
     # that are being imported answer KeyboardInterrupt in ways of their own.
     signal.signal(signal.SIGTERM, leave)
+    if hasattr(signal, "pthread_sigmask"):  # Python takes its handlers away while it ends
+        atexit.register(signal.pthread_sigmask, signal.SIG_BLOCK, (signal.SIGTERM,))
     before = signal.signal(signal.SIGINT, leave)
     try:
         from .cli import main as command

@@ -154,15 +154,10 @@ def evaluated(path: Path) -> str:
     figures = list(dict.fromkeys(name for row in found["rows"] for name in row["scores"]))
     rows = [
         [Path(row["name"]).name if Path(row["name"]).exists() else row["name"]]
-        + [in_digits(row["scores"].get(figure)) for figure in figures]
+        + ["" if (own := row["scores"].get(figure)) is None else f"{own:.3f}" for figure in figures]
         for row in found["rows"]
     ]
     return f"## {found['protocol']} on {Path(found['data']).name}\n\n" + table(["", *figures], rows)
-
-
-def in_digits(value: float | None) -> str:
-    """A figure of three digits."""
-    return "" if value is None else f"{value:.3f}"
 
 
 def table(head: list[str], rows: list[list[Any]]) -> str:

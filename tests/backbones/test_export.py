@@ -24,7 +24,6 @@ from pixel_level_contrastive_learning.backbones.export import (
     TIMM_ALIKE,
     Exported,
     building,
-    detectron2_name,
     export,
     feeding,
     how_to,
@@ -272,19 +271,6 @@ def test_torchvision_and_timm_build_these_alike(name) -> None:
 
 
 # Detection and segmentation frameworks.
-
-
-def test_names_in_detectron2() -> None:
-    for ours, theirs in (
-        ("conv1.weight", "stem.conv1.weight"),
-        ("bn1.running_mean", "stem.conv1.norm.running_mean"),
-        ("layer1.0.conv1.weight", "res2.0.conv1.weight"),
-        ("layer1.0.bn3.bias", "res2.0.conv3.norm.bias"),
-        ("layer4.2.bn2.running_var", "res5.2.conv2.norm.running_var"),
-        ("layer2.0.downsample.0.weight", "res3.0.shortcut.weight"),
-        ("layer2.0.downsample.1.weight", "res3.0.shortcut.norm.weight"),
-    ):
-        assert detectron2_name(ours) == theirs
 
 
 def test_a_resnet_goes_to_detectron2(tmp_path) -> None:

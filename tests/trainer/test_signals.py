@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -150,3 +152,21 @@ def test_a_file_that_cannot_be_read_is_no_death_of_a_worker() -> None:
     error = FileNotFoundError(2, "No such file or directory", "images/a.jpg")
     with pytest.raises(FileNotFoundError):
         list(trainer.take(Dying(error), 10, StopSignal()))
+
+
+LATE = """
+import os, signal, sys
+
+class Late:
+    def __del__(self, kill=os.kill, process=os.getpid(), number=signal.SIGTERM):
+        kill(process, number)
+
+late = Late()
+from pixel_level_contrastive_learning.__main__ import main
+sys.argv = ["pixelcl", "--version"]
+sys.exit(main())
+"""
+
+
+def test_sigterm_while_python_ends_does_not_make_a_success_a_failure() -> None:
+    assert subprocess.run([sys.executable, "-c", LATE], stdout=subprocess.DEVNULL).returncode == 0
