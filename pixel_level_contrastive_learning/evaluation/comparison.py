@@ -106,4 +106,4 @@ def saved_in_words(rows: Sequence[Row]) -> str:
         return ""
     told = [masks_saved(ours, other, protocol) for other in rows[:-1]]
     known = "; ".join(own for own in told if own)
-    return f" By {protocol}, {known}." if known else ""
+    return f" Label curve ({PROTOCOLS[protocol].lower()}): {known}." if known else ""

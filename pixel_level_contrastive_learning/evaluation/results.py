@@ -136,14 +136,14 @@ def masks_saved(ours: Row, other: Row, protocol: str) -> str | None:
         ratio = needed / point.masks
         told = f"{ratio:.1f} times fewer" if ratio >= 1 else f"{1 / ratio:.1f} times more"
         return (
-            f"{point.masks} masks do for {ours.name} what {needed:.0f} do for {other.name}: {told}"
+            f"{point.masks} masks take {ours.name} as far as {needed:.0f} take {other.name}: {told}"
         )
     point, needed = needs[0]
     if needed == 0:
-        return f"{point.masks} masks do less for {ours.name} than for {other.name}"
+        return f"{point.masks} masks take {ours.name} less far than {other.name}"
     most = theirs[-1].masks
     return (
-        f"{point.masks} masks do more for {ours.name} than {most} for {other.name}: more than "
+        f"{point.masks} masks take {ours.name} further than {most} take {other.name}: more than "
         f"{most / point.masks:.1f} times fewer"
     )
 

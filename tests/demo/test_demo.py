@@ -16,7 +16,7 @@ def test_the_demo_ends_with_a_table_and_where_the_report_is(tmp_path, capsys) ->
     assert cli.main(["demo", "--out", str(out), "--steps", "1"]) == 0
     said = capsys.readouterr().out
     assert "mIoU" in said
-    assert "By linear, " in said
+    assert "Label curve (a linear probe): " in said
     curve = out / "run" / "label-curve.png"
     assert said.splitlines()[-2] == f"label curve: {curve}"
     assert curve.is_file()

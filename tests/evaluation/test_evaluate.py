@@ -246,7 +246,7 @@ def test_fractions_give_label_curves(run, labelled, tmp_path, caplog) -> None:
     # With all masks frozen features know no chance.
     assert [len(point.seeds) for point in found.ours.curves["linear"]] == [2, 2, 1]
     assert found.ours.scores["mIoU"] == found.ours.curves["linear"][-1].miou
-    assert " By finetune, " in found.sentence
+    assert " Label curve (fine-tuning): " in found.sentence
     assert (tmp_path / "label-curve.png").is_file()
     assert set(found.settings["learning rates"]) == {"random weights", str(run)}
     assert set(found.settings["learning rates"].values()) <= set(map(str, RATES))

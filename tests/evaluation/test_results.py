@@ -123,17 +123,17 @@ def test_masks_needed_are_read_off_a_curve() -> None:
 
 def test_masks_saved_are_told_at_the_fewest_masks() -> None:
     random, ours = with_curves().rows
-    told = "10 masks do for runs/streets what 20 do for random weights: 2.0 times fewer"
+    told = "10 masks take runs/streets as far as 20 take random weights: 2.0 times fewer"
     assert masks_saved(ours, random, "finetune") == told
     told = masks_saved(random, ours, "finetune")
-    assert told == "40 masks do for random weights what 20 do for runs/streets: 2.0 times more"
+    assert told == "40 masks take random weights as far as 20 take runs/streets: 2.0 times more"
     high, low = (replace(ours, curves={"finetune": curve((10, y), (20, y))}) for y in (0.6, 0.1))
     told = masks_saved(high, random, "finetune")
-    assert told.startswith("10 masks do more for runs/streets than 160 for random weights: more ")
+    assert told.startswith("10 masks take runs/streets further than 160 take random weights: more ")
     assert told.endswith("more than 16.0 times fewer")
     assert (
         masks_saved(low, random, "finetune")
-        == "10 masks do less for runs/streets than for random weights"
+        == "10 masks take runs/streets less far than random weights"
     )
     assert masks_saved(ours, random, "linear") is None
 
