@@ -57,12 +57,13 @@ class KeyReport(NamedTuple):
         count = len(self.matched) + len(self.missing) + len(self.mismatched)
         adapted = [name for name in self.matched if name in self.shapes]
         lines = [f"matched {len(self.matched)} of {count} keys"]
-        if adapted:
-            lines.append(self.listed("adapted to this input", adapted))
-        lines.append(self.listed("missing", self.missing))
-        lines.append(self.listed("mismatched", self.mismatched))
-        if self.unexpected:
-            lines.append(self.listed("unexpected", self.unexpected))
+        others = {
+            "adapted to this input": adapted,
+            "missing": self.missing,
+            "mismatched": self.mismatched,
+            "unexpected": self.unexpected,
+        }
+        lines += [self.listed(label, names) for label, names in others.items() if names]
         return "\n".join(lines)
 
     def listed(self, label: str, names: list[str], shown: int = 5) -> str:
@@ -72,7 +73,7 @@ class KeyReport(NamedTuple):
             shapes = self.shapes.get(name)
             lines.append(f"{name} {shapes[0]} for {shapes[1]}" if shapes else name)
         more = [f"and {len(names) - shown} more"] if len(names) > shown else []
-        return f"{label} {len(names)}{': ' if names else ''}{', '.join([*lines, *more])}"
+        return f"{label} {len(names)}: {', '.join([*lines, *more])}"
 
 
 def load_weights(net: nn.Module, source: str | Path) -> KeyReport:

@@ -146,4 +146,4 @@ def count_by_ending(others: Counter[str]) -> str:
     """Files that are no images, counted by their endings."""
     kinds = ", ".join(f"{count} {suffix or 'without'}" for suffix, count in others.most_common(5))
     slides = "; slides: " + CUT.replace("it", "them", 1) if SLIDE_SUFFIXES & set(others) else ""
-    return f"{others.total()} other files, by ending: {kinds}{slides}"
+    return f"other files: {others.total()}, by ending: {kinds}{slides}"

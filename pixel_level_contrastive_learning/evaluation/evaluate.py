@@ -157,8 +157,8 @@ def data_or_images(data: object, images: object) -> str | None:
         return None
     given = "neither" if data is None else "both"
     return (
-        f"{given} of data and images given; give data (a folder of images and masks) to evaluate "
-        "with labels, or images to evaluate without"
+        f"{given} of data and images given; give data (--data, a folder of images and masks) to "
+        "evaluate with labels, or images (--images) to evaluate without"
     )
 
 

@@ -128,7 +128,8 @@ def log_setup(setup: Setup, *, dry_run: bool) -> None:
         f"{schedule.steps} steps of {plan.batch_size} images ({schedule.steps_per_epoch} an epoch, "
         f"{schedule.warmup_steps} of warm-up), learning rate up to {schedule.peak_lr:.3g}, "
         f"{plan.precision}, views of {plan.view_size[0]} x {plan.view_size[1]} pixels, pixel loss "
-        f"on {layers}, instance loss on {plan.settings.instance_layer}, {plan.workers} workers"
+        f"on {layers}, instance loss on {plan.settings.instance_layer}; "
+        f"loader workers: {plan.workers}"
     )
     if plan.settings.weights is not None:
         LOG.info(

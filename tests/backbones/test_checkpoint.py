@@ -145,7 +145,7 @@ def test_the_key_report_is_told(net, tmp_path, caplog) -> None:
     with caplog.at_level(logging.INFO, "pixel_level_contrastive_learning"):
         load_backbone(tmp_path)
     count = len(net.state_dict())
-    assert f"matched {count} of {count} keys\nmissing 0\nmismatched 0" in caplog.text
+    assert f"matched {count} of {count} keys" in caplog.text
 
 
 def test_a_backbone_that_is_not_filled_wholly_warns(net, tmp_path) -> None:

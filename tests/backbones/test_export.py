@@ -217,7 +217,7 @@ def test_an_export_prints_what_a_user_needs(exports) -> None:
     count = len(one.report.matched)
     assert str(one) == (
         f"{one.path}\n"
-        f"matched {count} of {count} keys\nmissing 0\nmismatched 0\n"
+        f"matched {count} of {count} keys\n"
         "\n"
         "import torch\n"
         "import timm\n"

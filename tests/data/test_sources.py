@@ -73,7 +73,7 @@ def test_masks_beside_images_are_no_images(tmp_path, caplog) -> None:
     assert names(open_source(tmp_path), tmp_path) == ["set/images/a.png", "set/other/masks/b.png"]
     for name in ("masks", "predictions"):
         assert f"{tmp_path / 'set' / name} belongs to the images beside it" in caplog.text
-    assert f"left out of {tmp_path}: 1 other files, by ending: 1 .xcf" in caplog.text
+    assert f"left out of {tmp_path}: other files: 1, by ending: 1 .xcf" in caplog.text
 
 
 def test_a_name_that_is_no_text_can_be_read(tmp_path) -> None:
@@ -181,7 +181,7 @@ def test_nothing_usable_is_told_at_once(tmp_path) -> None:
     assert ".apng, .avif, .bmp, .dcm, .dicom, .gif, .heic, .heif, .ima, .jfif, .jpeg" in str(
         error.value
     )
-    assert "found 4 other files, by ending: 2 .doc, " in str(error.value)
+    assert "found other files: 4, by ending: 2 .doc, " in str(error.value)
     for data, text in {
         str(tmp_path / "gone"): "does not exist; name a folder of images",
         (): "data is empty",

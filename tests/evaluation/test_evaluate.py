@@ -212,8 +212,8 @@ def test_all_that_is_wrong_is_said_at_once() -> None:
         "seeds is 0; it must be a whole number of at least 1",
         "size is -1; it must be a whole number of pixels or (height, width), such as 224",
         "steps is 0; it must be a whole number of at least 1",
-        "neither of data and images given; give data (a folder of images and masks) to evaluate "
-        "with labels, or images to evaluate without",
+        "neither of data and images given; give data (--data, a folder of images and masks) to "
+        "evaluate with labels, or images (--images) to evaluate without",
     ]
 
 
