@@ -33,11 +33,15 @@ class Pushed(NamedTuple):
     files: Mapping[str, bytes]
     dry_run: bool
 
+    @property
+    def page(self) -> str:
+        """The repository's page, in Markdown."""
+        return self.files[PAGE].decode()
+
     def __str__(self) -> str:
         verb = "would upload" if self.dry_run else "uploaded"
         sizes = [f"  {name}  {len(own):,} bytes" for name, own in self.files.items()]
-        page = self.files[PAGE].decode()
-        return "\n".join([f"{verb} to {self.repository}:", *sizes, "", page.rstrip()])
+        return "\n".join([f"{verb} to {self.repository}:", *sizes, "", self.page.rstrip()])
 
 
 def push(

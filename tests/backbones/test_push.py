@@ -123,6 +123,12 @@ def test_a_dry_run_uploads_nothing_and_says_what_it_would(hub, run, capsys, monk
         "would upload to hf://me/net:\n  backbone.safetensors"
     )
     assert not (hub / "me").exists()
+    assert cli.main(["export", str(run), "--push", "me/net", "--dry-run", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["repository"], told["dry_run"]) == ("hf://me/net", True)
+    weights = (run / "backbone.safetensors").stat().st_size
+    assert told["files"]["backbone.safetensors"] == pytest.approx(weights, rel=0.01)
+    assert "# net" in told["page"]
 
 
 def test_a_run_on_code_of_ones_own_is_pushed_without_it(hub, tmp_path) -> None:
