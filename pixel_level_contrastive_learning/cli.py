@@ -15,7 +15,7 @@ from io import TextIOWrapper
 from json import dumps
 from math import isfinite
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 
@@ -190,7 +190,8 @@ def export(
         "detectron2",
         "onnx",
         "transformers",
-    ] = "torchvision",
+    ]
+    | None = None,
     out: str | None = None,
     json: bool = False,
     push: str | None = None,
@@ -202,23 +203,37 @@ def export(
 
     Args:
         run: Folder of the run, or its backbone.safetensors.
-        format: The library that is to read it.
+        format: The library that is to read it; by default torchvision.
         out: The file to write; by default backbone-FORMAT in the run's folder.
-        json: Print what was written, which keys matched and how to load it as JSON.
+        json: Print what was written, which keys matched and how to load it as JSON; with --push
+            the files' sizes and the page.
         push: Instead, upload it with a page written from the run to OWNER/NAME on the Hub;
-            hf://OWNER/NAME then reads it.
+            hf://OWNER/NAME then reads it. No --format and no --out with it.
         private: With --push, make the repository private if it is new.
         licence: With --push, licence of the weights, such as mit or cc-by-4.0.
         dry_run: With --push, print what would be uploaded, and upload nothing.
     """
+    of_push: dict[str, Any] = {"private": private, "licence": licence, "dry_run": dry_run}
+    unread = of_push if push is None else {"format": format, "out": out}
+    if given := ", ".join(f"--{name.replace('_', '-')}" for name, own in unread.items() if own):
+        raise ValueError(
+            f"{given} needs --push OWNER/NAME; add it, or leave {given} out"
+            if push is None
+            else f"{given} does not go with --push, which writes no file; leave one of them out"
+        )
     if push is not None:
         from .backbones.push import push as pushed
 
-        print(pushed(run, push, private=private, licence=licence, dry_run=dry_run))
+        uploaded = pushed(run, push, **of_push)
+        sizes = {name: len(own) for name, own in uploaded.files.items()}
+        if json:
+            print_json({**uploaded._asdict(), "files": sizes, "page": uploaded.page})
+        else:
+            print(uploaded)
         return
     from .backbones.export import export as exported
 
-    found = exported(run, format, out)
+    found = exported(run, format or "torchvision", out)
     if json:
         print_json({**found._asdict(), "report": str(found.report)})
     else:

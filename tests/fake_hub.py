@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -16,6 +17,8 @@ from pixel_level_contrastive_learning.backbones.hub import hub_config
 
 COMMIT = "a" * 40
 """The one revision of every repository."""
+PUBLIC = "public"
+"""A file of this name makes a repository a public one that was there before."""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -63,6 +66,9 @@ class WritingApi(huggingface_hub.HfApi):
 
     root: Path
     private: bool | None = None
+
+    def model_info(self, repo_id: str) -> SimpleNamespace:
+        return SimpleNamespace(private=self.private and not (self.root / repo_id / PUBLIC).exists())
 
     def create_repo(self, repo_id: str, *, private: bool, exist_ok: bool) -> None:
         assert exist_ok

@@ -273,7 +273,20 @@ def test_out_and_data_are_asked_for(capsys) -> None:
 
 def test_every_format_of_export_can_be_asked_for() -> None:
     allowed = get_type_hints(cli.export)["format"]
-    assert get_args(allowed) == tuple(FORMATS)
+    assert [get_args(own) for own in get_args(allowed)] == [tuple(FORMATS), ()]
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ("--dry-run", "--dry-run needs --push OWNER/NAME; add it, or leave --dry-run out"),
+        ("--private --licence mit", "--private, --licence needs --push"),
+        ("--push me/net --format onnx", "--format does not go with --push, which writes no file"),
+        ("--push me/net --out x.pth", "--out does not go with --push"),
+    ],
+)
+def test_flags_of_export_that_would_not_be_read_are_refused(flags, told, capsys) -> None:
+    assert told in refusal("export", "run", *flags.split(), capsys=capsys)
 
 
 def test_ctrl_c_ends_a_command_without_a_traceback(monkeypatch, capsys) -> None:

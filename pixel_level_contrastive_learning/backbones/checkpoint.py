@@ -206,8 +206,7 @@ def with_fingerprint(card: BackboneCard, net: nn.Module) -> BackboneCard:
 
 def warn_of_other_code(net: nn.Module, card: BackboneCard, source: str) -> None:
     """Warn where a network does something else than when its card was written."""
-    then = card.fingerprint
-    if then is not None and differs(then, with_fingerprint(card, net).fingerprint):
+    if card.fingerprint and differs(card.fingerprint, with_fingerprint(card, net).fingerprint):
         warnings.warn(
             f"{source}: the model's code computes something else than when the run was made, with "
             "the same weights; use the code (or the version of its library) as it was, or train "

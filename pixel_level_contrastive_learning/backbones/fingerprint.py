@@ -36,14 +36,26 @@ def fingerprint_of(
         size: Their ``(height, width)``.
 
     Returns:
-        The figures; None where it cannot run on such an image, or gives no finite tensor.
+        The figures; None where it cannot be computed, such as for want of memory, or the network
+        takes no such image or gives no finite tensor.
     """
+    try:
+        figures = figures_of(net, (1, channels, *size))
+    except Exception as error:  # a check of ours is no reason to lose what was trained
+        log.debug("no fingerprint of %s: %s", type(net).__name__, error)
+        return None
+    known = bool(figures.isfinite().all() and figures.any())
+    return tuple(figures.round(decimals=5).tolist()) if known else None
+
+
+def figures_of(net: nn.Module, shape: tuple[int, ...]) -> Tensor:
+    """The figures of a network for an image of this shape, whatever they are."""
     copied = duplicate(getattr(net, "_orig_mod", net)).cpu().float().eval()
     block = fixed_noise()
     for name, tensor in copied.state_dict().items():
         if isinstance(tensor, Tensor) and tensor.is_floating_point():
             tensor.copy_(fixed_weight(name, tensor, block))
-    image = stretched(block, "image", (1, channels, *size))
+    image = stretched(block, "image", shape)
     precision = torch.get_float32_matmul_precision()
     with torch.no_grad(), torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):
         torch.default_generator.manual_seed(0)
@@ -51,9 +63,6 @@ def fingerprint_of(
         try:
             with torch.compiler.set_stance("force_eager"):
                 given = tree_leaves(copied(image))
-        except Exception as error:  # a check of ours is no reason to lose what was trained
-            log.debug("no fingerprint of %s: %s", type(net).__name__, error)
-            return None
         finally:
             torch.set_float32_matmul_precision(precision)
     figures = torch.zeros(FIGURES, dtype=torch.float64)
@@ -63,8 +72,7 @@ def fingerprint_of(
             flat = flat / flat.norm()
             against = (stretched(block, str(salt), flat.shape) for salt in range(FIGURES))
             figures += torch.stack([(flat * own).sum() for own in against])
-    known = bool(figures.isfinite().all() and figures.any())
-    return tuple(figures.round(decimals=5).tolist()) if known else None
+    return figures
 
 
 def fixed_noise() -> Tensor:
@@ -85,11 +93,13 @@ def stretched(block: Tensor, salt: str, shape: tuple[int, ...]) -> Tensor:
 def fixed_weight(name: str, tensor: Tensor, block: Tensor) -> Tensor:
     """Noise in place of a weight, so scaled that a signal neither dies nor explodes."""
     values = stretched(block, name, tuple(tensor.shape))
-    if tensor.ndim in (2, 4, 5):  # linear layers and convolutions
+    if tensor.numel() and tensor.ndim in (2, 4, 5):  # linear layers and convolutions
         return values.mul((GAIN / tensor[0].numel()) ** 0.5)
     return 0.25 * values + (tensor.ndim == 1 and name.endswith(("weight", "var")))
 
 
-def differs(one: tuple[float, ...], two: tuple[float, ...] | None) -> bool:
-    """Whether two fingerprints are of code that does not do the same."""
-    return two is None or max(abs(a - b) for a, b in zip(one, two, strict=True)) > TOLERANCE
+def differs(one: tuple[float, ...] | None, two: tuple[float, ...] | None) -> bool:
+    """Whether two fingerprints are known, and of code that does not do the same."""
+    if one is None or two is None or len(one) != len(two):
+        return False
+    return max(abs(a - b) for a, b in zip(one, two, strict=True)) > TOLERANCE

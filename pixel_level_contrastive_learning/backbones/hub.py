@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from http import HTTPStatus
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from ..checks import import_extra
-from ..run_layout import CARD
+from ..files import CannotWriteError
+from ..run_layout import CARD, WEIGHTS
 
 HUB = "hf://"
 """What the name of a repository begins with."""
 CONFIG = "config.json"
 """What describes a network of timm or transformers in its repository."""
+LIBRARY_KEYS = {"architecture", "model_type"}
+"""Of these timm's has the first, that of transformers the second."""
 SUFFIXES = ((".safetensors",), (".bin", ".ckpt", ".pt", ".pth"))
 """Of files of weights: those of the first kind that a repository has are looked at."""
+PLACE = re.compile(
+    r"(?P<repo>[^/@]+/[^/@]+)(?:@(?P<revision>refs/(?:pr|convert)/[^/]+|[^/]+))?(?:/(?P<file>.*))?"
+)
+"""A repository, a revision and a file; a pull request is ``refs/pr/3``."""
 
 
 class Repository(NamedTuple):
@@ -38,12 +47,10 @@ def on_hub(name: object) -> bool:
 
 def place_of(name: str) -> Repository:
     """The repository and the file that a name leads to."""
-    owner, _, rest = name.removeprefix(HUB).partition("/")
-    repo, _, file = rest.partition("/")
-    repo, _, revision = repo.partition("@")
-    if not owner or not repo:
+    found = PLACE.fullmatch(name.removeprefix(HUB))
+    if found is None:
         raise ValueError(f"{name!r} is no repository; give {HUB}OWNER/NAME or {HUB}OWNER/NAME/FILE")
-    return Repository(f"{owner}/{repo}", revision or None, file or None)
+    return Repository(found["repo"], found["revision"], found["file"] or None)
 
 
 def hub_api() -> Any:
@@ -51,10 +58,15 @@ def hub_api() -> Any:
     return import_extra("huggingface_hub").HfApi()
 
 
+def http_client() -> Any:
+    """The library that it talks to the Hub with, which has errors of its own."""
+    return import_extra("huggingface_hub.utils").httpx
+
+
 @contextmanager
 def explain_hub_errors(place: Repository) -> Iterator[None]:
     """Say what to do where a repository cannot be read or written."""
-    errors = import_extra("huggingface_hub.errors")
+    errors, client = import_extra("huggingface_hub.errors"), http_client()
     page = f"https://huggingface.co/{place.repo}"
     try:
         yield
@@ -69,28 +81,48 @@ def explain_hub_errors(place: Repository) -> Iterator[None]:
             f"{page}, and for a private one log in with `hf auth login` or set HF_TOKEN"
         ) from error
     except errors.RevisionNotFoundError as error:
-        raise ValueError(f"there is no {place}; for the revisions see {page}/commits") from error
+        raise ValueError(
+            f"there is no {place}; for the revisions see {page}/commits (in place of a branch with "
+            "a slash in its name give its commit)"
+        ) from error
     except errors.HFValidationError as error:
         raise ValueError(f"{place} cannot be the name of a repository: {error}") from error
-    except (errors.HfHubHTTPError, errors.LocalTokenNotFoundError) as error:
-        raise ValueError(
-            f"the Hub refuses {place}: {error}; log in with `hf auth login`, or set HF_TOKEN to a "
-            "token that may do this there"
-        ) from error
-    except (errors.HTTPError, OSError) as error:
+    except (client.HTTPError, OSError) as error:
+        # Where a file is not in the cache either, the cause holds what the Hub answered.
+        status = status_of(error) or status_of(error.__cause__)
+        if status == HTTPStatus.TOO_MANY_REQUESTS or status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+            raise ConnectionError(
+                f"the Hub does not serve {place} at the moment: {error}; try again later"
+            ) from error
+        if status or isinstance(error, errors.LocalTokenNotFoundError):
+            raise ValueError(
+                f"the Hub refuses {place}: {error}; log in with `hf auth login`, or set HF_TOKEN "
+                "to a token that may do this there"
+            ) from error
+        # A connection that fails has no errno, or is one of these two.
+        if getattr(error, "errno", None) and not isinstance(error, (ConnectionError, TimeoutError)):
+            raise CannotWriteError(
+                f"{place} could not be kept in the cache: {error}; make room, or set HF_HOME to a "
+                "folder that can be written"
+            ) from error
         raise ConnectionError(
             f"{place} could not be reached: {error}; check the connection and HF_HUB_OFFLINE, or "
             "to read it get the files on another machine and give their path"
         ) from error
 
 
+def status_of(error: BaseException | None) -> int:
+    """The status that the Hub answered with; 0 where it did not answer."""
+    return int(getattr(getattr(error, "response", None), "status_code", 0))
+
+
 def files_of(place: Repository) -> list[str]:
     """The files of a repository; without a connection those that were downloaded before."""
-    errors, api = import_extra("huggingface_hub.errors"), hub_api()
+    errors, client, api = import_extra("huggingface_hub.errors"), http_client(), hub_api()
     with explain_hub_errors(place):
         try:
             return list(api.list_repo_files(place.repo, revision=place.revision))
-        except (errors.OfflineModeIsEnabled, errors.HTTPError) as error:
+        except (errors.OfflineModeIsEnabled, client.HTTPError) as error:
             if isinstance(error, errors.HfHubHTTPError):  # the Hub did answer
                 raise
             kept = {"revision": place.revision, "local_files_only": True}
@@ -110,6 +142,7 @@ def fetch_weights(name: str) -> Path:
     Raises:
         ValueError: No such repository or file, no weights, or several and none is named.
         ConnectionError: The Hub cannot be reached, and the file is not in the cache.
+        CannotWriteError: The cache cannot be written.
     """
     place = place_of(name)
     files = files_of(place)
@@ -123,7 +156,9 @@ def fetch_weights(name: str) -> Path:
 
 
 def only_weights(place: Repository, files: list[str]) -> str:
-    """The one file of weights of a repository: safetensors, or else of torch."""
+    """The one file of weights of a repository: that of our card, safetensors, or else of torch."""
+    if {CARD, WEIGHTS} <= {*files}:
+        return WEIGHTS
     kinds = ([file for file in files if file.endswith(suffixes)] for suffixes in SUFFIXES)
     found: list[str] = next(filter(None, kinds), [])
     if len(found) == 1:
@@ -139,13 +174,14 @@ def hub_config(name: str) -> dict[str, Any]:
     Raises:
         ValueError: No such repository, or nothing of these in it.
         ConnectionError: The Hub cannot be reached, and the file is not in the cache.
+        CannotWriteError: The cache cannot be written.
     """
     place = place_of(name)
     files = files_of(place)
-    for file, keys in ((CARD, {"model"}), (CONFIG, {"architecture", "model_type"})):
+    for file in (CARD, CONFIG):
         if file in files:
             held = json.loads(fetch(place, file).read_text(encoding="utf-8"))
-            if isinstance(held, dict) and keys & held.keys():
+            if isinstance(held, dict) and (is_card(held) or LIBRARY_KEYS & held.keys()):
                 return held
     raise ValueError(
         f"{place} describes no network: it has neither a {CARD} of `pixelcl export --push` nor a "
@@ -156,4 +192,4 @@ def hub_config(name: str) -> dict[str, Any]:
 
 def is_card(config: dict[str, Any]) -> bool:
     """Whether what describes a network is a card of ours."""
-    return "model" in config
+    return "model" in config and LIBRARY_KEYS.isdisjoint(config)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,11 +14,11 @@ import yaml
 from safetensors.torch import save
 
 from .. import run_layout
-from ..checks import import_extra
+from ..checks import import_extra, raise_together, unless
 from .checkpoint import BackboneCard, clean_state_dict, read_backbone
 from .custom import Model, custom_file, handing_over
 from .export import how_to, named_in
-from .factory import parse_model_name
+from .factory import LIBRARIES, parse_model_name
 from .hub import HUB, Repository, explain_hub_errors, hub_api, on_hub, place_of
 from .state_dict import find_weights, run_folder
 
@@ -24,6 +26,8 @@ PAGE = "README.md"
 """The page of a repository."""
 SHOWN = ("loss", "epochs", "steps", "batch_size", "optimizer", "lr", "crop_area", "seed")
 """Settings that the page shows, those without paths."""
+METHODS = {"pixpro": "PixPro", "pixcontrast": "PixContrast"}
+"""What the losses are called."""
 
 
 class Pushed(NamedTuple):
@@ -33,11 +37,15 @@ class Pushed(NamedTuple):
     files: Mapping[str, bytes]
     dry_run: bool
 
+    @property
+    def page(self) -> str:
+        """The repository's page, in Markdown."""
+        return self.files[PAGE].decode()
+
     def __str__(self) -> str:
         verb = "would upload" if self.dry_run else "uploaded"
         sizes = [f"  {name}  {len(own):,} bytes" for name, own in self.files.items()]
-        page = self.files[PAGE].decode()
-        return "\n".join([f"{verb} to {self.repository}:", *sizes, "", page.rstrip()])
+        return "\n".join([f"{verb} to {self.repository}:", *sizes, "", self.page.rstrip()])
 
 
 def push(
@@ -56,17 +64,21 @@ def push(
     Args:
         run: A run directory, or a file with its card.
         repository: ``OWNER/NAME``, made if there is none; files of these names are replaced.
-        private: Whether a new repository is private.
+        private: Whether a new repository is private. One that exists and is public stays so, with a
+            warning.
         licence: Of the weights, as the Hub names it, such as ``mit`` or ``cc-by-4.0``.
         dry_run: Upload nothing, and give what would be.
         model: As for `load_backbone`.
 
     Raises:
-        ValueError: No backbone, one that lacks weights of its model, no such owner, or no right to
-            write there.
+        ValueError: No backbone, one that lacks weights of its model, a revision or a file in the
+            repository's name, no such owner, or no right to write there.
         ConnectionError: The Hub cannot be reached.
     """
     place = place_of(HUB + repository.removeprefix(HUB))
+    alone = place.revision is None and place.file is None
+    words = "OWNER/NAME: its newest revision is written, under fixed names"
+    raise_together(unless(alone, "repository", repository, words))
     source = find_weights(run)
     with handing_over(model):
         net, card, report = read_backbone(source)
@@ -89,6 +101,12 @@ def push(
                 add(path_in_repo=name, path_or_fileobj=own) for name, own in files.items()
             ]
             api.create_repo(place.repo, private=private, exist_ok=True)
+            if private and not api.model_info(place.repo).private:
+                warnings.warn(
+                    f"{place} was there before and is public, and so is what is uploaded; make it "
+                    "private in its settings on the Hub",
+                    stacklevel=2,
+                )
             api.create_commit(place.repo, operations, commit_message="Upload a backbone")
     return Pushed(str(place), files, dry_run)
 
@@ -106,12 +124,15 @@ def written_page(
 ) -> str:
     """The page of a repository, from what the run's folder holds."""
     library = parse_model_name(card.model)[0]
+    settings = held(folder / run_layout.CONFIG)
+    loss = settings.get("loss", "")
+    method = METHODS.get(loss, "PixPro or PixContrast")
+    tags = ["pixel-level-contrastive-learning", "self-supervised-learning"]
     facts = {
         "library_name": library if library == "timm" else "pixel-level-contrastive-learning",
         "pipeline_tag": "image-feature-extraction",
-        "tags": ["pixel-level-contrastive-learning", "self-supervised-learning", "pixpro"],
+        "tags": [*tags, loss] if loss else tags,
     } | ({} if licence is None else {"license": licence})
-    settings = held(folder / run_layout.CONFIG)
     data = held(folder / run_layout.STATISTICS)
     images = f" on {data['images']} images" if "images" in data else ""
     size = "x".join(map(str, card.image_size))
@@ -122,11 +143,11 @@ def written_page(
         "views": f"{size} pixels",
         "pixel layer": card.pixel_layer,
         "instance layer": card.instance_layer,
-    } | {name: settings[name] for name in SHOWN if settings.get(name) is not None}
+    } | {name: settings[name] for name in SHOWN if settings.get(name) not in (None, "auto")}
     parts = [
         f"---\n{yaml.safe_dump(facts, sort_keys=False)}---\n\n# {place.repo.partition('/')[2]}\n\n"
         f"A backbone pretrained at pixel level, without labels,{images} by\n"
-        "`pixel-level-contrastive-learning` (PixPro, [arXiv:2011.10043]"
+        f"`pixel-level-contrastive-learning` ({method}, [arXiv:2011.10043]"
         "(https://arxiv.org/abs/2011.10043)).\n",
         "## Use\n\n```python\nfrom pixel_level_contrastive_learning import load_backbone\n\n"
         f"net = load_backbone({str(place)!r}{', model=...' * (not loading)})\n```\n",
@@ -153,11 +174,20 @@ def evaluated(path: Path) -> str:
     found = json.loads(path.read_text(encoding="utf-8"))
     figures = list(dict.fromkeys(name for row in found["rows"] for name in row["scores"]))
     rows = [
-        [Path(row["name"]).name if Path(row["name"]).exists() else row["name"]]
+        [without_folder(row["name"])]
         + ["" if (own := row["scores"].get(figure)) is None else f"{own:.3f}" for figure in figures]
         for row in found["rows"]
     ]
     return f"## {found['protocol']} on {Path(found['data']).name}\n\n" + table(["", *figures], rows)
+
+
+def without_folder(name: str) -> str:
+    """The name of a row without folders of this machine, there or not."""
+    if origin := re.fullmatch(r"(random weights|start) \((.+)\)", name):
+        return f"{origin[1]} ({without_folder(origin[2])})"
+    if on_hub(name) or name.partition("/")[0] in LIBRARIES:
+        return name
+    return re.split(r"[/\\]", name.rstrip("/\\"))[-1]
 
 
 def table(head: list[str], rows: list[list[Any]]) -> str:

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel
 
 from pixel_level_contrastive_learning import load_backbone
+from pixel_level_contrastive_learning.backbones import fingerprint
 from pixel_level_contrastive_learning.backbones.checkpoint import (
     BackboneCard,
     read_backbone,
@@ -154,14 +155,30 @@ def test_code_that_computes_something_else_is_told(run) -> None:
     read_backbone(run, image_size=(32, 32))  # at another size it would not be the same
 
 
-@pytest.mark.parametrize("held", [None, "absent"])
-def test_a_card_without_a_fingerprint_works_as_before(run, held) -> None:
+@pytest.mark.parametrize("held", [None, (), (1.0, 2.0), "absent"])
+def test_a_card_without_a_fingerprint_of_ours_works_as_before(run, held) -> None:
     fields = json.loads((run / "backbone.json").read_text())
     assert len(fields["fingerprint"]) == 8
-    fields["fingerprint"] = None
+    fields["fingerprint"] = held
     if held == "absent":
         del fields["fingerprint"], fields["config"]
     (run / "backbone.json").write_text(json.dumps(fields))
     (run / "mine.py").write_text(SOURCE.replace("ReLU", "Tanh"))
     load_backbone(run)
-    assert read_card(run / "backbone.safetensors").fingerprint is None
+    known = read_card(run / "backbone.safetensors").fingerprint
+    assert known == (None if held == "absent" else held)
+
+
+def test_a_fingerprint_that_cannot_be_computed_is_no_other_code(run, monkeypatch) -> None:
+    def full(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(fingerprint, "duplicate", full)
+    load_backbone(run)  # a warning would be an error
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (4, 0), (0,)])
+def test_weights_without_values_are_no_obstacle(shape) -> None:
+    net = nn.Conv2d(3, 4, 3)
+    net.empty = nn.Parameter(torch.zeros(shape))
+    assert fingerprint_of(net, 3, SIZE) is not None

@@ -10,7 +10,8 @@ import pytest
 import timm
 import torch
 from fake_hub import COMMIT, serving
-from huggingface_hub import constants
+from huggingface_hub import constants, errors
+from huggingface_hub.utils import httpx
 from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
@@ -28,8 +29,14 @@ from pixel_level_contrastive_learning.backbones.factory import (
     default_layers,
     default_statistics,
 )
-from pixel_level_contrastive_learning.backbones.hub import hub_config, place_of
+from pixel_level_contrastive_learning.backbones.hub import (
+    Repository,
+    explain_hub_errors,
+    hub_config,
+    place_of,
+)
 from pixel_level_contrastive_learning.backbones.state_dict import load_weights
+from pixel_level_contrastive_learning.files import CannotWriteError
 
 MODEL = "timm/test_resnet"
 CARD = BackboneCard(
@@ -92,7 +99,9 @@ def same(one: nn.Module, two: nn.Module) -> bool:
 def test_a_name_is_a_repository_a_revision_and_a_file() -> None:
     assert place_of("hf://me/net") == ("me/net", None, None)
     assert place_of("hf://me/net@v1/sub/net.pth") == ("me/net", "v1", "sub/net.pth")
-    for name in ("hf://me", "hf://", "hf:///net"):
+    assert place_of("hf://me/net@refs/pr/3/a@b.pth") == ("me/net", "refs/pr/3", "a@b.pth")
+    assert place_of("hf://me/net@refs/convert/a") == ("me/net", "refs/convert/a", None)
+    for name in ("hf://me", "hf://", "hf:///net", "hf://me/net@"):
         with pytest.raises(ValueError, match="is no repository; give hf://OWNER/NAME or hf://"):
             place_of(name)
     with pytest.raises(ValueError, match="a file; give the repository alone: hf://me/net"):
@@ -125,6 +134,9 @@ def test_the_one_file_of_weights_is_taken_and_safetensors_first(hub) -> None:
         "hf://me/net has several files of weights: best.safetensors, model.safetensors; name a "
         "file: hf://me/net/best.safetensors"
     )
+    save_backbone(hub / "me/net/backbone.safetensors", net, CARD)
+    load_weights(fresh, "hf://me/net")
+    assert same(fresh, net)
 
 
 @pytest.mark.parametrize(
@@ -143,6 +155,49 @@ def test_what_is_not_on_the_hub_is_named(hub, name, complaint) -> None:
     with pytest.raises(ValueError) as error:
         load_weights(nn.Linear(1, 1), name)
     assert str(error.value).startswith(complaint)
+
+
+def answered(status: int) -> Exception:
+    """What the Hub's client raises for an answer of this status."""
+    response = httpx.Response(status, request=httpx.Request("GET", "x:"))
+    return errors.HfHubHTTPError("oh", response=response)
+
+
+def not_kept(cause: Exception) -> Exception:
+    """What it raises where the file is not in the cache either."""
+    error = errors.LocalEntryNotFoundError("oh")
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "told"),
+    [
+        (answered(403), ValueError, "the Hub refuses hf://me/net: oh; log in with"),
+        *((answered(n), ConnectionError, "the Hub does not serve") for n in (429, 500, 503)),
+        (not_kept(answered(503)), ConnectionError, "the Hub does not serve"),
+        (not_kept(answered(403)), ValueError, "the Hub refuses hf://me/net: oh; log in with"),
+        (not_kept(httpx.ConnectError("oh")), ConnectionError, "could not be reached: oh; check"),
+        (httpx.ConnectError("oh"), ConnectionError, "hf://me/net could not be reached: oh; check"),
+        (ConnectionResetError(104, "oh"), ConnectionError, "hf://me/net could not be reached: "),
+        (OSError(28, "No space"), CannotWriteError, "hf://me/net could not be kept in the cache: "),
+        (PermissionError(13, "oh", "/x"), CannotWriteError, "set HF_HOME to a folder that can be "),
+    ],
+)
+def test_what_fails_is_told_from_what_is_refused(error, kind, told) -> None:
+    place = Repository("me/net", None, None)
+    with pytest.raises(kind, match=told), explain_hub_errors(place):
+        raise error from error.__cause__
+
+
+def test_a_cache_that_cannot_be_written_is_not_taken_for_the_connection(
+    hub, tmp_path, monkeypatch
+) -> None:
+    of_ours(hub)
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "file"))
+    with pytest.raises(CannotWriteError, match="hf://me/ours could not be kept in the cache"):
+        load_backbone("hf://me/ours")
 
 
 def test_offline_the_cache_is_read_and_what_it_lacks_is_said(hub, monkeypatch) -> None:
@@ -222,6 +277,14 @@ def test_a_repository_of_transformers_is_built_and_filled(hub) -> None:
     )
     assert (card.mean, card.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     assert default_image_size("hf://me/transformers") == (64, 64)
+
+
+def test_a_config_of_transformers_that_names_a_model_is_no_card_of_ours(hub) -> None:
+    net = of_transformers(hub)
+    path = hub / "me/transformers/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model": "vit"}))
+    loaded = read_backbone("hf://me/transformers")
+    assert loaded.net.layernorm.weight.equal(net.vit.layernorm.weight)
 
 
 @pytest.mark.parametrize("size", [(96, 96), (64, 96)])

@@ -9,7 +9,7 @@ import huggingface_hub
 import pytest
 import torch
 import yaml
-from fake_hub import serving
+from fake_hub import PUBLIC, serving
 from huggingface_hub import constants
 from safetensors.torch import load_file
 from torch import nn
@@ -21,7 +21,7 @@ from pixel_level_contrastive_learning.backbones.checkpoint import (
     save_backbone,
 )
 from pixel_level_contrastive_learning.backbones.factory import build_backbone
-from pixel_level_contrastive_learning.backbones.push import push
+from pixel_level_contrastive_learning.backbones.push import push, without_folder
 
 CARD = BackboneCard(
     model="timm/test_resnet",
@@ -38,6 +38,7 @@ EVALUATION = {
     "data": "/home/me/secret/masks",
     "rows": [
         {"name": "random weights", "scores": {"mIoU": 0.25}},
+        {"name": "/home/me/secret/moved run", "scores": {"mIoU": 0.375}},
         {"name": "RUN", "scores": {"mIoU": 0.5, "accuracy": 0.75}},
     ],
 }
@@ -54,7 +55,7 @@ def run(tmp_path) -> Path:
     """A run's folder with everything that a page is written from."""
     folder = tmp_path / "run"
     save_backbone(folder / "backbone.safetensors", build_backbone(CARD.model, channels=2), CARD)
-    settings = {"data": ["/home/me/secret"], "loss": "pixpro", "steps": 300, "epochs": None}
+    settings = {"data": ["/home/me/secret"], "loss": "pixcontrast", "steps": 300, "epochs": "auto"}
     (folder / "config.yaml").write_text(yaml.safe_dump(settings))
     (folder / "statistics.json").write_text(json.dumps({"images": 1234}))
     found = json.dumps(EVALUATION).replace("RUN", str(folder))
@@ -87,8 +88,11 @@ def test_what_is_pushed_is_read_back_by_its_name(hub, run, capsys) -> None:
     assert loaded.card.start == "start.pth"
     facts = yaml.safe_load(page.split("---")[1])
     assert (facts["library_name"], facts["license"]) == ("timm", "mit")
+    assert facts["tags"][-1] == "pixcontrast"
     for line in (
         "A backbone pretrained at pixel level, without labels, on 1234 images by",
+        "`pixel-level-contrastive-learning` (PixContrast, [arXiv:2011.10043]"
+        "(https://arxiv.org/abs/2011.10043)).",
         "net = load_backbone('hf://me/net')",
         "net.load_state_dict(load_file('backbone.safetensors'))",
         "| started from | start.pth |",
@@ -96,11 +100,43 @@ def test_what_is_pushed_is_read_back_by_its_name(hub, run, capsys) -> None:
         "## linear on masks",
         "|  | mIoU | accuracy |",
         "| random weights | 0.250 |  |",
+        "| moved run | 0.375 |  |",
         "| run | 0.500 | 0.750 |",
         "Of the weights: mit.",
     ):
         assert line in page.splitlines() or line in page
     assert "epochs" not in page
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("/home/me/gone (1)/run/", "run"),
+        ("~/secret/run", "run"),
+        ("secret\\run.pth", "run.pth"),
+        ("random weights", "random weights"),
+        ("random weights (/home/me/nets.py:build)", "random weights (nets.py:build)"),
+        ("start (secret/start.pth)", "start (start.pth)"),
+        ("random weights (timm/resnet18)", "random weights (timm/resnet18)"),
+        *((name, name) for name in ("torchvision/resnet18", "hf://me/net", "mine.py:build")),
+    ],
+)
+def test_a_row_is_named_without_its_folder_there_or_not(name, shown) -> None:
+    assert without_folder(name) == shown
+
+
+@pytest.mark.parametrize("name", ["me/net@v2", "hf://me/net@refs/pr/1", "me/net/net.pth"])
+def test_a_revision_or_file_is_no_place_to_push_to(hub, run, name) -> None:
+    with pytest.raises(ValueError, match=f"repository is '{name}'; it must be OWNER/NAME: its new"):
+        push(run, name)
+    assert not (hub / "me").exists()
+
+
+def test_a_public_repository_is_not_made_private_and_that_is_said(hub, run) -> None:
+    (hub / "me/net" / PUBLIC).mkdir(parents=True)
+    with pytest.warns(UserWarning, match="hf://me/net was there before and is public, and so is"):
+        push(run, "me/net", private=True)
+    push(run, "me/net")  # a warning would be an error
 
 
 def test_the_lines_on_the_page_load_the_weights(hub, run, monkeypatch) -> None:
@@ -123,6 +159,12 @@ def test_a_dry_run_uploads_nothing_and_says_what_it_would(hub, run, capsys, monk
         "would upload to hf://me/net:\n  backbone.safetensors"
     )
     assert not (hub / "me").exists()
+    assert cli.main(["export", str(run), "--push", "me/net", "--dry-run", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["repository"], told["dry_run"]) == ("hf://me/net", True)
+    weights = (run / "backbone.safetensors").stat().st_size
+    assert told["files"]["backbone.safetensors"] == pytest.approx(weights, rel=0.01)
+    assert "# net" in told["page"]
 
 
 def test_a_run_on_code_of_ones_own_is_pushed_without_it(hub, tmp_path) -> None:
