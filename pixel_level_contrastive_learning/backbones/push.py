@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -64,15 +63,15 @@ def push(
     Args:
         run: A run directory, or a file with its card.
         repository: ``OWNER/NAME``, made if there is none; files of these names are replaced.
-        private: Whether a new repository is private. One that exists and is public stays so, with a
-            warning.
+        private: Make the repository private if it is new, and refuse one that is public.
         licence: Of the weights, as the Hub names it, such as ``mit`` or ``cc-by-4.0``.
         dry_run: Upload nothing, and give what would be.
         model: As for `load_backbone`.
 
     Raises:
         ValueError: No backbone, one that lacks weights of its model, a revision or a file in the
-            repository's name, no such owner, or no right to write there.
+            repository's name, no such owner, no right to write there, or a public repository where
+            a private one is wanted.
         ConnectionError: The Hub cannot be reached.
     """
     place = place_of(HUB + repository.removeprefix(HUB))
@@ -102,10 +101,9 @@ def push(
             ]
             api.create_repo(place.repo, private=private, exist_ok=True)
             if private and not api.model_info(place.repo).private:
-                warnings.warn(
-                    f"{place} was there before and is public, and so is what is uploaded; make it "
-                    "private in its settings on the Hub",
-                    stacklevel=2,
+                raise ValueError(
+                    f"private is True, but {place} was there before and is public; make it private "
+                    "in its settings on the Hub, or push to another name. Nothing was uploaded"
                 )
             api.create_commit(place.repo, operations, commit_message="Upload a backbone")
     return Pushed(str(place), files, dry_run)

@@ -132,11 +132,12 @@ def test_a_revision_or_file_is_no_place_to_push_to(hub, run, name) -> None:
     assert not (hub / "me").exists()
 
 
-def test_a_public_repository_is_not_made_private_and_that_is_said(hub, run) -> None:
+def test_nothing_private_goes_into_a_public_repository(hub, run) -> None:
     (hub / "me/net" / PUBLIC).mkdir(parents=True)
-    with pytest.warns(UserWarning, match="hf://me/net was there before and is public, and so is"):
+    with pytest.raises(ValueError, match="hf://me/net was there before and is public; make it"):
         push(run, "me/net", private=True)
-    push(run, "me/net")  # a warning would be an error
+    assert not (hub / "me/net" / "README.md").exists()
+    push(run, "me/net")
 
 
 def test_the_lines_on_the_page_load_the_weights(hub, run, monkeypatch) -> None:
