@@ -43,6 +43,7 @@ FIRST = (
 """The settings that `--help` names; `--help-all` names all."""
 MORE = {
     "help_all": "List all flags, not only those that matter first.",
+    "allow_commands": "Run shards that are commands (pipe:...), which a shell gets.",
     "json": "Print the metrics, or with --dry-run the figures, as JSON.",
 }
 """Flags that are no settings."""

@@ -217,12 +217,13 @@ class Augmentation(nn.Module):
         """Change views ``(b, c, h, w)``, float in [0, 1].
 
         Raises:
-            ValueError: The change altered their shape.
+            ValueError: The change altered their shape, or gave something else than a tensor.
         """
         changed = self.change(pixels)
-        if changed.shape != pixels.shape:
+        if not isinstance(changed, Tensor) or changed.shape != pixels.shape:
+            into = tuple(changed.shape) if isinstance(changed, Tensor) else type(changed).__name__
             raise ValueError(
-                f"augment_fn turned views {tuple(pixels.shape)} into {tuple(changed.shape)}; it "
+                f"augment_fn turned views {tuple(pixels.shape)} into {into}; it "
                 "must keep the shape and the place of every pixel: change colour there, and set "
                 "geometry by cutout_ratio_range, prob_rand_hflip, prob_rand_vflip and max_rotation"
             )

@@ -122,6 +122,8 @@ def per_channel(name: str, values: Sequence[float] | None, channels: object) -> 
     return None
 
 
+ALLOW_COMMANDS = "PIXELCL_ALLOW_COMMANDS"
+"""The environment variable without which no shard that is a command is run."""
 EXTRAS = {
     "rasterio": ("rasters", "cutting TIFFs and giant pictures into tiles"),
     "openslide": ("slides", "cutting whole-slide images into tiles"),

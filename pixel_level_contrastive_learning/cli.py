@@ -21,7 +21,7 @@ import tyro
 
 from . import run_layout
 from .arguments import parse_config, positionals_first
-from .checks import Pages, not_installed, one_of, raise_together
+from .checks import ALLOW_COMMANDS, Pages, not_installed, one_of, raise_together
 from .trainer.config import PretrainConfig
 
 
@@ -348,6 +348,8 @@ def demo(out: str = "runs/demo", steps: int = 100, overwrite: bool = False) -> N
     print(f"report: {report}")
 
 
+COMMANDS_FLAG = "--allow-commands"
+"""The flag that lets shards be commands; never taken from a file, which may be somebody else's."""
 COMMANDS = (pretrain, prepare, evaluate, features, visualize, export, layers, demo)
 
 
@@ -356,6 +358,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     if isinstance(sys.stdout, TextIOWrapper):  # file names may hold bytes that are not text
         sys.stdout.reconfigure(errors="backslashreplace")
+    if COMMANDS_FLAG in given:  # by a variable, which the other processes of a run inherit
+        given.remove(COMMANDS_FLAG)
+        os.environ[ALLOW_COMMANDS] = "1"
     try:
         if given[:1] == ["pretrain"]:
             words = [word for word in given[1:] if word != "--json"]

@@ -382,12 +382,15 @@ def test_augmenting_changes_first_and_normalises_after() -> None:
     assert bare(torch.zeros(1, 1, 2, 2)).flatten().tolist() == [0] * 4
 
 
-def test_augmenting_must_not_move_pixels() -> None:
-    crop = Augmentation(lambda pixels: pixels[..., 1:, 1:], Normalise((0.5,), (0.5,)))
+@pytest.mark.parametrize(
+    ("change", "into"),
+    [(lambda pixels: pixels[..., 1:, 1:], "(2, 1, 7, 7)"), (lambda pixels: [*pixels], "list")],
+)
+def test_augmenting_must_not_move_pixels(change, into) -> None:
     with pytest.raises(ValueError) as error:
-        crop(torch.ones(2, 1, 8, 8))
+        Augmentation(change, Normalise((0.5,), (0.5,)))(torch.ones(2, 1, 8, 8))
     assert str(error.value) == (
-        "augment_fn turned views (2, 1, 8, 8) into (2, 1, 7, 7); it must keep the shape and the "
+        f"augment_fn turned views (2, 1, 8, 8) into {into}; it must keep the shape and the "
         "place of every pixel: change colour there, and set geometry by cutout_ratio_range, "
         "prob_rand_hflip, prob_rand_vflip and max_rotation"
     )

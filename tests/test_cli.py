@@ -442,3 +442,21 @@ def test_a_flag_without_its_value_is_told_in_words(flags, capsys) -> None:
     assert end.value.code == 2
     told = capsys.readouterr()
     assert "Traceback" not in told.err + told.out
+
+
+def test_commands_of_a_file_of_settings_run_only_where_the_command_line_says_so(
+    tmp_path, monkeypatch, capsys
+) -> None:
+    monkeypatch.setenv("PIXELCL_ALLOW_COMMANDS", "")  # and nothing is left of it afterwards
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    ran, file = tmp_path / "ran", tmp_path / "config.yaml"
+    file.write_text(f"data: ['pipe:touch {ran}']\nallow_commands: true\n")
+    words = ["pretrain", "--config", str(file), "--out", str(tmp_path / "run"), "--dry-run"]
+    assert cli.main(words) == 2
+    assert "allow_commands" in capsys.readouterr().err  # no setting
+    file.write_text(f"data: ['pipe:touch {ran}']\n")
+    assert cli.main(words) == 2
+    assert "give --allow-commands" in capsys.readouterr().err
+    assert not ran.exists()
+    assert cli.main([*words, "--allow-commands"]) == 2  # what it prints is no shard
+    assert ran.exists()

@@ -13,14 +13,17 @@ import os
 import shutil
 import tarfile
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Self
+from urllib.parse import urlsplit
 from uuid import uuid4
 
 import torch
 
+from ..checks import ALLOW_COMMANDS
 from .decoding import ending_of, image_suffixes
 from .image import ImageError
 from .pages import PagedFiles, Place, chance_of_several
@@ -96,7 +99,14 @@ class ShardSource(PagedFiles):
 
 def is_url(place: str) -> bool:
     """Whether a shard has to be downloaded."""
-    return "://" in place or place.startswith("pipe:")
+    return "://" in place or is_command(place)
+
+
+def is_command(place: str) -> bool:
+    """Whether a shard is what a command prints, which webdataset hands to a shell."""
+    with suppress(ValueError):
+        return urlsplit(place).scheme == "pipe"  # which finds it as webdataset does
+    return False
 
 
 def is_shards(place: str) -> bool:
@@ -166,6 +176,12 @@ def download(url: str) -> str:
     """The path of a shard that is downloaded now, or was before."""
     from webdataset import gopen
 
+    if is_command(url) and not os.environ.get(ALLOW_COMMANDS):
+        raise ValueError(
+            f"the shard {url!r} is a command that a shell would run, and nothing of it was run; if "
+            "it is yours, give --allow-commands on the command line, or from Python set the "
+            f"environment variable {ALLOW_COMMANDS}=1"
+        )
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     folder = Path(base, "pixelcl", "shards").expanduser()
     tail = "".join(c if c.isalnum() or c in "-_." else "_" for c in url.rsplit("/", 1)[-1])[-80:]

@@ -249,6 +249,7 @@ def test_a_shard_of_labels_among_those_of_images_is_left_out(folder, caplog) -> 
 def test_shards_named_by_url_are_downloaded_once(folder, tmp_path, monkeypatch) -> None:
     url = f"pipe:cat {folder}/part-{{00..02}}.tar"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("PIXELCL_ALLOW_COMMANDS", "1")
     cache = tmp_path / "home" / "pixelcl" / "shards"
     assert values(open_source(url)) == [0, 1, 2, 3, 4, 5]
     assert len(list(cache.iterdir())) == 3
@@ -260,6 +261,14 @@ def test_shards_named_by_url_are_downloaded_once(folder, tmp_path, monkeypatch) 
         with pytest.raises(ValueError, match=r"cannot download the shard .pipe:head"):
             open_source(f"pipe:head -c {length} {folder}/part-01.tar")
     assert len(list(cache.iterdir())) == 3  # nothing half downloaded is left
+
+
+@pytest.mark.parametrize("scheme", ["pipe:", "PIPE:", "pi\tpe:", " pipe:"])
+def test_no_command_is_run_unasked(scheme, tmp_path, monkeypatch) -> None:
+    monkeypatch.delenv("PIXELCL_ALLOW_COMMANDS", raising=False)
+    with pytest.raises(ValueError, match="a command that a shell would run, and nothing of it was"):
+        open_source(f"{scheme}touch {tmp_path}/run://x.tar")
+    assert not (tmp_path / "run:").exists()
 
 
 def test_shards_that_are_cut_off_give_what_they_have(folder, caplog) -> None:
