@@ -6,6 +6,7 @@ its files; those of `formats` come through the same door, and only import their 
 
 from __future__ import annotations
 
+import logging
 import warnings
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
@@ -14,6 +15,8 @@ from ..checks import EXTRAS, not_installed
 from .arrays import NamedArray
 from .image import ImageError, decoder_message
 from .reading import in_time
+
+log = logging.getLogger(__name__)
 
 GROUP = "pixel_level_contrastive_learning.readers"
 """Entry points of readers, each called by an ending: ``.abc`` of files, ``.abc/`` of folders."""
@@ -37,7 +40,12 @@ def all_readers() -> dict[str, EntryPoint]:
         for function, endings in FORMATS.items()
         for ending in endings
     }
-    return ours | {entry.name.lower(): entry for entry in entry_points(group=GROUP)}
+    theirs = {entry.name.lower(): entry for entry in entry_points(group=GROUP)}
+    for name, entry in theirs.items():
+        if not name.startswith("."):
+            value = entry.value
+            log.warning("%s reads no file: its entry point is %r, not '.%s'", value, name, name)
+    return ours | theirs
 
 
 def call_reader(ending: str, content: bytes | str, path: str) -> NamedArray:
