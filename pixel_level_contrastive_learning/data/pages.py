@@ -216,10 +216,10 @@ class PagedFiles:
         content = self.file_content(file, several=image is not None)
         if isinstance(content, bytes):
             return open_image(content, image)
+        if isinstance(content, NamedArray):  # of a reader, which computes now
+            return in_time(partial(open_image, content, image), None)
         path = self.place(file).path
         opened = in_time(partial(open_image, content, image), path)
-        if isinstance(content, NamedArray):  # it has been read
-            return opened
         return replace(opened, load=lambda scale: in_time(partial(opened.load, scale), path))
 
     def file_content(self, file: int, several: bool = False) -> Content:
@@ -237,7 +237,7 @@ class PagedFiles:
             ending = DICOM
         if ending not in readers:
             return content
-        named = call_reader(ending, content, path)
+        named = call_reader(ending, content)
         if get_worker_info() is None:  # a loader's worker draws files at random
             self.last = file, named
         return named
@@ -274,7 +274,7 @@ class PagedFiles:
         if ending in SHAPE_FIRST:
             with suppress(ImageError):  # if so much does not do, all of it is read
                 head, _ = in_time(partial(read_part, place.path, place.offset, HEAD), place.path)
-                return call_reader(ending, head, place.path).stack
+                return call_reader(ending, head).stack
         content = self.file_content(file, several=True)
         return in_time(partial(stack_in, content), place.path)
 
