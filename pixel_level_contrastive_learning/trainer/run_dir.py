@@ -173,6 +173,13 @@ class RunDir:
         paths = (self.path / name for name in (run_layout.METRICS, run_layout.PROBE))
         return [path for path in paths if path.exists()]
 
+    def last_metrics(self) -> dict[str, Any]:
+        """The metrics of the last step that was written down; nothing where none was."""
+        path = self.path / run_layout.METRICS
+        lines = path.read_text("utf-8").splitlines() if path.exists() else []
+        metrics: dict[str, Any] = json.loads(lines[-1]) if lines else {}
+        return metrics
+
     def checkpoint_path(self, step: int) -> Path:
         """The file of a step's checkpoint."""
         return self.checkpoints / f"step-{step:08d}.ckpt"
