@@ -65,7 +65,7 @@ def looped(settings: dict[str, Any]) -> Figures:
     torch.manual_seed(config.seed)
     net = build.build_net(config, size, channels, load=True)
     learner = build.build_learner(config, net, size, channels)
-    plan = resolve(config, build.find_info(data, find_devices(config), learner))
+    plan = resolve(config, build.find_info(config, data, find_devices(config), learner))
     device, schedule = torch.device(plan.device), plan.schedule
     learner.to(device)
     normalise = Normalise(data.statistics.mean, data.statistics.std).to(device)

@@ -19,6 +19,9 @@ PREVIEW = "preview"
 PICTURES = "pictures"
 """Folder of the features of some images, as pictures."""
 
+STEP, PAIRS, EXPORTED = "step-", "pairs-", "backbone-"
+"""Beginnings of names: of the checkpoint and the picture of a step, of previews, and of what
+`pixelcl export` writes, which goes on with the format."""
 CHECKPOINTS = "checkpoints"
 """Folder of the checkpoints."""
 LAST = "last.ckpt"

@@ -1,11 +1,13 @@
 """The shape of the package: its files and its door. Who imports whom stands in pyproject.toml."""
 
 import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from grimp import build_graph
 
 PACKAGE = "pixel_level_contrastive_learning"
 ROOT = Path(__file__).parents[1]
@@ -42,6 +44,25 @@ def test_the_guide_names_every_room() -> None:
     guide = (ROOT / "docs" / "architecture.md").read_text()
     rooms = [path for path in (ROOT / PACKAGE).iterdir() if path.suffix in ("", ".py")]
     assert [path.stem for path in rooms if path.stem[0] != "_" and path.stem not in guide] == []
+
+
+def test_no_module_imports_one_that_the_guide_draws_below_it() -> None:
+    drawing = (ROOT / "docs" / "architecture.md").read_text().split("```text")[1].split("```")[0]
+    graph, folder, rows = build_graph(PACKAGE), "", {}
+    for number, line in enumerate(drawing.splitlines()):
+        if line[:1].strip():
+            folder = f"{line.split('/')[0]}." if re.match(r"\w+/", line) else ""
+        for word in re.findall(r"\w+", line):
+            rows.setdefault(f"{PACKAGE}.{folder}{word}", number)
+    drawn = rows.keys() & graph.modules
+    assert len(drawn) > 60
+    upside_down = [
+        (one, other)
+        for one in drawn
+        for other in graph.find_modules_directly_imported_by(one)
+        if rows.get(other, 0) > rows[one]
+    ]
+    assert not upside_down
 
 
 def test_the_door_opens_without_torch() -> None:

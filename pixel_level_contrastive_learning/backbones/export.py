@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..checks import import_extra, one_of, raise_together
 from ..files import write_whole
+from ..run_layout import EXPORTED
 from .checkpoint import BackboneCard, clean_state_dict, read_backbone, save_card
 from .custom import (
     OBJECT,
@@ -120,7 +121,7 @@ def export(
     with handing_over(model):
         net, card, loaded = read_backbone(source)
     card = replace(card, **named_in(card, net, format))
-    default = run_folder(source) / f"backbone-{format}{FORMATS[format]}"
+    default = run_folder(source) / f"{EXPORTED}{format}{FORMATS[format]}"
     path = default if out is None else Path(out).expanduser()
     if FORMATS[format] not in ("", path.suffix):
         raise ValueError(f"out is {str(path)!r}; for {format} it must end in {FORMATS[format]}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Set
-from functools import cache
+from functools import cache, partial
 from io import BytesIO
 
 import numpy as np
@@ -29,6 +29,7 @@ from .image import (
 )
 from .picture import JPEG, frames_in, open_jpeg, open_picture
 from .readers import all_readers
+from .reading import in_time
 from .tiff import open_tiff, stack_of_tiff
 
 ENDINGS = (
@@ -64,12 +65,26 @@ def image_suffixes() -> Set[str]:
     return IMAGE_SUFFIXES | all_readers().keys()
 
 
-def ending_of(name: str, known: Set[str] | None = None) -> str:
-    """Which of the known endings a name has, by default one of images; an empty text for none."""
+def ending_of(name: str, known: Set[str] | None = None, *, folder: bool = False) -> str:
+    """Which of the known endings a name has, by default one of images; an empty text for none.
+
+    Args:
+        name: Of a file, or of a ``folder``, whose endings are known with a slash after them.
+        known: The endings.
+        folder: Which of them is meant.
+    """
     known = image_suffixes() if known is None else known
     stem, last = os.path.splitext(name.lower())
     double = os.path.splitext(stem)[1] + last
-    return next((ending for ending in (double, last, f"{last}/") if ending in known), "")
+    candidates = (f"{last}/",) if folder else (double, last)
+    return next((ending for ending in candidates if ending in known), "")
+
+
+def ending_at(path: str) -> str:
+    """The ending of an image, with a slash where a folder is there that has a reader."""
+    as_folder = ending_of(path, folder=True)
+    is_folder = bool(as_folder) and in_time(partial(os.path.isdir, path), path)
+    return as_folder if is_folder else ending_of(path)
 
 
 def open_image(content: Content, image: int | None = None) -> LazyImage:

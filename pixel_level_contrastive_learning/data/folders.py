@@ -72,7 +72,7 @@ def find_files(
                 folders.remove(name)
         for name in reversed(folders):
             if not name.startswith("."):
-                is_item = ending_of(name, known).endswith("/")
+                is_item = ending_of(name, known, folder=True)
                 (found if is_item else waiting).append(os.path.join(place, name))
         for name in files:
             path, suffix = os.path.join(place, name), os.path.splitext(name)[1].lower()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from io import BytesIO
+from threading import Lock
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -36,12 +38,38 @@ class ImageError(Exception):
     """An image cannot be used; the message is the reason, without the file's name."""
 
 
+class Silence:
+    """A context without warnings, for many threads: the last one puts back the filters of all."""
+
+    def __init__(self) -> None:
+        self.lock, self.threads, self.filters = Lock(), 0, warnings.catch_warnings()
+        if hasattr(os, "register_at_fork"):
+            ends = self.lock.release
+            os.register_at_fork(before=self.lock.acquire, after_in_parent=ends, after_in_child=ends)
+
+    def __enter__(self) -> None:
+        with self.lock:
+            if not self.threads:
+                self.filters = warnings.catch_warnings()
+                self.filters.__enter__()
+                warnings.simplefilter("ignore")
+            self.threads += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self.lock:
+            self.threads -= 1
+            if not self.threads:
+                self.filters.__exit__(None, None, None)
+
+
+NO_WARNINGS = Silence()
+
+
 @contextmanager
 def known_errors(*, content: object = b"", but: type[Exception] = ImageError) -> Iterator[None]:
     """Let whatever a decoder raises become an `ImageError`, and its warnings be silent."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a decoder's remarks on a file help nobody
+        with NO_WARNINGS:  # a decoder's remarks on a file help nobody
             yield
     except (ImageError, but):
         raise

@@ -22,7 +22,7 @@ from torch.utils.data import get_worker_info
 
 from ..checks import Pages
 from .arrays import NamedArray
-from .decoding import TIFF, Content, ending_of, open_image, stack_in
+from .decoding import TIFF, Content, ending_at, ending_of, open_image, stack_in
 from .image import ALL, MOST_JOINED, ImageError, LazyImage, Stack, to_array_file
 from .orientation import PNG
 from .picture import AVIF, JPEG
@@ -63,8 +63,8 @@ PLANES_DESCRIBED = (b"images=", b"truncated", b"<OME")
 
 def chance_of_several(name: str) -> int:
     """How likely a file of this name holds several images: `NEVER`, `SELDOM` or `OFTEN`."""
-    ending = ending_of(name)
-    if ending in NEVER_SEVERAL:
+    ending = ending_of(name) or ending_of(name, folder=True)
+    if ending in NEVER_SEVERAL and ending not in all_readers():
         return NEVER
     return SELDOM if ending in SELDOM_SEVERAL else OFTEN
 
@@ -216,10 +216,10 @@ class PagedFiles:
         content = self.file_content(file, several=image is not None)
         if isinstance(content, bytes):
             return open_image(content, image)
+        if isinstance(content, NamedArray):  # of a reader, which computes now
+            return in_time(partial(open_image, content, image), None)
         path = self.place(file).path
         opened = in_time(partial(open_image, content, image), path)
-        if isinstance(content, NamedArray):  # it has been read
-            return opened
         return replace(opened, load=lambda scale: in_time(partial(opened.load, scale), path))
 
     def file_content(self, file: int, several: bool = False) -> Content:
@@ -227,7 +227,7 @@ class PagedFiles:
         last = self.last  # which another thread may change
         if last is not None and last[0] == file:
             return last[1]
-        ending, place = ending_of(self.file_name(file)), self.place(file)
+        ending, place = ending_at(self.file_name(file)), self.place(file)
         path, readers = place.path, all_readers()
         may_be_tiff = several and ending not in readers and not place.offset
         if may_be_tiff and read_bytes(path, 0, 4) in TIFF:
@@ -237,7 +237,7 @@ class PagedFiles:
             ending = DICOM
         if ending not in readers:
             return content
-        named = call_reader(ending, content, path)
+        named = call_reader(ending, content)
         if get_worker_info() is None:  # a loader's worker draws files at random
             self.last = file, named
         return named
@@ -267,14 +267,14 @@ class PagedFiles:
 
     def stack(self, file: int) -> Stack:
         """What a file holds."""
-        place, ending = self.place(file), ending_of(self.file_name(file))
+        place, ending = self.place(file), ending_at(self.file_name(file))
         looked = partial(may_hold_several, *place[:2])
         if ending and ending not in all_readers() and not in_time(looked, place.path):
             return Stack(1)
         if ending in SHAPE_FIRST:
             with suppress(ImageError):  # if so much does not do, all of it is read
                 head, _ = in_time(partial(read_part, place.path, place.offset, HEAD), place.path)
-                return call_reader(ending, head, place.path).stack
+                return call_reader(ending, head).stack
         content = self.file_content(file, several=True)
         return in_time(partial(stack_in, content), place.path)
 

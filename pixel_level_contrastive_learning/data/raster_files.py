@@ -13,7 +13,7 @@ import numpy as np
 
 from ..checks import Pages
 from .arrays import Deferred, NamedArray, one_image
-from .decoding import NPY, SIGNATURES, TIFF, ending_of, open_image, stack_in
+from .decoding import NPY, SIGNATURES, TIFF, ending_at, open_image, stack_in
 from .folders import SLIDE_SUFFIXES, is_dicom
 from .image import ALL, ImageError, known_errors
 from .orientation import ORIENTATION_TAG
@@ -79,7 +79,7 @@ def open_rasters(path: str, pages: Pages | None = None) -> list[Raster]:
 
 def from_reader(path: str) -> NamedArray | None:
     """What the reader of a file returns; None where it needs none."""
-    ending = ending_of(path)
+    ending = ending_at(path)
     if ending in all_readers() or (not ending and is_dicom(path)):
         content = FileSource([path]).file_content(0)
         return content if isinstance(content, NamedArray) else None

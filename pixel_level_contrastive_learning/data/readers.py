@@ -6,14 +6,16 @@ its files; those of `formats` come through the same door, and only import their 
 
 from __future__ import annotations
 
-import warnings
+import logging
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 
 from ..checks import EXTRAS, not_installed
 from .arrays import NamedArray
-from .image import ImageError, decoder_message
+from .image import NO_WARNINGS, ImageError, decoder_message
 from .reading import in_time
+
+log = logging.getLogger(__name__)
 
 GROUP = "pixel_level_contrastive_learning.readers"
 """Entry points of readers, each called by an ending: ``.abc`` of files, ``.abc/`` of folders."""
@@ -37,10 +39,15 @@ def all_readers() -> dict[str, EntryPoint]:
         for function, endings in FORMATS.items()
         for ending in endings
     }
-    return ours | {entry.name.lower(): entry for entry in entry_points(group=GROUP)}
+    theirs = {entry.name.lower(): entry for entry in entry_points(group=GROUP)}
+    for name, entry in theirs.items():
+        if not name.startswith("."):
+            value = entry.value
+            log.warning("%s reads no file: its entry point is %r, not '.%s'", value, name, name)
+    return ours | theirs
 
 
-def call_reader(ending: str, content: bytes | str, path: str) -> NamedArray:
+def call_reader(ending: str, content: bytes | str) -> NamedArray:
     """What a reader makes of the bytes of a file, or of the path of a folder.
 
     Raises:
@@ -48,9 +55,9 @@ def call_reader(ending: str, content: bytes | str, path: str) -> NamedArray:
     """
     entry = all_readers()[ending]
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return NamedArray.of(in_time(lambda: entry.load()(content), path))
+        with NO_WARNINGS:
+            place = content if isinstance(content, str) else None  # bytes have been read
+            return NamedArray.of(in_time(lambda: entry.load()(content), place))
     except (Exception, SystemExit) as error:  # a reader may raise anything at all
         if isinstance(error, ModuleNotFoundError) and error.name in EXTRAS:
             raise ImageError(not_installed(error.name)) from error

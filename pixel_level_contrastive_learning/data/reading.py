@@ -21,6 +21,8 @@ T = TypeVar("T")
 
 PATIENCE, LESS_PATIENCE = 60.0, 5.0
 """Seconds after which a read is given up; and where another one in its folder still hangs."""
+READER_PATIENCE = 600.0
+"""Seconds that a reader may compute with what has been read."""
 PART = 2**26
 """Bytes that must arrive within that time; longer files are read by such parts."""
 NO_WAITING = getattr(os, "O_NONBLOCK", 0)
@@ -50,15 +52,17 @@ STUCK: dict[str, Helper] = {}
 """By folder, the last helper there that did not answer."""
 
 
-def in_time(call: Callable[[], T], place: str) -> T:
-    """What a call returns that reads a file, or a folder.
+def in_time(call: Callable[[], T], place: str | None) -> T:
+    """What a call returns that reads a file, or a folder; or one that only computes, of no place.
 
     Raises:
         ImageError: It does not answer.
     """
-    folder = os.path.dirname(place)
-    stuck = STUCK.get(folder)
+    folder = None if place is None else os.path.dirname(place)
+    stuck = STUCK.get(folder or "")
     limit = LESS_PATIENCE if stuck and stuck.results.empty() else PATIENCE
+    if folder is None:
+        limit = READER_PATIENCE
     helper = None
     with suppress(IndexError):
         helper = IDLE.pop()
@@ -67,6 +71,8 @@ def in_time(call: Callable[[], T], place: str) -> T:
     try:
         result, error = helper.results.get(timeout=limit)
     except Empty:
+        if folder is None:
+            raise ImageError(f"its content is not decoded after {limit:g} s") from None
         STUCK[folder] = helper
         raise ImageError(
             f"no answer within {limit:g} s, as from a network mount that is gone"

@@ -18,13 +18,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, NamedTuple
-from warnings import catch_warnings, simplefilter
 
 from ..checks import LIMITS, Pages, raise_together, whole, within
 from ..files import check_writable, rename, sync, write_whole
 from ..run_layout import SKIPPED
 from .dataset import BrokenImage, check_broken
-from .image import ImageError
+from .image import NO_WARNINGS, ImageError
 from .loader import in_order
 from .shard_entries import Copies, Entry, Tiles
 from .sources import open_source
@@ -167,9 +166,7 @@ def write_shards(
     shared = common_folder(files)
     broken: dict[str, BrokenImage] = {}
     workers = workers or os.cpu_count() or 1
-    with ThreadPoolExecutor(workers) as threads, catch_warnings():
-        # Decoding ignores warnings, too, but filters are shared by all threads.
-        simplefilter("ignore")
+    with ThreadPoolExecutor(workers) as threads, NO_WARNINGS:
         for number in range(total):
             path = folder / f"shards-{number:06d}.tar"
             record = index.find(path)

@@ -287,7 +287,7 @@ def open_path(
         in_time(path.exists, str(path))
     except ImageError as error:
         raise ValueError(f"data is {place!r}, which cannot be read: {error}") from error
-    if path.is_dir() and not ending_of(path.name).endswith("/"):
+    if path.is_dir() and not ending_of(path.name, folder=True):
         paths, others = find_files(path, known, leave_out=leave_out)
         if paths:
             if others:
@@ -301,7 +301,7 @@ def open_path(
             f"{place!r} does not exist; name a folder of images (a run may be resumed with its "
             "images in another place)"
         )
-    if ending_of(path.name, known) or is_dicom(str(path)):
+    if path.is_dir() or ending_of(path.name, known) or is_dicom(str(path)):
         return FileSource([str(path)])
     if path.suffix.lower() in SLIDE_SUFFIXES:
         raise ValueError(f"{place!r} is a slide or the like; {CUT}")
@@ -323,7 +323,7 @@ def read_list(path: Path) -> list[str]:
     paths = [str(path.parent / Path(line.strip()).expanduser()) for line in lines if line.strip()]
     if not paths:
         raise ValueError(f"data is {str(path)!r}, a list without paths; write one path a line")
-    if os.path.isdir(paths[0]) and not ending_of(paths[0]).endswith("/"):
+    if os.path.isdir(paths[0]) and not ending_of(paths[0], folder=True):
         raise ValueError(
             f"data is {str(path)!r}, a list that begins with the folder {paths[0]!r}; name folders "
             "themselves as data, and list images alone"

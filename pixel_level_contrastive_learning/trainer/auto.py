@@ -47,6 +47,7 @@ class Info:
     processes: int  # of the run, over all machines
     cores: int  # for each process
     batch_norm: bool  # whether the backbone has any
+    given_weights: bool  # whether it starts from weights of its own, and not from random ones
     pixel_layer: str | tuple[str, ...]  # name of the layer for the pixel loss, or of several
     instance_layer: str
 
@@ -135,7 +136,7 @@ def resolve(config: PretrainConfig, info: Info) -> RunPlan:
     steps = epochs * per_epoch if config.steps is None else config.steps
     share = config.warmup_epochs
     warmup = round(WARMUP_SHARE * steps if share == "auto" else share * per_epoch)
-    lr, peak_lr = learning_rate(config, batch, batch_norm=info.batch_norm)
+    lr, peak_lr = learning_rate(config, batch, gentle=info.given_weights or not info.batch_norm)
     schedule = Schedule(
         steps, per_epoch, min(warmup, steps), peak_lr, config.final_lr, config.target_momentum
     )
@@ -192,13 +193,11 @@ def resolve(config: PretrainConfig, info: Info) -> RunPlan:
     return RunPlan(**derived, **{name: getattr(settings, name) for name in names})
 
 
-def learning_rate(
-    config: PretrainConfig, batch_size: int, *, batch_norm: bool
-) -> tuple[float, float]:
+def learning_rate(config: PretrainConfig, batch_size: int, *, gentle: bool) -> tuple[float, float]:
     """The learning rate for 256 images, and the run's peak: the one place where they are decided.
 
     The peak grows with the batch: with its square root for adaptive optimisers, in proportion for
-    others.
+    others. ``gentle`` is for networks that a large one would harm, see `GENTLE_ADAM_LR`.
 
     Raises:
         ValueError: ``lr`` is `auto` and the optimiser has no default.
@@ -214,7 +213,7 @@ def learning_rate(
                 "with lr, or take adamw, lamb, lars or sgd"
             )
         base = BASE_LR[known[0]]
-        if known[0] == "adam" and (config.weights is not None or not batch_norm):
+        if known[0] == "adam" and gentle:
             base = GENTLE_ADAM_LR
     share = batch_size / 256
     return base, base * (sqrt(share) if is_adaptive(name) else share)

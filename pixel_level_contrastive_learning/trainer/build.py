@@ -162,7 +162,14 @@ def layer_key(name: str | tuple[str, ...]) -> Any:
     return None if name == "auto" else name
 
 
-def find_info(data: TrainingData, devices: Devices, learner: PixelCL) -> Info:
+def has_given_weights(config: PretrainConfig) -> bool:
+    """Whether training starts from weights that were named, or those of a network handed over."""
+    return config.weights is not None or is_module_handed()
+
+
+def find_info(
+    config: PretrainConfig, data: TrainingData, devices: Devices, learner: PixelCL
+) -> Info:
     """What `resolve` needs to know of data, system and network."""
     encoder = learner.online_encoder
     return Info(
@@ -174,6 +181,7 @@ def find_info(data: TrainingData, devices: Devices, learner: PixelCL) -> Info:
         processes=devices.processes,
         cores=cores_per_process(devices),
         batch_norm=any(isinstance(module, _BatchNorm) for module in learner.net.modules()),
+        given_weights=has_given_weights(config),
         pixel_layer=encoder.pixel_layer,
         instance_layer=encoder.instance_hook.name,
     )

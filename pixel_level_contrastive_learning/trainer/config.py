@@ -209,7 +209,7 @@ class PretrainConfig:
     lr: float | Auto = "auto"
     """Peak learning rate for a batch of 256 images.
     It is scaled with the batch: linearly, for the Adam family with the square root.
-    auto: by optimiser (adamw 2e-3; 1e-3 with --weights or without batch norm)."""
+    auto: by optimiser (adamw 2e-3; 1e-3 from given weights or without batch norm)."""
     weight_decay: float = 1e-4
     """Weight decay; one-dimensional parameters (biases, norm layers) have none."""
     warmup_epochs: float | Auto = "auto"
@@ -254,7 +254,7 @@ class PretrainConfig:
     """Loggers to write metrics to, in addition to metrics.jsonl."""
     picture_every: int | Auto = "auto"
     """Steps between pictures of the features; 0 draws none.
-    auto: ten per run, fewer where they would take more than 2 % of the time."""
+    auto: ten per run, fewer where they would take much of the time."""
     probe: str | None = None
     """Labelled folder (images/{train,val} and masks/{train,val}) to probe during training.
     The checkpoint with the highest mean IoU is kept as best.ckpt."""

@@ -62,7 +62,9 @@ class RunDir:
     def holds_dry_run(self) -> bool:
         """Whether the previews here are a run's, dry or not, and nobody else's pictures."""
         previews = self.path / run_layout.PREVIEW
-        return previews.is_dir() and all(p.match("pairs-*.png") for p in previews.iterdir())
+        return previews.is_dir() and all(
+            p.match(f"{run_layout.PAIRS}*.png") for p in previews.iterdir()
+        )
 
     def holds_run(self) -> bool:
         """Whether a run has begun here."""
@@ -173,13 +175,20 @@ class RunDir:
         paths = (self.path / name for name in (run_layout.METRICS, run_layout.PROBE))
         return [path for path in paths if path.exists()]
 
+    def last_metrics(self) -> dict[str, Any]:
+        """The metrics of the last step that was written down; nothing where none was."""
+        path = self.path / run_layout.METRICS
+        lines = path.read_text("utf-8").splitlines() if path.exists() else []
+        metrics: dict[str, Any] = json.loads(lines[-1]) if lines else {}
+        return metrics
+
     def checkpoint_path(self, step: int) -> Path:
         """The file of a step's checkpoint."""
-        return self.checkpoints / f"step-{step:08d}.ckpt"
+        return self.checkpoints / f"{run_layout.STEP}{step:08d}.ckpt"
 
     def numbered(self) -> list[Path]:
         """The checkpoints of single steps, newest first."""
-        return sorted(self.checkpoints.glob("step-*.ckpt"), reverse=True)
+        return sorted(self.checkpoints.glob(f"{run_layout.STEP}*.ckpt"), reverse=True)
 
     def checkpoint_paths(self) -> list[Path]:
         """The checkpoints, newest first, and the link to one of them after all others."""
@@ -277,7 +286,7 @@ class RunDir:
 
 def step_of(checkpoint: Path) -> int:
     """The step in the name of a checkpoint; -1 for a link to one."""
-    number = checkpoint.stem.removeprefix("step-")
+    number = checkpoint.stem.removeprefix(run_layout.STEP)
     return int(number) if number.isdecimal() else -1
 
 

@@ -104,7 +104,7 @@ def set_up(config: PretrainConfig, objects: Any, run_dir: RunDir) -> Setup:
     load = not (config.resume and run_dir.checkpoint_paths())
     net = build.build_net(config, size, channels, load=load)
     learner = build.build_learner(config, net, size, channels)
-    plan = resolve(config, build.find_info(data, devices, learner))
+    plan = resolve(config, build.find_info(config, data, devices, learner))
     setup = Setup(plan, data, learner, devices, probe_splits, before if config.resume else None)
     log_setup(setup, dry_run=config.dry_run)
     return setup
@@ -131,7 +131,7 @@ def log_setup(setup: Setup, *, dry_run: bool) -> None:
         f"on {layers}, instance loss on {plan.settings.instance_layer}; "
         f"loader workers: {plan.workers}"
     )
-    if plan.settings.weights is not None:
+    if build.has_given_weights(plan.settings):
         LOG.info(
             "start weights are trained as a whole, with a learning rate of "
             f"{plan.settings.lr:.3g} for 256 images"

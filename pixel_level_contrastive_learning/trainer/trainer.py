@@ -281,7 +281,7 @@ def train(setup: Setup, run_dir: RunDir, stop: StopSignal) -> PretrainResult:
     resumed = find_resume_point(setup, run_dir)
     if resumed is not None and resumed["steps_done"] >= steps:
         LOG.info("all %d steps are done already", steps)
-        weights, metrics = resumed["state_dict"], {}
+        weights, metrics = resumed["state_dict"], run_dir.last_metrics()
     else:
         step = build_step(setup, resumed, stop)
         metrics = fit(setup, step, run_dir, stop, (resumed or {}).get("colours"))

@@ -125,7 +125,7 @@ class FeaturePictures:
             self.colours, _ = aligned_colours(features, self.colours)
         self.folder.mkdir(exist_ok=True)
         picture = colours_picture(to_rgb(self.pictured).clamp(0, 1), self.colours)
-        picture.save(self.folder / f"step-{step.step:08d}.png")
+        picture.save(self.folder / f"{run_layout.STEP}{step.step:08d}.png")
 
 
 class Probe:
@@ -225,6 +225,6 @@ def draw_batch(
     paths = []
     for number, (one, two) in enumerate(zip(*views, strict=True)):
         maps = some.map_one[number], some.map_two[number]
-        paths.append(previews / f"pairs-{number}.png")
+        paths.append(previews / f"{run_layout.PAIRS}{number}.png")
         pairs_picture(one, two, *maps, grid, plan.distance_thres).save(paths[-1])
     return paths

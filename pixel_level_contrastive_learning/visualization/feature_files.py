@@ -7,11 +7,12 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import blake2b
 from importlib import import_module
 from itertools import islice
+from math import inf
 from pathlib import Path
 from time import monotonic
 from typing import Any, Literal, NamedTuple, Self, get_args
@@ -22,6 +23,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
+from ..backbones.checkpoint import is_file
 from ..backbones.custom import Model, handing_over
 from ..backbones.state_dict import tensors_of
 from ..checks import Pages, not_installed, one_of, raise_together, size_pair
@@ -158,7 +160,8 @@ def features(
 ) -> FeatureFolder:
     """Dense features of every image, a file each, with an index of what they are.
 
-    The same call continues after an interruption, and adds images that are new.
+    The same call continues after an interruption, and adds images that are new, normalised as those
+    before them.
 
     Args:
         weights: A run, a file of `save_backbone` or `export`, ``torchvision/NAME``, ``timm/NAME``
@@ -207,6 +210,7 @@ def features(
     reader = Reader(net, (layer and [layer]) or [card.shown_layer], card.channels, card.image_size)
     prepare = Preparation.of(card, size, net)
     normalisation = {name: getattr(card, name) for name in ("mean", "std", "low", "high")}
+    fixed = {"normalisation": normalisation} if is_file(weights) else {}  # else it is measured
     settings = {
         "model": card.model,
         "weights_digest": weights_digest(net),
@@ -214,9 +218,13 @@ def features(
         "channels": reader.channels(),
         "format": format,
         "size": prepare.size,
-        "normalisation": normalisation,
+        "pages": pages,
+        "nodata": nodata,
     }
-    held = FeatureFolder.opened(Path(out).expanduser(), str(weights), settings)
+    held = FeatureFolder.opened(Path(out).expanduser(), str(weights), settings | fixed)
+    kept = held.index.setdefault("normalisation", normalisation)  # images that are new share it
+    kept = {name: tuple(own) if isinstance(own, list) else own for name, own in kept.items()}
+    prepare = replace(prepare, statistics=replace(prepare.statistics, **kept))
     write_maps(held, source, prepare, reader)
     if pca is not None:
         draw_pictures(held)
@@ -245,15 +253,15 @@ def write_maps(held: FeatureFolder, source: Source, prepare: Preparation, reader
         log.info("%d images are done, %d are left", len(done), len(todo))
     refused: list[dict[str, str]] = []
     held.index["left_out"] = refused
-    saved = told = monotonic()
+    saved, told = -inf, monotonic()
     try:
         for batch in same_sized(source, todo, prepare, refused):
             maps = reader(torch.stack([image.pixels for image in batch.values()]))
-            for (name, image), own in zip(batch.items(), maps, strict=True):
-                held.write(name, own, image)
-            if monotonic() - saved > SAVED_EVERY:
+            if monotonic() - saved > SAVED_EVERY:  # before the first map, which tells whose it is
                 held.save_index()
                 saved = monotonic()
+            for (name, image), own in zip(batch.items(), maps, strict=True):
+                held.write(name, own, image)
             if monotonic() - told > TOLD_EVERY:
                 log.info("%d of %d images", len(held) - len(done), len(todo))
                 told = monotonic()

@@ -1,6 +1,8 @@
 """Any image file: its pixels, what its header tells, and the reason where it cannot be read."""
 
 import io
+import warnings
+from threading import Event, Thread
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from torch import Tensor
 from pixel_level_contrastive_learning.data import image
 from pixel_level_contrastive_learning.data import picture as picture_module
 from pixel_level_contrastive_learning.data.decoding import open_image
-from pixel_level_contrastive_learning.data.image import ImageError, to_rgb
+from pixel_level_contrastive_learning.data.image import ImageError, known_errors, to_rgb
 from pixel_level_contrastive_learning.data.orientation import ORIENTATION_TAG, split_png
 from pixel_level_contrastive_learning.data.tiff import NODATA_TAG
 
@@ -223,3 +225,21 @@ def test_a_deep_png_that_is_not_whole_does_not_end_the_process(share) -> None:
         header[place - 16] = 5
         with pytest.raises(ImageError):
             decode(whole[:8] + chunk(b"IHDR", bytes(header)) + whole[33:])
+
+
+def test_threads_that_overlap_leave_warnings_as_they_were() -> None:
+    before, entered, left = list(warnings.filters), Event(), Event()
+
+    def decodes() -> None:
+        with known_errors():
+            entered.set()
+            left.wait(9)
+
+    thread = Thread(target=decodes)
+    with known_errors():
+        thread.start()
+        entered.wait(9)
+    assert warnings.filters[0][0] == "ignore"  # for the thread that decodes
+    left.set()
+    thread.join()
+    assert list(warnings.filters) == before

@@ -54,9 +54,9 @@ def misnames(content: bytes) -> tuple[np.ndarray, str]:
     return np.zeros((4, 4)), "YZ"
 
 
-OWN = {".raw": "read_raw", ".set/": "read_folder"} | {
-    f".{name}": name for name in ("leaves", "hangs", "gives_words", "misnames", "is_not_there")
-}
+OWN = dict.fromkeys((".raw", ".bmp", ".both"), "read_raw")
+OWN |= dict.fromkeys((".set/", ".both/"), "read_folder")
+OWN |= {f".{name}": name for name in ("leaves", "hangs", "gives_words", "misnames", "is_not_there")}
 
 
 @pytest.fixture(autouse=True)
@@ -90,11 +90,11 @@ def pixels(source: Source) -> list[np.ndarray]:
 # One's own.
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_reader_of_ones_own_is_used_wherever_images_are(tmp_path, workers) -> None:
-    (tmp_path / "a.RAW").write_bytes(VALUES[0].tobytes())
+@pytest.mark.parametrize(("name", "workers"), [("a.RAW", 0), ("a.bmp", 2)])
+def test_a_reader_of_ones_own_is_used_wherever_images_are(tmp_path, name, workers) -> None:
+    (tmp_path / name).write_bytes(VALUES[0].tobytes())
     source = open_source(tmp_path)
-    assert [source.name(i) for i in range(3)] == [f"{tmp_path}/a.RAW[{i}]" for i in range(3)]
+    assert [source.name(i) for i in range(3)] == [f"{tmp_path}/{name}[{i}]" for i in range(3)]
     for found, expected in zip(pixels(source), VALUES[0], strict=True):
         assert found.dtype == np.uint8
         assert (found == expected).all()
@@ -116,20 +116,34 @@ def test_a_reader_of_ones_own_is_used_wherever_images_are(tmp_path, workers) -> 
     assert (pixels(open_source(f"{tmp_path}/a.tar"))[2] == VALUES[0, 2]).all()
 
 
-def test_a_reader_may_take_folders(tmp_path) -> None:
-    (tmp_path / "b" / "one.set").mkdir(parents=True)
-    np.save(tmp_path / "b" / "one.set" / "values.npy", VALUES)
-    for place in (tmp_path, tmp_path / "b" / "one.set"):
+def test_an_ending_without_a_dot_is_told(monkeypatch, caplog) -> None:
+    entry = EntryPoint("frames", f"{__name__}:read_raw", GROUP)
+    monkeypatch.setattr(readers, "entry_points", lambda group: [entry])
+    readers.all_readers()
+    assert f"{__name__}:read_raw reads no file: its entry point is 'frames', not '.frames'" in (
+        caplog.text
+    )
+
+
+@pytest.mark.parametrize(("ending", "in_file"), [("set", 0), ("both", 3)])
+def test_a_reader_may_take_folders(tmp_path, ending, in_file) -> None:
+    """A file with the ending is an image only where there is a reader of such files, too."""
+    folder = tmp_path / "b" / f"one.{ending}"
+    folder.mkdir(parents=True)
+    np.save(folder / "values.npy", VALUES)
+    (tmp_path / f"c.{ending}").write_bytes(VALUES[0].tobytes())
+    for place, others in ((tmp_path, in_file), (folder, 0)):
         found = pixels(open_source(place))
-        assert len(found) == 2
-        assert (np.stack(found) == VALUES).all()
+        assert len(found) == 2 + others
+        assert (np.stack(found[:2]) == VALUES).all()
+        assert all((a == b).all() for a, b in zip(found[2:], VALUES[0, :others], strict=True))
 
 
 @pytest.mark.parametrize(
     ("ending", "reason"),
     [
         ("leaves", "failed: SystemExit: gone"),
-        ("hangs", r"failed: no answer within 0\.3 s"),
+        ("hangs", r"failed: its content is not decoded after 0\.3 s"),
         ("gives_words", "failed: str in place of an array"),
         (
             "misnames",
@@ -140,8 +154,7 @@ def test_a_reader_may_take_folders(tmp_path) -> None:
     ],
 )
 def test_a_broken_reader_costs_its_file_alone(tmp_path, monkeypatch, ending, reason) -> None:
-    for patience in ("PATIENCE", "LESS_PATIENCE"):
-        monkeypatch.setattr(reading, patience, 0.3)
+    monkeypatch.setattr(reading, "READER_PATIENCE", 0.3)
     for number in range(3):
         (tmp_path / f"{number}.raw").write_bytes(VALUES[0, 0].tobytes())
     (tmp_path / f"x.{ending}").write_bytes(b"content")
@@ -156,7 +169,7 @@ def test_a_broken_reader_costs_its_file_alone(tmp_path, monkeypatch, ending, rea
     )
     assert len(next(iter(loader)).index) == 4
     assert list(loader.broken) == [str(tmp_path / f"x.{ending}")]
-    reading.STUCK.clear()
+    assert not reading.STUCK  # nothing is wrong with the folder
 
 
 @pytest.mark.parametrize(

@@ -25,9 +25,11 @@ LAPTOP = Info(
     processes=1,
     cores=2,
     batch_norm=True,
+    given_weights=False,
     pixel_layer="layer4",
     instance_layer="avgpool",
 )
+GIVEN = {"given_weights": True}
 IMAGENET = replace(
     LAPTOP,
     images=1_281_167,
@@ -96,10 +98,10 @@ def test_the_settings_written_down_leave_auto_to_the_system_alone() -> None:
         # Adam's is smaller without batch norm and from start weights; no other's is.
         ({}, {"optimizer": "adam"}, "settings.lr", 2e-3),
         ({"batch_norm": False}, {"optimizer": "adam"}, "settings.lr", 1e-3),
-        ({}, {"optimizer": "adamw", "weights": "pretrained"}, "settings.lr", 1e-3),
-        ({}, {"optimizer": "adamw", "weights": "pretrained", "lr": 0.3}, "settings.lr", 0.3),
+        (GIVEN, {"optimizer": "adamw"}, "settings.lr", 1e-3),
+        (GIVEN, {"optimizer": "adamw", "lr": 0.3}, "settings.lr", 0.3),
         ({"batch_norm": False}, {"optimizer": "lars"}, "settings.lr", 1.0),
-        ({}, {"optimizer": "sgd", "weights": "pretrained"}, "settings.lr", 0.1),
+        (GIVEN, {"optimizer": "sgd"}, "settings.lr", 0.1),
         ({}, {"optimizer": "rprop", "lr": 0.1}, "settings.lr", 0.1),
         # A batch is no larger than the images, and divides among processes.
         ({"images": 20}, {}, "batch_size", 16),

@@ -38,7 +38,7 @@ def test_a_card_says_what_a_run_started_from(given, start) -> None:
     config = PretrainConfig(model="torchvision/resnet18", image_size=64, **given)
     net = build_net(config, (64, 64), 3, load=False)
     learner = build_learner(config, net, (64, 64), 3)
-    plan = resolve(config, find_info(data, Devices("cpu", 1, 1), learner))
+    plan = resolve(config, find_info(config, data, Devices("cpu", 1, 1), learner))
     assert build_card(plan, data.statistics).start == start
 
 
@@ -72,7 +72,7 @@ def test_layers_are_names_indices_or_left_to_the_learner() -> None:
 def test_the_network_decides_layers_and_whether_it_has_batch_norm(model, norms) -> None:
     learner = PixelCL(build_backbone(model), image_size=64, projection_hidden_size=16)
     data = open_data([torch.zeros(3, 8, 8)] * 4, PretrainConfig(), None)
-    info = find_info(data, Devices("cpu", 1, 1), learner)
+    info = find_info(PretrainConfig(), data, Devices("cpu", 1, 1), learner)
     assert info.batch_norm is norms
     assert info.pixel_layer == learner.online_encoder.pixel_layer
 

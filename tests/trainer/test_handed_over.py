@@ -38,12 +38,17 @@ def test_a_network_without_a_file_is_trained_resumed_and_read(
     assert caplog.text.count(said) == 1
     run = whole.run_dir
     is_module = isinstance(model, nn.Module)
+    assert ("start weights are trained as a whole" in caplog.text) == is_module
+    assert run_folders.config(run)["lr"] == (1e-3 if is_module else 2e-3)
     assert not is_module or equal(model, before)  # a copy learns
     assert not equal(whole.backbone, model if is_module else Net())
     assert equal(load_backbone(run, model=model), whole.backbone)
 
     run_folders.forget(run, "step-00000006", "last")
-    assert equal(pretrain(out=run, data=images, model=model, resume=True).backbone, whole.backbone)
+    resumed, done = (pretrain(out=run, data=images, model=model, resume=True) for _ in range(2))
+    assert equal(resumed.backbone, whole.backbone)
+    assert done.metrics == resumed.metrics
+    assert done.metrics["step"] == 6
 
     card = read_card(run / "backbone.safetensors")
     assert card.model == f"object:{name}"

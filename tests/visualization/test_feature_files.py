@@ -59,16 +59,21 @@ def test_the_index_says_what_the_files_are(images, tmp_path, monkeypatch) -> Non
     assert np.load(tmp_path / "f" / first["file"]).shape == (512, 2, 3)
 
 
-def test_what_a_killed_process_left_half_done_is_done_again(images, tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize(("seconds", "done"), [(-1, 2), (10, 0)])
+def test_what_a_killed_process_left_half_done_is_done_again(
+    images, tmp_path, monkeypatch, seconds, done
+) -> None:
     """Maps are written before the index names them; after a kill some are not named, or torn."""
     whole = features(NET, images, out=tmp_path / "whole", size=64)
     monkeypatch.setattr(feature_files, "BATCH", 1)
-    monkeypatch.setattr(feature_files, "SAVED_EVERY", -1)
+    monkeypatch.setattr(feature_files, "SAVED_EVERY", seconds)
     write, written = feature_files.FeatureFolder.write, []
 
     def dies(held, name, *rest) -> None:
-        if len(written) == 2:  # the file of the third is torn
-            (held.folder / whole.index["images"][2]["file"]).write_bytes(b"half")
+        if len(written) == done:  # the file of the next one is torn
+            torn = held.folder / whole.index["images"][done]["file"]
+            torn.parent.mkdir(exist_ok=True)
+            torn.write_bytes(b"half")
             held.save_index = lambda: None  # a killed process runs no finally
             raise SystemExit
         written.append(name)
@@ -84,7 +89,7 @@ def test_what_a_killed_process_left_half_done_is_done_again(images, tmp_path, mo
         feature_files.Preparation, "resized", lambda *own: read.append(own) or prepared(*own)
     )
     again = features(NET, images, out=tmp_path / "killed", size=64)
-    assert len(read) == 2
+    assert len(read) == 4 - done
     assert again.index["images"] == whole.index["images"]
     for number in range(4):
         assert again.map(number).shape == (512, 2, 3)
@@ -102,9 +107,25 @@ def test_images_that_are_new_are_added_and_broken_ones_named(images, tmp_path, c
     assert "left out" in caplog.text
 
 
+def test_images_that_are_new_are_normalised_as_those_before(tmp_path) -> None:
+    deep = tmp_path / "deep"
+    deep.mkdir()
+    values = np.arange(64 * 64, dtype=np.uint16).reshape(64, 64)
+    Image.fromarray(values).save(deep / "0.png")
+    before = features(NET, deep, out=tmp_path / "f", size=64).index["normalisation"]
+    Image.fromarray(values).save(deep / "1.png")
+    Image.fromarray(values * 9).save(deep / "2.png")
+    held = features(NET, deep, out=tmp_path / "f", size=64)
+    assert held.index["normalisation"] == json.loads(json.dumps(before))
+    assert torch.allclose(held.map(1), held.map(0), atol=1e-4)
+    assert len(held) == 3
+
+
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
+        ({"nodata": -9999}, "another nodata"),
+        ({"pages": "first"}, "another pages"),
         ({"layer": "layer3"}, "another layer, channels"),
         ({"size": 32}, "another size"),
         ({"format": "safetensors"}, "another format"),
