@@ -1,4 +1,4 @@
-"""Atomic files: written beside their place, synced, and moved there.
+"""Atomic files: written beside their place, synced, and moved there; and files of settings.
 
 A full disk or a killed process leaves what was there before.
 """
@@ -8,13 +8,14 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 log = logging.getLogger(__name__)
 
@@ -120,3 +121,32 @@ def sync_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def read_settings_file(path: Path) -> dict[str, Any]:
+    """The mapping that a YAML file holds.
+
+    1e-3 is a number (YAML 1.1 takes it for a text). Aliases (``*name``) are refused: a few lines of
+    them can name gigabytes.
+
+    Raises:
+        ValueError: There is no such file, or it holds no mapping.
+    """
+    import yaml  # of the extra `train`
+
+    class Loader(yaml.SafeLoader):
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                raise yaml.YAMLError("it has an alias (*name); write the value out")
+            return super().compose_node(parent, index)
+
+    number = re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
+    advice = "give the config.yaml of a run, or a file with lines such as 'epochs: 100'"
+    try:
+        read = yaml.load(path.read_text(encoding="utf-8"), Loader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"the settings in {path} cannot be read ({error}); {advice}") from error
+    if not isinstance(read, dict):
+        raise ValueError(f"{path} holds a {type(read).__name__} and no settings; {advice}")
+    return read

@@ -14,6 +14,7 @@ from safetensors.torch import save
 
 from .. import run_layout
 from ..checks import import_extra, raise_together, unless
+from ..files import read_settings_file
 from .checkpoint import BackboneCard, clean_state_dict, read_backbone
 from .custom import Model, custom_file, handing_over
 from .export import how_to, named_in
@@ -162,7 +163,7 @@ def written_page(
 
 def held(path: Path) -> dict[str, Any]:
     """The content of a JSON or YAML file of a run; nothing where there is none."""
-    return dict(yaml.safe_load(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+    return read_settings_file(path) if path.is_file() else {}
 
 
 def evaluated(path: Path) -> str:

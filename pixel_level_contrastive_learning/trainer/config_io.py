@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from difflib import get_close_matches
@@ -13,6 +12,7 @@ import yaml
 
 from .. import run_layout
 from ..checks import check_limits, one_of, raise_together
+from ..files import read_settings_file
 from .config import CONFIG_LIMITS, HOW_TO_START, NAMES, PRETRAINED, RECIPES, PretrainConfig
 
 REPLACES: dict[str, dict[str, Any]] = {
@@ -37,17 +37,6 @@ FIXED = (
     "optimizer",
 )
 """Settings that a resumed run keeps, since its weights have their shape."""
-
-
-class NumberLoader(yaml.SafeLoader):
-    """Reads YAML safely, and 1e-3 as a number (YAML 1.1 takes it for a text)."""
-
-
-NumberLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+.0123456789"),
-)
 
 
 def settings_of(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -115,18 +104,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: There is no such file, it holds no mapping, or a name in it is unknown.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-        read = yaml.load(text, NumberLoader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(
-            f"the settings in {path} cannot be read ({error}); give the config.yaml of a run, or a "
-            "file with lines such as 'epochs: 100'"
-        ) from error
-    if not isinstance(read, dict):
-        raise ValueError(
-            f"{path} holds a {type(read).__name__}; it must hold lines such as 'epochs: 100'"
-        )
+    read = read_settings_file(path)
     plain = {n: tuple(v) if isinstance(v, list) else v for n, v in read.items()}
     wrong = (f"{path}: {message}" for message in check_limits(plain, CONFIG_LIMITS))
     raise_together(*unknown_names(read, str(path)), *wrong)

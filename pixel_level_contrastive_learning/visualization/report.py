@@ -29,7 +29,7 @@ from ..data.sources import open_source
 from ..evaluation.correspondence import draw_pairs
 from ..evaluation.features import Preparation, chosen_device
 from ..evaluation.results import Evaluation, shown
-from ..files import check_writable, write_whole
+from ..files import check_writable, read_settings_file, write_whole
 from .curves import (
     Chart,
     Metrics,
@@ -225,14 +225,7 @@ def setting_text(value: object) -> str:
 def settings_of_run(folder: Path) -> dict[str, Any]:
     """The settings of a run; none where there is no ``config.yaml``."""
     path = folder / run_layout.CONFIG
-    if not path.is_file():
-        return {}
-    import yaml
-
-    settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(settings, dict):
-        raise ValueError(f"{path} holds no settings; take the file that the run wrote")
-    return settings
+    return read_settings_file(path) if path.is_file() else {}
 
 
 def training_images(settings: Mapping[str, Any]) -> list[str]:

@@ -72,7 +72,7 @@ def test_an_unknown_key_in_a_file_names_file_and_nearest(tmp_path) -> None:
         settings_of({"config": str(tmp_path / "mine.yaml")})
 
 
-@pytest.mark.parametrize("text", ["- 1\n- 2\n", "just words", "a: [", None])
+@pytest.mark.parametrize("text", ["- 1\n- 2\n", "words", "a: [", "seed: &a 3\nsteps: *a\n", None])
 def test_a_file_without_settings_is_refused(tmp_path, text) -> None:
     path = tmp_path / "mine.yaml"
     if text is not None:
