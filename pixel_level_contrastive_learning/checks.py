@@ -152,7 +152,8 @@ def import_extra(name: str) -> Any:
     try:
         return import_module(name)
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(not_installed(error.name), name=error.name) from error
+        missing = error.name or name  # OpenSlide's names none
+        raise ModuleNotFoundError(not_installed(missing), name=missing) from error
 
 
 Pages = Literal["images", "channels", "first"]

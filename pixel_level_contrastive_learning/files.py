@@ -150,3 +150,8 @@ def read_settings_file(path: Path) -> dict[str, Any]:
     if not isinstance(read, dict):
         raise ValueError(f"{path} holds a {type(read).__name__} and no settings; {advice}")
     return read
+
+
+def read_settings_if_any(path: Path) -> dict[str, Any]:
+    """The mapping that a file of a run holds, YAML or JSON; an empty one where there is no file."""
+    return read_settings_file(path) if path.is_file() else {}

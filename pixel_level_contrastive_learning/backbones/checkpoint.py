@@ -193,9 +193,8 @@ def save_backbone(path: str | Path, net: nn.Module, card: BackboneCard) -> None:
     if path.suffix != ".safetensors":
         raise ValueError(f"path is {str(path)!r}; it must end in .safetensors")
     tensors = clean_state_dict(net)
-    save_card(
-        path, with_fingerprint(card, net)
-    )  # first: whoever finds weights finds a card beside them
+    # First: whoever finds weights finds a card beside them.
+    save_card(path, with_fingerprint(card, net))
     write_whole(path, save(tensors, metadata={"format": "pt"}))
 
 

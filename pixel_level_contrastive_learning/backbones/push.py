@@ -14,7 +14,7 @@ from safetensors.torch import save
 
 from .. import run_layout
 from ..checks import import_extra, raise_together, unless
-from ..files import read_settings_file
+from ..files import read_settings_if_any
 from .checkpoint import BackboneCard, clean_state_dict, read_backbone
 from .custom import Model, custom_file, handing_over
 from .export import how_to, named_in
@@ -123,7 +123,7 @@ def written_page(
 ) -> str:
     """The page of a repository, from what the run's folder holds."""
     library = parse_model_name(card.model)[0]
-    settings = held(folder / run_layout.CONFIG)
+    settings = read_settings_if_any(folder / run_layout.CONFIG)
     loss = settings.get("loss", "")
     method = METHODS.get(loss, "PixPro or PixContrast")
     tags = ["pixel-level-contrastive-learning", "self-supervised-learning"]
@@ -132,7 +132,7 @@ def written_page(
         "pipeline_tag": "image-feature-extraction",
         "tags": [*tags, loss] if loss else tags,
     } | ({} if licence is None else {"license": licence})
-    data = held(folder / run_layout.STATISTICS)
+    data = read_settings_if_any(folder / run_layout.STATISTICS)
     images = f" on {data['images']} images" if "images" in data else ""
     size = "x".join(map(str, card.image_size))
     rows = {
@@ -159,11 +159,6 @@ def written_page(
         "started from pretrained weights, theirs holds as well.\n",
     ]
     return "\n".join(part for part in parts if part)
-
-
-def held(path: Path) -> dict[str, Any]:
-    """The content of a JSON or YAML file of a run; nothing where there is none."""
-    return read_settings_file(path) if path.is_file() else {}
 
 
 def evaluated(path: Path) -> str:

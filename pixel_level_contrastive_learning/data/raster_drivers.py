@@ -6,7 +6,6 @@ Both come with an extra, and are imported when the first such file is opened.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib import import_module
 from math import hypot
 from threading import Lock
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 from einops import rearrange
 
-from ..checks import not_installed
+from ..checks import import_extra
 from .image import ImageError
 from .orientation import FLIPPED_X, FLIPPED_Y, SIDEWAYS, turn_array, upright_size
 from .rasters import Box, Raster, Window, is_known
@@ -25,17 +24,9 @@ LOCK = Lock()
 """GDAL's files serve one thread at a time, and its cache has one size for all."""
 
 
-def installed(library: str) -> Any:
-    """A library that comes with an extra of its own."""
-    try:
-        return import_module(library)
-    except ModuleNotFoundError as error:  # OpenSlide's names none
-        raise ModuleNotFoundError(not_installed(library), name=library) from error
-
-
 def gdal_raster(places: Sequence[str], driver: str, orientation: int = 1) -> Raster:
     """An image whose bands lie in one place or several; a picture's alpha is laid over black."""
-    rasterio = installed("rasterio")
+    rasterio = import_extra("rasterio")
     from rasterio.enums import ColorInterp, MaskFlags, Resampling
     from rasterio.windows import Window as Part
 
@@ -129,7 +120,7 @@ def slide_raster(path: str) -> Raster:
     """A whole-slide image, RGB; what was not scanned has the slide's background colour."""
     from PIL import Image
 
-    openslide = installed("openslide")
+    openslide = import_extra("openslide")
     slide = openslide.OpenSlide(path)
     width, height = slide.dimensions
     ground = f"#{slide.properties.get(openslide.PROPERTY_NAME_BACKGROUND_COLOR, 'ffffff')}"

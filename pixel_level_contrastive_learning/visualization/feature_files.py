@@ -10,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import blake2b
-from importlib import import_module
 from itertools import islice
 from math import inf
 from pathlib import Path
@@ -26,7 +25,7 @@ from torch.nn.functional import interpolate
 from ..backbones.checkpoint import is_file
 from ..backbones.custom import Model, handing_over
 from ..backbones.state_dict import tensors_of
-from ..checks import Pages, not_installed, one_of, raise_together, size_pair
+from ..checks import Pages, import_extra, one_of, raise_together, size_pair
 from ..data.image import ImageError
 from ..data.loader import in_order
 from ..data.sources import Source, open_source
@@ -87,7 +86,7 @@ class FeatureFolder:
         path = self.folder / self.index["images"][number]["file"]
         if self.index["format"] == "safetensors":
             return load_file(path)["features"]
-        array = np.load(path) if path.suffix == ".npy" else import_module("zarr").open(path)[:]
+        array = np.load(path) if path.suffix == ".npy" else import_extra("zarr").open(path)[:]
         return torch.from_numpy(array)
 
     def picture(self, number: int) -> Path:
@@ -101,7 +100,7 @@ class FeatureFolder:
         array = features.cpu().contiguous()
         file = f"maps.zarr/{called}" if kind == "zarr" else f"maps/{called}.{kind}"
         if kind == "zarr":
-            group = import_module("zarr").open_group(self.folder / "maps.zarr", mode="a")
+            group = import_extra("zarr").open_group(self.folder / "maps.zarr", mode="a")
             group.create_array(called, data=array.numpy(), overwrite=True)
         elif kind == "npy":
             write_whole(self.folder / file, lambda to: np.save(to, array.numpy()))
@@ -195,10 +194,7 @@ def features(
         None if pca is None else one_of("pca", pca, (3,)),
     )
     if format == "zarr":
-        try:
-            import_module("zarr")
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(not_installed("zarr"), name="zarr") from error
+        import_extra("zarr")
     check_writable("out", out)
     place = chosen_device(device)
     source = open_source(images, leave_out=out, pages=pages, nodata=nodata)

@@ -29,7 +29,7 @@ from ..data.sources import open_source
 from ..evaluation.correspondence import draw_pairs
 from ..evaluation.features import Preparation, chosen_device
 from ..evaluation.results import Evaluation, shown
-from ..files import check_writable, read_settings_file, write_whole
+from ..files import check_writable, read_settings_if_any, write_whole
 from .curves import (
     Chart,
     Metrics,
@@ -149,7 +149,7 @@ def visualize(
     if path.is_dir():
         raise ValueError(f"out is {str(out)!r}, a folder; name a file, such as report.html")
     folder = Path(run).expanduser()
-    settings = settings_of_run(folder)
+    settings = read_settings_if_any(folder / run_layout.CONFIG)
     check_writable("out", out)
     with torch.random.fork_rng(devices=[]), handing_over(model):
         loaded = read_backbone(run)  # which draws the weights of the network first
@@ -220,12 +220,6 @@ def setting_text(value: object) -> str:
     if isinstance(value, (list, tuple)):
         return ", ".join(map(setting_text, value))
     return str(value)
-
-
-def settings_of_run(folder: Path) -> dict[str, Any]:
-    """The settings of a run; none where there is no ``config.yaml``."""
-    path = folder / run_layout.CONFIG
-    return read_settings_file(path) if path.is_file() else {}
 
 
 def training_images(settings: Mapping[str, Any]) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from small_cards import TWO_CHANNELS as CARD
 from torch import Tensor, nn
 
 from pixel_level_contrastive_learning import PixelCL
@@ -28,15 +29,6 @@ from pixel_level_contrastive_learning.backbones.factory import build_backbone
 from pixel_level_contrastive_learning.backbones.state_dict import load_weights
 
 MODEL = "timm/test_resnet"
-CARD = BackboneCard(
-    model=MODEL,
-    channels=2,
-    image_size=(64, 64),
-    mean=(0.1, 0.2),
-    std=(0.3, 0.4),
-    pixel_layer="layer4",
-    instance_layer="global_pool",
-)
 
 
 def state_of(net: nn.Module) -> dict[str, Tensor]:

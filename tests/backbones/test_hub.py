@@ -13,12 +13,12 @@ from fake_hub import COMMIT, serving
 from huggingface_hub import constants, errors
 from huggingface_hub.utils import httpx
 from safetensors.torch import save_file
+from small_cards import TWO_CHANNELS as CARD
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 
 from pixel_level_contrastive_learning import export, load_backbone
 from pixel_level_contrastive_learning.backbones.checkpoint import (
-    BackboneCard,
     is_file,
     read_backbone,
     save_backbone,
@@ -39,15 +39,6 @@ from pixel_level_contrastive_learning.backbones.state_dict import load_weights
 from pixel_level_contrastive_learning.files import CannotWriteError
 
 MODEL = "timm/test_resnet"
-CARD = BackboneCard(
-    model=MODEL,
-    channels=2,
-    image_size=(64, 64),
-    mean=(0.1, 0.2),
-    std=(0.3, 0.4),
-    pixel_layer="layer4",
-    instance_layer="global_pool",
-)
 TOKENS = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2} | {
     "intermediate_size": 32,
     "image_size": 64,

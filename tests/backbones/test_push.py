@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub
@@ -12,6 +13,7 @@ import yaml
 from fake_hub import PUBLIC, serving
 from huggingface_hub import constants
 from safetensors.torch import load_file
+from small_cards import TWO_CHANNELS
 from torch import nn
 
 from pixel_level_contrastive_learning import cli, load_backbone
@@ -23,16 +25,7 @@ from pixel_level_contrastive_learning.backbones.checkpoint import (
 from pixel_level_contrastive_learning.backbones.factory import build_backbone
 from pixel_level_contrastive_learning.backbones.push import push, without_folder
 
-CARD = BackboneCard(
-    model="timm/test_resnet",
-    channels=2,
-    image_size=(64, 64),
-    mean=(0.1, 0.2),
-    std=(0.3, 0.4),
-    pixel_layer="layer4",
-    instance_layer="global_pool",
-    start="/home/me/secret/start.pth",
-)
+CARD = replace(TWO_CHANNELS, start="/home/me/secret/start.pth")
 EVALUATION = {
     "protocol": "linear",
     "data": "/home/me/secret/masks",
