@@ -62,7 +62,10 @@ def onnx_program(net: nn.Module, card: BackboneCard) -> Program:
 
     Raises:
         ValueError: It cannot be traced, or the program computes something else.
+        ModuleNotFoundError: The extra ``onnx`` is not installed.
     """
+    for library in ("onnx", "onnxscript", "onnxruntime"):
+        import_extra(library)
     features, (height, width) = Features(net, card), card.image_size
     dice = torch.Generator().manual_seed(0)
 
@@ -90,8 +93,6 @@ def onnx_program(net: nn.Module, card: BackboneCard) -> Program:
 
 def traced(features: Features, images: Tensor, free: Sequence[str]) -> bytes:
     """The program that torch's exporter makes, these axes left open."""
-    for library in ("onnx", "onnxscript", "onnxruntime"):
-        import_extra(library)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # of torch's own parts that are deprecated
         program: Any = torch.onnx.export(

@@ -1,5 +1,6 @@
 """ONNX programs: run where neither torch nor this package is needed, and checked before."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -115,3 +116,10 @@ def test_a_program_that_computes_something_else_is_not_written(tmp_path, monkeyp
     with pytest.raises(ValueError, match=rf"test_resnet cannot be exported to ONNX: {differs} im"):
         export(tmp_path, "onnx")
     assert not (tmp_path / "backbone-onnx.onnx").exists()
+
+
+def test_the_extra_is_asked_for_where_it_is_missing(tmp_path, monkeypatch) -> None:
+    run_with(tmp_path, build_backbone("timm/test_resnet"), "timm/test_resnet", "layer4", "layer4")
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pixel-level-contrastive-learning\[onnx\]"):
+        export(tmp_path, "onnx")
