@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import signal
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future
 from itertools import count
 from pathlib import Path
 from time import perf_counter
+from types import TracebackType
 from typing import TypeVar
 
 import torch
@@ -253,7 +255,7 @@ def build_loader(
         sampler=sampler,
         batch_size=None,  # the dataset loads whole batches
         num_workers=workers,
-        worker_init_fn=ignore_ctrl_c if workers else None,
+        worker_init_fn=follow_the_run if workers else None,
         prefetch_factor=prefetch if workers else None,
         persistent_workers=workers > 0,
         pin_memory=pin_memory,
@@ -262,13 +264,23 @@ def build_loader(
     return TwoViewLoader(loader, sampler, max_broken=max_broken, skipped_file=skipped_file)
 
 
-def ignore_ctrl_c(_: int) -> None:
-    """Let a worker live through Ctrl-C, which reaches the whole group of processes.
+def follow_the_run(_: int) -> None:
+    """Let a worker live through Ctrl-C, and end without a word when its run has left.
 
-    The run ends its step first, and needs its workers to do so. SIGTERM stays: it is how a process
-    that leaves in a hurry ends its workers.
+    Ctrl-C reaches the whole group of processes, but the run ends its step first and needs its
+    workers to do so. SIGTERM stays: it is how a process that leaves in a hurry ends its workers. A
+    run that leaves while it takes a batch hangs up on the thread that sends the batch's memory.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.excepthook = report_unless_hung_up
+
+
+def report_unless_hung_up(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """Print an exception as Python does, unless it says that the other end has left."""
+    if not issubclass(kind, (EOFError, ConnectionError)):
+        sys.__excepthook__(kind, error, trace)
 
 
 def in_order(

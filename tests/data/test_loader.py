@@ -404,6 +404,26 @@ def test_a_worker_lives_through_ctrl_c(folder) -> None:
     assert len(list(batches)) == 2
 
 
+def test_a_worker_says_nothing_of_a_run_that_hangs_up() -> None:
+    program = """
+import socket
+from multiprocessing import resource_sharer
+from pixel_level_contrastive_learning.data.loader import follow_the_run
+
+follow_the_run(0)
+address, _ = resource_sharer.DupFd(1)._id
+with socket.socket(socket.AF_UNIX) as run:
+    run.connect(address)
+resource_sharer.stop(timeout=20)
+raise ValueError("of the worker itself")
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert ended.stderr.count("Traceback") == 1
+    assert ended.stderr.endswith("ValueError: of the worker itself\n")
+
+
 # The rest.
 
 
