@@ -4,6 +4,7 @@ python benchmarks/step.py --model resnet50 --size 256 --batch 8
 python benchmarks/step.py --model resnet50 --size 256 --batch 8 --precision bfloat16 --channels-last
 python benchmarks/step.py --peer PEER/bin/python   # its interpreter, with version 0.1.1 installed
 python benchmarks/step.py --densecl PEER/bin/python  # one that has lightly installed
+python benchmarks/step.py --device cuda --graph    # and steps launched as one CUDA graph
 python benchmarks/step.py --profile                # where the time of our step goes
 
 Ours is ``learner(images)`` with drawing, colour, losses, backward, optimiser and target update.
@@ -145,7 +146,8 @@ def floor(args: argparse.Namespace) -> Step:
     online = placed(Plain(getattr(models, args.model)(weights=None)), args)
     target = deepcopy(online).requires_grad_(False)
     head = placed(predictor(OUT, HIDDEN), args)
-    optimiser = torch.optim.Adam([*online.parameters(), *head.parameters()], OPTIMISER_LR)
+    weights = [*online.parameters(), *head.parameters()]
+    optimiser = torch.optim.Adam(weights, OPTIMISER_LR, capturable=args.serve in GRAPHS)
     views = [torch.randn(args.batch, 3, args.size, args.size, device=args.device) for _ in "12"]
     if args.channels_last:
         views = [view.contiguous(memory_format=torch.channels_last) for view in views]
@@ -163,12 +165,26 @@ def floor(args: argparse.Namespace) -> Step:
         loss.backward()
         optimiser.step()
 
-    return step
+    return as_one_graph(step) if args.serve in GRAPHS else step
+
+
+def as_one_graph(step: Step) -> Step:
+    """A step that is captured as a CUDA graph once, and replayed."""
+    beside = torch.cuda.Stream()
+    with torch.cuda.stream(beside):
+        for _ in range(3):
+            step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=beside):
+        step()
+    return graph.replay
 
 
 def ours(args: argparse.Namespace, watch: Stopwatch | None = None) -> Step:
     """A step of this package; ``watch`` is told when each part begins and ends."""
-    from pixel_level_contrastive_learning import PixelCL
+    from pixel_level_contrastive_learning import CapturedStep, PixelCL
+    from pixel_level_contrastive_learning.step_graph import WARM_UP
 
     net = getattr(models, args.model)(weights=None)
     learner = placed(PixelCL(net, args.size, PIXEL_LAYER, INSTANCE_LAYER), args)
@@ -178,6 +194,14 @@ def ours(args: argparse.Namespace, watch: Stopwatch | None = None) -> Step:
         watch.follow(learner)
     part = nullcontext if watch is None else watch.part
     called = torch.compile(learner) if args.serve == "ours, compiled" else learner
+    if args.serve in GRAPHS:
+        half = torch.bfloat16 if args.precision == "bfloat16" else None
+        captured = CapturedStep(learner, optimiser, half)
+        for _ in range(WARM_UP + 1):
+            captured(images)
+        if captured.refused:
+            raise SystemExit(f"the step was not captured: {captured.refused}")
+        return lambda: captured(images)  # type: ignore[return-value]
 
     def step() -> None:
         with precision(args):
@@ -239,9 +263,10 @@ def densecl(args: argparse.Namespace) -> Step:
     return step
 
 
+GRAPHS = ("floor, one graph", "ours, one graph")
 STEPS = {
-    "floor": floor,
-    "ours": ours,
+    **dict.fromkeys(("floor", "floor, one graph"), floor),
+    **dict.fromkeys(("ours", "ours, one graph"), ours),
     "ours, compiled": ours,
     "published": peer,
     "DenseCL (lightly)": densecl,
@@ -301,6 +326,7 @@ def compare(args: argparse.Namespace) -> None:
     """Run all contenders in turns and print their table and ratios."""
     pythons = {"floor": sys.executable, "ours": sys.executable}
     pythons |= {"ours, compiled": sys.executable} if args.compile else {}
+    pythons |= dict.fromkeys(GRAPHS, sys.executable) if args.graph else {}
     pythons |= {"published": args.peer} if args.peer else {}
     pythons |= {"DenseCL (lightly)": args.densecl} if args.densecl else {}
     with ExitStack() as stack:
@@ -324,6 +350,8 @@ def compare(args: argparse.Namespace) -> None:
     ratios = {f"{name} / floor": ratio(found[name], found["floor"]) for name in list(found)[1:]}
     if args.peer:
         ratios["published / ours"] = ratio(found["published"], found["ours"])
+    if args.graph:
+        ratios["ours / floor, both one graph"] = ratio(found[GRAPHS[1]], found[GRAPHS[0]])
     where = machine(args.device)
     report("step", setting(args), ratios, details, where=where, save=args.save)
 
@@ -343,12 +371,15 @@ def main() -> None:
     flags.add_argument("--steps", type=int, default=3, help="steps a contender takes in a turn")
     flags.add_argument("--threads", type=int, help="of each process; default: torch's choice")
     flags.add_argument("--compile", action="store_true", help="and torch.compile(learner)")
+    flags.add_argument("--graph", action="store_true", help="and steps as one CUDA graph")
     flags.add_argument("--peer", help="a Python that has the published package installed")
     flags.add_argument("--densecl", help="a Python that has lightly installed")
     flags.add_argument("--profile", action="store_true", help="only show where our time goes")
     flags.add_argument("--save", action="store_true", help="record the ratios")
     flags.add_argument("--serve", choices=STEPS, help=argparse.SUPPRESS)
     args = flags.parse_args()
+    if args.graph and args.device != "cuda":
+        flags.error("--graph needs --device cuda")
     torch.manual_seed(0)
     if args.threads:
         torch.set_num_threads(args.threads)

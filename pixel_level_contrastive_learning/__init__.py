@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from .evaluation.evaluate import evaluate
     from .modules.ppm import PPM
     from .pixel_cl import PixelCL
+    from .step_graph import CapturedStep
     from .trainer.trainer import pretrain
     from .views import View
     from .visualization.feature_files import features
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PPM",
+    "CapturedStep",
     "PixelCL",
     "View",
     "evaluate",
@@ -26,6 +28,7 @@ __all__ = [
 ]
 
 MODULES = {
+    "CapturedStep": ".step_graph",
     "PPM": ".modules.ppm",
     "PixelCL": ".pixel_cl",
     "View": ".views",

@@ -12,6 +12,7 @@ from math import ceil, pi
 from typing import NamedTuple
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from .blocks import full_precision
@@ -24,13 +25,15 @@ DICE = 9
 """Random numbers that the factors of one sample take."""
 ONE_BY_ONE = ("cpu",)
 """Kinds of device on which the views of a batch change colour one after the other."""
+READ_AT_ONCE = ("cpu",)
+"""Kinds of device whose factors are read to leave out what no sample needs: others would wait."""
 
 Change = Callable[[Tensor], Tensor]
 """Views ``(b, c, h, w)`` to views of the same shape, every pixel in its place."""
 
 
 class Factors(NamedTuple):
-    """What happens to the colour of each sample: CPU tensors ``(b,)``."""
+    """What happens to the colour of each sample: tensors ``(b,)``, on the CPU unless captured."""
 
     brightness: Tensor  # multiplies pixels
     contrast: Tensor  # multiplies the distance from the mean
@@ -104,12 +107,17 @@ def change_colour(pixels: Tensor, factors: Factors, largest_sigma: float = 2.0) 
     ``largest_sigma`` sets its size, so that a sample does not depend on the others of its batch.
     """
     from kornia import enhance  # here and not above: it takes a second that no import should cost
-    from kornia.filters import gaussian_blur2d
+    from kornia.filters import filter2d_separable, gaussian_blur2d, get_gaussian_kernel1d
 
     def blur(some: Tensor, sigma: Tensor) -> Tensor:
         size = 2 * ceil(3 * largest_sigma) + 1  # three deviations to either side: 99.7 %
         rows, columns = (min(size, side - 1 + side % 2) for side in some.shape[-2:])
-        return gaussian_blur2d(some, (rows, columns), torch.stack((sigma, sigma), dim=-1))
+        if sigma.device.type in READ_AT_ONCE:
+            return gaussian_blur2d(some, (rows, columns), torch.stack((sigma, sigma), dim=-1))
+        # The same without a look at the values of sigma.
+        down, across = (get_gaussian_kernel1d(side, sigma[:, None]) for side in (rows, columns))
+        blurred: Tensor = filter2d_separable(some, across, down)
+        return blurred
 
     brightness, contrast = factors.brightness, factors.contrast
     adjust = enhance.adjust_brightness_accumulative, enhance.adjust_contrast_with_mean_subtraction
@@ -144,6 +152,8 @@ def on_some(
     pixels: Tensor, chosen: Tensor, operation: Callable[[Tensor, Tensor], Tensor], factor: Tensor
 ) -> Tensor:
     """The batch with ``operation`` applied to the chosen samples alone."""
+    if chosen.device.type not in READ_AT_ONCE:
+        return torch.where(rearrange(chosen, "b -> b 1 1 1"), operation(pixels, factor), pixels)
     if not chosen.any():
         return pixels
     if chosen.all():

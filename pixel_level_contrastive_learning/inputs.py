@@ -106,7 +106,7 @@ class ValueWatch:
             extremes = extremes * 0
         if images.device.type == "cpu":
             self.judge(extremes)
-        elif images.device.type == "cuda":
+        elif images.device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
             arriving = torch.empty_like(extremes, device="cpu", pin_memory=True)
             arriving.copy_(extremes, non_blocking=True)
             event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]  # untyped in torch

@@ -366,12 +366,13 @@ class PixelCL(nn.Module):
             images_without_pairs=len(pairs) - with_pairs[0],
         )
 
-    def update_moving_average(self, decay: float | None = None) -> None:
+    def update_moving_average(self, decay: float | Tensor | None = None) -> None:
         """Move the target towards the online network; call it after every step of the optimiser.
 
         Args:
             decay: Share of itself that the target keeps, in [0, 1]; default
-                ``moving_average_decay``.
+                ``moving_average_decay``. A 0-d tensor on the learner's device is taken unchecked,
+                and never waited for.
 
         Raises:
             ValueError: A decay outside [0, 1].

@@ -173,7 +173,7 @@ def averaged_down(images: Tensor, power: tuple[int, int]) -> Tensor:
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A CPU tensor on ``device``, without waiting for the device."""
-    if device.type == "cuda":
+    """A tensor on ``device``, without waiting for the device."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=device.type == "cuda")

@@ -5,12 +5,16 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import settings
 from PIL import Image
+
+from pixel_level_contrastive_learning import step_graph
+from pixel_level_contrastive_learning.step_graph import StepGraph
 
 settings.register_profile("fixed", derandomize=True, deadline=None, max_examples=30)
 settings.load_profile("fixed")
@@ -41,6 +45,33 @@ def no_waiting() -> Callable[[], AbstractContextManager[None]]:
                 torch.cuda.set_sync_debug_mode("default")
 
     return context
+
+
+class Repeated:
+    """What a CUDA graph of a step does: it takes the step again, on the same tensors."""
+
+    def __init__(self, graph: StepGraph) -> None:
+        self.graph, self.step, self.fixed = graph, graph.step, graph.fixed
+        self.replays = 0
+
+    def replay(self) -> None:
+        self.replays += 1
+        with self.graph.capturable():
+            self.graph.optimizer.zero_grad()
+            self.graph.results = self.step(*self.fixed)
+
+
+@pytest.fixture
+def repeated(monkeypatch: pytest.MonkeyPatch) -> Callable[[StepGraph], Any]:
+    """Steps are captured on the CPU as on a GPU, by a stand-in for CUDA graphs."""
+
+    def recorded(graph: StepGraph) -> Any:
+        return Repeated(graph), ()
+
+    monkeypatch.setattr(step_graph, "why_not", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda _: None)
+    monkeypatch.setattr(StepGraph, "recorded", recorded)
+    return recorded
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ import pytest
 import torch
 from small_cards import preparation
 from small_nets import SmallNet, overlapping_views
-from torch import nn
+from torch import Tensor, nn
 
-from pixel_level_contrastive_learning import PixelCL, View, blocks
+from pixel_level_contrastive_learning import CapturedStep, PixelCL, View, blocks, pretrain
 from pixel_level_contrastive_learning.data.segmentation import open_labelled
 from pixel_level_contrastive_learning.evaluation.features import Reader
 from pixel_level_contrastive_learning.evaluation.finetuning import CROP_DETAIL, finetune
@@ -168,3 +168,70 @@ def test_fine_tuning_runs_where_the_network_is(labelled) -> None:
     scored = finetune(net, crops, whole, steps=60, batch=4)
     assert scored.scores.miou > 0.6
     assert next(net.parameters()).device.type == "cuda"
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("settings", [*SETTINGS, {"pixel_levels": 2}], ids=str)
+def test_fifty_captured_steps_do_what_fifty_steps_do(settings, dtype) -> None:
+    pairs = [overlapping_views() for _ in range(50)]
+
+    def trained(*, by_graph: bool) -> tuple[PixelCL, list[float]]:
+        learner = small_learner(**settings).cuda()
+        weights = [own for own in learner.parameters() if own.requires_grad]
+        opt = torch.optim.SGD(weights, lr=0.01, momentum=0.9, fused=True)
+        step, losses = CapturedStep(learner, opt, dtype), []
+        if not by_graph:
+            step.graph.refused = "is compared"
+        for pair in pairs:
+            views = tuple(View(*(part.cuda() for part in view)) for view in pair)
+            losses.append(step(views))
+        assert by_graph == (step.refused is None), step.refused
+        assert by_graph == (step.graph.graph is not None)
+        return learner, [loss.item() for loss in losses]
+
+    (one, expected), (two, losses) = trained(by_graph=False), trained(by_graph=True)
+    assert losses == pytest.approx(expected, rel=0.02, abs=0.02)
+    for name, own in one.state_dict().items():
+        torch.testing.assert_close(two.state_dict()[name], own, rtol=0.1, atol=0.02, msg=name)
+
+
+def test_a_replayed_step_never_waits_and_follows_the_learning_rate(no_waiting) -> None:
+    learner = small_learner().cuda()
+    opt = torch.optim.AdamW(learner.parameters(), lr=1e-3)
+    step = CapturedStep(learner, opt)
+    pair = views("cuda")
+    for _ in range(5):
+        step(pair)
+    assert step.refused is None
+    with no_waiting():
+        step(pair)
+    before = learner.online_encoder.net.stem.weight.clone()
+    opt.param_groups[0]["lr"] = 0.0
+    step(pair)
+    assert torch.equal(learner.online_encoder.net.stem.weight, before)
+
+
+def test_a_network_that_asks_the_device_is_trained_kernel_by_kernel() -> None:
+    class Asks(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * (2 if x.sum().item() > 1e9 else 1)
+
+    net = nn.Sequential(nn.Conv2d(3, 8, 8, 8), Asks(), nn.Conv2d(8, 12, 2, 2))
+    learner = PixelCL(net, 64, projection_size=16, projection_hidden_size=32).cuda()
+    step = CapturedStep(learner, torch.optim.AdamW(learner.parameters(), lr=1e-3))
+    losses = [step(views("cuda")).item() for _ in range(8)]
+    assert step.refused
+    assert losses[-1] < losses[0]
+
+
+def test_a_run_on_a_gpu_is_captured(tmp_path, caplog) -> None:
+    caplog.set_level("INFO")
+    images = [torch.rand(3, 80, 80) for _ in range(32)]
+    small = {"model": "torchvision/resnet18", "image_size": 64, "batch_size": 8, "steps": 12}
+    done = [
+        pretrain(images, tmp_path / graph, graph=graph, workers=0, lr=1e-4, **small)
+        for graph in ("off", "auto")
+    ]
+    assert "kernel by kernel" not in caplog.text
+    off, auto = (run.metrics for run in done)
+    assert auto["loss"] == pytest.approx(off["loss"], rel=0.1)

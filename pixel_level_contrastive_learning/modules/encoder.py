@@ -213,13 +213,20 @@ class TargetEncoder(Encoder):
             return super().forward(pixels, branches)
 
     @torch.no_grad()
-    def update(self, online: Encoder, decay: float) -> None:
+    def update(self, online: Encoder, decay: float | Tensor) -> None:
         """Move every parameter, but no buffer: ``decay`` of itself plus the rest of the online."""
-        raise_together(LIMITS["moving_average_decay"]("decay", decay))
+        if not isinstance(decay, Tensor):
+            raise_together(LIMITS["moving_average_decay"]("decay", decay))
         pairs = list(zip(self.parameters(), online.parameters(), strict=True))
         moving = [(mine.detach(), other) for mine, other in pairs if can_learn(mine)]
         others = [other.detach().to(mine.dtype) for mine, other in moving]
-        torch._foreach_lerp_([mine for mine, _ in moving], others, 1 - decay)
+        targets = [mine for mine, _ in moving]
+        if isinstance(decay, Tensor):  # torch's lerp would read it on the host
+            gaps = torch._foreach_sub(others, targets)
+            torch._foreach_mul_(gaps, 1 - decay)
+            torch._foreach_add_(targets, gaps)
+        else:
+            torch._foreach_lerp_(targets, others, 1 - decay)
 
     @torch.no_grad()
     def reset(self, online: Encoder) -> None:

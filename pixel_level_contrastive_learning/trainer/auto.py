@@ -31,6 +31,8 @@ PICTURE_COST = 16
 forward passes and one backward pass of each image, which cost eight forward passes."""
 PICTURE_SHARE = 0.015
 """Largest share of the run's time that pictures take by default."""
+CAPTURED_ON = ("cuda",)
+"""Kinds of device on which a step is launched as one graph by default."""
 VIEW_SIDES = (64, 224)
 """Smallest and largest default side of the views, in pixels."""
 
@@ -104,6 +106,7 @@ class RunPlan:
     precision: str  # float32 or bfloat16
     device: str  # cuda, cpu or mps
     sharded: bool  # whether processes hold a shard of the network each (FSDP2)
+    captured: bool  # whether steps are launched as one CUDA graph, where that is possible
     seed: int
     compares_pixels: bool  # whether the pixel loss has weight
     distance_thres: float  # cells match under this distance
@@ -186,6 +189,7 @@ def resolve(config: PretrainConfig, info: Info) -> RunPlan:
         "accumulate": unless_auto(config.accumulate, 0),
         "device": info.device,
         "sharded": sharded,
+        "captured": info.device in CAPTURED_ON and config.graph == "auto",
         "compares_pixels": config.alpha > 0,
         "probe_every": 0 if config.probe is None or sharded else probe_epochs * per_epoch,
     }

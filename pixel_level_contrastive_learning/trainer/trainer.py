@@ -305,6 +305,8 @@ def build_step(setup: Setup, resumed: Mapping[str, Any] | None, stop: StopSignal
         if resumed is not None:
             step.load_state_dict(resumed)
         step.accumulate = plan.accumulate or choose_accumulate(fabric, step, plan, needed)
+        if plan.captured:
+            step.capture()
     if stop.received_anywhere(fabric, 0):
         stop.exit_if_received()
     return step

@@ -25,10 +25,12 @@ from ..blocks import full_precision
 from ..data.dataset import TwoViewBatch
 from ..modules.encoder import each_level
 from ..pixel_cl import PixelCL, Terms
+from ..step_graph import StepGraph, each_tensor
 from ..views import View, to_device
 from .auto import RunPlan
 from .build import build_optimizer
 from .config_io import absolute_settings
+from .logging import LOG
 
 METRIC_NAMES = (*Terms._fields, "grad_norm")
 """The metrics of a step, in the order of the tensor that carries them."""
@@ -88,6 +90,7 @@ class TrainingStep:
         idle = set(learner.unreached_parameters())
         self.optimizer = build_optimizer(learner, plan, idle)
         self.optimizer_step = cast(Optimizer, fabric.setup_optimizers(self.optimizer)).step
+        self.graph: StepGraph | None = None
         self.step = self.samples = self.saved_at = 0
         self.accumulate = plan.accumulate or 1
         self.parts_before: tuple[int, ...] = ()
@@ -104,20 +107,44 @@ class TrainingStep:
         lr, momentum = schedule.lr(step), schedule.momentum(step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.optimizer.zero_grad()
+        if self.graph is not None:
+            metrics, *features = self.graph(batch, torch.tensor(momentum))
+            self.note_refusal(self.graph.refused)
+        else:
+            self.optimizer.zero_grad()
+            metrics, *features = self.update(batch, momentum, keep_features=keep_features)
+        images = len(batch.one) * self.fabric.world_size
+        self.step, self.samples = step + 1, self.samples + images
+        kept = features[0] if keep_features else None
+        return StepResult(self.step, metrics, lr, momentum, images, kept)
+
+    def update(
+        self, batch: TwoViewBatch, momentum: float | Tensor, *, keep_features: bool = True
+    ) -> tuple[Tensor, ...]:
+        """Change weights and target by a batch; its metrics, and features where asked for."""
         features: list[Tensor] = []
         metrics = self.backward(batch, features if keep_features else None)
         if metrics.device.type == "cpu" and not metrics.isfinite().all():
-            raise NotFiniteError(not_finite(step + 1, metrics.tolist()))
+            raise NotFiniteError(not_finite(self.step + 1, metrics.tolist()))
         self.optimizer_step()
         if self.plan.sharded:  # without a backward pass the target would stay whole
             self.learner.target_encoder.reshard()  # type: ignore[operator]  # fully_shard gave it
         self.learner.update_moving_average(momentum)
-        images = len(batch.one) * self.fabric.world_size
-        self.step, self.samples = step + 1, self.samples + images
-        return StepResult(
-            self.step, metrics, lr, momentum, images, features[0] if features else None
-        )
+        return metrics, *features
+
+    def capture(self) -> None:
+        """From now on take steps as one CUDA graph, where that is possible."""
+        if self.fabric.world_size > 1:
+            self.note_refusal("several processes train together")
+        else:
+            self.graph = StepGraph(self.update, self.learner, self.optimizer)
+            self.note_refusal(self.graph.refused)
+
+    def note_refusal(self, reason: str | None) -> None:
+        """Say why steps are not captured, if so, and take them as they are."""
+        if reason is not None:
+            self.graph = None
+            LOG.info("steps are launched kernel by kernel, not as one CUDA graph: %s", reason)
 
     def backward(self, batch: TwoViewBatch, features: list[Tensor] | None) -> Tensor:
         """Leave the batch's gradient in the parameters; its metrics ``(8,)``, float32."""
@@ -245,9 +272,7 @@ def split_batch(batch: TwoViewBatch, parts: int) -> Iterator[TwoViewBatch]:
 
 def slice_batch(batch: Any, part: slice) -> Any:
     """Some samples of a batch: the slice of each tensor in it."""
-    if isinstance(batch, Tensor):
-        return batch[part]
-    return type(batch)(*(slice_batch(held, part) for held in batch))
+    return each_tensor(batch, lambda own: own[part])
 
 
 def as_metrics(terms: Terms, images: int) -> Tensor:

@@ -1,14 +1,16 @@
 """A training step: a batch made ready and split, batch norm over GPUs."""
 
+import logging
 from types import SimpleNamespace
 
 import pytest
 import timm
 import torch
+from run_folders import checkpoint, forget, metrics, steps
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from pixel_level_contrastive_learning import PixelCL, augment
+from pixel_level_contrastive_learning import PixelCL, augment, pretrain, step_graph
 from pixel_level_contrastive_learning.augment import (
     VIEW_ONE,
     VIEW_TWO,
@@ -18,7 +20,8 @@ from pixel_level_contrastive_learning.augment import (
     change_colour,
 )
 from pixel_level_contrastive_learning.data.dataset import TwoViewBatch
-from pixel_level_contrastive_learning.trainer import training_step
+from pixel_level_contrastive_learning.step_graph import WARM_UP, StepGraph, why_not
+from pixel_level_contrastive_learning.trainer import auto, training_step
 from pixel_level_contrastive_learning.trainer.memory import blank_views
 from pixel_level_contrastive_learning.trainer.training_step import (
     TrainingStep,
@@ -89,3 +92,62 @@ def test_batch_norm_over_gpus_keeps_the_activations_in_it(monkeypatch) -> None:
     assert len(norms) > 20
     assert all(isinstance(module, nn.SyncBatchNorm) for module in norms)
     torch.testing.assert_close(step.learner(views), expected)
+
+
+@pytest.mark.parametrize("extra", [{}, {"accumulate": 2, "clip_grad": 0.5, "loss": "pixcontrast"}])
+def test_a_captured_run_is_the_run(
+    extra, tmp_path, settings, repeated, monkeypatch, caplog
+) -> None:
+    asked = settings(steps=9, optimizer="sgd", lr=0.05, picture_every=4, **extra)
+    plain = pretrain(**asked | {"out": str(tmp_path / "plain")})
+    monkeypatch.setattr(auto, "CAPTURED_ON", ("cpu",))
+    taken = []
+    monkeypatch.setattr(StepGraph, "recorded", lambda graph: taken.append(graph) or repeated(graph))
+    captured = pretrain(**asked)
+    assert [graph.graph.replays for graph in taken] == [9 - WARM_UP]
+    assert "kernel by kernel" not in caplog.text
+    for name in ("loss", "grad_norm", "positive_pairs", "lr", "target_momentum", "effective_rank"):
+        expected = [line[name] for line in metrics(plain.run_dir)]
+        found = [line[name] for line in metrics(captured.run_dir)]
+        assert found == pytest.approx(expected, rel=5e-2), name
+    ours, others = (checkpoint(done.run_dir) for done in (captured, plain))
+    for one, two in zip(*(held["optimizer_states"] for held in (ours, others)), strict=True):
+        assert one["param_groups"] == two["param_groups"]
+    for name, own in ours["state_dict"].items():
+        torch.testing.assert_close(own, others["state_dict"][name], rtol=1e-3, atol=1e-4)
+
+
+def test_a_captured_run_is_resumed(tmp_path, settings, repeated, monkeypatch) -> None:
+    monkeypatch.setattr(auto, "CAPTURED_ON", ("cpu",))
+    asked = settings(steps=12, checkpoint_every=6)
+    whole = pretrain(**asked | {"out": str(tmp_path / "whole")})
+    pretrain(**asked)
+    forget(tmp_path / "run", "step-00000012", "last")
+    again = pretrain(out=tmp_path / "run", resume=True)
+    assert again.metrics["loss"] == pytest.approx(whole.metrics["loss"], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"optimizer": "lamb"}, "Lamb reads its learning rate on the host"),
+        ({}, "RuntimeError: not permitted"),
+    ],
+)
+def test_what_cannot_be_captured_runs_kernel_by_kernel_and_says_so_once(
+    change, why, settings, repeated, monkeypatch, caplog
+) -> None:
+    def fail(_: StepGraph) -> None:
+        raise RuntimeError("not permitted")
+
+    monkeypatch.setattr(StepGraph, "recorded", fail)
+    monkeypatch.setattr(auto, "CAPTURED_ON", ("cpu",))
+    if change:
+        monkeypatch.setattr(
+            step_graph, "why_not", lambda own, _: why_not(own, torch.device("cuda"))
+        )
+    caplog.set_level(logging.INFO)
+    done = pretrain(**settings(steps=8, **change))
+    assert steps(done.run_dir) == list(range(1, 9))
+    told = f"steps are launched kernel by kernel, not as one CUDA graph: {why}"
+    assert caplog.text.count(told) == 1

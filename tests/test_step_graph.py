@@ -1,0 +1,274 @@
+"""Steps as one graph: captured and replayed, compared with steps as they are, or refused.
+
+A stand-in for CUDA graphs takes the step again, on the same tensors. That nothing in a step reads a
+tensor's value is shown on tensors that have none.
+"""
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from small_nets import SmallNet, overlapping_views
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from pixel_level_contrastive_learning import CapturedStep, PixelCL, View, augment
+from pixel_level_contrastive_learning.augment import VIEW_ONE, VIEW_TWO, Factors, change_both
+from pixel_level_contrastive_learning.step_graph import (
+    WARM_UP,
+    StepGraph,
+    each_tensor,
+    tensors_in,
+    why_not,
+)
+
+STEPS = WARM_UP + 4
+RATE = 0.05
+
+
+def parts(**settings: Any) -> tuple[PixelCL, torch.optim.Optimizer]:
+    """A small learner, the same at every call, and its optimiser: Adam would magnify rounding."""
+    torch.manual_seed(0)
+    learner = PixelCL(SmallNet(), 64, projection_size=16, projection_hidden_size=32, **settings)
+    trained = [own for own in learner.parameters() if own.requires_grad]
+    return learner, torch.optim.SGD(trained, lr=RATE, momentum=0.9, fused=True)
+
+
+def batches() -> Iterator[tuple[View, View]]:
+    torch.manual_seed(1)
+    for _ in range(STEPS):
+        yield overlapping_views()
+
+
+def taken_one_by_one() -> tuple[PixelCL, list[float]]:
+    """A learner after some steps of a plain loop, and their losses."""
+    learner, opt = parts()
+    losses = []
+    for number, views in enumerate(batches()):
+        opt.param_groups[0]["lr"] = RATE / (1 + number)
+        loss = learner(views)
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        learner.update_moving_average(0.5)
+        losses.append(loss.item())
+    return learner, losses
+
+
+def captured(step: CapturedStep, opt: torch.optim.Optimizer) -> list[float]:
+    """The losses of the same steps, captured."""
+    losses = []
+    for number, views in enumerate(batches()):
+        opt.param_groups[0]["lr"] = RATE / (1 + number)
+        losses.append(step(views, decay=0.5).item())
+    return losses
+
+
+def same_weights(one: PixelCL, two: PixelCL) -> None:
+    for (name, own), other in zip(one.state_dict().items(), two.state_dict().values(), strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_captured_steps_do_what_a_plain_loop_does(repeated) -> None:
+    expected, losses = taken_one_by_one()
+    learner, opt = parts()
+    step = CapturedStep(learner, opt)
+    assert captured(step, opt) == pytest.approx(losses, abs=1e-4)
+    assert step.refused is None
+    assert step.graph.graph.replays == STEPS - WARM_UP
+    same_weights(learner, expected)
+    rate = opt.param_groups[0]["lr"]
+    assert (type(rate), rate) == (float, RATE / STEPS)  # as a checkpoint has it
+
+
+def test_on_a_cpu_steps_are_taken_as_they_are() -> None:
+    expected, losses = taken_one_by_one()
+    learner, opt = parts()
+    step = CapturedStep(learner, opt)
+    assert captured(step, opt) == pytest.approx(losses, abs=1e-4)
+    assert step.refused == "CUDA graphs run on GPUs, and the device is cpu"
+    same_weights(learner, expected)
+
+
+def forget_the_target(graph: StepGraph) -> None:
+    graph.learner.update_moving_average = lambda _: None  # type: ignore[method-assign]
+
+
+def forget_the_optimiser(graph: StepGraph) -> None:
+    graph.optimizer.step = lambda: None  # type: ignore[method-assign]
+
+
+def keep_the_first_rate(graph: StepGraph) -> None:
+    graph.rates = [torch.tensor(RATE)]
+
+
+def see_another_batch(graph: StepGraph) -> None:
+    graph.fixed = each_tensor(graph.fixed, lambda own: own.square() if own.ndim == 4 else own)
+
+
+def give_another_loss(graph: StepGraph) -> None:
+    step = graph.step
+    graph.step = lambda *batch: tuple(own * 1.1 for own in step(*batch))
+
+
+def fail(_: StepGraph) -> None:
+    raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "why"),
+    [
+        (forget_the_target, "CaptureError: the graph leaves target that differ"),
+        (forget_the_optimiser, "CaptureError: the graph leaves weights that differ"),
+        (keep_the_first_rate, "CaptureError: the graph leaves weights that differ"),
+        (see_another_batch, "CaptureError: the graph leaves weights that differ"),
+        (give_another_loss, "CaptureError: the graph gives results that differ"),
+        (fail, "RuntimeError: operation not permitted when stream is capturing"),
+    ],
+)
+def test_a_graph_that_does_something_else_is_refused_and_no_step_is_lost(
+    spoil, why, repeated, monkeypatch
+) -> None:
+    expected, losses = taken_one_by_one()
+    learner, opt = parts()
+    step = CapturedStep(learner, opt)
+
+    def spoilt(graph: StepGraph) -> Any:
+        kept.update(vars(graph))
+        spoil(graph)
+        return repeated(graph)
+
+    kept: dict[str, Any] = {}
+    monkeypatch.setattr(StepGraph, "recorded", spoilt)
+    found = []
+    for number, views in enumerate(batches()):
+        opt.param_groups[0]["lr"] = RATE / (1 + number)
+        found.append(step(views, decay=0.5).item())
+        if number == WARM_UP:
+            assert step.refused.startswith(why)
+            vars(step.graph).update({name: kept[name] for name in ("fixed", "rates", "step")})
+            learner.__dict__.pop("update_moving_average", None)
+            opt.__dict__.pop("step", None)
+    assert found == pytest.approx(losses, abs=1e-4)
+    same_weights(learner, expected)
+
+
+def test_a_batch_of_another_shape_is_refused_with_the_way_out() -> None:
+    learner, opt = parts()
+    step = CapturedStep(learner, opt)
+    step(overlapping_views(4))
+    with pytest.raises(ValueError, match=r"\(3, 3, 64, 64\) where the first one had \(4, 3, 64"):
+        step(overlapping_views(3))
+
+
+def test_settings_that_cannot_be_are_refused() -> None:
+    learner, opt = parts()
+    with pytest.raises(ValueError, match=r"dtype is torch\.float16; it must be torch\.bfloat16"):
+        CapturedStep(learner, opt, torch.float16)
+    with pytest.raises(ValueError, match="decay is 2; it must be a number from 0 to 1"):
+        CapturedStep(learner, opt)(overlapping_views(), decay=2)
+
+
+def test_an_optimiser_that_reads_its_rate_on_the_host_is_named() -> None:
+    weights, gpu = [nn.Parameter(torch.zeros(3))], torch.device("cuda")
+    told = "SGD reads its learning rate on the host"
+    assert why_not(torch.optim.SGD(weights, lr=0.1), gpu) == told
+    assert why_not(torch.optim.SGD(weights, lr=0.1, fused=True), gpu) is None
+    assert why_not(torch.optim.AdamW(weights), gpu) is None
+
+
+def test_images_are_taken_as_the_learner_takes_them() -> None:
+    learner, _ = parts()
+    images = torch.rand(4, 3, 90, 70)
+    torch.manual_seed(5)
+    expected = learner(images).item()
+    step = CapturedStep(*parts())
+    torch.manual_seed(5)
+    found = step(images)
+    assert found.item() == pytest.approx(expected, abs=1e-5)
+    assert not found.requires_grad
+
+
+# Nothing on a device is read.
+
+
+def without_values(held: Any, device: str) -> Any:
+    """The same tensors or module, on a device, without values."""
+    if not isinstance(held, nn.Module):
+        return each_tensor(held, lambda own: torch.empty(own.shape, dtype=own.dtype, device=device))
+    for module in held.modules():
+        for name, own in module._parameters.items():
+            if own is not None:
+                empty = torch.empty(own.shape, dtype=own.dtype, device=device)
+                module._parameters[name] = nn.Parameter(empty, own.requires_grad)
+        for name, own in module._buffers.items():
+            if own is not None:
+                module._buffers[name] = torch.empty(own.shape, dtype=own.dtype, device=device)
+    return held
+
+
+@pytest.fixture
+def _reads_no_factor(monkeypatch) -> None:
+    """Colour as on a device whose factors are not read."""
+    monkeypatch.setattr(augment, "READ_AT_ONCE", ())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"use_pixpro": False}, {"pixel_levels": 2}, {"alpha": 0}, {"instance_weight": 0}],
+    ids=str,
+)
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_a_step_reads_no_value(device, settings, monkeypatch) -> None:
+    """On a GPU without one the forward pass alone can be asked for; the CPU does the rest."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr("pixel_level_contrastive_learning.inputs.ValueWatch.judge", lambda *_: None)
+    learner, opt = parts(**settings)
+    step = CapturedStep(learner, opt)
+    views = overlapping_views()
+    with FakeTensorMode(), nullcontext() if device == "cpu" else torch.no_grad():
+        without_values(learner, device)
+        if device == "cuda":
+            assert learner(without_values(views, device)).device.type == "cuda"
+            learner.update_moving_average(torch.zeros((), device=device))
+            return
+        trained = [own for own in learner.parameters() if own.requires_grad]
+        step.graph.optimizer = torch.optim.AdamW(trained, fused=True)
+        step.graph.optimizer.param_groups[0]["lr"] = torch.zeros(())
+        [loss] = step.step(*without_values(views, device), torch.zeros(()))
+        assert loss.shape == ()
+
+
+@pytest.mark.usefixtures("_reads_no_factor")
+def test_colour_is_changed_by_factors_that_are_never_read() -> None:
+    factors = VIEW_ONE.draw(6), VIEW_TWO.draw(6)
+    pixels = torch.rand(6, 3, 40, 30)
+    with FakeTensorMode():
+        one, two = (without_values(own, "cuda") for own in factors)
+        given = without_values((pixels, pixels), "cuda")
+        changed, _ = change_both(given, (Factors(*one), Factors(*two)))
+    assert (changed.shape, changed.device.type) == (pixels.shape, "cuda")
+
+
+def test_colour_by_masks_is_colour_sample_by_sample(monkeypatch) -> None:
+    torch.manual_seed(3)
+    pixels = torch.rand(2, 32, 3, 40, 30)
+    factors = VIEW_ONE.draw(32), VIEW_TWO.draw(32)
+    expected = change_both(tuple(pixels), factors)
+    monkeypatch.setattr(augment, "READ_AT_ONCE", ())
+    found = change_both(tuple(pixels), factors)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert all(len(set(own.tolist())) > 2 for own in factors[0][:2])
+    assert 0 < factors[1].solarise.sum() < 32
+    assert 0 < (factors[1].sigma > 0).sum() < 32
+
+
+def test_tensors_of_nested_tuples() -> None:
+    one, two = torch.zeros(1), torch.ones(2)
+    held = (View(one, two), (two, [one]))
+    assert [len(own) for own in tensors_in(held)] == [1, 2, 2, 1]
+    changed = each_tensor(held, lambda own: own + 1)
+    assert isinstance(changed[0], View)
+    assert changed[1][1][0].item() == 1
