@@ -31,6 +31,10 @@ PICTURE_COST = 16
 forward passes and one backward pass of each image, which cost eight forward passes."""
 PICTURE_SHARE = 0.015
 """Largest share of the run's time that pictures take by default."""
+CACHE_SHARE = {"auto": 0.25, "ram": 0.5}
+"""Largest share of the free memory that decoded images take, over all processes of a machine."""
+CACHE_ROOM = 1.3
+"""Bytes kept ready for images of the typical size: some are larger, or are kept at two scales."""
 CAPTURED_ON = ("cuda",)
 """Kinds of device on which a step is launched as one graph by default."""
 VIEW_SIDES = (64, 224)
@@ -44,6 +48,8 @@ class Info:
     images: int  # to train on
     typical_size: tuple[int, int]  # median (height, width) of the images
     channels: int
+    value_bytes: int  # of a decoded value: 1, or 4 where the data is deeper than 8 bits
+    free_memory: int  # bytes for each process, for images among others
     device: str  # cuda, cpu or mps
     native_bfloat16: bool  # whether the device has bfloat16 instructions
     processes: int  # of the run, over all machines
@@ -99,6 +105,7 @@ class RunPlan:
     batch_size: int  # images a step, over all processes
     processes: int  # over all machines
     workers: int  # loader processes for each device
+    cache_bytes: int  # for decoded images, in each process of the run; 0 for none
     accumulate: int  # parts that a process takes its share of a batch in; 0: as memory allows
     optimizer: str  # its name in timm
     weight_decay: float  # of weights with two dimensions or more
@@ -186,6 +193,7 @@ def resolve(config: PretrainConfig, info: Info) -> RunPlan:
         "photometry": (first, second),
         "processes": info.processes,
         "workers": unless_auto(config.workers, default_workers(info)),
+        "cache_bytes": cache_bytes(config.cache, info, passes=steps / per_epoch),
         "accumulate": unless_auto(config.accumulate, 0),
         "device": info.device,
         "sharded": sharded,
@@ -271,6 +279,18 @@ def default_epochs(images: int) -> int:
     fewest, most = EPOCHS
     epochs = min(max(VIEW_PAIRS // images, fewest), most)
     return max(1, min(epochs, MOST_VIEW_PAIRS // images))
+
+
+def cache_bytes(cache: str, info: Info, *, passes: float) -> int:
+    """Bytes for decoded images; 0 where none are kept."""
+    if cache == "off":
+        return 0
+    height, width = info.typical_size
+    needed = int(info.images * height * width * info.channels * info.value_bytes * CACHE_ROOM)
+    most = int(info.free_memory * CACHE_SHARE[cache])
+    if cache == "auto" and (needed > most or passes <= 1):
+        return 0
+    return min(needed, most)
 
 
 def default_workers(info: Info) -> int:

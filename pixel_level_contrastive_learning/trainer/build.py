@@ -26,8 +26,9 @@ from ..backbones.custom import is_module_handed
 from ..backbones.factory import build_backbone, zero_last_norms
 from ..backbones.hub import hub_config, on_hub
 from ..backbones.state_dict import load_weights
+from ..data.cache import DecodedCache, can_share
 from ..data.loader import TwoViewLoader, build_loader
-from ..data.sources import Source, open_source, split_held_out
+from ..data.sources import ItemSource, Source, Subset, open_source, split_held_out
 from ..data.statistics import Statistics, measure
 from ..evaluation.features import native_bfloat16
 from ..files import write_whole
@@ -37,7 +38,7 @@ from .auto import Info, RunPlan
 from .config import PRETRAINED, PretrainConfig
 from .config_io import start_weights
 from .logging import LOG
-from .system import Devices, cores_per_process
+from .system import Devices, cores_per_process, free_memory
 
 FUSED = ("adam", "adamw", "sgd")
 """Optimisers that torch updates in one pass over the weights: a third of the time on a CPU."""
@@ -176,6 +177,8 @@ def find_info(
         images=len(data.train),
         typical_size=data.statistics.median_size,
         channels=data.statistics.channels,
+        value_bytes=1 if data.statistics.low is None else 4,
+        free_memory=free_memory(torch.device("cpu")) // devices.per_node,
         device=devices.kind,
         native_bfloat16=native_bfloat16(devices.kind),
         processes=devices.processes,
@@ -214,7 +217,7 @@ def build_train_loader(
 ) -> TwoViewLoader:
     """The loader of one process; the one that writes lists unreadable images in the folder."""
     return build_loader(
-        data.train,
+        kept_decoded(data.train, plan),
         data.statistics,
         image_size=plan.view_size,
         batch_size=plan.images_per_process,
@@ -232,6 +235,18 @@ def build_train_loader(
         skipped_file=None if folder is None else folder / run_layout.SKIPPED,
         pin_memory=plan.device == "cuda",
     )
+
+
+def kept_decoded(source: Source, plan: RunPlan) -> Source:
+    """The images, each decoded once where there is room for all workers to share it."""
+    in_memory = isinstance(source, Subset) and isinstance(source.source, ItemSource)
+    if not plan.cache_bytes or in_memory or not can_share(plan.workers):
+        return source
+    try:
+        return DecodedCache(source, plan.cache_bytes)
+    except OSError as error:
+        LOG.info("decoded images are not kept: there is no memory for them (%s)", error)
+        return source
 
 
 class Autocast(MixedPrecision):

@@ -230,6 +230,10 @@ class PretrainConfig:
     workers: int | Auto = "auto"
     """Data loading workers per device.
     auto: a quarter of the cores for training on a CPU; on a GPU all but one, at most 16."""
+    cache: Literal["auto", "ram", "off"] = "auto"
+    """Keep decoded images in memory, so that each is decoded once; samples stay the same.
+    ram: as many as fit into half of the free memory.
+    auto: all of them, if they fit into a quarter of it and are seen more than once."""
     accelerator: Literal["auto", "cpu", "gpu", "mps"] = "auto"
     """Type of device.
     auto: a CUDA GPU if there is one, else the CPU. mps is untested."""
@@ -364,6 +368,7 @@ OWN_LIMITS: Mapping[str, Check] = {
     "accelerator": partial(one_of, allowed=("auto", "cpu", "gpu", "mps")),
     "strategy": partial(one_of, allowed=("auto", "ddp", "fsdp")),
     "graph": partial(one_of, allowed=("auto", "off")),
+    "cache": partial(one_of, allowed=("auto", "ram", "off")),
     "loggers": partial(texts, allowed=("tensorboard", "csv", "wandb", "mlflow")),
     "probe_protocol": partial(one_of, allowed=("linear", "knn")),
 }

@@ -123,13 +123,15 @@ def log_setup(setup: Setup, *, dry_run: bool) -> None:
         f"with {statistics.channels} channels; mean {rounded(statistics.mean)}, "
         f"std {rounded(statistics.std)}{scaled}"
     )
+    kept = f"; up to {plan.cache_bytes / MIB:.0f} MiB of decoded images stay in memory"
+    kept = kept if plan.cache_bytes else ""
     layers = ", ".join(map(str, setup.learner.online_encoder.pixel_hooks))
     LOG.info(
         f"{schedule.steps} steps of {plan.batch_size} images ({schedule.steps_per_epoch} an epoch, "
         f"{schedule.warmup_steps} of warm-up), learning rate up to {schedule.peak_lr:.3g}, "
         f"{plan.precision}, views of {plan.view_size[0]} x {plan.view_size[1]} pixels, pixel loss "
         f"on {layers}, instance loss on {plan.settings.instance_layer}; "
-        f"loader workers: {plan.workers}"
+        f"loader workers: {plan.workers}{kept}"
     )
     if build.has_given_weights(plan.settings):
         LOG.info(

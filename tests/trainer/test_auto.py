@@ -9,6 +9,7 @@ from pixel_level_contrastive_learning.trainer.auto import (
     Info,
     RunPlan,
     Schedule,
+    cache_bytes,
     default_epochs,
     resolve,
     view_size,
@@ -20,6 +21,8 @@ LAPTOP = Info(
     images=1000,
     typical_size=(480, 640),
     channels=3,
+    value_bytes=1,
+    free_memory=8 * 2**30,
     device="cpu",
     native_bfloat16=False,
     processes=1,
@@ -64,7 +67,7 @@ def test_few_images_are_seen_more_often(images, passes) -> None:
 def test_the_settings_written_down_leave_auto_to_the_system_alone() -> None:
     plan = planned()
     left = {name for name, value in vars(plan.settings).items() if value == "auto"}
-    assert left == {"accumulate", "workers", "devices", "accelerator", "strategy", "graph"}
+    assert left == {"accumulate", "workers", "devices", "accelerator", "strategy", "graph", "cache"}
     assert (plan.batch_size, plan.precision, plan.view_size) == (32, "float32", (224, 224))
     assert (plan.settings.image_size, plan.settings.pixel_layer) == (224, "layer4")
     assert resolve(plan.settings, LAPTOP) == plan
@@ -214,3 +217,23 @@ def test_warm_up_rises_by_equal_steps_from_a_hundredth() -> None:
     rates = [schedule.lr(step) for step in range(5)]
     assert rates == pytest.approx([0.01, 0.2575, 0.505, 0.7525, 1.0])
     assert schedule.lr(12) == pytest.approx(0.5)  # half way down the cosine
+
+
+MIB = 2**20
+
+
+@pytest.mark.parametrize(
+    ("cache", "change", "passes", "kept"),
+    [
+        ("auto", {}, 10, 1143),  # 1000 images of 480 x 640 x 3, and three tenths
+        ("auto", {"value_bytes": 4}, 10, 0),  # more than a quarter of 8 GiB
+        ("ram", {"value_bytes": 4}, 10, 4096),
+        ("auto", {}, 1, 0),
+        ("ram", {}, 1, 1143),
+        ("off", {}, 10, 0),
+        ("auto", {"channels": 1}, 10, 381),
+    ],
+)
+def test_decoded_images_are_kept_where_they_fit(cache, change, passes, kept) -> None:
+    info = replace(LAPTOP, **change)
+    assert round(cache_bytes(cache, info, passes=passes) / MIB) == kept

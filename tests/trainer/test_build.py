@@ -1,12 +1,16 @@
 """From settings to parts: the weights a run starts from, and how it begins."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from run_folders import log, losses
 
-from pixel_level_contrastive_learning import PixelCL
+from pixel_level_contrastive_learning import PixelCL, pretrain
 from pixel_level_contrastive_learning.backbones.factory import build_backbone, zero_last_norms
-from pixel_level_contrastive_learning.data.sources import open_source
+from pixel_level_contrastive_learning.data.cache import DecodedCache
+from pixel_level_contrastive_learning.data.sources import open_source, split_held_out
 from pixel_level_contrastive_learning.data.statistics import measure
 from pixel_level_contrastive_learning.trainer import system
 from pixel_level_contrastive_learning.trainer.auto import resolve
@@ -16,6 +20,7 @@ from pixel_level_contrastive_learning.trainer.build import (
     build_learner,
     build_net,
     find_info,
+    kept_decoded,
     layer_key,
     open_data,
 )
@@ -82,3 +87,22 @@ def test_a_process_of_srun_has_cores_of_its_own(monkeypatch, by_srun, cores) -> 
     monkeypatch.setattr(system, "cores", lambda: 16)
     monkeypatch.setattr(SLURMEnvironment, "detect", lambda: by_srun)
     assert system.cores_per_process(Devices("cpu", 8, 4)) == cores
+
+
+def test_a_run_decodes_its_images_once_and_learns_the_same(tmp_path, settings, images) -> None:
+    asked = settings(steps=9, probe=None)
+    plain = pretrain(**asked | {"out": str(tmp_path / "plain"), "cache": "off"})
+    kept = pretrain(**asked | {"cache": "ram"})
+    assert losses(plain.run_dir) == losses(kept.run_dir)
+    assert "of decoded images stay in memory" in log(kept.run_dir)
+    assert "of decoded images stay in memory" not in log(plain.run_dir)
+
+
+def test_images_in_memory_are_not_kept_twice(images) -> None:
+    files, items = open_source(str(images)), open_source([torch.rand(3, 20, 20)])
+    plan = SimpleNamespace(cache_bytes=1000, workers=0)
+    (held, _), (own, _) = (split_held_out(source, 0) for source in (files, items))
+    assert isinstance(kept_decoded(held, plan), DecodedCache)
+    assert kept_decoded(own, plan) is own
+    plan.cache_bytes = 0
+    assert kept_decoded(held, plan) is held
