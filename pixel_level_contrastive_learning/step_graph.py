@@ -118,6 +118,8 @@ class StepGraph:
         except (RuntimeError, ValueError, TypeError, AssertionError) as error:
             self.graph = None
             self.optimizer.zero_grad()
+            if self.stream is not None:
+                renew_generator(self.device)
             restore(state, after)
             self.refused = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
             return results
@@ -259,6 +261,13 @@ def beside(stream: torch.cuda.Stream | None) -> Iterator[None]:
     with torch.cuda.stream(stream):
         yield
     now.wait_stream(stream)
+
+
+def renew_generator(device: torch.device) -> None:
+    """Give the device's generator a new state: a capture that failed leaves it unusable."""
+    generator: Any = torch.cuda.default_generators[device.index or 0]
+    fresh: Any = torch.Generator(device).manual_seed(torch.initial_seed())
+    generator.graphsafe_set_state(fresh.graphsafe_get_state())
 
 
 def each_tensor(held: Any, change: Callable[[Tensor], Tensor]) -> Any:
