@@ -26,6 +26,9 @@ CHANGES_AGREE = 0.2
 """Largest difference of what a step and its graph change, relative to the change: Adam magnifies
 rounding where gradients are about 0."""
 
+SPARE_SHARE = 0.1
+"""Smallest share of a GPU's memory that is free beside a graph."""
+
 State = Mapping[str, list[Tensor]]
 
 
@@ -104,25 +107,35 @@ class StepGraph:
     def capture(self) -> tuple[Tensor, ...]:
         """Take a step both ways from the same state; the graph's counts if they agree."""
         state = self.state()
-        before = copies(state)
+        try:
+            before, after = copies(state), copies(state)
+        except RuntimeError as error:  # out of memory
+            self.give_up(error)
+            return self.as_it_is()
         with torch.random.fork_rng([self.device] if self.stream else []):
             results = self.as_it_is()
-        after = copies(state)
+        restore(after, state)
         restore(state, before)
         try:
             self.graph, self.results = self.recorded()
             self.graph.replay()
             check_results(self.results, results)
             check_changes(state, before, after)
+            check_memory(self.device)
             return tuple(own.clone() for own in self.results)
         except (RuntimeError, ValueError, TypeError, AssertionError) as error:
-            self.graph = None
-            self.optimizer.zero_grad()
-            if self.stream is not None:
-                renew_generator(self.device)
+            self.give_up(error)
             restore(state, after)
-            self.refused = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
             return results
+
+    def give_up(self, error: Exception) -> None:
+        """Take all steps as they are from now on."""
+        self.refused = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        self.graph, self.results = None, ()
+        self.optimizer.zero_grad()
+        if self.stream is not None:
+            renew_generator(self.device)
+            torch.cuda.empty_cache()
 
     def recorded(self) -> tuple[Any, tuple[Tensor, ...]]:
         """The graph of a step, which is not taken yet, and the tensors that hold its results."""
@@ -293,7 +306,7 @@ def copies(state: State) -> State:
 
 
 def restore(state: State, kept: State) -> None:
-    """Give all tensors the values that were kept."""
+    """Give all tensors of ``state`` the values of ``kept``."""
     for name, held in state.items():
         for own, value in zip(held, kept[name], strict=True):
             own.copy_(value)
@@ -307,6 +320,18 @@ def check_results(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> No
             raise CaptureError(
                 f"the graph gives results that differ by {float(off):.3g} from the step's own, of "
                 f"{float(size):.3g} on average"
+            )
+
+
+def check_memory(device: torch.device) -> None:
+    """Refuse a graph that leaves no memory for anything beside it: it never gives its own back."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what torch keeps for itself would count as used
+        free, whole = torch.cuda.mem_get_info(device)
+        if free < SPARE_SHARE * whole:
+            raise CaptureError(
+                f"the graph leaves {free / 2**20:.0f} MiB of {whole / 2**20:.0f} free, too little "
+                "for pictures and probes"
             )
 
 

@@ -14,11 +14,13 @@ from small_nets import SmallNet, overlapping_views
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from pixel_level_contrastive_learning import CapturedStep, PixelCL, View, augment
+from pixel_level_contrastive_learning import CapturedStep, PixelCL, View, augment, step_graph
 from pixel_level_contrastive_learning.augment import VIEW_ONE, VIEW_TWO, Factors, change_both
 from pixel_level_contrastive_learning.step_graph import (
     WARM_UP,
+    CaptureError,
     StepGraph,
+    check_memory,
     each_tensor,
     tensors_in,
     why_not,
@@ -153,6 +155,30 @@ def test_a_graph_that_does_something_else_is_refused_and_no_step_is_lost(
             opt.__dict__.pop("step", None)
     assert found == pytest.approx(losses, abs=1e-4)
     same_weights(learner, expected)
+
+
+def test_without_memory_for_the_comparison_steps_are_taken_as_they_are(
+    repeated, monkeypatch
+) -> None:
+    def full(_: object) -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(step_graph, "copies", full)
+    expected, losses = taken_one_by_one()
+    learner, opt = parts()
+    step = CapturedStep(learner, opt)
+    assert captured(step, opt) == pytest.approx(losses, abs=1e-4)
+    assert step.refused == "OutOfMemoryError: no memory"
+    same_weights(learner, expected)
+
+
+def test_a_graph_that_fills_the_gpu_is_refused(monkeypatch) -> None:
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (2**30, 8 * 2**30))
+    check_memory(gpu)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (2**29, 8 * 2**30))
+    with pytest.raises(CaptureError, match="leaves 512 MiB of 8192 free"):
+        check_memory(gpu)
 
 
 def test_a_batch_of_another_shape_is_refused_with_the_way_out() -> None:
