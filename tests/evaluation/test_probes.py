@@ -417,6 +417,13 @@ def test_classes_that_are_colours_are_found(reader, train, val, protocol) -> Non
     assert again.scores == scored.scores
 
 
+def test_probes_that_are_the_same_reach_the_same(reader, train, val) -> None:
+    """As `linear` and `linear-all` are of a network whose maps all have one stride."""
+    task = ProbeTask("linear", PreparedSplit(train, preparation(32)), tuple(reader.layers))
+    one, two = run_probes(reader, [task, task], PreparedSplit(val, preparation(32)))
+    assert one.scores == two.scores == probed(reader, train, val).scores
+
+
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("protocol", ["linear", "knn"])
 def test_a_few_images_may_be_annotated(labelled, reader, protocol, first) -> None:
