@@ -70,17 +70,19 @@ def line_up(weights: Sequence[str | Path], source: Source) -> tuple[list[Contend
         raise ValueError(f"weights names {twice} twice; name each once")
     found = read_all(weights, source)
     randoms: dict[tuple[str, int], Contender] = {}
-    starts: dict[tuple[str, str], Contender] = {}
+    starts: dict[tuple[str, str, int], Contender] = {}
     asked: list[Contender] = []
     notes: list[str] = []
-    several = len({own.card.model for own in found}) > 1
+    kinds = {(own.card.model, own.card.channels) for own in found}
     for name, (net, card, _) in zip(names, found, strict=True):
         same = card.model, card.channels
         if same not in randoms:
-            called = f"{RANDOM} ({card.model})" if several else RANDOM
+            alike = sum(model == card.model for model, _ in kinds)
+            about = card.model if alike == 1 else with_channels(card)
+            called = RANDOM if len(kinds) == 1 else f"{RANDOM} ({about})"
             randoms[same] = Contender(called, random_builder(card), card, by_seed=True)
         baselines: tuple[str, ...] = (randoms[same].name,)
-        origin = card.start, card.model
+        origin = card.start, *same
         if is_file(name) and origin not in starts:
             try:
                 start = start_of(card, {own.name for own in starts.values()})
@@ -142,9 +144,15 @@ def start_of(card: BackboneCard, taken: Collection[str]) -> Contender | None:
     if card.start == "random" or (zero_init and not zero_last_norms(random_net(card, 0))):
         return None
     build = zero_init_builder(card) if zero_init else holding(start_net(card))
-    names = (Path(card.start).name or card.start, card.start, f"{card.start}, {card.model}")
+    more = (f"{card.start}, {own}" for own in (card.model, with_channels(card)))
+    names = (Path(card.start).name or card.start, card.start, *more)
     name = next(own for own in (f"start ({called})" for called in names) if own not in taken)
     return Contender(name, build, card, by_seed=zero_init)
+
+
+def with_channels(card: BackboneCard) -> str:
+    """A card's model and channels, in words."""
+    return f"{card.model}, {card.channels} channel{'s' * (card.channels > 1)}"
 
 
 def holding(net: nn.Module) -> Callable[[int], nn.Module]:

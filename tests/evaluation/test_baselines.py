@@ -23,7 +23,7 @@ from pixel_level_contrastive_learning.evaluation.baselines import (
 
 def run(folder, model, shift, **settings):
     """A run whose weights are those of seed 0 plus a number."""
-    net = random_net(small_card(model), 0)
+    net = random_net(small_card(model, **settings), 0)
     with torch.no_grad():
         net.body.bias += shift
     save_backbone(folder / "backbone.safetensors", net, small_card(model, **settings))
@@ -186,6 +186,26 @@ def test_several_weights_share_what_they_must_beat(labelled, model, tmp_path) ->
     assert sizing_contender(contenders).card == contenders[3].card
     contenders, _ = line_up_labelled(labelled, f"random:{model}", other, one)
     assert sizing_contender(contenders).card == resnet  # of the first file
+
+
+def test_runs_of_one_model_on_other_channels_are_told_apart(labelled, model, tmp_path) -> None:
+    start = str(run(tmp_path / "before", model, 1.0) / "backbone.safetensors")
+    runs = [
+        run(tmp_path / f"{n}", model, 2.0, start=start, channels=n, mean=(0.5,) * n, std=(0.2,) * n)
+        for n in range(1, 5)
+    ]
+    contenders, _ = line_up_labelled(labelled, *runs)
+    names = [own.name for own in contenders]
+    assert names[:8] == [
+        f"random weights ({model}, 1 channel)",
+        *(f"random weights ({model}, {n} channels)" for n in (2, 3, 4)),
+        "start (backbone.safetensors)",
+        f"start ({start})",
+        f"start ({start}, {model})",
+        f"start ({start}, {model}, 4 channels)",
+    ]
+    assert [own.build(0).stem.in_channels for own in contenders] == [1, 2, 3, 4] * 3
+    assert [own.baselines for own in contenders[8:]] == [(names[k], names[k + 4]) for k in range(4)]
 
 
 def test_starts_of_one_file_name_are_told_apart(labelled, model, tmp_path) -> None:
