@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,9 +21,12 @@ from ..backbones.checkpoint import (
 )
 from ..backbones.custom import draw_anew, is_module_handed
 from ..backbones.factory import zero_last_norms
-from ..backbones.state_dict import load_weights
+from ..backbones.state_dict import load_weights, run_folder
+from ..checks import Pages
 from ..data.sources import Source
 from ..data.statistics import measure
+from ..files import read_settings_if_any
+from ..run_layout import CONFIG
 
 log = logging.getLogger(__name__)
 
@@ -111,6 +115,33 @@ def read_all(weights: Sequence[str | Path], source: Source) -> list[Loaded]:
         card = replace(loaded.card, low=statistics.low, high=statistics.high)
         found.append(loaded._replace(card=card))
     return found
+
+
+def reading_of(
+    weights: Sequence[str | Path], *, pages: Pages | None = None, nodata: float | None = None
+) -> dict[str, Any]:
+    """The ``pages`` and ``nodata`` that images are opened with: those given, else of the runs.
+
+    Raises:
+        ValueError: The runs among the weights have different ones.
+    """
+    paths = {str(own): Path(own).expanduser() for own in weights}
+    settings = {
+        name: read_settings_if_any((path if path.is_dir() else run_folder(path)) / CONFIG)
+        for name, path in paths.items()
+        if path.exists()
+    }
+    reading: dict[str, Any] = {"pages": pages, "nodata": nodata}
+    for key in [key for key, value in reading.items() if value is None]:
+        by_value = {own[key]: name for name, own in settings.items() if own.get(key) is not None}
+        if len(by_value) > 1:
+            told = ", ".join(f"{value} in {name}" for value, name in by_value.items())
+            raise ValueError(
+                f"{key} is None, and the runs were trained with different ones ({told}); give "
+                f"{key} (--{key}), or evaluate them one by one"
+            )
+        reading[key] = next(iter(by_value), None)
+    return reading
 
 
 def is_random(name: str) -> bool:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from math import isfinite
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
@@ -16,7 +16,6 @@ from torch.nn.functional import normalize
 
 from ..augment import VIEW_ONE, VIEW_TWO, Colour, Normalise, blur_of
 from ..blocks import Block, blocks
-from ..checks import Pages
 from ..data.image import ImageError
 from ..data.sources import Source, open_source
 from ..data.statistics import read_image
@@ -171,18 +170,16 @@ def evaluate_unlabelled(
     size: int | Size | None,
     seeds: range,
     device: torch.device,
-    *,
-    pages: Pages | None = None,
-    nodata: float | None = None,
+    reading: Mapping[str, Any],
 ) -> Evaluation:
     """Evaluate weights beside random ones on images alone, all given as `evaluate` takes them.
 
-    Each seed decides the views and the random weights of a repeat.
+    Each seed decides the views and the random weights of a repeat; ``reading`` opens the images.
 
     Raises:
         ValueError: No image can be read and is for this network.
     """
-    source = open_source(images, pages=pages, nodata=nodata)
+    source = open_source(images, **reading)
     contenders, notes = line_up(weights, source)
     sizing = sizing_contender(contenders)
     card = sizing.card

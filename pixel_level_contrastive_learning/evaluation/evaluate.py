@@ -11,6 +11,7 @@ from ..backbones.custom import Model, handing_over
 from ..checks import Pages, one_of, raise_together, share, size_pair, whole
 from ..data.segmentation import open_labelled
 from ..files import check_writable
+from .baselines import reading_of
 from .comparison import ALL_MAPS, FINETUNE, PROTOCOLS
 from .correspondence import evaluate_unlabelled
 from .features import Size, chosen_device
@@ -81,7 +82,8 @@ def evaluate(
         device: Where to compute; default: a GPU if there is one.
         model: As for `load_backbone`. Of a network, random weights are drawn by the
             ``reset_parameters`` of its layers.
-        pages: What several images in a file are read as, see `open_source`.
+        pages: What several images in a file are read as, see `open_source`. Default: as the runs
+            among the weights read theirs.
         nodata: The value of images where nothing was measured, likewise.
         ids: The id of each value in the masks, see `open_labelled`.
         colours: A file with the class of each colour in the masks, likewise.
@@ -130,21 +132,18 @@ def evaluate(
     if out is not None:
         check_writable("out", out)
     place = chosen_device(device)
+    reading = reading_of(several, pages=pages, nodata=nodata)
     with handing_over(model):
         if data is None:
             assert images is not None
             repeats = range(seed, seed + (seeds or 1))
-            found = evaluate_unlabelled(
-                several, images, layers, size, repeats, place, pages=pages, nodata=nodata
-            )
+            found = evaluate_unlabelled(several, images, layers, size, repeats, place, reading)
         else:
             usual = (*USUAL, FINETUNE) if fractions is not None else USUAL
             plan = Plan(
                 tuple(dict.fromkeys(protocols)) or usual, layers, shares, seeds, seed, steps, place
             )
-            splits = open_labelled(
-                data, ("train", split), ids=ids, colours=colours, pages=pages, nodata=nodata
-            )
+            splits = open_labelled(data, ("train", split), ids=ids, colours=colours, **reading)
             found = evaluate_labelled(several, data, split, splits, size, plan, out)
     if out is not None:
         found.write(out)

@@ -32,7 +32,7 @@ from ..data.loader import in_order
 from ..data.pages import PagedFiles
 from ..data.reading import in_time
 from ..data.sources import IndexedSource, Source, open_source
-from ..evaluation.baselines import random_net, read_all
+from ..evaluation.baselines import random_net, read_all, reading_of
 from ..evaluation.correspondence import evenly, left_out, none_left
 from ..evaluation.features import Preparation, Reader, Size, chosen_device
 from ..files import check_writable, write_whole
@@ -211,8 +211,8 @@ def features(
             of all images as red, green and blue.
         device: Where to compute; default: a GPU if there is one.
         model: As for `load_backbone`.
-        pages: What several images in a file are read as.
-        nodata: The value of images where nothing was measured.
+        pages: What several images in a file are read as. Default: as the run reads its own.
+        nodata: The value of images where nothing was measured, likewise.
 
     Returns:
         The folder, whose maps can be read.
@@ -232,7 +232,8 @@ def features(
         import_extra("zarr")
     check_writable("out", out)
     place = chosen_device(device)
-    source = open_source(images, leave_out=out, pages=pages, nodata=nodata)
+    reading = reading_of([weights], pages=pages, nodata=nodata)
+    source = open_source(images, leave_out=out, **reading)
     with handing_over(model):
         [(net, card, _)] = read_all([weights], source)
         if str(weights).startswith("random:"):
@@ -249,8 +250,7 @@ def features(
         "channels": reader.channels(),
         "format": format,
         "size": prepare.size,
-        "pages": pages,
-        "nodata": nodata,
+        **reading,
     }
     held = FeatureFolder.opened(Path(out).expanduser(), str(weights), settings | fixed)
     kept = held.index.setdefault("normalisation", normalisation)  # images that are new share it

@@ -22,10 +22,11 @@ from torch import Tensor, cat
 from .. import run_layout
 from ..backbones.checkpoint import BackboneCard, read_backbone
 from ..backbones.custom import Model, handing_over
-from ..checks import raise_together, whole
+from ..checks import Pages, raise_together, whole
 from ..data.image import to_rgb
 from ..data.shards import is_shards
 from ..data.sources import open_source
+from ..evaluation.baselines import reading_of
 from ..evaluation.correspondence import draw_pairs
 from ..evaluation.features import Preparation, chosen_device
 from ..evaluation.results import Evaluation, shown
@@ -122,6 +123,8 @@ def visualize(
     seed: int = 0,
     device: str | None = None,
     model: Model | None = None,
+    pages: Pages | None = None,
+    nodata: float | None = None,
 ) -> Path:
     """Write the report of a run: one HTML file that needs nothing else, not even a network.
 
@@ -136,6 +139,8 @@ def visualize(
         seed: Decides the other views of the images.
         device: Where to compute; default: a GPU if there is one.
         model: As for `load_backbone`.
+        pages: What several images in a file are read as. Default: as the run reads its own.
+        nodata: The value of images where nothing was measured, likewise.
 
     Returns:
         Where the page is.
@@ -155,7 +160,7 @@ def visualize(
         loaded = read_backbone(run)  # which draws the weights of the network first
     prepare = Preparation.of(loaded.card, net=loaded.net)
     places = training_images(settings) if images is None else images
-    source = open_source(places, pages=settings.get("pages"), nodata=settings.get("nodata"))
+    source = open_source(places, **reading_of([run], pages=pages, nodata=nodata))
     wholes = read_samples(source, prepare, count)
     samples = wholes + [other_view(sample, seed + k) for k, sample in enumerate(wholes)]
     evaluations = read_evaluations(folder)

@@ -17,6 +17,7 @@ from pixel_level_contrastive_learning.data.sources import open_source
 from pixel_level_contrastive_learning.evaluation.baselines import (
     line_up,
     random_net,
+    reading_of,
     sizing_contender,
 )
 
@@ -215,6 +216,28 @@ def test_starts_of_one_file_name_are_told_apart(labelled, model, tmp_path) -> No
     names = [own.name for own in contenders]
     assert names[1:3] == ["start (backbone.safetensors)", f"start ({starts[1]})"]
     assert [own.baselines[1] for own in contenders[3:]] == names[1:3]
+
+
+def test_images_are_read_as_the_runs_read_theirs(tmp_path) -> None:
+    settings = {"a": "pages: first\nnodata: -9999.0", "b": "nodata: -9999.0", "c": "nodata: 0"}
+    for name, lines in settings.items():
+        (tmp_path / name / "checkpoints").mkdir(parents=True)
+        (tmp_path / name / "config.yaml").write_text(lines)
+    one, two, other = (str(tmp_path / name) for name in settings)
+    assert reading_of([one]) == {"pages": "first", "nodata": -9999}
+    assert reading_of([one, two, "random:timm/a"]) == {"pages": "first", "nodata": -9999}
+    assert reading_of([one], pages="images", nodata=7.0) == {"pages": "images", "nodata": 7}
+    assert reading_of(["torchvision/resnet18"]) == {"pages": None, "nodata": None}
+    checkpoint = tmp_path / "a" / "checkpoints" / "best.ckpt"
+    checkpoint.touch()
+    assert reading_of([checkpoint]) == {"pages": "first", "nodata": -9999}
+    with pytest.raises(ValueError) as error:
+        reading_of([one, two, other])
+    assert str(error.value) == (
+        f"nodata is None, and the runs were trained with different ones (-9999.0 in {two}, 0 in "
+        f"{other}); give nodata (--nodata), or evaluate them one by one"
+    )
+    assert reading_of([one, other], nodata=0.0)["nodata"] == 0
 
 
 def test_weights_named_twice_are_refused(labelled, model) -> None:

@@ -139,6 +139,26 @@ def test_weights_without_a_run_are_scaled_without_nodata(labelled, model, monkey
     assert lows[1] > 100
 
 
+@pytest.mark.parametrize("given", [{}, {"nodata": 7.0, "pages": "images"}])
+def test_images_are_read_as_those_of_the_run(run, labelled, monkeypatch, given) -> None:
+    (run / "config.yaml").write_text("nodata: -9999.0\npages: first\n")
+    wanted = {"nodata": -9999.0, "pages": "first"} | given
+    asked = []
+
+    def opened(*_, ids=None, colours=None, **settings) -> None:
+        asked.append(settings)
+        raise StopIteration
+
+    monkeypatch.setattr(correspondence, "open_source", opened)
+    monkeypatch.setattr(
+        "pixel_level_contrastive_learning.evaluation.evaluate.open_labelled", opened
+    )
+    for place in ("data", "images"):
+        with pytest.raises(StopIteration):
+            evaluate(run, **{place: labelled}, **given)
+    assert asked == [wanted, wanted]
+
+
 def test_settings_about_labels_are_refused_without_any() -> None:
     with pytest.raises(ValueError) as error:
         evaluate("runs/a", images="b", protocol="knn", fraction=0.5, split="test", steps=9)

@@ -216,6 +216,14 @@ def test_images_that_are_new_are_normalised_as_those_before(tmp_path) -> None:
     assert len(held) == 3
 
 
+def test_images_are_read_as_those_of_the_run(images, run_maker, tmp_path) -> None:
+    run = run_maker("run", nodata=-9999.0, pages="first")
+    index = features(run, images, out=tmp_path / "f").index
+    assert (index["nodata"], index["pages"]) == (-9999.0, "first")
+    index = features(run, images, out=tmp_path / "g", nodata=7.0, pages="images").index
+    assert (index["nodata"], index["pages"]) == (7.0, "images")
+
+
 @pytest.mark.parametrize(
     ("settings", "named"),
     [

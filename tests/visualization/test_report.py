@@ -14,6 +14,7 @@ from evil_run import EVIL, NAMES, make_images
 from PIL import Image
 
 from pixel_level_contrastive_learning.evaluation.results import CurvePoint, Evaluation, Row
+from pixel_level_contrastive_learning.visualization import report as report_module
 from pixel_level_contrastive_learning.visualization.report import (
     POLICY,
     Report,
@@ -179,6 +180,16 @@ def test_twelve_images_stay_under_ten_megabytes(run_maker, tmp_path) -> None:
     page = visualize(run, images=images, out=tmp_path / "large.html")
     assert page.stat().st_size < 10e6
     assert page.read_text().count('class="shared"') == 2 * 12
+
+
+@pytest.mark.parametrize("given", [{}, {"nodata": 7.0, "pages": "images"}])
+def test_images_are_read_as_those_of_the_run(run_maker, tmp_path, monkeypatch, given) -> None:
+    run = run_maker("read", nodata=-9999.0, pages="first")
+    asked = []
+    monkeypatch.setattr(report_module, "open_source", lambda _, **own: asked.append(own) or [][0])
+    with pytest.raises(IndexError):
+        visualize(run, out=tmp_path / "page.html", **given)
+    assert asked == [{"nodata": -9999.0, "pages": "first"} | given]
 
 
 @pytest.mark.parametrize(
