@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from ..data.sources import Source
 from ..data.statistics import measure
 from ..files import read_settings_if_any
 from ..run_layout import CONFIG
+from .features import Preparation, Size
 
 log = logging.getLogger(__name__)
 
@@ -153,6 +154,39 @@ def sizing_contender(contenders: Sequence[Contender]) -> Contender:
     """The one that decides the size of images for all: the first run or file, else the last."""
     files = (own for own in contenders if own.baselines and is_file(own.name))
     return next(files, contenders[-1])
+
+
+def prepare_all(
+    contenders: Sequence[Contender], size: int | Size | None, seed: int, *, views: bool = False
+) -> dict[str, Preparation]:
+    """How each network is fed: all at one size, but those that take only their own.
+
+    Unless a ``size`` is given it is that of whole images, or of ``views``.
+    """
+
+    def usual(card: BackboneCard) -> Size | None:
+        return card.image_size if views else None
+
+    sizing = sizing_contender(contenders)
+    common = Preparation.of(sizing.card, size or usual(sizing.card), sizing.build(seed)).size
+    found = {}
+    for contender in contenders:
+        card, net = contender.card, contender.build(seed)
+        try:
+            found[contender.name] = Preparation.of(card, common, net)
+        except ValueError:
+            if size is not None:
+                raise
+            found[contender.name] = Preparation.of(card, usual(card), net)
+    return found
+
+
+def fed_at(prepared: Iterable[Preparation]) -> str:
+    """At what sizes images are fed, in words."""
+    sizes = dict.fromkeys(own.size for own in prepared)
+    return ", ".join(
+        "{}x{}".format(*own) if isinstance(own, tuple) else f"shorter side {own}" for own in sizes
+    )
 
 
 def layers_read(contenders: Sequence[Contender], layers: Sequence[str] | None) -> list[str]:

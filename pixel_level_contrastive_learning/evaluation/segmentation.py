@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .. import run_layout
 from ..data.segmentation import SegmentationDataset
-from .baselines import Contender, layers_read, line_up, sizing_contender
+from .baselines import Contender, fed_at, layers_read, line_up, prepare_all
 from .comparison import ALL_MAPS, CLUSTERING, FINETUNE, curve_shown, in_words, what_it_means
 from .features import Preparation, Reader, Size, deepest_maps
 from .finetuning import CROP_DETAIL, RATES, LearningRates, choose_rates, finetune, measure_cost
@@ -68,9 +68,7 @@ class Splits:
 
     def prepared(self, scored: bool, preparation: Preparation, detail: int = 1) -> PreparedSplit:
         """A split for a network."""
-        form = preparation.statistics
-        key = scored, detail, preparation.size, form.channels, form.low, form.high
-        cache = self.caches.setdefault(key, SampleCache())
+        cache = self.caches.setdefault((scored, detail, preparation.form), SampleCache())
         return PreparedSplit(self.scored if scored else self.train, preparation, detail, cache)
 
 
@@ -107,7 +105,7 @@ def evaluate_labelled(
     if any(own not in (ALL_MAPS, FINETUNE) for own in plan.protocols):
         settings["layers"] = layers_read(contenders, plan.layers)
     settings["seeds"] = max(len(row.seeds) for row in rows)
-    settings["fed at"] = ", ".join(dict.fromkeys(fed_at(own) for own in prepared.values()))
+    settings["fed at"] = fed_at(prepared.values())
     if FINETUNE in plan.protocols:
         settings |= {"steps": plan.steps, "learning rates": rates}
     found = Evaluation(
@@ -126,31 +124,6 @@ def evaluate_labelled(
         if (shown := curve_shown(found.curves)) is not None:
             draw_label_curve(folder / run_layout.LABEL_CURVE, found, shown)
     return found
-
-
-def prepare_all(
-    contenders: Sequence[Contender], size: int | Size | None, seed: int
-) -> dict[str, Preparation]:
-    """How each network is fed: all at one size, but those that take only their own."""
-    sizing = sizing_contender(contenders)
-    common = Preparation.of(sizing.card, size, sizing.build(seed)).size
-    found = {}
-    for contender in contenders:
-        net = contender.build(seed)
-        try:
-            found[contender.name] = Preparation.of(contender.card, common, net)
-        except ValueError:
-            if size is not None:
-                raise
-            found[contender.name] = Preparation.of(contender.card, None, net)
-    return found
-
-
-def fed_at(prepare: Preparation) -> str:
-    """At what size images are fed, in words."""
-    if isinstance(prepare.size, tuple):
-        return "{}x{}".format(*prepare.size)
-    return f"shorter side {prepare.size}"
 
 
 def estimate_finetuning(

@@ -216,6 +216,53 @@ def test_large_images_are_looked_at_at_twice_the_views(run, tmp_path, monkeypatc
     assert set(seen) == {(3, 48, 64)}
 
 
+def test_without_labels_each_network_sees_images_as_it_knows_them(model, tmp_path) -> None:
+    """Of several runs each reaches what it reaches alone: other channels, range and layer."""
+    dice, images = np.random.default_rng(0), tmp_path / "deep"
+    images.mkdir()
+    for number in range(3):
+        values = dice.integers(0, 1000, (6, 8, 3)).repeat(8, 0).repeat(8, 1)
+        tifffile.imwrite(images / f"{number}.tif", values.astype(np.uint16), photometric="rgb")
+    runs = []
+    for channels, high in ((3, 255.0), (3, 1000.0), (1, 1000.0)):
+        form = {"mean": 0.5, "std": 0.25, "low": 0.0, "high": high}
+        lists = {name: (value,) * channels for name, value in form.items()}
+        card = small_card(model, image_size=(24, 24), channels=channels, **lists)
+        runs.append(tmp_path / f"run{len(runs)}")
+        save_backbone(runs[-1] / "backbone.safetensors", random_net(card, 1), card)
+    *_, one, two, three = evaluate(runs, images=images).rows
+    assert [own.scores for own in (one, two, three)] == [
+        evaluate(run, images=images).ours.scores for run in runs
+    ]
+    assert one.scores != two.scores
+
+
+def test_without_labels_a_network_of_one_size_stands_beside_others(run, labelled) -> None:
+    images = labelled / "images/val"
+    found = evaluate([run, "random:timm/test_vit"], images=images)
+    assert found.settings["views"] == "24x24, 160x160"
+    alone = evaluate("random:timm/test_vit", images=images).ours
+    assert [own.scores for own in found.rows if own.name.endswith("(timm/test_vit)")] == [
+        alone.scores
+    ]
+    with pytest.raises(ValueError, match="built for images of 160x160 and takes no others"):
+        evaluate([run, "random:timm/test_vit"], images=images, size=32)
+
+
+def test_views_of_one_seed_are_held_at_a_time(run, labelled, monkeypatch) -> None:
+    calls, draw, figures = [], correspondence.draw_pairs, correspondence.figures_of
+    monkeypatch.setattr(
+        correspondence,
+        "draw_pairs",
+        lambda *own, **named: calls.append("draw") or draw(*own, **named),
+    )
+    monkeypatch.setattr(
+        correspondence, "figures_of", lambda *own: calls.append("read") or figures(*own)
+    )
+    evaluate(run, images=labelled / "images/val", seeds=2)
+    assert calls == ["draw", "draw", "read", "read"] * 2
+
+
 def test_random_weights_are_what_others_have_to_beat(model, labelled) -> None:
     found = evaluate(f"random:{model}", data=labelled, protocol="knn")
     assert [row.name for row in found.rows] == ["random weights"]
@@ -399,9 +446,14 @@ def test_images_are_spread_evenly_and_the_others_wait() -> None:
 def test_others_stand_in_for_images_that_are_not_for_this_network(tmp_path) -> None:
     for number in range(4):  # the evenly spread ones are deep
         (plain if number % 2 else deep)(tmp_path / f"{number}.png")
-    found, notes = some_images(open_source(tmp_path), preparation(24), 2, 48, lambda own: own.mT)
-    assert [(name, own.shape) for name, own in found] == [
-        (f"{tmp_path}/{number}.png", (3, 40, 32)) for number in (1, 3)
+
+    def fit(prepare, pixels):
+        return pixels.mT[:, : prepare.shortest]
+
+    wanted = preparation(24), preparation(32)
+    found, notes = some_images(open_source(tmp_path), wanted, 2, 48, fit)
+    assert [(name, [own.shape for own in each]) for name, each in found] == [
+        (f"{tmp_path}/{number}.png", [(3, 24, 32), (3, 32, 32)]) for number in (1, 3)
     ]
     words = "it is 16-bit or float, where the images looked at were 8-bit"
     assert notes == [f"left out {tmp_path}/{number}.png: {words}" for number in (0, 2)]
