@@ -138,6 +138,8 @@ def evaluate(
             assert images is not None
             repeats = range(seed, seed + (seeds or 1))
             found = evaluate_unlabelled(several, images, layers, size, repeats, place, reading)
+            if out is not None:
+                found.write(out)
         else:
             usual = (*USUAL, FINETUNE) if fractions is not None else USUAL
             plan = Plan(
@@ -145,8 +147,6 @@ def evaluate(
             )
             splits = open_labelled(data, ("train", split), ids=ids, colours=colours, **reading)
             found = evaluate_labelled(several, data, split, splits, size, plan, out)
-    if out is not None:
-        found.write(out)
     return found
 
 

@@ -81,7 +81,7 @@ def evaluate_labelled(
     plan: Plan,
     out: str | Path | None,
 ) -> Evaluation:
-    """Evaluate all networks by masks, and draw what they predict."""
+    """Evaluate all networks by masks, and write the figures and what they predict."""
     train, scored = opened
     splits = Splits(train, scored)
     contenders, notes = line_up(weights, train.source)
@@ -118,7 +118,7 @@ def evaluate_labelled(
         notes=tuple(notes),
     )
     if out is not None:
-        folder = Path(out).expanduser()
+        folder = found.write(out).parent
         some = next(iter(prepared.values()))
         write_panels(folder / run_layout.PREDICTIONS, splits.prepared(True, some), predictions)
         if (shown := curve_shown(found.curves)) is not None:

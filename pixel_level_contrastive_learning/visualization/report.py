@@ -155,7 +155,7 @@ def visualize(
         raise ValueError(f"out is {str(out)!r}, a folder; name a file, such as report.html")
     folder = Path(run).expanduser()
     settings = read_settings_if_any(folder / run_layout.CONFIG)
-    check_writable("out", out)
+    check_writable("the folder of out", path.parent)
     with torch.random.fork_rng(devices=[]), handing_over(model):
         loaded = read_backbone(run)  # which draws the weights of the network first
     prepare = Preparation.of(loaded.card, net=loaded.net)

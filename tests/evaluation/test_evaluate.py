@@ -61,6 +61,20 @@ def test_a_run_is_judged_beside_random_weights(run, labelled, tmp_path, protocol
     assert pictures == [f"000{number}_{number}.png" for number in range(4)]
 
 
+@pytest.mark.parametrize("place", ["data", "images"])
+def test_a_file_is_refused_as_out_before_anything_is_read(tmp_path, place) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"file is a file; name a folder"):
+        evaluate("runs/nowhere", **{place: "nowhere"}, out=tmp_path / "file")
+
+
+def test_figures_are_written_before_pictures(run, labelled, tmp_path, monkeypatch) -> None:
+    monkeypatch.delattr(segmentation, "write_panels")
+    with pytest.raises(NameError):
+        evaluate(run, data=labelled, protocol="knn", out=tmp_path)
+    assert (tmp_path / "evaluation.json").is_file()
+
+
 def test_the_same_weights_reach_the_same(run, labelled) -> None:
     torch.manual_seed(1)
     first = evaluate(run, data=labelled)

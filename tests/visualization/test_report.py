@@ -223,6 +223,9 @@ def test_values_out_of_range_are_refused_at_once(tmp_path) -> None:
 def test_a_folder_is_no_page(run_maker, tmp_path) -> None:
     with pytest.raises(ValueError, match=r"a folder; name a file, such as report\.html"):
         visualize(run_maker("page"), out=tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"the folder of out is .*file is a file; name a folder"):
+        visualize(tmp_path / "page", out=tmp_path / "file" / "report.html")
 
 
 def test_settings_that_are_none_are_refused(run_maker, tmp_path) -> None:
