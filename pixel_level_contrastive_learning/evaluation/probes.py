@@ -141,7 +141,7 @@ def gather(
     ]
 
 
-class DivergedError(ValueError):
+class DivergedError(RuntimeError):
     """A network gives features that are NaN or infinite."""
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from .features import Preparation, Reader, Size, deepest_maps
 from .finetuning import CROP_DETAIL, RATES, LearningRates, choose_rates, finetune, measure_cost
 from .metrics import PreparedSplit, SampleCache, Scored, Scores
 from .pictures import draw_label_curve, write_panels
-from .probes import ProbeTask, run_probes
+from .probes import DivergedError, ProbeTask, run_probes
 from .results import MIOU, CurvePoint, Evaluation, Row
 
 log = logging.getLogger(__name__)
@@ -35,6 +35,7 @@ class Plan(NamedTuple):
     """How networks are evaluated with labels, see `evaluate`."""
 
     protocols: tuple[str, ...]
+    named: bool  # whether the protocols were asked for, and are not the usual ones
     layers: Sequence[str] | None
     fractions: Sequence[float]
     seeds: int | None
@@ -47,6 +48,20 @@ class Plan(NamedTuple):
         usual = SEVERAL_SEEDS if protocol == FINETUNE or len(self.fractions) > 1 else 1
         varies = contender.by_seed or fraction < 1 or protocol in (FINETUNE, CLUSTERING)
         return range(self.first_seed, self.first_seed + ((self.seeds or usual) if varies else 1))
+
+    def fitting(
+        self, contenders: Sequence[Contender], prepared: Mapping[str, Preparation], splits: Splits
+    ) -> tuple[Self, list[str]]:
+        """Without usual protocols that one of the networks has no maps for, and a note on these."""
+        wanted = [own for own in self.protocols if own in (ALL_MAPS, FINETUNE)]
+        for contender in contenders if wanted and not self.named else ():
+            size = splits.prepared(True, prepared[contender.name]).size()
+            try:
+                deepest_maps(contender.build(self.first_seed), contender.card.channels, size)
+            except ValueError as error:
+                left = tuple(own for own in self.protocols if own not in wanted)
+                return self._replace(protocols=left), [f"Left out {' and '.join(wanted)}: {error}"]
+        return self, []
 
 
 class Figure(NamedTuple):
@@ -86,6 +101,10 @@ def evaluate_labelled(
     splits = Splits(train, scored)
     contenders, notes = line_up(weights, train.source)
     prepared = prepare_all(contenders, size, plan.first_seed)
+    plan, unfit = plan.fitting(contenders, prepared, splits)
+    notes += unfit
+    shares = {len(train.share(own, 0)): own for own in plan.fractions}  # each number of masks once
+    plan = plan._replace(fractions=list(shares.values()))
     if split == "train":
         notes.append("Scored on the very images it learned from, and so too kindly.")
     if FINETUNE in plan.protocols:
@@ -94,14 +113,23 @@ def evaluate_labelled(
     rows: list[Row] = []
     predictions: dict[str, dict[int, Tensor]] = {}
     rates: dict[str, str] = {}
+    asked = sum(bool(own.baselines) for own in contenders)
     for contender in contenders:
         own = Contest(contender, prepared[contender.name], splits, plan, keep)
-        rows.append(own.row())
+        try:
+            rows.append(own.row())
+        except DivergedError as error:
+            asked -= 1
+            if not contender.baselines or not asked:
+                raise DivergedError(f"{contender.name}: {error}") from error
+            notes.append(f"{contender.name} is left out: {error}")
+            log.warning(notes[-1])
+            continue
         predictions[contender.name] = own.kept
         if own.rates is not None:
             rates[contender.name] = str(own.rates)
-    masks = [len(splits.train.share(own, 0)) for own in plan.fractions]
-    settings: dict[str, Any] = {"split": split, "images": len(splits.scored), "masks": masks}
+    settings: dict[str, Any] = {"split": split, "images": len(splits.scored)}
+    settings["masks"] = list(shares)
     if any(own not in (ALL_MAPS, FINETUNE) for own in plan.protocols):
         settings["layers"] = layers_read(contenders, plan.layers)
     settings["seeds"] = max(len(row.seeds) for row in rows)
@@ -226,37 +254,32 @@ class Contest:
         return self.keep if (protocol, fraction, seed) == first else ()
 
     def probe(self, net: nn.Module, seed: int) -> None:
-        """Run the protocols that read frozen features, all in one pass over the images."""
+        """Run the protocols that read frozen features, in one pass for each share of the masks."""
         plan = self.plan
         seen = self.contender.card.channels, self.scored.size()
         layers = {ALL_MAPS: tuple(deepest_maps(net, *seen))} if ALL_MAPS in plan.protocols else {}
         usual = tuple(plan.layers or [self.contender.card.shown_layer])
-        probes: list[ProbeTask] = []
-        labels: list[str] = []
-        keep: Sequence[int] = ()
         for fraction in plan.fractions:
-            train = self.train
-            if fraction < 1:
-                train = train.of(train.dataset.share(fraction, seed))
+            train = self.train.of(self.train.dataset.share(fraction, seed))
+            probes: dict[str, ProbeTask] = {}
             for protocol in plan.protocols:
                 if protocol == FINETUNE or seed not in self.seeds_of(protocol, fraction):
                     continue
-                keep = keep or self.keep_of(protocol, fraction, seed)
                 own = layers.get(protocol, usual)
                 if protocol != CLUSTERING:
-                    probes.append(ProbeTask(protocol.removesuffix("-all"), train, own))
-                    labels.append(protocol)
+                    probes[protocol] = ProbeTask(protocol.removesuffix("-all"), train, own)
                 elif fraction == max(plan.fractions):
                     for count in (len(train.classes), MANY_CLUSTERS):
-                        probes.append(ProbeTask("clusters", self.scored, own, count))
-                        labels.append(protocol if count < MANY_CLUSTERS else f"{protocol}, {count}")
-        if not probes:
-            return
-        names = list(dict.fromkeys(name for own in probes for name in own.layers))
-        reader = Reader(net, names, *seen, fast=True)
-        found = run_probes(reader, probes, self.scored, seed=seed, keep=keep)
-        for label, probe, scored in zip(labels, probes, found, strict=True):
-            self.note(label, len(probe.train), seed, scored)
+                        label = protocol if count < MANY_CLUSTERS else f"{protocol}, {count}"
+                        probes[label] = ProbeTask("clusters", self.scored, own, count)
+            if not probes:
+                continue
+            names = list(dict.fromkeys(name for own in probes.values() for name in own.layers))
+            reader = Reader(net, names, *seen, fast=True)
+            keep = self.keep_of(plan.protocols[0], fraction, seed)
+            found = run_probes(reader, list(probes.values()), self.scored, seed=seed, keep=keep)
+            for (label, probe), scored in zip(probes.items(), found, strict=True):
+                self.note(label, len(probe.train), seed, scored)
 
     def seeds_of(self, protocol: str, fraction: float) -> range:
         """The seeds with which a protocol repeats for this network."""
@@ -267,8 +290,9 @@ class Contest:
         plan = self.plan
         middle = sorted(plan.fractions)[len(plan.fractions) // 2]
         if self.rates is None:
-            chosen = self.crops.of(self.crops.dataset.share(middle, seed))
-            self.rates = choose_rates(net, chosen, steps=plan.steps, seed=seed)
+            share = self.train.dataset.share(middle, seed)
+            splits = self.crops.of(share), self.train.of(share)
+            self.rates = choose_rates(net, *splits, steps=plan.steps, seed=seed)
         for fraction in plan.fractions:
             if seed in self.seeds_of(FINETUNE, fraction):
                 train = self.crops.of(self.crops.dataset.share(fraction, seed))

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from small_cards import preparation, small_card
 
+from pixel_level_contrastive_learning import cli
 from pixel_level_contrastive_learning.backbones.checkpoint import save_backbone
 from pixel_level_contrastive_learning.data.sources import open_source
 from pixel_level_contrastive_learning.evaluation import baselines, correspondence, segmentation
@@ -104,6 +105,7 @@ def test_layers_and_sizes_may_be_named(run, labelled) -> None:
     found = evaluate(run, data=labelled, layers=("body", "act"), size=(32, 48))
     assert found.settings["layers"] == ["body", "act"]
     assert found.settings["fed at"] == "32x48"
+    assert evaluate(run, data=labelled, layers="act").settings["layers"] == ["act"]
     with pytest.raises(ValueError, match=r"no layer 'bod'.*perhaps body"):
         evaluate(run, data=labelled, layers=("bod",))
 
@@ -173,6 +175,75 @@ def test_images_are_read_as_those_of_the_run(run, labelled, monkeypatch, given) 
     assert asked == [wanted, wanted]
 
 
+FINE = """
+from torch import nn
+
+def fine(channels=3):
+    body = nn.Conv2d(channels, 8, 3, stride=2, padding=1), nn.ReLU()
+    return nn.Sequential(*body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+"""
+
+
+def test_a_network_without_a_coarse_map_is_evaluated_without_a_map_of_each_stride(
+    run, labelled, tmp_path
+) -> None:
+    (tmp_path / "fine.py").write_text(FINE)
+    weights = f"random:{tmp_path / 'fine.py'}:fine", run
+    found = evaluate(weights, data=labelled, fractions=[0.2, 1], seeds=1)
+    assert found.protocol == "linear, knn"
+    (note,) = found.notes
+    assert note.startswith("Left out linear-all and finetune: Sequential has no map of a stride of")
+    with pytest.raises(ValueError, match="Sequential has no map of a stride of 3 or more"):
+        evaluate(weights, data=labelled, protocol="linear-all")
+
+
+def diverged(place: Path, model: str) -> Path:
+    """A run whose features are beyond all numbers."""
+    card = small_card(model, image_size=(24, 24))
+    net = random_net(card, 0)
+    with torch.no_grad():
+        net.stem.weight *= 1e25
+        net.body.weight *= 1e25
+    save_backbone(place / "backbone.safetensors", net, card)
+    return place
+
+
+def test_a_diverged_network_is_named_and_the_others_are_judged(
+    run, labelled, model, tmp_path, caplog, capsys
+) -> None:
+    lost = diverged(tmp_path / "lost", model)
+    found = evaluate([run, lost], data=labelled, protocol="knn", out=tmp_path)
+    assert [row.name for row in found.rows] == ["random weights", str(run)]
+    (note,) = found.notes
+    assert note.startswith(f"{lost} is left out: body of this network give features that are NaN")
+    assert note in caplog.messages
+    words = "evaluate", str(lost), "--data", str(labelled), "--protocol", "knn"
+    assert cli.main(words) == 1
+    assert f"error: {lost}: body of this network give features" in capsys.readouterr().err
+
+
+def test_fractions_of_as_many_masks_count_once(run, labelled) -> None:
+    settings = {"protocol": "knn", "fractions": [0.1, 0.12, 0.5, 0.97, 1], "seeds": 2}
+    found = evaluate(run, data=labelled, **settings)
+    assert found.settings["masks"] == [1, 5, 10]
+    points = found.ours.curves["knn"]
+    assert [(point.masks, len(point.seeds)) for point in points] == [(1, 2), (5, 2), (10, 1)]
+
+
+def test_classifiers_of_one_share_of_the_masks_are_held_at_a_time(
+    run, labelled, monkeypatch
+) -> None:
+    run_probes, shares = segmentation.run_probes, []
+
+    def noted(reader, probes, *given, **settings):
+        shares.append({len(own.train) for own in probes})
+        return run_probes(reader, probes, *given, **settings)
+
+    monkeypatch.setattr(segmentation, "run_probes", noted)
+    evaluate(run, data=labelled, protocol=["linear", "knn"], fractions=[0.2, 1], seeds=1)
+    assert shares == [{2}, {10}] * 2
+
+
 def test_settings_about_labels_are_refused_without_any() -> None:
     with pytest.raises(ValueError) as error:
         evaluate("runs/a", images="b", protocol="knn", fraction=0.5, split="test", steps=9)
@@ -194,6 +265,8 @@ def test_settings_about_labels_are_refused_without_any() -> None:
         ({"protocol": "knn", "steps": 9}, "steps is 9, which is about fine-tuning; take"),
         ({"fraction": 0.5, "fractions": [0.1]}, "both fraction and fractions are given; give one"),
         ({"fractions": [0.1, 2]}, "fractions is 2; it must be a number above 0, at most 1"),
+        ({"steps": 9}, "steps is 9, which is about fine-tuning; take that protocol, or leave it"),
+        ({"fractions": 0.5}, "fractions is 0.5, a single share; give it as fraction=0.5"),
         ({"fractions": []}, "fractions is empty; give shares of the masks, such as"),
         ({"weights": []}, "weights is empty; give a run, a file or a name"),
         ({"images": "b"}, "both of data and images given"),

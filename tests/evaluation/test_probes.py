@@ -19,6 +19,7 @@ from pixel_level_contrastive_learning.evaluation.metrics import PreparedSplit, S
 from pixel_level_contrastive_learning.evaluation.probes import (
     HUMMINGBIRD,
     KNN,
+    DivergedError,
     FeatureBank,
     ProbeTask,
     Voting,
@@ -278,7 +279,9 @@ def test_features_that_are_no_numbers_are_refused(
 ) -> None:
     with torch.no_grad():
         plain.patches.weight[0] = value
-    with pytest.raises(ValueError, match="patches of this network give features that are NaN or"):
+    with pytest.raises(
+        DivergedError, match="patches of this network give features that are NaN or"
+    ):
         probed(reader, train, val, protocol)
 
 
