@@ -35,6 +35,7 @@ from ..data.sources import IndexedSource, Source, open_source
 from ..evaluation.baselines import random_net, read_all, reading_of
 from ..evaluation.correspondence import evenly, left_out, none_left
 from ..evaluation.features import Preparation, Reader, Size, chosen_device
+from ..evaluation.probes import finite_features
 from ..files import check_writable, write_whole
 from .matches import to_pil
 from .pca import Basis, pca_colours
@@ -222,6 +223,7 @@ def features(
             something else.
         ModuleNotFoundError: ``zarr`` is asked for and not installed.
         CannotWriteError: The disk is full or the like.
+        DivergedError: The network gives features that are NaN or infinite.
     """
     raise_together(
         one_of("format", format, get_args(Format)),
@@ -293,6 +295,7 @@ def write_maps(held: FeatureFolder, source: Source, prepare: Preparation, reader
 
     Raises:
         ValueError: None of the images can be used.
+        DivergedError: Features that are NaN or infinite.
     """
     with ThreadPoolExecutor(THREADS) as pool:
         found = in_order(partial(identity_of, source), range(len(source)), THREADS, pool)
@@ -308,7 +311,8 @@ def write_maps(held: FeatureFolder, source: Source, prepare: Preparation, reader
     save_at, told = -inf, monotonic()
     try:
         for batch in same_sized(source, list(identities), prepare, refused):
-            maps = reader(torch.stack([image.pixels for image in batch.values()]))
+            pixels = torch.stack([image.pixels for image in batch.values()])
+            maps = next(finite_features(reader, pixels, [reader.layers]))
             if (began := monotonic()) > save_at:  # before the first map, which tells whose it is
                 held.save_index()
                 save_at = monotonic() + max(SAVED_EVERY, TIMES_SAVING * (monotonic() - began))

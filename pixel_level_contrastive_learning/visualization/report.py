@@ -170,11 +170,14 @@ def visualize(
     with handing_over(model):
         maps, grid = extract_maps(loaded, inputs, place, fixed=isinstance(prepare.size, tuple))
 
+    verdict = judge_run(metrics, maps[TRAINED])
+    # Of a network that diverged there is nothing to see, but the page shows all else.
+    maps = {name: [own.nan_to_num(0, 0, 0) for own in each] for name, each in maps.items()}
     threshold = float(settings.get("distance_thres", 0.7))
     report = Report(
         name=folder.resolve().name or str(run),
         facts=run_facts(loaded.card, metrics),
-        verdict=judge_run(metrics, maps[TRAINED]),
+        verdict=verdict,
         networks=list(maps),
         gallery=draw_gallery(wholes, maps),
         charts=draw_charts(metrics),

@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from evil_run import diverge
 from PIL import Image
 from torch import nn
 
@@ -13,6 +14,7 @@ from pixel_level_contrastive_learning import cli, features
 from pixel_level_contrastive_learning.augment import IMAGENET_MEAN, IMAGENET_STD
 from pixel_level_contrastive_learning.backbones.checkpoint import read_backbone
 from pixel_level_contrastive_learning.evaluation.baselines import random_net
+from pixel_level_contrastive_learning.evaluation.probes import DivergedError
 from pixel_level_contrastive_learning.visualization import feature_files
 
 NET = "random:torchvision/resnet18"
@@ -214,6 +216,14 @@ def test_images_that_are_new_are_normalised_as_those_before(tmp_path) -> None:
     assert held.index["normalisation"] == json.loads(json.dumps(before))
     assert torch.allclose(held.map(1), held.map(0), atol=1e-4)
     assert len(held) == 3
+
+
+def test_features_that_are_no_numbers_are_refused(images, run_maker, tmp_path) -> None:
+    run = run_maker("diverged")
+    diverge(run)
+    with pytest.raises(DivergedError, match="2 of this network give features that are NaN or inf"):
+        features(run, images, out=tmp_path / "f")
+    assert not (tmp_path / "f").exists()
 
 
 def test_images_are_read_as_those_of_the_run(images, run_maker, tmp_path) -> None:

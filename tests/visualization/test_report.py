@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from evil_run import EVIL, NAMES, make_images
+from evil_run import EVIL, NAMES, diverge, make_images
 from PIL import Image
 
 from pixel_level_contrastive_learning.evaluation.results import CurvePoint, Evaluation, Row
@@ -143,6 +143,17 @@ def test_a_collapsed_run_is_called_one(run_maker, tmp_path) -> None:
     page = visualize(run, out=tmp_path / "collapsed.html", count=1).read_text()
     assert "Something is wrong with this run" in page
     assert "have collapsed" in page
+
+
+@pytest.mark.parametrize("with_metrics", [True, False])
+def test_a_diverged_run_has_a_report_that_says_so(run_maker, tmp_path, with_metrics) -> None:
+    run = run_maker("diverged")
+    if not with_metrics:  # else by them its features have not collapsed
+        (run / "metrics.jsonl").unlink()
+    diverge(run)
+    page = visualize(run, out=tmp_path / "diverged.html", count=1).read_text()
+    assert "Something is wrong with this run" in page
+    assert "The features are not finite" in page
 
 
 def test_a_backbone_without_a_run_has_a_report_too(run_maker, tmp_path) -> None:
