@@ -97,8 +97,7 @@ def evaluate(
     several = [weights] if isinstance(weights, (str, Path, nn.Module)) else list(weights)
     layers = [layers] if isinstance(layers, str) else layers
     named = [protocol] if isinstance(protocol, str) else list(protocol or ())
-    usual = USUAL if fractions is None else (*USUAL, FINETUNE)
-    protocols = tuple(dict.fromkeys(named)) or usual
+    protocols = tuple(dict.fromkeys(named)) or USUAL + (FINETUNE,) * (fractions is not None)
     shares = [fraction] if fractions is None or is_number(fractions) else sorted(fractions)
     raise_together(
         None if several else "weights is empty; give a run, a file or a name",
@@ -149,7 +148,7 @@ def evaluate(
             if out is not None:
                 found.write(out)
         else:
-            plan = Plan(protocols, bool(named), layers, shares, seeds, seed, steps, place)
+            plan = Plan(protocols, layers, shares, seeds, seed, steps, place, bool(named))
             splits = open_labelled(data, ("train", split), ids=ids, colours=colours, **reading)
             found = evaluate_labelled(several, data, split, splits, size, plan, out)
     return found

@@ -35,13 +35,13 @@ class Plan(NamedTuple):
     """How networks are evaluated with labels, see `evaluate`."""
 
     protocols: tuple[str, ...]
-    named: bool  # whether the protocols were asked for, and are not the usual ones
     layers: Sequence[str] | None
     fractions: Sequence[float]
     seeds: int | None
     first_seed: int
     steps: int
     device: torch.device
+    named: bool = True  # whether the protocols were asked for; of the usual ones some may be left
 
     def seeds_of(self, protocol: str, fraction: float, contender: Contender) -> range:
         """The seeds with which a protocol repeats; one where they change nothing."""
