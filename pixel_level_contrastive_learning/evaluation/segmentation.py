@@ -128,8 +128,7 @@ def evaluate_labelled(
         predictions[contender.name] = own.kept
         if own.rates is not None:
             rates[contender.name] = str(own.rates)
-    settings: dict[str, Any] = {"split": split, "images": len(splits.scored)}
-    settings["masks"] = list(shares)
+    settings: dict[str, Any] = {"split": split, "images": len(scored), "masks": list(shares)}
     if any(own not in (ALL_MAPS, FINETUNE) for own in plan.protocols):
         settings["layers"] = layers_read(contenders, plan.layers)
     settings["seeds"] = max(len(row.seeds) for row in rows)
