@@ -91,8 +91,8 @@ def evaluate(
         steps: Steps of fine-tuning.
         out: Folder for evaluation.json (without labels: correspondence.json) and pictures.
         device: Device to compute on, such as cpu or cuda:1; by default a GPU if there is one.
-        pages: What several pages or frames in a file are, as for `pixelcl pretrain`.
-        nodata: Value of images where nothing was measured, such as -9999.
+        pages: What several pages or frames in a file are; by default as in the run.
+        nodata: Value of images where nothing was measured; by default as in the run.
         ids: Ids of the values in the masks, such as "0:0,255:1"; by default values are ids.
         colours: File that names the class of each colour in the masks, one a line: 128 0 0 road.
         json: Print the content of evaluation.json instead of a table.
@@ -140,8 +140,8 @@ def features(
         size: Size of the images, their shorter side or height and width.
         pca: 3 also draws the features as pictures, by their first three principal components.
         device: Device to compute on, such as cpu or cuda:1; by default a GPU if there is one.
-        pages: What several pages or frames in a file are, as for `pixelcl pretrain`.
-        nodata: Value of images where nothing was measured, such as -9999.
+        pages: What several pages or frames in a file are; by default as in the run.
+        nodata: Value of images where nothing was measured; by default as in the run.
         json: Print the content of features.json.
     """
     given = {name: value for name, value in locals().items() if name != "json"}
@@ -164,6 +164,8 @@ def visualize(
     images: str | None = None,
     out: str = "report.html",
     device: str | None = None,
+    pages: Pages | None = None,
+    nodata: float | None = None,
 ) -> None:
     """Write a report: one HTML page that shows what a run learned.
 
@@ -172,10 +174,13 @@ def visualize(
         images: Folder of images to show; by default those of the run.
         out: The HTML file.
         device: Device to compute on, such as cpu or cuda:1; by default a GPU if there is one.
+        pages: What several pages or frames in a file are; by default as in the run.
+        nodata: Value of images where nothing was measured; by default as in the run.
     """
+    given = dict(locals())
     from .visualization.report import visualize as visualized
 
-    print(f"report: {visualized(run, images=images, out=out, device=device)}")
+    print(f"report: {visualized(**given)}")
 
 
 def export(

@@ -100,12 +100,14 @@ def tell_once(message: str, reason: str) -> None:
 
 
 def check_writable(name: str, place: str | Path) -> None:
-    """Refuse a place where nothing can be written, before any work is done for it.
+    """Refuse a place where no folder can be written, before any work is done for it.
 
     Nothing is written. Raises `ValueError`.
     """
     path = Path(place).expanduser().absolute()
     there = next(folder for folder in (path, *path.parents) if folder.exists())
+    if not there.is_dir():
+        raise ValueError(f"{name} is {str(place)!r}, but {there} is a file; name a folder")
     if not os.access(there, os.W_OK):
         raise ValueError(
             f"{name} is {str(place)!r}, where nothing can be written ({there} is read-only or not "

@@ -8,7 +8,7 @@ import yaml
 from small_cards import small_card
 from torchvision.transforms.functional import to_pil_image
 
-from pixel_level_contrastive_learning.backbones.checkpoint import save_backbone
+from pixel_level_contrastive_learning.backbones.checkpoint import read_backbone, save_backbone
 from pixel_level_contrastive_learning.backbones.factory import build_backbone
 from pixel_level_contrastive_learning.demo.scenes import draw_scene
 
@@ -39,6 +39,16 @@ def make_images(folder: Path, count: int = len(NAMES)) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         to_pil_image(draw_scene(number, (72, 96)).image).save(path)
     return folder
+
+
+def diverge(run: Path) -> None:
+    """Have the features of a run be beyond all numbers."""
+    net, card, _ = read_backbone(run)
+    with torch.no_grad():
+        for stage in net[:2]:
+            stage[0].weight *= 1e25
+            stage[1].running_var.fill_(1e-5)
+    save_backbone(run / "backbone.safetensors", net, card)
 
 
 def make_run(folder: Path, images: Path, **settings: object) -> Path:

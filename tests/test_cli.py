@@ -415,7 +415,9 @@ def test_each_command_takes_what_the_one_before_it_left(labelled, tmp_path, caps
     figures = said("evaluate", run, "--images", cut)
     assert "hit@1" in figures
     assert figures.splitlines()[-1].startswith(f"(--out {run} keeps this with the run")
-    assert f"report: {page}" in said("visualize", run, "--images", images, "--out", page)
+    assert f"report: {page}" in said(
+        *("visualize", run, "--images", images, "--out", page, "--pages", "first", "--nodata", -1)
+    )
     assert "random weights" in page.read_text()
     assert "matched 122 of 122 keys" in said(
         "export", run, "--format", "torchvision", "--out", weights

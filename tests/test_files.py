@@ -92,6 +92,16 @@ def test_a_renaming_that_fails_once_is_tried_again(tmp_path, monkeypatch, caplog
     assert (tmp_path / "a").read_bytes() == b"new"
 
 
+@pytest.mark.parametrize("below", ["", "new/folder"])
+def test_a_file_is_no_place_for_a_folder(tmp_path, below) -> None:
+    (tmp_path / "a").touch()
+    with pytest.raises(ValueError) as error:
+        check_writable("out", tmp_path / "a" / below)
+    assert str(error.value) == (
+        f"out is {str(tmp_path / 'a' / below)!r}, but {tmp_path / 'a'} is a file; name a folder"
+    )
+
+
 def test_a_place_that_cannot_be_written_is_refused_without_a_trace(tmp_path, monkeypatch) -> None:
     check_writable("out", tmp_path / "new" / "folder")
     monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)

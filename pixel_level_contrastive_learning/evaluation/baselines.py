@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,9 +21,13 @@ from ..backbones.checkpoint import (
 )
 from ..backbones.custom import draw_anew, is_module_handed
 from ..backbones.factory import zero_last_norms
-from ..backbones.state_dict import load_weights
+from ..backbones.state_dict import load_weights, run_folder
+from ..checks import Pages
 from ..data.sources import Source
 from ..data.statistics import measure
+from ..files import read_settings_if_any
+from ..run_layout import CONFIG
+from .features import Preparation, Size
 
 log = logging.getLogger(__name__)
 
@@ -70,17 +75,19 @@ def line_up(weights: Sequence[str | Path], source: Source) -> tuple[list[Contend
         raise ValueError(f"weights names {twice} twice; name each once")
     found = read_all(weights, source)
     randoms: dict[tuple[str, int], Contender] = {}
-    starts: dict[tuple[str, str], Contender] = {}
+    starts: dict[tuple[str, str, int], Contender] = {}
     asked: list[Contender] = []
     notes: list[str] = []
-    several = len({own.card.model for own in found}) > 1
+    kinds = {(own.card.model, own.card.channels) for own in found}
     for name, (net, card, _) in zip(names, found, strict=True):
         same = card.model, card.channels
         if same not in randoms:
-            called = f"{RANDOM} ({card.model})" if several else RANDOM
+            alike = sum(model == card.model for model, _ in kinds)
+            about = card.model if alike == 1 else with_channels(card)
+            called = RANDOM if len(kinds) == 1 else f"{RANDOM} ({about})"
             randoms[same] = Contender(called, random_builder(card), card, by_seed=True)
         baselines: tuple[str, ...] = (randoms[same].name,)
-        origin = card.start, card.model
+        origin = card.start, *same
         if is_file(name) and origin not in starts:
             try:
                 start = start_of(card, {own.name for own in starts.values()})
@@ -111,6 +118,33 @@ def read_all(weights: Sequence[str | Path], source: Source) -> list[Loaded]:
     return found
 
 
+def reading_of(
+    weights: Sequence[str | Path], *, pages: Pages | None = None, nodata: float | None = None
+) -> dict[str, Any]:
+    """The ``pages`` and ``nodata`` that images are opened with: those given, else of the runs.
+
+    Raises:
+        ValueError: The runs among the weights have different ones.
+    """
+    paths = {str(own): Path(own).expanduser() for own in weights}
+    settings = {
+        name: read_settings_if_any((path if path.is_dir() else run_folder(path)) / CONFIG)
+        for name, path in paths.items()
+        if path.exists()
+    }
+    reading: dict[str, Any] = {"pages": pages, "nodata": nodata}
+    for key in [key for key, value in reading.items() if value is None]:
+        by_value = {own[key]: name for name, own in settings.items() if own.get(key) is not None}
+        if len(by_value) > 1:
+            told = ", ".join(f"{value} in {name}" for value, name in by_value.items())
+            raise ValueError(
+                f"{key} is None, and the runs were trained with different ones ({told}); give "
+                f"{key} (--{key}), or evaluate them one by one"
+            )
+        reading[key] = next(iter(by_value), None)
+    return reading
+
+
 def is_random(name: str) -> bool:
     """Whether a row of this name holds a draw of random weights."""
     return name.startswith((RANDOM, f"start ({ZERO_INIT}"))
@@ -120,6 +154,39 @@ def sizing_contender(contenders: Sequence[Contender]) -> Contender:
     """The one that decides the size of images for all: the first run or file, else the last."""
     files = (own for own in contenders if own.baselines and is_file(own.name))
     return next(files, contenders[-1])
+
+
+def prepare_all(
+    contenders: Sequence[Contender], size: int | Size | None, seed: int, *, views: bool = False
+) -> dict[str, Preparation]:
+    """How each network is fed: all at one size, but those that take only their own.
+
+    Unless a ``size`` is given it is that of whole images, or of ``views``.
+    """
+
+    def usual(card: BackboneCard) -> Size | None:
+        return card.image_size if views else None
+
+    sizing = sizing_contender(contenders)
+    common = Preparation.of(sizing.card, size or usual(sizing.card), sizing.build(seed)).size
+    found = {}
+    for contender in contenders:
+        card, net = contender.card, contender.build(seed)
+        try:
+            found[contender.name] = Preparation.of(card, common, net)
+        except ValueError:
+            if size is not None:
+                raise
+            found[contender.name] = Preparation.of(card, usual(card), net)
+    return found
+
+
+def fed_at(prepared: Iterable[Preparation]) -> str:
+    """At what sizes images are fed, in words."""
+    sizes = dict.fromkeys(own.size for own in prepared)
+    return ", ".join(
+        "{}x{}".format(*own) if isinstance(own, tuple) else f"shorter side {own}" for own in sizes
+    )
 
 
 def layers_read(contenders: Sequence[Contender], layers: Sequence[str] | None) -> list[str]:
@@ -142,9 +209,15 @@ def start_of(card: BackboneCard, taken: Collection[str]) -> Contender | None:
     if card.start == "random" or (zero_init and not zero_last_norms(random_net(card, 0))):
         return None
     build = zero_init_builder(card) if zero_init else holding(start_net(card))
-    names = (Path(card.start).name or card.start, card.start, f"{card.start}, {card.model}")
+    more = (f"{card.start}, {own}" for own in (card.model, with_channels(card)))
+    names = (Path(card.start).name or card.start, card.start, *more)
     name = next(own for own in (f"start ({called})" for called in names) if own not in taken)
     return Contender(name, build, card, by_seed=zero_init)
+
+
+def with_channels(card: BackboneCard) -> str:
+    """A card's model and channels, in words."""
+    return f"{card.model}, {card.channels} channel{'s' * (card.channels > 1)}"
 
 
 def holding(net: nn.Module) -> Callable[[int], nn.Module]:

@@ -41,7 +41,7 @@ def gain(ours: Row, other: Row, key: str) -> int:
 
 def may_be_luck(ours: Row, other: Row, key: str) -> bool:
     """Whether a row is one draw of random weights, and another draw might reach what ours do."""
-    drawn_once = is_random(other.name) and len(other.seeds) == 1
+    drawn_once = is_random(other.name) and sum(key in own for own in other.seeds) == 1
     return drawn_once and ours.scores[key] < ONE_DRAW * other.scores[key]
 
 

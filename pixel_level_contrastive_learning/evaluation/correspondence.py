@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from math import isfinite
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
@@ -16,13 +16,11 @@ from torch.nn.functional import normalize
 
 from ..augment import VIEW_ONE, VIEW_TWO, Colour, Normalise, blur_of
 from ..blocks import Block, blocks
-from ..checks import Pages
 from ..data.image import ImageError
 from ..data.sources import Source, open_source
-from ..data.statistics import read_image
 from ..geometry import Positives
 from ..views import Placement, cut_views, draw_maps
-from .baselines import layers_read, line_up, sizing_contender
+from .baselines import fed_at, layers_read, line_up, prepare_all
 from .comparison import CLEAR, LUCK, gain, in_words, may_be_luck
 from .features import Preparation, Reader, Size
 from .health import Gauge, gauge, verdict
@@ -171,53 +169,55 @@ def evaluate_unlabelled(
     size: int | Size | None,
     seeds: range,
     device: torch.device,
-    *,
-    pages: Pages | None = None,
-    nodata: float | None = None,
+    reading: Mapping[str, Any],
 ) -> Evaluation:
     """Evaluate weights beside random ones on images alone, all given as `evaluate` takes them.
 
-    Each seed decides the views and the random weights of a repeat.
+    Each seed decides the views and the random weights of a repeat; ``reading`` opens the images.
 
     Raises:
         ValueError: No image can be read and is for this network.
     """
-    source = open_source(images, pages=pages, nodata=nodata)
+    source = open_source(images, **reading)
     contenders, notes = line_up(weights, source)
-    sizing = sizing_contender(contenders)
-    card = sizing.card
-    views = (size, size) if isinstance(size, int) else size or card.image_size
-    prepare = Preparation.of(card, views, sizing.build(seeds[0]))
-    wanted = 2 * prepare.shortest
+    views = (size, size) if isinstance(size, int) else size
+    prepared = prepare_all(contenders, views, seeds[0], views=True)
+    forms = {own.form: own for own in prepared.values()}
+    wanted = 2 * max(own.shortest for own in forms.values())
 
-    def smaller(pixels: Tensor) -> Tensor:
-        shorter = min(pixels.shape[-2:])
-        return Preparation(prepare.statistics, min(wanted, shorter)).resized(pixels)
+    def smaller(prepare: Preparation, pixels: Tensor) -> Tensor:
+        shorter = min(2 * prepare.shortest, *pixels.shape[-2:])
+        return replace(prepare, size=shorter).resized(pixels)
 
-    found, unused = some_images(source, prepare, MOST_IMAGES, wanted, smaller)
-    seen = [pixels for _, pixels in found]
-    changed, kept = (
-        [draw_pairs(seen, views, seed, recoloured=new) for seed in seeds] for new in (True, False)
-    )
-    rows = []
-    for contender in contenders:
-        own = Preparation.of(contender.card, views)
-        names = list(layers or [contender.card.shown_layer])
-        figures = []
-        for seed, pairs, plain in zip(seeds, changed, kept, strict=True):
+    found, unused = some_images(source, list(forms.values()), MOST_IMAGES, wanted, smaller)
+    seen = dict(zip(forms, zip(*(each for _, each in found), strict=True), strict=True))
+    figures: dict[str, list[dict[str, float]]] = {own.name: [] for own in contenders}
+    for seed in seeds:
+        pairs: dict[object, list[ViewPairs]] = {}
+        for contender in contenders:
+            own, card = prepared[contender.name], contender.card
+            assert isinstance(own.size, tuple)
+            if own.form not in pairs:
+                pairs[own.form] = [
+                    draw_pairs(seen[own.form], own.size, seed, recoloured=new)
+                    for new in (True, False)
+                ]
+            names = list(layers or [card.shown_layer])
             net = contender.build(seed).to(device)
-            reader = Reader(net, names, card.channels, views, fast=True)
-            figures.append(figures_of(reader, pairs, plain, own))
-            log.info("%s, seed %d: hit@1 %.3f", contender.name, seed, figures[-1][HIT])
-        rows.append(Row.of(contender.name, figures, baselines=contender.baselines))
+            reader = Reader(net, names, card.channels, own.size, fast=True)
+            changed, plain = pairs[own.form]
+            reached = figures_of(reader, changed, plain, own)
+            figures[contender.name].append(reached)
+            log.info("%s, seed %d: hit@1 %.3f", contender.name, seed, reached[HIT])
+    rows = [Row.of(own.name, figures[own.name], baselines=own.baselines) for own in contenders]
     return Evaluation(
         weights=", ".join(map(str, weights)),
         data=str(images),
         protocol="correspondence",
         settings={
-            "images": len(seen),
+            "images": len(found),
             "layers": layers_read(contenders, layers),
-            "views": "{}x{}".format(*views),
+            "views": fed_at(prepared.values()),
             "seeds": len(seeds),
         },
         rows=tuple(rows),
@@ -228,33 +228,36 @@ def evaluate_unlabelled(
 
 def some_images(
     source: Source,
-    prepare: Preparation,
+    forms: Sequence[Preparation],
     count: int,
     shortest: int,
-    fit: Callable[[Tensor], Tensor],
-) -> tuple[list[tuple[str, Tensor]], list[str]]:
+    fit: Callable[[Preparation, Tensor], Tensor],
+) -> tuple[list[tuple[str, list[Tensor]]], list[str]]:
     """Names and pixels of images, evenly spread over all, and notes on those that cannot be used.
 
     They are decoded with a shorter side of at least ``shortest``, and ``fit`` gives pixels
-    ``(c, h, w)`` in [0, 1] the size that is wanted.
+    ``(c, h, w)`` in [0, 1] of each form the size that is wanted.
 
     Raises:
         ValueError: None can be used.
     """
-    found: list[tuple[str, Tensor]] = []
+    found: list[tuple[str, list[Tensor]]] = []
     refused: list[str] = []
     for index in evenly(len(source), count):
         name = source.name(index)
         try:
-            read = read_image(source, index, prepare.statistics, shortest)
+            image = source.open(index)
+            for own in forms:
+                own.statistics.check(image)
+            read = image.read(shortest)
         except ImageError as error:
             refused.append(f"{name}: {error}")
             continue
-        found.append((name, fit(prepare.in_range(read, name))))
+        found.append((name, [fit(own, own.in_range(read, name)) for own in forms]))
         if len(found) == count:
             break
     if not found:
-        raise ValueError(none_left(refused, prepare))
+        raise ValueError(none_left(refused, forms[0]))
     notes = left_out(refused)
     for note in notes:
         log.warning(note)

@@ -8,9 +8,10 @@ from pathlib import Path
 from torch import nn
 
 from ..backbones.custom import Model, handing_over
-from ..checks import Pages, one_of, raise_together, share, size_pair, whole
+from ..checks import Pages, is_number, one_of, raise_together, share, size_pair, whole
 from ..data.segmentation import open_labelled
 from ..files import check_writable
+from .baselines import reading_of
 from .comparison import ALL_MAPS, FINETUNE, PROTOCOLS
 from .correspondence import evaluate_unlabelled
 from .features import Size, chosen_device
@@ -60,7 +61,8 @@ def evaluate(
             lets the nearest training cells vote, ``hummingbird`` too, as in arXiv:2306.01667,
             ``overclustering`` groups cells without masks and names the groups, as in
             arXiv:2204.13101, and ``finetune`` trains the whole network with a U-Net-like decoder.
-            Default: ``linear``, ``linear-all`` and ``knn``, with ``fractions`` ``finetune`` too.
+            Default: ``linear``, ``linear-all`` and ``knn``, with ``fractions`` ``finetune`` too,
+            without those that read a map of each stride where a network has no coarse one.
         layers: Layers whose features are read, several stacked. Default: the one that was
             trained, else the deepest map. ``linear-all`` and ``finetune`` read a map of each
             stride instead.
@@ -81,7 +83,8 @@ def evaluate(
         device: Where to compute; default: a GPU if there is one.
         model: As for `load_backbone`. Of a network, random weights are drawn by the
             ``reset_parameters`` of its layers.
-        pages: What several images in a file are read as, see `open_source`.
+        pages: What several images in a file are read as, see `open_source`. Default: as the runs
+            among the weights read theirs.
         nodata: The value of images where nothing was measured, likewise.
         ids: The id of each value in the masks, see `open_labelled`.
         colours: A file with the class of each colour in the masks, likewise.
@@ -89,14 +92,20 @@ def evaluate(
     Raises:
         ValueError: Values out of range (all at once), weights or layers that are not there, or
             masks that are wrong, with the files' names.
+        RuntimeError: All that was asked for has diverged: its features are NaN or infinite.
     """
     several = [weights] if isinstance(weights, (str, Path, nn.Module)) else list(weights)
-    protocols = [protocol] if isinstance(protocol, str) else list(protocol or ())
-    shares = [fraction] if fractions is None else sorted(fractions)
+    layers = [layers] if isinstance(layers, str) else layers
+    named = [protocol] if isinstance(protocol, str) else list(protocol or ())
+    protocols = tuple(dict.fromkeys(named)) or USUAL + (FINETUNE,) * (fractions is not None)
+    shares = [fraction] if fractions is None or is_number(fractions) else sorted(fractions)
     raise_together(
         None if several else "weights is empty; give a run, a file or a name",
         *(one_of("protocol", own, PROTOCOLS) for own in protocols),
         *(share("fraction" if fractions is None else "fractions", own) for own in shares),
+        f"fractions is {fractions}, a single share; give it as fraction={fractions}"
+        if is_number(fractions)
+        else None,
         None if shares else "fractions is empty; give shares of the masks, such as 0.05 0.2 1",
         "both fraction and fractions are given; give one of them"
         if fraction != 1 and fractions is not None
@@ -130,24 +139,18 @@ def evaluate(
     if out is not None:
         check_writable("out", out)
     place = chosen_device(device)
+    reading = reading_of(several, pages=pages, nodata=nodata)
     with handing_over(model):
         if data is None:
             assert images is not None
             repeats = range(seed, seed + (seeds or 1))
-            found = evaluate_unlabelled(
-                several, images, layers, size, repeats, place, pages=pages, nodata=nodata
-            )
+            found = evaluate_unlabelled(several, images, layers, size, repeats, place, reading)
+            if out is not None:
+                found.write(out)
         else:
-            usual = (*USUAL, FINETUNE) if fractions is not None else USUAL
-            plan = Plan(
-                tuple(dict.fromkeys(protocols)) or usual, layers, shares, seeds, seed, steps, place
-            )
-            splits = open_labelled(
-                data, ("train", split), ids=ids, colours=colours, pages=pages, nodata=nodata
-            )
+            plan = Plan(protocols, layers, shares, seeds, seed, steps, place, bool(named))
+            splits = open_labelled(data, ("train", split), ids=ids, colours=colours, **reading)
             found = evaluate_labelled(several, data, split, splits, size, plan, out)
-    if out is not None:
-        found.write(out)
     return found
 
 
@@ -164,11 +167,11 @@ def data_or_images(data: object, images: object) -> str | None:
 
 def read_by_none(protocols: Sequence[str], layers: Sequence[str] | None, steps: int) -> str | None:
     """The complaint about layers where only a map of each stride is read, or steps of none."""
-    if layers is not None and protocols and set(protocols) <= {FINETUNE, ALL_MAPS}:
+    if layers is not None and set(protocols) <= {FINETUNE, ALL_MAPS}:
         return (
             f"layers is {list(layers)}, but {' and '.join(protocols)} reads a map of each stride; "
             "leave it out, or take protocol linear or knn"
         )
-    if protocols and FINETUNE not in protocols and steps != STEPS:
+    if FINETUNE not in protocols and steps != STEPS:
         return f"steps is {steps}, which is about fine-tuning; take that protocol, or leave it out"
     return None

@@ -231,6 +231,12 @@ class Preparation:
         form = card.channels, card.mean, card.std, card.low, card.high
         return cls(Statistics(*form, card.image_size), size)
 
+    @property
+    def form(self) -> tuple[object, ...]:
+        """What decides the pixels of an image before they are normalised."""
+        form = self.statistics
+        return self.size, form.channels, form.low, form.high
+
     def fitted(self, size: Size) -> Size:
         """The ``(height, width)`` at which an image of ``size`` is fed."""
         if isinstance(self.size, tuple):

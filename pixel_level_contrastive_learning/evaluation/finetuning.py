@@ -173,19 +173,25 @@ def rate(step: int, steps: int) -> float:
 
 
 def choose_rates(
-    net: nn.Module, train: PreparedSplit, *, steps: int = STEPS, seed: int = 0
+    net: nn.Module,
+    train: PreparedSplit,
+    whole: PreparedSplit,
+    *,
+    steps: int = STEPS,
+    seed: int = 0,
 ) -> LearningRates:
     """The learning rates with which the network segments a held-out fifth of the masks best.
 
-    It stays as it is. Each try takes so many steps; ``train`` is kept with `CROP_DETAIL`.
+    It stays as it is. Each try takes so many steps; ``train`` is kept with `CROP_DETAIL`, and
+    ``whole`` are the same images without.
     """
     order, first = held_out_last(len(train))
     if first == len(order):  # a single image
         return RATES[0]
-    learnt, held = (train.of(train.dataset.subset(own)) for own in (order[:first], order[first:]))
-    whole = PreparedSplit(held.dataset, held.preparation)
+    learnt = train.of(train.dataset.subset(order[:first]))
+    held = whole.of(whole.dataset.subset(order[first:]))
     tried = {
-        rates: finetune(net, learnt, whole, rates=rates, steps=steps, seed=seed).scores.miou
+        rates: finetune(net, learnt, held, rates=rates, steps=steps, seed=seed).scores.miou
         for rates in RATES
     }
     best = max(tried, key=lambda rates: tried[rates])

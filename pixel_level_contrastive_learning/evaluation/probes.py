@@ -141,7 +141,7 @@ def gather(
     ]
 
 
-class DivergedError(ValueError):
+class DivergedError(RuntimeError):
     """A network gives features that are NaN or infinite."""
 
 
@@ -308,8 +308,12 @@ def run_probes(
                 layers, bank = banks.popitem()
                 bank = bank.to(device)
                 own = [i for i in same if probes[i].layers == layers]
+                fitted: dict[tuple[str, int], Classifier] = {}
                 for i in sorted(own, key=lambda i: probes[i].protocol == "linear"):  # those last
-                    classifiers[i] = probes[i].fit(bank, seed)
+                    kind = probes[i].protocol, probes[i].clusters
+                    if kind not in fitted:  # the bank is another once a linear one was fitted
+                        fitted[kind] = probes[i].fit(bank, seed)
+                    classifiers[i] = fitted[kind]
         readers = [(probe.layers, classifiers[i]) for i, probe in enumerate(probes)]
         return score(by_cells(reader, readers, device), scored, len(probes), keep)
 

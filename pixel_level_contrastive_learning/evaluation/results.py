@@ -138,13 +138,13 @@ def masks_saved(ours: Row, other: Row, protocol: str) -> str | None:
         return (
             f"{point.masks} masks take {ours.name} as far as {needed:.0f} take {other.name}: {told}"
         )
-    point, needed = needs[0]
-    if needed == 0:
-        return f"{point.masks} masks take {ours.name} less far than {other.name}"
+    beyond = next((own for own, needed in needs if needed), None)
+    if beyond is None:
+        return f"{mine[0].masks} masks take {ours.name} less far than {other.name}"
     most = theirs[-1].masks
     return (
-        f"{point.masks} masks take {ours.name} further than {most} take {other.name}: more than "
-        f"{most / point.masks:.1f} times fewer"
+        f"{beyond.masks} masks take {ours.name} further than {most} take {other.name}: more than "
+        f"{most / beyond.masks:.1f} times fewer"
     )
 
 

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
 from .. import run_layout
 from ..data.segmentation import SegmentationDataset
-from .baselines import Contender, layers_read, line_up, sizing_contender
+from .baselines import Contender, fed_at, layers_read, line_up, prepare_all
 from .comparison import ALL_MAPS, CLUSTERING, FINETUNE, curve_shown, in_words, what_it_means
 from .features import Preparation, Reader, Size, deepest_maps
 from .finetuning import CROP_DETAIL, RATES, LearningRates, choose_rates, finetune, measure_cost
 from .metrics import PreparedSplit, SampleCache, Scored, Scores
 from .pictures import draw_label_curve, write_panels
-from .probes import ProbeTask, run_probes
+from .probes import DivergedError, ProbeTask, run_probes
 from .results import MIOU, CurvePoint, Evaluation, Row
 
 log = logging.getLogger(__name__)
@@ -41,12 +41,27 @@ class Plan(NamedTuple):
     first_seed: int
     steps: int
     device: torch.device
+    named: bool = True  # whether the protocols were asked for; of the usual ones some may be left
 
     def seeds_of(self, protocol: str, fraction: float, contender: Contender) -> range:
         """The seeds with which a protocol repeats; one where they change nothing."""
         usual = SEVERAL_SEEDS if protocol == FINETUNE or len(self.fractions) > 1 else 1
         varies = contender.by_seed or fraction < 1 or protocol in (FINETUNE, CLUSTERING)
         return range(self.first_seed, self.first_seed + ((self.seeds or usual) if varies else 1))
+
+    def fitting(
+        self, contenders: Sequence[Contender], prepared: Mapping[str, Preparation], splits: Splits
+    ) -> tuple[Self, list[str]]:
+        """Without usual protocols that one of the networks has no maps for, and a note on these."""
+        wanted = [own for own in self.protocols if own in (ALL_MAPS, FINETUNE)]
+        for contender in contenders if wanted and not self.named else ():
+            size = splits.prepared(True, prepared[contender.name]).size()
+            try:
+                deepest_maps(contender.build(self.first_seed), contender.card.channels, size)
+            except ValueError as error:
+                left = tuple(own for own in self.protocols if own not in wanted)
+                return self._replace(protocols=left), [f"Left out {' and '.join(wanted)}: {error}"]
+        return self, []
 
 
 class Figure(NamedTuple):
@@ -68,9 +83,7 @@ class Splits:
 
     def prepared(self, scored: bool, preparation: Preparation, detail: int = 1) -> PreparedSplit:
         """A split for a network."""
-        form = preparation.statistics
-        key = scored, detail, preparation.size, form.channels, form.low, form.high
-        cache = self.caches.setdefault(key, SampleCache())
+        cache = self.caches.setdefault((scored, detail, preparation.form), SampleCache())
         return PreparedSplit(self.scored if scored else self.train, preparation, detail, cache)
 
 
@@ -83,11 +96,15 @@ def evaluate_labelled(
     plan: Plan,
     out: str | Path | None,
 ) -> Evaluation:
-    """Evaluate all networks by masks, and draw what they predict."""
+    """Evaluate all networks by masks, and write the figures and what they predict."""
     train, scored = opened
     splits = Splits(train, scored)
     contenders, notes = line_up(weights, train.source)
     prepared = prepare_all(contenders, size, plan.first_seed)
+    plan, unfit = plan.fitting(contenders, prepared, splits)
+    notes += unfit
+    shares = {len(train.share(own, 0)): own for own in plan.fractions}  # each number of masks once
+    plan = plan._replace(fractions=list(shares.values()))
     if split == "train":
         notes.append("Scored on the very images it learned from, and so too kindly.")
     if FINETUNE in plan.protocols:
@@ -96,18 +113,26 @@ def evaluate_labelled(
     rows: list[Row] = []
     predictions: dict[str, dict[int, Tensor]] = {}
     rates: dict[str, str] = {}
+    asked = sum(bool(own.baselines) for own in contenders)
     for contender in contenders:
         own = Contest(contender, prepared[contender.name], splits, plan, keep)
-        rows.append(own.row())
+        try:
+            rows.append(own.row())
+        except DivergedError as error:
+            asked -= 1
+            if not contender.baselines or not asked:
+                raise DivergedError(f"{contender.name}: {error}") from error
+            notes.append(f"{contender.name} is left out: {error}")
+            log.warning(notes[-1])
+            continue
         predictions[contender.name] = own.kept
         if own.rates is not None:
             rates[contender.name] = str(own.rates)
-    masks = [len(splits.train.share(own, 0)) for own in plan.fractions]
-    settings: dict[str, Any] = {"split": split, "images": len(splits.scored), "masks": masks}
+    settings: dict[str, Any] = {"split": split, "images": len(scored), "masks": list(shares)}
     if any(own not in (ALL_MAPS, FINETUNE) for own in plan.protocols):
         settings["layers"] = layers_read(contenders, plan.layers)
     settings["seeds"] = max(len(row.seeds) for row in rows)
-    settings["fed at"] = ", ".join(dict.fromkeys(fed_at(own) for own in prepared.values()))
+    settings["fed at"] = fed_at(prepared.values())
     if FINETUNE in plan.protocols:
         settings |= {"steps": plan.steps, "learning rates": rates}
     found = Evaluation(
@@ -120,37 +145,12 @@ def evaluate_labelled(
         notes=tuple(notes),
     )
     if out is not None:
-        folder = Path(out).expanduser()
+        folder = found.write(out).parent
         some = next(iter(prepared.values()))
         write_panels(folder / run_layout.PREDICTIONS, splits.prepared(True, some), predictions)
         if (shown := curve_shown(found.curves)) is not None:
             draw_label_curve(folder / run_layout.LABEL_CURVE, found, shown)
     return found
-
-
-def prepare_all(
-    contenders: Sequence[Contender], size: int | Size | None, seed: int
-) -> dict[str, Preparation]:
-    """How each network is fed: all at one size, but those that take only their own."""
-    sizing = sizing_contender(contenders)
-    common = Preparation.of(sizing.card, size, sizing.build(seed)).size
-    found = {}
-    for contender in contenders:
-        net = contender.build(seed)
-        try:
-            found[contender.name] = Preparation.of(contender.card, common, net)
-        except ValueError:
-            if size is not None:
-                raise
-            found[contender.name] = Preparation.of(contender.card, None, net)
-    return found
-
-
-def fed_at(prepare: Preparation) -> str:
-    """At what size images are fed, in words."""
-    if isinstance(prepare.size, tuple):
-        return "{}x{}".format(*prepare.size)
-    return f"shorter side {prepare.size}"
 
 
 def estimate_finetuning(
@@ -253,37 +253,32 @@ class Contest:
         return self.keep if (protocol, fraction, seed) == first else ()
 
     def probe(self, net: nn.Module, seed: int) -> None:
-        """Run the protocols that read frozen features, all in one pass over the images."""
+        """Run the protocols that read frozen features, in one pass for each share of the masks."""
         plan = self.plan
         seen = self.contender.card.channels, self.scored.size()
         layers = {ALL_MAPS: tuple(deepest_maps(net, *seen))} if ALL_MAPS in plan.protocols else {}
         usual = tuple(plan.layers or [self.contender.card.shown_layer])
-        probes: list[ProbeTask] = []
-        labels: list[str] = []
-        keep: Sequence[int] = ()
         for fraction in plan.fractions:
-            train = self.train
-            if fraction < 1:
-                train = train.of(train.dataset.share(fraction, seed))
+            train = self.train.of(self.train.dataset.share(fraction, seed))
+            probes: dict[str, ProbeTask] = {}
             for protocol in plan.protocols:
                 if protocol == FINETUNE or seed not in self.seeds_of(protocol, fraction):
                     continue
-                keep = keep or self.keep_of(protocol, fraction, seed)
                 own = layers.get(protocol, usual)
                 if protocol != CLUSTERING:
-                    probes.append(ProbeTask(protocol.removesuffix("-all"), train, own))
-                    labels.append(protocol)
+                    probes[protocol] = ProbeTask(protocol.removesuffix("-all"), train, own)
                 elif fraction == max(plan.fractions):
                     for count in (len(train.classes), MANY_CLUSTERS):
-                        probes.append(ProbeTask("clusters", self.scored, own, count))
-                        labels.append(protocol if count < MANY_CLUSTERS else f"{protocol}, {count}")
-        if not probes:
-            return
-        names = list(dict.fromkeys(name for own in probes for name in own.layers))
-        reader = Reader(net, names, *seen, fast=True)
-        found = run_probes(reader, probes, self.scored, seed=seed, keep=keep)
-        for label, probe, scored in zip(labels, probes, found, strict=True):
-            self.note(label, len(probe.train), seed, scored)
+                        label = protocol if count < MANY_CLUSTERS else f"{protocol}, {count}"
+                        probes[label] = ProbeTask("clusters", self.scored, own, count)
+            if not probes:
+                continue
+            names = list(dict.fromkeys(name for own in probes.values() for name in own.layers))
+            reader = Reader(net, names, *seen, fast=True)
+            keep = self.keep_of(plan.protocols[0], fraction, seed)
+            found = run_probes(reader, list(probes.values()), self.scored, seed=seed, keep=keep)
+            for (label, probe), scored in zip(probes.items(), found, strict=True):
+                self.note(label, len(probe.train), seed, scored)
 
     def seeds_of(self, protocol: str, fraction: float) -> range:
         """The seeds with which a protocol repeats for this network."""
@@ -294,8 +289,9 @@ class Contest:
         plan = self.plan
         middle = sorted(plan.fractions)[len(plan.fractions) // 2]
         if self.rates is None:
-            chosen = self.crops.of(self.crops.dataset.share(middle, seed))
-            self.rates = choose_rates(net, chosen, steps=plan.steps, seed=seed)
+            share = self.train.dataset.share(middle, seed)
+            splits = self.crops.of(share), self.train.of(share)
+            self.rates = choose_rates(net, *splits, steps=plan.steps, seed=seed)
         for fraction in plan.fractions:
             if seed in self.seeds_of(FINETUNE, fraction):
                 train = self.crops.of(self.crops.dataset.share(fraction, seed))

@@ -65,14 +65,14 @@ class Sample(NamedTuple):
 def read_samples(images: Any, prepare: Preparation, count: int) -> list[Sample]:
     """At most ``count`` images that are for this network, evenly spread over all."""
 
-    def fit(pixels: Tensor) -> Tensor:
+    def fit(_: Preparation, pixels: Tensor) -> Tensor:
         middle = crop_to_aspect(pixels)
         size = fit_size(middle.shape[-2:], SHOWN_SIDE)
         return resized(middle[None], size, antialias=True)[0].clamp(0, 1)
 
-    found, _ = some_images(open_source(images), prepare, count, SHOWN_SIDE, fit)
+    found, _ = some_images(open_source(images), [prepare], count, SHOWN_SIDE, fit)
     names = relative_names([name for name, _ in found])
-    return [Sample(name, found[k][1], k, WHOLE) for k, name in enumerate(names)]
+    return [Sample(name, found[k][1][0], k, WHOLE) for k, name in enumerate(names)]
 
 
 def crop_to_aspect(pixels: Tensor) -> Tensor:

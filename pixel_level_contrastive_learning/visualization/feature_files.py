@@ -7,10 +7,11 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import blake2b
-from itertools import islice
+from itertools import count, islice
 from math import inf
 from pathlib import Path
 from time import monotonic
@@ -28,10 +29,13 @@ from ..backbones.state_dict import tensors_of
 from ..checks import Pages, import_extra, one_of, raise_together, size_pair
 from ..data.image import ImageError
 from ..data.loader import in_order
-from ..data.sources import Source, open_source
-from ..evaluation.baselines import random_net, read_all
+from ..data.pages import PagedFiles
+from ..data.reading import in_time
+from ..data.sources import IndexedSource, Source, open_source
+from ..evaluation.baselines import random_net, read_all, reading_of
 from ..evaluation.correspondence import evenly, left_out, none_left
 from ..evaluation.features import Preparation, Reader, Size, chosen_device
+from ..evaluation.probes import finite_features
 from ..files import check_writable, write_whole
 from .matches import to_pil
 from .pca import Basis, pca_colours
@@ -45,12 +49,21 @@ PICTURES = "pictures"
 """Folder of the features as colours."""
 BATCH = 16
 """Images of one size that are run at once, at most."""
-SAVED_EVERY = 10
-"""Seconds after which the index is written again: a killed process loses no more work."""
+SAVED_EVERY, TIMES_SAVING = 10, 10
+"""Seconds after which the index is written again, and times what writing it took, which a long one
+needs: a killed process loses no more work."""
+THREADS = os.cpu_count() or 1
 TOLD_EVERY = 30
 """Seconds from one line about the progress to the next."""
 MAPS_OF_BASIS, CELLS_OF_BASIS = 64, 1024
 """Maps that the colours of all are found from, and cells of each of them."""
+
+
+class Identity(NamedTuple):
+    """What tells an image from others, and itself from what it was before."""
+
+    path: str
+    state: str
 
 
 class Prepared(NamedTuple):
@@ -67,9 +80,10 @@ class FeatureFolder:
     Attributes:
         folder: The folder.
         index: The content of its ``features.json``: ``layer``, ``channels``, ``normalisation`` and
-            so on, and ``images``, an entry for each: its ``name``, its ``file`` of features, its
-            ``size``, the size it was ``fed`` at, its ``grid`` of cells and the ``stride`` of a cell
-            in fed pixels, each ``[height, width]``.
+            so on, and ``images``, an entry for each: its ``name``, its ``path`` and the ``state``
+            of its file (see `identity_of`), its ``file`` of features, its ``size``, the size it was
+            ``fed`` at, its ``grid`` of cells and the ``stride`` of a cell in fed pixels, each
+            ``[height, width]``.
     """
 
     folder: Path
@@ -93,9 +107,30 @@ class FeatureFolder:
         """Where the picture of an image's features is, if it was drawn."""
         return self.folder / PICTURES / f"{Path(self.index['images'][number]['file']).stem}.png"
 
-    def write(self, name: str, features: Tensor, image: Prepared) -> None:
+    def forget(self, states: Mapping[str, str]) -> None:
+        """Drop what is not whole from the index: maps that are gone, and those of other images.
+
+        Args:
+            states: The state that images have now, by their path.
+        """
+        self.index["images"] = [
+            own
+            for own in self.index["images"]
+            if "state" in own  # not in an index of an older version
+            and states.get(own["path"], own["state"]) == own["state"]
+            and (self.folder / own["file"]).exists()
+        ]
+
+    def free_numbers(self) -> Iterator[int]:
+        """Numbers that no map's file begins with, in order."""
+        taken = {int(Path(own["file"]).name.split("_")[0]) for own in self.index["images"]}
+        return (number for number in count() if number not in taken)
+
+    def write(
+        self, number: int, name: str, identity: Identity, features: Tensor, image: Prepared
+    ) -> None:
         """Write the features ``(channels, h, w)`` of an image, and note them in the index."""
-        number, kind = len(self), self.index["format"]
+        kind = self.index["format"]
         called = f"{number:06d}_{''.join(c if c.isalnum() else '_' for c in Path(name).stem)[:60]}"
         array = features.cpu().contiguous()
         file = f"maps.zarr/{called}" if kind == "zarr" else f"maps/{called}.{kind}"
@@ -108,8 +143,8 @@ class FeatureFolder:
             write_whole(self.folder / file, save({"features": array}))
         size, fed, grid = map(list, (image.size, image.pixels.shape[-2:], array.shape[-2:]))
         stride = [round(a / b, 4) for a, b in zip(fed, grid, strict=True)]
-        entry = {"name": name, "file": file, "size": size, "fed": fed, "grid": grid}
-        self.index["images"].append(entry | {"stride": stride})
+        entry = {"name": name, **identity._asdict(), "file": file, "size": size, "fed": fed}
+        self.index["images"].append(entry | {"grid": grid, "stride": stride})
 
     def save_index(self) -> None:
         """Write the index."""
@@ -117,7 +152,7 @@ class FeatureFolder:
 
     def to_json(self) -> str:
         """The index as JSON text."""
-        return json.dumps(self.index, indent=1, ensure_ascii=False) + "\n"
+        return json.dumps(self.index, ensure_ascii=False) + "\n"
 
     @classmethod
     def opened(cls, folder: Path, weights: str, settings: Mapping[str, Any]) -> Self:
@@ -160,7 +195,8 @@ def features(
     """Dense features of every image, a file each, with an index of what they are.
 
     The same call continues after an interruption, and adds images that are new, normalised as those
-    before them.
+    before them. Images whose file has another size or time than it had, or in memory other pixels,
+    are read again, and so is all in a folder of a version that did not note these.
 
     Args:
         weights: A run, a file of `save_backbone` or `export`, ``torchvision/NAME``, ``timm/NAME``
@@ -176,8 +212,8 @@ def features(
             of all images as red, green and blue.
         device: Where to compute; default: a GPU if there is one.
         model: As for `load_backbone`.
-        pages: What several images in a file are read as.
-        nodata: The value of images where nothing was measured.
+        pages: What several images in a file are read as. Default: as the run reads its own.
+        nodata: The value of images where nothing was measured, likewise.
 
     Returns:
         The folder, whose maps can be read.
@@ -187,6 +223,7 @@ def features(
             something else.
         ModuleNotFoundError: ``zarr`` is asked for and not installed.
         CannotWriteError: The disk is full or the like.
+        DivergedError: The network gives features that are NaN or infinite.
     """
     raise_together(
         one_of("format", format, get_args(Format)),
@@ -197,7 +234,8 @@ def features(
         import_extra("zarr")
     check_writable("out", out)
     place = chosen_device(device)
-    source = open_source(images, leave_out=out, pages=pages, nodata=nodata)
+    reading = reading_of([weights], pages=pages, nodata=nodata)
+    source = open_source(images, leave_out=out, **reading)
     with handing_over(model):
         [(net, card, _)] = read_all([weights], source)
         if str(weights).startswith("random:"):
@@ -214,8 +252,7 @@ def features(
         "channels": reader.channels(),
         "format": format,
         "size": prepare.size,
-        "pages": pages,
-        "nodata": nodata,
+        **reading,
     }
     held = FeatureFolder.opened(Path(out).expanduser(), str(weights), settings | fixed)
     kept = held.index.setdefault("normalisation", normalisation)  # images that are new share it
@@ -236,30 +273,53 @@ def weights_digest(net: nn.Module) -> str:
     return found.hexdigest()
 
 
+def identity_of(source: Source, index: int) -> Identity:
+    """The absolute path of an image, and size and time of its file; in memory a digest of it."""
+    name = source.name(index)
+    while isinstance(source, IndexedSource):
+        source, index = source.locate(index)
+    with suppress(OSError, ImageError):  # which is told where the image is read
+        if isinstance(source, PagedFiles):
+            file = source.place(source.locate(index)[0]).path
+            about = in_time(partial(os.stat, file), file)
+            state = f"{about.st_size} bytes, {about.st_mtime_ns} ns"
+            return Identity(os.path.abspath(name), state)
+        pixels = source.open(index).read()
+        content = repr(pixels.shape).encode() + pixels.numpy().tobytes()
+        return Identity(name, blake2b(content, digest_size=8).hexdigest())
+    return Identity(os.path.abspath(name), "")
+
+
 def write_maps(held: FeatureFolder, source: Source, prepare: Preparation, reader: Reader) -> None:
     """Write the features of the images that a folder lacks.
 
     Raises:
         ValueError: None of the images can be used.
+        DivergedError: Features that are NaN or infinite.
     """
-    done = {entry["name"] for entry in held.index["images"]}
-    names = {source.name(index): index for index in range(len(source))}
-    todo = [index for name, index in names.items() if name not in done]
+    with ThreadPoolExecutor(THREADS) as pool:
+        found = in_order(partial(identity_of, source), range(len(source)), THREADS, pool)
+        places = {identity: index for index, identity in found}
+    held.forget({own.path: own.state for own in places})
+    done = {Identity(entry["path"], entry["state"]) for entry in held.index["images"]}
+    identities = {index: own for own, index in places.items() if own not in done}
     if done:
-        log.info("%d images are done, %d are left", len(done), len(todo))
+        log.info("%d images are done, %d are left", len(done), len(identities))
+    numbers = held.free_numbers()
     refused: list[dict[str, str]] = []
     held.index["left_out"] = refused
-    saved, told = -inf, monotonic()
+    save_at, told = -inf, monotonic()
     try:
-        for batch in same_sized(source, todo, prepare, refused):
-            maps = reader(torch.stack([image.pixels for image in batch.values()]))
-            if monotonic() - saved > SAVED_EVERY:  # before the first map, which tells whose it is
+        for batch in same_sized(source, list(identities), prepare, refused):
+            pixels = torch.stack([image.pixels for image in batch.values()])
+            maps = next(finite_features(reader, pixels, [reader.layers]))
+            if (began := monotonic()) > save_at:  # before the first map, which tells whose it is
                 held.save_index()
-                saved = monotonic()
-            for (name, image), own in zip(batch.items(), maps, strict=True):
-                held.write(name, own, image)
+                save_at = monotonic() + max(SAVED_EVERY, TIMES_SAVING * (monotonic() - began))
+            for (index, image), own in zip(batch.items(), maps, strict=True):
+                held.write(next(numbers), source.name(index), identities[index], own, image)
             if monotonic() - told > TOLD_EVERY:
-                log.info("%d of %d images", len(held) - len(done), len(todo))
+                log.info("%d of %d images", len(held) - len(done), len(identities))
                 told = monotonic()
     finally:
         if len(held):
@@ -273,8 +333,8 @@ def write_maps(held: FeatureFolder, source: Source, prepare: Preparation, reader
 
 def same_sized(
     source: Source, indices: Sequence[int], prepare: Preparation, refused: list[dict[str, str]]
-) -> Iterator[dict[str, Prepared]]:
-    """Images by name, neighbours of one size together; those that cannot be used are noted."""
+) -> Iterator[dict[int, Prepared]]:
+    """Images by index, neighbours of one size together; those that cannot be used are noted."""
 
     def read(index: int) -> Prepared | str:
         try:
@@ -285,19 +345,17 @@ def same_sized(
             return str(error)
         return Prepared(prepare.normalised(prepare.resized(unit, image.size)), image.size)
 
-    batch: dict[str, Prepared] = {}
-    threads = os.cpu_count() or 1
-    with ThreadPoolExecutor(threads) as pool:
-        for index, image in in_order(read, indices, threads, pool):
-            name = source.name(index)
+    batch: dict[int, Prepared] = {}
+    with ThreadPoolExecutor(THREADS) as pool:
+        for index, image in in_order(read, indices, THREADS, pool):
             if isinstance(image, str):
-                refused.append({"name": name, "reason": image})
+                refused.append({"name": source.name(index), "reason": image})
                 continue
             first = next(iter(batch.values()), image)
             if len(batch) == BATCH or first.pixels.shape != image.pixels.shape:
                 yield batch
                 batch = {}
-            batch[name] = image
+            batch[index] = image
     if batch:
         yield batch
 

@@ -22,10 +22,11 @@ from torch import Tensor, cat
 from .. import run_layout
 from ..backbones.checkpoint import BackboneCard, read_backbone
 from ..backbones.custom import Model, handing_over
-from ..checks import raise_together, whole
+from ..checks import Pages, raise_together, whole
 from ..data.image import to_rgb
 from ..data.shards import is_shards
 from ..data.sources import open_source
+from ..evaluation.baselines import reading_of
 from ..evaluation.correspondence import draw_pairs
 from ..evaluation.features import Preparation, chosen_device
 from ..evaluation.results import Evaluation, shown
@@ -122,6 +123,8 @@ def visualize(
     seed: int = 0,
     device: str | None = None,
     model: Model | None = None,
+    pages: Pages | None = None,
+    nodata: float | None = None,
 ) -> Path:
     """Write the report of a run: one HTML file that needs nothing else, not even a network.
 
@@ -136,6 +139,8 @@ def visualize(
         seed: Decides the other views of the images.
         device: Where to compute; default: a GPU if there is one.
         model: As for `load_backbone`.
+        pages: What several images in a file are read as. Default: as the run reads its own.
+        nodata: The value of images where nothing was measured, likewise.
 
     Returns:
         Where the page is.
@@ -150,12 +155,12 @@ def visualize(
         raise ValueError(f"out is {str(out)!r}, a folder; name a file, such as report.html")
     folder = Path(run).expanduser()
     settings = read_settings_if_any(folder / run_layout.CONFIG)
-    check_writable("out", out)
+    check_writable("the folder of out", path.parent)
     with torch.random.fork_rng(devices=[]), handing_over(model):
         loaded = read_backbone(run)  # which draws the weights of the network first
     prepare = Preparation.of(loaded.card, net=loaded.net)
     places = training_images(settings) if images is None else images
-    source = open_source(places, pages=settings.get("pages"), nodata=settings.get("nodata"))
+    source = open_source(places, **reading_of([run], pages=pages, nodata=nodata))
     wholes = read_samples(source, prepare, count)
     samples = wholes + [other_view(sample, seed + k) for k, sample in enumerate(wholes)]
     evaluations = read_evaluations(folder)
@@ -165,11 +170,14 @@ def visualize(
     with handing_over(model):
         maps, grid = extract_maps(loaded, inputs, place, fixed=isinstance(prepare.size, tuple))
 
+    verdict = judge_run(metrics, maps[TRAINED])
+    # Of a network that diverged there is nothing to see, but the page shows all else.
+    maps = {name: [own.nan_to_num(0, 0, 0) for own in each] for name, each in maps.items()}
     threshold = float(settings.get("distance_thres", 0.7))
     report = Report(
         name=folder.resolve().name or str(run),
         facts=run_facts(loaded.card, metrics),
-        verdict=judge_run(metrics, maps[TRAINED]),
+        verdict=verdict,
         networks=list(maps),
         gallery=draw_gallery(wholes, maps),
         charts=draw_charts(metrics),

@@ -40,9 +40,9 @@ class Change(NamedTuple):
 
 
 def judge_run(metrics: Metrics, maps: Sequence[Tensor]) -> RunVerdict:
-    """The verdict on the last steps; on the maps ``(c, h, w)`` where their health is unknown."""
+    """The verdict on the last steps; on maps ``(c, h, w)`` if these are NaN or it is not known."""
     health = [latest(metrics, name) for name in ("spread", "effective_rank")]
-    if None in health:
+    if None in health or not all(own.isfinite().all() for own in maps):
         health = list(gauge(cat([rearrange(own, "c h w -> (h w) c") for own in maps])))
     features = verdict(*(figure for figure in health if figure is not None))
     healthy, heading = False, "Something is wrong with this run"

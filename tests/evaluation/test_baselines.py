@@ -17,13 +17,14 @@ from pixel_level_contrastive_learning.data.sources import open_source
 from pixel_level_contrastive_learning.evaluation.baselines import (
     line_up,
     random_net,
+    reading_of,
     sizing_contender,
 )
 
 
 def run(folder, model, shift, **settings):
     """A run whose weights are those of seed 0 plus a number."""
-    net = random_net(small_card(model), 0)
+    net = random_net(small_card(model, **settings), 0)
     with torch.no_grad():
         net.body.bias += shift
     save_backbone(folder / "backbone.safetensors", net, small_card(model, **settings))
@@ -188,6 +189,26 @@ def test_several_weights_share_what_they_must_beat(labelled, model, tmp_path) ->
     assert sizing_contender(contenders).card == resnet  # of the first file
 
 
+def test_runs_of_one_model_on_other_channels_are_told_apart(labelled, model, tmp_path) -> None:
+    start = str(run(tmp_path / "before", model, 1.0) / "backbone.safetensors")
+    runs = [
+        run(tmp_path / f"{n}", model, 2.0, start=start, channels=n, mean=(0.5,) * n, std=(0.2,) * n)
+        for n in range(1, 5)
+    ]
+    contenders, _ = line_up_labelled(labelled, *runs)
+    names = [own.name for own in contenders]
+    assert names[:8] == [
+        f"random weights ({model}, 1 channel)",
+        *(f"random weights ({model}, {n} channels)" for n in (2, 3, 4)),
+        "start (backbone.safetensors)",
+        f"start ({start})",
+        f"start ({start}, {model})",
+        f"start ({start}, {model}, 4 channels)",
+    ]
+    assert [own.build(0).stem.in_channels for own in contenders] == [1, 2, 3, 4] * 3
+    assert [own.baselines for own in contenders[8:]] == [(names[k], names[k + 4]) for k in range(4)]
+
+
 def test_starts_of_one_file_name_are_told_apart(labelled, model, tmp_path) -> None:
     starts = [str(run(tmp_path / name, model, 1.0) / "backbone.safetensors") for name in "ab"]
     runs = [run(tmp_path / f"{k}", model, 2.0, start=own) for k, own in enumerate(starts)]
@@ -195,6 +216,28 @@ def test_starts_of_one_file_name_are_told_apart(labelled, model, tmp_path) -> No
     names = [own.name for own in contenders]
     assert names[1:3] == ["start (backbone.safetensors)", f"start ({starts[1]})"]
     assert [own.baselines[1] for own in contenders[3:]] == names[1:3]
+
+
+def test_images_are_read_as_the_runs_read_theirs(tmp_path) -> None:
+    settings = {"a": "pages: first\nnodata: -9999.0", "b": "nodata: -9999.0", "c": "nodata: 0"}
+    for name, lines in settings.items():
+        (tmp_path / name / "checkpoints").mkdir(parents=True)
+        (tmp_path / name / "config.yaml").write_text(lines)
+    one, two, other = (str(tmp_path / name) for name in settings)
+    assert reading_of([one]) == {"pages": "first", "nodata": -9999}
+    assert reading_of([one, two, "random:timm/a"]) == {"pages": "first", "nodata": -9999}
+    assert reading_of([one], pages="images", nodata=7.0) == {"pages": "images", "nodata": 7}
+    assert reading_of(["torchvision/resnet18"]) == {"pages": None, "nodata": None}
+    checkpoint = tmp_path / "a" / "checkpoints" / "best.ckpt"
+    checkpoint.touch()
+    assert reading_of([checkpoint]) == {"pages": "first", "nodata": -9999}
+    with pytest.raises(ValueError) as error:
+        reading_of([one, two, other])
+    assert str(error.value) == (
+        f"nodata is None, and the runs were trained with different ones (-9999.0 in {two}, 0 in "
+        f"{other}); give nodata (--nodata), or evaluate them one by one"
+    )
+    assert reading_of([one, other], nodata=0.0)["nodata"] == 0
 
 
 def test_weights_named_twice_are_refused(labelled, model) -> None:

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from small_cards import preparation, small_card
 
+from pixel_level_contrastive_learning import cli
 from pixel_level_contrastive_learning.backbones.checkpoint import save_backbone
 from pixel_level_contrastive_learning.data.sources import open_source
 from pixel_level_contrastive_learning.evaluation import baselines, correspondence, segmentation
@@ -61,6 +62,20 @@ def test_a_run_is_judged_beside_random_weights(run, labelled, tmp_path, protocol
     assert pictures == [f"000{number}_{number}.png" for number in range(4)]
 
 
+@pytest.mark.parametrize("place", ["data", "images"])
+def test_a_file_is_refused_as_out_before_anything_is_read(tmp_path, place) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"file is a file; name a folder"):
+        evaluate("runs/nowhere", **{place: "nowhere"}, out=tmp_path / "file")
+
+
+def test_figures_are_written_before_pictures(run, labelled, tmp_path, monkeypatch) -> None:
+    monkeypatch.delattr(segmentation, "write_panels")
+    with pytest.raises(NameError):
+        evaluate(run, data=labelled, protocol="knn", out=tmp_path)
+    assert (tmp_path / "evaluation.json").is_file()
+
+
 def test_the_same_weights_reach_the_same(run, labelled) -> None:
     torch.manual_seed(1)
     first = evaluate(run, data=labelled)
@@ -90,6 +105,7 @@ def test_layers_and_sizes_may_be_named(run, labelled) -> None:
     found = evaluate(run, data=labelled, layers=("body", "act"), size=(32, 48))
     assert found.settings["layers"] == ["body", "act"]
     assert found.settings["fed at"] == "32x48"
+    assert evaluate(run, data=labelled, layers="act").settings["layers"] == ["act"]
     with pytest.raises(ValueError, match=r"no layer 'bod'.*perhaps body"):
         evaluate(run, data=labelled, layers=("bod",))
 
@@ -139,6 +155,95 @@ def test_weights_without_a_run_are_scaled_without_nodata(labelled, model, monkey
     assert lows[1] > 100
 
 
+@pytest.mark.parametrize("given", [{}, {"nodata": 7.0, "pages": "images"}])
+def test_images_are_read_as_those_of_the_run(run, labelled, monkeypatch, given) -> None:
+    (run / "config.yaml").write_text("nodata: -9999.0\npages: first\n")
+    wanted = {"nodata": -9999.0, "pages": "first"} | given
+    asked = []
+
+    def opened(*_, ids=None, colours=None, **settings) -> None:
+        asked.append(settings)
+        raise StopIteration
+
+    monkeypatch.setattr(correspondence, "open_source", opened)
+    monkeypatch.setattr(
+        "pixel_level_contrastive_learning.evaluation.evaluate.open_labelled", opened
+    )
+    for place in ("data", "images"):
+        with pytest.raises(StopIteration):
+            evaluate(run, **{place: labelled}, **given)
+    assert asked == [wanted, wanted]
+
+
+FINE = """
+from torch import nn
+
+def fine(channels=3):
+    body = nn.Conv2d(channels, 8, 3, stride=2, padding=1), nn.ReLU()
+    return nn.Sequential(*body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+"""
+
+
+def test_a_network_without_a_coarse_map_is_evaluated_without_a_map_of_each_stride(
+    run, labelled, tmp_path
+) -> None:
+    (tmp_path / "fine.py").write_text(FINE)
+    weights = f"random:{tmp_path / 'fine.py'}:fine", run
+    found = evaluate(weights, data=labelled, fractions=[0.2, 1], seeds=1)
+    assert found.protocol == "linear, knn"
+    (note,) = found.notes
+    assert note.startswith("Left out linear-all and finetune: Sequential has no map of a stride of")
+    with pytest.raises(ValueError, match="Sequential has no map of a stride of 3 or more"):
+        evaluate(weights, data=labelled, protocol="linear-all")
+
+
+def diverged(place: Path, model: str) -> Path:
+    """A run whose features are beyond all numbers."""
+    card = small_card(model, image_size=(24, 24))
+    net = random_net(card, 0)
+    with torch.no_grad():
+        net.stem.weight *= 1e25
+        net.body.weight *= 1e25
+    save_backbone(place / "backbone.safetensors", net, card)
+    return place
+
+
+def test_a_diverged_network_is_named_and_the_others_are_judged(
+    run, labelled, model, tmp_path, caplog, capsys
+) -> None:
+    lost = diverged(tmp_path / "lost", model)
+    found = evaluate([run, lost], data=labelled, protocol="knn", out=tmp_path)
+    assert [row.name for row in found.rows] == ["random weights", str(run)]
+    (note,) = found.notes
+    assert note.startswith(f"{lost} is left out: body of this network give features that are NaN")
+    assert note in caplog.messages
+    words = "evaluate", str(lost), "--data", str(labelled), "--protocol", "knn"
+    assert cli.main(words) == 1
+    assert f"error: {lost}: body of this network give features" in capsys.readouterr().err
+
+
+def test_fractions_of_as_many_masks_count_once(run, labelled) -> None:
+    settings = {"protocol": "knn", "fractions": [0.1, 0.12, 0.5, 0.97, 1], "seeds": 2}
+    found = evaluate(run, data=labelled, **settings)
+    assert found.settings["masks"] == [1, 5, 10]
+    points = found.ours.curves["knn"]
+    assert [(point.masks, len(point.seeds)) for point in points] == [(1, 2), (5, 2), (10, 1)]
+
+
+def test_classifiers_of_one_share_of_the_masks_are_held_at_a_time(
+    run, labelled, monkeypatch
+) -> None:
+    run_probes, shares = segmentation.run_probes, []
+
+    def noted(reader, probes, *given, **settings):
+        shares.append({len(own.train) for own in probes})
+        return run_probes(reader, probes, *given, **settings)
+
+    monkeypatch.setattr(segmentation, "run_probes", noted)
+    evaluate(run, data=labelled, protocol=["linear", "knn"], fractions=[0.2, 1], seeds=1)
+    assert shares == [{2}, {10}] * 2
+
+
 def test_settings_about_labels_are_refused_without_any() -> None:
     with pytest.raises(ValueError) as error:
         evaluate("runs/a", images="b", protocol="knn", fraction=0.5, split="test", steps=9)
@@ -160,6 +265,8 @@ def test_settings_about_labels_are_refused_without_any() -> None:
         ({"protocol": "knn", "steps": 9}, "steps is 9, which is about fine-tuning; take"),
         ({"fraction": 0.5, "fractions": [0.1]}, "both fraction and fractions are given; give one"),
         ({"fractions": [0.1, 2]}, "fractions is 2; it must be a number above 0, at most 1"),
+        ({"steps": 9}, "steps is 9, which is about fine-tuning; take that protocol, or leave it"),
+        ({"fractions": 0.5}, "fractions is 0.5, a single share; give it as fraction=0.5"),
         ({"fractions": []}, "fractions is empty; give shares of the masks, such as"),
         ({"weights": []}, "weights is empty; give a run, a file or a name"),
         ({"images": "b"}, "both of data and images given"),
@@ -194,6 +301,53 @@ def test_large_images_are_looked_at_at_twice_the_views(run, tmp_path, monkeypatc
     monkeypatch.setattr(correspondence, "draw_pairs", noted)
     evaluate(run, images=tmp_path / "photos")
     assert set(seen) == {(3, 48, 64)}
+
+
+def test_without_labels_each_network_sees_images_as_it_knows_them(model, tmp_path) -> None:
+    """Of several runs each reaches what it reaches alone: other channels, range and layer."""
+    dice, images = np.random.default_rng(0), tmp_path / "deep"
+    images.mkdir()
+    for number in range(3):
+        values = dice.integers(0, 1000, (6, 8, 3)).repeat(8, 0).repeat(8, 1)
+        tifffile.imwrite(images / f"{number}.tif", values.astype(np.uint16), photometric="rgb")
+    runs = []
+    for channels, high in ((3, 255.0), (3, 1000.0), (1, 1000.0)):
+        form = {"mean": 0.5, "std": 0.25, "low": 0.0, "high": high}
+        lists = {name: (value,) * channels for name, value in form.items()}
+        card = small_card(model, image_size=(24, 24), channels=channels, **lists)
+        runs.append(tmp_path / f"run{len(runs)}")
+        save_backbone(runs[-1] / "backbone.safetensors", random_net(card, 1), card)
+    *_, one, two, three = evaluate(runs, images=images).rows
+    assert [own.scores for own in (one, two, three)] == [
+        evaluate(run, images=images).ours.scores for run in runs
+    ]
+    assert one.scores != two.scores
+
+
+def test_without_labels_a_network_of_one_size_stands_beside_others(run, labelled) -> None:
+    images = labelled / "images/val"
+    found = evaluate([run, "random:timm/test_vit"], images=images)
+    assert found.settings["views"] == "24x24, 160x160"
+    alone = evaluate("random:timm/test_vit", images=images).ours
+    assert [own.scores for own in found.rows if own.name.endswith("(timm/test_vit)")] == [
+        alone.scores
+    ]
+    with pytest.raises(ValueError, match="built for images of 160x160 and takes no others"):
+        evaluate([run, "random:timm/test_vit"], images=images, size=32)
+
+
+def test_views_of_one_seed_are_held_at_a_time(run, labelled, monkeypatch) -> None:
+    calls, draw, figures = [], correspondence.draw_pairs, correspondence.figures_of
+    monkeypatch.setattr(
+        correspondence,
+        "draw_pairs",
+        lambda *own, **named: calls.append("draw") or draw(*own, **named),
+    )
+    monkeypatch.setattr(
+        correspondence, "figures_of", lambda *own: calls.append("read") or figures(*own)
+    )
+    evaluate(run, images=labelled / "images/val", seeds=2)
+    assert calls == ["draw", "draw", "read", "read"] * 2
 
 
 def test_random_weights_are_what_others_have_to_beat(model, labelled) -> None:
@@ -314,6 +468,10 @@ def test_one_draw_of_random_weights_is_not_trusted_for_a_small_gain(
     said = what_it_means(both, "linear", "val")
     assert ("Repeat with --seeds 3" in said) is luck
     assert ("the weights know more" in said) is not luck
+    # Of another protocol there may be more seeds than of this one.
+    more = [*both[-2].seeds, {"finetune mIoU": 0.2}, {"finetune mIoU": 0.2}]
+    both[-2] = Row.of(both[-2].name, more)
+    assert ("Repeat with --seeds 3" in what_it_means(both, "linear", "val")) is luck
     health = {"spread": 0.6, "effective rank": 20.0, "hit@1 by chance": 0.04}
     for row in both:
         row.scores.update(health | {"hit@1, colours kept": 0.3})
@@ -375,9 +533,14 @@ def test_images_are_spread_evenly_and_the_others_wait() -> None:
 def test_others_stand_in_for_images_that_are_not_for_this_network(tmp_path) -> None:
     for number in range(4):  # the evenly spread ones are deep
         (plain if number % 2 else deep)(tmp_path / f"{number}.png")
-    found, notes = some_images(open_source(tmp_path), preparation(24), 2, 48, lambda own: own.mT)
-    assert [(name, own.shape) for name, own in found] == [
-        (f"{tmp_path}/{number}.png", (3, 40, 32)) for number in (1, 3)
+
+    def fit(prepare, pixels):
+        return pixels.mT[:, : prepare.shortest]
+
+    wanted = preparation(24), preparation(32)
+    found, notes = some_images(open_source(tmp_path), wanted, 2, 48, fit)
+    assert [(name, [own.shape for own in each]) for name, each in found] == [
+        (f"{tmp_path}/{number}.png", [(3, 24, 32), (3, 32, 32)]) for number in (1, 3)
     ]
     words = "it is 16-bit or float, where the images looked at were 8-bit"
     assert notes == [f"left out {tmp_path}/{number}.png: {words}" for number in (0, 2)]

@@ -168,14 +168,16 @@ def test_the_learning_rates_that_serve_held_out_masks_best_are_chosen(train, mon
     def tried(net, learnt, held, *, rates, steps, seed):
         asked.append((len(learnt), len(held), steps, rates))
         assert not set(learnt.dataset.images) & set(held.dataset.images)
+        assert held.cache is images.cache  # as whole images they are kept once
         scores = Scores([0.3, 0.1, 0.4, 0.2][len(asked) - 1], 0.5, ())
         return Scored(scores, {})
 
     monkeypatch.setattr("pixel_level_contrastive_learning.evaluation.finetuning.finetune", tried)
-    assert choose_rates(small(), for_crops(train), steps=7) == RATES[2]
+    images = whole(train)
+    assert choose_rates(small(), for_crops(train), images, steps=7) == RATES[2]
     assert asked == [(8, 2, 7, rates) for rates in RATES]
-    one = for_crops(train.subset([3]))
-    assert choose_rates(small(), one) == RATES[0]  # nothing to choose by
+    one = train.subset([3])
+    assert choose_rates(small(), for_crops(one), whole(one)) == RATES[0]  # nothing to choose by
     assert len(asked) == len(RATES)
 
 

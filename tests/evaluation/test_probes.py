@@ -19,6 +19,7 @@ from pixel_level_contrastive_learning.evaluation.metrics import PreparedSplit, S
 from pixel_level_contrastive_learning.evaluation.probes import (
     HUMMINGBIRD,
     KNN,
+    DivergedError,
     FeatureBank,
     ProbeTask,
     Voting,
@@ -278,7 +279,9 @@ def test_features_that_are_no_numbers_are_refused(
 ) -> None:
     with torch.no_grad():
         plain.patches.weight[0] = value
-    with pytest.raises(ValueError, match="patches of this network give features that are NaN or"):
+    with pytest.raises(
+        DivergedError, match="patches of this network give features that are NaN or"
+    ):
         probed(reader, train, val, protocol)
 
 
@@ -415,6 +418,13 @@ def test_classes_that_are_colours_are_found(reader, train, val, protocol) -> Non
     assert scored.kept[2].shape == (32, 48)
     again = probed(reader, train, val, protocol)
     assert again.scores == scored.scores
+
+
+def test_probes_that_are_the_same_reach_the_same(reader, train, val) -> None:
+    """As `linear` and `linear-all` are of a network whose maps all have one stride."""
+    task = ProbeTask("linear", PreparedSplit(train, preparation(32)), tuple(reader.layers))
+    one, two = run_probes(reader, [task, task], PreparedSplit(val, preparation(32)))
+    assert one.scores == two.scores == probed(reader, train, val).scores
 
 
 @pytest.mark.parametrize("first", [True, False])

@@ -136,6 +136,10 @@ def test_masks_saved_are_told_at_the_fewest_masks() -> None:
         == "10 masks take runs/streets less far than random weights"
     )
     assert masks_saved(ours, random, "linear") is None
+    crossing = replace(ours, curves={"finetune": curve((10, 0.1), (40, 0.6), (160, 0.7))})
+    told = masks_saved(crossing, random, "finetune")
+    assert told.startswith("40 masks take runs/streets further than 160 take random weights: more ")
+    assert told.endswith("more than 4.0 times fewer")
 
 
 def test_curves_are_in_the_table_and_the_file() -> None:

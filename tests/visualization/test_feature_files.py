@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from evil_run import diverge
 from PIL import Image
 from torch import nn
 
@@ -13,6 +14,7 @@ from pixel_level_contrastive_learning import cli, features
 from pixel_level_contrastive_learning.augment import IMAGENET_MEAN, IMAGENET_STD
 from pixel_level_contrastive_learning.backbones.checkpoint import read_backbone
 from pixel_level_contrastive_learning.evaluation.baselines import random_net
+from pixel_level_contrastive_learning.evaluation.probes import DivergedError
 from pixel_level_contrastive_learning.visualization import feature_files
 
 NET = "random:torchvision/resnet18"
@@ -59,25 +61,56 @@ def test_the_index_says_what_the_files_are(images, tmp_path, monkeypatch) -> Non
     assert np.load(tmp_path / "f" / first["file"]).shape == (512, 2, 3)
 
 
-@pytest.mark.parametrize(("seconds", "done"), [(-1, 2), (10, 0)])
+@pytest.fixture
+def clock(monkeypatch) -> list[float]:
+    """The seconds that a clock shows, which stands still; images are run one by one."""
+    now = [0.0]
+    monkeypatch.setattr(feature_files, "monotonic", lambda: now[0])
+    monkeypatch.setattr(feature_files, "BATCH", 1)
+    return now
+
+
+@pytest.mark.parametrize(("saving", "saves"), [(0.1, 5), (5, 2)])
+def test_an_index_that_takes_long_to_write_is_written_less_often(
+    images, tmp_path, monkeypatch, clock, saving, saves
+) -> None:
+    write, save = feature_files.FeatureFolder.write, feature_files.FeatureFolder.save_index
+    saved = []
+
+    def slow_write(*given) -> None:
+        clock[0] += 11
+        write(*given)
+
+    def slow_save(held) -> None:
+        clock[0] += saving
+        saved.append(len(held))
+        save(held)
+
+    monkeypatch.setattr(feature_files.FeatureFolder, "write", slow_write)
+    monkeypatch.setattr(feature_files.FeatureFolder, "save_index", slow_save)
+    features(NET, images, out=tmp_path / "f", size=64)
+    assert len(saved) == saves
+    assert saved[-1] == 4
+
+
+@pytest.mark.parametrize(("seconds", "done"), [(11, 2), (1, 0)])
 def test_what_a_killed_process_left_half_done_is_done_again(
-    images, tmp_path, monkeypatch, seconds, done
+    images, tmp_path, monkeypatch, clock, seconds, done
 ) -> None:
     """Maps are written before the index names them; after a kill some are not named, or torn."""
     whole = features(NET, images, out=tmp_path / "whole", size=64)
-    monkeypatch.setattr(feature_files, "BATCH", 1)
-    monkeypatch.setattr(feature_files, "SAVED_EVERY", seconds)
     write, written = feature_files.FeatureFolder.write, []
 
-    def dies(held, name, *rest) -> None:
+    def dies(held, *rest) -> None:
         if len(written) == done:  # the file of the next one is torn
             torn = held.folder / whole.index["images"][done]["file"]
             torn.parent.mkdir(exist_ok=True)
             torn.write_bytes(b"half")
             held.save_index = lambda: None  # a killed process runs no finally
             raise SystemExit
-        written.append(name)
-        write(held, name, *rest)
+        written.append(rest)
+        clock[0] += seconds
+        write(held, *rest)
 
     monkeypatch.setattr(feature_files.FeatureFolder, "write", dies)
     with pytest.raises(SystemExit):
@@ -107,6 +140,70 @@ def test_images_that_are_new_are_added_and_broken_ones_named(images, tmp_path, c
     assert "left out" in caplog.text
 
 
+def maps_by_name(held) -> dict[str, torch.Tensor]:
+    return {entry["name"]: held.map(number) for number, entry in enumerate(held.index["images"])}
+
+
+def test_other_images_of_the_same_names_are_done_again(tmp_path, monkeypatch) -> None:
+    """Arrays in memory, paths from another folder, and a file that was written anew."""
+    first, second = torch.randint(0, 256, (2, 2, 3, 64, 64), dtype=torch.uint8)
+    settings = {"size": 64}
+    ours = features(NET, list(second), out=tmp_path / "own", **settings)
+    features(NET, list(first), out=tmp_path / "items", **settings)
+    held = features(NET, list(second), out=tmp_path / "items", **settings)
+    assert len(held) == 2
+    assert all(torch.equal(held.map(number), ours.map(number)) for number in range(2))
+
+    for name in ("one", "two"):
+        (tmp_path / name / "here").mkdir(parents=True)
+        Image.effect_noise((64, 64), 90).convert("RGB").save(tmp_path / name / "here" / "a.png")
+        monkeypatch.chdir(tmp_path / name)
+        held = features(NET, "here", out=tmp_path / "files", **settings)
+    assert len(held) == 2
+    assert not torch.equal(held.map(0), held.map(1))
+
+    Image.new("RGB", (96, 64), "red").save("here/a.png")
+    held = features(NET, "here", out=tmp_path / "files", **settings)
+    assert [entry["size"] for entry in held.index["images"]] == [[64, 64], [64, 96]]
+
+
+def test_a_folder_by_two_spellings_is_one(images, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(images)
+    before = features(NET, "../val", out=tmp_path / "f", size=64).index["images"]
+    for place in (str(images), f"{images.parent}/./val"):
+        assert features(NET, place, out=tmp_path / "f", size=64).index["images"] == before
+
+
+@pytest.mark.parametrize("lacking", ["a map", "the state"])
+def test_what_is_not_whole_is_made_again(images, tmp_path, lacking) -> None:
+    """A map that is gone, or an index of a version that noted no state."""
+    held = features(NET, images, out=tmp_path / "f", size=64)
+    whole, entry = maps_by_name(held), held.index["images"][1]
+    (tmp_path / "f" / entry["file"]).unlink()
+    if lacking == "the state":
+        np.save(tmp_path / "f" / held.index["images"][2]["file"], 0 * held.map(2).numpy())
+        for own in held.index["images"]:
+            del own["path"], own["state"]
+        held.save_index()
+    again = features(NET, images, out=tmp_path / "f", size=64, pca=3)
+    found = maps_by_name(again)
+    assert found.keys() == whole.keys()
+    assert all(torch.allclose(found[name], whole[name], atol=1e-4) for name in whole)
+    assert len(list((tmp_path / "f" / "maps").iterdir())) == 4
+
+
+def test_a_map_that_is_gone_with_its_image_is_forgotten(images, tmp_path) -> None:
+    held = features(NET, images, out=tmp_path / "f", size=64)
+    entry = held.index["images"][1]
+    (tmp_path / "f" / entry["file"]).unlink()
+    (images / "1.png").unlink()
+    again = features(NET, images, out=tmp_path / "f", size=64, pca=3)
+    assert [own["name"] for own in again.index["images"]] == [
+        str(images / f"{number}.png") for number in (0, 2, 3)
+    ]
+    assert len({own["file"] for own in again.index["images"]}) == 3
+
+
 def test_images_that_are_new_are_normalised_as_those_before(tmp_path) -> None:
     deep = tmp_path / "deep"
     deep.mkdir()
@@ -119,6 +216,22 @@ def test_images_that_are_new_are_normalised_as_those_before(tmp_path) -> None:
     assert held.index["normalisation"] == json.loads(json.dumps(before))
     assert torch.allclose(held.map(1), held.map(0), atol=1e-4)
     assert len(held) == 3
+
+
+def test_features_that_are_no_numbers_are_refused(images, run_maker, tmp_path) -> None:
+    run = run_maker("diverged")
+    diverge(run)
+    with pytest.raises(DivergedError, match="2 of this network give features that are NaN or inf"):
+        features(run, images, out=tmp_path / "f")
+    assert not (tmp_path / "f").exists()
+
+
+def test_images_are_read_as_those_of_the_run(images, run_maker, tmp_path) -> None:
+    run = run_maker("run", nodata=-9999.0, pages="first")
+    index = features(run, images, out=tmp_path / "f").index
+    assert (index["nodata"], index["pages"]) == (-9999.0, "first")
+    index = features(run, images, out=tmp_path / "g", nodata=7.0, pages="images").index
+    assert (index["nodata"], index["pages"]) == (7.0, "images")
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from evil_run import EVIL, NAMES, make_images
+from evil_run import EVIL, NAMES, diverge, make_images
 from PIL import Image
 
 from pixel_level_contrastive_learning.evaluation.results import CurvePoint, Evaluation, Row
+from pixel_level_contrastive_learning.visualization import report as report_module
 from pixel_level_contrastive_learning.visualization.report import (
     POLICY,
     Report,
@@ -144,6 +145,17 @@ def test_a_collapsed_run_is_called_one(run_maker, tmp_path) -> None:
     assert "have collapsed" in page
 
 
+@pytest.mark.parametrize("with_metrics", [True, False])
+def test_a_diverged_run_has_a_report_that_says_so(run_maker, tmp_path, with_metrics) -> None:
+    run = run_maker("diverged")
+    if not with_metrics:  # else by them its features have not collapsed
+        (run / "metrics.jsonl").unlink()
+    diverge(run)
+    page = visualize(run, out=tmp_path / "diverged.html", count=1).read_text()
+    assert "Something is wrong with this run" in page
+    assert "The features are not finite" in page
+
+
 def test_a_backbone_without_a_run_has_a_report_too(run_maker, tmp_path) -> None:
     run = run_maker("bare")
     images = tmp_path / "images"
@@ -181,6 +193,16 @@ def test_twelve_images_stay_under_ten_megabytes(run_maker, tmp_path) -> None:
     assert page.read_text().count('class="shared"') == 2 * 12
 
 
+@pytest.mark.parametrize("given", [{}, {"nodata": 7.0, "pages": "images"}])
+def test_images_are_read_as_those_of_the_run(run_maker, tmp_path, monkeypatch, given) -> None:
+    run = run_maker("read", nodata=-9999.0, pages="first")
+    asked = []
+    monkeypatch.setattr(report_module, "open_source", lambda _, **own: asked.append(own) or [][0])
+    with pytest.raises(IndexError):
+        visualize(run, out=tmp_path / "page.html", **given)
+    assert asked == [{"nodata": -9999.0, "pages": "first"} | given]
+
+
 @pytest.mark.parametrize(
     ("data", "why"),
     [
@@ -212,6 +234,9 @@ def test_values_out_of_range_are_refused_at_once(tmp_path) -> None:
 def test_a_folder_is_no_page(run_maker, tmp_path) -> None:
     with pytest.raises(ValueError, match=r"a folder; name a file, such as report\.html"):
         visualize(run_maker("page"), out=tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"the folder of out is .*file is a file; name a folder"):
+        visualize(tmp_path / "page", out=tmp_path / "file" / "report.html")
 
 
 def test_settings_that_are_none_are_refused(run_maker, tmp_path) -> None:
