@@ -26,9 +26,9 @@ FLAGS_OF_PRETRAIN = """
 --prob-gray --prob-blur --blur-sigma --prob-solarise --loss --alpha --instance-weight
 --projection-size --projection-hidden-size --ppm-num-layers --ppm-gamma --distance-thres
 --similarity-temperature --batch-size --accumulate --epochs --steps --optimizer --lr --weight-decay
---warmup-epochs --final-lr --target-momentum --clip-grad --seed --precision --workers --accelerator
---devices --num-nodes --strategy --checkpoint-every --keep-checkpoints --max-broken --loggers
---picture-every --probe --ids --colours --probe-protocol --probe-every
+--warmup-epochs --final-lr --target-momentum --clip-grad --seed --precision --workers --cache
+--accelerator --devices --num-nodes --strategy --graph --checkpoint-every --keep-checkpoints
+--max-broken --loggers --picture-every --probe --ids --colours --probe-protocol --probe-every
 """
 FLAGS = FLAGS_OF_PRETRAIN.split()
 
