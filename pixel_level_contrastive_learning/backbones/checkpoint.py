@@ -156,7 +156,7 @@ def read_card(weights: Path, from_hub: bool = False) -> BackboneCard:
     except (ValueError, TypeError) as error:  # not JSON is a ValueError, too
         raise ValueError(f"{path} is not a backbone's card: {error}") from error
     if (handed := handed_name()) is not None:
-        return replace(card, model=handed)
+        return replace(card, model=handed, config=None)
     if from_hub:
         refuse_code(card.model)
     file = custom_file(card.model)
