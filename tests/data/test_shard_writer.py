@@ -1,7 +1,9 @@
 """Shards written once: what stands in them, going on after a cut, and what is refused."""
 
+import gc
 import io
 import json
+import sys
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +22,7 @@ from pixel_level_contrastive_learning.data.shard_entries import encode
 from pixel_level_contrastive_learning.data.shard_writer import write_shards
 from pixel_level_contrastive_learning.data.sources import open_source
 from pixel_level_contrastive_learning.data.statistics import measure
+from pixel_level_contrastive_learning.files import CannotWriteError
 
 
 @pytest.fixture
@@ -73,13 +76,16 @@ def test_deep_images_keep_their_kind_of_values(tmp_path, dtype) -> None:
     assert np.allclose(stored, bands[:, ::2, ::2])
 
 
-def test_work_that_was_cut_off_goes_on_and_ends_the_same(images, tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize("shard", [0, 1])
+def test_work_that_was_cut_off_goes_on_and_ends_the_same(
+    images, tmp_path, monkeypatch, shard
+) -> None:
     write_shards(images, tmp_path / "whole", max_side=150, images_each=2)
     real, calls = shard_writer.write_shard, []
 
     def failing(path, *given):
         calls.append(path.name)
-        if len(calls) == 2:
+        if len(calls) == shard + 1:
             path.with_name(f"{path.name}.part").write_bytes(b"half")
             raise OSError("No space left on device")
         return real(path, *given)
@@ -87,14 +93,45 @@ def test_work_that_was_cut_off_goes_on_and_ends_the_same(images, tmp_path, monke
     monkeypatch.setattr(shard_writer, "write_shard", failing)
     with pytest.raises(OSError, match="No space left"):
         write_shards(images, tmp_path / "out", max_side=150, images_each=2)
-    assert [p.name for p in sorted((tmp_path / "out").glob("*.tar"))] == ["shards-000000.tar"]
+    assert len(list((tmp_path / "out").glob("*.tar"))) == shard
     packed = write_shards(images, tmp_path / "out", max_side=150, images_each=2)
-    assert packed.kept == 1
-    assert calls == [*(f"shards-00000{k}.tar" for k in (0, 1, 1, 2))]
+    assert packed.kept == shard
+    assert calls == [*(f"shards-00000{k}.tar" for k in sorted([0, 1, 2, shard]))]
     for name in ("shards-000000.tar", "shards-000001.tar", "shards-000002.tar", "shards.json"):
         ours, theirs = (tmp_path / folder / name for folder in ("whole", "out"))
         assert ours.read_bytes() == theirs.read_bytes()
     assert not list((tmp_path / "out").glob("*.part"))
+
+
+def test_a_write_that_fails_names_the_file_and_leaves_nothing_behind_that_ends_badly(
+    images, tmp_path, monkeypatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    unraisable = []
+    monkeypatch.setattr(sys, "unraisablehook", unraisable.append)
+    with monkeypatch.context() as patched:
+        patched.setattr(shard_writer.HashedFile, "write", fail)
+        with pytest.raises(CannotWriteError, match=r"shards-000000\.tar could not .* disk is full"):
+            write_shards(images, tmp_path / "out")
+    gc.collect()
+    assert unraisable == []
+    assert write_shards(images, tmp_path / "out").images == 5
+
+
+def test_two_calls_do_not_write_into_one_folder(images, tmp_path, monkeypatch) -> None:
+    real = shard_writer.write_shard
+
+    def beside(*given):
+        monkeypatch.setattr(shard_writer, "write_shard", real)
+        with ThreadPoolExecutor(1) as other, pytest.raises(ValueError, match="another call is wri"):
+            other.submit(write_shards, images, tmp_path / "out").result()
+        return real(*given)
+
+    monkeypatch.setattr(shard_writer, "write_shard", beside)
+    assert write_shards(images, tmp_path / "out").images == 5
+    assert write_shards(images, tmp_path / "out").kept == 1
 
 
 def test_a_shard_that_rotted_is_written_again(images, tmp_path) -> None:
@@ -125,6 +162,16 @@ def test_broken_images_are_left_out_and_listed(images, tmp_path) -> None:
     assert line.startswith(f"{images / '1.jpg'}\tdamaged: ")
     assert "000000001.jpg" not in members(tmp_path / "out" / "shards-000000.tar")
     assert "1 could not be read, see skipped.txt" in str(packed)
+
+
+@pytest.mark.parametrize("tile", [None, 64])
+def test_where_nothing_can_be_read_it_fails_until_it_is_mended(images, tmp_path, tile) -> None:
+    (images / "0.jpg").write_bytes(b"no image")
+    for _ in range(2):
+        with pytest.raises(TooManyBrokenError, match=r"none of 1 images can .*0\.jpg\): not an im"):
+            write_shards(images / "0.jpg", tmp_path / "out", tile=tile)
+    (images / "0.jpg").write_bytes((images / "süb" / "small.png").read_bytes())
+    assert write_shards(images / "0.jpg", tmp_path / "out", tile=tile).images == 1
 
 
 def test_other_settings_and_other_folders_are_refused(images, tmp_path) -> None:
@@ -301,6 +348,11 @@ def test_cutting_that_was_killed_goes_on_and_ends_the_same(scenes, tmp_path, mon
     for changed in ({"tile": 32}, {"tile": 64, "overlap": 8}, {"tile": 64, "keep_empty": True}, {}):
         with pytest.raises(ValueError, match="which holds shards of another call"):
             write_shards(scenes, tmp_path / "out", **changed)
+
+
+def test_a_link_that_leads_nowhere_is_skipped(scenes, tmp_path) -> None:
+    (scenes / "gone.tif").symlink_to(tmp_path / "nothing.tif")
+    assert write_shards(scenes, tmp_path / "out", tile=64).skipped == 1
 
 
 def test_shards_of_tiles_are_not_gone_on_with_by_copies(images, tmp_path) -> None:
