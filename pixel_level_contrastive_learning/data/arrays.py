@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from io import BytesIO
 from math import prod
 from typing import Any, NamedTuple
 
@@ -18,12 +19,16 @@ from .image import (
     ImageError,
     LazyImage,
     Stack,
+    as_whole_numbers,
     check_memory,
+    to_tensor,
     too_large,
 )
 
 CHANNELS, SIDES = "CS", "YX"
 """Letters of axes; all others count images."""
+NODATA_TAG = 42113
+"""GDAL's TIFF tag: the value, as text, that stands where nothing was measured."""
 
 
 class Deferred:
@@ -166,8 +171,39 @@ def lazy_pixels(pixels: Tensor) -> LazyImage:
 
 
 def channels_last(shape: Sequence[int]) -> bool:
-    """Whether the channels of an array without names stand last: where that is the shorter end."""
-    return len(shape) == 3 and shape[-1] <= shape[0]
+    """Whether the channels of an array without names stand last.
+
+    Two neighbouring sides that alone are equal are height and width; else the shorter end counts
+    channels.
+    """
+    if len(shape) != 3:
+        return False
+    first, middle, last = shape
+    return first == middle if (first == middle) != (middle == last) else last <= first
+
+
+def array_file(array: NDArray[Any], nodata: float | None = None) -> tuple[str, bytes]:
+    """Pixels ``(c, h, w)``, some of them perhaps nodata, as a file: its suffix and its bytes."""
+    file = BytesIO()
+    if nodata is None and not channels_last(array.shape):
+        np.save(file, np.ascontiguousarray(array))
+        return "npy", file.getvalue()
+    # An array of more bands than columns would be read otherwise, and none says what is nodata.
+    from tifffile import imwrite
+
+    tags = [] if nodata is None else [(NODATA_TAG, "s", 0, f"{nodata:.17g}", True)]
+    bands = array[0] if len(array) == 1 else array
+    planes = None if len(array) == 1 else "separate"
+    imwrite(file, bands, photometric="minisblack", planarconfig=planes, extratags=tags)
+    return "tif", file.getvalue()
+
+
+def to_array_file(image: LazyImage) -> bytes:
+    """An image as the file of an array, NaN where nothing was measured."""
+    decoded = image.decode()
+    pixels, known = to_tensor(decoded.pixels), decoded.known
+    pixels = pixels if known is None else pixels.where(known, torch.nan)
+    return array_file(as_whole_numbers(pixels.numpy()))[1]
 
 
 def open_named(named: NamedArray, image: int | None) -> LazyImage:

@@ -21,9 +21,9 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from ..checks import Pages
-from .arrays import NamedArray
+from .arrays import NamedArray, to_array_file
 from .decoding import TIFF, Content, ending_at, ending_of, open_image, stack_in
-from .image import ALL, MOST_JOINED, ImageError, LazyImage, Stack, to_array_file
+from .image import ALL, MOST_JOINED, ImageError, LazyImage, Stack
 from .orientation import PNG
 from .picture import AVIF, JPEG
 from .readers import DICOM, DICOM_MARK, all_readers, call_reader

@@ -12,12 +12,11 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from .arrays import channels_last
+from .arrays import array_file
 from .decoding import IMAGE_SUFFIXES, SIGNATURES, ending_of, open_image
 from .image import ImageError, LazyImage, as_whole_numbers
 from .rasters import Array
 from .sources import NodataSource, Source
-from .tiff import NODATA_TAG
 from .tiles import Tiling
 
 
@@ -146,20 +145,9 @@ def encode(array: Array, quality: int, nodata: float | None = None) -> tuple[str
     """Pixels ``(c, h, w)``, some of them perhaps nodata, as a file: its suffix and its bytes."""
     from PIL import Image
 
-    file = BytesIO()
-    if array.dtype == np.uint8 and len(array) in (1, 3):
-        shape = "1 h w -> h w" if len(array) == 1 else "c h w -> h w c"
-        picture = np.ascontiguousarray(rearrange(array, shape))
-        Image.fromarray(picture).save(file, "JPEG", quality=quality)
-        return "jpg", file.getvalue()
-    if nodata is None and not channels_last(array.shape):
-        np.save(file, np.ascontiguousarray(array))
-        return "npy", file.getvalue()
-    # An array of more bands than columns would be read otherwise, and none says what is nodata.
-    from tifffile import imwrite
-
-    tags = [] if nodata is None else [(NODATA_TAG, "s", 0, f"{nodata:.17g}", True)]
-    bands = array[0] if len(array) == 1 else array
-    planes = None if len(array) == 1 else "separate"
-    imwrite(file, bands, photometric="minisblack", planarconfig=planes, extratags=tags)
-    return "tif", file.getvalue()
+    if array.dtype != np.uint8 or len(array) not in (1, 3):
+        return array_file(array, nodata)
+    file, shape = BytesIO(), "1 h w -> h w" if len(array) == 1 else "c h w -> h w c"
+    picture = np.ascontiguousarray(rearrange(array, shape))
+    Image.fromarray(picture).save(file, "JPEG", quality=quality)
+    return "jpg", file.getvalue()

@@ -17,17 +17,10 @@ import torch
 from torch import Tensor
 
 from ..checks import Pages
-from .arrays import array_to_pixels, lazy_pixels
+from .arrays import array_to_pixels, lazy_pixels, to_array_file
 from .decoding import ending_of, image_suffixes
 from .folders import SLIDE_SUFFIXES, count_by_ending, find_files, is_dicom, no_image_message
-from .image import (
-    CUT,
-    ImageError,
-    LazyImage,
-    to_array_file,
-    to_tensor,
-    without_value,
-)
+from .image import CUT, ImageError, LazyImage, to_tensor, without_value
 from .pages import PagedFiles, Place, chance_of_several, settle_pages
 from .picture import HIGH_DEPTH_MODES, to_eight_bit, to_float
 from .reading import in_time, read_bytes

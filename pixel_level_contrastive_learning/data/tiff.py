@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from .arrays import NamedArray, array_to_pixels, one_image
+from .arrays import NODATA_TAG, NamedArray, array_to_pixels, one_image
 from .image import (
     ALL,
     EIGHT_BIT,
@@ -35,8 +35,6 @@ if TYPE_CHECKING:
     from PIL import Image
 
 T = TypeVar("T")
-NODATA_TAG = 42113
-"""GDAL's TIFF tag: the value, as text, that stands where nothing was measured."""
 IMAGEJ_CHANNELS = 7
 """Channels that ImageJ shows at most: with more, a writer has named an axis without being told."""
 SMALLER_COPY = 0.02

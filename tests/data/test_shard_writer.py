@@ -215,14 +215,15 @@ def test_a_file_without_a_known_suffix_takes_it_from_its_content(tmp_path, kind,
     assert open_source(tmp_path / "out").open(0).size == (3, 4)
 
 
-def test_images_of_more_bands_than_columns_keep_their_bands(tmp_path) -> None:
+@pytest.mark.parametrize(("side", "nodata"), [(20, None), (40, None), (40, -1.0)])
+def test_images_of_more_bands_than_columns_keep_their_bands(tmp_path, side, nodata) -> None:
     (tmp_path / "bands").mkdir()
-    bands = np.arange(12, dtype=np.uint16)[:, None, None].repeat(40, 1).repeat(20, 2) * 1000
+    bands = np.arange(24, dtype=np.uint16)[:, None, None].repeat(40, 1).repeat(20, 2) * 1000
     imwrite(tmp_path / "bands/a.tif", bands, photometric="minisblack", planarconfig="separate")
-    write_shards(tmp_path / "bands", tmp_path / "out", max_side=20)
+    write_shards(tmp_path / "bands", tmp_path / "out", max_side=side, nodata=nodata)
     opened = open_source(tmp_path / "out").open(0)
-    assert (opened.channels, opened.size) == (12, (20, 10))
-    assert opened.read()[:, 0, 0].tolist() == [1000 * band for band in range(12)]
+    assert (opened.channels, opened.size) == (24, (side, side // 2))
+    assert opened.read()[:, 0, 0].tolist() == [1000 * band for band in range(24)]
 
 
 def test_a_folder_may_be_spelled_otherwise_when_it_goes_on(images, tmp_path, monkeypatch) -> None:

@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 
 from pixel_level_contrastive_learning.augment import IMAGENET_MEAN, IMAGENET_STD
+from pixel_level_contrastive_learning.data.arrays import NODATA_TAG
 from pixel_level_contrastive_learning.data.decoding import open_image
 from pixel_level_contrastive_learning.data.image import ImageError
 from pixel_level_contrastive_learning.data.sources import open_source
 from pixel_level_contrastive_learning.data.statistics import Statistics, measure
-from pixel_level_contrastive_learning.data.tiff import NODATA_TAG
 
 
 def gray(value: int) -> torch.Tensor:
