@@ -99,6 +99,17 @@ def with_nodata(raster: Raster, value: float | None) -> Raster:
     return replace(raster, read=read, scales=raster.scales[:1], nodata=nodata)
 
 
+def inverted(raster: Raster, white: float) -> Raster:
+    """A raster of values of which 0 is white and ``white`` is black, brighter where more is."""
+
+    def read(box: Box, size: tuple[int, int]) -> Window:
+        pixels, known = raster.read(box, size)
+        return Window((white - pixels).astype(raster.dtype), known)
+
+    nodata = None if raster.nodata is None else white - raster.nodata
+    return replace(raster, read=read, nodata=nodata)
+
+
 def decoded_raster(image: LazyImage) -> Raster:
     """A picture that is decoded whole, when its first window is read."""
     lock = Lock()

@@ -64,6 +64,12 @@ TIFFS: dict[str, tuple[np.ndarray, dict[str, object]]] = {
     "float": (values((90, 110), np.float32) / 7, {"compression": "zstd", "predictor": 3}),
     "eight": (values((90, 110, 3), np.uint8), {"photometric": "rgb"}),
     "white": (values((90, 110), np.uint8), {"photometric": "miniswhite"}),
+    "deep white": (values((90, 110)), {"photometric": "miniswhite"}),
+    "white planes": (
+        values((3, 90, 110)),
+        PLANES | {"photometric": "miniswhite", "compression": "zlib"},
+    ),
+    "white float": (values((90, 110), np.float32) / 60000, {"photometric": "miniswhite"}),
     "smooth": (SLOPE, {"photometric": "rgb", "compression": "jpeg", "tile": (32, 32)}),
     "turned": (values((110, 90)), {"extratags": [(274, "H", 1, 6, True)]}),
     "motorola": (values((90, 110)), {"byteorder": ">"}),
@@ -82,6 +88,9 @@ FILES: dict[str, Callable[[Path], object]] = {
     "smooth.jpg": lambda p: Image.fromarray(SLOPE).save(p, exif=turned(6)),
     "palette.tif": lambda p: picture(p, "P"),
     "fax.tif": lambda p: Image.fromarray(SLOPE[..., 0] > 60).save(p, compression="group4"),
+    "white nibbles.tif": lambda p: by_gdal(
+        p, values((1, 90, 110), np.uint8) % 16, nbits=4, photometric="MINISWHITE"
+    ),
     "nibbles.tif": lambda p: by_gdal(p, values((1, 90, 110), np.uint8) % 16, nbits=4),
     "palette.png": lambda p: picture(p, "P"),
     "clear.png": lambda p: picture(p, "RGBA"),
@@ -182,6 +191,7 @@ def stack(*shape: int, axes: str = "", **how: object) -> Callable[[Path], None]:
 
 
 GRAY = {"photometric": "minisblack"}
+COLOURS = values((3, 256), np.uint8).astype(np.uint16) * 257
 STACKS: dict[str, tuple[Callable[[Path], object], int, int]] = {
     "frames.gif": (frames, 3, 3),
     "two_series.tif": (two_series, 3, 1),
@@ -197,6 +207,14 @@ STACKS: dict[str, tuple[Callable[[Path], object], int, int]] = {
     "more than imagej has.tif": (stack(12, imagej=True), 12, 1),
     "rows.tif": (lambda path: imwrite(path, values((40, 50, 12)), **GRAY), 1, 12),
     "colour.tif": (lambda path: imwrite(path, values((5, 40, 50, 3)), photometric="rgb"), 5, 3),
+    "white.tif": (stack(3, photometric="miniswhite"), 1, 3),
+    "palette.tif": (
+        lambda path: imwrite(
+            path, values((5, 40, 50), np.uint8), photometric="palette", colormap=COLOURS
+        ),
+        5,
+        3,
+    ),
 }
 
 
@@ -246,6 +264,10 @@ def test_what_cannot_be_read_right_is_refused(tmp_path) -> None:
     Image.new("CMYK", (50, 40)).save(tmp_path / "a.tif")
     with pytest.raises(ImageError, match="its colours are SEPARATED; save it as RGB"):
         open_rasters(str(tmp_path / "a.tif"))
+    colours = values((3, 2**16))
+    imwrite(tmp_path / "p.tif", values((50, 40)), photometric="palette", colormap=colours)
+    with pytest.raises(ImageError, match="its colours are a palette of 16 bits; save it as RGB"):
+        open_rasters(str(tmp_path / "p.tif"))
     np.save(tmp_path / "a.npy", np.zeros((40, 50), np.complex64))
     with pytest.raises(ImageError, match="values of type complex64; they must be whole numbers"):
         open_rasters(str(tmp_path / "a.npy"))
