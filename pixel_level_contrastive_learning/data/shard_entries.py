@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from io import BytesIO
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from torch.nn.functional import interpolate
 
 from .arrays import array_file
 from .decoding import IMAGE_SUFFIXES, SIGNATURES, ending_of, open_image
-from .image import ImageError, LazyImage, as_whole_numbers
+from .image import ImageError, LazyImage, as_whole_numbers, largest_scale, to_tensor
 from .rasters import Array
 from .sources import NodataSource, Source
 from .tiles import Tiling
@@ -130,14 +131,23 @@ def suffix_of(name: str, content: bytes) -> str:
 
 
 def read_smaller(image: LazyImage, max_side: int) -> Tensor:
-    """Upright pixels ``(c, h, w)`` of a longer side of ``max_side`` at most, without aliasing."""
+    """Upright pixels ``(c, h, w)`` of a longer side of ``max_side`` at most, without aliasing.
+
+    They are NaN where less than half of what they stand for was measured (or, if that is so
+    everywhere, less than anywhere else).
+    """
     longer = max(image.size)
     max_side = min(max_side, longer)
-    h, w = (max(1, round(side * max_side / longer)) for side in image.size)
-    height, width = (max_side if side == longer else 1 for side in image.size)
-    pixels = image.read((height, width))
+    size = tuple(max(1, round(side * max_side / longer)) for side in image.size)
+    decoded = image.decode(largest_scale(min(longer / max_side, *image.size)))
+    pixels, known = to_tensor(decoded.pixels), decoded.known
     whole_numbers = pixels.dtype != torch.uint8 and bool((pixels == pixels.round()).all())
-    smaller = interpolate(pixels[None], (h, w), mode="bilinear", antialias=True)[0]
+    resize = partial(interpolate, size=size, mode="bilinear", antialias=True)
+    smaller: Tensor = resize((pixels if known is None else pixels * known)[None])[0]
+    if known is not None:
+        share = resize(known[None].float())[0]
+        smaller /= share
+        smaller[share < share.max().clamp(max=0.5)] = torch.nan
     return smaller.round() if whole_numbers else smaller
 
 

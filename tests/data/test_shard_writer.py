@@ -234,14 +234,26 @@ def test_a_folder_may_be_spelled_otherwise_when_it_goes_on(images, tmp_path, mon
 
 def test_what_was_not_measured_is_not_blended_with_what_was(tmp_path) -> None:
     bands = np.full((3, 40, 60), 7.5, np.float32)
+    bands[:, :10] = 1.5
     bands[:, :, 30:] = -9999
     np.save(tmp_path / "a.npy", bands)
-    for max_side in (640, 31):  # kept, and made smaller
+    for max_side in (640, 30):  # kept, and made smaller
         out = tmp_path / f"out-{max_side}"
         write_shards(tmp_path / "a.npy", out, max_side=max_side, nodata=-9999)
-        assert torch.allclose(open_source(out).open(0).read(), torch.tensor(7.5))
+        pixels, *_, known = open_source(out).open(0).decode()
+        measured = round(pixels.shape[-1] / 2)
+        assert known[..., :measured].all() != known[..., measured:].any()
+        assert torch.allclose(pixels[:, -10:, :measured], torch.tensor(7.5))
         with pytest.raises(ValueError, match=r"holds shards of another call .nodata -9999 and now"):
             write_shards(tmp_path / "a.npy", out, max_side=max_side)
+
+
+def test_what_was_rarely_measured_is_kept_where_it_was_most(tmp_path) -> None:
+    sparse = np.full((40, 40), np.nan, np.float32)
+    sparse[::2, ::4] = 3.5
+    np.save(tmp_path / "a.npy", sparse)
+    write_shards(tmp_path / "a.npy", tmp_path / "out", max_side=10)
+    assert torch.allclose(open_source(tmp_path / "out").open(0).read(), torch.tensor(3.5))
 
 
 @pytest.fixture
