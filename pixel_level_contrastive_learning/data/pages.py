@@ -154,6 +154,7 @@ class PagedFiles:
         split: How many images of the source a file is, by its number, where it is several.
         merged: Which image of a file stands for all of its, by its number: `ALL`, or the first.
         starts: ``(files,)`` int64, the index of each file's first image; None where each is one.
+        more: How many more images than files there are.
     """
 
     chances: bytes
@@ -161,6 +162,7 @@ class PagedFiles:
     split: Mapping[int, int] = MappingProxyType({})
     merged: Mapping[int, int] = MappingProxyType({})
     starts: Tensor | None = None
+    more: int = 0
 
     @property
     def files(self) -> int:
@@ -176,7 +178,7 @@ class PagedFiles:
         raise NotImplementedError
 
     def __len__(self) -> int:
-        return self.files + sum(count - 1 for count in self.split.values())
+        return self.files + self.more
 
     def locate(self, index: int) -> tuple[int, int | None]:
         """The file that an image is in, and which it is there; None for the only one."""
@@ -288,6 +290,7 @@ class PagedFiles:
             counts = torch.ones(self.files, dtype=torch.int64)
             counts[list(self.split)] = torch.tensor(list(self.split.values()))
             self.starts = counts.cumsum(0) - counts
+            self.more = int(counts.sum()) - self.files
 
 
 def is_split(stack: Stack, pages: Pages | None) -> bool:

@@ -261,7 +261,7 @@ def find_rasters(data: Sequence[str | Path]) -> list[str]:
         files = None if is_shards(place) else open_path(place, slides=True)
         if not isinstance(files, FileSource):
             raise ValueError(f"data is {place!r}; tiles are cut from files: name their folder")
-        paths += map(files.file_name, range(files.files))
+        paths += files.paths
     return paths
 
 
