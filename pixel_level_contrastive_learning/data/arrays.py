@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from io import BytesIO
 from math import prod
-from typing import Any, NamedTuple
+from threading import Lock
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -22,13 +23,28 @@ from .image import (
     as_whole_numbers,
     check_memory,
     to_tensor,
-    too_large,
 )
+
+T = TypeVar("T")
 
 CHANNELS, SIDES = "CS", "YX"
 """Letters of axes; all others count images."""
 NODATA_TAG = 42113
 """GDAL's TIFF tag: the value, as text, that stands where nothing was measured."""
+
+
+class Once(Generic[T]):
+    """What a call gives, made by the first thread that asks for it, for which others wait."""
+
+    def __init__(self, call: Callable[[], T]) -> None:
+        self.call, self.lock = call, Lock()
+        self.results: list[T] = []
+
+    def __call__(self) -> T:
+        with self.lock:
+            if not self.results:
+                self.results.append(self.call())
+            return self.results[0]
 
 
 class Deferred:
@@ -45,17 +61,15 @@ class Deferred:
         self, shape: Sequence[int], dtype: Any, read: Callable[[], Any], held: bool = True
     ) -> None:
         self.shape, self.dtype = tuple(shape), np.dtype(dtype)
-        self.read, self.held = read, held
-        self.values: Any = None
+        self.read, self.held = Once(read) if held else read, held
 
     def __getitem__(self, index: Any) -> Any:
-        values = self.values
-        if values is None:
-            if self.held and prod(self.shape) * self.dtype.itemsize > MAX_BYTES:
-                raise ImageError(too_large(*self.shape[:2]))
-            values = self.read()
-            self.values = values if self.held else None
-        return values[index]
+        if self.held and prod(self.shape) * self.dtype.itemsize > MAX_BYTES:
+            raise ImageError(
+                f"an array of {'x'.join(map(str, self.shape))} values would take more than "
+                f"{MAX_BYTES // 2**30} GiB; split it, or save it as OME-Zarr or TIFF"
+            )
+        return self.read()[index]
 
 
 class NamedArray(NamedTuple):

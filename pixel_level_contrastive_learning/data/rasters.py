@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from threading import Lock
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -112,16 +111,9 @@ def inverted(raster: Raster, white: float) -> Raster:
 
 def decoded_raster(image: LazyImage) -> Raster:
     """A picture that is decoded whole, when its first window is read."""
-    lock = Lock()
 
     def read() -> Array:
         return as_whole_numbers(to_tensor(image.decode().pixels).numpy())
 
     dtype = np.float32 if image.high_depth else np.uint8
-    raster = named_raster(NamedArray(Deferred((image.channels, *image.size), dtype, read), "CYX"))
-
-    def locked(box: Box, size: tuple[int, int]) -> Window:
-        with lock:  # else several threads decode it
-            return raster.read(box, size)
-
-    return replace(raster, read=locked)
+    return named_raster(NamedArray(Deferred((image.channels, *image.size), dtype, read), "CYX"))
