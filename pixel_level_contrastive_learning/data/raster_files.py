@@ -28,6 +28,7 @@ from .tiff import (
     Plane,
     Samples,
     is_slide,
+    layout,
     opened_tiff,
     page_of,
     photometric_of,
@@ -42,28 +43,26 @@ DRIVERS |= {b"P5": "PNM", b"P6": "PNM"}
 
 
 def is_larger(path: str, side: int) -> bool:
-    """Whether a side of a file's image is longer than that; unreadable ones are not."""
+    """Whether a side of one of a file's images is longer than that; unreadable ones are not."""
     from PIL import Image
-    from tifffile import TiffFile
 
     if Path(path).suffix.lower() in SLIDE_SUFFIXES:
         return True
     try:
         with known_errors(but=Image.DecompressionBombError):
             if (named := from_reader(path)) is not None:
-                size = named.size
+                sizes = [named.size]
             elif read_bytes(path, 0, 4) in TIFF:
-                with TiffFile(path) as file:
-                    page: Any = file.pages[0]
-                    size = page.imagelength, page.imagewidth
+                with opened_tiff(path) as file:
+                    sizes = [layout(file, planes[0]).size for planes in tiff_images(file).images]
             else:
                 with Image.open(path) as image:
-                    size = image.size
+                    sizes = [image.size]
     except Image.DecompressionBombError:
         return True
     except ImageError:  # the reason is told when it is read
         return False
-    return max(size) > side
+    return any(max(size) > side for size in sizes)
 
 
 def open_rasters(path: str, pages: Pages | None = None) -> list[Raster]:

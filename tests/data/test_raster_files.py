@@ -296,6 +296,13 @@ def test_the_size_is_read_from_the_header(tmp_path, monkeypatch) -> None:
     for name in ("strips.tif", "first.npy", "last.npy", "deep.png"):
         FILES[name](tmp_path / name)
         assert [is_larger(str(tmp_path / name), side) for side in (109, 110)] == [True, False]
+    with TiffWriter(tmp_path / "thumbnail.tif") as file:
+        file.write(values((9, 11)), subfiletype=1, metadata=None)
+        file.write(values((90, 110)), metadata=None)
+    STACKS["rows.tif"][0](tmp_path / "rows.tif")
+    for name, longer in {"thumbnail.tif": 110, "rows.tif": 50}.items():
+        path = str(tmp_path / name)
+        assert (is_larger(path, longer - 1), is_larger(path, longer)) == (True, False)
     (tmp_path / "broken.png").write_bytes(b"?")
     assert not is_larger(str(tmp_path / "broken.png"), 1)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # a bomb for Pillow
