@@ -8,16 +8,25 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from queue import Empty, SimpleQueue
-from threading import Thread
-from typing import IO, Any, TypeVar
+from threading import Lock, Thread
+from typing import IO, Any, Generic, Protocol, TypeVar
 
 from .image import CUT, MAX_BYTES, ImageError
 
 T = TypeVar("T")
+
+
+class Closeable(Protocol):
+    """What is closed when it is no longer needed."""
+
+    def close(self) -> object: ...
+
+
+F = TypeVar("F", bound=Closeable)
 
 PATIENCE, LESS_PATIENCE = 60.0, 5.0
 """Seconds after which a read is given up; and where another one in its folder still hangs."""
@@ -93,6 +102,49 @@ def end_idle() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=end_idle, after_in_child=STUCK.clear)
+
+
+class Kept(Generic[F]):
+    """Opened files that are kept for who asks for them again, each used by one thread at a time.
+
+    Args:
+        most: How many are kept: those that were used last.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most, self.lock = most, Lock()
+        self.files: list[tuple[Hashable, F]] = []
+        self.left = self.files
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self.leave)
+
+    def leave(self) -> None:
+        """Use no file that another process moves in; a decoder may not even be closed here."""
+        self.lock, self.left, self.files = Lock(), self.files, []
+
+    @contextmanager
+    def opened(self, key: Hashable, open_it: Callable[[], F]) -> Iterator[F]:
+        """One that was kept under a key, or else one that is opened now; kept unless it fails."""
+        with self.lock:
+            there = next((i for i, (own, _) in enumerate(self.files) if own == key), None)
+            file = None if there is None else self.files.pop(there)[1]
+        file = open_it() if file is None else file
+        try:
+            yield file
+        except BaseException:
+            file.close()
+            raise
+        with self.lock:
+            self.files.append((key, file))
+            old = self.files.pop(0)[1] if len(self.files) > self.most else None
+        if old is not None:
+            old.close()
+
+
+def version_of(path: str) -> Hashable:
+    """What changes when a file is written anew."""
+    about = os.stat(path)
+    return path, about.st_ino, about.st_size, about.st_mtime_ns
 
 
 def open_regular(path: str) -> IO[bytes]:

@@ -7,10 +7,12 @@ name are images, too, which `Stack.joinable` says may as well be the channels of
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
+from functools import partial
 from io import BytesIO
 from math import isnan, nan, prod
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -29,6 +31,7 @@ from .image import (
 )
 from .orientation import ORIENTATION_TAG, turn_upright, upright_size
 from .picture import averaged, to_eight_bit, to_float
+from .reading import Kept, version_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -44,6 +47,8 @@ ROWS = -1
 WIDEST_ROW = 16
 """Width of a page up to which it is no picture but a row of pixels, and its columns are channels:
 what tifffile makes of an array ``(h, w, c)`` without being told."""
+KEPT: Kept[Any] = Kept(16)
+"""TIFFs of several images: their pages form a chain that is walked along when they are opened."""
 SLIDE_KINDS = ("svs", "ndpi", "scn", "bif", "philips")
 """TIFFs that tifffile knows as slides, whatever their ending."""
 GRAY = ("MINISBLACK", "MINISWHITE")
@@ -74,7 +79,18 @@ class TiffImages(NamedTuple):
 
 
 def tiff_images(file: Any) -> TiffImages:
-    """What images a file holds, opened by tifffile."""
+    """What images a file holds, opened by tifffile; found once for as long as it is open."""
+    if file not in FOUND:
+        FOUND[file] = find_images(file)
+    return FOUND[file]
+
+
+FOUND: WeakKeyDictionary[Any, TiffImages] = WeakKeyDictionary()
+"""What open files hold."""
+
+
+def find_images(file: Any) -> TiffImages:
+    """What images a file holds."""
     import numpy as np
 
     kept = full_size(file)
@@ -140,12 +156,15 @@ def nodata(page: Any) -> float:
     return nan
 
 
-def opened_tiff(content: bytes | str) -> Any:
-    """A TIFF opened by tifffile."""
+def opened_tiff(content: bytes | str) -> AbstractContextManager[Any]:
+    """A TIFF opened by tifffile, whose pages are looked for once where they stay in their file."""
     from tifffile import TiffFile
 
-    source = BytesIO(content) if isinstance(content, bytes) else content
-    return TiffFile(source, _multifile=False)  # of one in several files, this one
+    if isinstance(content, bytes):
+        file: AbstractContextManager[Any] = TiffFile(BytesIO(content), _multifile=False)
+        return file
+    # Of a TIFF in several files, this one.
+    return KEPT.opened(version_of(content), partial(TiffFile, content, _multifile=False))
 
 
 def stack_of_tiff(content: bytes | str) -> Stack:
@@ -314,7 +333,11 @@ def read_by_pillow(content: bytes | str, page: int, convert: Callable[[Image.Ima
     """A page read by Pillow, which turns it upright itself, and converted."""
     from PIL.TiffImagePlugin import TiffImageFile
 
-    with BytesIO(content) if isinstance(content, bytes) else open(content, "rb") as stream:
-        image = TiffImageFile(stream)
+    if isinstance(content, bytes):
+        image = TiffImageFile(BytesIO(content))
         image.seek(page)
         return convert(image)
+    key = "Pillow", version_of(content)
+    with KEPT.opened(key, lambda: TiffImageFile(open(content, "rb"))) as image:
+        image.seek(page)
+        return convert(image.copy())

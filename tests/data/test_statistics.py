@@ -97,7 +97,8 @@ def filled(values: torch.Tensor, value: float, rows: int = 5) -> torch.Tensor:
     return values
 
 
-RAMP = torch.linspace(0, 1, 80 * 90).view(1, 80, 90)[:, torch.randperm(80)]
+ORDER = torch.randperm(80, generator=torch.Generator().manual_seed(0))
+RAMP = torch.linspace(0, 1, 80 * 90).view(1, 80, 90)[:, ORDER]
 NODATA = {
     "reflectance": (0.3 * RAMP, -9999),
     "reflectance in whole numbers": (10000 * RAMP, 65535),
