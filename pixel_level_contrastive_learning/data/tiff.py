@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from functools import partial
 from io import BytesIO
-from math import isnan, nan, prod
+from math import nan, prod
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -260,14 +260,11 @@ def open_tiff(content: bytes | str, image: int | None = None) -> LazyImage:
 
     def load(scale: int) -> DecodedImage:
         with opened_tiff(content) as file:
-            parts = [read_plane(file, plane, content, samples, orientation) for plane in planes]
+            how = samples, orientation, missing
+            parts = [read_plane(file, plane, content, *how) for plane in planes]
         if len(parts) == 1 and not isinstance(parts[0], Tensor):
             return averaged(parts[0], scale)
-        pixels = torch.cat([to_tensor(part) for part in parts])
-        if samples.deep and not isnan(missing):
-            rounded = torch.tensor(missing, dtype=pixels.dtype)  # as they are
-            pixels.masked_fill_(pixels == rounded, torch.nan)
-        return DecodedImage(pixels)
+        return DecodedImage(torch.cat([to_tensor(part) for part in parts]))
 
     return LazyImage(upright_size(height, width, orientation), channels, samples.deep, load)
 
@@ -280,9 +277,14 @@ def layout(file: Any, plane: Plane) -> NamedArray:
 
 
 def read_plane(
-    file: Any, plane: Plane, content: bytes | str, samples: Samples, orientation: int
+    file: Any,
+    plane: Plane,
+    content: bytes | str,
+    samples: Samples,
+    orientation: int,
+    missing: float,
 ) -> Tensor | Image.Image:
-    """The upright pixels of one plane of a TIFF."""
+    """The upright pixels of one plane of a TIFF, NaN where they are the value that is missing."""
     page = page_of(file, plane)
     if samples.by_pillow and page is not None:
         return read_by_pillow(content, page.index, to_eight_bit)
@@ -291,9 +293,18 @@ def read_plane(
     except MissingCodecError:
         if page is None or samples.samples != 1 or samples.palette is not None:
             raise
-        return read_by_pillow(content, page.index, to_float)
+        return without_missing(read_by_pillow(content, page.index, to_float), missing)
     pixels = array_to_pixels(array, layout(file, plane).axes)
+    if samples.palette is None:
+        pixels = without_missing(pixels, missing)
     return turn_upright(samples.to_pixels(pixels), orientation)
+
+
+def without_missing(pixels: Tensor, missing: float) -> Tensor:
+    """Stored values with NaN for one of them; those of 8 bits as they are."""
+    if not pixels.is_floating_point():
+        return pixels
+    return pixels.masked_fill(pixels == torch.tensor(missing, dtype=pixels.dtype), torch.nan)
 
 
 class MissingCodecError(ImageError):

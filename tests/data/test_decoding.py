@@ -99,6 +99,14 @@ def test_what_a_geotiff_says_was_not_measured_is_filled(dtype, text, value, comp
     assert raster.pixels.tolist() == bands.tolist()
 
 
+def test_nodata_of_a_tiff_is_the_value_that_is_stored() -> None:
+    ramp = np.arange(12, dtype=np.uint16).reshape(3, 4)
+    tag = (NODATA_TAG, 2, 0, "5", True)
+    image = open_image(tiff(ramp, extratags=[tag], photometric="miniswhite")).decode()
+    assert (image.known[0].numpy() == (ramp != 5)).all()
+    assert (image.pixels[0].numpy() == np.where(ramp == 5, 65535 - 11, 65535 - ramp)).all()
+
+
 @pytest.mark.parametrize(("dtype", "text"), [(np.float32, "none"), (np.uint8, "0")])
 def test_a_tag_without_a_number_and_8_bit_data_are_taken_as_they_are(dtype, text) -> None:
     ramp = np.arange(12, dtype=dtype).reshape(3, 4)

@@ -168,6 +168,17 @@ def test_what_was_not_measured_is_known(tmp_path) -> None:
     assert np.array_equal(pixels, bands, equal_nan=True)
 
 
+def test_nodata_of_values_that_begin_with_white_is_turned_with_them(tmp_path) -> None:
+    ramp = np.arange(2000, dtype=np.uint16).reshape(40, 50)
+    how = {"photometric": "miniswhite", "compression": "zlib"}
+    imwrite(tmp_path / "a.tif", ramp, extratags=[(42113, "s", 0, "7", True)], **how)
+    [raster] = open_rasters(str(tmp_path / "a.tif"))
+    pixels, known = raster.read((0, 0, 50, 40), (40, 50))
+    assert (pixels == 65535 - ramp).all()
+    assert (known == (ramp != 7)).all()
+    assert raster.nodata == 65535 - 7
+
+
 def test_a_mask_beside_the_pixels_says_what_was_measured(tmp_path) -> None:
     measured = np.tri(40, 50, dtype=bool)
     by_gdal(tmp_path / "a.tif", values((3, 40, 50), np.uint8), measured)

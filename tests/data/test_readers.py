@@ -321,10 +321,12 @@ def test_colours_of_dicom(tmp_path) -> None:
     assert (found == np.stack([GRAY, 255 - GRAY, GRAY // 2])).all()
 
 
-def test_padding_of_dicom_was_not_measured(tmp_path) -> None:
+@pytest.mark.parametrize("ends", [(-2000,), (-2000, -1990), (-1990, -2000)])
+def test_padding_of_dicom_was_not_measured(tmp_path, ends) -> None:
     padded = CT.copy()
-    padded[:3] = -2000
-    dicom(tmp_path / "a.dcm", padded, PixelPaddingValue=-2000, RescaleSlope=2, RescaleIntercept=5)
+    padded[:3] = np.linspace(ends[0], ends[-1], 32).astype(CT.dtype)
+    tags = dict(zip(("PixelPaddingValue", "PixelPaddingRangeLimit"), ends, strict=False))
+    dicom(tmp_path / "a.dcm", padded, RescaleSlope=2, RescaleIntercept=5, **tags)
     source = open_source(tmp_path)
     assert pixels(source)[0].min() == 2 * CT[3:].min() + 5  # the lowest that was measured
     assert measure(source).low[0] > -2048 + 5
