@@ -26,7 +26,7 @@ from ..files import cannot_write, check_writable, rename, sync, write_whole
 from ..run_layout import LOCK, SKIPPED
 from .dataset import BrokenImage, TooManyBrokenError, check_broken
 from .image import NO_WARNINGS, ImageError
-from .loader import in_order
+from .loader import cores, in_order
 from .shard_entries import Copies, Entry, Tiles
 from .sources import open_source
 from .tiles import Tiling, find_rasters
@@ -167,7 +167,7 @@ def write_shards(
     total, kept = -(-count // each), 0
     shared = common_folder(files)
     broken: dict[str, BrokenImage] = {}
-    workers = workers or os.cpu_count() or 1
+    workers = workers or cores()
     with (
         locked_index(folder, settings) as index,
         ThreadPoolExecutor(workers) as threads,

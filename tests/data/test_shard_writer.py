@@ -3,6 +3,7 @@
 import gc
 import io
 import json
+import os
 import sys
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
@@ -398,6 +399,14 @@ def test_tiles_can_be_trained_on(scenes, tmp_path) -> None:
     assert (statistics.channels, statistics.median_size) == (2, (64, 64))
     assert min(statistics.low) > 20  # the nodata of zeros does not count
     assert 59000 < max(statistics.high) < 60000
+
+
+def test_there_is_a_thread_for_each_core_that_may_be_used(images, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {7}, raising=False)
+    asked, real = [], shard_writer.ThreadPoolExecutor
+    monkeypatch.setattr(shard_writer, "ThreadPoolExecutor", lambda n: asked.append(n) or real(n))
+    write_shards(images, tmp_path / "out")
+    assert asked == [1]
 
 
 def test_threads_are_never_far_ahead_of_what_is_written() -> None:

@@ -203,7 +203,7 @@ def test_channels_may_be_asked_for() -> None:
     assert found.mean == pytest.approx((0.299,), abs=0.002)
     assert measure(open_source([gray(255)]), channels=3).mean == pytest.approx((1, 1, 1))
     with pytest.raises(ValueError, match=r"^channels is 5, but the images have 3; leave it out"):
-        measure(open_source([colour]), channels=5)
+        measure(open_source([colour, "no image", colour]), channels=5)
 
 
 def test_a_sample_is_a_function_of_the_seed() -> None:
