@@ -49,7 +49,7 @@ FORMATS = ("WEBP", "BMP", "GIF", "PPM", "AVIF")
 """What Pillow may take a file for, beside PNG: some of its other formats start programs."""
 AVIF = b"ftypavi"
 """Among the first bytes of an AVIF, with another letter for one image or for several."""
-KEPT: Kept[Image.Image] = Kept(16)
+KEPT = Kept(16)
 """Animations, each at the frame that was read last."""
 MP_ENTRIES = 0xB002
 """The tag of an MPO that lists its images."""

@@ -13,20 +13,11 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from queue import Empty, SimpleQueue
 from threading import Lock, Thread
-from typing import IO, Any, Generic, Protocol, TypeVar
+from typing import IO, Any, TypeVar
 
 from .image import CUT, MAX_BYTES, ImageError
 
 T = TypeVar("T")
-
-
-class Closeable(Protocol):
-    """What is closed when it is no longer needed."""
-
-    def close(self) -> object: ...
-
-
-F = TypeVar("F", bound=Closeable)
 
 PATIENCE, LESS_PATIENCE = 60.0, 5.0
 """Seconds after which a read is given up; and where another one in its folder still hangs."""
@@ -104,7 +95,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=end_idle, after_in_child=STUCK.clear)
 
 
-class Kept(Generic[F]):
+class Kept:
     """Opened files that are kept for who asks for them again, each used by one thread at a time.
 
     Args:
@@ -113,17 +104,18 @@ class Kept(Generic[F]):
 
     def __init__(self, most: int) -> None:
         self.most, self.lock = most, Lock()
-        self.files: list[tuple[Hashable, F]] = []
-        self.left = self.files
+        self.files: list[tuple[Hashable, Any]] = []
+        self.left: list[tuple[Hashable, Any]] = []
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=self.leave)
 
     def leave(self) -> None:
         """Use no file that another process moves in; a decoder may not even be closed here."""
-        self.lock, self.left, self.files = Lock(), self.files, []
+        self.left += self.files
+        self.lock, self.files = Lock(), []
 
     @contextmanager
-    def opened(self, key: Hashable, open_it: Callable[[], F]) -> Iterator[F]:
+    def opened(self, key: Hashable, open_it: Callable[[], Any]) -> Iterator[Any]:
         """One that was kept under a key, or else one that is opened now; kept unless it fails."""
         with self.lock:
             there = next((i for i, (own, _) in enumerate(self.files) if own == key), None)

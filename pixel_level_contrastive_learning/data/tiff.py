@@ -47,7 +47,7 @@ ROWS = -1
 WIDEST_ROW = 16
 """Width of a page up to which it is no picture but a row of pixels, and its columns are channels:
 what tifffile makes of an array ``(h, w, c)`` without being told."""
-KEPT: Kept[Any] = Kept(16)
+KEPT = Kept(16)
 """TIFFs of several images: their pages form a chain that is walked along when they are opened."""
 SLIDE_KINDS = ("svs", "ndpi", "scn", "bif", "philips")
 """TIFFs that tifffile knows as slides, whatever their ending."""
