@@ -156,7 +156,7 @@ def read_card(weights: Path, from_hub: bool = False) -> BackboneCard:
     except (ValueError, TypeError) as error:  # not JSON is a ValueError, too
         raise ValueError(f"{path} is not a backbone's card: {error}") from error
     if (handed := handed_name()) is not None:
-        return replace(card, model=handed)
+        return replace(card, model=handed, config=None)
     if from_hub:
         refuse_code(card.model)
     file = custom_file(card.model)
@@ -189,7 +189,7 @@ def begin_card(path: Path, net: nn.Module, card: BackboneCard, resumed: bool) ->
 
 def save_backbone(path: str | Path, net: nn.Module, card: BackboneCard) -> None:
     """Write a backbone's weights and its card: ``X.safetensors`` and ``X.json``."""
-    path = Path(path)
+    path = Path(path).expanduser()
     if path.suffix != ".safetensors":
         raise ValueError(f"path is {str(path)!r}; it must end in .safetensors")
     tensors = clean_state_dict(net)
@@ -227,7 +227,7 @@ def save_card(path: str | Path, card: BackboneCard) -> None:
     file = custom_file(card.model)
     if file is not None:
         card = replace(card, model=f"{file.resolve()}:{card.model.rpartition(':')[2]}")
-    write_whole(Path(path).with_suffix(".json"), card.to_json())
+    write_whole(Path(path).expanduser().with_suffix(".json"), card.to_json())
 
 
 def card_of(learner: PixelCL, model: str, **fields: Any) -> BackboneCard:

@@ -91,7 +91,15 @@ def custom_net(
                 "ones, or give a file"
             )
         kwargs = custom_kwargs(function, channels, image_size)
-        net = function(**kwargs, **({"pretrained": True} if pretrained else {}))
+        given = kwargs | ({"pretrained": True} if pretrained else {})
+        try:
+            inspect.signature(function).bind(**given)
+        except TypeError as error:
+            raise ValueError(
+                f"{name} cannot be called: {error}; give it a default, or name a function that "
+                "gives it"
+            ) from error
+        net = function(**given)
     if not isinstance(net, nn.Module):
         raise ValueError(f"{name} gave {type(net).__name__}; it must return a torch.nn.Module")
     if "channels" not in kwargs:

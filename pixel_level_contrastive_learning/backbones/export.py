@@ -36,7 +36,7 @@ from .factory import (
     torchvision_kwargs,
     transformers_config,
 )
-from .hub import is_card
+from .hub import is_card, on_hub
 from .onnx import AXES, INPUT, onnx_program
 from .state_dict import KeyReport, find_weights, load_matching, read_state_dict, run_folder
 from .stem import find_stem
@@ -101,10 +101,10 @@ def export(
     batch and size of its images are free where the network allows it.
 
     Args:
-        run: A run directory, or a file with its card.
+        run: A run directory, a file with its card, or ``hf://OWNER/NAME[/FILE]``.
         format: One of `FORMATS`.
         out: The file or folder to write. Default: ``backbone-FORMAT`` in the run directory, with
-            the suffix of the format.
+            the suffix of the format; to be given for what is on the Hub.
         model: As for `load_backbone`.
 
     Raises:
@@ -116,10 +116,13 @@ def export(
     Traceback (most recent call last):
     ValueError: format is 'torchvison'; it must be one of ... (perhaps 'torchvision')
     """
-    raise_together(one_of("format", format, FORMATS))
+    nowhere = f"out is None, and {run} is no folder of a run; name a file for the export"
+    raise_together(
+        one_of("format", format, FORMATS), nowhere if out is None and on_hub(run) else None
+    )
     source = find_weights(run)
     with handing_over(model):
-        net, card, loaded = read_backbone(source)
+        net, card, loaded = read_backbone(run)
     card = replace(card, **named_in(card, net, format))
     default = run_folder(source) / f"{EXPORTED}{format}{FORMATS[format]}"
     path = default if out is None else Path(out).expanduser()

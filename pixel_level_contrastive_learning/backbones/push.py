@@ -81,7 +81,7 @@ def push(
     raise_together(unless(alone, "repository", repository, words))
     source = find_weights(run)
     with handing_over(model):
-        net, card, report = read_backbone(source)
+        net, card, report = read_backbone(run)
         if report is not None and not report.complete:
             raise ValueError(f"{source} does not have all weights of its model:\n{report}")
         card = without_paths(replace(card, **named_in(card, net, "safetensors")))

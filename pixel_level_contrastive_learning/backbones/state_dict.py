@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from importlib import import_module
@@ -131,13 +132,15 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([Namespace]):  # the arguments of many scripts
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
         raise ValueError(
             f"{path} cannot be read as weights alone: it is damaged, or a saved network or "
             "checkpoint with classes in it, which could run any code when loaded. If you trust it, "
-            f"save its weights alone: net = torch.load({str(path)!r}, weights_only=False); "
-            "torch.save(net.state_dict(), 'weights.pt')"
+            f"save its weights alone: held = torch.load({str(path)!r}, weights_only=False); "
+            "torch.save(held['state_dict'] if isinstance(held, dict) else held.state_dict(), "
+            "'weights.pt')"
         ) from error
     except Exception as error:  # for a damaged file torch raises anything, KeyError to OSError
         raise ValueError(

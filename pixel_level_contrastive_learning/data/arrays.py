@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from io import BytesIO
 from math import prod
-from typing import Any, NamedTuple
+from threading import Lock
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -18,12 +20,31 @@ from .image import (
     ImageError,
     LazyImage,
     Stack,
+    as_whole_numbers,
     check_memory,
-    too_large,
+    to_tensor,
 )
+
+T = TypeVar("T")
 
 CHANNELS, SIDES = "CS", "YX"
 """Letters of axes; all others count images."""
+NODATA_TAG = 42113
+"""GDAL's TIFF tag: the value, as text, that stands where nothing was measured."""
+
+
+class Once(Generic[T]):
+    """What a call gives, made by the first thread that asks for it, for which others wait."""
+
+    def __init__(self, call: Callable[[], T]) -> None:
+        self.call, self.lock = call, Lock()
+        self.results: list[T] = []
+
+    def __call__(self) -> T:
+        with self.lock:
+            if not self.results:
+                self.results.append(self.call())
+            return self.results[0]
 
 
 class Deferred:
@@ -40,17 +61,15 @@ class Deferred:
         self, shape: Sequence[int], dtype: Any, read: Callable[[], Any], held: bool = True
     ) -> None:
         self.shape, self.dtype = tuple(shape), np.dtype(dtype)
-        self.read, self.held = read, held
-        self.values: Any = None
+        self.read, self.held = Once(read) if held else read, held
 
     def __getitem__(self, index: Any) -> Any:
-        values = self.values
-        if values is None:
-            if self.held and prod(self.shape) * self.dtype.itemsize > MAX_BYTES:
-                raise ImageError(too_large(*self.shape[:2]))
-            values = self.read()
-            self.values = values if self.held else None
-        return values[index]
+        if self.held and prod(self.shape) * self.dtype.itemsize > MAX_BYTES:
+            raise ImageError(
+                f"an array of {'x'.join(map(str, self.shape))} values would take more than "
+                f"{MAX_BYTES // 2**30} GiB; split it, or save it as OME-Zarr or TIFF"
+            )
+        return self.read()[index]
 
 
 class NamedArray(NamedTuple):
@@ -166,8 +185,39 @@ def lazy_pixels(pixels: Tensor) -> LazyImage:
 
 
 def channels_last(shape: Sequence[int]) -> bool:
-    """Whether the channels of an array without names stand last: where that is the shorter end."""
-    return len(shape) == 3 and shape[-1] <= shape[0]
+    """Whether the channels of an array without names stand last.
+
+    Two neighbouring sides that alone are equal are height and width; else the shorter end counts
+    channels.
+    """
+    if len(shape) != 3:
+        return False
+    first, middle, last = shape
+    return first == middle if (first == middle) != (middle == last) else last <= first
+
+
+def array_file(array: NDArray[Any], nodata: float | None = None) -> tuple[str, bytes]:
+    """Pixels ``(c, h, w)``, some of them perhaps nodata, as a file: its suffix and its bytes."""
+    file = BytesIO()
+    if nodata is None and not channels_last(array.shape):
+        np.save(file, np.ascontiguousarray(array))
+        return "npy", file.getvalue()
+    # An array of more bands than columns would be read otherwise, and none says what is nodata.
+    from tifffile import imwrite
+
+    tags = [] if nodata is None else [(NODATA_TAG, "s", 0, f"{nodata:.17g}", True)]
+    bands = array[0] if len(array) == 1 else array
+    planes = None if len(array) == 1 else "separate"
+    imwrite(file, bands, photometric="minisblack", planarconfig=planes, extratags=tags)
+    return "tif", file.getvalue()
+
+
+def to_array_file(image: LazyImage) -> bytes:
+    """An image as the file of an array, NaN where nothing was measured."""
+    decoded = image.decode()
+    pixels, known = to_tensor(decoded.pixels), decoded.known
+    pixels = pixels if known is None else pixels.where(known, torch.nan)
+    return array_file(as_whole_numbers(pixels.numpy()))[1]
 
 
 def open_named(named: NamedArray, image: int | None) -> LazyImage:

@@ -83,7 +83,8 @@ def dicom_values(file: Any) -> Any:
         values = (values * slopes + intercepts).reshape(stored.shape)
     values = values.astype(kind)
     if kind == "float32" and "PixelPaddingValue" in file:
-        values[stored == file.PixelPaddingValue] = np.nan
+        ends = file.PixelPaddingValue, file.get("PixelPaddingRangeLimit", file.PixelPaddingValue)
+        values[(stored >= min(ends)) & (stored <= max(ends))] = np.nan
     return values
 
 

@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from io import BytesIO
 from threading import Lock
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -199,17 +198,6 @@ def without_value(image: LazyImage, value: float) -> LazyImage:
         return decoded._replace(pixels=pixels, known=~gone)
 
     return replace(image, load=load)
-
-
-def to_array_file(image: LazyImage) -> bytes:
-    """An image as a NumPy file, NaN where nothing was measured."""
-    import numpy as np
-
-    decoded, stream = image.decode(), BytesIO()
-    pixels, known = to_tensor(decoded.pixels), decoded.known
-    pixels = pixels if known is None else pixels.where(known, torch.nan)
-    np.save(stream, as_whole_numbers(pixels.numpy()))
-    return stream.getvalue()
 
 
 def as_whole_numbers(array: NDArray[Any]) -> NDArray[Any]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future
 from itertools import count
+from math import ceil
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
@@ -35,6 +37,8 @@ from .statistics import Statistics
 
 T = TypeVar("T")
 
+CGROUP = Path("/sys/fs/cgroup")
+"""Where Linux states the limits of a container."""
 log = logging.getLogger(__name__)
 
 
@@ -281,6 +285,15 @@ def report_unless_hung_up(
     """Print an exception as Python does, unless it says that the other end has left."""
     if not issubclass(kind, (EOFError, ConnectionError)):
         sys.__excepthook__(kind, error, trace)
+
+
+def cores() -> int:
+    """Cores that this process may use, within the limits of a container."""
+    affine = hasattr(os, "sched_getaffinity")
+    there = len(os.sched_getaffinity(0)) if affine else os.cpu_count() or 1
+    limit = CGROUP / "cpu.max"
+    quota, _, period = limit.read_text().partition(" ") if limit.exists() else ("max", "", "")
+    return there if quota == "max" else min(there, max(1, ceil(int(quota) / int(period))))
 
 
 def in_order(

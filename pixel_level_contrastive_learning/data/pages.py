@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import logging
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from struct import unpack
+from threading import Lock
 from types import MappingProxyType
 from typing import IO, Any, NamedTuple
 
@@ -21,9 +22,9 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from ..checks import Pages
-from .arrays import NamedArray
+from .arrays import NamedArray, Once, to_array_file
 from .decoding import TIFF, Content, ending_at, ending_of, open_image, stack_in
-from .image import ALL, MOST_JOINED, ImageError, LazyImage, Stack, to_array_file
+from .image import ALL, MOST_JOINED, ImageError, LazyImage, Stack
 from .orientation import PNG
 from .picture import AVIF, JPEG
 from .readers import DICOM, DICOM_MARK, all_readers, call_reader
@@ -36,6 +37,8 @@ LOOKED_AT = 10_000
 all of them where one holds several. Other formats are all looked at."""
 NEVER, SELDOM, OFTEN = range(3)
 GRAY_PAGES = "gray pages"
+FILLING = Lock()
+"""Held while `PagedFiles.last` becomes that of another file."""
 SELDOM_SEVERAL = (
     ".jpg",
     ".jpeg",
@@ -150,17 +153,19 @@ class PagedFiles:
 
     Attributes:
         chances: For each file the chance that it holds several, see `chance_of_several`.
-        last: What a reader returned last, and of which file.
+        last: What a reader returned last, and of which file; threads that want it wait for it.
         split: How many images of the source a file is, by its number, where it is several.
         merged: Which image of a file stands for all of its, by its number: `ALL`, or the first.
         starts: ``(files,)`` int64, the index of each file's first image; None where each is one.
+        more: How many more images than files there are.
     """
 
     chances: bytes
-    last: tuple[int, NamedArray] | None = None
+    last: tuple[int, Once[NamedArray]] | None = None
     split: Mapping[int, int] = MappingProxyType({})
     merged: Mapping[int, int] = MappingProxyType({})
     starts: Tensor | None = None
+    more: int = 0
 
     @property
     def files(self) -> int:
@@ -176,7 +181,7 @@ class PagedFiles:
         raise NotImplementedError
 
     def __len__(self) -> int:
-        return self.files + sum(count - 1 for count in self.split.values())
+        return self.files + self.more
 
     def locate(self, index: int) -> tuple[int, int | None]:
         """The file that an image is in, and which it is there; None for the only one."""
@@ -226,21 +231,27 @@ class PagedFiles:
         """A file as `open_image` takes it: a TIFF of several images is not read as a whole."""
         last = self.last  # which another thread may change
         if last is not None and last[0] == file:
-            return last[1]
+            return last[1]()
         ending, place = ending_at(self.file_name(file)), self.place(file)
         path, readers = place.path, all_readers()
         may_be_tiff = several and ending not in readers and not place.offset
         if may_be_tiff and read_bytes(path, 0, 4) in TIFF:
             return path
-        content = path if ending.endswith("/") else read_bytes(*place)
-        if not ending and content[DICOM_MARK] == b"DICM":
-            ending = DICOM
-        if ending not in readers:
-            return content
-        named = call_reader(ending, content)
-        if get_worker_info() is None:  # a loader's worker draws files at random
-            self.last = file, named
-        return named
+        read: Callable[[], Any] = partial(read_bytes, *place)
+        if ending.endswith("/"):
+            read = partial(str, path)
+        elif ending not in readers:
+            content: bytes = read()
+            if ending or content[DICOM_MARK] != b"DICM":
+                return content
+            ending, read = DICOM, partial(bytes, content)
+        if get_worker_info() is not None:  # a loader's worker draws files at random
+            return call_reader(ending, read())
+        with FILLING:
+            last = self.last
+            if last is None or last[0] != file:
+                self.last = last = file, Once(lambda: call_reader(ending, read()))
+        return last[1]()
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"last": None}
@@ -288,6 +299,7 @@ class PagedFiles:
             counts = torch.ones(self.files, dtype=torch.int64)
             counts[list(self.split)] = torch.tensor(list(self.split.values()))
             self.starts = counts.cumsum(0) - counts
+            self.more = int(counts.sum()) - self.files
 
 
 def is_split(stack: Stack, pages: Pages | None) -> bool:

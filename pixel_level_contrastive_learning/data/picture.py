@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +32,7 @@ from .orientation import (
     turn_upright,
     upright_size,
 )
+from .reading import Kept
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -46,6 +49,8 @@ FORMATS = ("WEBP", "BMP", "GIF", "PPM", "AVIF")
 """What Pillow may take a file for, beside PNG: some of its other formats start programs."""
 AVIF = b"ftypavi"
 """Among the first bytes of an AVIF, with another letter for one image or for several."""
+KEPT = Kept(16)
+"""Animations, each at the frame that was read last."""
 MP_ENTRIES = 0xB002
 """The tag of an MPO that lists its images."""
 
@@ -89,14 +94,13 @@ def open_picture(content: bytes, frame: int = 0) -> LazyImage:
         content, orientation = split_png(content)
     elif AVIF in content[:16]:
         check_avif(content)
-    image = open_by_pillow(content)
-    if frame:
-        image.seek(frame)
-    if not png:
-        orientation = orientation_of(image)
-    size = upright_size(image.height, image.width, orientation)
+    with opened_picture(content, frame) as first:
+        if not png:
+            orientation = orientation_of(first)
+        size, mode = upright_size(first.height, first.width, orientation), first.mode
+        bands = len(first.getbands())
     deep_png = png and content[24] == 16  # bits per channel
-    check_memory(*size, 6 * len(image.getbands()) if deep_png else 4, len(content))
+    check_memory(*size, 6 * bands if deep_png else 4, len(content))
 
     def load_deep_png(_: int) -> DecodedImage:
         from torchvision.io import decode_png
@@ -112,14 +116,26 @@ def open_picture(content: bytes, frame: int = 0) -> LazyImage:
     if deep_png:
         channels = 1 if content[25] in (0, 4) else 3  # colour type: gray, with or without alpha
         return LazyImage(size, channels, True, load_deep_png)
-    if image.mode in HIGH_DEPTH_MODES:
-        return LazyImage(size, 1, True, lambda _: DecodedImage(to_float(image, orientation)))
-    return LazyImage(
-        size,
-        1 if image.mode in GRAY_MODES else 3,
-        False,
-        lambda scale: averaged(to_eight_bit(image, orientation), scale),
-    )
+    deep = mode in HIGH_DEPTH_MODES
+
+    def load(scale: int) -> DecodedImage:
+        with opened_picture(content, frame) if frame else nullcontext(first) as image:
+            if deep:
+                return DecodedImage(to_float(image, orientation))
+            return averaged(to_eight_bit(image.copy() if frame else image, orientation), scale)
+
+    return LazyImage(size, 1 if deep or mode in GRAY_MODES else 3, deep, load)
+
+
+@contextmanager
+def opened_picture(content: bytes, frame: int) -> Iterator[Image.Image]:
+    """A picture at one of its frames, to which all frames before it lead."""
+    if not frame:
+        yield open_by_pillow(content)
+        return
+    with KEPT.opened((len(content), hash(content)), lambda: open_by_pillow(content)) as image:
+        image.seek(frame)
+        yield image
 
 
 def open_by_pillow(content: bytes) -> Image.Image:

@@ -46,7 +46,8 @@ def gdal_raster(places: Sequence[str], driver: str, orientation: int = 1) -> Ras
     size = upright_size(first.height, first.width, orientation)
     structure = first.tags(ns="IMAGE_STRUCTURE")
     bits = int(first.tags(1, ns="IMAGE_STRUCTURE").get("NBITS", 8))
-    palette = kinds[0] == ColorInterp.palette
+    # GDAL tells gray that begins with white by a palette, too.
+    palette = kinds[0] == ColorInterp.palette and structure.get("MINISWHITE") != "YES"
     alpha = kinds.index(ColorInterp.alpha) if ColorInterp.alpha in kinds else None
     masked = alpha is None and MaskFlags.per_dataset in first.mask_flag_enums[0]
     blend = alpha is not None and driver != "GTiff"
@@ -56,8 +57,8 @@ def gdal_raster(places: Sequence[str], driver: str, orientation: int = 1) -> Ras
         table = np.array(
             [colours.get(k, (0, 0, 0))[:3] for k in range(max(colours) + 1)], dtype=np.uint8
         )
-        if (bits == 1 or structure.get("MINISWHITE") == "YES") and (table == table[:, :1]).all():
-            table = table[:, :1]  # GDAL tells gray by a palette, too
+        if bits == 1 and (table == table[:, :1]).all():
+            table = table[:, :1]
         nodata = None
     how = Resampling.nearest if palette else Resampling.average
 
@@ -76,7 +77,7 @@ def gdal_raster(places: Sequence[str], driver: str, orientation: int = 1) -> Ras
         if alpha is not None:
             known &= pixels[alpha] > 0
         if palette:
-            pixels = rearrange(table[pixels[0]], "h w c -> c h w")
+            pixels = rearrange(table[pixels], "n h w c -> (n c) h w")
         elif dtype == np.uint8 and bits < 8:
             pixels = pixels * np.uint8(255 // (2**bits - 1))
         if blend:
@@ -86,7 +87,7 @@ def gdal_raster(places: Sequence[str], driver: str, orientation: int = 1) -> Ras
 
     return Raster(
         size,
-        table.shape[1] or sum(file.count for file in files) - blend,
+        len(files) * table.shape[1] or sum(file.count for file in files) - blend,
         np.dtype(np.uint8) if palette else dtype,
         read,
         (1.0, *map(float, first.overviews(1))),

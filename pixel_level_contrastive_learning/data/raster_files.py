@@ -19,11 +19,21 @@ from .image import ALL, ImageError, known_errors
 from .orientation import ORIENTATION_TAG
 from .picture import GIANT
 from .raster_drivers import gdal_raster, slide_raster
-from .rasters import Raster, decoded_raster, named_raster
+from .rasters import Raster, decoded_raster, inverted, named_raster
 from .readers import all_readers
 from .reading import read_bytes
 from .sources import FileSource
-from .tiff import ROWS, Plane, is_slide, opened_tiff, page_of, photometric_of, tiff_images
+from .tiff import (
+    ROWS,
+    Plane,
+    Samples,
+    is_slide,
+    layout,
+    opened_tiff,
+    page_of,
+    photometric_of,
+    tiff_images,
+)
 
 NO_RGB = ("SEPARATED", "CIELAB", "ICCLAB", "ITULAB")
 DRIVERS = {start: {"jpg": "JPEG"}.get(kind, kind.upper()) for start, kind in SIGNATURES.items()}
@@ -33,28 +43,26 @@ DRIVERS |= {b"P5": "PNM", b"P6": "PNM"}
 
 
 def is_larger(path: str, side: int) -> bool:
-    """Whether a side of a file's image is longer than that; unreadable ones are not."""
+    """Whether a side of one of a file's images is longer than that; unreadable ones are not."""
     from PIL import Image
-    from tifffile import TiffFile
 
     if Path(path).suffix.lower() in SLIDE_SUFFIXES:
         return True
     try:
         with known_errors(but=Image.DecompressionBombError):
             if (named := from_reader(path)) is not None:
-                size = named.size
+                sizes = [named.size]
             elif read_bytes(path, 0, 4) in TIFF:
-                with TiffFile(path) as file:
-                    page: Any = file.pages[0]
-                    size = page.imagelength, page.imagewidth
+                with opened_tiff(path) as file:
+                    sizes = [layout(file, planes[0]).size for planes in tiff_images(file).images]
             else:
                 with Image.open(path) as image:
-                    size = image.size
+                    sizes = [image.size]
     except Image.DecompressionBombError:
         return True
     except ImageError:  # the reason is told when it is read
         return False
-    return max(size) > side
+    return any(max(size) > side for size in sizes)
 
 
 def open_rasters(path: str, pages: Pages | None = None) -> list[Raster]:
@@ -110,12 +118,15 @@ def planes_raster(path: str, file: Any, planes: Sequence[Plane]) -> Raster:
     """One image of a TIFF, whose channels lie in some planes."""
     series = file.series[planes[0].series]
     page = series.keyframe
-    if (photometric := photometric_of(page)) in NO_RGB:
+    photometric = photometric_of(page)
+    if photometric in NO_RGB:
         raise ImageError(f"its colours are {photometric}; save it as RGB")
+    if photometric == "PALETTE" and page.dtype.itemsize > 1:
+        raise ImageError("its colours are a palette of 16 bits; save it as RGB")
     tag = page.tags.get(ORIENTATION_TAG)
     orientation = int(tag.value) if tag else 1
     rows = planes[0].number == ROWS
-    several = series.size > page.size
+    several = series.size > page.size and photometric != "PALETTE"
     in_one = len({plane.series for plane in planes}) == 1
     if several and in_one and series.dataoffset is not None and orientation == 1:
         dtype, offset = series.dtype.newbyteorder(file.byteorder), series.dataoffset
@@ -123,15 +134,18 @@ def planes_raster(path: str, file: Any, planes: Sequence[Plane]) -> Raster:
         load = partial(np.memmap, path, dtype, "r", offset, shape)
         axes = "YXS" if rows else f"Z{page.axes}"
         named = NamedArray.of((Deferred(shape, dtype, load, held=False), axes))
-        return named_raster(named, [0] if rows else [plane.number for plane in planes])
-    parts = [page_of(file, plane) for plane in planes]
-    if None in parts or page.axes not in ("YX", "YXS", "SYX"):
-        raise ImageError(f"its axes are {series.axes}; save each image in a file of its own")
-    if len(parts) == 1 and parts[0].index == 0:  # with its smaller copies, and its mask
-        return gdal_raster([path], "GTiff", orientation)
-    return gdal_raster(
-        [f"GTIFF_DIR:off:{part.offset}:{path}" for part in parts], "GTiff", orientation
-    )
+        raster = named_raster(named, [0] if rows else [plane.number for plane in planes])
+    else:
+        parts = [page_of(file, plane) for plane in planes]
+        if None in parts or page.axes not in ("YX", "YXS", "SYX"):
+            raise ImageError(f"its axes are {series.axes}; save each image in a file of its own")
+        places = [f"GTIFF_DIR:off:{part.offset}:{path}" for part in parts]
+        if len(parts) == 1 and parts[0].index == 0:  # with its smaller copies, and its mask
+            places = [path]
+        raster = gdal_raster(places, "GTiff", orientation)
+    if photometric != "MINISWHITE":
+        return raster
+    return inverted(raster, 255 if raster.dtype == np.uint8 else Samples.of(page).white)
 
 
 def picture_rasters(path: str, start: bytes, pages: Pages | None) -> list[Raster]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from threading import Lock
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -99,18 +98,22 @@ def with_nodata(raster: Raster, value: float | None) -> Raster:
     return replace(raster, read=read, scales=raster.scales[:1], nodata=nodata)
 
 
+def inverted(raster: Raster, white: float) -> Raster:
+    """A raster of values of which 0 is white and ``white`` is black, brighter where more is."""
+
+    def read(box: Box, size: tuple[int, int]) -> Window:
+        pixels, known = raster.read(box, size)
+        return Window((white - pixels).astype(raster.dtype), known)
+
+    nodata = None if raster.nodata is None else white - raster.nodata
+    return replace(raster, read=read, nodata=nodata)
+
+
 def decoded_raster(image: LazyImage) -> Raster:
     """A picture that is decoded whole, when its first window is read."""
-    lock = Lock()
 
     def read() -> Array:
         return as_whole_numbers(to_tensor(image.decode().pixels).numpy())
 
     dtype = np.float32 if image.high_depth else np.uint8
-    raster = named_raster(NamedArray(Deferred((image.channels, *image.size), dtype, read), "CYX"))
-
-    def locked(box: Box, size: tuple[int, int]) -> Window:
-        with lock:  # else several threads decode it
-            return raster.read(box, size)
-
-    return replace(raster, read=locked)
+    return named_raster(NamedArray(Deferred((image.channels, *image.size), dtype, read), "CYX"))

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from queue import Empty, SimpleQueue
-from threading import Thread
+from threading import Lock, Thread
 from typing import IO, Any, TypeVar
 
 from .image import CUT, MAX_BYTES, ImageError
@@ -93,6 +93,50 @@ def end_idle() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=end_idle, after_in_child=STUCK.clear)
+
+
+class Kept:
+    """Opened files that are kept for who asks for them again, each used by one thread at a time.
+
+    Args:
+        most: How many are kept: those that were used last.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most, self.lock = most, Lock()
+        self.files: list[tuple[Hashable, Any]] = []
+        self.left: list[tuple[Hashable, Any]] = []
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self.leave)
+
+    def leave(self) -> None:
+        """Use no file that another process moves in; a decoder may not even be closed here."""
+        self.left += self.files
+        self.lock, self.files = Lock(), []
+
+    @contextmanager
+    def opened(self, key: Hashable, open_it: Callable[[], Any]) -> Iterator[Any]:
+        """One that was kept under a key, or else one that is opened now; kept unless it fails."""
+        with self.lock:
+            there = next((i for i, (own, _) in enumerate(self.files) if own == key), None)
+            file = None if there is None else self.files.pop(there)[1]
+        file = open_it() if file is None else file
+        try:
+            yield file
+        except BaseException:
+            file.close()
+            raise
+        with self.lock:
+            self.files.append((key, file))
+            old = self.files.pop(0)[1] if len(self.files) > self.most else None
+        if old is not None:
+            old.close()
+
+
+def version_of(path: str) -> Hashable:
+    """What changes when a file is written anew."""
+    about = os.stat(path)
+    return path, about.st_ino, about.st_size, about.st_mtime_ns
 
 
 def open_regular(path: str) -> IO[bytes]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from io import BytesIO
 from typing import Any, NamedTuple
 
@@ -12,12 +13,11 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from .arrays import channels_last
+from .arrays import array_file
 from .decoding import IMAGE_SUFFIXES, SIGNATURES, ending_of, open_image
-from .image import ImageError, LazyImage, as_whole_numbers
+from .image import ImageError, LazyImage, as_whole_numbers, largest_scale, to_tensor
 from .rasters import Array
 from .sources import NodataSource, Source
-from .tiff import NODATA_TAG
 from .tiles import Tiling
 
 
@@ -131,14 +131,23 @@ def suffix_of(name: str, content: bytes) -> str:
 
 
 def read_smaller(image: LazyImage, max_side: int) -> Tensor:
-    """Upright pixels ``(c, h, w)`` of a longer side of ``max_side`` at most, without aliasing."""
+    """Upright pixels ``(c, h, w)`` of a longer side of ``max_side`` at most, without aliasing.
+
+    They are NaN where less than half of what they stand for was measured (or, if that is so
+    everywhere, less than anywhere else).
+    """
     longer = max(image.size)
     max_side = min(max_side, longer)
-    h, w = (max(1, round(side * max_side / longer)) for side in image.size)
-    height, width = (max_side if side == longer else 1 for side in image.size)
-    pixels = image.read((height, width))
+    size = tuple(max(1, round(side * max_side / longer)) for side in image.size)
+    decoded = image.decode(largest_scale(min(longer / max_side, *image.size)))
+    pixels, known = to_tensor(decoded.pixels), decoded.known
     whole_numbers = pixels.dtype != torch.uint8 and bool((pixels == pixels.round()).all())
-    smaller = interpolate(pixels[None], (h, w), mode="bilinear", antialias=True)[0]
+    resize = partial(interpolate, size=size, mode="bilinear", antialias=True)
+    smaller: Tensor = resize((pixels if known is None else pixels * known)[None])[0]
+    if known is not None:
+        share = resize(known[None].float())[0]
+        smaller /= share
+        smaller[share < share.max().clamp(max=0.5)] = torch.nan
     return smaller.round() if whole_numbers else smaller
 
 
@@ -146,20 +155,9 @@ def encode(array: Array, quality: int, nodata: float | None = None) -> tuple[str
     """Pixels ``(c, h, w)``, some of them perhaps nodata, as a file: its suffix and its bytes."""
     from PIL import Image
 
-    file = BytesIO()
-    if array.dtype == np.uint8 and len(array) in (1, 3):
-        shape = "1 h w -> h w" if len(array) == 1 else "c h w -> h w c"
-        picture = np.ascontiguousarray(rearrange(array, shape))
-        Image.fromarray(picture).save(file, "JPEG", quality=quality)
-        return "jpg", file.getvalue()
-    if nodata is None and not channels_last(array.shape):
-        np.save(file, np.ascontiguousarray(array))
-        return "npy", file.getvalue()
-    # An array of more bands than columns would be read otherwise, and none says what is nodata.
-    from tifffile import imwrite
-
-    tags = [] if nodata is None else [(NODATA_TAG, "s", 0, f"{nodata:.17g}", True)]
-    bands = array[0] if len(array) == 1 else array
-    planes = None if len(array) == 1 else "separate"
-    imwrite(file, bands, photometric="minisblack", planarconfig=planes, extratags=tags)
-    return "tif", file.getvalue()
+    if array.dtype != np.uint8 or len(array) not in (1, 3):
+        return array_file(array, nodata)
+    file, shape = BytesIO(), "1 h w -> h w" if len(array) == 1 else "c h w -> h w c"
+    picture = np.ascontiguousarray(rearrange(array, shape))
+    Image.fromarray(picture).save(file, "JPEG", quality=quality)
+    return "jpg", file.getvalue()

@@ -13,18 +13,20 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from filelock import FileLock, Timeout
+
 from ..checks import LIMITS, Pages, raise_together, whole, within
-from ..files import check_writable, rename, sync, write_whole
-from ..run_layout import SKIPPED
-from .dataset import BrokenImage, check_broken
+from ..files import cannot_write, check_writable, rename, sync, write_whole
+from ..run_layout import LOCK, SKIPPED
+from .dataset import BrokenImage, TooManyBrokenError, check_broken
 from .image import NO_WARNINGS, ImageError
-from .loader import in_order
+from .loader import cores, in_order
 from .shard_entries import Copies, Entry, Tiles
 from .sources import open_source
 from .tiles import Tiling, find_rasters
@@ -120,8 +122,9 @@ def write_shards(
         keep_empty: Keep tiles of nodata or plain background.
 
     Raises:
-        ValueError: A value out of range, no image, or a folder with something else in it.
-        TooManyBrokenError: More images than allowed cannot be read.
+        ValueError: A value out of range, no image, or a folder with something else in it, or where
+            another call is writing.
+        TooManyBrokenError: More images than allowed cannot be read, or all of them.
         OSError: A shard cannot be written, or differs from what was written when it is read back.
         ModuleNotFoundError: Large images need the library of an extra that is not installed.
     """
@@ -160,13 +163,16 @@ def write_shards(
         "nodata": nodata,
         **samples.settings,
     }
-    index = ShardIndex(folder, settings)
     count = len(samples)
     total, kept = -(-count // each), 0
     shared = common_folder(files)
     broken: dict[str, BrokenImage] = {}
-    workers = workers or os.cpu_count() or 1
-    with ThreadPoolExecutor(workers) as threads, NO_WARNINGS:
+    workers = workers or cores()
+    with (
+        locked_index(folder, settings) as index,
+        ThreadPoolExecutor(workers) as threads,
+        NO_WARNINGS,
+    ):
         for number in range(total):
             path = folder / f"shards-{number:06d}.tar"
             record = index.find(path)
@@ -187,8 +193,15 @@ def write_shards(
     images, before, after = (
         sum(record[what] for record in records) for what in ("images", "bytes_before", "bytes")
     )
+    if broken and not images:
+        name, reason = next(iter(broken.values()))
+        raise TooManyBrokenError(
+            f"none of {count} images can be used, the first ({name}): {reason}; mend them, or name "
+            "other data",
+            broken.values(),
+        )
     if tile is not None:
-        before = sum(map(os.path.getsize, files))
+        before = sum(os.path.getsize(file) for file in files if os.path.isfile(file))
     empty = sum((Counter(record.get("empty", {})) for record in records), Counter[str]())
     return ShardsReport(folder, images, total, kept, len(broken), before, after, empty)
 
@@ -203,18 +216,34 @@ def without_tiles(tile: int | None, **settings: float | None) -> str | None:
     )
 
 
+@contextmanager
+def locked_index(folder: Path, settings: Mapping[str, Any]) -> Iterator[ShardIndex]:
+    """The record of the shards in a folder, which is new or of an earlier call; no other writes."""
+    held = {path.name for path in folder.iterdir()} if folder.is_dir() else set[str]()
+    if (held - {LOCK} and INDEX not in held) or folder.is_file():
+        raise ValueError(
+            f"out is {str(folder)!r}, which is not empty and was not written by an earlier call; "
+            "name another folder"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / LOCK, timeout=0):
+            yield ShardIndex(folder, settings)
+    except Timeout:
+        raise ValueError(
+            f"out is {str(folder)!r}, where another call is writing; wait for its end, or name "
+            "another folder"
+        ) from None
+
+
 class ShardIndex:
-    """The record of the shards that are done, in a folder that is new or of an earlier call."""
+    """The record of the shards that are done, kept in their folder."""
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
         self.path, self.settings = folder / INDEX, settings
         self.shards: dict[str, dict[str, Any]] = {}
         if not self.path.is_file():
-            if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-                raise ValueError(
-                    f"out is {str(folder)!r}, which is not empty and was not written by an earlier "
-                    "call; name another folder"
-                )
+            self.write()
             return
         stored = json.loads(self.path.read_text(encoding="utf-8"))
         before = stored["plan"]
@@ -235,13 +264,17 @@ class ShardIndex:
     def find(self, path: Path) -> dict[str, Any] | None:
         """The record of a shard that is there as it was written; None where it is not."""
         record = self.shards.get(path.name)
-        if record is None or (record["bytes"] and not path.is_file()):
-            return None
-        return record if not record["bytes"] or digest(path) == record["sha256"] else None
+        if record is None or not record["images"]:
+            return None if record is None or record["skipped"] else record
+        return record if path.is_file() and digest(path) == record["sha256"] else None
 
     def add(self, path: Path, record: dict[str, Any]) -> None:
         """Note that a shard is done."""
         self.shards[path.name] = record
+        self.write()
+
+    def write(self) -> None:
+        """Write all of it."""
         text = json.dumps({"plan": self.settings, "shards": self.shards}, indent=1)
         write_whole(self.path, text)
 
@@ -275,25 +308,27 @@ def write_shard(
     record["bytes_before"] = 0
     empty = Counter[str]()
     beside = path.with_name(f"{path.name}.part")
-    beside.parent.mkdir(parents=True, exist_ok=True)
-    with beside.open("wb") as file:
-        hashed = HashedFile(file)
-        writer = TarWriter(hashed, mtime=0)
-        for index, entry in entries:
-            if isinstance(entry, ImageError):
-                record["skipped"].append((name(index), str(entry)))
-                continue
-            if isinstance(entry, str):
-                empty[entry] += 1
-                continue
-            record["images"] += 1
-            record["bytes_before"] += entry.original_bytes
-            called = os.path.relpath(name(index), shared) if shared else name(index)
-            text = Path(os.fsencode(called).decode(errors="replace")).as_posix()
-            about = json.dumps({"name": text, **entry.about})
-            writer.write({"__key__": f"{index:09d}", entry.suffix: entry.content, "json": about})
-        writer.close()
-        sync(file)
+    try:
+        with beside.open("wb") as file:
+            hashed = HashedFile(file)
+            with TarWriter(hashed, mtime=0) as writer:
+                for index, entry in entries:
+                    if isinstance(entry, ImageError):
+                        record["skipped"].append((name(index), str(entry)))
+                        continue
+                    if isinstance(entry, str):
+                        empty[entry] += 1
+                        continue
+                    record["images"] += 1
+                    record["bytes_before"] += entry.original_bytes
+                    called = os.path.relpath(name(index), shared) if shared else name(index)
+                    text = Path(os.fsencode(called).decode(errors="replace")).as_posix()
+                    about = json.dumps({"name": text, **entry.about})
+                    parts = {entry.suffix: entry.content, "json": about}
+                    writer.write({"__key__": f"{index:09d}", **parts})
+            sync(file)
+    except OSError as error:
+        raise cannot_write(path, error) from error
     record |= {"empty": empty} if empty else {}
     if not record["images"]:
         beside.unlink()

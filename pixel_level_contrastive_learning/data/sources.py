@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import logging
 import os
+from bisect import bisect_right
 from codecs import BOM_UTF8
 from collections.abc import Iterable, Sequence, Sized
+from itertools import accumulate, chain, groupby
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,17 +19,10 @@ import torch
 from torch import Tensor
 
 from ..checks import Pages
-from .arrays import array_to_pixels, lazy_pixels
+from .arrays import array_to_pixels, lazy_pixels, to_array_file
 from .decoding import ending_of, image_suffixes
 from .folders import SLIDE_SUFFIXES, count_by_ending, find_files, is_dicom, no_image_message
-from .image import (
-    CUT,
-    ImageError,
-    LazyImage,
-    to_array_file,
-    to_tensor,
-    without_value,
-)
+from .image import CUT, ImageError, LazyImage, to_tensor, without_value
 from .pages import PagedFiles, Place, chance_of_several, settle_pages
 from .picture import HIGH_DEPTH_MODES, to_eight_bit, to_float
 from .reading import in_time, read_bytes
@@ -68,6 +63,11 @@ class FileSource(PagedFiles):
     def __init__(self, paths: Sequence[str]) -> None:
         self.names = NameList([os.fsencode(path) for path in paths])
         self.chances = bytes(map(chance_of_several, paths))
+
+    @property
+    def paths(self) -> list[str]:
+        """The files."""
+        return [self.names[file] for file in range(self.files)]
 
     def file_name(self, file: int) -> str:
         return self.names[file]
@@ -149,20 +149,18 @@ class IndexedSource:
 
 
 class ConcatSource(IndexedSource):
-    """Several sources, one after the other."""
+    """Several sources, at least one, one after the other."""
 
     def __init__(self, parts: Sequence[Source]) -> None:
         self.parts = parts
+        self.starts = [0, *accumulate(map(len, parts))]
 
     def __len__(self) -> int:
-        return sum(map(len, self.parts))
+        return self.starts[-1]
 
     def locate(self, index: int) -> tuple[Source, int]:
-        for part in self.parts:
-            if index < len(part):
-                return part, index
-            index -= len(part)
-        raise IndexError(index)
+        part = bisect_right(self.starts, index) - 1
+        return self.parts[part], index - self.starts[part]
 
 
 class Subset(IndexedSource):
@@ -263,7 +261,7 @@ def open_source(
     if isinstance(data, Sized) and len(data) == 0:
         raise ValueError("data is empty; name a folder, a list of paths, shards or images")
     if isinstance(data, Sequence) and all(isinstance(part, (str, os.PathLike)) for part in data):
-        parts = [open_path(os.fspath(part), leave_out) for part in data]
+        parts = joined([open_path(os.fspath(part), leave_out) for part in data])
         settle_pages(parts, pages)
         return parts[0] if len(parts) == 1 else ConcatSource(parts)
     if hasattr(data, "__getitem__") and isinstance(data, Sized):
@@ -273,6 +271,16 @@ def open_source(
         f"data is a {type(data).__name__}; it must be a folder, a text file of paths, shards, or a "
         f"sequence or Dataset of images with a length{hint}"
     )
+
+
+def joined(parts: Iterable[PagedFiles]) -> list[PagedFiles]:
+    """Sources of which neighbours that are files of their own have become one."""
+    found: list[PagedFiles] = []
+    for _, group in groupby(parts, type):
+        neighbours = [*group]
+        paths = [part.paths for part in neighbours if isinstance(part, FileSource)]
+        found += [FileSource([*chain(*paths)])] if paths else neighbours
+    return found
 
 
 def open_path(

@@ -295,8 +295,8 @@ def unusable_message(
     source: Source, refused: list[str], headers: dict[int, Header], wanted: int
 ) -> str:
     """The message about images of which none can be used."""
-    if headers and not refused:
-        found = sorted({header.channels for header in headers.values()})
+    found = sorted({header.channels for header in headers.values()})
+    if found and not any(can_convert(channels, wanted) for channels in found):
         return (
             f"channels is {wanted}, but the images have {', '.join(map(str, found))}; leave it "
             "out, or name data of that kind"

@@ -7,15 +7,17 @@ name are images, too, which `Stack.joinable` says may as well be the channels of
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
+from functools import partial
 from io import BytesIO
-from math import isnan, nan, prod
+from math import nan, prod
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from .arrays import NamedArray, array_to_pixels, one_image
+from .arrays import NODATA_TAG, NamedArray, array_to_pixels, one_image
 from .image import (
     ALL,
     EIGHT_BIT,
@@ -29,14 +31,13 @@ from .image import (
 )
 from .orientation import ORIENTATION_TAG, turn_upright, upright_size
 from .picture import averaged, to_eight_bit, to_float
+from .reading import Kept, version_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL import Image
 
 T = TypeVar("T")
-NODATA_TAG = 42113
-"""GDAL's TIFF tag: the value, as text, that stands where nothing was measured."""
 IMAGEJ_CHANNELS = 7
 """Channels that ImageJ shows at most: with more, a writer has named an axis without being told."""
 SMALLER_COPY = 0.02
@@ -46,6 +47,8 @@ ROWS = -1
 WIDEST_ROW = 16
 """Width of a page up to which it is no picture but a row of pixels, and its columns are channels:
 what tifffile makes of an array ``(h, w, c)`` without being told."""
+KEPT = Kept(16)
+"""TIFFs of several images: their pages form a chain that is walked along when they are opened."""
 SLIDE_KINDS = ("svs", "ndpi", "scn", "bif", "philips")
 """TIFFs that tifffile knows as slides, whatever their ending."""
 GRAY = ("MINISBLACK", "MINISWHITE")
@@ -76,7 +79,18 @@ class TiffImages(NamedTuple):
 
 
 def tiff_images(file: Any) -> TiffImages:
-    """What images a file holds, opened by tifffile."""
+    """What images a file holds, opened by tifffile; found once for as long as it is open."""
+    if file not in FOUND:
+        FOUND[file] = find_images(file)
+    return FOUND[file]
+
+
+FOUND: WeakKeyDictionary[Any, TiffImages] = WeakKeyDictionary()
+"""What open files hold."""
+
+
+def find_images(file: Any) -> TiffImages:
+    """What images a file holds."""
     import numpy as np
 
     kept = full_size(file)
@@ -142,12 +156,15 @@ def nodata(page: Any) -> float:
     return nan
 
 
-def opened_tiff(content: bytes | str) -> Any:
-    """A TIFF opened by tifffile."""
+def opened_tiff(content: bytes | str) -> AbstractContextManager[Any]:
+    """A TIFF opened by tifffile, whose pages are looked for once where they stay in their file."""
     from tifffile import TiffFile
 
-    source = BytesIO(content) if isinstance(content, bytes) else content
-    return TiffFile(source, _multifile=False)  # of one in several files, this one
+    if isinstance(content, bytes):
+        file: AbstractContextManager[Any] = TiffFile(BytesIO(content), _multifile=False)
+        return file
+    # Of a TIFF in several files, this one.
+    return KEPT.opened(version_of(content), partial(TiffFile, content, _multifile=False))
 
 
 def stack_of_tiff(content: bytes | str) -> Stack:
@@ -243,14 +260,11 @@ def open_tiff(content: bytes | str, image: int | None = None) -> LazyImage:
 
     def load(scale: int) -> DecodedImage:
         with opened_tiff(content) as file:
-            parts = [read_plane(file, plane, content, samples, orientation) for plane in planes]
+            how = samples, orientation, missing
+            parts = [read_plane(file, plane, content, *how) for plane in planes]
         if len(parts) == 1 and not isinstance(parts[0], Tensor):
             return averaged(parts[0], scale)
-        pixels = torch.cat([to_tensor(part) for part in parts])
-        if samples.deep and not isnan(missing):
-            rounded = torch.tensor(missing, dtype=pixels.dtype)  # as they are
-            pixels.masked_fill_(pixels == rounded, torch.nan)
-        return DecodedImage(pixels)
+        return DecodedImage(torch.cat([to_tensor(part) for part in parts]))
 
     return LazyImage(upright_size(height, width, orientation), channels, samples.deep, load)
 
@@ -263,9 +277,14 @@ def layout(file: Any, plane: Plane) -> NamedArray:
 
 
 def read_plane(
-    file: Any, plane: Plane, content: bytes | str, samples: Samples, orientation: int
+    file: Any,
+    plane: Plane,
+    content: bytes | str,
+    samples: Samples,
+    orientation: int,
+    missing: float,
 ) -> Tensor | Image.Image:
-    """The upright pixels of one plane of a TIFF."""
+    """The upright pixels of one plane of a TIFF, NaN where they are the value that is missing."""
     page = page_of(file, plane)
     if samples.by_pillow and page is not None:
         return read_by_pillow(content, page.index, to_eight_bit)
@@ -274,9 +293,18 @@ def read_plane(
     except MissingCodecError:
         if page is None or samples.samples != 1 or samples.palette is not None:
             raise
-        return read_by_pillow(content, page.index, to_float)
+        return without_missing(read_by_pillow(content, page.index, to_float), missing)
     pixels = array_to_pixels(array, layout(file, plane).axes)
+    if samples.palette is None:
+        pixels = without_missing(pixels, missing)
     return turn_upright(samples.to_pixels(pixels), orientation)
+
+
+def without_missing(pixels: Tensor, missing: float) -> Tensor:
+    """Stored values with NaN for one of them; those of 8 bits as they are."""
+    if not pixels.is_floating_point():
+        return pixels
+    return pixels.masked_fill(pixels == torch.tensor(missing, dtype=pixels.dtype), torch.nan)
 
 
 class MissingCodecError(ImageError):
@@ -316,7 +344,11 @@ def read_by_pillow(content: bytes | str, page: int, convert: Callable[[Image.Ima
     """A page read by Pillow, which turns it upright itself, and converted."""
     from PIL.TiffImagePlugin import TiffImageFile
 
-    with BytesIO(content) if isinstance(content, bytes) else open(content, "rb") as stream:
-        image = TiffImageFile(stream)
+    if isinstance(content, bytes):
+        image = TiffImageFile(BytesIO(content))
         image.seek(page)
         return convert(image)
+    key = "Pillow", version_of(content)
+    with KEPT.opened(key, lambda: TiffImageFile(open(content, "rb"))) as image:
+        image.seek(page)
+        return convert(image.copy())

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..checks import Pages, above, raise_together, whole
+from .arrays import Once
 from .image import ImageError
 from .pages import settle_pages
 from .raster_files import is_larger, open_rasters
@@ -146,7 +147,8 @@ class Tiling:
         """Why files too large to be left whole cannot be cut, by their numbers."""
         self.grids = [grid for index in range(len(paths)) for grid in self.plan(index)]
         self.ends = list(accumulate(grid.tiles for grid in self.grids))
-        self.opened: dict[tuple[int, int], Opened] = {}
+        self.opened: dict[int, tuple[Once[list[Raster]], dict[int, Once[Opened]]]] = {}
+        """Of a file that is being cut, what its images are, and each of them by its number."""
         self.lock = Lock()
 
     def __len__(self) -> int:
@@ -237,14 +239,21 @@ class Tiling:
         return Tile(window.pixels, nodata, emptiness(window, contrast), about)
 
     def open(self, grid: Grid) -> Opened:
-        """The raster of an image; it and the one before it stay open."""
-        key = grid.file, grid.page or 0
+        """The raster of an image; its file and the one before it stay open."""
+        page = grid.page or 0
         with self.lock:
-            if key not in self.opened:
-                raster = with_nodata(self.rasters(grid.file)[key[1]], self.nodata)
+            if grid.file not in self.opened:
                 kept = list(self.opened.items())[-1:]
-                self.opened = dict([*kept, (key, Opened(raster, background_contrast(raster)))])
-            return self.opened[key]
+                entry = Once(partial(self.rasters, grid.file)), dict[int, Once[Opened]]()
+                self.opened = dict([*kept, (grid.file, entry)])
+            rasters, pages = self.opened[grid.file]
+
+            def opened() -> Opened:
+                raster = with_nodata(rasters()[page], self.nodata)
+                return Opened(raster, background_contrast(raster))
+
+            once = pages.setdefault(page, Once(opened))
+        return once()
 
 
 def starts(length: int, tile: int, step: int) -> Sequence[int]:
@@ -261,7 +270,7 @@ def find_rasters(data: Sequence[str | Path]) -> list[str]:
         files = None if is_shards(place) else open_path(place, slides=True)
         if not isinstance(files, FileSource):
             raise ValueError(f"data is {place!r}; tiles are cut from files: name their folder")
-        paths += map(files.file_name, range(files.files))
+        paths += files.paths
     return paths
 
 

@@ -6,13 +6,13 @@ import os
 import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
-from math import ceil
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
+from ..data.loader import CGROUP, cores
 from .config import PretrainConfig
 
 RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")
@@ -21,8 +21,6 @@ LIBRARIES = (
     *("torch", "torchvision", "lightning", "timm", "kornia"),
     "pixel-level-contrastive-learning",
 )
-CGROUP = Path("/sys/fs/cgroup")
-"""Where Linux states the limits of a container."""
 UNLIMITED = 2**60
 """Bytes; a memory limit of this or more is none."""
 
@@ -77,15 +75,6 @@ def find_devices(config: PretrainConfig) -> Devices:
 def is_writer() -> bool:
     """Whether this process is the one that writes into the run's folder."""
     return all(os.environ.get(name, "0") == "0" for name in RANKS)
-
-
-def cores() -> int:
-    """Cores that this process may use, within the limits of a container."""
-    affine = hasattr(os, "sched_getaffinity")
-    count = len(os.sched_getaffinity(0)) if affine else os.cpu_count() or 1
-    limit = CGROUP / "cpu.max"
-    quota, _, period = limit.read_text().partition(" ") if limit.exists() else ("max", "", "")
-    return count if quota == "max" else min(count, max(1, ceil(int(quota) / int(period))))
 
 
 def cores_per_process(devices: Devices) -> int:

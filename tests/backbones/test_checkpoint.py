@@ -119,8 +119,11 @@ def test_weights_in_any_folder_have_their_own_card(tmp_path) -> None:
 # Out and in.
 
 
-def test_a_backbone_comes_back_as_it_was(net, tmp_path) -> None:
-    save_backbone(tmp_path / "backbone.safetensors", net, CARD)
+@pytest.mark.parametrize("folder", ["{}", "~"])
+def test_a_backbone_comes_back_as_it_was(net, tmp_path, monkeypatch, folder) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    save_backbone(f"{folder.format(tmp_path)}/backbone.safetensors", net, CARD)
     assert sorted(os.listdir(tmp_path)) == ["backbone.json", "backbone.safetensors"]
     for source in (tmp_path, str(tmp_path), tmp_path / "backbone.safetensors"):
         loaded = read_backbone(source)

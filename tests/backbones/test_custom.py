@@ -134,6 +134,18 @@ def test_what_is_not_there_is_named(file) -> None:
         build_backbone(f"{file}:nothing")
 
 
+@pytest.mark.parametrize("function", ["needs", "Needs"])
+def test_an_argument_that_nothing_gives_is_named(file, function) -> None:
+    file.write_text(
+        "from torch import nn\n\ndef needs(depth, channels=3, *more, **others):\n    ...\n\n"
+        "class Needs(nn.Module):\n    def __init__(self, depth):\n        super().__init__()"
+    )
+    with pytest.raises(
+        ValueError, match=rf"{function} .*missing .* 'depth'; give it a default, or"
+    ):
+        build_backbone(f"{file}:{function}")
+
+
 @pytest.mark.parametrize(
     "source", ["import no_such_library", "def build():\n    import no_such_library"]
 )

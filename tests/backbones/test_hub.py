@@ -35,6 +35,7 @@ from pixel_level_contrastive_learning.backbones.hub import (
     hub_config,
     place_of,
 )
+from pixel_level_contrastive_learning.backbones.push import push
 from pixel_level_contrastive_learning.backbones.state_dict import load_weights
 from pixel_level_contrastive_learning.files import CannotWriteError
 
@@ -235,11 +236,32 @@ def test_a_repository_of_ours_is_a_backbone_with_its_card(hub) -> None:
 @pytest.mark.parametrize("model", ["/home/me/mine.py:build", "os.path:join", "object:Net"])
 def test_no_code_that_a_repository_names_is_run(hub, model) -> None:
     net = of_ours(hub, model=model)
-    for use in (lambda: load_backbone("hf://me/ours"), lambda: build_backbone("hf://me/ours")):
+    for use in (
+        lambda: load_backbone("hf://me/ours"),
+        lambda: build_backbone("hf://me/ours"),
+        lambda: export("hf://me/ours", "safetensors", hub / "net.safetensors"),
+        lambda: push("hf://me/ours", "me/other", dry_run=True),
+    ):
         with pytest.raises(ValueError, match=r"has weights of .*, whose code it does not have; g"):
             use()
     given = load_backbone("hf://me/ours", model=lambda: build_backbone(MODEL, channels=2))
     assert same(given, net)
+
+
+def test_no_code_is_run_that_the_configuration_in_a_card_names(hub, monkeypatch) -> None:
+    net = of_ours(hub, config={"model": "evil:build"})
+    (hub / "evil.py").write_text("raise SystemExit")
+    monkeypatch.syspath_prepend(hub)
+    done = export("hf://me/ours", "state-dict", hub / "net.pth", model=net)
+    assert "net = ...  # your network" in done.how_to
+
+
+def test_an_export_of_a_repository_is_not_written_into_its_cache(hub) -> None:
+    net = of_ours(hub)
+    with pytest.raises(ValueError, match="out is None, and hf://me/ours is no folder of a run; na"):
+        export("hf://me/ours", "state-dict")
+    done = export("hf://me/ours", "state-dict", hub / "net.pth")
+    assert same(load_backbone(done.path), net)
 
 
 def test_a_repository_of_timm_is_built_and_filled(hub) -> None:

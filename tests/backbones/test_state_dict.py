@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+from argparse import Namespace
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -196,11 +198,25 @@ def test_position_embeddings_of_timm_are_resampled_as_timm_does(name, tmp_path) 
 # Files that are not what they seem.
 
 
-def test_a_saved_network_is_refused_with_the_way_out(tmp_path) -> None:
-    path = tmp_path / "net.pt"
-    torch.save(small(), path)
-    with pytest.raises(ValueError, match=r"torch\.save\(net\.state_dict\(\), 'weights\.pt'\)"):
-        load_weights(small(), path)
+def test_a_checkpoint_with_the_arguments_of_its_script_is_read(tmp_path) -> None:
+    net = small()
+    held = {"state_dict": net.state_dict(), "args": Namespace(lr=0.1, data=Namespace())}
+    torch.save(held, tmp_path / "net.pth")
+    assert load_weights(small(), tmp_path / "net.pth").complete
+
+
+@pytest.mark.parametrize("kind", ["network", "checkpoint"])
+def test_classes_are_refused_with_lines_that_take_the_weights_alone(
+    tmp_path, kind, monkeypatch
+) -> None:
+    path, net = tmp_path / "net.pt", small()
+    held = {"network": net, "checkpoint": {"state_dict": net.state_dict(), "share": Fraction()}}
+    torch.save(held[kind], path)
+    with pytest.raises(ValueError, match="If you trust it, save its weights alone: ") as error:
+        load_weights(net, path)
+    monkeypatch.chdir(tmp_path)
+    exec(str(error.value).rpartition("alone: ")[2], {"torch": torch})
+    assert load_weights(small(), "weights.pt").complete
 
 
 class Bomb:

@@ -2,6 +2,7 @@
 
 import io
 import warnings
+from math import prod
 from threading import Event, Thread
 
 import numpy as np
@@ -13,10 +14,10 @@ from torch import Tensor
 
 from pixel_level_contrastive_learning.data import image
 from pixel_level_contrastive_learning.data import picture as picture_module
+from pixel_level_contrastive_learning.data.arrays import NODATA_TAG
 from pixel_level_contrastive_learning.data.decoding import open_image
 from pixel_level_contrastive_learning.data.image import ImageError, known_errors, to_rgb
 from pixel_level_contrastive_learning.data.orientation import ORIENTATION_TAG, split_png
-from pixel_level_contrastive_learning.data.tiff import NODATA_TAG
 
 RAMP = np.arange(12, dtype=np.uint8).reshape(3, 4) * 20
 COLOUR = np.stack((RAMP, RAMP[::-1], RAMP[:, ::-1]), axis=-1)
@@ -44,6 +45,18 @@ def test_a_jpeg_gives_what_pillow_gives(mode, progressive) -> None:
     expected = np.atleast_3d(np.array(Image.open(io.BytesIO(content))))
     assert (pixels.permute(1, 2, 0).int() - torch.from_numpy(expected).int()).abs().max() <= 1
     agrees(content, pixels)
+
+
+@pytest.mark.parametrize(
+    ("shape", "channels"),
+    [
+        *(((9, 7), 1), ((3, 9, 7), 3), ((9, 7, 3), 3), ((7, 7, 20), 20), ((20, 7, 7), 20)),
+        *(((9, 9, 9), 9), ((20, 9, 7), 7)),
+    ],
+)
+def test_two_equal_sides_of_an_array_or_else_the_longer_ones_are_the_image(shape, channels) -> None:
+    found = open_image(npy(np.zeros(shape)))
+    assert (found.channels, found.size[0] * found.size[1]) == (channels, prod(shape) / channels)
 
 
 def test_what_is_no_number_becomes_the_lowest() -> None:
@@ -84,6 +97,14 @@ def test_what_a_geotiff_says_was_not_measured_is_filled(dtype, text, value, comp
     assert raster.known.all(dim=2).tolist() == [[True, False, True]] * 2
     bands[0, 1], bands[1, 1] = 7, 19
     assert raster.pixels.tolist() == bands.tolist()
+
+
+def test_nodata_of_a_tiff_is_the_value_that_is_stored() -> None:
+    ramp = np.arange(12, dtype=np.uint16).reshape(3, 4)
+    tag = (NODATA_TAG, 2, 0, "5", True)
+    image = open_image(tiff(ramp, extratags=[tag], photometric="miniswhite")).decode()
+    assert (image.known[0].numpy() == (ramp != 5)).all()
+    assert (image.pixels[0].numpy() == np.where(ramp == 5, 65535 - 11, 65535 - ramp)).all()
 
 
 @pytest.mark.parametrize(("dtype", "text"), [(np.float32, "none"), (np.uint8, "0")])

@@ -28,6 +28,7 @@ from pixel_level_contrastive_learning.data.loader import (
     StreamSampler,
     TwoViewLoader,
     build_loader,
+    cores,
 )
 from pixel_level_contrastive_learning.data.sources import (
     Source,
@@ -549,3 +550,15 @@ def test_what_is_out_of_range_is_refused() -> None:
     ]
     with pytest.raises(ValueError, match=r"samples is 1.5; it must be a whole number"):
         StreamSampler(3, 1, seed=0).start_at(1.5)
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"),
+    [("max 100000\n", 8), ("300000 100000\n", 3), ("150000 100000\n", 2), ("900000 100000\n", 8)],
+)
+def test_cores_are_those_that_the_container_leaves(monkeypatch, tmp_path, limit, expected) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    monkeypatch.setattr("pixel_level_contrastive_learning.data.loader.CGROUP", tmp_path)
+    assert cores() == 8
+    (tmp_path / "cpu.max").write_text(limit)
+    assert cores() == expected

@@ -1,15 +1,20 @@
 """Files with several images in them: which are images of a source, and what is said of it."""
 
 import io
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tifffile
 from PIL import Image
+from PIL.GifImagePlugin import GifImageFile
+from PIL.TiffImagePlugin import TiffImageFile
 from webdataset import TarWriter
 
 from pixel_level_contrastive_learning.data import pages as module
+from pixel_level_contrastive_learning.data import tiff
 from pixel_level_contrastive_learning.data.decoding import stack_in
 from pixel_level_contrastive_learning.data.image import ImageError, Stack
 from pixel_level_contrastive_learning.data.pages import header_tells_several
@@ -200,6 +205,48 @@ def test_pages_in_shards_are_found_and_written(tmp_path, how) -> None:
         assert np.abs(np.array(got) - np.array(expected)).max() <= 1  # JPEG
         with pytest.raises(ValueError, match="holds shards of another call"):
             write_shards(tmp_path / "a.tif", out, max_side=max_side)
+
+
+def counted(monkeypatch, owner: type, method: str) -> list[None]:
+    """A list that grows with each call of a method."""
+    calls, real = [], getattr(owner, method)
+    monkeypatch.setattr(owner, method, lambda *a, **how: calls.append(None) or real(*a, **how))
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("dtype", "owner"), [("uint16", tifffile.TiffFile), ("uint8", TiffImageFile)]
+)
+def test_the_pages_of_a_stack_are_looked_for_once(tmp_path, monkeypatch, dtype, owner) -> None:
+    stack = np.arange(100, dtype=dtype)[:, None, None].repeat(9, 1).repeat(9, 2)
+    how = {"compression": "zlib", "photometric": "minisblack"}
+    tifffile.imwrite(tmp_path / "a.tif", stack, **how)
+    source, opened = open_source(tmp_path), counted(monkeypatch, owner, "__init__")
+    with ThreadPoolExecutor(4) as threads:
+        found = [*threads.map(lambda i: int(source.open(i).read()[0, 0, 0]), range(99, -1, -1))]
+    assert found == [*range(99, -1, -1)]
+    assert len(opened) <= 4
+    tifffile.imwrite(tmp_path / "a.tif", stack + 7, **how)
+    assert source.open(3).read()[0, 0, 0] == 10
+
+
+def test_frames_are_read_one_after_the_other(tmp_path, monkeypatch) -> None:
+    first, *others = [Image.new("L", (9, 9), value) for value in range(100)]
+    first.save(tmp_path / "a.gif", save_all=True, append_images=others)
+    source, seeks = open_source(tmp_path), counted(monkeypatch, GifImageFile, "_seek")
+    found = [source.open(i).read() for i in range(100)]
+    assert [int(pixels[0, 0, 0]) for pixels in found] == [*range(100)]
+    assert len(seeks) < 300
+
+
+def test_a_forked_process_opens_files_of_its_own(tmp_path) -> None:
+    gray(tmp_path / "a.tif", 3, compression="zlib")
+    open_source(tmp_path)
+    assert tiff.KEPT.files
+    if not (child := os.fork()):
+        os._exit(len(tiff.KEPT.files))
+    assert os.waitpid(child, 0)[1] == 0
+    assert tiff.KEPT.files
 
 
 def test_pages_of_a_long_file_are_found_in_any_order(tmp_path) -> None:

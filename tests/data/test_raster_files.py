@@ -64,6 +64,12 @@ TIFFS: dict[str, tuple[np.ndarray, dict[str, object]]] = {
     "float": (values((90, 110), np.float32) / 7, {"compression": "zstd", "predictor": 3}),
     "eight": (values((90, 110, 3), np.uint8), {"photometric": "rgb"}),
     "white": (values((90, 110), np.uint8), {"photometric": "miniswhite"}),
+    "deep white": (values((90, 110)), {"photometric": "miniswhite"}),
+    "white planes": (
+        values((3, 90, 110)),
+        PLANES | {"photometric": "miniswhite", "compression": "zlib"},
+    ),
+    "white float": (values((90, 110), np.float32) / 60000, {"photometric": "miniswhite"}),
     "smooth": (SLOPE, {"photometric": "rgb", "compression": "jpeg", "tile": (32, 32)}),
     "turned": (values((110, 90)), {"extratags": [(274, "H", 1, 6, True)]}),
     "motorola": (values((90, 110)), {"byteorder": ">"}),
@@ -82,6 +88,9 @@ FILES: dict[str, Callable[[Path], object]] = {
     "smooth.jpg": lambda p: Image.fromarray(SLOPE).save(p, exif=turned(6)),
     "palette.tif": lambda p: picture(p, "P"),
     "fax.tif": lambda p: Image.fromarray(SLOPE[..., 0] > 60).save(p, compression="group4"),
+    "white nibbles.tif": lambda p: by_gdal(
+        p, values((1, 90, 110), np.uint8) % 16, nbits=4, photometric="MINISWHITE"
+    ),
     "nibbles.tif": lambda p: by_gdal(p, values((1, 90, 110), np.uint8) % 16, nbits=4),
     "palette.png": lambda p: picture(p, "P"),
     "clear.png": lambda p: picture(p, "RGBA"),
@@ -159,6 +168,17 @@ def test_what_was_not_measured_is_known(tmp_path) -> None:
     assert np.array_equal(pixels, bands, equal_nan=True)
 
 
+def test_nodata_of_values_that_begin_with_white_is_turned_with_them(tmp_path) -> None:
+    ramp = np.arange(2000, dtype=np.uint16).reshape(40, 50)
+    how = {"photometric": "miniswhite", "compression": "zlib"}
+    imwrite(tmp_path / "a.tif", ramp, extratags=[(42113, "s", 0, "7", True)], **how)
+    [raster] = open_rasters(str(tmp_path / "a.tif"))
+    pixels, known = raster.read((0, 0, 50, 40), (40, 50))
+    assert (pixels == 65535 - ramp).all()
+    assert (known == (ramp != 7)).all()
+    assert raster.nodata == 65535 - 7
+
+
 def test_a_mask_beside_the_pixels_says_what_was_measured(tmp_path) -> None:
     measured = np.tri(40, 50, dtype=bool)
     by_gdal(tmp_path / "a.tif", values((3, 40, 50), np.uint8), measured)
@@ -182,6 +202,7 @@ def stack(*shape: int, axes: str = "", **how: object) -> Callable[[Path], None]:
 
 
 GRAY = {"photometric": "minisblack"}
+COLOURS = values((3, 256), np.uint8).astype(np.uint16) * 257
 STACKS: dict[str, tuple[Callable[[Path], object], int, int]] = {
     "frames.gif": (frames, 3, 3),
     "two_series.tif": (two_series, 3, 1),
@@ -197,6 +218,14 @@ STACKS: dict[str, tuple[Callable[[Path], object], int, int]] = {
     "more than imagej has.tif": (stack(12, imagej=True), 12, 1),
     "rows.tif": (lambda path: imwrite(path, values((40, 50, 12)), **GRAY), 1, 12),
     "colour.tif": (lambda path: imwrite(path, values((5, 40, 50, 3)), photometric="rgb"), 5, 3),
+    "white.tif": (stack(3, photometric="miniswhite"), 1, 3),
+    "palette.tif": (
+        lambda path: imwrite(
+            path, values((5, 40, 50), np.uint8), photometric="palette", colormap=COLOURS
+        ),
+        5,
+        3,
+    ),
 }
 
 
@@ -246,6 +275,10 @@ def test_what_cannot_be_read_right_is_refused(tmp_path) -> None:
     Image.new("CMYK", (50, 40)).save(tmp_path / "a.tif")
     with pytest.raises(ImageError, match="its colours are SEPARATED; save it as RGB"):
         open_rasters(str(tmp_path / "a.tif"))
+    colours = values((3, 2**16))
+    imwrite(tmp_path / "p.tif", values((50, 40)), photometric="palette", colormap=colours)
+    with pytest.raises(ImageError, match="its colours are a palette of 16 bits; save it as RGB"):
+        open_rasters(str(tmp_path / "p.tif"))
     np.save(tmp_path / "a.npy", np.zeros((40, 50), np.complex64))
     with pytest.raises(ImageError, match="values of type complex64; they must be whole numbers"):
         open_rasters(str(tmp_path / "a.npy"))
@@ -274,6 +307,13 @@ def test_the_size_is_read_from_the_header(tmp_path, monkeypatch) -> None:
     for name in ("strips.tif", "first.npy", "last.npy", "deep.png"):
         FILES[name](tmp_path / name)
         assert [is_larger(str(tmp_path / name), side) for side in (109, 110)] == [True, False]
+    with TiffWriter(tmp_path / "thumbnail.tif") as file:
+        file.write(values((9, 11)), subfiletype=1, metadata=None)
+        file.write(values((90, 110)), metadata=None)
+    STACKS["rows.tif"][0](tmp_path / "rows.tif")
+    for name, longer in {"thumbnail.tif": 110, "rows.tif": 50}.items():
+        path = str(tmp_path / name)
+        assert (is_larger(path, longer - 1), is_larger(path, longer)) == (True, False)
     (tmp_path / "broken.png").write_bytes(b"?")
     assert not is_larger(str(tmp_path / "broken.png"), 1)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # a bomb for Pillow

@@ -7,6 +7,7 @@ import re
 import sys
 import tarfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
@@ -15,7 +16,14 @@ import pytest
 from PIL import Image
 from webdataset import TarWriter
 
-from pixel_level_contrastive_learning.data import decoding, folders, pages, readers, reading
+from pixel_level_contrastive_learning.data import (
+    decoding,
+    folders,
+    formats,
+    pages,
+    readers,
+    reading,
+)
 from pixel_level_contrastive_learning.data.arrays import NamedArray
 from pixel_level_contrastive_learning.data.image import ImageError
 from pixel_level_contrastive_learning.data.loader import build_loader
@@ -24,6 +32,7 @@ from pixel_level_contrastive_learning.data.segmentation import open_labelled
 from pixel_level_contrastive_learning.data.shard_writer import write_shards
 from pixel_level_contrastive_learning.data.sources import Source, open_source
 from pixel_level_contrastive_learning.data.statistics import measure
+from pixel_level_contrastive_learning.data.tiles import Tiling
 
 DICE = np.random.default_rng(0)
 VALUES = DICE.integers(0, 256, (2, 3, 24, 32)).astype(np.uint8)  # n c h w
@@ -312,10 +321,12 @@ def test_colours_of_dicom(tmp_path) -> None:
     assert (found == np.stack([GRAY, 255 - GRAY, GRAY // 2])).all()
 
 
-def test_padding_of_dicom_was_not_measured(tmp_path) -> None:
+@pytest.mark.parametrize("ends", [(-2000,), (-2000, -1990), (-1990, -2000)])
+def test_padding_of_dicom_was_not_measured(tmp_path, ends) -> None:
     padded = CT.copy()
-    padded[:3] = -2000
-    dicom(tmp_path / "a.dcm", padded, PixelPaddingValue=-2000, RescaleSlope=2, RescaleIntercept=5)
+    padded[:3] = np.linspace(ends[0], ends[-1], 32).astype(CT.dtype)
+    tags = dict(zip(("PixelPaddingValue", "PixelPaddingRangeLimit"), ends, strict=False))
+    dicom(tmp_path / "a.dcm", padded, RescaleSlope=2, RescaleIntercept=5, **tags)
     source = open_source(tmp_path)
     assert pixels(source)[0].min() == 2 * CT[3:].min() + 5  # the lowest that was measured
     assert measure(source).low[0] > -2048 + 5
@@ -481,18 +492,42 @@ def test_the_slices_of_a_volume_are_counted_by_its_header(tmp_path) -> None:
         source.open(39)
 
 
-def test_a_volume_is_read_once_for_its_slices(tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize("tile", [None, 4])
+def test_a_volume_is_read_once_for_its_slices_by_any_number_of_threads(
+    tmp_path, monkeypatch, tile
+) -> None:
+    from nibabel.arrayproxy import ArrayProxy
+
     nifti(tmp_path / "a.nii.gz", VOLUME)
-    source, calls = open_source(tmp_path), []
-    source.last = None
-    real = pages.call_reader
-    monkeypatch.setattr(pages, "call_reader", lambda *given: calls.append(given) or real(*given))
-    assert len(pixels(source)) == 4
-    assert len(calls) == 1
-    assert (values := source.last[1].array.values) is not None
-    source.open(0)
-    assert source.last[1].array.values is values
+    source, read, unpacked = open_source(tmp_path), [], []
     assert pickle.loads(pickle.dumps(source)).last is None
+    tiling = tile and Tiling(source.paths, tile)
+    source.last = None
+
+    def noted(calls, call):
+        return lambda *given: calls.append(time.sleep(0.1)) or call(*given)
+
+    monkeypatch.setattr(formats, "read_nifti", noted(read, formats.read_nifti))
+    monkeypatch.setattr(ArrayProxy, "get_unscaled", noted(unpacked, ArrayProxy.get_unscaled))
+    with ThreadPoolExecutor(4) as threads:
+        if tile:
+            cut = threads.map(lambda n: tiling.cut(*tiling.locate(n)), range(len(tiling)))
+            assert len({one.about["page"] for one in cut}) == 4
+        else:
+            found = list(threads.map(lambda n: source.open(n).read(), range(4)))
+            assert not found[0].equal(found[1])
+            assert source.open(2).read().equal(found[2])
+    assert (len(read), len(unpacked)) == (1, 1)
+
+
+def test_a_volume_too_large_for_memory_is_refused_with_what_can_be_done(
+    tmp_path, monkeypatch
+) -> None:
+    source = open_source(nifti(tmp_path / "a.nii", VOLUME))
+    monkeypatch.setattr("pixel_level_contrastive_learning.data.arrays.MAX_BYTES", 200)
+    shape = "x".join(map(str, VOLUME.shape))
+    with pytest.raises(ImageError, match=f"^an array of {shape} values would take more .*OME-Zarr"):
+        source.open(0)
 
 
 def test_volumes_have_volumes_of_masks(labelled) -> None:

@@ -1,7 +1,10 @@
 """Shards written once: what stands in them, going on after a cut, and what is refused."""
 
+import gc
 import io
 import json
+import os
+import sys
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +23,7 @@ from pixel_level_contrastive_learning.data.shard_entries import encode
 from pixel_level_contrastive_learning.data.shard_writer import write_shards
 from pixel_level_contrastive_learning.data.sources import open_source
 from pixel_level_contrastive_learning.data.statistics import measure
+from pixel_level_contrastive_learning.files import CannotWriteError
 
 
 @pytest.fixture
@@ -73,13 +77,16 @@ def test_deep_images_keep_their_kind_of_values(tmp_path, dtype) -> None:
     assert np.allclose(stored, bands[:, ::2, ::2])
 
 
-def test_work_that_was_cut_off_goes_on_and_ends_the_same(images, tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize("shard", [0, 1])
+def test_work_that_was_cut_off_goes_on_and_ends_the_same(
+    images, tmp_path, monkeypatch, shard
+) -> None:
     write_shards(images, tmp_path / "whole", max_side=150, images_each=2)
     real, calls = shard_writer.write_shard, []
 
     def failing(path, *given):
         calls.append(path.name)
-        if len(calls) == 2:
+        if len(calls) == shard + 1:
             path.with_name(f"{path.name}.part").write_bytes(b"half")
             raise OSError("No space left on device")
         return real(path, *given)
@@ -87,14 +94,45 @@ def test_work_that_was_cut_off_goes_on_and_ends_the_same(images, tmp_path, monke
     monkeypatch.setattr(shard_writer, "write_shard", failing)
     with pytest.raises(OSError, match="No space left"):
         write_shards(images, tmp_path / "out", max_side=150, images_each=2)
-    assert [p.name for p in sorted((tmp_path / "out").glob("*.tar"))] == ["shards-000000.tar"]
+    assert len(list((tmp_path / "out").glob("*.tar"))) == shard
     packed = write_shards(images, tmp_path / "out", max_side=150, images_each=2)
-    assert packed.kept == 1
-    assert calls == [*(f"shards-00000{k}.tar" for k in (0, 1, 1, 2))]
+    assert packed.kept == shard
+    assert calls == [*(f"shards-00000{k}.tar" for k in sorted([0, 1, 2, shard]))]
     for name in ("shards-000000.tar", "shards-000001.tar", "shards-000002.tar", "shards.json"):
         ours, theirs = (tmp_path / folder / name for folder in ("whole", "out"))
         assert ours.read_bytes() == theirs.read_bytes()
     assert not list((tmp_path / "out").glob("*.part"))
+
+
+def test_a_write_that_fails_names_the_file_and_leaves_nothing_behind_that_ends_badly(
+    images, tmp_path, monkeypatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    unraisable = []
+    monkeypatch.setattr(sys, "unraisablehook", unraisable.append)
+    with monkeypatch.context() as patched:
+        patched.setattr(shard_writer.HashedFile, "write", fail)
+        with pytest.raises(CannotWriteError, match=r"shards-000000\.tar could not .* disk is full"):
+            write_shards(images, tmp_path / "out")
+    gc.collect()
+    assert unraisable == []
+    assert write_shards(images, tmp_path / "out").images == 5
+
+
+def test_two_calls_do_not_write_into_one_folder(images, tmp_path, monkeypatch) -> None:
+    real = shard_writer.write_shard
+
+    def beside(*given):
+        monkeypatch.setattr(shard_writer, "write_shard", real)
+        with ThreadPoolExecutor(1) as other, pytest.raises(ValueError, match="another call is wri"):
+            other.submit(write_shards, images, tmp_path / "out").result()
+        return real(*given)
+
+    monkeypatch.setattr(shard_writer, "write_shard", beside)
+    assert write_shards(images, tmp_path / "out").images == 5
+    assert write_shards(images, tmp_path / "out").kept == 1
 
 
 def test_a_shard_that_rotted_is_written_again(images, tmp_path) -> None:
@@ -125,6 +163,16 @@ def test_broken_images_are_left_out_and_listed(images, tmp_path) -> None:
     assert line.startswith(f"{images / '1.jpg'}\tdamaged: ")
     assert "000000001.jpg" not in members(tmp_path / "out" / "shards-000000.tar")
     assert "1 could not be read, see skipped.txt" in str(packed)
+
+
+@pytest.mark.parametrize("tile", [None, 64])
+def test_where_nothing_can_be_read_it_fails_until_it_is_mended(images, tmp_path, tile) -> None:
+    (images / "0.jpg").write_bytes(b"no image")
+    for _ in range(2):
+        with pytest.raises(TooManyBrokenError, match=r"none of 1 images can .*0\.jpg\): not an im"):
+            write_shards(images / "0.jpg", tmp_path / "out", tile=tile)
+    (images / "0.jpg").write_bytes((images / "süb" / "small.png").read_bytes())
+    assert write_shards(images / "0.jpg", tmp_path / "out", tile=tile).images == 1
 
 
 def test_other_settings_and_other_folders_are_refused(images, tmp_path) -> None:
@@ -168,14 +216,15 @@ def test_a_file_without_a_known_suffix_takes_it_from_its_content(tmp_path, kind,
     assert open_source(tmp_path / "out").open(0).size == (3, 4)
 
 
-def test_images_of_more_bands_than_columns_keep_their_bands(tmp_path) -> None:
+@pytest.mark.parametrize(("side", "nodata"), [(20, None), (40, None), (40, -1.0)])
+def test_images_of_more_bands_than_columns_keep_their_bands(tmp_path, side, nodata) -> None:
     (tmp_path / "bands").mkdir()
-    bands = np.arange(12, dtype=np.uint16)[:, None, None].repeat(40, 1).repeat(20, 2) * 1000
+    bands = np.arange(24, dtype=np.uint16)[:, None, None].repeat(40, 1).repeat(20, 2) * 1000
     imwrite(tmp_path / "bands/a.tif", bands, photometric="minisblack", planarconfig="separate")
-    write_shards(tmp_path / "bands", tmp_path / "out", max_side=20)
+    write_shards(tmp_path / "bands", tmp_path / "out", max_side=side, nodata=nodata)
     opened = open_source(tmp_path / "out").open(0)
-    assert (opened.channels, opened.size) == (12, (20, 10))
-    assert opened.read()[:, 0, 0].tolist() == [1000 * band for band in range(12)]
+    assert (opened.channels, opened.size) == (24, (side, side // 2))
+    assert opened.read()[:, 0, 0].tolist() == [1000 * band for band in range(24)]
 
 
 def test_a_folder_may_be_spelled_otherwise_when_it_goes_on(images, tmp_path, monkeypatch) -> None:
@@ -186,14 +235,26 @@ def test_a_folder_may_be_spelled_otherwise_when_it_goes_on(images, tmp_path, mon
 
 def test_what_was_not_measured_is_not_blended_with_what_was(tmp_path) -> None:
     bands = np.full((3, 40, 60), 7.5, np.float32)
+    bands[:, :10] = 1.5
     bands[:, :, 30:] = -9999
     np.save(tmp_path / "a.npy", bands)
-    for max_side in (640, 31):  # kept, and made smaller
+    for max_side in (640, 30):  # kept, and made smaller
         out = tmp_path / f"out-{max_side}"
         write_shards(tmp_path / "a.npy", out, max_side=max_side, nodata=-9999)
-        assert torch.allclose(open_source(out).open(0).read(), torch.tensor(7.5))
+        pixels, *_, known = open_source(out).open(0).decode()
+        measured = round(pixels.shape[-1] / 2)
+        assert known[..., :measured].all() != known[..., measured:].any()
+        assert torch.allclose(pixels[:, -10:, :measured], torch.tensor(7.5))
         with pytest.raises(ValueError, match=r"holds shards of another call .nodata -9999 and now"):
             write_shards(tmp_path / "a.npy", out, max_side=max_side)
+
+
+def test_what_was_rarely_measured_is_kept_where_it_was_most(tmp_path) -> None:
+    sparse = np.full((40, 40), np.nan, np.float32)
+    sparse[::2, ::4] = 3.5
+    np.save(tmp_path / "a.npy", sparse)
+    write_shards(tmp_path / "a.npy", tmp_path / "out", max_side=10)
+    assert torch.allclose(open_source(tmp_path / "out").open(0).read(), torch.tensor(3.5))
 
 
 @pytest.fixture
@@ -303,6 +364,11 @@ def test_cutting_that_was_killed_goes_on_and_ends_the_same(scenes, tmp_path, mon
             write_shards(scenes, tmp_path / "out", **changed)
 
 
+def test_a_link_that_leads_nowhere_is_skipped(scenes, tmp_path) -> None:
+    (scenes / "gone.tif").symlink_to(tmp_path / "nothing.tif")
+    assert write_shards(scenes, tmp_path / "out", tile=64).skipped == 1
+
+
 def test_shards_of_tiles_are_not_gone_on_with_by_copies(images, tmp_path) -> None:
     write_shards(images, tmp_path / "out", tile=640)
     with pytest.raises(ValueError, match=r"another call \(tile 640 and now None, overlap 0 and"):
@@ -333,6 +399,14 @@ def test_tiles_can_be_trained_on(scenes, tmp_path) -> None:
     assert (statistics.channels, statistics.median_size) == (2, (64, 64))
     assert min(statistics.low) > 20  # the nodata of zeros does not count
     assert 59000 < max(statistics.high) < 60000
+
+
+def test_there_is_a_thread_for_each_core_that_may_be_used(images, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {7}, raising=False)
+    asked, real = [], shard_writer.ThreadPoolExecutor
+    monkeypatch.setattr(shard_writer, "ThreadPoolExecutor", lambda n: asked.append(n) or real(n))
+    write_shards(images, tmp_path / "out")
+    assert asked == [1]
 
 
 def test_threads_are_never_far_ahead_of_what_is_written() -> None:

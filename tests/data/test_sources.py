@@ -14,7 +14,7 @@ from webdataset import TarWriter
 
 from pixel_level_contrastive_learning.data.image import ImageError
 from pixel_level_contrastive_learning.data.shards import ShardSource, is_shards
-from pixel_level_contrastive_learning.data.sources import Source, Subset, open_source
+from pixel_level_contrastive_learning.data.sources import FileSource, Source, Subset, open_source
 
 
 def paint(path: Path, value: int = 0) -> Path:
@@ -91,10 +91,31 @@ def test_a_list_names_paths_beside_it(tmp_path) -> None:
 def test_several_places_are_joined(tmp_path) -> None:
     for value, name in enumerate(("one/a.png", "one/b.png", "two/c.png")):
         paint(tmp_path / name, value)
-    source = open_source([tmp_path / "two", str(tmp_path / "one"), tmp_path / "one" / "b.png"])
-    assert values(source) == [2, 0, 1, 1]
-    assert Path(source.name(2)).name == "b.png"
-    assert values(Subset(source, torch.tensor([3, 0]))) == [1, 2]
+    with TarWriter(str(tmp_path / "a.tar")) as writer:
+        writer.write({"__key__": "d", "png": (tmp_path / "two/c.png").read_bytes()})
+    places = [tmp_path / "two", str(tmp_path / "one"), tmp_path / "one" / "b.png"]
+    for source in (open_source(places), open_source([*places, f"{tmp_path}/a.tar", places[0]])):
+        assert values(source) == [2, 0, 1, 1, 2, 2][: len(source)]
+        assert Path(source.name(2)).name == "b.png"
+        assert values(Subset(source, torch.tensor([3, 0]))) == [1, 2]
+
+
+def test_an_image_is_found_without_counting_all_of_them(tmp_path, monkeypatch) -> None:
+    path, several = str(paint(tmp_path / "a.png", 7)), tmp_path / "b.gif"
+    frames = [Image.new("L", (9, 9), value) for value in range(3)]
+    frames[0].save(several, save_all=True, append_images=frames[1:])
+    with TarWriter(str(tmp_path / "a.tar")) as writer:
+        writer.write({"__key__": "a", "png": Path(path).read_bytes()})
+    many = open_source([path] * 500 + [str(several)] * 500)
+    assert isinstance(many, FileSource)
+    joined = open_source([path, str(several), f"{tmp_path}/a.tar", path])
+    asked = []
+    monkeypatch.setattr(ShardSource, "files", property(lambda _: asked.append(1) or 1))
+    monkeypatch.setattr(many, "split", {})
+    assert (len(many), len(joined)) == (2000, 6)
+    assert joined.name(4) == f"{tmp_path}/a.tar:a.png"
+    assert joined.name(5) == path
+    assert asked == []
 
 
 @pytest.mark.parametrize(

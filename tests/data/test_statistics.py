@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 
 from pixel_level_contrastive_learning.augment import IMAGENET_MEAN, IMAGENET_STD
+from pixel_level_contrastive_learning.data.arrays import NODATA_TAG
 from pixel_level_contrastive_learning.data.decoding import open_image
 from pixel_level_contrastive_learning.data.image import ImageError
 from pixel_level_contrastive_learning.data.sources import open_source
 from pixel_level_contrastive_learning.data.statistics import Statistics, measure
-from pixel_level_contrastive_learning.data.tiff import NODATA_TAG
 
 
 def gray(value: int) -> torch.Tensor:
@@ -97,7 +97,8 @@ def filled(values: torch.Tensor, value: float, rows: int = 5) -> torch.Tensor:
     return values
 
 
-RAMP = torch.linspace(0, 1, 80 * 90).view(1, 80, 90)[:, torch.randperm(80)]
+ORDER = torch.randperm(80, generator=torch.Generator().manual_seed(0))
+RAMP = torch.linspace(0, 1, 80 * 90).view(1, 80, 90)[:, ORDER]
 NODATA = {
     "reflectance": (0.3 * RAMP, -9999),
     "reflectance in whole numbers": (10000 * RAMP, 65535),
@@ -202,7 +203,7 @@ def test_channels_may_be_asked_for() -> None:
     assert found.mean == pytest.approx((0.299,), abs=0.002)
     assert measure(open_source([gray(255)]), channels=3).mean == pytest.approx((1, 1, 1))
     with pytest.raises(ValueError, match=r"^channels is 5, but the images have 3; leave it out"):
-        measure(open_source([colour]), channels=5)
+        measure(open_source([colour, "no image", colour]), channels=5)
 
 
 def test_a_sample_is_a_function_of_the_seed() -> None:

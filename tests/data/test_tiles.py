@@ -1,6 +1,8 @@
 """Where tiles lie, at which scale, and which are empty."""
 
 import re
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 
 import numpy as np
 import pytest
@@ -251,6 +253,17 @@ def test_only_two_images_stay_open(tmp_path, monkeypatch) -> None:
         tiling.cut(*tiling.locate(index))
     assert len(opened) == 3
     assert len(tiling.opened) == 2
+
+
+def test_two_images_are_opened_at_once(tmp_path, monkeypatch) -> None:
+    for number in range(2):
+        np.save(tmp_path / f"{number}.npy", np.eye(80))
+    tiling = Tiling([str(tmp_path / f"{number}.npy") for number in range(2)], 64)
+    both, real = Barrier(2, timeout=10), tiles.background_contrast
+    monkeypatch.setattr(tiles, "background_contrast", lambda r: both.wait() >= 0 and real(r))
+    with ThreadPoolExecutor(8) as threads:
+        cut = threads.map(lambda n: tiling.cut(*tiling.locate(n)), range(8))
+        assert len({id(tile.pixels) for tile in cut}) == 8
 
 
 def test_slides_and_rasters_of_folders_and_lists_are_found(tmp_path) -> None:

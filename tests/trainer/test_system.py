@@ -1,6 +1,5 @@
 """What the machine is: processes counted as launchers say, memory as containers say."""
 
-import os
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -89,18 +88,6 @@ def test_free_memory_is_what_the_container_leaves(monkeypatch) -> None:
     assert system.free_memory(cpu) == 2_300_000  # files that were read give way
     held["/sys/fs/cgroup/memory.max"] = "max\n"
     assert system.free_memory(cpu) == 4096 * 1024
-
-
-@pytest.mark.parametrize(
-    ("limit", "cores"),
-    [("max 100000\n", 8), ("300000 100000\n", 3), ("150000 100000\n", 2), ("900000 100000\n", 8)],
-)
-def test_cores_are_those_that_the_container_leaves(monkeypatch, tmp_path, limit, cores) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
-    monkeypatch.setattr(system, "CGROUP", tmp_path)
-    assert system.cores() == 8
-    (tmp_path / "cpu.max").write_text(limit)
-    assert system.cores() == cores
 
 
 def test_the_machine_is_told_in_words() -> None:
