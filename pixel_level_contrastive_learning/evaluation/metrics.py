@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -14,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torchmetrics.classification import MulticlassJaccardIndex
 
-from ..data.loader import in_order
+from ..data.loader import cores, in_order
 from ..data.segmentation import IGNORED, SegmentationDataset
 from .features import Preparation, Size, resized
 
@@ -83,9 +82,8 @@ class PreparedSplit:
         if all(self.dataset.images[index] in self.cache for index in order):
             yield from map(self.sample, order)
             return
-        threads = os.cpu_count() or 1
-        with ThreadPoolExecutor(threads) as pool:
-            for _, sample in in_order(self.sample, order, threads, pool):
+        with ThreadPoolExecutor(cores()) as pool:
+            for _, sample in in_order(self.sample, order, cores(), pool):
                 yield sample
 
     def sample(self, index: int) -> PreparedSample:

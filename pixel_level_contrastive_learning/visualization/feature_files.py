@@ -28,7 +28,7 @@ from ..backbones.custom import Model, handing_over
 from ..backbones.state_dict import tensors_of
 from ..checks import Pages, import_extra, one_of, raise_together, size_pair
 from ..data.image import ImageError
-from ..data.loader import in_order
+from ..data.loader import cores, in_order
 from ..data.pages import PagedFiles
 from ..data.reading import in_time
 from ..data.sources import IndexedSource, Source, open_source
@@ -52,7 +52,7 @@ BATCH = 16
 SAVED_EVERY, TIMES_SAVING = 10, 10
 """Seconds after which the index is written again, and times what writing it took, which a long one
 needs: a killed process loses no more work."""
-THREADS = os.cpu_count() or 1
+THREADS = cores()
 TOLD_EVERY = 30
 """Seconds from one line about the progress to the next."""
 MAPS_OF_BASIS, CELLS_OF_BASIS = 64, 1024
