@@ -88,7 +88,11 @@ def test_refusals_are_ours(tmp_path, name) -> None:
         open_image(odd.content).read()
     assert re.match(odd.refusal, str(reason.value))
     assert "\n" not in str(reason.value)
-    assert odd.name in str(error.value)
+    try:
+        header = f"channels is 7, but the images have {open_image(odd.content).channels}"
+    except ImageError:
+        header = odd.name
+    assert header in str(error.value)
 
 
 def used() -> float:
