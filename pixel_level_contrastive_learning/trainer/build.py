@@ -269,7 +269,7 @@ def build_optimizer(learner: nn.Module, plan: RunPlan, idle: set[str]) -> torch.
     so no LARS either, as with the authors.
 
     Raises:
-        ValueError: timm has no optimiser of that name.
+        ValueError: timm has no optimiser of that name, or one of second derivatives.
     """
     named = [(n, p) for n, p in learner.named_parameters() if p.requires_grad and n not in idle]
     groups = [
@@ -278,7 +278,7 @@ def build_optimizer(learner: nn.Module, plan: RunPlan, idle: set[str]) -> torch.
     ]
     fused: dict[str, Any] = {"fused": True} if not plan.sharded and plan.optimizer in FUSED else {}
     try:
-        return create_optimizer_v2(
+        optimizer: torch.optim.Optimizer = create_optimizer_v2(
             [group for group in groups if group["params"]],
             opt=plan.optimizer,
             lr=plan.schedule.peak_lr,
@@ -292,6 +292,12 @@ def build_optimizer(learner: nn.Module, plan: RunPlan, idle: set[str]) -> torch.
             f"optimizer is {plan.optimizer!r}, which timm cannot make ({error}); perhaps "
             f"{' or '.join(near)}"
         ) from error
+    if getattr(optimizer, "is_second_order", False):  # as timm's own loop asks
+        raise ValueError(
+            f"optimizer is {plan.optimizer!r}, which needs second derivatives, and the losses have "
+            "none; take adamw, lars, sgd or lamb"
+        )
+    return optimizer
 
 
 def shard(learner: nn.Module, mesh: DeviceMesh) -> nn.Module:

@@ -36,14 +36,15 @@ class RunDir:
         """Refuse a folder where this run may not be written; writes nothing.
 
         Raises:
-            ValueError: It is a file, or holds something and neither flag is given.
+            ValueError: It is a file, holds something and neither flag is given, or something that
+                the run would replace or could not go on from.
         """
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"out is {self.path}, which is a file; name a folder")
         if str(self.path).encode(errors="ignore").decode() != str(self.path):
             raise ValueError(f"out is {str(self.path)!r}, which is no UTF-8; name a folder that is")
         check_writable("out", self.path)
-        if overwrite and not self.holds_run():
+        if (resume or overwrite) and not self.holds_run():
             for name in run_layout.EVERYTHING:
                 dry_run = name == run_layout.PREVIEW and self.holds_dry_run()
                 if (self.path / name).exists() and not dry_run:
@@ -51,6 +52,12 @@ class RunDir:
                         f"out is {self.path}, which holds no run but has {name}, which a run would "
                         "replace; name another folder"
                     )
+        if resume and (self.path / run_layout.WEIGHTS).exists() and not self.checkpoint_paths():
+            raise ValueError(
+                f"out is {self.path}, whose run is done and of which no checkpoint is left to go "
+                f"on from; start one with --weights {self.path} in another folder, or replace it "
+                "(--overwrite)"
+            )
         ours = (run_layout.PREVIEW, *run_layout.LOCK_FILES)  # left by a dry run, and by a kill
         used = self.path.is_dir() and any(own.name not in ours for own in self.path.iterdir())
         if used and not resume and not overwrite:
