@@ -66,7 +66,9 @@ class PixelCL(nn.Module):
     ``learner.update_moving_average()``; then save ``net``, the very object handed in.
 
     Args:
-        net: The backbone. Forward hooks read it while it runs; nothing of it is replaced.
+        net: The backbone. Forward hooks read it while it runs; nothing of it is replaced. It is
+            trained in the mode that it is in: eval mode freezes its batch norm and turns its
+            dropout off, while the target's are at work; ``learner.train()`` ends it.
         image_size: Size of the *views* in pixels, an int or ``(height, width)``. Images may have
             any size and aspect.
         hidden_layer_pixel: Layer whose output goes to the pixel loss, a name such as ``layer4`` or

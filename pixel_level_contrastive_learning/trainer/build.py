@@ -103,7 +103,7 @@ def save_statistics(data: TrainingData, folder: Path) -> None:
 def build_net(
     config: PretrainConfig, size: tuple[int, int], channels: int, *, load: bool
 ) -> nn.Module:
-    """The backbone with its start weights; ``load`` is false where a checkpoint brings them.
+    """The backbone with its start weights, in train mode; ``load``: no checkpoint brings them.
 
     Raises:
         ValueError: An unknown model, or weights that do not fit.
@@ -116,11 +116,11 @@ def build_net(
         pretrained=pretrained,
         config=network_config(config),
     )
-    if load and config.weights is None and config.zero_init_residual:
+    if load and config.zero_init_residual and not has_given_weights(config):
         zero_last_norms(net)
-    elif load and config.weights not in (None, PRETRAINED):
+    if load and config.weights not in (None, PRETRAINED):
         LOG.info("weights from %s:\n%s", config.weights, load_weights(net, config.weights))
-    return net
+    return net.train()
 
 
 def network_config(config: PretrainConfig) -> dict[str, Any] | None:
@@ -143,23 +143,14 @@ def build_learner(
     learner = PixelCL(
         net,
         size,
-        hidden_layer_pixel=layer_key(config.pixel_layer),
-        hidden_layer_instance=layer_key(config.instance_layer),
+        hidden_layer_pixel=None if config.pixel_layer == "auto" else config.pixel_layer,
+        hidden_layer_instance=None if config.instance_layer == "auto" else config.instance_layer,
         moving_average_decay=config.target_momentum,
         use_pixpro=config.loss == "pixpro",
         channels=channels,
         **own,
     )
     return learner.to(memory_format=torch.channels_last)
-
-
-def layer_key(name: str | tuple[str, ...]) -> Any:
-    """A layer as the learner takes it: a name, an index, several of them, or None for `auto`."""
-    if not isinstance(name, str):
-        return [layer_key(one) for one in name]
-    if name.removeprefix("-").isdecimal():
-        return int(name)
-    return None if name == "auto" else name
 
 
 def has_given_weights(config: PretrainConfig) -> bool:
@@ -190,9 +181,7 @@ def find_info(
 def build_card(plan: RunPlan, statistics: Statistics) -> BackboneCard:
     """What is needed to use the backbone."""
     settings = plan.settings
-    random = AS_HANDED if is_module_handed() else "random"
-    if settings.zero_init_residual:
-        random = ZERO_INIT
+    random = ZERO_INIT if settings.zero_init_residual else "random"
     return BackboneCard(
         model=plan.model,
         channels=statistics.channels,
@@ -203,7 +192,7 @@ def build_card(plan: RunPlan, statistics: Statistics) -> BackboneCard:
         high=statistics.high,
         pixel_layer=settings.pixel_layer,
         instance_layer=settings.instance_layer,
-        start=start_weights(settings.weights) or random,
+        start=start_weights(settings.weights) or (AS_HANDED if is_module_handed() else random),
         seed=plan.seed,
         config=network_config(settings),
     )

@@ -141,7 +141,7 @@ class PretrainConfig:
     auto: the pooled vector after the last map, else the pixel layer, averaged."""
     zero_init_residual: bool = False
     """Initialise the last batch norm of each residual block to 0.
-    Ignored if --weights is given.
+    Ignored if --weights is given, or the model is a network handed over in Python.
     For long runs only: in a few hundred steps the blocks hardly leave zero."""
 
     image_size: int | tuple[int, int] | Auto = "auto"

@@ -167,13 +167,15 @@ class RunDir:
         dropped = 0
         for path in self.records():
             lines = path.read_bytes().splitlines()
-            kept: dict[int, bytes] = {}  # by step, in order: damaged digits may repeat one
+            kept: list[bytes] = []
+            newest = -1
             for line in lines:
                 number = step_of_line(line)
-                if max(kept, default=-1) < number <= step and step:
-                    kept[number] = line
+                if newest < number <= step and step:  # in order: damaged digits may repeat one
+                    newest = number
+                    kept.append(line)
             if lines:
-                write_whole(path, b"".join(line + b"\n" for line in kept.values()))
+                write_whole(path, b"".join(line + b"\n" for line in kept))
             dropped += len(lines) - len(kept)
         return dropped
 
