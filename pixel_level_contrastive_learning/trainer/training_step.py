@@ -238,8 +238,11 @@ def features_of(learner: PixelCL, kept: list[Tensor] | None) -> Iterator[None]:
     def keep(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         if kept is not None and not kept:  # a map (b, c, h, w), or vectors (b, c)
             vectors = inputs[0].detach().movedim(1, -1).flatten(0, -2)
-            stride = max(1, len(vectors) // FEATURES)
-            kept.append(vectors[::stride][:FEATURES].float())
+            last = len(vectors) - 1
+            if last >= FEATURES:  # spread so that they fall on all cells, whatever their number
+                chosen = torch.linspace(0, last, FEATURES, device=vectors.device).long()
+                vectors = vectors[chosen]
+            kept.append(vectors.float())
 
     if kept is None:
         yield
