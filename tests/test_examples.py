@@ -37,7 +37,8 @@ PYTHON = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 SHORT = "--size", "64", "--batch", "2", "--steps", "2", "--out", "net.pt"
 OF_LIGHTNING = "-W", "ignore:`isinstance(treespec", "-W", "ignore:The 'train_dataloader' does not"
 WITHOUT = """
-import runpy, sys
+import multiprocessing, runpy, sys
+multiprocessing.set_start_method("spawn")  # as on Windows and macOS, a worker imports the script
 sys.modules.update(dict.fromkeys(sys.argv[1].split(",")))  # None: it cannot be imported
 del sys.argv[:2]
 runpy.run_path(sys.argv[0], run_name="__main__")
