@@ -265,8 +265,8 @@ class BothAugmentations(nn.Module):
 class TwoViews(nn.Module):
     """Makes two views of each image, or checks two that were made elsewhere.
 
-    ``changes`` are the user's own of each view, or None for the default colour; images must have
-    at least ``smallest`` pixels a side; the rest is as `PixelCL` takes it.
+    ``changes`` are the user's own of each view, the first alone for both, or None for the default
+    colour; images must have at least ``smallest`` pixels a side; the rest is as `PixelCL` takes it.
     """
 
     def __init__(
@@ -282,6 +282,13 @@ class TwoViews(nn.Module):
         smallest: int,
     ) -> None:
         super().__init__()
+        first, second = changes
+        if first is None and second is not None:
+            raise ValueError(
+                f"augment_fn2 is {second!r}; it must be given beside augment_fn, which alone "
+                "serves both views"
+            )
+        second = first if second is None else second
         self.size = size
         self.channels = channels
         self.placement = placement
@@ -296,7 +303,7 @@ class TwoViews(nn.Module):
                 Augmentation(Colour(default, channels), normalise)
                 if change is None
                 else Augmentation(change, after_own)
-                for change, default in zip(changes, (VIEW_ONE, VIEW_TWO), strict=True)
+                for change, default in ((first, VIEW_ONE), (second, VIEW_TWO))
             )
         )
 

@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .augment import Change, TwoViews
-from .checks import check_limits, per_channel, raise_together, something_to_learn
+from .checks import check_limits, per_channel, raise_together, something_to_learn, unless
 from .geometry import Positives
 from .losses import PixelLoss, instance_loss, pixcontrast, pixpro
 from .modules.encoder import (
@@ -80,9 +80,8 @@ class PixelCL(nn.Module):
         projection_size: Channels of the projections.
         projection_hidden_size: Hidden channels of the projectors and the predictor.
         augment_fn: Changes the views ``(b, c, h, w)`` in place of the default colour change and
-            normalisation; it must leave the geometry alone. Serves both views unless `augment_fn2`
-            is given.
-        augment_fn2: The same for the second view.
+            normalisation; it must leave the geometry alone. Alone it serves both views.
+        augment_fn2: The same for the second view, beside an `augment_fn` for the first.
         prob_rand_hflip: Share of views flipped left to right.
         moving_average_decay: Share of itself that the target keeps at each update, in [0, 1].
         ppm_num_layers: Depth of the propagation module's transform: 0, 1 or 2.
@@ -152,6 +151,7 @@ class PixelCL(nn.Module):
     ) -> None:
         raise_together(
             *check_limits(locals()),
+            unless(isinstance(net, nn.Module), "net", net, "a network, such as models.resnet18()"),
             something_to_learn(alpha, instance_weight),
             per_channel("mean", mean, channels),
             per_channel("std", std, channels),
@@ -159,8 +159,7 @@ class PixelCL(nn.Module):
         super().__init__()
         if coord_cutout_interpolate_mode is not None:
             warnings.warn(
-                "coord_cutout_interpolate_mode does nothing: coordinates are exact and not "
-                "interpolated; leave it out",
+                "coord_cutout_interpolate_mode does nothing: coordinates are exact; leave it out",
                 DeprecationWarning,
                 stacklevel=2,
             )
@@ -182,7 +181,7 @@ class PixelCL(nn.Module):
         self.views = TwoViews(
             (height, width),
             channels,
-            (augment_fn, augment_fn if augment_fn2 is None else augment_fn2),
+            (augment_fn, augment_fn2),
             Placement(cutout_ratio_range, prob_rand_hflip, prob_rand_vflip, max_rotation),
             mode=cutout_interpolate_mode,
             mean=mean,

@@ -383,6 +383,8 @@ def test_convention_the_published_keywords_are_kept_and_new_ones_have_to_be_name
         ("std", ([0.5], 0.5), "3 numbers, one a channel"),
         ("std", ([0.2, 0.2, 0.0], [0.2, -0.2, 0.2]), "above 0"),
         ("augment_fn", ("blur",), "callable"),
+        ("augment_fn2", (torch.abs,), "given beside augment_fn, which alone serves both views"),
+        ("net", (SmallNet, None), "must be a network, such as models.resnet18()"),
         ("hidden_layer_pixel", (3.0, [], ["deep", 3], ("stem", "deep", "stem")), "name"),
         ("hidden_layer_instance", (3.0, ("stem", "deep")), "must be a name or an index"),
         ("pixel_levels", (0, 1.5, None), "whole number of at least 1"),
@@ -392,7 +394,7 @@ def test_convention_the_published_keywords_are_kept_and_new_ones_have_to_be_name
 def test_a_value_out_of_range_is_refused_with_what_is_allowed(name, values, allowed) -> None:
     for value in values:
         with pytest.raises(ValueError, match=re.escape(allowed)) as error:
-            PixelCL(SmallNet(), **{"image_size": 64, name: value})
+            PixelCL(**{"net": SmallNet(), "image_size": 64, name: value})
         assert name in str(error.value)
         assert repr(value) in str(error.value)
 
