@@ -6,6 +6,7 @@ import logging
 import pytest
 import torch
 from rich.console import Console
+from rich.logging import RichHandler
 from run_folders import checkpoint, log
 
 from pixel_level_contrastive_learning import PixelCL, pretrain
@@ -66,3 +67,19 @@ def test_an_image_that_fits_nowhere_ends_the_run_in_words(settings, monkeypatch)
     monkeypatch.setattr(PixelCL, "forward", never)
     with pytest.raises(MemoryError, match="2 images do not fit into memory; give a smaller image"):
         pretrain(**settings())
+
+
+@pytest.mark.parametrize("own", [None, logging.StreamHandler, RichHandler])
+def test_a_script_with_logging_of_its_own_reads_each_message_once(own, capsys) -> None:
+    root = logging.getLogger()
+    handlers = [own()] if own else []  # as of logging.basicConfig
+    try:
+        root.handlers += handlers
+        with progress.logging_to(terminal=True):
+            progress.LOG.info("one message")
+            progress.LOG.debug("for the file")
+            progress.LOG.error("for the file", extra={"file_only": True})
+    finally:
+        root.handlers = [kept for kept in root.handlers if kept not in handlers]
+    assert "".join(capsys.readouterr()) == "one message\n"
+    assert progress.LOG.propagate
