@@ -80,7 +80,8 @@ class PixelCL(nn.Module):
         projection_size: Channels of the projections.
         projection_hidden_size: Hidden channels of the projectors and the predictor.
         augment_fn: Changes the views ``(b, c, h, w)`` in place of the default colour change and
-            normalisation; it must leave the geometry alone. Alone it serves both views.
+            normalisation (those of the authors: blur of up to 2 pixels at any size of the views);
+            it must leave the geometry alone. Alone it serves both views.
         augment_fn2: The same for the second view, beside an `augment_fn` for the first.
         prob_rand_hflip: Share of views flipped left to right.
         moving_average_decay: Share of itself that the target keeps at each update, in [0, 1].

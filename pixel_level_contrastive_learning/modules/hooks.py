@@ -198,7 +198,7 @@ def find_layer(net: nn.Module, name: str) -> nn.Module:
     for own in (inner, net):
         with suppress(AttributeError):
             return own.get_submodule(name)
-    layers = dict(net.named_modules()) | dict(inner.named_modules())
+    layers: dict[str, nn.Module] = dict(net.named_modules()) | dict(inner.named_modules())
     plain = {plain_name(own): layer for own, layer in reversed(layers.items())}
     if name in plain:
         return plain[name]
