@@ -262,13 +262,15 @@ def step_seed(seed: int, step: int, rank: int) -> int:
     return (seed * 1_000_003 + step * 8191 + rank) % 2**63
 
 
-def split_batch(batch: TwoViewBatch, parts: int) -> Iterator[TwoViewBatch]:
-    """The batch in parts whose sizes differ by one at most, and are two at least.
+def possible_parts(images: int, parts: int) -> int:
+    """Parts of two images at least, as one has no batch statistics: as many as asked, or fewer."""
+    return max(1, min(parts, images // 2))
 
-    A part of one image would have no batch statistics; there are fewer parts instead.
-    """
+
+def split_batch(batch: TwoViewBatch, parts: int) -> Iterator[TwoViewBatch]:
+    """The batch in `possible_parts`, whose sizes differ by one at most."""
     images = len(batch.one)
-    parts = max(1, min(parts, images // 2))
+    parts = possible_parts(images, parts)
     for part in range(parts):
         yield slice_batch(batch, slice(images * part // parts, images * (part + 1) // parts))
 
