@@ -162,10 +162,13 @@ class RunDir:
     def truncate(self, step: int) -> int:
         """Drop the lines of metrics and probes after a step (all at 0); how many those were.
 
-        A last line that a killed run left unfinished is dropped too.
+        A last line that a killed run left unfinished is dropped too. Lines that `renumber` has made
+        take their places first.
         """
         dropped = 0
         for path in self.records():
+            with suppress(FileNotFoundError):
+                renumbered(path, step).replace(path)
             lines = path.read_bytes().splitlines()
             kept: list[bytes] = []
             newest = -1
@@ -263,25 +266,29 @@ class RunDir:
             except OSError:
                 shutil.copyfile(path, part)
             part.replace(self.checkpoints / name)
+            part.unlink(missing_ok=True)  # of two names of one file none was replaced
         except OSError as error:
             raise cannot_write(self.checkpoints / name, error) from error
 
     def renumber(self, checkpoint: Path, step: int, now: int) -> None:
         """Count the step of a checkpoint as another, since batches have another size from it on.
 
-        Lines of metrics and the checkpoint, which becomes the last, get the new numbers; other
-        checkpoints go.
+        Lines of metrics and the checkpoint, which becomes the last, get the new numbers, all at
+        once wherever the run is killed; other checkpoints go.
         """
         for path in self.records():
             held = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
             # Rounded up, so that the first step stays one; of equals the last stays.
             lines = {-(-line["step"] * now // step): line for line in held}
-            write_whole(path, "".join(json.dumps(lines[n] | {"step": n}) + "\n" for n in lines))
-        self.link(checkpoint, run_layout.LAST)
-        moved = checkpoint.replace(self.checkpoint_path(now))
-        for path in self.numbered():
+            text = "".join(json.dumps(lines[n] | {"step": n}) + "\n" for n in lines)
+            write_whole(renumbered(path, now), text)
+        moved = self.checkpoint_path(now)
+        for name in (run_layout.LAST, moved.name):
+            self.link(checkpoint, name)
+        for path in reversed(self.numbered()):  # the newest last: then its new number counts
             if path != moved:
                 path.unlink()
+        self.truncate(now)
 
     def discard_after(self, step: int) -> None:
         """Rename checkpoints of later steps, which cannot be read; remove unfinished files."""
@@ -291,6 +298,11 @@ class RunDir:
         for folder in (self.path, self.checkpoints):
             for path in folder.glob(".*.part"):
                 path.unlink()
+
+
+def renumbered(record: Path, step: int) -> Path:
+    """Where the lines of a file wait until its run counts as many steps."""
+    return record.with_name(f".{record.name}.{step}.part")
 
 
 def step_of(checkpoint: Path) -> int:
