@@ -28,8 +28,7 @@ class Folder(list[Path]):
         return self.square(picture.convert("RGB")) / 255
 
 
-def main() -> None:
-    """Pretrain on the images of a folder, and save the backbone."""
+if __name__ == "__main__":  # where the workers of a loader are spawned, they import this file
     flags = argparse.ArgumentParser(description=__doc__)
     flags.add_argument("images", type=Path, help="folder of images, searched to any depth")
     for flag, default in {"--out": "net.pt", "--size": 128, "--batch": 24, "--steps": 300}.items():
@@ -45,9 +44,7 @@ def main() -> None:
     learner = PixelCL(resnet, args.size, instance_weight=0.1, cutout_ratio_range=(0.45, 1.0))
     opt = torch.optim.AdamW(learner.parameters(), lr=2.8e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(opt, 2.8e-3, args.steps, pct_start=0.1)
-
-    loader = DataLoader(images, args.batch, sampler=draws, num_workers=1)
-    for step, batch in enumerate(loader, 1):
+    for step, batch in enumerate(DataLoader(images, args.batch, sampler=draws, num_workers=1), 1):
         with torch.autocast(device.type, torch.bfloat16):
             terms = learner(batch.to(device), return_terms=True)
         opt.zero_grad()
@@ -61,7 +58,3 @@ def main() -> None:
         from pixel_level_contrastive_learning.backbones.checkpoint import card_of, save_card
 
         save_card(args.out, card_of(learner, "torchvision/resnet18"))
-
-
-if __name__ == "__main__":
-    main()

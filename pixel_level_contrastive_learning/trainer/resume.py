@@ -60,7 +60,6 @@ def find_resume_point(setup: Setup, run_dir: RunDir) -> ResumePoint:
 
 def prepare(setup: Setup, run_dir: RunDir, begin: ResumePoint) -> None:
     """Write what a run begins with, and take back what came after the step that it begins at."""
-    run_dir.checkpoints.mkdir(parents=True, exist_ok=True)
     if dropped := run_dir.truncate(begin.number):
         LOG.info("dropped %d lines of metrics after step %d", dropped, begin.number)
     run_dir.discard_after(begin.number)

@@ -259,6 +259,7 @@ def run(config: PretrainConfig, objects: Any = None) -> PretrainResult:
                 if config.overwrite:
                     run_dir.remove_run()
                 is_new = not run_dir.holds_run()
+                run_dir.checkpoints.mkdir(exist_ok=True)  # with it the folder holds a run
                 log.open(run_dir.path / run_layout.TRAIN_LOG)
                 try:
                     return train(setup, run_dir, stop)
