@@ -1,5 +1,7 @@
 """PixelCL inside a LightningModule: the trainer of Lightning runs the loop."""
 
+from typing import Any
+
 import torch
 from lightning import LightningModule, Trainer
 from torch import Tensor
@@ -25,8 +27,9 @@ class Pretraining(LightningModule):
         self.log("pixel_cosine", terms.pixel_cosine)  # the figure to watch
         return terms.loss
 
-    def on_train_batch_end(self, *_: object) -> None:
-        self.learner.update_moving_average()  # after each step of the optimiser
+    def optimizer_step(self, *how: Any, **named: Any) -> None:
+        super().optimizer_step(*how, **named)
+        self.learner.update_moving_average()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         learned = (own for own in self.learner.parameters() if own.requires_grad)

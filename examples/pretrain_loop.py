@@ -28,33 +28,33 @@ class Folder(list[Path]):
         return self.square(picture.convert("RGB")) / 255
 
 
-flags = argparse.ArgumentParser(description=__doc__)
-flags.add_argument("images", type=Path, help="folder of images, searched to any depth")
-for flag, default in {"--out": "net.pt", "--size": 128, "--batch": 24, "--steps": 300}.items():
-    flags.add_argument(flag, type=type(default), default=default)  # --size: side of the views
-args = flags.parse_args()
-torch.manual_seed(0)
-device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-images = Folder(args.images, side=2 * args.size)
-if not images:
-    flags.error(f"there is no image below {args.images}; give a folder of JPEGs, PNGs or TIFFs")
-draws = RandomSampler(images, replacement=True, num_samples=args.steps * args.batch)
-resnet = models.resnet18(weights=None, zero_init_residual=True).to(device)
-learner = PixelCL(resnet, args.size, instance_weight=0.1, cutout_ratio_range=(0.45, 1.0))
-opt = torch.optim.AdamW(learner.parameters(), lr=2.8e-3)
-schedule = torch.optim.lr_scheduler.OneCycleLR(opt, 2.8e-3, args.steps, pct_start=0.1)
+if __name__ == "__main__":  # where the workers of a loader are spawned, they import this file
+    flags = argparse.ArgumentParser(description=__doc__)
+    flags.add_argument("images", type=Path, help="folder of images, searched to any depth")
+    for flag, default in {"--out": "net.pt", "--size": 128, "--batch": 24, "--steps": 300}.items():
+        flags.add_argument(flag, type=type(default), default=default)  # --size: side of the views
+    args = flags.parse_args()
+    torch.manual_seed(0)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    images = Folder(args.images, side=2 * args.size)
+    if not images:
+        flags.error(f"there is no image below {args.images}; give a folder of JPEGs, PNGs or TIFFs")
+    draws = RandomSampler(images, replacement=True, num_samples=args.steps * args.batch)
+    resnet = models.resnet18(weights=None, zero_init_residual=True).to(device)
+    learner = PixelCL(resnet, args.size, instance_weight=0.1, cutout_ratio_range=(0.45, 1.0))
+    opt = torch.optim.AdamW(learner.parameters(), lr=2.8e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, 2.8e-3, args.steps, pct_start=0.1)
+    for step, batch in enumerate(DataLoader(images, args.batch, sampler=draws, num_workers=1), 1):
+        with torch.autocast(device.type, torch.bfloat16):
+            terms = learner(batch.to(device), return_terms=True)
+        opt.zero_grad()
+        terms.loss.backward()
+        opt.step()
+        schedule.step()
+        learner.update_moving_average(1 - 0.005 * (1 + cos(pi * step / args.steps)))
+        print(f"step {step}  loss {terms.loss:.3f}  pixel_cosine {terms.pixel_cosine:.3f}")
+    torch.save(resnet.cpu().state_dict(), args.out)  # plain torchvision weights
+    if find_spec("safetensors"):  # of `pip install ".[train]"`: a card, for pixelcl to read them
+        from pixel_level_contrastive_learning.backbones.checkpoint import card_of, save_card
 
-for step, batch in enumerate(DataLoader(images, args.batch, sampler=draws, num_workers=1), 1):
-    with torch.autocast(device.type, torch.bfloat16):
-        terms = learner(batch.to(device), return_terms=True)
-    opt.zero_grad()
-    terms.loss.backward()
-    opt.step()
-    schedule.step()
-    learner.update_moving_average(1 - 0.005 * (1 + cos(pi * step / args.steps)))
-    print(f"step {step}  loss {terms.loss:.3f}  pixel_cosine {terms.pixel_cosine:.3f}")
-torch.save(resnet.cpu().state_dict(), args.out)  # plain torchvision weights
-if find_spec("safetensors"):  # with `pip install ".[train]"`: a card, so that pixelcl can read them
-    from pixel_level_contrastive_learning.backbones.checkpoint import card_of, save_card
-
-    save_card(args.out, card_of(learner, "torchvision/resnet18"))
+        save_card(args.out, card_of(learner, "torchvision/resnet18"))

@@ -193,7 +193,8 @@ def parse_config(arguments: Sequence[str], about: str = "") -> PretrainConfig:
         config=(tyro.conf.OmitArgPrefixes,),
     )
     before, now = asdict(base), asdict(parsed)
-    given = {name: value for name, value in now.items() if value != before[name]}
+    typed = {word.partition("=")[0].replace("-", "_") for word in arguments if is_flag(word)}
+    given = {n: own for n, own in now.items() if own != before[n] or f"__{n}" in typed}
     return to_config(settings_of(flags | given))
 
 

@@ -54,7 +54,7 @@ class Photometry:
         prob_gray: Share of samples that lose their colour.
         prob_blur: Share of samples that are blurred.
         sigma: Smallest and largest standard deviation of the blur, in pixels.
-        prob_solarise: Share of samples whose bright half is inverted.
+        prob_solarise: Share of samples whose bright half is inverted, of three channels only.
 
     >>> Photometry(prob_solarise=1.0).draw(3).solarise
     tensor([True, True, True])
@@ -67,12 +67,12 @@ class Photometry:
     sigma: tuple[float, float] = (0.1, 2.0)
     prob_solarise: float = 0.0
 
-    def draw(self, count: int) -> Factors:
+    def draw(self, count: int, channels: int = 3) -> Factors:
         """Factors for ``count`` samples from the CPU's generator, `DICE` numbers a sample."""
-        return self.factors(torch.rand(DICE, count, dtype=torch.float32, device="cpu"))
+        return self.factors(torch.rand(DICE, count, dtype=torch.float32, device="cpu"), channels)
 
-    def factors(self, drawn: Tensor) -> Factors:
-        """Factors ``(b,)`` from ``(9, b)`` floats in [0, 1)."""
+    def factors(self, drawn: Tensor, channels: int = 3) -> Factors:
+        """Factors ``(b,)`` for images of so many channels, from ``(9, b)`` floats in [0, 1)."""
         jittered = drawn[4] < self.prob_jitter
         brightness, contrast, saturation, hue = (
             strength * (2 * part - 1) * jittered
@@ -85,7 +85,7 @@ class Photometry:
             saturation=torch.where(drawn[5] < self.prob_gray, 0.0, 1 + saturation),
             hue=2 * pi * hue,
             sigma=torch.where(drawn[6] < self.prob_blur, low + (high - low) * drawn[7], 0.0),
-            solarise=drawn[8] < self.prob_solarise,
+            solarise=(drawn[8] < self.prob_solarise) & (channels == 3),
         )
 
 
@@ -163,7 +163,7 @@ def on_some(
 
 
 class Colour(nn.Module):
-    """The default augmentation of one view; it solarises images of three channels only."""
+    """The default augmentation of one view."""
 
     def __init__(self, photometry: Photometry, channels: int) -> None:
         super().__init__()
@@ -171,14 +171,8 @@ class Colour(nn.Module):
         self.channels = channels
 
     def forward(self, pixels: Tensor) -> Tensor:
-        return change_colour(pixels, self.draw(len(pixels)), self.photometry.sigma[1])
-
-    def draw(self, count: int) -> Factors:
-        """Factors for ``count`` samples."""
-        factors = self.photometry.draw(count)
-        if self.channels != 3:
-            factors = factors._replace(solarise=torch.zeros_like(factors.solarise))
-        return factors
+        factors = self.photometry.draw(len(pixels), self.channels)
+        return change_colour(pixels, factors, self.photometry.sigma[1])
 
 
 def statistics(
@@ -257,16 +251,16 @@ class BothAugmentations(nn.Module):
         ways = [own.change for own in (self.one, self.two) if type(own.change) is Colour]
         if len({way.photometry.sigma for way in ways}) != 1 or len(ways) != 2:
             return self.one(one), self.two(two)
-        factors = ways[0].draw(len(one)), ways[1].draw(len(two))
-        changed = change_both((one, two), factors, ways[0].photometry.sigma[1])
+        first, second = (way.photometry.draw(len(one), way.channels) for way in ways)
+        changed = change_both((one, two), (first, second), ways[0].photometry.sigma[1])
         return self.one.normalised(changed[0]), self.two.normalised(changed[1])
 
 
 class TwoViews(nn.Module):
     """Makes two views of each image, or checks two that were made elsewhere.
 
-    ``changes`` are the user's own of each view, or None for the default colour; images must have
-    at least ``smallest`` pixels a side; the rest is as `PixelCL` takes it.
+    ``changes`` are the user's own of each view, the first alone for both, or None for the default
+    colour; images must have at least ``smallest`` pixels a side; the rest is as `PixelCL` takes it.
     """
 
     def __init__(
@@ -282,6 +276,8 @@ class TwoViews(nn.Module):
         smallest: int,
     ) -> None:
         super().__init__()
+        first, second = changes
+        second = first if second is None else second
         self.size = size
         self.channels = channels
         self.placement = placement
@@ -296,7 +292,7 @@ class TwoViews(nn.Module):
                 Augmentation(Colour(default, channels), normalise)
                 if change is None
                 else Augmentation(change, after_own)
-                for change, default in zip(changes, (VIEW_ONE, VIEW_TWO), strict=True)
+                for change, default in ((first, VIEW_ONE), (second, VIEW_TWO))
             )
         )
 

@@ -19,16 +19,17 @@ def box_to_map(boxes: Tensor, mirrored: Tensor) -> Tensor:
     """The view maps of upright crops.
 
     Args:
-        boxes: ``(b, 4)`` float crops ``(x0, y0, x1, y1)``, edges in source pixels.
+        boxes: ``(b, 4)`` crops ``(x0, y0, x1, y1)``, edges in source pixels.
         mirrored: ``(b,)`` bool, whether the crop was flipped left to right.
 
     Returns:
-        ``(b, 2, 3)`` maps from the view's unit square to source pixels.
+        ``(b, 2, 3)`` float maps from the view's unit square to source pixels.
 
     >>> box_to_map(torch.tensor([[10.0, 20, 110, 60]]), torch.tensor([True]))[0].tolist()
     [[-100.0, 0.0, 110.0], [0.0, 40.0, 20.0]]
     """
-    x0, y0, x1, y1 = boxes.unbind(dim=-1)
+    floats = boxes if boxes.is_floating_point() else boxes.float()
+    x0, y0, x1, y1 = floats.unbind(dim=-1)
     left, right = torch.where(mirrored, x1, x0), torch.where(mirrored, x0, x1)
     zero = torch.zeros_like(x0)
     across = torch.stack((right - left, zero, left), dim=-1)
@@ -179,6 +180,10 @@ class PositiveTable(Positives):
     def shape(self) -> tuple[int, int, int]:
         b, n1, n2 = self.table.shape
         return b, n1, n2
+
+    @property
+    def mT(self) -> Positives:  # noqa: N802
+        return PositiveTable(self.table.mT)
 
     def block(self, block: Block) -> Tensor:
         return self.table[block.images, block.rows]

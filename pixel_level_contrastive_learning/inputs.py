@@ -50,13 +50,15 @@ def check_images(images: object, channels: int, smallest: int = 1) -> Tensor:
 
 def check_views(views: Sequence[Any], channels: int) -> tuple[View, View]:
     """Two views of the same images, if shapes, dtypes and devices agree."""
+    is_batch = len(views) > 0 and isinstance(views[0], Tensor) and views[0].ndim == 4
+    alone = "; pass the images alone, batch[0], of a batch that has more" if is_batch else ""
     if len(views) != 2:
-        raise ValueError(f"got {len(views)} views; the learner takes (view_one, view_two)")
+        raise ValueError(f"got {len(views)} views; the learner takes (view_one, view_two){alone}")
     for view in views:
         if not isinstance(view, tuple) or len(view) != 2:
             raise ValueError(
                 f"a view is a {type(view).__name__}; it must be View(pixels (b, c, h, w), to_image "
-                "(b, 2, 3)), since a loss needs to know where its pixels came from"
+                f"(b, 2, 3)), since a loss needs to know where its pixels came from{alone}"
             )
         check_images(view[0], channels)
         pixels, to_image = view

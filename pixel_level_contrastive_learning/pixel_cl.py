@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .augment import Change, TwoViews
-from .checks import check_limits, per_channel, raise_together, something_to_learn
+from .checks import check_limits, per_channel, raise_together, something_to_learn, unless
 from .geometry import Positives
 from .losses import PixelLoss, instance_loss, pixcontrast, pixpro
 from .modules.encoder import (
@@ -66,7 +66,9 @@ class PixelCL(nn.Module):
     ``learner.update_moving_average()``; then save ``net``, the very object handed in.
 
     Args:
-        net: The backbone. Forward hooks read it while it runs; nothing of it is replaced.
+        net: The backbone. Forward hooks read it while it runs; nothing of it is replaced. It is
+            trained in the mode that it is in: eval mode freezes its batch norm and turns its
+            dropout off, while the target's are at work; ``learner.train()`` ends it.
         image_size: Size of the *views* in pixels, an int or ``(height, width)``. Images may have
             any size and aspect.
         hidden_layer_pixel: Layer whose output goes to the pixel loss, a name such as ``layer4`` or
@@ -78,9 +80,9 @@ class PixelCL(nn.Module):
         projection_size: Channels of the projections.
         projection_hidden_size: Hidden channels of the projectors and the predictor.
         augment_fn: Changes the views ``(b, c, h, w)`` in place of the default colour change and
-            normalisation; it must leave the geometry alone. Serves both views unless `augment_fn2`
-            is given.
-        augment_fn2: The same for the second view.
+            normalisation (those of the authors: blur of up to 2 pixels at any size of the views);
+            it must leave the geometry alone. Alone it serves both views.
+        augment_fn2: The same for the second view; alone it leaves the first its default.
         prob_rand_hflip: Share of views flipped left to right.
         moving_average_decay: Share of itself that the target keeps at each update, in [0, 1].
         ppm_num_layers: Depth of the propagation module's transform: 0, 1 or 2.
@@ -150,6 +152,7 @@ class PixelCL(nn.Module):
     ) -> None:
         raise_together(
             *check_limits(locals()),
+            unless(isinstance(net, nn.Module), "net", net, "a network, such as models.resnet18()"),
             something_to_learn(alpha, instance_weight),
             per_channel("mean", mean, channels),
             per_channel("std", std, channels),
@@ -157,8 +160,7 @@ class PixelCL(nn.Module):
         super().__init__()
         if coord_cutout_interpolate_mode is not None:
             warnings.warn(
-                "coord_cutout_interpolate_mode does nothing: coordinates are exact and not "
-                "interpolated; leave it out",
+                "coord_cutout_interpolate_mode does nothing: coordinates are exact; leave it out",
                 DeprecationWarning,
                 stacklevel=2,
             )
@@ -180,7 +182,7 @@ class PixelCL(nn.Module):
         self.views = TwoViews(
             (height, width),
             channels,
-            (augment_fn, augment_fn if augment_fn2 is None else augment_fn2),
+            (augment_fn, augment_fn2),
             Placement(cutout_ratio_range, prob_rand_hflip, prob_rand_vflip, max_rotation),
             mode=cutout_interpolate_mode,
             mean=mean,

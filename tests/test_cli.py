@@ -180,6 +180,13 @@ def test_resuming_takes_the_settings_of_the_run(tmp_path) -> None:
     assert (config.resume, config.steps, config.model) == (True, 40, "torchvision/resnet18")
 
 
+@pytest.mark.parametrize("words", [["--epochs", "auto"], ["--epochs=auto"]])
+def test_a_flag_counts_though_it_says_what_holds_by_default(tmp_path, words) -> None:
+    (tmp_path / "mine.yaml").write_text("steps: 300\n")
+    config = cli.parse_config(["a", "--config", str(tmp_path / "mine.yaml"), *words])
+    assert (config.steps, config.epochs) == (None, "auto")
+
+
 def test_a_switch_that_is_on_already_may_be_given_or_turned_off(tmp_path) -> None:
     (tmp_path / "config.yaml").write_text("data: [x]\nsteps: 3\nzero_init_residual: true\n")
     for start in (

@@ -10,11 +10,13 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import Any
 
+import lightning
 import pytest
 import torch
 from PIL import Image
@@ -37,7 +39,8 @@ PYTHON = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 SHORT = "--size", "64", "--batch", "2", "--steps", "2", "--out", "net.pt"
 OF_LIGHTNING = "-W", "ignore:`isinstance(treespec", "-W", "ignore:The 'train_dataloader' does not"
 WITHOUT = """
-import runpy, sys
+import multiprocessing, runpy, sys
+multiprocessing.set_start_method("spawn")  # as on Windows and macOS, a worker imports the script
 sys.modules.update(dict.fromkeys(sys.argv[1].split(",")))  # None: it cannot be imported
 del sys.argv[:2]
 runpy.run_path(sys.argv[0], run_name="__main__")
@@ -224,6 +227,18 @@ def test_a_network_of_transformers_goes_back_there(tmp_path: Path) -> None:
     assert "pixel layer: layernorm (8x8 cells)" in out
     net = AutoModel.from_pretrained(tmp_path / "improved-dinov2")
     assert type(net).__name__ == "Dinov2Model"
+
+
+@pytest.mark.filterwarnings("ignore:`isinstance", "ignore:The 'train_dataloader' does not")
+def test_the_target_moves_with_the_optimiser_where_batches_are_accumulated(
+    tmp_path, monkeypatch
+) -> None:
+    moved: list[int] = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(PixelCL, "update_moving_average", lambda _: moved.append(1))
+    monkeypatch.setattr(lightning, "Trainer", partial(lightning.Trainer, accumulate_grad_batches=2))
+    trainer = runpy.run_path(str(EXAMPLES / "lightning_module.py"))["trainer"]
+    assert len(moved) == trainer.global_step == 2
 
 
 def detection() -> dict[str, Any]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pixel_level_contrastive_learning.geometry import (
     Positives,
+    PositiveTable,
     box_to_map,
     cell_centres,
     cell_diagonals,
@@ -52,6 +53,14 @@ def straight(boxes: Tensor) -> Tensor:
 
 
 # Conventions, by hand.
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.float64])
+def test_boxes_of_whole_numbers_have_maps_of_floats(dtype) -> None:
+    boxes = torch.tensor([[10, 20, 110, 60]], dtype=dtype)
+    found = box_to_map(boxes, torch.tensor([True]))
+    assert found.tolist() == [[[-100.0, 0, 110], [0, 40, 20]]]
+    assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -203,7 +212,8 @@ def test_matches_agree_with_the_loops(dtype, pair, grid_one, grid_two, threshold
 def test_positives_are_the_mask_in_slices(dtype, pair, grid_one, grid_two, threshold, data) -> None:
     views = pair[0].to(dtype), pair[1].to(dtype), grid_one, grid_two, threshold
     mask, positives = positive_mask(*views), Positives(*views)
-    for whole, slices in ((mask, positives), (mask.mT, positives.mT), (mask, positives.mT.mT)):
+    ways = [(mask, own) for own in (positives, PositiveTable(mask), positives.mT.mT)]
+    for whole, slices in (*ways, *((mask.mT, own.mT) for _, own in ways)):
         stop = data.draw(st.integers(1, whole.shape[1]))
         start = data.draw(st.integers(0, stop - 1))
         assert torch.equal(slices.rows(start, stop), whole[:, start:stop])

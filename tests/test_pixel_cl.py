@@ -328,6 +328,12 @@ def test_convention_a_change_of_ones_own_replaces_colour_and_normalisation(
         torch.testing.assert_close(view.pixels[:, 0], torch.full((2, 64, 64), value).float())
 
 
+def test_a_change_of_the_second_view_alone_leaves_the_first_its_default() -> None:
+    one, two = small_learner(augment_fn2=darker).views(torch.full((2, 3, 80, 80), 0.5))
+    assert (two.pixels == -0.5).all()
+    assert one.pixels.abs().max() < 3  # normalised
+
+
 def test_the_two_views_are_changed_as_the_authors_do() -> None:
     """Solarised is the second view alone: a fifth of its bright images turn dark."""
     learner = small_learner(mean=[0.0] * 3, std=[1.0] * 3)
@@ -383,6 +389,8 @@ def test_convention_the_published_keywords_are_kept_and_new_ones_have_to_be_name
         ("std", ([0.5], 0.5), "3 numbers, one a channel"),
         ("std", ([0.2, 0.2, 0.0], [0.2, -0.2, 0.2]), "above 0"),
         ("augment_fn", ("blur",), "callable"),
+        ("augment_fn2", ("blur",), "callable"),
+        ("net", (SmallNet, None), "must be a network, such as models.resnet18()"),
         ("hidden_layer_pixel", (3.0, [], ["deep", 3], ("stem", "deep", "stem")), "name"),
         ("hidden_layer_instance", (3.0, ("stem", "deep")), "must be a name or an index"),
         ("pixel_levels", (0, 1.5, None), "whole number of at least 1"),
@@ -392,7 +400,7 @@ def test_convention_the_published_keywords_are_kept_and_new_ones_have_to_be_name
 def test_a_value_out_of_range_is_refused_with_what_is_allowed(name, values, allowed) -> None:
     for value in values:
         with pytest.raises(ValueError, match=re.escape(allowed)) as error:
-            PixelCL(SmallNet(), **{"image_size": 64, name: value})
+            PixelCL(**{"net": SmallNet(), "image_size": 64, name: value})
         assert name in str(error.value)
         assert repr(value) in str(error.value)
 

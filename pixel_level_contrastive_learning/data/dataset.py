@@ -166,7 +166,7 @@ class TwoViewDataset(Dataset[LoadedBatch | TooManyBrokenError]):
             opened = []
         colour = rearrange(drawn[..., MAP_NUMBERS:], "b view number -> view number b")
         one, two = (
-            without_solarising(photometry.factors(numbers), channels)
+            photometry.factors(numbers, channels)
             for photometry, numbers in zip(self.photometry, colour, strict=True)
         )
         return TwoViewBatch(views[0], views[1], maps[0], maps[1], one, two, indices)
@@ -248,13 +248,6 @@ def seeded_generator(*numbers: int) -> torch.Generator:
 def epoch_order(seed: int, epoch: int, count: int) -> Tensor:
     """The images ``(count,)`` int64 in the order of an epoch."""
     return torch.randperm(count, generator=seeded_generator(seed, epoch))
-
-
-def without_solarising(factors: Factors, channels: int) -> Factors:
-    """Factors for images of so many channels: only colour photographs are solarised."""
-    if channels == 3:
-        return factors
-    return factors._replace(solarise=torch.zeros_like(factors.solarise))
 
 
 def check_broken(broken: dict[str, BrokenImage], count: int, max_broken: float) -> None:

@@ -190,10 +190,12 @@ class FeatureInfo:
     def name_of(self, wanted: str | int, kind: str) -> str:
         """The plain name of a layer given by name or by index."""
         count = len(self.children)
-        if isinstance(wanted, int) and -count <= wanted < count:
-            return plain_name(self.children[wanted])
         if isinstance(wanted, str) and plain_name(wanted) in self.names:
             return plain_name(wanted)
+        if isinstance(wanted, str) and wanted.removeprefix("-").isdecimal():  # of the command line
+            wanted = int(wanted)
+        if isinstance(wanted, int) and -count <= wanted < count:
+            return plain_name(self.children[wanted])
         if isinstance(wanted, str):
             near = get_close_matches(plain_name(wanted), self.names, n=3)
             perhaps = f"; perhaps {' or '.join(near)}" if near else ""

@@ -6,8 +6,9 @@ the backbone stays clean and may be wrapped, compiled or converted later.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from math import inf, log
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from einops import rearrange, reduce
@@ -192,11 +193,12 @@ def find_layer(net: nn.Module, name: str) -> nn.Module:
             "cannot be read by hooks; hand in the network itself and wrap DistributedDataParallel "
             "around the learner"
         )
-    layers: dict[str, nn.Module] = dict(net.named_modules())
-    if isinstance(net, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        layers |= dict(net.module.named_modules())
-    if name in layers:
-        return layers[name]
+    parallel = isinstance(net, (nn.DataParallel, nn.parallel.DistributedDataParallel))
+    inner = cast(nn.Module, net.module) if parallel else net
+    for own in (inner, net):
+        with suppress(AttributeError):
+            return own.get_submodule(name)
+    layers: dict[str, nn.Module] = dict(net.named_modules()) | dict(inner.named_modules())
     plain = {plain_name(own): layer for own, layer in reversed(layers.items())}
     if name in plain:
         return plain[name]

@@ -9,8 +9,8 @@ from typing import Any
 from ..augment import Photometry, blur_of
 from .config import PRECISIONS, Auto, PretrainConfig
 
-ADAPTIVE = ("adam", "lamb", "lion", "nadam", "radam", "adan", "laprop", "adopt", "muon")
-"""Beginnings of the names of optimisers that divide gradients by their size."""
+LINEAR = ("sgd", "momentum", "nesterov", "lars", "larc")
+"""Parts of the names of optimisers whose learning rate grows in proportion to the batch."""
 BASE_LR = {"adam": 2e-3, "lamb": 5e-3, "lars": 1.0, "sgd": 0.1, "momentum": 0.1}
 """Default peak learning rate for 256 images, by the beginning of an optimiser's name."""
 GENTLE_ADAM_LR = 1e-3
@@ -208,8 +208,8 @@ def resolve(config: PretrainConfig, info: Info) -> RunPlan:
 def learning_rate(config: PretrainConfig, batch_size: int, *, gentle: bool) -> tuple[float, float]:
     """The learning rate for 256 images, and the run's peak: the one place where they are decided.
 
-    The peak grows with the batch: with its square root for adaptive optimisers, in proportion for
-    others. ``gentle`` is for networks that a large one would harm, see `GENTLE_ADAM_LR`.
+    The peak grows with the batch: in proportion for SGD and LARS, with its square root for others.
+    ``gentle`` is for networks that a large one would harm, see `GENTLE_ADAM_LR`.
 
     Raises:
         ValueError: ``lr`` is `auto` and the optimiser has no default.
@@ -232,8 +232,8 @@ def learning_rate(config: PretrainConfig, batch_size: int, *, gentle: bool) -> t
 
 
 def is_adaptive(optimizer: str) -> bool:
-    """Whether an optimiser divides gradients by their size, as those of the Adam family."""
-    return optimizer.lower().startswith(ADAPTIVE)
+    """Whether an optimiser divides gradients by their size, as all but SGD and LARS do."""
+    return not any(name in optimizer.lower() for name in LINEAR)
 
 
 def view_size(config: PretrainConfig, typical_size: tuple[int, int]) -> tuple[int, int]:

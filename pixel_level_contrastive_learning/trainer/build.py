@@ -104,7 +104,7 @@ def save_statistics(data: TrainingData, folder: Path) -> None:
 def build_net(
     config: PretrainConfig, size: tuple[int, int], channels: int, *, load: bool
 ) -> nn.Module:
-    """The backbone with its start weights; ``load`` is false where a checkpoint brings them.
+    """The backbone with its start weights, in train mode; ``load``: no checkpoint brings them.
 
     Raises:
         ValueError: An unknown model, or weights that do not fit.
@@ -117,11 +117,11 @@ def build_net(
         pretrained=pretrained,
         config=network_config(config),
     )
-    if load and config.weights is None and config.zero_init_residual:
+    if load and config.zero_init_residual and not has_given_weights(config):
         zero_last_norms(net)
-    elif load and config.weights not in (None, PRETRAINED):
+    if load and config.weights not in (None, PRETRAINED):
         LOG.info("weights from %s:\n%s", config.weights, load_weights(net, config.weights))
-    return net
+    return net.train()
 
 
 def network_config(config: PretrainConfig) -> dict[str, Any] | None:
@@ -144,23 +144,14 @@ def build_learner(
     learner = PixelCL(
         net,
         size,
-        hidden_layer_pixel=layer_key(config.pixel_layer),
-        hidden_layer_instance=layer_key(config.instance_layer),
+        hidden_layer_pixel=None if config.pixel_layer == "auto" else config.pixel_layer,
+        hidden_layer_instance=None if config.instance_layer == "auto" else config.instance_layer,
         moving_average_decay=config.target_momentum,
         use_pixpro=config.loss == "pixpro",
         channels=channels,
         **own,
     )
     return learner.to(memory_format=torch.channels_last)
-
-
-def layer_key(name: str | tuple[str, ...]) -> Any:
-    """A layer as the learner takes it: a name, an index, several of them, or None for `auto`."""
-    if not isinstance(name, str):
-        return [layer_key(one) for one in name]
-    if name.removeprefix("-").isdecimal():
-        return int(name)
-    return None if name == "auto" else name
 
 
 def has_given_weights(config: PretrainConfig) -> bool:
@@ -193,9 +184,7 @@ def find_info(
 def build_card(plan: RunPlan, statistics: Statistics) -> BackboneCard:
     """What is needed to use the backbone."""
     settings = plan.settings
-    random = AS_HANDED if is_module_handed() else "random"
-    if settings.zero_init_residual:
-        random = ZERO_INIT
+    random = ZERO_INIT if settings.zero_init_residual else "random"
     return BackboneCard(
         model=plan.model,
         channels=statistics.channels,
@@ -206,7 +195,7 @@ def build_card(plan: RunPlan, statistics: Statistics) -> BackboneCard:
         high=statistics.high,
         pixel_layer=settings.pixel_layer,
         instance_layer=settings.instance_layer,
-        start=start_weights(settings.weights) or random,
+        start=start_weights(settings.weights) or (AS_HANDED if is_module_handed() else random),
         seed=plan.seed,
         config=network_config(settings),
     )
@@ -284,7 +273,7 @@ def build_optimizer(learner: nn.Module, plan: RunPlan, idle: set[str]) -> torch.
     so no LARS either, as with the authors.
 
     Raises:
-        ValueError: timm has no optimiser of that name.
+        ValueError: timm has no optimiser of that name, or one of second derivatives.
     """
     named = [(n, p) for n, p in learner.named_parameters() if p.requires_grad and n not in idle]
     groups = [
@@ -293,7 +282,7 @@ def build_optimizer(learner: nn.Module, plan: RunPlan, idle: set[str]) -> torch.
     ]
     fused: dict[str, Any] = {"fused": True} if not plan.sharded and plan.optimizer in FUSED else {}
     try:
-        return create_optimizer_v2(
+        optimizer: torch.optim.Optimizer = create_optimizer_v2(
             [group for group in groups if group["params"]],
             opt=plan.optimizer,
             lr=plan.schedule.peak_lr,
@@ -307,6 +296,12 @@ def build_optimizer(learner: nn.Module, plan: RunPlan, idle: set[str]) -> torch.
             f"optimizer is {plan.optimizer!r}, which timm cannot make ({error}); perhaps "
             f"{' or '.join(near)}"
         ) from error
+    if getattr(optimizer, "is_second_order", False):  # as timm's own loop asks
+        raise ValueError(
+            f"optimizer is {plan.optimizer!r}, which needs second derivatives, and the losses have "
+            "none; take adamw, lars, sgd or lamb"
+        )
+    return optimizer
 
 
 def shard(learner: nn.Module, mesh: DeviceMesh) -> nn.Module:

@@ -141,7 +141,7 @@ class PretrainConfig:
     auto: the pooled vector after the last map, else the pixel layer, averaged."""
     zero_init_residual: bool = False
     """Initialise the last batch norm of each residual block to 0.
-    Ignored if --weights is given.
+    Ignored if --weights is given, or the model is a network handed over in Python.
     For long runs only: in a few hundred steps the blocks hardly leave zero."""
 
     image_size: int | tuple[int, int] | Auto = "auto"
@@ -208,7 +208,7 @@ class PretrainConfig:
     """Name of an optimiser of timm, such as adamw, lars, sgd or lamb."""
     lr: float | Auto = "auto"
     """Peak learning rate for a batch of 256 images.
-    It is scaled with the batch: linearly, for the Adam family with the square root.
+    It is scaled with the batch: linearly for SGD and LARS, with the square root for all others.
     auto: by optimiser (adamw 2e-3; 1e-3 from given weights or without batch norm)."""
     weight_decay: float = 1e-4
     """Weight decay; one-dimensional parameters (biases, norm layers) have none."""

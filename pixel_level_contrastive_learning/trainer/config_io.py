@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from difflib import get_close_matches
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -79,13 +80,21 @@ def recipe_of(source: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 
 
 def to_config(settings: Mapping[str, Any]) -> PretrainConfig:
-    """The settings as a `PretrainConfig`, lists turned into tuples.
+    """The settings as a `PretrainConfig`, values turned into `plain` ones.
 
     Raises:
         ValueError: Values out of range, all at once.
     """
-    plain: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in settings.items()}
-    return PretrainConfig(**plain)
+    return PretrainConfig(**{name: plain(value) for name, value in settings.items()})
+
+
+def plain(value: Any) -> Any:
+    """A value with tuples for lists, and with Python's numbers for those of NumPy."""
+    if isinstance(value, (list, tuple)):
+        return tuple(map(plain, value))
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value)
 
 
 def unknown_names(given: Mapping[str, Any], where: str) -> Iterator[str]:
@@ -105,10 +114,10 @@ def read_settings(path: Path) -> dict[str, Any]:
         ValueError: There is no such file, it holds no mapping, or a name in it is unknown.
     """
     read = read_settings_file(path)
-    plain = {n: tuple(v) if isinstance(v, list) else v for n, v in read.items()}
-    wrong = (f"{path}: {message}" for message in check_limits(plain, CONFIG_LIMITS))
+    settings = {name: plain(value) for name, value in read.items()}
+    wrong = (f"{path}: {message}" for message in check_limits(settings, CONFIG_LIMITS))
     raise_together(*unknown_names(read, str(path)), *wrong)
-    return plain
+    return settings
 
 
 def settings_in(folder: Path) -> dict[str, Any]:
@@ -119,12 +128,12 @@ def settings_in(folder: Path) -> dict[str, Any]:
 
 def as_yaml(config: PretrainConfig) -> str:
     """The settings as the text of a `config.yaml`, without those that say how to start."""
-    plain: dict[str, Any] = {
+    values: dict[str, Any] = {
         name: list(value) if isinstance(value, tuple) else value
         for name, value in absolute_settings(config).items()
         if name not in HOW_TO_START
     }
-    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, default_flow_style=None)
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, default_flow_style=None)
 
 
 def absolute_settings(config: PretrainConfig) -> dict[str, Any]:

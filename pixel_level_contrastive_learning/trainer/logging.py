@@ -51,10 +51,14 @@ class LateFileHandler(MemoryHandler):
 
 @contextmanager
 def logging_to(*, terminal: bool) -> Iterator[LateFileHandler]:
-    """A context in which the package's messages go to a file to be opened, and to the terminal."""
+    """A context in which the package's messages go to a file to be opened, and to the terminal.
+
+    They reach the script's own handlers too, unless one of these would print them a second time.
+    """
     file = LateFileHandler()
     handlers: list[logging.Handler] = [file, TerminalHandler()] if terminal else [file]
-    level = LOG.level
+    level, propagate = LOG.level, LOG.propagate
+    LOG.propagate = propagate and not any(map(writes_to_terminal, logging.root.handlers))
     LOG.setLevel(logging.DEBUG)  # the terminal leaves out what is only for the file
     for handler in handlers:
         LOG.addHandler(handler)
@@ -62,9 +66,16 @@ def logging_to(*, terminal: bool) -> Iterator[LateFileHandler]:
         yield file
     finally:
         LOG.setLevel(level)
+        LOG.propagate = propagate
         for handler in handlers:
             LOG.removeHandler(handler)
             handler.close()
+
+
+def writes_to_terminal(handler: logging.Handler) -> bool:
+    """Whether a handler writes to standard output or error, by itself or through rich."""
+    stream = getattr(handler, "stream", getattr(getattr(handler, "console", None), "file", None))
+    return stream is not None and stream in (sys.stdout, sys.stderr)
 
 
 @contextmanager

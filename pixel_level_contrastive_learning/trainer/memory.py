@@ -15,7 +15,7 @@ from ..views import View
 from .auto import RunPlan, is_adaptive
 from .logging import LOG
 from .system import free_memory
-from .training_step import TrainingStep
+from .training_step import TrainingStep, possible_parts
 
 USABLE_SHARE = 0.8
 """Share of the free memory that a step may take."""
@@ -137,6 +137,7 @@ def choose_accumulate(
         agreed = torch.tensor(parts, device=fabric.device)
         torch.distributed.all_reduce(agreed, torch.distributed.ReduceOp.MAX)
         parts = int(agreed)
+    parts = possible_parts(images, parts)
     if fabric.is_global_zero:
         LOG.info(
             f"each device takes {images} images a step, {-(-images // parts)} at a time "
@@ -147,9 +148,11 @@ def choose_accumulate(
 
 def try_parts(fabric: Fabric, learner: PixelCL, plan: RunPlan, parts: int) -> int:
     """Parts, doubled while the forward and backward pass of one is out of memory."""
+    images = plan.images_per_process
     with unchanged(learner):
         while True:
-            size = -(-plan.images_per_process // parts)
+            parts = possible_parts(images, parts)
+            size = -(-images // parts)
             try:
                 try_size(fabric, learner, plan, size)
                 return parts
@@ -157,7 +160,7 @@ def try_parts(fabric: Fabric, learner: PixelCL, plan: RunPlan, parts: int) -> in
                 pass  # what it held is free once it is forgotten
             learner.zero_grad(set_to_none=True)
             torch.cuda.empty_cache()
-            if size <= 2:
+            if parts >= images // 2:
                 raise MemoryError(
                     f"{size} images do not fit into memory; give a smaller image_size, "
                     "projection_hidden_size or model"

@@ -140,16 +140,18 @@ class MetricsWriter:
         """A context that shows the bar, and writes what there is however it is left."""
         self.step_ended, self.waited_before = time.perf_counter(), self.waited()
         self.bar.add_task("pretrain", total=self.steps, completed=step, metrics="")
+        status = "failed"
         try:
             with self.bar if self.folder is not None else nullcontext():
                 yield
+            status = "success"
         except NotFiniteError:
             self.save_bad_batch()
             raise
         finally:
             self.write()
             for logger in self.loggers:
-                logger.finalize("success")
+                logger.finalize(status)
         if self.folder is not None and self.last and self.last["step"] != self.printed_step:
             LOG.info("%s", metrics_line(self.last))
 

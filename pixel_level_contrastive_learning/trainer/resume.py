@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from .. import run_layout
 from ..backbones.checkpoint import begin_card
@@ -16,50 +17,60 @@ from .config_io import as_yaml, check_idle_changes, resume_changes
 from .logging import LOG
 from .run_dir import RunDir, step_of
 from .setup import Setup
-from .system import is_writer
 from .training_step import BACKBONE, LEARNER
 
 
-def find_resume_point(setup: Setup, run_dir: RunDir) -> dict[str, Any] | None:
-    """Prepare the folder for the first step; the checkpoint to go on from, None for a new run.
+class ResumePoint(NamedTuple):
+    """Where a run begins."""
 
-    Its ``steps_done`` are those of batches of the present size.
+    held: Mapping[str, Any] | None  # the checkpoint's contents; None for a start at step 0
+    path: Path | None  # the checkpoint
+    number: int  # the step by which the checkpoint goes, with batches of its own size
+    step: int  # steps done, of batches of the present size
+
+
+def find_resume_point(setup: Setup, run_dir: RunDir) -> ResumePoint:
+    """Where the run begins; writes nothing.
 
     Raises:
         ValueError: A checkpoint that does not fit, or changes that nothing is trained with.
     """
-    plan, step, number = setup.plan, 0, 0
+    plan = setup.plan
     found = None if setup.before is None else run_dir.newest_checkpoint()
     # The checkpoint's own: config.yaml may have been changed by hand, or by damage.
     before = found[1].get("settings", setup.before) if found is not None else setup.before
     changed = resume_changes(plan.settings, before or {})
     for name, (old, new) in changed.items():
         LOG.warning("changed: %s was %r and is now %r", name, old, new)
-    if found is not None:
-        path, held = found
-        check_shapes(setup.learner, held["state_dict"])
-        check_statistics(setup, run_dir, held)
-        step = int(held["steps_done"])
-        number = step_of(path) if step_of(path) >= 0 else step
-        if plan.settings.steps is None:  # a run in epochs counts images
-            step = int(held["samples"]) // plan.batch_size
-        check_idle_changes(changed, step, plan.schedule.steps)
-        LOG.info("going on at step %d, from %s", step, path)
-    elif setup.before is not None:
-        LOG.warning("no checkpoint in %s: starting at step 0", run_dir.checkpoints)
-    if is_writer():
-        run_dir.checkpoints.mkdir(parents=True, exist_ok=True)
-        if dropped := run_dir.truncate(number):
-            LOG.info("dropped %d lines of metrics after step %d", dropped, number)
-        run_dir.discard_after(number)
-        if found is not None and step != number:
-            run_dir.renumber(found[0], number, step)
-        write_whole(run_dir.path / run_layout.CONFIG, as_yaml(plan.settings))
-        build.save_statistics(setup.data, run_dir.path)
-        # Now, not at the end: with it the checkpoints can be evaluated while the run goes on.
-        card = build.build_card(plan, setup.data.statistics)
-        begin_card(run_dir.path / run_layout.WEIGHTS, setup.learner.net, card, found is not None)
-    return None if found is None else found[1] | {"steps_done": step}
+    if found is None:
+        if setup.before is not None:
+            LOG.warning("no checkpoint in %s: starting at step 0", run_dir.checkpoints)
+        return ResumePoint(None, None, 0, 0)
+    path, held = found
+    check_shapes(setup.learner, held["state_dict"])
+    check_statistics(setup, run_dir, held)
+    step = int(held["steps_done"])
+    number = step_of(path) if step_of(path) >= 0 else step
+    if plan.settings.steps is None:  # a run in epochs counts images
+        step = int(held["samples"]) // plan.batch_size
+    check_idle_changes(changed, step, plan.schedule.steps)
+    LOG.info("going on at step %d, from %s", step, path)
+    return ResumePoint(held | {"steps_done": step}, path, number, step)
+
+
+def prepare(setup: Setup, run_dir: RunDir, begin: ResumePoint) -> None:
+    """Write what a run begins with, and take back what came after the step that it begins at."""
+    if dropped := run_dir.truncate(begin.number):
+        LOG.info("dropped %d lines of metrics after step %d", dropped, begin.number)
+    run_dir.discard_after(begin.number)
+    if begin.path is not None and begin.step != begin.number:
+        run_dir.renumber(begin.path, begin.number, begin.step)
+    write_whole(run_dir.path / run_layout.CONFIG, as_yaml(setup.plan.settings))
+    build.save_statistics(setup.data, run_dir.path)
+    # Now, not at the end: with it the checkpoints can be evaluated while the run goes on.
+    card = build.build_card(setup.plan, setup.data.statistics)
+    resumed = begin.path is not None
+    begin_card(run_dir.path / run_layout.WEIGHTS, setup.learner.net, card, resumed)
 
 
 def check_statistics(setup: Setup, run_dir: RunDir, held: Mapping[str, Any]) -> None:

@@ -36,14 +36,15 @@ class RunDir:
         """Refuse a folder where this run may not be written; writes nothing.
 
         Raises:
-            ValueError: It is a file, or holds something and neither flag is given.
+            ValueError: It is a file, holds something and neither flag is given, or something that
+                the run would replace or could not go on from.
         """
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"out is {self.path}, which is a file; name a folder")
         if str(self.path).encode(errors="ignore").decode() != str(self.path):
             raise ValueError(f"out is {str(self.path)!r}, which is no UTF-8; name a folder that is")
         check_writable("out", self.path)
-        if overwrite and not self.holds_run():
+        if (resume or overwrite) and not self.holds_run():
             for name in run_layout.EVERYTHING:
                 dry_run = name == run_layout.PREVIEW and self.holds_dry_run()
                 if (self.path / name).exists() and not dry_run:
@@ -51,6 +52,12 @@ class RunDir:
                         f"out is {self.path}, which holds no run but has {name}, which a run would "
                         "replace; name another folder"
                     )
+        if resume and (self.path / run_layout.WEIGHTS).exists() and not self.checkpoint_paths():
+            raise ValueError(
+                f"out is {self.path}, whose run is done and of which no checkpoint is left to go "
+                f"on from; start one with --weights {self.path} in another folder, or replace it "
+                "(--overwrite)"
+            )
         ours = (run_layout.PREVIEW, *run_layout.LOCK_FILES)  # left by a dry run, and by a kill
         used = self.path.is_dir() and any(own.name not in ours for own in self.path.iterdir())
         if used and not resume and not overwrite:
@@ -155,18 +162,23 @@ class RunDir:
     def truncate(self, step: int) -> int:
         """Drop the lines of metrics and probes after a step (all at 0); how many those were.
 
-        A last line that a killed run left unfinished is dropped too.
+        A last line that a killed run left unfinished is dropped too. Lines that `renumber` has made
+        take their places first.
         """
         dropped = 0
         for path in self.records():
+            with suppress(FileNotFoundError):
+                renumbered(path, step).replace(path)
             lines = path.read_bytes().splitlines()
-            kept: dict[int, bytes] = {}  # by step, in order: damaged digits may repeat one
+            kept: list[bytes] = []
+            newest = -1
             for line in lines:
                 number = step_of_line(line)
-                if max(kept, default=-1) < number <= step and step:
-                    kept[number] = line
+                if newest < number <= step and step:  # in order: damaged digits may repeat one
+                    newest = number
+                    kept.append(line)
             if lines:
-                write_whole(path, b"".join(line + b"\n" for line in kept.values()))
+                write_whole(path, b"".join(line + b"\n" for line in kept))
             dropped += len(lines) - len(kept)
         return dropped
 
@@ -254,25 +266,29 @@ class RunDir:
             except OSError:
                 shutil.copyfile(path, part)
             part.replace(self.checkpoints / name)
+            part.unlink(missing_ok=True)  # of two names of one file none was replaced
         except OSError as error:
             raise cannot_write(self.checkpoints / name, error) from error
 
     def renumber(self, checkpoint: Path, step: int, now: int) -> None:
         """Count the step of a checkpoint as another, since batches have another size from it on.
 
-        Lines of metrics and the checkpoint, which becomes the last, get the new numbers; other
-        checkpoints go.
+        Lines of metrics and the checkpoint, which becomes the last, get the new numbers, all at
+        once wherever the run is killed; other checkpoints go.
         """
         for path in self.records():
             held = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
             # Rounded up, so that the first step stays one; of equals the last stays.
             lines = {-(-line["step"] * now // step): line for line in held}
-            write_whole(path, "".join(json.dumps(lines[n] | {"step": n}) + "\n" for n in lines))
-        self.link(checkpoint, run_layout.LAST)
-        moved = checkpoint.replace(self.checkpoint_path(now))
-        for path in self.numbered():
+            text = "".join(json.dumps(lines[n] | {"step": n}) + "\n" for n in lines)
+            write_whole(renumbered(path, now), text)
+        moved = self.checkpoint_path(now)
+        for name in (run_layout.LAST, moved.name):
+            self.link(checkpoint, name)
+        for path in reversed(self.numbered()):  # the newest last: then its new number counts
             if path != moved:
                 path.unlink()
+        self.truncate(now)
 
     def discard_after(self, step: int) -> None:
         """Rename checkpoints of later steps, which cannot be read; remove unfinished files."""
@@ -282,6 +298,11 @@ class RunDir:
         for folder in (self.path, self.checkpoints):
             for path in folder.glob(".*.part"):
                 path.unlink()
+
+
+def renumbered(record: Path, step: int) -> Path:
+    """Where the lines of a file wait until its run counts as many steps."""
+    return record.with_name(f".{record.name}.{step}.part")
 
 
 def step_of(checkpoint: Path) -> int:

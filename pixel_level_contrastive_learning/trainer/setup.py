@@ -86,7 +86,7 @@ def set_up(config: PretrainConfig, objects: Any, run_dir: RunDir) -> Setup:
     """Open the data, build the learner, resolve the plan; writes nothing.
 
     Raises:
-        ValueError: Images, masks, weights or layers that cannot be used.
+        ValueError: Images, masks, weights, layers or an optimiser that cannot be used.
     """
     devices = find_devices(config)
     check_loggers(config.loggers)
@@ -105,6 +105,7 @@ def set_up(config: PretrainConfig, objects: Any, run_dir: RunDir) -> Setup:
     net = build.build_net(config, size, channels, load=load)
     learner = build.build_learner(config, net, size, channels)
     plan = resolve(config, build.find_info(config, data, devices, learner))
+    build.build_optimizer(learner, plan, set(learner.unreached_parameters()))  # refuses its name
     setup = Setup(plan, data, learner, devices, probe_splits, before if config.resume else None)
     log_setup(setup, dry_run=config.dry_run)
     return setup

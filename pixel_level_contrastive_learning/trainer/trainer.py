@@ -26,7 +26,7 @@ from .config_io import settings_of, to_config
 from .logging import LOG, logging_to, quiet_lightning
 from .memory import TRIED_ON, choose_accumulate, estimate
 from .metrics import MetricsWriter, build_loggers
-from .resume import find_resume_point
+from .resume import find_resume_point, prepare
 from .run_dir import RunDir
 from .setup import Setup, check_places, dry_run, set_up
 from .signals import Interrupted, StopSignal
@@ -259,6 +259,7 @@ def run(config: PretrainConfig, objects: Any = None) -> PretrainResult:
                 if config.overwrite:
                     run_dir.remove_run()
                 is_new = not run_dir.holds_run()
+                run_dir.checkpoints.mkdir(exist_ok=True)  # with it the folder holds a run
                 log.open(run_dir.path / run_layout.TRAIN_LOG)
                 try:
                     return train(setup, run_dir, stop)
@@ -277,14 +278,15 @@ def train(setup: Setup, run_dir: RunDir, stop: StopSignal) -> PretrainResult:
     Raises:
         Interrupted: The run was asked to stop, and has saved.
     """
-    steps = setup.plan.schedule.steps
-    resumed = find_resume_point(setup, run_dir)
-    if resumed is not None and resumed["steps_done"] >= steps:
+    begin, steps = find_resume_point(setup, run_dir), setup.plan.schedule.steps
+    if is_writer():
+        prepare(setup, run_dir, begin)
+    if begin.held is not None and begin.step >= steps:
         LOG.info("all %d steps are done already", steps)
-        weights, metrics = resumed["state_dict"], run_dir.last_metrics()
+        weights, metrics = begin.held["state_dict"], run_dir.last_metrics()
     else:
-        step = build_step(setup, resumed, stop)
-        metrics = fit(setup, step, run_dir, stop, (resumed or {}).get("colours"))
+        step = build_step(setup, begin.held, stop)
+        metrics = fit(setup, step, run_dir, stop, (begin.held or {}).get("colours"))
         weights = step.weights()
     backbone = export_backbone(setup, run_dir, weights) if is_writer() else None
     stop.exit_if_received()

@@ -238,8 +238,11 @@ def features_of(learner: PixelCL, kept: list[Tensor] | None) -> Iterator[None]:
     def keep(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         if kept is not None and not kept:  # a map (b, c, h, w), or vectors (b, c)
             vectors = inputs[0].detach().movedim(1, -1).flatten(0, -2)
-            stride = max(1, len(vectors) // FEATURES)
-            kept.append(vectors[::stride][:FEATURES].float())
+            last = len(vectors) - 1
+            if last >= FEATURES:  # spread so that they fall on all cells, whatever their number
+                chosen = torch.linspace(0, last, FEATURES, device=vectors.device).long()
+                vectors = vectors[chosen]
+            kept.append(vectors.float())
 
     if kept is None:
         yield
@@ -259,13 +262,15 @@ def step_seed(seed: int, step: int, rank: int) -> int:
     return (seed * 1_000_003 + step * 8191 + rank) % 2**63
 
 
-def split_batch(batch: TwoViewBatch, parts: int) -> Iterator[TwoViewBatch]:
-    """The batch in parts whose sizes differ by one at most, and are two at least.
+def possible_parts(images: int, parts: int) -> int:
+    """Parts of two images at least, as one has no batch statistics: as many as asked, or fewer."""
+    return max(1, min(parts, images // 2))
 
-    A part of one image would have no batch statistics; there are fewer parts instead.
-    """
+
+def split_batch(batch: TwoViewBatch, parts: int) -> Iterator[TwoViewBatch]:
+    """The batch in `possible_parts`, whose sizes differ by one at most."""
     images = len(batch.one)
-    parts = max(1, min(parts, images // 2))
+    parts = possible_parts(images, parts)
     for part in range(parts):
         yield slice_batch(batch, slice(images * part // parts, images * (part + 1) // parts))
 

@@ -135,6 +135,13 @@ def test_layers_are_named_by_name_or_by_index() -> None:
     assert info.hook(3, pixel=True) == info.hook("deep", pixel=True)
     assert info.hook(-3, pixel=False) == info.hook("pool", pixel=False)
     assert info.hook("deep", pixel=True)[:2] == ("deep", Layout("b c h w", 12, (4, 4)))
+    assert info.hook("-4", pixel=True) == info.hook("3", pixel=True) == info.hook(3, pixel=True)
+
+
+def test_a_name_of_digits_is_a_name() -> None:
+    net = nn.Sequential(nn.Identity(), *(nn.Conv2d(3, 3, 3, 2, 1) for _ in range(3)))[1:]
+    info = FeatureInfo(net, 3, (64, 64))  # its children keep the names "1" to "3"
+    assert [info.hook(name, pixel=True).name for name in ("1", "2", "0", 0)] == ["1", "2", "1", "1"]
 
 
 def test_a_layer_that_runs_twice_is_read_as_it_is_caught() -> None:

@@ -121,6 +121,17 @@ def test_a_layer_is_found_through_wrappers(wrapper) -> None:
     assert find_layer(outer, "stem") is inner.stem
 
 
+def test_a_layer_under_its_name_is_found_without_a_look_at_all_others(monkeypatch) -> None:
+    net = nn.DataParallel(chain(module=nn.Sequential(nn.ReLU())))
+    with monkeypatch.context() as patch:
+        patch.setattr(nn.Module, "named_modules", None)
+        assert find_layer(net.module, "module.0") is net.module.module[0]
+        assert find_layer(net, "module") is net.module.module
+        assert find_layer(net, "module.module") is net.module.module
+    with pytest.raises(ValueError, match="no longer has the layer 'weight'"):
+        find_layer(nn.Linear(2, 2), "weight")
+
+
 @pytest.mark.parametrize("name", ["module", "module.0"])
 def test_a_layer_may_be_called_like_a_wrapper(name) -> None:
     """Many networks keep a part of theirs under ``module``."""

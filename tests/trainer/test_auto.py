@@ -4,6 +4,7 @@ from dataclasses import replace
 from math import cos, pi
 
 import pytest
+from timm.optim import get_optimizer_info, list_optimizers
 
 from pixel_level_contrastive_learning.trainer.auto import (
     Info,
@@ -130,6 +131,14 @@ def test_what_settings_come_to(info, given, what, comes_to) -> None:
 def test_what_comes_to_nothing_is_refused(processes, given, told) -> None:
     with pytest.raises(ValueError, match=told):
         planned(replace(LAPTOP, processes=processes), **given)
+
+
+def test_the_learning_rate_of_sgd_and_lars_alone_grows_in_proportion() -> None:
+    classes = {name: str(get_optimizer_info(name).opt_class) for name in list_optimizers()}
+    assert {"fusedadamw", "nmuon", "csgdw", "nlars"} <= set(classes)
+    for name, own in classes.items():
+        peak = planned(optimizer=name, lr=1.0, batch_size=1024).schedule.peak_lr
+        assert peak == (4.0 if "SGD" in own or "Lars" in own else 2.0), name
 
 
 def test_pictures_take_little_of_any_run() -> None:

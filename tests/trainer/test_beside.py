@@ -6,6 +6,7 @@ import logging
 import pytest
 import torch
 from rich.console import Console
+from rich.logging import RichHandler
 from run_folders import checkpoint, log
 
 from pixel_level_contrastive_learning import PixelCL, pretrain
@@ -34,16 +35,21 @@ def test_a_terminal_sees_a_bar_and_a_file_does_not(tmp_path, settings, monkeypat
     assert silent.getvalue() == ""
 
 
-def test_a_batch_too_large_for_memory_is_taken_in_parts(run, settings, monkeypatch, caplog) -> None:
+def only_up_to(images, monkeypatch) -> None:
+    """Memory on the CPU, tried as on a GPU, has room for so many images at a time."""
     forward = PixelCL.forward
 
     def limited(learner, views, *given, **named):
-        if len(views[0].pixels) > 2:
+        if len(views[0].pixels) > images:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return forward(learner, views, *given, **named)
 
-    monkeypatch.setattr(trainer, "TRIED_ON", ("cpu",))  # as on a GPU
+    monkeypatch.setattr(trainer, "TRIED_ON", ("cpu",))
     monkeypatch.setattr(PixelCL, "forward", limited)
+
+
+def test_a_batch_too_large_for_memory_is_taken_in_parts(run, settings, monkeypatch, caplog) -> None:
+    only_up_to(2, monkeypatch)
     with caplog.at_level(logging.INFO):
         pretrain(**settings(batch_size=8))
     assert "8 images at a time do not fit into memory: trying half" in caplog.text
@@ -58,11 +64,26 @@ def test_a_batch_too_large_for_memory_is_taken_in_parts(run, settings, monkeypat
     assert checkpoint(run)["parts"] == [4, 8]
 
 
-def test_an_image_that_fits_nowhere_ends_the_run_in_words(settings, monkeypatch) -> None:
-    def never(*_, **__):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+@pytest.mark.parametrize(("batch", "room", "least"), [(4, 0, 2), (5, 2, 3)])
+def test_a_part_that_fits_nowhere_ends_the_run_in_words(
+    settings, monkeypatch, batch, room, least
+) -> None:
+    only_up_to(room, monkeypatch)
+    with pytest.raises(MemoryError, match=f"{least} images do not fit into memory; give a smaller"):
+        pretrain(**settings(batch_size=batch))
 
-    monkeypatch.setattr(trainer, "TRIED_ON", ("cpu",))
-    monkeypatch.setattr(PixelCL, "forward", never)
-    with pytest.raises(MemoryError, match="2 images do not fit into memory; give a smaller image"):
-        pretrain(**settings())
+
+@pytest.mark.parametrize("own", [None, logging.StreamHandler, RichHandler])
+def test_a_script_with_logging_of_its_own_reads_each_message_once(own, capsys) -> None:
+    root = logging.getLogger()
+    handlers = [own()] if own else []  # as of logging.basicConfig
+    try:
+        root.handlers += handlers
+        with progress.logging_to(terminal=True):
+            progress.LOG.info("one message")
+            progress.LOG.debug("for the file")
+            progress.LOG.error("for the file", extra={"file_only": True})
+    finally:
+        root.handlers = [kept for kept in root.handlers if kept not in handlers]
+    assert "".join(capsys.readouterr()) == "one message\n"
+    assert progress.LOG.propagate

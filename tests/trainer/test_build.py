@@ -5,9 +5,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-from run_folders import log, losses
+from run_folders import equal, log, losses
+from torchvision.models import resnet18
 
 from pixel_level_contrastive_learning import PixelCL, pretrain
+from pixel_level_contrastive_learning.backbones.custom import handing_over
 from pixel_level_contrastive_learning.backbones.factory import build_backbone, zero_last_norms
 from pixel_level_contrastive_learning.data.cache import DecodedCache
 from pixel_level_contrastive_learning.data.sources import open_source, split_held_out
@@ -21,7 +23,6 @@ from pixel_level_contrastive_learning.trainer.build import (
     build_net,
     find_info,
     kept_decoded,
-    layer_key,
     open_data,
 )
 from pixel_level_contrastive_learning.trainer.config import PretrainConfig
@@ -35,16 +36,29 @@ from pixel_level_contrastive_learning.trainer.system import Devices
         ({"zero_init_residual": True}, "zero-init residual"),
         ({"weights": "pretrained"}, "pretrained"),
         ({"weights": "pretrained", "zero_init_residual": True}, "pretrained"),
+        ({"model": resnet18(), "zero_init_residual": True}, "as handed over"),
     ],
 )
 def test_a_card_says_what_a_run_started_from(given, start) -> None:
     source = open_source([torch.rand(3, 8, 8)] * 4)
     data = TrainingData(source, source, measure(source))
-    config = PretrainConfig(model="torchvision/resnet18", image_size=64, **given)
-    net = build_net(config, (64, 64), 3, load=False)
-    learner = build_learner(config, net, (64, 64), 3)
-    plan = resolve(config, find_info(config, data, Devices("cpu", 1, 1), learner))
-    assert build_card(plan, data.statistics).start == start
+    with handing_over(given.get("model")) as handed:
+        named = {"model": handed or "torchvision/resnet18", "image_size": 64}
+        config = PretrainConfig(**given | named)
+        net = build_net(config, (64, 64), 3, load=False)
+        learner = build_learner(config, net, (64, 64), 3)
+        plan = resolve(config, find_info(config, data, Devices("cpu", 1, 1), learner))
+        assert build_card(plan, data.statistics).start == start
+
+
+def test_a_network_handed_over_keeps_its_weights_and_is_trained_in_train_mode() -> None:
+    model = resnet18().eval()
+    with handing_over(model) as handed:
+        config = PretrainConfig(model=handed, zero_init_residual=True)
+        net = build_net(config, (64, 64), 3, load=True)
+    assert equal(net.state_dict(), model.state_dict())
+    assert all(module.training for module in net.modules())
+    assert not model.training
 
 
 @pytest.mark.parametrize("library", ["torchvision", "timm"])
@@ -63,12 +77,6 @@ def test_blocks_begin_as_identities_where_asked(library, model, norm, count) -> 
 
 def test_a_network_without_residual_norms_has_none_to_shut() -> None:
     assert not zero_last_norms(build_backbone("timm/convnext_atto"))
-
-
-def test_layers_are_names_indices_or_left_to_the_learner() -> None:
-    assert [layer_key(name) for name in ("auto", "layer4", "-2", "6", "stages.3")] == [
-        *(None, "layer4", -2, 6, "stages.3")
-    ]
 
 
 @pytest.mark.parametrize(

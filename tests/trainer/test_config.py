@@ -3,6 +3,7 @@
 from dataclasses import fields
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import yaml
 
@@ -119,6 +120,15 @@ def test_the_file_holds_what_repeats_a_run(tmp_path) -> None:
     assert not {"resume", "overwrite", "dry_run", "config"} & set(yaml.safe_load(text))
     (tmp_path / "config.yaml").write_text(text)
     assert to_config(read_settings(tmp_path / "config.yaml")) == config
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    given = {"lr": np.float32(0.5), "crop_area": (np.float64(0.25), 1), "steps": np.int64(3)}
+    config = to_config(given | {"graph": "off", "resume": False})
+    assert to_config(yaml.safe_load(as_yaml(config))) == config
+    assert [type(value) for value in (config.lr, *config.crop_area, config.steps)] == [
+        *(float, float, int, int)
+    ]
 
 
 def test_places_in_the_file_are_absolute_and_urls_stay(tmp_path, monkeypatch) -> None:

@@ -1,5 +1,6 @@
 """Signs that a run goes wrong, memory, signals: the parts beside the steps."""
 
+from contextlib import suppress
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +18,7 @@ from pixel_level_contrastive_learning.trainer.memory import (
     unchanged,
 )
 from pixel_level_contrastive_learning.trainer.metrics import HealthMonitor, MetricsWriter
+from pixel_level_contrastive_learning.trainer.training_step import NotFiniteError
 
 HEALTHY = {
     "loss": 4.0,
@@ -115,6 +117,20 @@ def test_processes_judge_the_same_step_however_fast_their_devices_are(processes,
         figures.sent.append(SimpleNamespace(event=Arriving()))
         found.append(figures.has_arrived())
     assert found == judged
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(None, "success"), (NotFiniteError, "failed"), (KeyboardInterrupt, "failed")],
+)
+def test_loggers_are_told_how_a_run_ended(error, status) -> None:
+    ended: list[str] = []
+    logger, schedule = SimpleNamespace(finalize=ended.append), Schedule(9, 1, 1, 1.0, 0.0, 0.99)
+    writer = MetricsWriter(SimpleNamespace(world_size=1), None, schedule, lambda: 0.0, [logger])
+    with suppress(NotFiniteError, KeyboardInterrupt), writer.recording(0):
+        if error is not None:
+            raise error
+    assert ended == [status]
 
 
 def test_a_trial_waits_for_no_other_process() -> None:

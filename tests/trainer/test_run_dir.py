@@ -1,15 +1,21 @@
 """The folder of a run: what replacing a run removes, what it leaves, and who holds it."""
 
+import itertools
 import os
 import socket
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
 from filelock import FileLock
+from run_folders import lines
 
 from pixel_level_contrastive_learning.files import CannotWriteError
 from pixel_level_contrastive_learning.trainer import run_dir
-from pixel_level_contrastive_learning.trainer.run_dir import RunDir
+from pixel_level_contrastive_learning.trainer.run_dir import RunDir, step_of
 
 
 def test_what_an_evaluation_left_goes_with_the_run_that_it_is_about(tmp_path) -> None:
@@ -83,6 +89,54 @@ def test_lines_of_metrics_are_whole_and_in_order_after_a_resume(tmp_path) -> Non
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3}\n'
     assert RunDir(tmp_path).truncate(2) == 1
     assert RunDir(tmp_path).truncate(0) == 2
+
+
+def test_dropping_lines_takes_a_time_in_proportion_to_their_number(tmp_path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(f'{{"step": {step}}}\n' for step in range(1, 40_001)))
+    begun = time.process_time()
+    assert RunDir(tmp_path).truncate(39_000) == 1000
+    assert time.process_time() - begun < 2  # 0.2; ten where each line looks at those before it
+
+
+@pytest.mark.parametrize("lone", [False, True], ids=["numbered", "last alone"])
+@pytest.mark.parametrize("killed_at", [None, *range(12)])
+def test_steps_are_counted_anew_once_wherever_a_run_is_killed(
+    tmp_path, monkeypatch, lone, killed_at
+) -> None:
+    run = RunDir(tmp_path)
+    run.checkpoints.mkdir()
+    for step in (4, 8, 12):
+        run.save_checkpoint({"steps_done": step}, step, keep=9)
+    for path in run.numbered() if lone else ():
+        path.unlink()
+    for name in ("metrics.jsonl", "probe.jsonl"):
+        (tmp_path / name).write_text("".join(f'{{"step": {n}, "at": {n}}}\n' for n in (1, 4, 12)))
+    acts = itertools.count()
+
+    def may_die(act: Callable[..., object]) -> Callable[..., object]:
+        def acting(*given: object, **named: object) -> object:
+            if next(acts) == killed_at:
+                raise KeyboardInterrupt
+            return act(*given, **named)
+
+        return acting
+
+    with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
+        patch.setattr(os, "link", may_die(os.link))
+        patch.setattr(Path, "replace", may_die(Path.replace))
+        patch.setattr(Path, "unlink", may_die(Path.unlink))
+        run.renumber(run.newest_checkpoint()[0], 12, 3)
+    path, held = run.newest_checkpoint()
+    number = step_of(path) if step_of(path) >= 0 else held["steps_done"]
+    run.truncate(number)
+    run.discard_after(number)
+    if number != 3:
+        run.renumber(path, number, 3)
+    assert [path.name for path in run.checkpoint_paths()] == ["step-00000003.ckpt", "last.ckpt"]
+    for name in ("metrics.jsonl", "probe.jsonl"):
+        assert lines(tmp_path / name) == [{"step": 1, "at": 4}, {"step": 3, "at": 12}]
+    assert not [*tmp_path.rglob(".*")]
 
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path) -> None:

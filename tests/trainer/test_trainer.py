@@ -5,6 +5,7 @@ import errno
 import json
 import math
 import re
+import shutil
 from dataclasses import fields
 from inspect import signature
 from types import SimpleNamespace
@@ -153,6 +154,8 @@ def test_vectors_have_no_decay_and_the_target_no_optimiser(optimizer) -> None:
         ({"data": "none"}, "none"),
         ({"model": "torchvision/resnet19"}, "resnet18"),
         ({"batch_size": 1}, r"batch_size is 1 on 1 devices, but batch norm .* give 2 or more"),
+        ({"optimizer": "adamww", "lr": 1.0}, "perhaps adamw"),
+        ({"optimizer": "adahessian", "lr": 1.0}, "adahessian.*second derivatives.*take adamw"),
         ({"loggers": ("csv", "wandb")}, "'wandb', which is not installed; pip install wandb"),
         ({"weights": "other.pt"}, r"nothing in .*other.pt fits Sequential"),
         ({"probe": "labelled"}, "0.png is not there; 1 of 4 images have no mask"),
@@ -176,11 +179,6 @@ def test_without_instance_loss_a_batch_may_be_one_image(run, settings) -> None:
     assert steps_of(run) == [1]
 
 
-def test_an_unknown_optimiser_names_the_nearest(settings) -> None:
-    with pytest.raises(ValueError, match="perhaps adamw"):
-        pretrain(**settings(optimizer="adamww", lr=1.0))
-
-
 def test_where_no_run_or_no_data_is_there_it_is_said(tmp_path, run) -> None:
     with pytest.raises(ValueError, match=r"out is .*nowhere', where there is no run to resume"):
         pretrain(out=tmp_path / "nowhere", resume=True)
@@ -200,15 +198,16 @@ def test_a_folder_in_use_is_refused_with_both_ways_out(run, settings) -> None:
     assert (run / "mine.txt").read_text() == "keep me"
 
 
-def test_replacing_a_run_never_removes_its_images(tmp_path, settings, images) -> None:
+def test_no_run_takes_the_place_of_images(tmp_path, settings, images) -> None:
     mine = tmp_path / "mine"
     (mine / "notes").mkdir(parents=True)
     images.rename(mine / "pictures")
     given = settings(data=(str(mine / "pictures"),), out=str(mine))
-    with pytest.raises(
-        ValueError, match="holds no run but has pictures, which a run would replace"
-    ):
-        pretrain(**given, overwrite=True)
+    for how in ("overwrite", "resume"):
+        with pytest.raises(
+            ValueError, match="holds no run but has pictures, which a run would replace"
+        ):
+            pretrain(**given, **{how: True})
     (mine / "config.yaml").write_text("steps: 3")
     with pytest.raises(ValueError, match="pictures, which --overwrite would remove; name another"):
         pretrain(**given, overwrite=True)
@@ -282,6 +281,15 @@ def test_resuming_without_a_checkpoint_starts_at_0_and_says_so(run, settings) ->
     pretrain(**settings(resume=True, steps=2))
     assert "starting at step 0" in log(run)
     assert steps_of(run) == [1, 2]
+
+
+def test_a_run_without_its_checkpoints_is_kept(run, settings) -> None:
+    pretrain(**settings())
+    shutil.rmtree(run / "checkpoints")
+    held = files(run)
+    with pytest.raises(ValueError, match=f"no checkpoint is left .* with --weights {run} in an"):
+        pretrain(out=run, resume=True, steps=9)
+    assert files(run) == held
 
 
 def test_more_steps_may_be_asked_for_and_the_difference_is_told(run, settings) -> None:

@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 from run_folders import checkpoint, forget, metrics, steps
+from small_nets import SmallNet
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -25,6 +26,7 @@ from pixel_level_contrastive_learning.trainer import auto, training_step
 from pixel_level_contrastive_learning.trainer.memory import blank_views
 from pixel_level_contrastive_learning.trainer.training_step import (
     TrainingStep,
+    features_of,
     make_views,
     split_batch,
 )
@@ -92,6 +94,21 @@ def test_batch_norm_over_gpus_keeps_the_activations_in_it(monkeypatch) -> None:
     assert len(norms) > 20
     assert all(isinstance(module, nn.SyncBatchNorm) for module in norms)
     torch.testing.assert_close(step.learner(views), expected)
+
+
+@pytest.mark.parametrize("images", [1, 3, 16, 32])
+def test_features_are_those_of_many_cells_and_images(images, monkeypatch) -> None:
+    monkeypatch.setattr(training_step, "FEATURES", 32)
+    learner = PixelCL(SmallNet(), 64, projection_size=8, projection_hidden_size=8)
+    cells, own = torch.arange(16.0).reshape(4, 4), torch.arange(float(images))
+    maps = torch.zeros(images, 12, 4, 4)
+    maps[:, 0], maps[:, 1] = cells, own[:, None, None]
+    kept: list[torch.Tensor] = []
+    with features_of(learner, kept):
+        learner.eval().online_encoder.pixel_projector(maps)
+    assert len(kept[0]) == min(32, 16 * images)
+    found = [len(kept[0][:, which].unique()) for which in (0, 1)]
+    assert (found[0] >= 15, found[1]) == (True, images)
 
 
 @pytest.mark.parametrize("extra", [{}, {"accumulate": 2, "clip_grad": 0.5, "loss": "pixcontrast"}])
