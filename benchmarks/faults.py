@@ -349,7 +349,7 @@ def worker_killed(ground: Ground, folder: Path, seed: int) -> str:
 def worker_out_of_memory(ground: Ground, folder: Path) -> str:
     """A worker may take no more memory than it has."""
     images, run = draw_images(folder / "images", scale=40), folder / "run"
-    flags = ("--workers", "2", "--steps", "12", "--max-broken", "0")
+    flags = ("--workers", "2", "--steps", "12", "--max-broken", "0", "--cache", "off")
     command = ground.start(run, *flags, images=images, PAUSE=0.02)
     command.until(partial(saved, run))
     for worker in workers(command):
@@ -362,7 +362,7 @@ def worker_out_of_memory(ground: Ground, folder: Path) -> str:
 
 def reader_hangs(ground: Ground, folder: Path, count: int, file: int) -> str:
     """A file never answers, as on a server that is gone, from a number of files in a process on."""
-    run, flags = folder / "run", ("--workers", count)
+    run, flags = folder / "run", ("--workers", count, "--cache", "off")
     command = ground.start(run, *flags, HANG=file)
     command.until(lambda: command.said().count("asleep") == max(count, 1))
     time.sleep(1)  # steps of the batches that are there
@@ -380,7 +380,7 @@ def reader_hangs(ground: Ground, folder: Path, count: int, file: int) -> str:
 
 def worker_killed_beside_another(ground: Ground, folder: Path) -> str:
     """A worker of the loader dies while the other hangs, and the run waits."""
-    run, flags = folder / "run", ("--workers", "2")
+    run, flags = folder / "run", ("--workers", "2", "--cache", "off")
     command = ground.start(run, *flags, HANG=20)
     command.until(lambda: command.said().count("asleep") == 2)
     os.kill(workers(command)[0], signal.SIGKILL)
