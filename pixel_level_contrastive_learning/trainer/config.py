@@ -241,7 +241,7 @@ class PretrainConfig:
     """Devices per machine.
     auto: all GPUs (one in a notebook), or one process on the CPU."""
     num_nodes: int = 1
-    """Number of machines."""
+    """Number of machines, on each of which torchrun or srun starts the command."""
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
     """How devices share the work: ddp replicates the network, fsdp (FSDP2) shards it.
     auto: ddp."""

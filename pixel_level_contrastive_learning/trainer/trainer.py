@@ -301,7 +301,8 @@ def build_step(setup: Setup, resumed: Mapping[str, Any] | None, stop: StopSignal
     with stop.resting():
         needed = None if tried or plan.accumulate else estimate(setup.learner, plan)
         fabric = build.build_fabric(plan, setup.devices)
-        fabric.launch()
+        with stop.killing(setup.devices.nodes > 1):
+            fabric.launch()
         torch.backends.cudnn.benchmark = plan.device == "cuda"
         step = TrainingStep(fabric, setup.learner, plan, setup.normalise)
         if resumed is not None:
