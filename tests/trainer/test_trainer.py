@@ -242,6 +242,24 @@ def test_a_dry_run_takes_a_few_images_of_a_large_batch(settings, monkeypatch, ca
         assert told in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({}, "0 of 4 images have none"),
+        ({"crop_area": (0.001, 0.002)}, "Raise crop_area or distance_thres"),
+        ({"alpha": 0.0}, "the pixel loss is off (alpha is 0): no pairs to count, and no preview"),
+    ],
+)
+def test_pairs_are_told_and_drawn_where_there_is_a_pixel_loss(run, settings, caplog, given, told):
+    with caplog.at_level("INFO"):
+        pretrain(**settings(dry_run=True, **given))
+    assert told in caplog.text
+    assert ("images have none" in caplog.text) is run.exists() is ("alpha" not in given)
+    caplog.clear()
+    pretrain(**settings(steps=1, **given))
+    assert ("step 1: 4 of 4 images have no matching" in log(run)) is ("crop_area" in given)
+
+
 # Resuming.
 
 
