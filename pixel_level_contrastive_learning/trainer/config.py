@@ -225,7 +225,8 @@ class PretrainConfig:
     """Random seed."""
     precision: str = "auto"
     """float32 or bfloat16 (mixed precision by autocast).
-    auto: bfloat16 where the hardware has native support."""
+    auto: bfloat16 where the hardware has native support, but float32 on a CPU for views under 32
+    pixels, whose gradients torch gets wrong in bfloat16."""
 
     workers: int | Auto = "auto"
     """Data loading workers per device.
