@@ -50,7 +50,8 @@ def settings_of(given: Mapping[str, Any]) -> dict[str, Any]:
         given: Settings by name, from flags or from Python.
 
     Raises:
-        ValueError: An unknown name, with the nearest right ones; a file that cannot be read.
+        ValueError: An unknown name, with the nearest right ones; a file that cannot be read;
+            settings of a probe without one.
     """
     raise_together(*unknown_names(given, "settings"))
     sources: list[Mapping[str, Any]] = []
@@ -68,6 +69,16 @@ def settings_of(given: Mapping[str, Any]) -> dict[str, Any]:
             if source.get(name) is not None:
                 merged |= {other: value for other, value in left.items() if other not in source}
         merged |= source
+    if merged.get("probe") is None:  # a run writes the probe_every that it would have had
+        idle = {name: merged.get(name) for name in ("ids", "colours")}
+        idle |= {"probe_every": given.get("probe_every")}
+        raise_together(
+            *(
+                f"{name} is {value!r} without probe; add probe, or leave {name} out"
+                for name, value in idle.items()
+                if value not in (None, "auto")
+            )
+        )
     return merged
 
 
