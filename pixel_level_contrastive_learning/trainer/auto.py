@@ -138,8 +138,8 @@ def resolve(config: PretrainConfig, info: Info) -> RunPlan:
     """What the settings come to, given what was found out.
 
     Raises:
-        ValueError: A batch that the processes cannot share, or an optimiser without a default
-            learning rate.
+        ValueError: A batch that the processes cannot share, an optimiser without a default learning
+            rate, or a final learning rate above the peak.
     """
     size = view_size(config, info.typical_size)
     batch = unless_auto(config.batch_size, default_batch_size(info))
@@ -150,6 +150,11 @@ def resolve(config: PretrainConfig, info: Info) -> RunPlan:
     share = config.warmup_epochs
     warmup = round(WARMUP_SHARE * steps if share == "auto" else share * per_epoch)
     lr, peak_lr = learning_rate(config, batch, gentle=info.given_weights or not info.batch_norm)
+    if config.final_lr > peak_lr:
+        raise ValueError(
+            f"final_lr is {config.final_lr:g}, above the peak learning rate of {peak_lr:.3g} for "
+            f"{batch} images; lower it, or raise lr"
+        )
     schedule = Schedule(
         steps, per_epoch, min(warmup, steps), peak_lr, config.final_lr, config.target_momentum
     )

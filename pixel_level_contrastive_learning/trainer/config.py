@@ -216,7 +216,7 @@ class PretrainConfig:
     """Epochs of linear warm-up.
     auto: a tenth of the run."""
     final_lr: float = 1e-6
-    """Learning rate at the end of the cosine schedule."""
+    """Learning rate at the end of the cosine schedule, at most the peak."""
     target_momentum: float = 0.99
     """EMA momentum of the target network at the start; a cosine schedule raises it to 1."""
     clip_grad: float = 0.0

@@ -223,10 +223,13 @@ def resume_changes(config: PretrainConfig, before: Mapping[str, Any]) -> dict[st
 
 def check_idle_changes(changed: Iterable[str], done: int, steps: int) -> None:
     """Refuse changed settings that no step would be trained with: config.yaml would be wrong."""
-    names = ", ".join(changed)
-    if names and done >= steps:
-        raise ValueError(
-            f"{done} steps are done and {steps} wanted: nothing is left to train with another "
-            f"{names}; leave these as they were, give more --steps or --epochs, or start a new run "
-            "in another folder with --weights"
-        )
+    changed = tuple(changed)
+    if not changed or done < steps:
+        return
+    names = ", ".join(name for name in changed if name not in ("steps", "epochs"))
+    idle = f": nothing is left to train with another {names}; leave that as it was, or"
+    raise ValueError(
+        f"{done} steps are done and {steps} wanted{idle if names else ';'} give --steps or "
+        f"--epochs that come to more than {done}, or start a new run in another folder with "
+        "--weights"
+    )

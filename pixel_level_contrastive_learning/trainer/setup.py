@@ -134,6 +134,11 @@ def log_setup(setup: Setup, *, dry_run: bool) -> None:
         f"on {layers}, instance loss on {plan.settings.instance_layer}; "
         f"loader workers: {plan.workers}{kept}"
     )
+    if schedule.warmup_steps == schedule.steps:
+        LOG.warning(
+            "the warm-up takes the whole run, and the learning rate does not reach its peak; lower "
+            "warmup_epochs, or train longer"
+        )
     if build.has_given_weights(plan.settings):
         LOG.info(
             "start weights are trained as a whole, with a learning rate of "

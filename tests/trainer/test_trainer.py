@@ -242,6 +242,12 @@ def test_a_dry_run_takes_a_few_images_of_a_large_batch(settings, monkeypatch, ca
         assert told in caplog.text
 
 
+@pytest.mark.parametrize(("epochs", "warned"), [(100, True), (1, False)])
+def test_a_warm_up_that_takes_the_whole_run_is_told(settings, caplog, epochs, warned) -> None:
+    pretrain(**settings(dry_run=True, warmup_epochs=epochs))  # an epoch has three steps of six
+    assert ("the learning rate does not reach its peak" in caplog.text) is warned
+
+
 @pytest.mark.parametrize(
     ("given", "told"),
     [
@@ -369,8 +375,17 @@ def test_a_larger_batch_counts_its_steps_anew_and_loses_nothing(run, settings) -
 def test_a_run_that_is_done_takes_no_other_settings_and_exports_anew(run, settings) -> None:
     whole = pretrain(**settings()).backbone.state_dict()
     before = files(run)
-    for change in ({"lr": 0.1}, {"steps": 4}):
-        with pytest.raises(ValueError, match=f"6 steps are done .* another {next(iter(change))};"):
+    shorter = "^6 steps are done and {} wanted; give --steps or --epochs that come to more than 6"
+    idle = (
+        "^6 steps are done and {} wanted: nothing is left to train with another lr; leave that as"
+    )
+    for change, steps, told in (
+        ({"lr": 0.1}, 6, idle),
+        ({"steps": 4}, 4, shorter),
+        ({"epochs": 2}, 6, shorter),
+        ({"steps": 4, "lr": 0.1}, 4, idle),
+    ):
+        with pytest.raises(ValueError, match=told.format(steps)):
             pretrain(out=run, resume=True, **change)
     assert files(run) == before
     (run / "backbone.safetensors").unlink()
