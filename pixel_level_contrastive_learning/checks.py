@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, S
 from difflib import get_close_matches
 from functools import partial
 from importlib import import_module
-from math import isfinite
+from math import inf, isfinite
 from numbers import Real
 from typing import Any, Literal, TypeGuard, get_args
 
@@ -53,10 +53,11 @@ def share(name: str, value: object) -> str | None:
     return unless(is_number(value) and 0 < value <= 1, name, value, "a number above 0, at most 1")
 
 
-def whole(name: str, value: object, low: int) -> str | None:
-    """Allow whole numbers from ``low`` up."""
-    allowed = isinstance(value, int) and not isinstance(value, bool) and value >= low
-    return unless(allowed, name, value, f"a whole number of at least {low}")
+def whole(name: str, value: object, low: int, high: float = inf) -> str | None:
+    """Allow whole numbers from ``low`` to ``high``, both included."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < low:
+        return unless(False, name, value, f"a whole number of at least {low}")
+    return unless(value <= high, name, value, f"a whole number of at most {high}")
 
 
 def one_of(name: str, value: object, allowed: Collection[object]) -> str | None:
@@ -69,8 +70,8 @@ def one_of(name: str, value: object, allowed: Collection[object]) -> str | None:
     return f"{name} is {value!r}; it must be one of {', '.join(map(repr, allowed))}{hint}"
 
 
-def ratio_range(name: str, value: object) -> str | None:
-    """Allow pairs ``(low, high)`` with ``0 < low <= high <= 1``."""
+def ratio_range(name: str, value: object, of: str = "side") -> str | None:
+    """Allow pairs ``(low, high)`` with ``0 < low <= high <= 1``, shares of an image's ``of``."""
     allowed = f"{name} is {value!r}; it must be (low, high) with 0 < low <= high <= 1"
     if not isinstance(value, (tuple, list)) or len(value) != 2 or not all(map(is_number, value)):
         return f"{allowed}, such as (0.6, 0.8)"
@@ -78,7 +79,7 @@ def ratio_range(name: str, value: object) -> str | None:
     if low > high:
         return f"{allowed}; swap the two: ({high}, {low})"
     if low <= 0 or high > 1:
-        return f"{allowed}: a share of the image's side"
+        return f"{allowed}: a share of the image's {of}"
     return None
 
 
@@ -164,7 +165,8 @@ Check = Callable[[str, object], str | None]
 LIMITS: Mapping[str, Check] = {
     "channels": partial(whole, low=1),
     "image_size": size_pair,
-    **dict.fromkeys(("crop_area", "cutout_ratio_range"), ratio_range),
+    "crop_area": partial(ratio_range, of="area"),
+    "cutout_ratio_range": ratio_range,
     "cutout_interpolate_mode": partial(one_of, allowed=("bilinear", "nearest", "bicubic")),
     **dict.fromkeys(
         ("prob_hflip", "prob_vflip", "prob_rand_hflip", "prob_rand_vflip", "max_broken"),
@@ -181,7 +183,7 @@ LIMITS: Mapping[str, Check] = {
     "similarity_temperature": partial(above, low=0),
     **dict.fromkeys(("alpha", "instance_weight"), partial(at_least, low=0)),
     **dict.fromkeys(("moving_average_decay", "target_momentum"), partial(within, low=0, high=1)),
-    "seed": partial(whole, low=0),
+    "seed": partial(whole, low=0, high=2**63 - 1),  # the largest in 64 bits
     "pages": partial(one_of, allowed=get_args(Pages)),
 }
 """The limits of every value that more than one module takes, by the value's name."""

@@ -84,6 +84,9 @@ def test_real_numbers_are_numbers(value) -> None:
             [(0, 0.5), (-0.1, 0.5), (0.5, 1.01), (60, 80)],
             f"{RANGE}: a share of the image's side",
         ),
+        (LIMITS["crop_area"], [(1, 1)], [(0, 0.5)], f"{RANGE}: a share of the image's area"),
+        (LIMITS["seed"], [0], [-1, 0.5], "a whole number of at least 0"),
+        (LIMITS["seed"], [2**63 - 1], [2**63], f"a whole number of at most {2**63 - 1}"),
         (ratio_range, [], [(0.8, 0.6)], f"{RANGE}; swap the two: (0.6, 0.8)"),
         (
             size_pair,

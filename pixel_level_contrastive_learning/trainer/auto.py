@@ -37,6 +37,9 @@ CACHE_ROOM = 1.3
 """Bytes kept ready for images of the typical size: some are larger, or are kept at two scales."""
 CAPTURED_ON = ("cuda",)
 """Kinds of device on which a step is launched as one graph by default."""
+BFLOAT16_SIDE = 32
+"""Smallest side of views, in pixels, for bfloat16 on a CPU: of a plain ResNet-18 on views of 8
+pixels, torch's gradients are then infinite, and others each time."""
 VIEW_SIDES = (64, 224)
 """Smallest and largest default side of the views, in pixels."""
 
@@ -135,8 +138,8 @@ def resolve(config: PretrainConfig, info: Info) -> RunPlan:
     """What the settings come to, given what was found out.
 
     Raises:
-        ValueError: A batch that the processes cannot share, or an optimiser without a default
-            learning rate.
+        ValueError: A batch that the processes cannot share, an optimiser without a default learning
+            rate, or a final learning rate above the peak.
     """
     size = view_size(config, info.typical_size)
     batch = unless_auto(config.batch_size, default_batch_size(info))
@@ -147,13 +150,19 @@ def resolve(config: PretrainConfig, info: Info) -> RunPlan:
     share = config.warmup_epochs
     warmup = round(WARMUP_SHARE * steps if share == "auto" else share * per_epoch)
     lr, peak_lr = learning_rate(config, batch, gentle=info.given_weights or not info.batch_norm)
+    if config.final_lr > peak_lr:
+        raise ValueError(
+            f"final_lr is {config.final_lr:g}, above the peak learning rate of {peak_lr:.3g} for "
+            f"{batch} images; lower it, or raise lr"
+        )
     schedule = Schedule(
         steps, per_epoch, min(warmup, steps), peak_lr, config.final_lr, config.target_momentum
     )
     blur = blur_of(min(size)) if config.blur_sigma == "auto" else config.blur_sigma
     precision = PRECISIONS[str(config.precision)]
     if precision == "auto":
-        precision = "bfloat16" if info.native_bfloat16 else "float32"
+        trusted = info.device != "cpu" or min(size) >= BFLOAT16_SIDE
+        precision = "bfloat16" if info.native_bfloat16 and trusted else "float32"
     affordable = ceil(PICTURE_COST / (PICTURE_SHARE * (batch // info.processes)))
     epoch_or_so = 1000 if info.device == "cuda" else min(max(per_epoch, 100), 1000)
     probe_epochs = unless_auto(config.probe_every, max(1, round(steps / per_epoch / 10)))

@@ -216,7 +216,7 @@ class PretrainConfig:
     """Epochs of linear warm-up.
     auto: a tenth of the run."""
     final_lr: float = 1e-6
-    """Learning rate at the end of the cosine schedule."""
+    """Learning rate at the end of the cosine schedule, at most the peak."""
     target_momentum: float = 0.99
     """EMA momentum of the target network at the start; a cosine schedule raises it to 1."""
     clip_grad: float = 0.0
@@ -225,7 +225,8 @@ class PretrainConfig:
     """Random seed."""
     precision: str = "auto"
     """float32 or bfloat16 (mixed precision by autocast).
-    auto: bfloat16 where the hardware has native support."""
+    auto: bfloat16 where the hardware has native support, but float32 on a CPU for views under 32
+    pixels, whose gradients torch gets wrong in bfloat16."""
 
     workers: int | Auto = "auto"
     """Data loading workers per device.
@@ -241,7 +242,7 @@ class PretrainConfig:
     """Devices per machine.
     auto: all GPUs (one in a notebook), or one process on the CPU."""
     num_nodes: int = 1
-    """Number of machines."""
+    """Number of machines, on each of which torchrun or srun starts the command."""
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
     """How devices share the work: ddp replicates the network, fsdp (FSDP2) shards it.
     auto: ddp."""

@@ -50,7 +50,8 @@ def settings_of(given: Mapping[str, Any]) -> dict[str, Any]:
         given: Settings by name, from flags or from Python.
 
     Raises:
-        ValueError: An unknown name, with the nearest right ones; a file that cannot be read.
+        ValueError: An unknown name, with the nearest right ones; a file that cannot be read;
+            settings of a probe without one.
     """
     raise_together(*unknown_names(given, "settings"))
     sources: list[Mapping[str, Any]] = []
@@ -68,6 +69,16 @@ def settings_of(given: Mapping[str, Any]) -> dict[str, Any]:
             if source.get(name) is not None:
                 merged |= {other: value for other, value in left.items() if other not in source}
         merged |= source
+    if merged.get("probe") is None:  # a run writes the probe_every that it would have had
+        idle = {name: merged.get(name) for name in ("ids", "colours")}
+        idle |= {"probe_every": given.get("probe_every")}
+        raise_together(
+            *(
+                f"{name} is {value!r} without probe; add probe, or leave {name} out"
+                for name, value in idle.items()
+                if value not in (None, "auto")
+            )
+        )
     return merged
 
 
@@ -212,10 +223,13 @@ def resume_changes(config: PretrainConfig, before: Mapping[str, Any]) -> dict[st
 
 def check_idle_changes(changed: Iterable[str], done: int, steps: int) -> None:
     """Refuse changed settings that no step would be trained with: config.yaml would be wrong."""
-    names = ", ".join(changed)
-    if names and done >= steps:
-        raise ValueError(
-            f"{done} steps are done and {steps} wanted: nothing is left to train with another "
-            f"{names}; leave these as they were, give more --steps or --epochs, or start a new run "
-            "in another folder with --weights"
-        )
+    changed = tuple(changed)
+    if not changed or done < steps:
+        return
+    names = ", ".join(name for name in changed if name not in ("steps", "epochs"))
+    idle = f": nothing is left to train with another {names}; leave that as it was, or"
+    raise ValueError(
+        f"{done} steps are done and {steps} wanted{idle if names else ';'} give --steps or "
+        f"--epochs that come to more than {done}, or start a new run in another folder with "
+        "--weights"
+    )

@@ -23,7 +23,7 @@ from .. import run_layout
 from ..data.dataset import TwoViewBatch
 from ..evaluation.health import COLLAPSED_RANK, COLLAPSED_SPREAD, effective_rank, spread
 from ..files import cannot_write, write_whole
-from .auto import Schedule
+from .auto import RunPlan
 from .logging import LOG, ProgressBar, metrics_line
 from .training_step import METRIC_NAMES, NotFiniteError, StepResult, not_finite
 
@@ -42,13 +42,14 @@ PRINT_EVERY = 30.0
 class HealthMonitor:
     """Warns in words when a run collapses or diverges, once each time it begins to.
 
+    Of ``images`` a step most should have a matching pair; 0 where the pixel loss is off.
     Collapse: the spread of features falls under `COLLAPSED_SPREAD`, or their effective rank under
     `COLLAPSED_RANK`. Divergence: after the warm-up the running means of both cosines are at most
     0, no better than chance, or the gradient is a thousand times its running mean.
     """
 
-    def __init__(self, warmup_steps: int) -> None:
-        self.warmup_steps = warmup_steps
+    def __init__(self, warmup_steps: int, images: int = 0) -> None:
+        self.warmup_steps, self.images = warmup_steps, images
         self.means: dict[str, float] = {}
         self.seen = 0
         self.active: set[str] = set()
@@ -57,7 +58,7 @@ class HealthMonitor:
         """The warnings about a step that were not given for the step before."""
         usual = self.means.get("grad_norm", metrics["grad_norm"])
         kept = SMOOTHING * (1 - SMOOTHING**self.seen) / (1 - SMOOTHING ** (self.seen + 1))
-        for name in ("pixel_cosine", "instance_cosine", "grad_norm"):
+        for name in ("pixel_cosine", "instance_cosine", "grad_norm", "images_without_pairs"):
             before = self.means.get(name, metrics[name])
             self.means[name] = kept * before + (1 - kept) * metrics[name]
         self.seen += 1
@@ -65,6 +66,8 @@ class HealthMonitor:
         cosine = max(self.means["pixel_cosine"], self.means["instance_cosine"])
         advice = "Lower lr, lengthen the warm-up, or raise target_momentum"
         found: dict[str, str] = {}
+        if few := few_pairs(self.means["images_without_pairs"], self.images):
+            found["images_without_pairs"] = few
         if metrics.get("spread", 1) < COLLAPSED_SPREAD:
             found["spread"] = (
                 f"the features collapse: their spread is {metrics['spread']:.3g}, under "
@@ -88,6 +91,16 @@ class HealthMonitor:
         new = [warning for name, warning in found.items() if name not in self.active]
         self.active = set(found)
         return new
+
+
+def few_pairs(without: float, images: int) -> str | None:
+    """The warning about images of which more than half have no matching pair."""
+    if without <= images / 2 or not images:
+        return None
+    return (
+        f"{without:.3g} of {images} images have no matching pair, and nothing is learned of their "
+        "pixels. Raise crop_area or distance_thres"
+    )
 
 
 class Sent(NamedTuple):
@@ -119,12 +132,13 @@ class MetricsWriter:
         self,
         fabric: Fabric,
         folder: Path | None,
-        schedule: Schedule,
+        plan: RunPlan,
         waited: Callable[[], float],
         loggers: list[Logger],
     ) -> None:
         self.fabric, self.folder, self.waited, self.loggers = fabric, folder, waited, loggers
-        self.steps, self.monitor = schedule.steps, HealthMonitor(schedule.warmup_steps)
+        schedule, compared = plan.schedule, plan.batch_size * plan.compares_pixels
+        self.steps, self.monitor = schedule.steps, HealthMonitor(schedule.warmup_steps, compared)
         self.bar = ProgressBar()
         self.sent: deque[Sent] = deque()
         self.lines: list[dict[str, float]] = []

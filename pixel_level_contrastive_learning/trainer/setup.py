@@ -20,7 +20,7 @@ from .config import PretrainConfig
 from .config_io import as_yaml, resume_changes, settings_in
 from .logging import LOG
 from .memory import MIB, estimate
-from .metrics import check_loggers
+from .metrics import check_loggers, few_pairs
 from .run_dir import RunDir
 from .system import Devices, describe, find_devices, free_memory, is_writer
 from .training_step import make_views, slice_batch
@@ -134,6 +134,11 @@ def log_setup(setup: Setup, *, dry_run: bool) -> None:
         f"on {layers}, instance loss on {plan.settings.instance_layer}; "
         f"loader workers: {plan.workers}{kept}"
     )
+    if schedule.warmup_steps == schedule.steps:
+        LOG.warning(
+            "the warm-up takes the whole run, and the learning rate does not reach its peak; lower "
+            "warmup_epochs, or train longer"
+        )
     if build.has_given_weights(plan.settings):
         LOG.info(
             "start weights are trained as a whole, with a learning rate of "
@@ -171,12 +176,16 @@ def dry_run(setup: Setup, run_dir: RunDir) -> dict[str, float]:
     images, without = len(batch.one), int(terms.images_without_pairs)
     pairs, needed = float(terms.positive_pairs) / images, estimate(learner, plan)
     free = free_memory(torch.device(plan.device)) / MIB
-    LOG.info(f"{pairs:.1f} matching pairs an image; {without} of {images} images have none")
     LOG.info(
         f"{needed.describe(plan.images_per_process)}; {free:.0f} MiB are free on {plan.device}"
     )
     if plan.compares_pixels:
+        LOG.info(f"{pairs:.1f} matching pairs an image; {without} of {images} images have none")
+        if few := few_pairs(without, images):
+            LOG.warning(few)
         [path] = draw_batch(batch, learner, setup.normalise, plan, run_dir.path, count=1)
         LOG.info("a preview is in %s", path)
+    else:
+        LOG.info("the pixel loss is off (alpha is 0): no pairs to count, and no preview to draw")
     memory = needed.total(plan.images_per_process) / MIB
     return {"positive_pairs": pairs, "images_without_pairs": without, "memory_mib": memory}

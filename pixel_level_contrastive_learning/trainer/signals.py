@@ -87,6 +87,18 @@ class StopSignal:
         finally:
             self.at_rest = False
 
+    @contextmanager
+    def killing(self, active: bool) -> Iterator[None]:
+        """A context in which a signal kills: torch awaits other machines there, deaf to Python."""
+        handlers = self.before if active else {}
+        for number in handlers:
+            signal.signal(number, signal.SIG_DFL)
+        try:
+            yield
+        finally:
+            for number in handlers:
+                signal.signal(number, self.handle)
+
     def received_anywhere(self, fabric: Fabric, step: int) -> bool:
         """Whether a process of the run was asked to stop; several ask every `ASK_EVERY` steps."""
         if fabric.world_size > 1:

@@ -42,7 +42,7 @@ def find_devices(config: PretrainConfig) -> Devices:
     """The devices that the settings and the launcher ask for.
 
     Raises:
-        ValueError: There are fewer.
+        ValueError: There are fewer, or several machines without a launcher, which wait for ever.
     """
     cuda = torch.cuda.is_available()
     kinds = {"gpu": "cuda", "auto": "cuda" if cuda else "cpu"}
@@ -50,6 +50,13 @@ def find_devices(config: PretrainConfig) -> Devices:
     gpus = torch.cuda.device_count() if cuda else 0
     available = {"cuda": gpus, "mps": int(torch.backends.mps.is_available())}
     nodes = config.num_nodes
+    if nodes > 1 and "MASTER_ADDR" not in os.environ and not SLURMEnvironment.detect():
+        raise ValueError(
+            f"num_nodes is {nodes}, and no launcher started this process; start it on each machine "
+            f"by srun, or by torchrun --nnodes {nodes} --nproc-per-node DEVICES --rdzv-backend "
+            "c10d --rdzv-endpoint HOST:29500 -m pixel_level_contrastive_learning pretrain ..., or "
+            "leave num_nodes at 1"
+        )
     if "LOCAL_WORLD_SIZE" in os.environ:  # torchrun has started the processes already
         per_node = int(os.environ["LOCAL_WORLD_SIZE"])
         nodes = int(os.environ.get("WORLD_SIZE", per_node)) // per_node
@@ -59,10 +66,15 @@ def find_devices(config: PretrainConfig) -> Devices:
             per_node = min(per_node, 1)
     else:
         per_node = config.devices
-    if per_node > available.get(kind, per_node) or per_node == 0:
+    there = available.get(kind, per_node)
+    if there == 0:
+        raise ValueError(
+            f"accelerator is {config.accelerator!r}, and there is none here; leave it out"
+        )
+    if per_node > there:
         raise ValueError(
             f"devices is {config.devices!r} with accelerator {config.accelerator!r}; there are "
-            f"{available.get(kind, 0)} of kind {kind}: give fewer, or accelerator cpu"
+            f"{there} of kind {kind}: give fewer, or accelerator cpu"
         )
     if kind == "cpu" and config.devices != "auto" and per_node > cores():
         raise ValueError(

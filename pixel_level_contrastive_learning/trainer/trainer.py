@@ -68,7 +68,7 @@ def fit(
     loader = build.build_train_loader(plan, setup.data, fabric.global_rank, folder)
     loader.start_at(step.samples)
     loggers = build_loggers(plan.loggers, folder, step.step) if folder else []
-    metrics = MetricsWriter(fabric, folder, plan.schedule, lambda: loader.waited, loggers)
+    metrics = MetricsWriter(fabric, folder, plan, lambda: loader.waited, loggers)
     pictures, probe = build_validation(setup, run_dir, colours, metrics)
     save = partial(save_checkpoint, step, run_dir, setup, metrics, pictures)
 
@@ -301,7 +301,8 @@ def build_step(setup: Setup, resumed: Mapping[str, Any] | None, stop: StopSignal
     with stop.resting():
         needed = None if tried or plan.accumulate else estimate(setup.learner, plan)
         fabric = build.build_fabric(plan, setup.devices)
-        fabric.launch()
+        with stop.killing(setup.devices.nodes > 1):
+            fabric.launch()
         torch.backends.cudnn.benchmark = plan.device == "cuda"
         step = TrainingStep(fabric, setup.learner, plan, setup.normalise)
         if resumed is not None:

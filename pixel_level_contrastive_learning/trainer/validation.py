@@ -7,7 +7,7 @@ the network and its training as they were.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -164,12 +164,11 @@ class Probe:
             LOG.warning("step %d: not probed: %s", step.step, NOT_FINITE)
             return
         miou = float(scored.scores.miou)
-        before = max((own for at, own in self.scores().items() if at > 0), default=-1.0)
+        note = best_note(self.scores(), miou) if step.step > 0 else ""
         append_lines(self.path, [{"step": step.step, "miou": miou}])
         self.latest |= {"probe_miou": miou}
-        is_best = step.step > 0 and miou > before
-        LOG.info("step %d: mean IoU of the probe %.4f%s", step.step, miou, " (best)" * is_best)
-        if is_best:
+        LOG.info("step %d: mean IoU of the probe %.4f%s", step.step, miou, note)
+        if note:
             self.run_dir.mark_best(step.step)
 
     def scores(self) -> dict[int, float]:
@@ -178,6 +177,14 @@ class Probe:
             return {}
         lines = [json.loads(line) for line in self.path.read_text().splitlines()]
         return {line["step"]: line["miou"] for line in lines}
+
+
+def best_note(scores: Mapping[int, float], miou: float) -> str:
+    """What stands beside a mean IoU above all before it, by step; nothing beside another."""
+    if miou <= max((own for at, own in scores.items() if at > 0), default=-1.0):
+        return ""
+    start = scores.get(0, miou)
+    return " (best)" if start <= miou else f" (best after step 0, below its {start:.4f})"
 
 
 def central_views(

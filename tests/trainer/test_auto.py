@@ -92,6 +92,9 @@ def test_the_settings_written_down_leave_auto_to_the_system_alone() -> None:
         ({"processes": 2}, {"probe": "m", "strategy": "fsdp", "batch_size": 8}, "probe_every", 0),
         # bfloat16 is used where it is native, and names of Lightning are understood.
         ({"native_bfloat16": True}, {}, "precision", "bfloat16"),
+        ({"native_bfloat16": True}, {"image_size": 32}, "precision", "bfloat16"),
+        ({"native_bfloat16": True}, {"image_size": (16, 64)}, "precision", "float32"),
+        ({"native_bfloat16": True, "device": "cuda"}, {"image_size": 8}, "precision", "bfloat16"),
         ({"native_bfloat16": True}, {"precision": "32-true"}, "precision", "float32"),
         ({}, {"precision": "bf16"}, "precision", "bfloat16"),
         # The learning rate grows with the batch: in proportion, or with the square root.
@@ -124,6 +127,7 @@ def test_what_settings_come_to(info, given, what, comes_to) -> None:
     ("processes", "given", "told"),
     [
         (1, {"optimizer": "rprop"}, "which has no default learning rate; give one with lr"),
+        (1, {"lr": 0.1, "batch_size": 64, "final_lr": 0.06}, "0.06, above the peak .* 0.05"),
         (3, {"batch_size": 10}, "give a multiple of 3, such as 12"),
         (2, {"batch_size": 2}, "batch norm has no statistics of one image; give 4 or"),
     ],

@@ -109,6 +109,17 @@ def test_steps_take_the_place_of_epochs_and_back(tmp_path) -> None:
     assert (found["steps"], found["accumulate"]) == (300, 4)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("ids", "0:0"), ("colours", "c.txt"), ("probe_every", 3)]
+)
+def test_what_is_for_probes_needs_one_unless_it_was_written_by_a_run(tmp_path, name, value) -> None:
+    with pytest.raises(ValueError, match=f"{name} is {value!r} without probe; add probe, or leave"):
+        settings_of({name: value})
+    assert settings_of({name: value, "probe": "masks"})[name] == value
+    (tmp_path / "config.yaml").write_text("probe: null\nids: null\nprobe_every: 3\n")
+    assert settings_of({"config": str(tmp_path / "config.yaml")})["probe_every"] == 3
+
+
 def test_numbers_with_exponents_are_numbers_in_a_file(tmp_path) -> None:
     (tmp_path / "a.yaml").write_text("lr: 1e-3\nfinal_lr: 1.5E-6\nout: e3\n")
     assert read_settings(tmp_path / "a.yaml") == {"lr": 0.001, "final_lr": 1.5e-6, "out": "e3"}

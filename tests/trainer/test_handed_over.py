@@ -116,7 +116,7 @@ def test_random_weights_beside_a_network_are_not_its_own(tmp_path, settings, ima
     with torch.no_grad():
         model[0].weight.zero_()  # all spots look the same to it
         model[0].bias.zero_()
-    run = pretrain(**settings(model=model, steps=1, lr=1e-9)).run_dir
+    run = pretrain(**settings(model=model, steps=1, lr=1e-9, final_lr=0.0)).run_dir
     random, start, _ = evaluate(run, images=images, model=model).rows
     assert random.scores["spread"] > 0.1
     assert start.scores["spread"] == pytest.approx(0, abs=1e-3)

@@ -21,7 +21,7 @@ def test_a_run_needs_the_hub_only_to_start(
     )
     with serving(tmp_path / "hub", monkeypatch) as hub:
         net.save_pretrained(hub / "me/net")
-        given = settings(model="hf://me/net", weights=weights, lr=1e-6, steps=4)
+        given = settings(model="hf://me/net", weights=weights, lr=1e-6, final_lr=0.0, steps=4)
         whole = pretrain(**given)
         shutil.rmtree(hub / "me")
         shutil.rmtree(tmp_path / "cache")

@@ -94,7 +94,9 @@ def test_encoder_and_decoder_are_pretrained_and_given_back(
             for name, own in checkpoint(run.run_dir)["state_dict"].items()}  # fmt: skip
     assert all(torch.equal(own, held[name]) for name, own in net.state_dict().items())
     torch.manual_seed(0)
-    begun = pretrain(**given | {"out": str(tmp_path / "begun"), "steps": 1, "lr": 1e-9})
+    begun = pretrain(
+        **given | {"out": str(tmp_path / "begun"), "steps": 1, "lr": 1e-9, "final_lr": 0.0}
+    )
     moved = {
         name for name, own in begun.backbone.named_parameters() if not own.allclose(held[name])
     }

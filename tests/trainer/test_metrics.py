@@ -25,9 +25,12 @@ HEALTHY = {
     "pixel_cosine": 0.5,
     "instance_cosine": 0.5,
     "grad_norm": 1.0,
+    "images_without_pairs": 4.0,
     "spread": 0.8,
     "effective_rank": 20.0,
 }
+SCHEDULE = Schedule(9, 1, 1, 1.0, 0.0, 0.99)
+PLAN = SimpleNamespace(schedule=SCHEDULE, batch_size=8, compares_pixels=True)
 
 
 def told(watch: HealthMonitor, steps: range, **changed: float) -> list[str]:
@@ -55,6 +58,13 @@ def test_predictions_no_better_than_chance_are_told_after_the_warm_up() -> None:
     assert told(HealthMonitor(100), range(1, 101), **lost) == []
     [sentence] = told(HealthMonitor(100), range(1, 200), **lost)
     assert "no better than chance" in sentence
+
+
+@pytest.mark.parametrize(("compared", "warnings"), [(8, 1), (16, 0), (0, 0)])
+def test_images_without_pairs_are_told_once_they_are_most(compared, warnings) -> None:
+    found = told(HealthMonitor(10, compared), range(1, 100), images_without_pairs=8.0)
+    told_once = "8 of 8 images have no matching pair, and nothing is learned of their pixels. "
+    assert found == [told_once + "Raise crop_area or distance_thres"][:warnings]
 
 
 def test_one_branch_switched_off_is_no_divergence() -> None:
@@ -110,8 +120,7 @@ class Arriving:
 
 @pytest.mark.parametrize(("processes", "judged"), [(1, [False, False]), (2, [False, True])])
 def test_processes_judge_the_same_step_however_fast_their_devices_are(processes, judged) -> None:
-    fabric, schedule = SimpleNamespace(world_size=processes), Schedule(9, 1, 1, 1.0, 0.0, 0.99)
-    figures = MetricsWriter(fabric, None, schedule, lambda: 0.0, [])
+    figures = MetricsWriter(SimpleNamespace(world_size=processes), None, PLAN, lambda: 0.0, [])
     found = []
     for _ in judged:
         figures.sent.append(SimpleNamespace(event=Arriving()))
@@ -125,8 +134,8 @@ def test_processes_judge_the_same_step_however_fast_their_devices_are(processes,
 )
 def test_loggers_are_told_how_a_run_ended(error, status) -> None:
     ended: list[str] = []
-    logger, schedule = SimpleNamespace(finalize=ended.append), Schedule(9, 1, 1, 1.0, 0.0, 0.99)
-    writer = MetricsWriter(SimpleNamespace(world_size=1), None, schedule, lambda: 0.0, [logger])
+    logger = SimpleNamespace(finalize=ended.append)
+    writer = MetricsWriter(SimpleNamespace(world_size=1), None, PLAN, lambda: 0.0, [logger])
     with suppress(NotFiniteError, KeyboardInterrupt), writer.recording(0):
         if error is not None:
             raise error

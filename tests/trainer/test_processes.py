@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,14 +16,14 @@ PACKAGE = "pixel_level_contrastive_learning"
 ALONE = {name: value for name, value in os.environ.items() if "RANK" not in name}
 
 
-def start(flags: list[str]) -> subprocess.Popen[str]:
+def start(flags: list[str], **environment: str) -> subprocess.Popen[str]:
     """The command, started with ``python -m`` in a session of its own."""
     return subprocess.Popen(
         [sys.executable, "-m", PACKAGE, "pretrain", *flags],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=ALONE | {"OMP_NUM_THREADS": "1"},
+        env=ALONE | {"OMP_NUM_THREADS": "1"} | environment,
         start_new_session=True,
     )
 
@@ -90,6 +91,20 @@ def test_the_death_of_one_process_ends_the_other_with_an_error(run, flags) -> No
     ended(process)
     assert process.returncode not in (0, None)
     assert not (run / "backbone.safetensors").exists()
+
+
+def test_a_signal_while_other_machines_are_waited_for_ends_the_process(flags) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = free.getsockname()
+    machine = {"MASTER_ADDR": address[0], "MASTER_PORT": str(address[1]), "NODE_RANK": "0"}
+    process = start(flags(num_nodes=2, devices=1, accelerator="cpu"), **machine)
+    with socket.socket() as waiting:
+        while process.poll() is None and waiting.connect_ex(address):
+            time.sleep(0.05)
+        process.terminate()
+        ended(process, within=20)
+    assert process.returncode == -signal.SIGTERM
 
 
 @pytest.mark.slow

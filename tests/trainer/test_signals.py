@@ -81,6 +81,14 @@ def test_the_second_signal_leaves_at_once(monkeypatch) -> None:
     assert left == [130]
 
 
+@pytest.mark.parametrize("active", [True, False])
+def test_signals_kill_only_while_other_machines_are_waited_for(active) -> None:
+    with StopSignal() as stop:
+        with stop.killing(active):
+            assert (signal.getsignal(signal.SIGTERM) == signal.SIG_DFL) is active
+        assert signal.getsignal(signal.SIGTERM) == stop.handle
+
+
 def test_only_the_process_that_writes_has_the_code_of_a_signal(monkeypatch) -> None:
     stop = StopSignal()
     stop.number = signal.SIGTERM

@@ -16,17 +16,28 @@ from pixel_level_contrastive_learning.trainer.system import Devices, find_device
 def _no_gpu(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    for name in (*system.RANKS, "LOCAL_WORLD_SIZE", "WORLD_SIZE"):
+    for name in (*system.RANKS, "LOCAL_WORLD_SIZE", "WORLD_SIZE", "MASTER_ADDR", "SLURM_NTASKS"):
         monkeypatch.delenv(name, raising=False)
 
 
 def test_a_cpu_is_one_device_unless_more_are_asked_for() -> None:
     assert find_devices(PretrainConfig()) == Devices("cpu", 1, 1)
-    assert find_devices(PretrainConfig(devices=1, num_nodes=2)).processes == 2
+
+
+@pytest.mark.parametrize("launched", [{"MASTER_ADDR": "host"}, {"SLURM_NTASKS": "2"}])
+def test_several_machines_need_a_launcher(monkeypatch, launched) -> None:
+    config = PretrainConfig(devices=1, num_nodes=2)
+    told = "num_nodes is 2, and .* by srun, or by torchrun --nnodes 2 "
+    with pytest.raises(ValueError, match=told):
+        find_devices(config)
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
+    assert find_devices(config).processes == 2
 
 
 def test_more_processes_than_cores_are_refused(monkeypatch) -> None:
     monkeypatch.setattr(system, "cores", lambda: 3)
+    monkeypatch.setenv("MASTER_ADDR", "host")
     assert find_devices(PretrainConfig(devices=3, num_nodes=2)).processes == 6
     with pytest.raises(ValueError, match="devices is 4 processes on the CPU, which has 3 cores"):
         find_devices(PretrainConfig(devices=4))
@@ -54,9 +65,12 @@ def test_a_notebook_takes_one_gpu_and_a_mac_its_cpu_unless_told(monkeypatch) -> 
     assert find_devices(PretrainConfig(accelerator="cpu")) == Devices("cpu", 1, 1)
 
 
-def test_a_gpu_that_is_not_there_is_refused() -> None:
-    with pytest.raises(ValueError, match="there are 0 of kind cuda: give fewer, or"):
-        find_devices(PretrainConfig(accelerator="gpu"))
+@pytest.mark.parametrize("kind", ["gpu", "mps"])
+def test_a_kind_of_device_that_is_not_there_is_refused(kind) -> None:
+    with pytest.raises(
+        ValueError, match=f"accelerator is '{kind}', and .* none here; leave it out"
+    ):
+        find_devices(PretrainConfig(accelerator=kind))
 
 
 def test_what_torchrun_started_counts(monkeypatch) -> None:

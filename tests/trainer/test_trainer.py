@@ -242,6 +242,30 @@ def test_a_dry_run_takes_a_few_images_of_a_large_batch(settings, monkeypatch, ca
         assert told in caplog.text
 
 
+@pytest.mark.parametrize(("epochs", "warned"), [(100, True), (1, False)])
+def test_a_warm_up_that_takes_the_whole_run_is_told(settings, caplog, epochs, warned) -> None:
+    pretrain(**settings(dry_run=True, warmup_epochs=epochs))  # an epoch has three steps of six
+    assert ("the learning rate does not reach its peak" in caplog.text) is warned
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({}, "0 of 4 images have none"),
+        ({"crop_area": (0.001, 0.002)}, "Raise crop_area or distance_thres"),
+        ({"alpha": 0.0}, "the pixel loss is off (alpha is 0): no pairs to count, and no preview"),
+    ],
+)
+def test_pairs_are_told_and_drawn_where_there_is_a_pixel_loss(run, settings, caplog, given, told):
+    with caplog.at_level("INFO"):
+        pretrain(**settings(dry_run=True, **given))
+    assert told in caplog.text
+    assert ("images have none" in caplog.text) is run.exists() is ("alpha" not in given)
+    caplog.clear()
+    pretrain(**settings(steps=1, **given))
+    assert ("step 1: 4 of 4 images have no matching" in log(run)) is ("crop_area" in given)
+
+
 # Resuming.
 
 
@@ -351,8 +375,17 @@ def test_a_larger_batch_counts_its_steps_anew_and_loses_nothing(run, settings) -
 def test_a_run_that_is_done_takes_no_other_settings_and_exports_anew(run, settings) -> None:
     whole = pretrain(**settings()).backbone.state_dict()
     before = files(run)
-    for change in ({"lr": 0.1}, {"steps": 4}):
-        with pytest.raises(ValueError, match=f"6 steps are done .* another {next(iter(change))};"):
+    shorter = "^6 steps are done and {} wanted; give --steps or --epochs that come to more than 6"
+    idle = (
+        "^6 steps are done and {} wanted: nothing is left to train with another lr; leave that as"
+    )
+    for change, steps, told in (
+        ({"lr": 0.1}, 6, idle),
+        ({"steps": 4}, 4, shorter),
+        ({"epochs": 2}, 6, shorter),
+        ({"steps": 4, "lr": 0.1}, 4, idle),
+    ):
+        with pytest.raises(ValueError, match=told.format(steps)):
             pretrain(out=run, resume=True, **change)
     assert files(run) == before
     (run / "backbone.safetensors").unlink()

@@ -12,7 +12,7 @@ from pixel_level_contrastive_learning.data.sources import open_source
 from pixel_level_contrastive_learning.data.statistics import measure
 from pixel_level_contrastive_learning.evaluation.evaluate import evaluate
 from pixel_level_contrastive_learning.evaluation.features import Reader
-from pixel_level_contrastive_learning.trainer.validation import central_views
+from pixel_level_contrastive_learning.trainer.validation import best_note, central_views
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,20 @@ def test_a_probe_is_noted_keeps_the_best_checkpoint_and_changes_no_weight(
     assert checkpoint(run, "best")["steps_done"] == best["step"]
     assert [line["probe_miou"] for line in metrics(run)] == [first] * 3 + [middle] * 3
     assert f"step 0: mean IoU of the probe {first:.4f}\n" in log(run)
-    assert f"step 3: mean IoU of the probe {middle:.4f} (best)\n" in log(run)
+    assert f"step 3: mean IoU of the probe {middle:.4f} (best" in log(run)
+
+
+@pytest.mark.parametrize(
+    ("held", "note"),
+    [
+        ({}, " (best)"),
+        ({0: 0.1}, " (best)"),
+        ({0: 0.9}, " (best after step 0, below its 0.9000)"),
+        ({0: 0.1, 1: 0.8}, ""),
+    ],
+)
+def test_the_best_probe_is_called_so_with_what_the_start_had(held, note) -> None:
+    assert best_note(held, 0.5) == note
 
 
 def test_a_run_that_was_killed_in_a_probe_makes_up_for_it(run, settings, labelled) -> None:
