@@ -178,7 +178,7 @@ def evaluated(path: Path) -> str:
 def without_folder(name: str) -> str:
     """The name of a row without folders of this machine, there or not."""
     if origin := re.fullmatch(r"(random weights|start) \((.+)\)", name):
-        return f"{origin[1]} ({without_folder(origin[2])})"
+        return f"{origin[1]} ({', '.join(map(without_folder, origin[2].split(', ')))})"
     if on_hub(name) or name.partition("/")[0] in LIBRARIES:
         return name
     return re.split(r"[/\\]", name.rstrip("/\\"))[-1]

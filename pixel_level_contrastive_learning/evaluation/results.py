@@ -278,7 +278,7 @@ def in_short(value: object) -> str:
     """A setting for people."""
     if isinstance(value, dict):
         return ", ".join(f"{key}: {own}" for key, own in value.items())
-    return " + ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
 def shown(value: float, deviation: float) -> str:

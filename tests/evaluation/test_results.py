@@ -36,7 +36,7 @@ def outcome(**settings) -> Evaluation:
         "weights": "runs/streets",
         "data": "labelled",
         "protocol": "linear",
-        "settings": {"split": "val", "layers": ["layer3", "layer4"]},
+        "settings": {"split": "val", "layers": ["a + b", "stem"]},
         "rows": rows,
         "sentence": "It paid.",
         "notes": ("One thing more.",),
@@ -55,7 +55,7 @@ def test_seeds_are_averaged() -> None:
 
 def test_the_table_has_a_column_for_each_network() -> None:
     lines = outcome().table().splitlines()
-    assert lines[0].strip() == "linear on labelled: split val, layers layer3 + layer4"
+    assert lines[0].strip() == "linear on labelled: split val, layers a + b, stem"
     cells = {line[:22].strip(): line[22:].split("  ") for line in lines}
     words = {key: [cell.strip() for cell in own if cell.strip()] for key, own in cells.items()}
     assert words["mIoU"] == ["0.250 ± 0.071", "0.500"]
