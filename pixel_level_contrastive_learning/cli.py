@@ -22,6 +22,7 @@ import tyro
 from . import run_layout
 from .arguments import parse_config, positionals_first
 from .checks import ALLOW_COMMANDS, Pages, not_installed, one_of, raise_together
+from .files import CannotWriteError
 from .trainer.config import PretrainConfig
 
 
@@ -146,7 +147,6 @@ def features(
     """
     given = {name: value for name, value in locals().items() if name != "json"}
     from .trainer.logging import logging_to
-    from .visualization.feature_files import PICTURES
     from .visualization.feature_files import features as written
 
     with logging_to(terminal=True):
@@ -156,7 +156,7 @@ def features(
         return
     print(f"features: {found.folder} ({found})")
     if pca is not None:
-        print(f"pictures: {found.folder / PICTURES}")
+        print(f"pictures: {found.folder / run_layout.PICTURES}")
 
 
 def visualize(
@@ -397,6 +397,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (RuntimeError, OSError, MemoryError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        resume = given[:1] == ["pretrain"] and isinstance(error, CannotWriteError)
+        print(f"error: {error}{' (the run goes on with --resume)' * resume}", file=sys.stderr)
         return 1
     return 0
