@@ -208,7 +208,8 @@ def export(
 
     Args:
         run: Folder of the run, or its backbone.safetensors.
-        format: The library that is to read it; by default torchvision.
+        format: The library that is to read it; by default the first of these that has the model:
+            torchvision where it does, timm for its own, safetensors for most others.
         out: The file to write; by default backbone-FORMAT in the run's folder.
         json: Print what was written, which keys matched and how to load it as JSON; with --push
             the files' sizes and the page.
@@ -238,7 +239,7 @@ def export(
         return
     from .backbones.export import export as exported
 
-    found = exported(run, format or "torchvision", out)
+    found = exported(run, format, out)
     if json:
         print_json({**found._asdict(), "report": str(found.report)})
     else:
