@@ -133,7 +133,8 @@ def features(
     """Write dense features of every image of a folder; run it again to continue.
 
     Args:
-        weights: A run, an exported file, torchvision/NAME, timm/NAME or random:MODEL.
+        weights: A run, an exported file, torchvision/NAME, timm/NAME, hf://OWNER/NAME or
+            random:MODEL.
         images: Folders of images, text files of paths, or shards.
         out: Folder for the features and features.json, which says what they are.
         layer: Layer to read; by default the one that was trained.

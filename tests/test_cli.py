@@ -290,6 +290,13 @@ def test_flags_of_export_that_would_not_be_read_are_refused(flags, told, capsys)
     assert told in refusal("export", "run", *flags.split(), capsys=capsys)
 
 
+@pytest.mark.parametrize("command", ["evaluate", "features"])
+def test_commands_that_take_weights_name_all_kinds(capsys, command) -> None:
+    assert exit_code((command, "--help")) == 0
+    said = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "file, torchvision/NAME, timm/NAME, hf://OWNER/NAME or random:MODEL" in said
+
+
 @pytest.mark.parametrize("command", ["pretrain", "prepare"])
 def test_what_cannot_be_written_ends_a_command_and_only_a_run_resumes(
     monkeypatch, capsys, command

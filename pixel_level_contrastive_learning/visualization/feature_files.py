@@ -196,8 +196,8 @@ def features(
     are read again, and so is all in a folder of a version that did not note these.
 
     Args:
-        weights: A run, a file of `save_backbone` or `export`, ``torchvision/NAME``, ``timm/NAME``
-            or ``random:MODEL``.
+        weights: A run, a file of `save_backbone` or `export`, ``torchvision/NAME``, ``timm/NAME``,
+            ``hf://OWNER/NAME`` or ``random:MODEL``.
         images: A folder, a list of paths and so on, as for `pretrain`.
         out: Folder of the files: new, empty, or that of an earlier call with the same settings.
         layer: The layer. Default: the one that was trained, else the deepest map.

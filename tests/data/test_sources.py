@@ -333,7 +333,7 @@ def test_what_is_no_shard_is_refused(tmp_path) -> None:
         "text.tar": "is not a tar file that can be read",
         "packed.tar": "shards must be whole and not compressed",
         "empty.tar": "no image in 1 shards",
-        "gone.tar": r"no shard at .*; a pattern looks like name-\{0000..0099\}.tar",
+        "gone.tar": r"no shard at .*; a pattern looks like shards-\{000000..000099\}.tar",
     }.items():
         with pytest.raises(ValueError, match=text):
             open_source(str(tmp_path / name))
