@@ -142,10 +142,9 @@ def masks_saved(ours: Row, other: Row, protocol: str) -> str | None:
     if beyond is None:
         return f"{mine[0].masks} masks take {ours.name} less far than {other.name}"
     most = theirs[-1].masks
-    return (
-        f"{beyond.masks} masks take {ours.name} further than {most} take {other.name}: more than "
-        f"{most / beyond.masks:.1f} times fewer"
-    )
+    told = f"{beyond.masks} masks take {ours.name} further than {most} take {other.name}"
+    ratio = round(most / beyond.masks, 1)
+    return f"{told}: more than {ratio} times fewer" if ratio > 1 else told
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -140,6 +140,9 @@ def test_masks_saved_are_told_at_the_fewest_masks() -> None:
     told = masks_saved(crossing, random, "finetune")
     assert told.startswith("40 masks take runs/streets further than 160 take random weights: more ")
     assert told.endswith("more than 4.0 times fewer")
+    late = replace(ours, curves={"finetune": curve((10, 0.1), (160, 0.6))})
+    told = masks_saved(late, random, "finetune")  # of which nothing is saved for certain
+    assert told == "160 masks take runs/streets further than 160 take random weights"
 
 
 def test_curves_are_in_the_table_and_the_file() -> None:
@@ -161,6 +164,9 @@ def test_each_of_several_weights_has_its_sentence() -> None:
         told == "runs/streets: runs/streets over random weights\nruns/b: runs/b over random weights"
     )
     assert in_words([random], lambda rows: rows[0].name) == "random weights"
+    drawn = [random, replace(random, name="random weights (b)")]  # and none trained
+    told = in_words(drawn, lambda rows: f"{len(rows)} row")
+    assert told == "random weights: 1 row\nrandom weights (b): 1 row"
 
 
 def test_a_label_curve_is_drawn(tmp_path) -> None:
