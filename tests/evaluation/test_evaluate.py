@@ -388,6 +388,23 @@ def test_several_weights_and_protocols_stand_side_by_side(run, labelled, model, 
     assert found.sentence.startswith(f"{run}: ")
 
 
+@pytest.mark.parametrize(
+    ("protocol", "told"), [("knn", [" (body)", " (stem)"]), ("linear-all", [""])]
+)
+def test_runs_of_other_layers_have_other_random_weights_where_layers_are_read(
+    run, labelled, tmp_path, protocol, told
+) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "backbone.safetensors").write_bytes((run / "backbone.safetensors").read_bytes())
+    card = (run / "backbone.json").read_text().replace('"body"', '"stem"')
+    (other / "backbone.json").write_text(card)
+    found = evaluate([run, other], data=labelled, protocol=protocol)
+    random = [f"random weights{own}" for own in told]
+    assert [row.name for row in found.rows] == [*random, str(run), str(other)]
+    assert [row.baselines[0] for row in found.rows[-2:]] == [random[0], random[-1]]
+
+
 def test_fractions_give_label_curves(run, labelled, tmp_path, caplog) -> None:
     caplog.set_level(logging.INFO)
     settings = {"fractions": [1, 0.2, 0.5], "steps": 2, "seeds": 2}
