@@ -22,6 +22,7 @@ import tyro
 from . import run_layout
 from .arguments import parse_config, positionals_first
 from .checks import ALLOW_COMMANDS, Pages, not_installed, one_of, raise_together
+from .files import CannotWriteError
 from .trainer.config import PretrainConfig
 
 
@@ -132,7 +133,8 @@ def features(
     """Write dense features of every image of a folder; run it again to continue.
 
     Args:
-        weights: A run, an exported file, torchvision/NAME, timm/NAME or random:MODEL.
+        weights: A run, an exported file, torchvision/NAME, timm/NAME, hf://OWNER/NAME or
+            random:MODEL.
         images: Folders of images, text files of paths, or shards.
         out: Folder for the features and features.json, which says what they are.
         layer: Layer to read; by default the one that was trained.
@@ -146,7 +148,6 @@ def features(
     """
     given = {name: value for name, value in locals().items() if name != "json"}
     from .trainer.logging import logging_to
-    from .visualization.feature_files import PICTURES
     from .visualization.feature_files import features as written
 
     with logging_to(terminal=True):
@@ -156,7 +157,7 @@ def features(
         return
     print(f"features: {found.folder} ({found})")
     if pca is not None:
-        print(f"pictures: {found.folder / PICTURES}")
+        print(f"pictures: {found.folder / run_layout.PICTURES}")
 
 
 def visualize(
@@ -208,7 +209,8 @@ def export(
 
     Args:
         run: Folder of the run, or its backbone.safetensors.
-        format: The library that is to read it; by default torchvision.
+        format: The library that is to read it; by default the first of these that has the model:
+            torchvision where it does, timm for its own, safetensors for most others.
         out: The file to write; by default backbone-FORMAT in the run's folder.
         json: Print what was written, which keys matched and how to load it as JSON; with --push
             the files' sizes and the page.
@@ -238,7 +240,7 @@ def export(
         return
     from .backbones.export import export as exported
 
-    found = exported(run, format or "torchvision", out)
+    found = exported(run, format, out)
     if json:
         print_json({**found._asdict(), "report": str(found.report)})
     else:
@@ -397,6 +399,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (RuntimeError, OSError, MemoryError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        resume = given[:1] == ["pretrain"] and isinstance(error, CannotWriteError)
+        print(f"error: {error}{' (the run goes on with --resume)' * resume}", file=sys.stderr)
         return 1
     return 0

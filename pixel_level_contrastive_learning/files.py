@@ -61,12 +61,13 @@ def cannot_write(path: Path, error: OSError | RuntimeError) -> CannotWriteError:
     left = shutil.disk_usage(there).free / 2**20 if there else None
     # torch's writer tells a full disk in words of its own, and its part of a file is still there.
     by_torch = isinstance(error, RuntimeError) and left is not None and left < 1
-    full = getattr(error, "errno", None) == errno.ENOSPC or by_torch
-    free = "" if left is None else f" ({left:.0f} MiB free)"
+    number = errno.ENOSPC if by_torch else getattr(error, "errno", None)
+    reason = "the disk is full" if number == errno.ENOSPC else reason
+    full = number in (errno.ENOSPC, errno.EDQUOT)
+    free = f" ({left:.0f} MiB free)" if full and left is not None else ""
     return CannotWriteError(
-        f"{path} could not be written: {'the disk is full' if full else reason}{free}; nothing "
-        "that existed is lost: make room or choose another place, and try again (a run goes on "
-        "with --resume)"
+        f"{path} could not be written: {reason}{free}; nothing that existed is lost: "
+        f"{'make room or ' * full}choose another place, and try again"
     )
 
 

@@ -1,4 +1,6 @@
-"""The file names of a run's folder, each written once. Imports no torch."""
+"""The file names of a run's folder, and of one of features, each written once. Imports no torch."""
+
+from collections.abc import Collection
 
 CONFIG = "config.yaml"
 """The settings, resolved; the run can be repeated from it."""
@@ -17,7 +19,11 @@ BAD_BATCH = "bad_batch.pt"
 PREVIEW = "preview"
 """Folder of the pairs of views that the loss compares, as pictures."""
 PICTURES = "pictures"
-"""Folder of the features of some images, as pictures."""
+"""Folder of the features of images, as pictures."""
+FEATURES = "features.json"
+"""What `pixelcl features` found, in a folder of its own."""
+MAPS, ZARR_MAPS = "maps", "maps.zarr"
+"""Folders of these features, in that folder."""
 
 STEP, PAIRS, EXPORTED = "step-", "pairs-", "backbone-"
 """Beginnings of names: of the checkpoint and the picture of a step, of previews, and of what
@@ -71,3 +77,11 @@ EVERYTHING = (
     *LOGGERS,
 )
 """What a run writes, and so what ``--overwrite`` removes; nothing else in the folder is touched."""
+
+
+def is_ours(name: str, folders: Collection[str], files: Collection[str]) -> bool:
+    """Whether a folder of these folders and files is one of a run, of features, or of previews."""
+    is_run = CONFIG in files and CHECKPOINTS in folders
+    of_features = FEATURES in files and not {MAPS, ZARR_MAPS}.isdisjoint(folders)
+    previews = name == PREVIEW and not folders and all(own.startswith(PAIRS) for own in files)
+    return is_run or of_features or previews

@@ -16,6 +16,7 @@ from pixel_level_contrastive_learning import arguments, cli, load_backbone
 from pixel_level_contrastive_learning.backbones.export import FORMATS
 from pixel_level_contrastive_learning.evaluation import evaluate, finetuning
 from pixel_level_contrastive_learning.evaluation.comparison import PROTOCOLS
+from pixel_level_contrastive_learning.files import CannotWriteError
 from pixel_level_contrastive_learning.trainer.config import PretrainConfig
 
 PACKAGE = "pixel_level_contrastive_learning"
@@ -294,6 +295,27 @@ def test_every_format_of_export_can_be_asked_for() -> None:
 )
 def test_flags_of_export_that_would_not_be_read_are_refused(flags, told, capsys) -> None:
     assert told in refusal("export", "run", *flags.split(), capsys=capsys)
+
+
+@pytest.mark.parametrize("command", ["evaluate", "features"])
+def test_commands_that_take_weights_name_all_kinds(capsys, command) -> None:
+    assert exit_code((command, "--help")) == 0
+    said = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "file, torchvision/NAME, timm/NAME, hf://OWNER/NAME or random:MODEL" in said
+
+
+@pytest.mark.parametrize("command", ["pretrain", "prepare"])
+def test_what_cannot_be_written_ends_a_command_and_only_a_run_resumes(
+    monkeypatch, capsys, command
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise CannotWriteError("oh")
+
+    monkeypatch.setattr(f"{PACKAGE}.trainer.trainer.run", broken)
+    monkeypatch.setattr(f"{PACKAGE}.data.shard_writer.write_shards", broken)
+    assert exit_code((command, "x", "--out", "y")) == 1
+    resume = " (the run goes on with --resume)" * (command == "pretrain")
+    assert capsys.readouterr().err == f"error: oh{resume}\n"
 
 
 def test_ctrl_c_ends_a_command_without_a_traceback(monkeypatch, capsys) -> None:

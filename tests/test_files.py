@@ -9,17 +9,23 @@ from pixel_level_contrastive_learning import files
 from pixel_level_contrastive_learning.files import CannotWriteError, check_writable, write_whole
 
 
-def test_a_file_is_replaced_only_when_it_is_whole(tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("number", "told"),
+    [
+        (errno.ENOSPC, r"the disk is full \(\d+ MiB free\); .* lost: make room or choose another"),
+        (errno.EDQUOT, r"Disk quota exceeded \(\d+ MiB free\); .* lost: make room or choose another"),
+        (errno.EIO, "Input/output error; nothing that existed is lost: choose another place, and"),
+    ],
+)
+def test_a_file_is_replaced_only_when_it_is_whole(tmp_path, monkeypatch, number, told) -> None:
     path = tmp_path / "deep" / "file.txt"
     write_whole(path, b"old")
 
-    def full(_: int) -> None:
-        raise OSError(28, "No space left on device")
+    def broken(_: int) -> None:
+        raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(
-        CannotWriteError, match=r"file.txt could not be written: the disk is full \(\d+ MiB free\)"
-    ):
+    monkeypatch.setattr(os, "fsync", broken)
+    with pytest.raises(CannotWriteError, match=f"file.txt could not be written: {told}"):
         write_whole(path, b"new, and longer")
     assert path.read_bytes() == b"old"
     assert os.listdir(path.parent) == ["file.txt"]
@@ -34,7 +40,7 @@ def test_what_breaks_in_the_middle_leaves_what_was_there(tmp_path, kind) -> None
         file.write(b"ne")
         raise kind("unplugged\nand more")
 
-    with pytest.raises(CannotWriteError, match=r"a could not be written: unplugged \(.* nothing"):
+    with pytest.raises(CannotWriteError, match=r"a could not be written: unplugged; nothing"):
         write_whole(path, broken)
     assert path.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["a"]

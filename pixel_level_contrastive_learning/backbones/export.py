@@ -86,7 +86,7 @@ class Exported(NamedTuple):
 
 def export(
     run: str | Path,
-    format: str,  # noqa: A002
+    format: str | None = None,  # noqa: A002
     out: str | Path | None = None,
     *,
     model: Model | None = None,
@@ -102,7 +102,7 @@ def export(
 
     Args:
         run: A run directory, a file with its card, or ``hf://OWNER/NAME[/FILE]``.
-        format: One of `FORMATS`.
+        format: One of `FORMATS`. Default: the first of them that has the model.
         out: The file or folder to write. Default: ``backbone-FORMAT`` in the run directory, with
             the suffix of the format; to be given for what is on the Hub.
         model: As for `load_backbone`.
@@ -118,12 +118,13 @@ def export(
     """
     nowhere = f"out is None, and {run} is no folder of a run; name a file for the export"
     raise_together(
-        one_of("format", format, FORMATS), nowhere if out is None and on_hub(run) else None
+        None if format is None else one_of("format", format, FORMATS),
+        nowhere if out is None and on_hub(run) else None,
     )
     source = find_weights(run)
     with handing_over(model):
         net, card, loaded = read_backbone(run)
-    card = replace(card, **named_in(card, net, format))
+    format, card = named_in(card, net, format)
     default = run_folder(source) / f"{EXPORTED}{format}{FORMATS[format]}"
     path = default if out is None else Path(out).expanduser()
     if FORMATS[format] not in ("", path.suffix):
@@ -161,8 +162,12 @@ def export(
     return Exported(path, format, report, how)
 
 
-def named_in(card: BackboneCard, net: nn.Module, format: str) -> dict[str, Any]:  # noqa: A002
-    """Model and configuration of a card for a format; a ValueError where it has no such model."""
+def named_in(
+    card: BackboneCard,
+    net: nn.Module,
+    format: str | None,  # noqa: A002
+) -> tuple[str, BackboneCard]:
+    """The format, by default the first, and a card for it; a ValueError where it has no model."""
     model, config = card.model, card.config
     while config is not None and is_card(config):  # of a repository of ours
         model, config = config["model"], config.get("config")
@@ -185,12 +190,13 @@ def named_in(card: BackboneCard, net: nn.Module, format: str) -> dict[str, Any]:
         names["smp"] = model
     if is_resnet and architecture in DEPTHS:
         names["mmseg"] = names["detectron2"] = f"torchvision/{architecture}"
-    if format not in names:
+    known = [name for name in FORMATS if name in names]
+    chosen = format or known[0]
+    if chosen not in names:
         raise ValueError(
-            f"format is {format!r}, which has no {card.model}; for this model: "
-            f"{', '.join(name for name in FORMATS if name in names)}"
+            f"format is {chosen!r}, which has no {card.model}; for this model: {', '.join(known)}"
         )
-    return {"model": names[format], "config": config}
+    return chosen, replace(card, model=names[chosen], config=config)
 
 
 def is_of_transformers(net: nn.Module) -> bool:

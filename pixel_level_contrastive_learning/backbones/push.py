@@ -84,7 +84,7 @@ def push(
         net, card, report = read_backbone(run)
         if report is not None and not report.complete:
             raise ValueError(f"{source} does not have all weights of its model:\n{report}")
-        card = without_paths(replace(card, **named_in(card, net, "safetensors")))
+        card = without_paths(named_in(card, net, "safetensors")[1])
         code = parse_model_name(card.model)[0] == "custom"
         loading = "" if code else how_to("safetensors", net, card, Path(run_layout.WEIGHTS))
     page = written_page(card, run_folder(source), place, licence, loading)
@@ -178,7 +178,7 @@ def evaluated(path: Path) -> str:
 def without_folder(name: str) -> str:
     """The name of a row without folders of this machine, there or not."""
     if origin := re.fullmatch(r"(random weights|start) \((.+)\)", name):
-        return f"{origin[1]} ({without_folder(origin[2])})"
+        return f"{origin[1]} ({', '.join(map(without_folder, origin[2].split(', ')))})"
     if on_hub(name) or name.partition("/")[0] in LIBRARIES:
         return name
     return re.split(r"[/\\]", name.rstrip("/\\"))[-1]

@@ -93,12 +93,15 @@ def load_weights(net: nn.Module, source: str | Path) -> KeyReport:
     Raises:
         ValueError: The file cannot be read, or nothing in it fits.
     """
-    path = find_weights(source)
+    path = find_weights(source, " (--weights takes 'pretrained', too)")
     return load_matching(net, read_state_dict(path), str(path))
 
 
-def find_weights(source: str | Path) -> Path:
-    """The file itself, from the Hub if need be; of a run its weights, or its last checkpoint."""
+def find_weights(source: str | Path, more: str = "") -> Path:
+    """The file itself, from the Hub if need be; of a run its weights, or its last checkpoint.
+
+    ``more`` is said where there is neither.
+    """
     if on_hub(source):
         return fetch_weights(str(source))
     path = Path(source).expanduser()
@@ -116,7 +119,7 @@ def find_weights(source: str | Path) -> Path:
     if not path.is_file():
         raise ValueError(
             f"there are no weights at {path}; give a run directory or a .safetensors, .pt or .pth "
-            "file"
+            f"file{more}"
         )
     return path
 

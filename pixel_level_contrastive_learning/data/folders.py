@@ -10,7 +10,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from .. import run_layout
+from ..run_layout import PREDICTIONS, is_ours
 from .decoding import ending_of, image_suffixes
 from .image import CUT, ImageError
 from .readers import DICOM, DICOM_MARK
@@ -37,8 +37,11 @@ def find_files(
     without a known ending.
 
     Links are followed, each folder is entered once, and names that begin with a dot are skipped. So
-    is a run below the folder, whose pictures are no images of the user's, and of a folder for
-    `evaluate` the masks and predictions.
+    are below the folder those of runs, features and previews, whose pictures are no images of the
+    user's, and of a folder for `evaluate` the masks and predictions.
+
+    Raises:
+        ValueError: The folder that is left out is the folder itself.
     """
     found: list[str] = []
     others: Counter[str] = Counter()
@@ -47,6 +50,8 @@ def find_files(
     entered: set[tuple[int, int]] = set()
     if leave_out is not None and (skipped := Path(leave_out).expanduser()).is_dir():
         entered.add(identity(skipped))
+        if identity(folder) in entered:
+            raise ValueError(f"out is {str(leave_out)!r}, the folder of the images; name another")
     waiting = [os.fspath(folder)]
     while waiting:
         place = waiting.pop()
@@ -59,12 +64,11 @@ def find_files(
         if here in entered:  # a link back to where we were
             continue
         entered.add(here)
-        is_run = run_layout.CONFIG in files and run_layout.CHECKPOINTS in folders
-        if is_run and place != os.fspath(folder):
-            log.info("%s holds a run and is not searched", place)
+        if place != os.fspath(folder) and is_ours(os.path.basename(place), folders, files):
+            log.info("%s holds a run, previews or features and is not searched", place)
             continue
         if {IMAGES, MASKS} <= set(folders):
-            for name in {MASKS, run_layout.PREDICTIONS} & set(folders):
+            for name in {MASKS, PREDICTIONS} & set(folders):
                 log.info(
                     "%s belongs to the images beside it and is not searched",
                     os.path.join(place, name),

@@ -166,7 +166,7 @@ def find_local(place: str) -> str:
     path = Path(place).expanduser()
     if not path.is_file():
         raise ValueError(
-            f"no shard at {str(path)!r}; a pattern looks like name-{{0000..0099}}.tar, and a "
+            f"no shard at {str(path)!r}; a pattern looks like shards-{{000000..000099}}.tar, and a "
             "folder of shards needs none"
         )
     return str(path)

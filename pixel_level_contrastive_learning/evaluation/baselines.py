@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -32,6 +32,9 @@ from .features import Preparation, Size
 log = logging.getLogger(__name__)
 
 RANDOM = "random weights"
+Kind: TypeAlias = tuple[str, str, str, str]
+"""What decides a network's figures beside its weights, in words: its model and channels, the layers
+that are read, and the range, mean and deviation that images are fed with."""
 
 
 @dataclass(frozen=True)
@@ -54,17 +57,21 @@ class Contender:
     baselines: tuple[str, ...] = ()
 
 
-def line_up(weights: Sequence[str | Path], source: Source) -> tuple[list[Contender], list[str]]:
+def line_up(
+    weights: Sequence[str | Path], source: Source, layers: Sequence[str] | None = None
+) -> tuple[list[Contender], list[str]]:
     """The weights that were asked for, what they are to be compared with, and notes for the reader.
 
-    Random weights come first, as the library draws them, one row for each network; then those that
-    trainings started from where they did not start from such; last those that were asked for.
+    Random weights come first, as the library draws them, one row for all networks that are alike:
+    of one model, with the same layers read, fed the same way. Then come those that trainings
+    started from where they did not start from such; last those that were asked for.
 
     Args:
         weights: Each a run directory, a file, ``torchvision/NAME``, ``timm/NAME`` or
             ``random:MODEL``.
         source: The images. Weights without a run are built for their channels, and scale 16-bit
             and float values by what is found in them.
+        layers: The layers that are read of each; default: the trained or deepest one.
 
     Raises:
         ValueError: There are no such weights, or the same ones twice.
@@ -74,23 +81,30 @@ def line_up(weights: Sequence[str | Path], source: Source) -> tuple[list[Contend
     if twice is not None:
         raise ValueError(f"weights names {twice} twice; name each once")
     found = read_all(weights, source)
-    randoms: dict[tuple[str, int], Contender] = {}
-    starts: dict[tuple[str, str, int], Contender] = {}
+    kinds = kinds_of(names, [own.card for own in found], layers)
+    began = {
+        (own.card.start, kind)
+        for name, own, kind in zip(names, found, kinds, strict=True)
+        if is_file(name)
+    }
+    randoms: dict[Kind, Contender] = {}
+    starts: dict[tuple[str, Kind], Contender] = {}
     asked: list[Contender] = []
     notes: list[str] = []
-    kinds = {(own.card.model, own.card.channels) for own in found}
-    for name, (net, card, _) in zip(names, found, strict=True):
-        same = card.model, card.channels
-        if same not in randoms:
-            alike = sum(model == card.model for model, _ in kinds)
-            about = card.model if alike == 1 else with_channels(card)
-            called = RANDOM if len(kinds) == 1 else f"{RANDOM} ({about})"
-            randoms[same] = Contender(called, random_builder(card), card, by_seed=True)
-        baselines: tuple[str, ...] = (randoms[same].name,)
-        origin = card.start, *same
+    for name, (net, card, _), kind in zip(names, found, kinds, strict=True):
+        if kind not in randoms:
+            about = ", ".join(apart(kind, kinds))
+            called = f"{RANDOM} ({about})" if about else RANDOM
+            randoms[kind] = Contender(called, random_builder(card), card, by_seed=True)
+        baselines: tuple[str, ...] = (randoms[kind].name,)
+        origin = card.start, kind
         if is_file(name) and origin not in starts:
+            alike = [own for start, own in began if start == card.start]
+            about = ", ".join(
+                [shortest(card.start, [own for own, _ in began]), *apart(kind, alike)]
+            )
             try:
-                start = start_of(card, {own.name for own in starts.values()})
+                start = start_of(card, f"start ({about})")
             except (ValueError, ConnectionError) as error:
                 notes.append(f"The weights it started from ({card.start}) are not at hand: {error}")
                 log.warning(notes[-1])
@@ -101,6 +115,40 @@ def line_up(weights: Sequence[str | Path], source: Source) -> tuple[list[Contend
         if not name.startswith("random:"):
             asked.append(Contender(name, holding(net), card, baselines=baselines))
     return [*randoms.values(), *starts.values(), *asked], notes
+
+
+def kinds_of(
+    names: Sequence[str], cards: Sequence[BackboneCard], layers: Sequence[str] | None
+) -> list[Kind]:
+    """What decides the figures of some networks beside their weights."""
+    fed: dict[object, str] = {}
+    return [
+        (
+            card.model,
+            f"{card.channels} channel{'s' * (card.channels > 1)}",
+            read_of(card, layers),
+            fed.setdefault(
+                (card.low, card.high, card.mean, card.std), f"fed as {shortest(name, names)}"
+            ),
+        )
+        for name, card in zip(names, cards, strict=True)
+    ]
+
+
+def apart(kind: Kind, kinds: Iterable[Kind]) -> list[str]:
+    """The fewest words that tell one of some kinds from all others."""
+    kept, told = set(kinds), []
+    for at, word in enumerate(kind):
+        if len(kept) > 1 and len({own[at] for own in kept}) > 1:
+            told.append(word)
+            kept = {own for own in kept if own[at] == word}
+    return told
+
+
+def shortest(path: str, paths: Iterable[str]) -> str:
+    """The last part of a path; all of it where another path ends in the same."""
+    last = Path(path).name or path
+    return path if any(Path(own).name == last for own in {*paths} - {path}) else last
 
 
 def read_all(weights: Sequence[str | Path], source: Source) -> list[Loaded]:
@@ -190,16 +238,21 @@ def fed_at(prepared: Iterable[Preparation]) -> str:
 
 
 def layers_read(contenders: Sequence[Contender], layers: Sequence[str] | None) -> list[str]:
-    """The layers that are read: those named, else the trained or deepest one of each network."""
-    return list(layers or dict.fromkeys(own.card.shown_layer for own in contenders))
+    """The layers that are read: those named, stacked, else those of the networks."""
+    return list(dict.fromkeys(read_of(own.card, layers) for own in contenders))
 
 
-def start_of(card: BackboneCard, taken: Collection[str]) -> Contender | None:
+def read_of(card: BackboneCard, layers: Sequence[str] | None) -> str:
+    """What is read of a network: the layers named, stacked, else the trained or deepest one."""
+    return " + ".join(layers or [card.shown_layer])
+
+
+def start_of(card: BackboneCard, name: str) -> Contender | None:
     """The weights that a training started from, unless they were plain random ones.
 
     Args:
         card: Of the trained weights.
-        taken: Names that other rows have.
+        name: Of the row.
 
     Raises:
         ValueError: They are not there.
@@ -209,15 +262,7 @@ def start_of(card: BackboneCard, taken: Collection[str]) -> Contender | None:
     if card.start == "random" or (zero_init and not zero_last_norms(random_net(card, 0))):
         return None
     build = zero_init_builder(card) if zero_init else holding(start_net(card))
-    more = (f"{card.start}, {own}" for own in (card.model, with_channels(card)))
-    names = (Path(card.start).name or card.start, card.start, *more)
-    name = next(own for own in (f"start ({called})" for called in names) if own not in taken)
     return Contender(name, build, card, by_seed=zero_init)
-
-
-def with_channels(card: BackboneCard) -> str:
-    """A card's model and channels, in words."""
-    return f"{card.model}, {card.channels} channel{'s' * (card.channels > 1)}"
 
 
 def holding(net: nn.Module) -> Callable[[int], nn.Module]:

@@ -48,17 +48,17 @@ def may_be_luck(ours: Row, other: Row, key: str) -> bool:
 def in_words(rows: Sequence[Row], words: Callable[[list[Row]], str]) -> str:
     """What the figures mean: a sentence for each of the weights that were asked for.
 
-    ``words`` gives that of the last of some rows; its baselines come first.
+    ``words`` gives that of the last of some rows; its baselines come first. Where all are random,
+    each has its own.
     """
     by_name = {row.name: row for row in rows}
     told = {
         row.name: words([*(by_name[own] for own in row.baselines), row])
-        for row in rows
-        if row.baselines
+        for row in [own for own in rows if own.baselines] or rows
     }
     if len(told) > 1:
         return "\n".join(f"{name}: {sentence}" for name, sentence in told.items())
-    return next(iter(told.values()), None) or words([rows[0]])
+    return next(iter(told.values()))
 
 
 def what_it_means(rows: Sequence[Row], protocol: str, split: str) -> str:

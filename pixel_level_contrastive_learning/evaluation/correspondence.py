@@ -179,7 +179,7 @@ def evaluate_unlabelled(
         ValueError: No image can be read and is for this network.
     """
     source = open_source(images, **reading)
-    contenders, notes = line_up(weights, source)
+    contenders, notes = line_up(weights, source, layers)
     views = (size, size) if isinstance(size, int) else size
     prepared = prepare_all(contenders, views, seeds[0], views=True)
     forms = {own.form: own for own in prepared.values()}

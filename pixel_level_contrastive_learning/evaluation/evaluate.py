@@ -53,7 +53,7 @@ def evaluate(
 
     Args:
         weights: One or several: a run directory, a file of `save_backbone` or `export`,
-            ``torchvision/NAME``, ``timm/NAME``, or ``random:MODEL``.
+            ``torchvision/NAME``, ``timm/NAME``, ``hf://OWNER/NAME`` or ``random:MODEL``.
         data: Folder with ``images/{train,val}`` and ``masks/{train,val}``, see `open_labelled`.
         images: Images without labels instead, best ones that were not trained on.
         protocol: One or several; the figures of the first are told in words. ``linear`` fits a

@@ -142,10 +142,9 @@ def masks_saved(ours: Row, other: Row, protocol: str) -> str | None:
     if beyond is None:
         return f"{mine[0].masks} masks take {ours.name} less far than {other.name}"
     most = theirs[-1].masks
-    return (
-        f"{beyond.masks} masks take {ours.name} further than {most} take {other.name}: more than "
-        f"{most / beyond.masks:.1f} times fewer"
-    )
+    told = f"{beyond.masks} masks take {ours.name} further than {most} take {other.name}"
+    ratio = round(most / beyond.masks, 1)
+    return f"{told}: more than {ratio} times fewer" if ratio > 1 else told
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,7 +277,7 @@ def in_short(value: object) -> str:
     """A setting for people."""
     if isinstance(value, dict):
         return ", ".join(f"{key}: {own}" for key, own in value.items())
-    return " + ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
 def shown(value: float, deviation: float) -> str:

@@ -99,7 +99,9 @@ def evaluate_labelled(
     """Evaluate all networks by masks, and write the figures and what they predict."""
     train, scored = opened
     splits = Splits(train, scored)
-    contenders, notes = line_up(weights, train.source)
+    reads_layers = any(own not in (ALL_MAPS, FINETUNE) for own in plan.protocols)
+    read = plan.layers if reads_layers else ["a map of each stride"]
+    contenders, notes = line_up(weights, train.source, read)
     prepared = prepare_all(contenders, size, plan.first_seed)
     plan, unfit = plan.fitting(contenders, prepared, splits)
     notes += unfit
@@ -129,7 +131,7 @@ def evaluate_labelled(
         if own.rates is not None:
             rates[contender.name] = str(own.rates)
     settings: dict[str, Any] = {"split": split, "images": len(scored), "masks": list(shares)}
-    if any(own not in (ALL_MAPS, FINETUNE) for own in plan.protocols):
+    if reads_layers:
         settings["layers"] = layers_read(contenders, plan.layers)
     settings["seeds"] = max(len(row.seeds) for row in rows)
     settings["fed at"] = fed_at(prepared.values())

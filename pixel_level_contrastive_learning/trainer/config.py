@@ -93,7 +93,7 @@ class PretrainConfig:
 
     data: tyro.conf.Positional[tuple[str, ...]] = ()
     """Images without labels: folders (searched recursively), text files with one path per line,
-    or WebDataset shards such as shards-{0000..0099}.tar."""
+    or WebDataset shards such as shards-{000000..000099}.tar."""
     out: str | None = None
     """Folder of the run (required).
     It must be new or empty, unless --resume or --overwrite is given."""

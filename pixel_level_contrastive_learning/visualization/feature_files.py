@@ -37,16 +37,13 @@ from ..evaluation.correspondence import evenly, left_out, none_left
 from ..evaluation.features import Preparation, Reader, Size, chosen_device
 from ..evaluation.probes import finite_features
 from ..files import check_writable, write_whole
+from ..run_layout import FEATURES, MAPS, PICTURES, ZARR_MAPS
 from .matches import to_pil
 from .pca import Basis, pca_colours
 
 log = logging.getLogger(__name__)
 
 Format = Literal["npy", "safetensors", "zarr"]
-INDEX = "features.json"
-"""What is in the folder. What it does not name is not whole."""
-PICTURES = "pictures"
-"""Folder of the features as colours."""
 BATCH = 16
 """Images of one size that are run at once, at most."""
 SAVED_EVERY, TIMES_SAVING = 10, 10
@@ -133,9 +130,9 @@ class FeatureFolder:
         kind = self.index["format"]
         called = f"{number:06d}_{''.join(c if c.isalnum() else '_' for c in Path(name).stem)[:60]}"
         array = features.cpu().contiguous()
-        file = f"maps.zarr/{called}" if kind == "zarr" else f"maps/{called}.{kind}"
+        file = f"{ZARR_MAPS}/{called}" if kind == "zarr" else f"{MAPS}/{called}.{kind}"
         if kind == "zarr":
-            group = import_extra("zarr").open_group(self.folder / "maps.zarr", mode="a")
+            group = import_extra("zarr").open_group(self.folder / ZARR_MAPS, mode="a")
             group.create_array(called, data=array.numpy(), overwrite=True)
         elif kind == "npy":
             write_whole(self.folder / file, lambda to: np.save(to, array.numpy()))
@@ -148,7 +145,7 @@ class FeatureFolder:
 
     def save_index(self) -> None:
         """Write the index."""
-        write_whole(self.folder / INDEX, self.to_json())
+        write_whole(self.folder / FEATURES, self.to_json())
 
     def to_json(self) -> str:
         """The index as JSON text."""
@@ -161,7 +158,7 @@ class FeatureFolder:
         Raises:
             ValueError: The folder holds something else.
         """
-        path = folder / INDEX
+        path = folder / FEATURES
         if path.is_file():
             index = json.loads(path.read_text(encoding="utf-8"))
             wanted = json.loads(json.dumps(settings))  # with lists in place of tuples
@@ -199,8 +196,8 @@ def features(
     are read again, and so is all in a folder of a version that did not note these.
 
     Args:
-        weights: A run, a file of `save_backbone` or `export`, ``torchvision/NAME``, ``timm/NAME``
-            or ``random:MODEL``.
+        weights: A run, a file of `save_backbone` or `export`, ``torchvision/NAME``, ``timm/NAME``,
+            ``hf://OWNER/NAME`` or ``random:MODEL``.
         images: A folder, a list of paths and so on, as for `pretrain`.
         out: Folder of the files: new, empty, or that of an earlier call with the same settings.
         layer: The layer. Default: the one that was trained, else the deepest map.

@@ -119,7 +119,9 @@ def exports(tmp_path_factory) -> list[Exported]:
     return [prepare(tmp_path_factory.mktemp("run"), *case) for case in CASES]
 
 
-def prepare(folder: Path, model: str, form: str, channels: int, size: tuple[int, int]) -> Exported:
+def prepare(
+    folder: Path, model: str, form: str | None, channels: int, size: tuple[int, int]
+) -> Exported:
     """A run directory exported, with what its network gives for some images beside it."""
     torch.manual_seed(0)
     if model == "own":
@@ -268,6 +270,19 @@ def test_torchvision_and_timm_build_these_alike(name) -> None:
             for net in (build_backbone(f"torchvision/{name}"), build_backbone(f"timm/{name}"))
         )
     assert one == two
+
+
+@pytest.mark.parametrize(
+    ("model", "first"),
+    [
+        ("torchvision/squeezenet1_1", "torchvision"),
+        ("timm/test_vit", "timm"),
+        ("own", "safetensors"),
+    ],
+)
+def test_by_default_the_first_format_that_has_the_model_is_written(tmp_path, model, first) -> None:
+    done = prepare(tmp_path, model, None, 3, (64, 64))
+    assert (done.format, done.path.stem) == (first, f"backbone-{first}")
 
 
 # Detection and segmentation frameworks.

@@ -111,6 +111,7 @@ def test_what_is_pushed_is_read_back_by_its_name(hub, run, capsys) -> None:
         ("random weights (/home/me/nets.py:build)", "random weights (nets.py:build)"),
         ("start (secret/start.pth)", "start (start.pth)"),
         ("random weights (timm/resnet18)", "random weights (timm/resnet18)"),
+        ("start (timm/resnet18, fed as /home/me/run)", "start (timm/resnet18, run)"),
         *((name, name) for name in ("torchvision/resnet18", "hf://me/net", "mine.py:build")),
     ],
 )

@@ -257,7 +257,7 @@ def test_where_there_is_nothing_is_said(tmp_path) -> None:
         load_weights(small(), tmp_path / "no.pt")
     assert str(error.value) == (
         f"there are no weights at {tmp_path / 'no.pt'}; give a run directory or a .safetensors, "
-        ".pt or .pth file"
+        ".pt or .pth file (--weights takes 'pretrained', too)"
     )
     with pytest.raises(ValueError, match=r"has no backbone\.safetensors and no checkpoints"):
         load_weights(small(), tmp_path)

@@ -65,6 +65,20 @@ def test_runs_below_a_folder_are_not_searched(tmp_path) -> None:
     assert values(open_source(run / "pictures")) == values(open_source(run)) == [2]
 
 
+def test_features_and_previews_below_a_folder_are_not_searched(tmp_path) -> None:
+    """Also of a dry run, which leaves nothing else; what only has such a name is searched."""
+    for value, name in enumerate(
+        ("a.png", "b/preview/mine.png", "c/d.png", "f/pictures/0.png", "r/preview/pairs-0.png")
+    ):
+        paint(tmp_path / name, value)
+    (tmp_path / "f" / "maps").mkdir()
+    for folder in ("c", "f"):
+        (tmp_path / folder / "features.json").touch()
+    assert values(open_source(tmp_path)) == [0, 1, 2]
+    assert values(open_source(tmp_path / "f")) == [3]
+    assert values(open_source(tmp_path / "r/preview")) == [4]
+
+
 def test_masks_beside_images_are_no_images(tmp_path, caplog) -> None:
     caplog.set_level("INFO")
     for name in ("images/a.png", "masks/a.png", "predictions/0.png", "other/masks/b.png"):
@@ -319,7 +333,7 @@ def test_what_is_no_shard_is_refused(tmp_path) -> None:
         "text.tar": "is not a tar file that can be read",
         "packed.tar": "shards must be whole and not compressed",
         "empty.tar": "no image in 1 shards",
-        "gone.tar": r"no shard at .*; a pattern looks like name-\{0000..0099\}.tar",
+        "gone.tar": r"no shard at .*; a pattern looks like shards-\{000000..000099\}.tar",
     }.items():
         with pytest.raises(ValueError, match=text):
             open_source(str(tmp_path / name))
@@ -341,7 +355,7 @@ def test_shards_are_found_as_images_are(tmp_path) -> None:
 
 def test_a_folder_can_be_left_out(tmp_path) -> None:
     paint(tmp_path / "a.png", 1)
-    paint(tmp_path / "run" / "preview" / "pairs-0.png", 2)
+    paint(tmp_path / "run" / "deep" / "b.png", 2)
     for out in (tmp_path / "run", str(tmp_path / "run" / ".." / "run")):
         assert values(open_source([tmp_path], leave_out=out)) == [1]
     assert values(open_source(tmp_path, leave_out=tmp_path / "not there")) == [1, 2]

@@ -197,14 +197,9 @@ def test_runs_of_one_model_on_other_channels_are_told_apart(labelled, model, tmp
     ]
     contenders, _ = line_up_labelled(labelled, *runs)
     names = [own.name for own in contenders]
-    assert names[:8] == [
-        f"random weights ({model}, 1 channel)",
-        *(f"random weights ({model}, {n} channels)" for n in (2, 3, 4)),
-        "start (backbone.safetensors)",
-        f"start ({start})",
-        f"start ({start}, {model})",
-        f"start ({start}, {model}, 4 channels)",
-    ]
+    told = ["1 channel", *(f"{n} channels" for n in (2, 3, 4))]
+    assert names[:4] == [f"random weights ({own})" for own in told]
+    assert names[4:8] == [f"start (backbone.safetensors, {own})" for own in told]
     assert [own.build(0).stem.in_channels for own in contenders] == [1, 2, 3, 4] * 3
     assert [own.baselines for own in contenders[8:]] == [(names[k], names[k + 4]) for k in range(4)]
 
@@ -214,8 +209,43 @@ def test_starts_of_one_file_name_are_told_apart(labelled, model, tmp_path) -> No
     runs = [run(tmp_path / f"{k}", model, 2.0, start=own) for k, own in enumerate(starts)]
     contenders, _ = line_up_labelled(labelled, *runs)
     names = [own.name for own in contenders]
-    assert names[1:3] == ["start (backbone.safetensors)", f"start ({starts[1]})"]
+    assert names[1:3] == [f"start ({own})" for own in starts]
     assert [own.baselines[1] for own in contenders[3:]] == names[1:3]
+
+
+def test_runs_that_are_read_or_fed_otherwise_have_their_own_random_weights(
+    labelled, model, tmp_path
+) -> None:
+    """Figures of random weights change with the layer and with how images are normalised."""
+    start = str(run(tmp_path / "before", model, 1.0) / "backbone.safetensors")
+    several = {
+        "deep": {},
+        "alike": {},
+        "shallow": {"pixel_layer": "stem"},
+        "bright": {"mean": (0.7,) * 3},
+        "scaled": {"low": (0.0,) * 3, "high": (9.0,) * 3},
+    }
+    runs = [run(tmp_path / name, model, 2.0, start=start, **own) for name, own in several.items()]
+    told = ["body, fed as deep", "stem", "body, fed as bright", "body, fed as scaled"]
+    for order in (runs, runs[::-1]):
+        contenders, _ = line_up_labelled(labelled, *order)
+        by_name = {own.name: own for own in contenders}
+        for path in runs:
+            ours = by_name[str(path)]
+            for name in ours.baselines:
+                assert replace(by_name[name].card, start=start) == ours.card
+            assert len(ours.baselines) == 2
+        assert len(contenders) == 4 + 4 + 5
+    contenders, _ = line_up_labelled(labelled, *runs)
+    assert [own.name for own in contenders[:8]] == [
+        *(f"random weights ({own})" for own in told),
+        *(f"start (backbone.safetensors, {own})" for own in told),
+    ]
+    contenders, _ = line_up(runs[:3], open_source(str(labelled / "images")), ["act"])
+    assert [own.name for own in contenders[:2]] == [
+        "random weights",
+        "start (backbone.safetensors)",
+    ]
 
 
 def test_images_are_read_as_the_runs_read_theirs(tmp_path) -> None:

@@ -103,7 +103,7 @@ def test_a_share_of_the_masks_makes_a_probe_depend_on_the_seed(run, labelled) ->
 
 def test_layers_and_sizes_may_be_named(run, labelled) -> None:
     found = evaluate(run, data=labelled, layers=("body", "act"), size=(32, 48))
-    assert found.settings["layers"] == ["body", "act"]
+    assert found.settings["layers"] == ["body + act"]
     assert found.settings["fed at"] == "32x48"
     assert evaluate(run, data=labelled, layers="act").settings["layers"] == ["act"]
     with pytest.raises(ValueError, match=r"no layer 'bod'.*perhaps body"):
@@ -378,13 +378,31 @@ def test_several_weights_and_protocols_stand_side_by_side(run, labelled, model, 
     for name in ("backbone.safetensors", "backbone.json"):
         (other / name).write_bytes((run / name).read_bytes())
     found = evaluate([run, other, f"random:{model}"], data=labelled, protocol=protocols)
-    assert [row.name for row in found.rows] == ["random weights", str(run), str(other)]
-    assert found.rows[1].scores == found.rows[2].scores
+    random = [f"random weights (fed as {own})" for own in ("run", Path(model).name)]
+    assert [row.name for row in found.rows] == [*random, str(run), str(other)]
+    assert found.rows[2].scores == found.rows[3].scores
     keys = ["mIoU", "pixel accuracy", "hummingbird mIoU", "overclustering mIoU"]
     assert list(found.ours.scores) == [*keys, "overclustering, 500 mIoU", "linear-all mIoU"]
     assert all(0.4 < value <= 1 for value in found.ours.scores.values())
     assert found.sentence.count("A vote of neighbours reaches") == 2
     assert found.sentence.startswith(f"{run}: ")
+
+
+@pytest.mark.parametrize(
+    ("protocol", "told"), [("knn", [" (body)", " (stem)"]), ("linear-all", [""])]
+)
+def test_runs_of_other_layers_have_other_random_weights_where_layers_are_read(
+    run, labelled, tmp_path, protocol, told
+) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "backbone.safetensors").write_bytes((run / "backbone.safetensors").read_bytes())
+    card = (run / "backbone.json").read_text().replace('"body"', '"stem"')
+    (other / "backbone.json").write_text(card)
+    found = evaluate([run, other], data=labelled, protocol=protocol)
+    random = [f"random weights{own}" for own in told]
+    assert [row.name for row in found.rows] == [*random, str(run), str(other)]
+    assert [row.baselines[0] for row in found.rows[-2:]] == [random[0], random[-1]]
 
 
 def test_fractions_give_label_curves(run, labelled, tmp_path, caplog) -> None:

@@ -36,7 +36,7 @@ def outcome(**settings) -> Evaluation:
         "weights": "runs/streets",
         "data": "labelled",
         "protocol": "linear",
-        "settings": {"split": "val", "layers": ["layer3", "layer4"]},
+        "settings": {"split": "val", "layers": ["a + b", "stem"]},
         "rows": rows,
         "sentence": "It paid.",
         "notes": ("One thing more.",),
@@ -55,7 +55,7 @@ def test_seeds_are_averaged() -> None:
 
 def test_the_table_has_a_column_for_each_network() -> None:
     lines = outcome().table().splitlines()
-    assert lines[0].strip() == "linear on labelled: split val, layers layer3 + layer4"
+    assert lines[0].strip() == "linear on labelled: split val, layers a + b, stem"
     cells = {line[:22].strip(): line[22:].split("  ") for line in lines}
     words = {key: [cell.strip() for cell in own if cell.strip()] for key, own in cells.items()}
     assert words["mIoU"] == ["0.250 ± 0.071", "0.500"]
@@ -140,6 +140,9 @@ def test_masks_saved_are_told_at_the_fewest_masks() -> None:
     told = masks_saved(crossing, random, "finetune")
     assert told.startswith("40 masks take runs/streets further than 160 take random weights: more ")
     assert told.endswith("more than 4.0 times fewer")
+    late = replace(ours, curves={"finetune": curve((10, 0.1), (160, 0.6))})
+    told = masks_saved(late, random, "finetune")  # of which nothing is saved for certain
+    assert told == "160 masks take runs/streets further than 160 take random weights"
 
 
 def test_curves_are_in_the_table_and_the_file() -> None:
@@ -161,6 +164,9 @@ def test_each_of_several_weights_has_its_sentence() -> None:
         told == "runs/streets: runs/streets over random weights\nruns/b: runs/b over random weights"
     )
     assert in_words([random], lambda rows: rows[0].name) == "random weights"
+    drawn = [random, replace(random, name="random weights (b)")]  # and none trained
+    told = in_words(drawn, lambda rows: f"{len(rows)} row")
+    assert told == "random weights: 1 row\nrandom weights (b): 1 row"
 
 
 def test_a_label_curve_is_drawn(tmp_path) -> None:

@@ -255,6 +255,8 @@ def test_other_settings_are_not_mixed_in(images, tmp_path, settings, named) -> N
 def test_a_folder_of_something_else_is_left_alone(images) -> None:
     with pytest.raises(ValueError, match="holds something else"):
         features(NET, images, out=images.parent)
+    with pytest.raises(ValueError, match=r"out is '.*val', the folder of the images; name another"):
+        features(NET, [images.parent, images], out=images)
     (images.parent / "bad").mkdir()
     (images.parent / "bad" / "a.png").write_bytes(b"no")
     with pytest.raises(ValueError, match="none of the 1 images looked at"):
