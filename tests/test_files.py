@@ -13,7 +13,7 @@ from pixel_level_contrastive_learning.files import CannotWriteError, check_writa
     ("number", "told"),
     [
         (errno.ENOSPC, r"the disk is full \(\d+ MiB free\); .* lost: make room or choose another"),
-        (errno.EDQUOT, r"Disk quota exceeded \(\d+ MiB free\); .* lost: make room or choose another"),
+        (errno.EDQUOT, r"Disk quota exceeded \(\d+ MiB free\); .* lost: make room or choose"),
         (errno.EIO, "Input/output error; nothing that existed is lost: choose another place, and"),
     ],
 )

@@ -124,15 +124,15 @@ def export(
     source = find_weights(run)
     with handing_over(model):
         net, card, loaded = read_backbone(run)
-    format, card = named_in(card, net, format)
-    default = run_folder(source) / f"{EXPORTED}{format}{FORMATS[format]}"
+    kind, card = named_in(card, net, format)
+    default = run_folder(source) / f"{EXPORTED}{kind}{FORMATS[kind]}"
     path = default if out is None else Path(out).expanduser()
-    if FORMATS[format] not in ("", path.suffix):
-        raise ValueError(f"out is {str(path)!r}; for {format} it must end in {FORMATS[format]}")
+    if FORMATS[kind] not in ("", path.suffix):
+        raise ValueError(f"out is {str(path)!r}; for {kind} it must end in {FORMATS[kind]}")
     if path.resolve() == source.resolve():
         raise ValueError(f"out is {str(path)!r}, the weights that are exported; name another file")
     state = clean_state_dict(net)
-    if format in HEADLESS:
+    if kind in HEADLESS:
         state = {name: value for name, value in state.items() if not name.startswith("fc.")}
     if loaded is not None and not state.keys().isdisjoint([*loaded.missing, *loaded.mismatched]):
         raise ValueError(
@@ -140,17 +140,17 @@ def export(
             f"use the model as it was trained, or train again.\n{loaded}"
         )
     how = None
-    if format == "detectron2":
+    if kind == "detectron2":
         write_whole(path, detectron2_file(state))
-    elif format == "onnx":
+    elif kind == "onnx":
         program = onnx_program(net, card)
         write_whole(path, program.content)
         how = running(card, path.resolve(), program.free)
-    elif format == "transformers":
+    elif kind == "transformers":
         net.save_pretrained(path)  # type: ignore[operator]  # a network of transformers has it
         state = import_extra("transformers").AutoModel.from_pretrained(path).state_dict()
     else:
-        if format not in HEADLESS:
+        if kind not in HEADLESS:
             save_card(path, card)
         if path.suffix == ".safetensors":
             write_whole(path, save(state, metadata={"format": "pt"}))
@@ -158,8 +158,8 @@ def export(
             write_whole(path, lambda file: torch.save(state, file))
         state = read_state_dict(path)
     report = load_matching(net, state, str(path))
-    how = how or how_to(format, net, card, path.resolve())
-    return Exported(path, format, report, how)
+    how = how or how_to(kind, net, card, path.resolve())
+    return Exported(path, kind, report, how)
 
 
 def named_in(

@@ -236,8 +236,8 @@ def open_source(
 
     Args:
         data: A folder (searched through, links followed), an image, a text file of paths (one a
-            line, relative to the file), shards (``shards-{000000..000099}.tar``, local or by URL), or a
-            sequence of these; or a sequence or torch ``Dataset`` of tensors, arrays or Pillow
+            line, relative to the file), shards (``shards-{000000..000099}.tar``, local or by URL),
+            or a sequence of these; or a sequence or torch ``Dataset`` of tensors, arrays or Pillow
             images; or a source, which stays as it is.
         leave_out: A folder that is not searched: the run's own.
         pages: What several images in a file are read as: images of their own, the channels of one,
