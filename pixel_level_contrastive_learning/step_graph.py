@@ -130,7 +130,8 @@ class StepGraph:
 
     def give_up(self, error: Exception) -> None:
         """Take all steps as they are from now on."""
-        self.refused = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        said = str(error).strip().partition("\n")[0]
+        self.refused = f"{type(error).__name__}: {said}"
         self.graph, self.results = None, ()
         self.optimizer.zero_grad()
         if self.stream is not None:

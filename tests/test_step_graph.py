@@ -119,6 +119,10 @@ def fail(_: StepGraph) -> None:
     raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
 
+def fail_without_a_word(_: StepGraph) -> None:
+    raise AssertionError
+
+
 @pytest.mark.parametrize(
     ("spoil", "why"),
     [
@@ -128,6 +132,7 @@ def fail(_: StepGraph) -> None:
         (see_another_batch, "CaptureError: the graph leaves weights that differ"),
         (give_another_loss, "CaptureError: the graph gives results that differ"),
         (fail, "RuntimeError: operation not permitted when stream is capturing"),
+        (fail_without_a_word, "AssertionError"),
     ],
 )
 def test_a_graph_that_does_something_else_is_refused_and_no_step_is_lost(
