@@ -6,7 +6,6 @@ import mmap
 import multiprocessing
 from dataclasses import replace
 from functools import partial
-from math import prod
 from typing import NamedTuple
 
 import torch
@@ -108,9 +107,12 @@ class DecodedCache(IndexedSource):
 
     def entry(self, place: int) -> Entry:
         """What stands at a place in memory."""
+        return Entry(*self.numbers(place).tolist())
+
+    def numbers(self, place: int) -> Tensor:
+        """The numbers of an entry, where they lie."""
         count = len(Entry._fields)
-        numbers = torch.frombuffer(self.memory, dtype=torch.int64, count=count, offset=place)
-        return Entry(*numbers.tolist())
+        return torch.frombuffer(self.memory, dtype=torch.int64, count=count, offset=place)
 
     def kept(self, place: int) -> DecodedImage:
         """An image out of memory, without a copy."""
@@ -141,11 +143,10 @@ class DecodedCache(IndexedSource):
             columns,
             pixels.is_floating_point(),
         )
-        place = self.reserve(len(entry) * WORD + prod(pixels.shape) * pixels.element_size())
+        place = self.reserve(len(entry) * WORD + pixels.nbytes)
         if not place:
             return 0
-        numbers = torch.frombuffer(self.memory, dtype=torch.int64, count=len(entry), offset=place)
-        numbers.copy_(torch.tensor(entry))
+        self.numbers(place).copy_(torch.tensor(entry))
         self.pixels(place, entry).copy_(pixels)
         return place
 
