@@ -184,8 +184,8 @@ def statistics(
         for three in (IMAGENET_MEAN, IMAGENET_STD)
     )
     return (
-        default_mean if mean is None else tuple(mean),
-        default_std if std is None else tuple(std),
+        default_mean if mean is None else tuple(map(float, mean)),
+        default_std if std is None else tuple(map(float, std)),
     )
 
 

@@ -182,6 +182,7 @@ LIMITS: Mapping[str, Check] = {
     "level_weights": weights_above_0,
     "similarity_temperature": partial(above, low=0),
     **dict.fromkeys(("alpha", "instance_weight"), partial(at_least, low=0)),
+    "use_pixpro": partial(one_of, allowed=(True, False)),
     **dict.fromkeys(("moving_average_decay", "target_momentum"), partial(within, low=0, high=1)),
     "seed": partial(whole, low=0, high=2**63 - 1),  # the largest in 64 bits
     "pages": partial(one_of, allowed=get_args(Pages)),

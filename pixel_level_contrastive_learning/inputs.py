@@ -9,6 +9,8 @@ from torch import Tensor
 
 from .views import View
 
+DIVISORS = {torch.uint8: " / 255", torch.uint16: " / 65535", torch.bool: ""}
+"""What makes images of a dtype lie in [0, 1]; in others white may be either."""
 LARGEST = 16.0
 """Images should lie in [0, 1]; even normalised images lie within this."""
 
@@ -21,11 +23,10 @@ def check_images(images: object, channels: int, smallest: int = 1) -> Tensor:
             "height, width), or a pair of View(pixels, to_image) cut elsewhere"
         )
     if not images.is_floating_point():
-        counted = not images.is_complex() and images.dtype != torch.bool
-        largest = min(torch.iinfo(images.dtype).max, 65535) if counted else 1
+        over = DIVISORS.get(images.dtype, " / 255 or / 65535, whichever is white in the files")
         raise ValueError(
             f"images have dtype {images.dtype}; they must be floats in [0, 1]: "
-            f"pass images.float(){f' / {largest}' if largest > 1 else ''}"
+            f"pass images.float(){over}"
         )
     if images.ndim != 4 or 0 in images.shape:
         hint = "; add the batch with images[None]" if images.ndim == 3 else ""
@@ -34,8 +35,11 @@ def check_images(images: object, channels: int, smallest: int = 1) -> Tensor:
             f"width), none of them 0{hint}"
         )
     if images.shape[1] != channels:
-        last = images.shape[3] == channels
-        hint = "images.permute(0, 3, 1, 2)" if last else f"PixelCL(..., channels={images.shape[1]})"
+        hint = f"PixelCL(..., channels={images.shape[1]}) a network for as many"
+        if images.shape[3] == channels:
+            hint = "images.permute(0, 3, 1, 2)"
+        elif images.shape[1] == 1:
+            hint = f"images.expand(-1, {channels}, -1, -1)"
         raise ValueError(
             f"images have {images.shape[1]} channels (shape {tuple(images.shape)}); this learner "
             f"was built for {channels}: pass {hint}"
@@ -52,6 +56,8 @@ def check_views(views: Sequence[Any], channels: int) -> tuple[View, View]:
     """Two views of the same images, if shapes, dtypes and devices agree."""
     is_batch = len(views) > 0 and isinstance(views[0], Tensor) and views[0].ndim == 4
     alone = "; pass the images alone, batch[0], of a batch that has more" if is_batch else ""
+    if len(views) > 0 and all(isinstance(own, Tensor) and own.ndim == 3 for own in views):
+        alone = "; where they are of one size, make a batch of them: torch.stack(images)"
     if len(views) != 2:
         raise ValueError(f"got {len(views)} views; the learner takes (view_one, view_two){alone}")
     for view in views:

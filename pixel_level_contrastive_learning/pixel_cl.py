@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from math import ceil
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from einops import rearrange
@@ -150,8 +150,12 @@ class PixelCL(nn.Module):
         pixel_levels: int = 1,
         level_weights: Sequence[float] = (),
     ) -> None:
+        mean, std = (own.tolist() if isinstance(own, Tensor) else own for own in (mean, std))
         raise_together(
             *check_limits(locals()),
+            "torch.inference_mode is on, where nothing learns; build the learner outside of it"
+            if torch.is_inference_mode_enabled()
+            else None,
             unless(isinstance(net, nn.Module), "net", net, "a network, such as models.resnet18()"),
             something_to_learn(alpha, instance_weight),
             per_channel("mean", mean, channels),
@@ -171,6 +175,7 @@ class PixelCL(nn.Module):
         self.alpha = alpha
         self.instance_weight = instance_weight
         self.use_pixpro = use_pixpro
+        self.shared_branches = Branches()  # those whose gradients processes share
 
         info = FeatureInfo(net, channels, (height, width))
         pixel_hooks = info.pixel_hooks(hidden_layer_pixel, pixel_levels)
@@ -255,6 +260,7 @@ class PixelCL(nn.Module):
         Raises:
             ValueError: Wrong rank, dtype, channels or values; a batch of 1 that batch norm refuses.
         """
+        self.check_branches()
         one, two = self.views(images)
         online_one = self.project(self.predictions, one)
         online_two = self.project(self.predictions, two)
@@ -293,10 +299,18 @@ class PixelCL(nn.Module):
         except ValueError as error:
             if not lacks_batch_statistics(error):
                 raise
+            skip = ", or set instance_weight=0" if self.branches.instance else ""
             raise ValueError(
                 f"batch norm in train mode has no statistics in a batch of {len(view.pixels)} "
-                f"({error}); pass at least 2 images (drop_last=True in a data loader), or set "
-                "instance_weight=0, or put batch norm into eval mode"
+                f"({error}); pass at least 2 images (drop_last=True in a data loader){skip}, or "
+                "put batch norm into eval mode"
+            ) from error
+        except (TypeError, AssertionError) as error:
+            if not self.net.training:
+                raise
+            raise ValueError(
+                f"{type(self.net).__name__} runs on images in eval mode but not in train mode: "
+                f"{error}; hand in the part without its losses, such as net.backbone"
             ) from error
 
     def predictions(self, pixels: Tensor, branches: Branches) -> Projections:
@@ -391,6 +405,16 @@ class PixelCL(nn.Module):
         """Which losses have weight."""
         return Branches(pixel=self.alpha > 0, instance=self.instance_weight > 0)
 
+    def check_branches(self) -> None:
+        """Refuse a loss whose gradient `DistributedDataParallel` was told to leave out."""
+        pixel, instance = self.branches
+        if pixel > self.shared_branches.pixel or instance > self.shared_branches.instance:
+            raise ValueError(
+                f"alpha is {self.alpha:g} and instance_weight {self.instance_weight:g}, and one of "
+                "them was 0 when DistributedDataParallel was built, which since leaves its heads "
+                "out; build it anew, or begin above 0, at 1e-8 for instance"
+            )
+
     def unreached_parameters(self) -> list[str]:
         """The names, as in `named_parameters`, of trainable parameters that the loss never reaches.
 
@@ -414,5 +438,13 @@ class PixelCL(nn.Module):
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
-        """Read by ``DistributedDataParallel``."""
+        """Read by ``DistributedDataParallel`` when it is built."""
+        self.shared_branches = self.branches
         return self.unreached_parameters()
+
+    def _replicate_for_data_parallel(self) -> NoReturn:
+        """Called by ``DataParallel`` on several devices."""
+        raise RuntimeError(
+            "PixelCL does not run inside torch.nn.DataParallel, whose copies share hooks and leave "
+            "the target behind; use torch.nn.parallel.DistributedDataParallel"
+        )

@@ -201,7 +201,8 @@ class CapturedStep:
         dtype: Computes in this precision by autocast, ``torch.bfloat16``; None does not.
 
     Raises:
-        ValueError: Another precision: float16 scales its gradients on the host.
+        ValueError: Another precision (float16 scales its gradients on the host), or a learner
+            inside something else, such as ``DistributedDataParallel``.
 
     >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 8, 8), torch.nn.ReLU())
     >>> learner = PixelCL(net, 64, projection_size=16, instance_weight=0)
@@ -215,6 +216,11 @@ class CapturedStep:
     ) -> None:
         if dtype not in (None, torch.bfloat16):
             raise ValueError(f"dtype is {dtype}; it must be torch.bfloat16, or None for float32")
+        if not isinstance(getattr(learner, "_orig_mod", learner), PixelCL):  # compiled
+            raise ValueError(
+                f"learner is a {type(learner).__name__}; it must be the PixelCL itself. Several "
+                "processes train together without graphs"
+            )
         self.learner, self.dtype = learner, dtype
         self.graph = StepGraph(self.step, learner, optimizer)
 

@@ -32,7 +32,9 @@ def test_float_images_pass_as_they_are(channels, dtype) -> None:
 
 PAIR = "or a pair of View(pixels, to_image) cut elsewhere"
 FLOATS = "they must be floats in [0, 1]: pass images.float()"
+WHITE = "whichever is white in the files"
 FORM = "they must be (b, 3, height, width), none of them 0"
+MORE = "PixelCL(..., channels=4) a network for as many"
 BUILT = "this learner was built for 3: pass"
 
 
@@ -44,12 +46,15 @@ BUILT = "this learner was built for 3: pass"
         (torch.uint8, f"dtype torch.uint8; {FLOATS} / 255"),
         (torch.uint16, f"dtype torch.uint16; {FLOATS} / 65535"),
         (torch.bool, f"dtype torch.bool; {FLOATS}"),
+        (torch.int64, f"dtype torch.int64; {FLOATS} / 255 or / 65535, {WHITE}"),
+        (torch.int16, f"dtype torch.int16; {FLOATS} / 255 or / 65535, {WHITE}"),
         ((3, 8, 8), f"shape (3, 8, 8); {FORM}; add the batch with images[None]"),
         ((8, 8), f"shape (8, 8); {FORM}"),
         ((1, 2, 3, 8, 8), f"shape (1, 2, 3, 8, 8); {FORM}"),
         ((0, 3, 8, 8), f"shape (0, 3, 8, 8); {FORM}"),
         ((2, 3, 8, 0), f"shape (2, 3, 8, 0); {FORM}"),
-        ((2, 4, 8, 8), f"4 channels (shape (2, 4, 8, 8)); {BUILT} PixelCL(..., channels=4)"),
+        ((2, 4, 8, 8), f"4 channels (shape (2, 4, 8, 8)); {BUILT} {MORE}"),
+        ((2, 1, 8, 8), f"1 channels (shape (2, 1, 8, 8)); {BUILT} images.expand(-1, 3, -1, -1)"),
         ((2, 8, 9, 3), f"8 channels (shape (2, 8, 9, 3)); {BUILT} images.permute(0, 3, 1, 2)"),
     ],
     ids=lambda value: "" if isinstance(value, str) else str(value),
@@ -145,6 +150,10 @@ def test_what_is_no_view_is_refused(wrong, text, place) -> None:
         *(
             ([torch.zeros(2, 3, 8, 8), *rest], "images alone, batch[0], of a batch that has more")
             for rest in ([], [torch.zeros(2)], [torch.zeros(2), [1, 2]])
+        ),
+        *(
+            ([torch.zeros(3, 8, 8)] * count, "make a batch of them: torch.stack(images)")
+            for count in (2, 3)
         ),
         *(
             ([view()] * count, f"got {count} views; the learner takes (view_one, view_two)")

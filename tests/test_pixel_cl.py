@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import reference
 import torch
-from small_nets import SmallNet, overlapping_views
+from small_nets import Calls, SmallNet, overlapping_views
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.utils.data import default_collate
@@ -389,6 +389,7 @@ def test_convention_the_published_keywords_are_kept_and_new_ones_have_to_be_name
         ("std", ([0.5], 0.5), "3 numbers, one a channel"),
         ("std", ([0.2, 0.2, 0.0], [0.2, -0.2, 0.2]), "above 0"),
         ("augment_fn", ("blur",), "callable"),
+        ("use_pixpro", ("pixcontrast", "no", None, 1), "one of True, False"),
         ("augment_fn2", ("blur",), "callable"),
         ("net", (SmallNet, None), "must be a network, such as models.resnet18()"),
         ("hidden_layer_pixel", (3.0, [], ["deep", 3], ("stem", "deep", "stem")), "name"),
@@ -403,6 +404,19 @@ def test_a_value_out_of_range_is_refused_with_what_is_allowed(name, values, allo
             PixelCL(**{"net": SmallNet(), "image_size": 64, name: value})
         assert name in str(error.value)
         assert repr(value) in str(error.value)
+
+
+def test_statistics_may_be_tensors() -> None:
+    mean, std = [0.25, 0.5, 0.75], [0.125, 0.25, 0.5]
+    learner = small_learner(mean=torch.tensor(mean), std=torch.tensor(std))
+    normalise = learner.views.augment.one.normalise
+    assert normalise.mean.flatten().tolist() == mean
+    assert normalise.std.flatten().tolist() == std
+
+
+def test_nothing_is_built_where_nothing_learns() -> None:
+    with torch.inference_mode(), pytest.raises(ValueError, match="inference_mode is on"):
+        small_learner()
 
 
 def test_all_that_is_wrong_is_said_at_once() -> None:
@@ -558,9 +572,55 @@ def test_a_batch_norm_without_statistics_is_found_by_what_it_was_given(monkeypat
     refuses = lambda size: size[0] == 1 and len(size) == 2  # noqa: E731
     with pytest.raises(ValueError, match=rf"batch of 1 \({words}\).*drop_last=True"):
         small_learner()(overlapping_views(1))
+    with pytest.raises(ValueError, match="or set instance_weight=0, or put"):
+        small_learner()(overlapping_views(1))
     refuses = lambda size: True  # noqa: E731
     with pytest.raises(ValueError, match=f"^{words}$"):
         small_learner()(overlapping_views(1))
+
+
+def test_a_pooling_branch_of_the_network_lacks_statistics_whatever_the_losses() -> None:
+    def pooled(net: nn.Module, x: Tensor) -> Tensor:
+        return net.stem(x) + net.norm(net.stem(x).mean((2, 3), keepdim=True))
+
+    net = Calls(pooled, stem=nn.Conv2d(3, 8, 8, 8), norm=nn.BatchNorm2d(8))
+    learner = PixelCL(net, 64, "stem", instance_weight=0)
+    with pytest.raises(ValueError, match=r"data loader\), or put batch norm into eval mode"):
+        learner(overlapping_views(1))
+
+
+def test_a_network_that_fails_in_train_mode_alone_is_told_so() -> None:
+    def forward(net: nn.Module, x: Tensor) -> Tensor:
+        if net.training:
+            raise AssertionError("no targets")
+        return net.stem(x)
+
+    learner = PixelCL(Calls(forward, stem=nn.Conv2d(3, 8, 8, 8)), 64, instance_weight=0)
+    with pytest.raises(ValueError, match=r"Calls runs .* not in train mode: no targets; hand in"):
+        learner(overlapping_views())
+    learner.net.train(False).register_forward_hook(lambda *_: 1 + "")
+    with pytest.raises(TypeError, match="unsupported operand"):
+        learner(overlapping_views())
+
+
+def test_a_branch_that_processes_do_not_share_is_not_switched_on() -> None:
+    learner, views = small_learner(alpha=0), overlapping_views()
+    learner.alpha = 1.0  # nothing has asked what is left out
+    assert learner(views).isfinite()
+    learner.alpha = 0.0
+    assert learner._ddp_params_and_buffers_to_ignore
+    learner.instance_weight = 0.5
+    assert learner(views).isfinite()
+    learner.alpha = 1.0
+    with pytest.raises(ValueError, match=r"alpha is 1 and .* build it anew, or begin above 0"):
+        learner(views)
+    assert learner._ddp_params_and_buffers_to_ignore == small_learner().unreached_parameters()
+    assert learner(views).isfinite()
+
+
+def test_data_parallel_is_refused_with_what_does_the_same() -> None:
+    with pytest.raises(RuntimeError, match=r"DataParallel.*use torch\.nn\.parallel\.Distrib"):
+        small_learner()._replicate_for_data_parallel()
 
 
 # Precision, memory layout, accumulation.

@@ -198,6 +198,9 @@ def test_settings_that_cannot_be_are_refused() -> None:
     learner, opt = parts()
     with pytest.raises(ValueError, match=r"dtype is torch\.float16; it must be torch\.bfloat16"):
         CapturedStep(learner, opt, torch.float16)
+    with pytest.raises(ValueError, match="learner is a DataParallel; it must be the PixelCL its"):
+        CapturedStep(nn.DataParallel(learner), opt)
+    assert CapturedStep(torch.compile(learner, backend="eager"), opt).refused
     with pytest.raises(ValueError, match="decay is 2; it must be a number from 0 to 1"):
         CapturedStep(learner, opt)(overlapping_views(), decay=2)
 

@@ -281,8 +281,8 @@ def explain_errors(model: str, image_size: Size | None) -> Iterator[None]:
     except OSError as error:  # each library has its own for a connection that fails
         raise ConnectionError(
             f"the pretrained weights of {model} could not be downloaded: {error}; check the "
-            "connection, or download them on another machine and give the file, or start from "
-            "random weights"
+            "connection and the room on the disk, or download them on another machine and give the "
+            "file, or start from random weights"
         ) from error
     except Exception as error:  # libraries raise anything, assertions too
         size = "" if image_size is None else f" for images of {image_size[0]}x{image_size[1]}"

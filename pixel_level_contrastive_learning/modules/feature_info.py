@@ -40,7 +40,7 @@ from .layer import (
 class FeatureInfo:
     """Every layer of a backbone, found by one forward pass of a copy.
 
-    The copy takes two blank images, in eval mode by default; the backbone keeps its weights,
+    The copy takes an image of noise twice, in eval mode by default; the backbone keeps its weights,
     buffers, mode and hooks, and no random generator moves on.
 
     >>> info = FeatureInfo(nn.Sequential(nn.Conv2d(3, 8, 8, 8), nn.ReLU()), 3, (64, 64))
@@ -54,10 +54,12 @@ class FeatureInfo:
         self.size = size
         self.net_type = type(net).__name__
         self.children = [name for name, _ in net.named_children()]
-        self.names = [plain_name(name) for name, _ in net.named_modules() if name]
+        names = (plain_name(name) for name, _ in net.named_modules())
+        self.names = [name for name in names if name]
         self.net = duplicate(net).train(training)
         weight = first_weight(self.net, torch.empty(0))
-        self.images = torch.zeros(2, channels, *size, device=weight.device, dtype=weight.dtype)
+        noise = torch.rand(1, channels, *size, generator=torch.Generator().manual_seed(0))
+        self.images = noise.expand(2, -1, -1, -1).to(weight, copy=True)
         self.layers = self.look()
 
     def look(self) -> list[Layer]:
@@ -100,7 +102,7 @@ class FeatureInfo:
         handles = [
             handle
             for name, layer in self.net.named_modules()
-            if name and not isinstance(layer, torch.jit.ScriptModule)  # it takes no hooks
+            if plain_name(name) and not isinstance(layer, torch.jit.ScriptModule)  # takes no hooks
             for handle in hooks(plain_name(name), layer)
         ]
         try:
@@ -134,9 +136,10 @@ class FeatureInfo:
 
     @contextmanager
     def isolated(self) -> Iterator[None]:
-        """A context with gradients, in which no random generator moves on."""
+        """A context with gradients: no random generator moves on, and nothing is compiled."""
         devices = [self.images.device] if self.images.device.type == "cuda" else []
-        with torch.random.fork_rng(devices), torch.enable_grad():
+        eager = torch.compiler.set_stance("force_eager")
+        with torch.random.fork_rng(devices), torch.enable_grad(), eager:
             yield
 
     def hook(self, wanted: str | int, *, pixel: bool) -> FeatureHook:
@@ -148,6 +151,12 @@ class FeatureInfo:
             raise ValueError(
                 f"the {kind} layer {name!r} did not run when {self.net_type} saw an image; "
                 f"{self.advice(pixel)}"
+            )
+        if layer.is_shuffled:
+            raise ValueError(
+                f"the {kind} layer {name!r} gives other tokens each time it sees an image, as a "
+                "masked autoencoder does, and they tell no place; load the weights into the "
+                "network without masks, such as transformers.ViTModel.from_pretrained(NAME)"
             )
         if layer.layout is None:
             raise ValueError(
@@ -227,6 +236,11 @@ class FeatureInfo:
         ]
         maps = default_maps(fit)
         if not maps:
+            if not self.names:
+                raise ValueError(
+                    f"{self.net_type} has no layers inside whose output could be read; hand in "
+                    "nn.Sequential(net)"
+                )
             h, w = self.size
             raise ValueError(
                 f"{self.net_type} has no map of at least 4x4 cells for images of {h}x{w}; use "
@@ -316,12 +330,18 @@ class FeatureInfo:
 
 def refusal(net_type: str, images: Tensor, error: Exception) -> ValueError:
     """The error for images that a network cannot take."""
-    advice = (
-        "give larger images (image_size)"
-        if is_too_small(error)
-        else "give PixelCL the image_size and channels that the network is built for, or build the "
-        "network for these"
-    )
+    if is_too_small(error):
+        advice = "give larger images (image_size)"
+    elif isinstance(error, (TypeError, AttributeError, LookupError)):
+        advice = (
+            "it must run as net(images) on one tensor (b, c, h, w): hand in a module around it "
+            "whose forward does"
+        )
+    else:
+        advice = (
+            "give PixelCL the image_size and channels that the network is built for, or build the "
+            "network for these"
+        )
     return ValueError(
         f"{net_type} cannot take images of shape {tuple(images.shape)}: {error}; {advice}"
     )
@@ -346,8 +366,9 @@ def duplicate(net: nn.Module) -> nn.Module:
     except Exception as error:
         raise ValueError(
             f"{type(net).__name__} cannot be copied, as the target must be: {error}; in place of "
-            "torch.nn.utils.spectral_norm or weight_norm use torch.nn.utils.parametrizations, and "
-            "keep nothing in the network that copy.deepcopy refuses"
+            "torch.nn.utils.spectral_norm or weight_norm use torch.nn.utils.parametrizations, end "
+            "pruning by torch.nn.utils.prune.remove, and keep nothing in the network that "
+            "copy.deepcopy refuses"
         ) from error
 
 

@@ -16,6 +16,10 @@ ONE_BLOCK = 3.0
 """A layer that multiplies the stride by more than this is a row of blocks, not one block."""
 
 
+SHUFFLED = 0.5
+"""Tokens of equal images that differ by more than this, relative to neighbours, have no place."""
+
+
 @dataclass(eq=False)
 class Layer:
     """A layer of a backbone as it ran."""
@@ -42,6 +46,19 @@ class Layer:
     def is_map(self) -> bool:
         """Whether it has more than one cell, so that there is something to compare."""
         return self.layout is not None and max(self.layout.grid) > 1
+
+    @property
+    def is_shuffled(self) -> bool:
+        """Whether the tokens of two equal images differ as much as a token and its neighbour do."""
+        if (
+            self.layout is None
+            or self.layout.axes != "b n c"
+            or not isinstance(self.output, Tensor)
+        ):
+            return False
+        one, two = self.output.detach().float()[:2, self.layout.prefix :]
+        apart = (one - one.roll(1, dims=0)).abs().mean()
+        return bool((one - two).abs().mean() > SHUFFLED * apart)
 
     @property
     def shape(self) -> str:

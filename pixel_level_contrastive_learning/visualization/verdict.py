@@ -127,7 +127,7 @@ def findings(metrics: Metrics) -> list[str]:
         alike = "cells that see the same spot" if has_pairs else "two views of an image"
         told.append(
             f"The likeness of {alike} {'rose' if cosine.end > cosine.start else 'fell'} from "
-            f"{cosine.start:.2f} to {cosine.end:.2f} (mean cosine; 1 is perfect)."
+            f"{cosine.start:z.2f} to {cosine.end:z.2f} (mean cosine; 1 is perfect)."
         )
     if hit is not None:
         told.append(

@@ -273,6 +273,43 @@ def test_layers_that_cannot_be_read_are_refused(net, layer, texts, pixel) -> Non
     refused(net, layer, pixel, texts if pixel else texts[:2])  # other layers would do for both
 
 
+class Masked(nn.Module):
+    """Tokens of patches in the order of chance, as masked autoencoders give them."""
+
+    def __init__(self, shuffled: bool) -> None:
+        super().__init__()
+        self.patches, self.norm = nn.Conv2d(3, 8, 8, 8), nn.LayerNorm(8)
+        self.shuffled = shuffled
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.patches(x).flatten(2).mT
+        if self.shuffled:
+            tokens = torch.stack([own[torch.randperm(len(own))] for own in tokens])
+        return self.norm(tokens + 0.1 * torch.rand_like(tokens).mul(tokens))
+
+
+def test_tokens_in_the_order_of_chance_are_refused_and_a_little_noise_is_not() -> None:
+    assert FeatureInfo(Masked(shuffled=False), 3, (64, 64)).hook("norm", pixel=True)
+    info = FeatureInfo(Masked(shuffled=True), 3, (64, 64))
+    with pytest.raises(ValueError, match=r"'norm' gives other tokens each time.*masked autoenc"):
+        info.hook("norm", pixel=True)
+
+
+def test_a_network_without_layers_is_refused_with_the_way_out() -> None:
+    with pytest.raises(ValueError, match=r"Conv2d has no layers inside.*nn\.Sequential\(net\)"):
+        FeatureInfo(nn.Conv2d(3, 8, 8, 8), 3, (64, 64)).default_pixels()
+    compiled = torch.compile(chain(stem=nn.Conv2d(3, 8, 8, 8)), backend="eager")
+    assert FeatureInfo(compiled, 3, (64, 64)).names == ["stem"]
+
+
+def test_a_network_that_wants_more_than_images_is_told_so() -> None:
+    net = Calls(lambda own, x: own.stem(x["image"]), stem=nn.Conv2d(3, 8, 8, 8))
+    with pytest.raises(
+        ValueError, match=r"Calls cannot take .* run as net\(images\) on one tensor"
+    ):
+        FeatureInfo(net, 3, (64, 64))
+
+
 @pytest.mark.parametrize("channels", [1, 5])
 def test_a_network_that_refuses_the_images_is_reported(channels) -> None:
     with pytest.raises(ValueError, match=rf"(?s)(?=.*{channels}, 64, 64)(?=.*image_size)"):
