@@ -171,6 +171,7 @@ def floor(args: argparse.Namespace) -> Step:
 def as_one_graph(step: Step) -> Step:
     """A step that is captured as a CUDA graph once, and replayed."""
     beside = torch.cuda.Stream()
+    beside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(beside):
         for _ in range(3):
             step()
@@ -178,7 +179,12 @@ def as_one_graph(step: Step) -> Step:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=beside):
         step()
-    return graph.replay
+
+    def replay() -> None:
+        assert step is not None  # it holds the weights and views that the graph reads
+        graph.replay()
+
+    return replay
 
 
 def ours(args: argparse.Namespace, watch: Stopwatch | None = None) -> Step:

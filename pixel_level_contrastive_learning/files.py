@@ -11,8 +11,8 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import IO, Any
@@ -114,6 +114,27 @@ def check_writable(name: str, place: str | Path) -> None:
             f"{name} is {str(place)!r}, where nothing can be written ({there} is read-only or not "
             "yours); name a place that you may write to"
         )
+
+
+@contextmanager
+def sole_writer(lock: Path) -> Iterator[None]:
+    """A context in which no other call writes into the folder of a lock's file; it is created.
+
+    Raises:
+        ValueError: Another one does.
+    """
+    from filelock import FileLock, Timeout  # of the extra `train`
+
+    folder = lock.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(lock, timeout=0):
+            yield
+    except Timeout:
+        raise ValueError(
+            f"out is {str(folder)!r}, where another call is writing; wait for its end, or name "
+            "another folder"
+        ) from None
 
 
 def sync_folder(folder: Path) -> None:

@@ -54,6 +54,31 @@ class _Unit(torch.autograd.Function):
         return slope.to(ctx.dtype), None
 
 
+class Terms(NamedTuple):
+    """The loss and what it is made of: 0-d tensors on the learner's device.
+
+    Attributes:
+        loss: ``alpha * pixel_loss + instance_weight * instance_loss``; carries the gradient.
+        pixel_loss: Both directions of the pixel term, before weighing. PixPro: in [0, 8].
+        instance_loss: Both directions of the instance term, before weighing, in [0, 8].
+        pixel_cosine: Mean cosine of the positive pairs, over images that have any and both
+            directions, in [-1, 1]; 0 if none has. The figure to watch: it should rise. Of several
+            pixel layers the mean, weighed as the losses are.
+        instance_cosine: Mean cosine of prediction and target, in [-1, 1].
+        positive_pairs: Matched cells of the whole batch, first direction, int64; of several pixel
+            layers those of the first.
+        images_without_pairs: Images whose views share no cell of the first pixel layer, int64.
+    """
+
+    loss: Tensor
+    pixel_loss: Tensor
+    instance_loss: Tensor
+    pixel_cosine: Tensor
+    instance_cosine: Tensor
+    positive_pairs: Tensor
+    images_without_pairs: Tensor
+
+
 class PixelLoss(NamedTuple):
     """A pixel loss of one direction, and the figure that shows its progress.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from math import ceil
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from einops import rearrange
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .augment import Change, TwoViews
 from .checks import check_limits, per_channel, raise_together, something_to_learn, unless
 from .geometry import Positives
-from .losses import PixelLoss, instance_loss, pixcontrast, pixpro
+from .losses import PixelLoss, Terms, instance_loss, pixcontrast, pixpro
 from .modules.encoder import (
     Branches,
     Encoder,
@@ -32,31 +32,6 @@ from .modules.feature_info import FeatureInfo, is_too_small, refusal
 from .modules.hooks import NoGradientError, first_weight
 from .modules.ppm import PPM
 from .views import Placement, View
-
-
-class Terms(NamedTuple):
-    """The loss and what it is made of: 0-d tensors on the learner's device.
-
-    Attributes:
-        loss: ``alpha * pixel_loss + instance_weight * instance_loss``; carries the gradient.
-        pixel_loss: Both directions of the pixel term, before weighing. PixPro: in [0, 8].
-        instance_loss: Both directions of the instance term, before weighing, in [0, 8].
-        pixel_cosine: Mean cosine of the positive pairs, over images that have any and both
-            directions, in [-1, 1]; 0 if none has. The figure to watch: it should rise. Of several
-            pixel layers the mean, weighed as the losses are.
-        instance_cosine: Mean cosine of prediction and target, in [-1, 1].
-        positive_pairs: Matched cells of the whole batch, first direction, int64; of several pixel
-            layers those of the first.
-        images_without_pairs: Images whose views share no cell of the first pixel layer, int64.
-    """
-
-    loss: Tensor
-    pixel_loss: Tensor
-    instance_loss: Tensor
-    pixel_cosine: Tensor
-    instance_cosine: Tensor
-    positive_pairs: Tensor
-    images_without_pairs: Tensor
 
 
 class PixelCL(nn.Module):
@@ -153,9 +128,7 @@ class PixelCL(nn.Module):
         mean, std = (own.tolist() if isinstance(own, Tensor) else own for own in (mean, std))
         raise_together(
             *check_limits(locals()),
-            "torch.inference_mode is on, where nothing learns; build the learner outside of it"
-            if torch.is_inference_mode_enabled()
-            else None,
+            unless(not torch.is_inference_mode_enabled(), "torch.inference_mode", "on", "off here"),
             unless(isinstance(net, nn.Module), "net", net, "a network, such as models.resnet18()"),
             something_to_learn(alpha, instance_weight),
             per_channel("mean", mean, channels),
@@ -308,10 +281,9 @@ class PixelCL(nn.Module):
         except (TypeError, AssertionError) as error:
             if not self.net.training:
                 raise
-            raise ValueError(
-                f"{type(self.net).__name__} runs on images in eval mode but not in train mode: "
-                f"{error}; hand in the part without its losses, such as net.backbone"
-            ) from error
+            told = f"{type(self.net).__name__} runs in eval mode but not in train mode: {error}"
+            advice = "hand in the part without its losses, such as net.backbone"
+            raise ValueError(f"{told}; {advice}") from error
 
     def predictions(self, pixels: Tensor, branches: Branches) -> Projections:
         """The online network's projections, its pixels propagated and its instance predicted."""
@@ -410,9 +382,9 @@ class PixelCL(nn.Module):
         pixel, instance = self.branches
         if pixel > self.shared_branches.pixel or instance > self.shared_branches.instance:
             raise ValueError(
-                f"alpha is {self.alpha:g} and instance_weight {self.instance_weight:g}, and one of "
-                "them was 0 when DistributedDataParallel was built, which since leaves its heads "
-                "out; build it anew, or begin above 0, at 1e-8 for instance"
+                f"alpha is {self.alpha:g} and instance_weight {self.instance_weight:g}, one of them "
+                "0 when DistributedDataParallel was built, which leaves its heads out; build it "
+                "anew, or begin above 0, at 1e-8 for instance"
             )
 
     def unreached_parameters(self) -> list[str]:
@@ -444,7 +416,5 @@ class PixelCL(nn.Module):
 
     def _replicate_for_data_parallel(self) -> NoReturn:
         """Called by ``DataParallel`` on several devices."""
-        raise RuntimeError(
-            "PixelCL does not run inside torch.nn.DataParallel, whose copies share hooks and leave "
-            "the target behind; use torch.nn.parallel.DistributedDataParallel"
-        )
+        words = "PixelCL does not run inside torch.nn.DataParallel, whose copies share hooks"
+        raise RuntimeError(f"{words}; use torch.nn.parallel.DistributedDataParallel")

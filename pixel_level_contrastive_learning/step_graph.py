@@ -6,8 +6,11 @@ one by one. A graph launches them all at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+import gc
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -15,25 +18,22 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .checks import LIMITS, raise_together
+from .graph_check import (
+    CaptureError,
+    State,
+    bytes_of,
+    check_changes,
+    check_memory,
+    check_results,
+    copies,
+    places_of,
+    restore,
+)
 from .pixel_cl import PixelCL
 from .views import View
 
 WARM_UP = 3
 """Steps before the one that is captured: the optimiser and cuDNN make ready in them."""
-RESULTS_AGREE = 0.02
-"""Largest mean difference of what a step and its graph return, relative to their mean size."""
-CHANGES_AGREE = 0.2
-"""Largest difference of what a step and its graph change, relative to the change: Adam magnifies
-rounding where gradients are about 0."""
-
-SPARE_SHARE = 0.1
-"""Smallest share of a GPU's memory that is free beside a graph."""
-
-State = Mapping[str, list[Tensor]]
-
-
-class CaptureError(RuntimeError):
-    """The graph of a step does something else than the step."""
 
 
 class StepGraph:
@@ -61,6 +61,8 @@ class StepGraph:
         self.step, self.learner, self.optimizer = step, learner, optimizer
         self.device = next(learner.parameters()).device
         self.refused = why_not(optimizer, self.device)
+        self.numbers: list[dict[str, Any]] = []
+        self.optimizer_state: Any = None
         self.rates = [torch.zeros((), device=self.device) for _ in optimizer.param_groups]
         stream: Any = torch.cuda.Stream
         self.stream: torch.cuda.Stream | None = None if self.refused else stream(self.device)
@@ -80,6 +82,12 @@ class StepGraph:
             return self.as_it_is()
         if self.graph is None:
             return self.capture()
+        if self.numbers != numbers_of(self.optimizer):
+            self.give_up(CaptureError("a number of the optimiser changed that is no learning rate"))
+        elif self.optimizer_state is not self.optimizer.state:
+            self.give_up(CaptureError("the optimiser holds another state than when captured"))
+        if self.refused is not None:
+            return self.as_it_is()
         self.graph.replay()
         return tuple(own.clone() for own in self.results)
 
@@ -107,48 +115,76 @@ class StepGraph:
     def capture(self) -> tuple[Tensor, ...]:
         """Take a step both ways from the same state; the graph's counts if they agree."""
         state = self.state()
+        before: State = {}
         try:
-            before, after = copies(state), copies(state)
-        except RuntimeError as error:  # out of memory
+            before = copies(state)
+            devices = [self.device] if self.stream else []
+            with torch.random.fork_rng(devices), no_waiting(self.stream):
+                results = self.as_it_is()
+            if places_of(state) != places_of(self.state()):
+                raise CaptureError("the step puts new tensors in the place of old ones")
+            after = copies(state)
+        except (RuntimeError, ValueError, TypeError) as error:  # it waits, or is out of memory
+            if before:
+                restore(self.state(), before)
             self.give_up(error)
             return self.as_it_is()
-        with torch.random.fork_rng([self.device] if self.stream else []):
-            results = self.as_it_is()
-        restore(after, state)
         restore(state, before)
+        refused: Exception | None = None
         try:
             self.graph, self.results = self.recorded()
             self.graph.replay()
             check_results(self.results, results)
             check_changes(state, before, after)
-            check_memory(self.device)
-            return tuple(own.clone() for own in self.results)
+            check_memory(self.device, spare=bytes_of(before) + bytes_of(after))
         except (RuntimeError, ValueError, TypeError, AssertionError) as error:
-            self.give_up(error)
-            restore(state, after)
-            return results
+            refused = error
+        if refused is None:
+            self.numbers, self.optimizer_state = numbers_of(self.optimizer), self.optimizer.state
+            return tuple(own.clone() for own in self.results)
+        self.give_up(refused)
+        restore(state, after)
+        return results
 
     def give_up(self, error: Exception) -> None:
-        """Take all steps as they are from now on."""
-        said = str(error).strip().partition("\n")[0]
-        self.refused = f"{type(error).__name__}: {said}"
+        """Take all steps as they are from now on; what the capture held is given back."""
+        first: BaseException = error
+        while first.__context__ is not None:  # the end of a capture hides what broke it
+            traceback.clear_frames(first.__traceback__)
+            first = first.__context__
+        traceback.clear_frames(first.__traceback__)
+        said = str(first).strip().partition("\n")[0]
+        self.refused = f"{type(first).__name__}: {said}"
         self.graph, self.results = None, ()
         self.optimizer.zero_grad()
+        for group in self.optimizer.param_groups:
+            for held in map(self.optimizer.state.get, group["params"]):
+                if held and isinstance(held.get("step"), Tensor) and not group.get("fused"):
+                    held["step"] = held["step"].cpu()  # where steps as they are read it
         if self.stream is not None:
-            renew_generator(self.device)
-            torch.cuda.empty_cache()
+            del first
+            gc.collect()
+            with suppress(RuntimeError):  # older torch, after a capture that failed
+                torch.cuda.empty_cache()
 
     def recorded(self) -> tuple[Any, tuple[Tensor, ...]]:
         """The graph of a step, which is not taken yet, and the tensors that hold its results."""
         self.optimizer.zero_grad()
         torch.clear_autocast_cache()  # weights of an earlier step
         graph = torch.cuda.CUDAGraph()
+        before = torch.cuda.current_stream(self.device)
+        random = torch.cuda.get_rng_state(self.device)
         # Other threads, such as the one that pins the loader's memory, go on meanwhile.
         recording: Any = torch.cuda.graph(
             graph, stream=self.stream, capture_error_mode="thread_local"
         )
-        with recording, self.capturable():
-            return graph, self.step(*self.fixed)
+        try:
+            with recording, self.capturable():
+                return graph, self.step(*self.fixed)
+        except BaseException:
+            torch.cuda.set_stream(before)  # torch leaves its own in place where the end fails
+            renew_generator(self.device, random)
+            raise
 
     @contextmanager
     def capturable(self) -> Iterator[None]:
@@ -263,8 +299,9 @@ class CapturedStep:
 
 def why_not(optimizer: Optimizer, device: torch.device) -> str | None:
     """Why steps on this device by this optimiser cannot be captured; None if nothing is known."""
-    if device.type != "cuda":
-        return f"CUDA graphs run on GPUs, and the device is {device.type}"
+    if device.type != "cuda" or torch.version.hip is not None:
+        kind = device.type if torch.version.hip is None else "of AMD"
+        return f"CUDA graphs run on GPUs of NVIDIA, and the device is {kind}"
     if all("capturable" in group or group.get("fused") for group in optimizer.param_groups):
         return None
     return f"{type(optimizer).__name__} reads its learning rate on the host"
@@ -283,11 +320,36 @@ def beside(stream: torch.cuda.Stream | None) -> Iterator[None]:
     now.wait_stream(stream)
 
 
-def renew_generator(device: torch.device) -> None:
-    """Give the device's generator a new state: a capture that failed leaves it unusable."""
+def renew_generator(device: torch.device, state: Tensor) -> None:
+    """Give the device's generator a state anew: a capture that failed leaves its own unusable."""
     generator: Any = torch.cuda.default_generators[device.index or 0]
-    fresh: Any = torch.Generator(device).manual_seed(torch.initial_seed())
+    fresh: Any = torch.Generator(device)
+    fresh.set_state(state)
     generator.graphsafe_set_state(fresh.graphsafe_get_state())
+
+
+@contextmanager
+def no_waiting(stream: torch.cuda.Stream | None) -> Iterator[None]:
+    """A context on a GPU in which what would wait for the device raises: no graph can hold it."""
+    if stream is None:
+        yield
+        return
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it is a prototype
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+def numbers_of(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """What a graph holds of each group of an optimiser: its numbers but the learning rate."""
+    return [
+        {name: own for name, own in group.items() if name not in ("params", "lr", "initial_lr")}
+        for group in optimizer.param_groups
+    ]
 
 
 def each_tensor(held: Any, change: Callable[[Tensor], Tensor]) -> Any:
@@ -305,56 +367,3 @@ def tensors_in(held: Any) -> Iterator[Tensor]:
         return
     for own in held:
         yield from tensors_in(own)
-
-
-def copies(state: State) -> State:
-    """Copies of all tensors."""
-    return {name: [own.clone() for own in held] for name, held in state.items()}
-
-
-def restore(state: State, kept: State) -> None:
-    """Give all tensors of ``state`` the values of ``kept``."""
-    for name, held in state.items():
-        for own, value in zip(held, kept[name], strict=True):
-            own.copy_(value)
-
-
-def check_results(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
-    """Refuse results that are not those of the step."""
-    for own, other in zip(found, expected, strict=True):
-        off, size = (own - other).abs().float().mean(), other.abs().float().mean()
-        if not off <= RESULTS_AGREE * size:
-            raise CaptureError(
-                f"the graph gives results that differ by {float(off):.3g} from the step's own, of "
-                f"{float(size):.3g} on average"
-            )
-
-
-def check_memory(device: torch.device) -> None:
-    """Refuse a graph that leaves no memory for anything beside it: it never gives its own back."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()  # what torch keeps for itself would count as used
-        free, whole = torch.cuda.mem_get_info(device)
-        if free < SPARE_SHARE * whole:
-            raise CaptureError(
-                f"the graph leaves {free / 2**20:.0f} MiB of {whole / 2**20:.0f} free, too little "
-                "for pictures and probes"
-            )
-
-
-def check_changes(now: State, before: State, after: State) -> None:
-    """Refuse changes that are not those of the step, which led from ``before`` to ``after``."""
-    for name, held in now.items():
-        off = moved = 0.0
-        for own, old, new in zip(held, before[name], after[name], strict=True):
-            counts = own.ndim == 0 and name in ("buffers", "optimiser")
-            if counts and not torch.equal(own, new):
-                raise CaptureError(f"the graph counts to {own} in the {name}, the step to {new}")
-            if not counts:
-                off += float((own - new).abs().sum(dtype=torch.float64))
-                moved += float((new - old).abs().sum(dtype=torch.float64))
-        if not off <= CHANGES_AGREE * moved:
-            raise CaptureError(
-                f"the graph leaves {name} that differ by {off:.3g} in sum from the step's own, "
-                f"which moved them by {moved:.3g}"
-            )

@@ -415,7 +415,10 @@ def test_statistics_may_be_tensors() -> None:
 
 
 def test_nothing_is_built_where_nothing_learns() -> None:
-    with torch.inference_mode(), pytest.raises(ValueError, match="inference_mode is on"):
+    with (
+        torch.inference_mode(),
+        pytest.raises(ValueError, match="inference_mode is 'on'; it must be off here"),
+    ):
         small_learner()
 
 

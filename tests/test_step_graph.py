@@ -20,7 +20,9 @@ from pixel_level_contrastive_learning.step_graph import (
     WARM_UP,
     CaptureError,
     StepGraph,
+    check_changes,
     check_memory,
+    check_results,
     each_tensor,
     tensors_in,
     why_not,
@@ -90,7 +92,7 @@ def test_on_a_cpu_steps_are_taken_as_they_are() -> None:
     learner, opt = parts()
     step = CapturedStep(learner, opt)
     assert captured(step, opt) == pytest.approx(losses, abs=1e-4)
-    assert step.refused == "CUDA graphs run on GPUs, and the device is cpu"
+    assert step.refused == "CUDA graphs run on GPUs of NVIDIA, and the device is cpu"
     same_weights(learner, expected)
 
 
@@ -162,6 +164,91 @@ def test_a_graph_that_does_something_else_is_refused_and_no_step_is_lost(
     same_weights(learner, expected)
 
 
+def replace_a_buffer(_: StepGraph, net: nn.Module) -> None:
+    net.norm.running_mean = net.norm.running_mean * 1.0
+
+
+def run_out_of_memory(graph: StepGraph, _: nn.Module) -> None:
+    if graph.calls == WARM_UP + 1 and not graph.refused:
+        raise torch.OutOfMemoryError("no memory for both")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "why"),
+    [
+        (replace_a_buffer, "CaptureError: the step puts new tensors in the place of old ones"),
+        (run_out_of_memory, "OutOfMemoryError: no memory for both"),
+    ],
+)
+@pytest.mark.usefixtures("repeated")
+def test_a_comparison_that_fails_loses_no_step(spoil, why) -> None:
+    expected, losses = taken_one_by_one()
+    learner, opt = parts()
+    step = CapturedStep(learner, opt)
+    taken = step.graph.step
+
+    def spoilt(*batch: Any) -> tuple[torch.Tensor, ...]:
+        results = taken(*batch)
+        spoil(step.graph, learner.net)
+        return results
+
+    step.graph.step = spoilt
+    assert captured(step, opt) == pytest.approx(losses, abs=1e-4)
+    assert step.refused == why
+    same_weights(learner, expected)
+
+
+@pytest.mark.usefixtures("repeated")
+def test_what_a_graph_does_not_follow_ends_it() -> None:
+    learner, opt = parts()
+    step = CapturedStep(learner, opt)
+    captured(step, opt)
+    assert step.refused is None
+    opt.load_state_dict(opt.state_dict())
+    step(overlapping_views())
+    assert step.refused == "CaptureError: the optimiser holds another state than when captured"
+    learner, opt = parts()
+    step = CapturedStep(learner, opt)
+    captured(step, opt)
+    opt.param_groups[0]["momentum"] = 0.5
+    step(overlapping_views())
+    assert step.refused.endswith("a number of the optimiser changed that is no learning rate")
+
+
+def test_the_first_cause_of_a_failed_capture_is_told() -> None:
+    learner, opt = parts()
+    graph = CapturedStep(learner, opt).graph
+    try:
+        try:
+            raise RuntimeError("the network asks for a value")
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
+    except RuntimeError as error:
+        graph.give_up(error)
+    assert graph.refused == "RuntimeError: the network asks for a value"
+
+
+@pytest.mark.parametrize(
+    ("found", "agrees"),
+    [((2.0, 1.5, 300.0), True), ((2.08, 1.5, 300.0), True), ((0.0, 1.5, 300.0), False)],
+)
+def test_each_of_a_few_results_is_compared_by_itself(found, agrees) -> None:
+    expected = (torch.tensor([2.0, 1.5, 300.0]),)
+    with nullcontext() if agrees else pytest.raises(CaptureError, match="differ by 2 from the"):
+        check_results((torch.tensor(found),), expected)
+
+
+def test_changes_are_compared_tensor_by_tensor() -> None:
+    old, new = torch.zeros(100), torch.ones(100)
+    flags, mask = torch.tensor([True]), torch.tensor([-torch.inf])
+    before = {"buffers": [old, torch.zeros(2), flags, mask]}
+    after = {"buffers": [new, torch.ones(2), flags, mask]}
+    check_changes(after, before, after)
+    stuck = {"buffers": [new, torch.zeros(2), flags, mask]}
+    with pytest.raises(CaptureError, match="leaves a tensor of the buffers that the step moves"):
+        check_changes(stuck, before, after)
+
+
 def test_without_memory_for_the_comparison_steps_are_taken_as_they_are(
     repeated, monkeypatch
 ) -> None:
@@ -184,6 +271,7 @@ def test_a_graph_that_fills_the_gpu_is_refused(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (2**29, 8 * 2**30))
     with pytest.raises(CaptureError, match="leaves 512 MiB of 8192 free"):
         check_memory(gpu)
+    check_memory(gpu, spare=2**29)
 
 
 def test_a_batch_of_another_shape_is_refused_with_the_way_out() -> None:

@@ -19,10 +19,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from filelock import FileLock, Timeout
-
 from ..checks import LIMITS, Pages, raise_together, whole, within
-from ..files import cannot_write, check_writable, rename, sync, write_whole
+from ..files import cannot_write, check_writable, rename, sole_writer, sync, write_whole
 from ..run_layout import LOCK, SKIPPED
 from .dataset import BrokenImage, TooManyBrokenError, check_broken
 from .image import NO_WARNINGS, ImageError
@@ -225,15 +223,8 @@ def locked_index(folder: Path, settings: Mapping[str, Any]) -> Iterator[ShardInd
             f"out is {str(folder)!r}, which is not empty and was not written by an earlier call; "
             "name another folder"
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(folder / LOCK, timeout=0):
-            yield ShardIndex(folder, settings)
-    except Timeout:
-        raise ValueError(
-            f"out is {str(folder)!r}, where another call is writing; wait for its end, or name "
-            "another folder"
-        ) from None
+    with sole_writer(folder / LOCK):
+        yield ShardIndex(folder, settings)
 
 
 class ShardIndex:

@@ -9,6 +9,7 @@ from ..checks import raise_together, whole
 from ..data.folders import IMAGES
 from ..evaluation.evaluate import evaluate
 from ..evaluation.results import Evaluation
+from ..files import check_writable
 from ..trainer.logging import logging_to
 from ..trainer.trainer import pretrain
 from ..visualization.report import visualize
@@ -21,8 +22,10 @@ FRACTIONS = 0.02, 0.1, 1.0
 
 def run_demo(out: Path, *, steps: int, overwrite: bool = False) -> tuple[Evaluation, Path]:
     """Run the whole demo in a folder: the evaluation of its backbone, and the report."""
-    scenes, run, report = out / "scenes", out / "run", out / "report.html"
     raise_together(whole("steps", steps, 1))
+    check_writable("out", out)
+    out = out.expanduser()
+    scenes, run, report = out / "scenes", out / "run", out / "report.html"
     in_use = out.exists() and any(out.iterdir())
     if in_use and not overwrite:
         raise ValueError(

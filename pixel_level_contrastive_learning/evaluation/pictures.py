@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,6 +29,12 @@ TEXT = 12
 """Points of names and legends: a report shows five pictures a row at two thirds of their size."""
 MOST_NAMED = 30
 """Classes that a legend names, at most."""
+LINES = (
+    *(("#e69f00", "o"), ("#0072b2", "s"), ("#d55e00", "D")),
+    *(("#009e73", "^"), ("#cc79a7", "v"), ("#56b4e9", "P")),
+)
+"""Colour and marker of each network's label curve: colours that colour-blind readers tell apart, of
+Okabe and Ito."""
 MARK = "a panel of pixel_level_contrastive_learning"
 """What stands in a panel's file as the software that wrote it, and tells it from a stranger's."""
 
@@ -98,14 +105,17 @@ def draw(
     named = dict(list(classes.items())[:MOST_NAMED])
     columns = max(1, int(len(pictures) * width / 1.8))
     below = 0.25 + 0.25 * -(-len(named) // columns)
-    figure = Figure((len(pictures) * (width + 0.1), height + 0.3 + below), dpi=DPI)
-    total = height + 0.3 + below
+    letters = max(6, int(width * 72 / (0.6 * TEXT)))
+    titles = {name: textwrap.fill(name, letters) for name in pictures}
+    above = 0.1 + 0.2 * max(title.count("\n") + 1 for title in titles.values())
+    total = above + height + below
+    figure = Figure((len(pictures) * (width + 0.1), total), dpi=DPI)
     for number, (name, picture) in enumerate(pictures.items()):
         part = 1 / len(pictures)
         axes = figure.add_axes((number * part + 0.01, below / total, part - 0.02, height / total))
         axes.imshow(picture.clamp(0, 1).numpy(), extent=(0, size[1], 0, size[0]))
         axes.set_axis_off()
-        axes.set_title(name, fontsize=TEXT, parse_math=False, wrap=True)
+        axes.set_title(titles[name], fontsize=TEXT, parse_math=False)
     patches = [Patch(color=tuple(colour.tolist()), label=name) for name, colour in named.items()]
     legend = figure.legend(
         handles=patches, loc="lower center", ncols=columns, fontsize=TEXT - 1, frameon=False
@@ -133,8 +143,9 @@ def draw_label_curve(path: Path, evaluation: Evaluation, protocol: str) -> None:
         points = sorted(row.curves[protocol])
         masks = [point.masks for point in points]
         middle, spread = (np.array([own[k] for own in points]) for k in (1, 2))
-        colour = "0.55" if not row.baselines and number == 0 else f"C{number}"
-        axes.plot(masks, middle, "o-", color=colour, markersize=4, label=row.name)
+        colour, marker = LINES[number % len(LINES)]
+        colour = "0.55" if not row.baselines and number == 0 else colour
+        axes.plot(masks, middle, f"{marker}-", color=colour, markersize=4, label=row.name)
         axes.fill_between(masks, middle - spread, middle + spread, color=colour, alpha=0.15, lw=0)
     axes.set_xscale("log")
     axes.set_xticks(masks, [str(own) for own in masks])

@@ -247,9 +247,10 @@ class PretrainConfig:
     """How devices share the work: ddp replicates the network, fsdp (FSDP2) shards it.
     auto: ddp."""
 
-    graph: Literal["auto", "off"] = "auto"
+    graph: Literal["auto", "off"] = "off"
     """Launch each step as one CUDA graph, which saves the host's time on small networks.
     auto: on one GPU, if the step can be captured and its graph gives the same; a line says if not.
+    Tested on a CPU alone so far, and so off by default.
     """
 
     checkpoint_every: int | Auto = "auto"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -275,10 +276,29 @@ class MetricsWriter:
             append_lines(self.folder / run_layout.METRICS, self.lines)
             self.lines = []
 
+    def amend(self) -> None:
+        """Write the last step's line anew, with what was measured after it."""
+        if self.folder is None or not self.last or self.last == self.last | self.latest:
+            return
+        before, self.last = self.last, self.last | self.latest
+        path = self.folder / run_layout.METRICS
+        try:
+            os.truncate(path, path.stat().st_size - len(as_lines([before]).encode()))
+        except OSError as error:
+            raise cannot_write(path, error) from error
+        append_lines(path, [self.last])
+        for logger in self.loggers:
+            logger.log_metrics(self.last, step=int(self.last["step"]))
+
     def settle(self) -> None:
         """Check and write everything up to the present step, so that nothing broken is saved."""
         self.note_arrived(wait=True)
         self.write()
+
+
+def as_lines(lines: list[dict[str, float]]) -> str:
+    """JSON lines as text."""
+    return "".join(json.dumps(line) + "\n" for line in lines)
 
 
 def append_lines(path: Path, lines: list[dict[str, float]]) -> None:
@@ -287,10 +307,9 @@ def append_lines(path: Path, lines: list[dict[str, float]]) -> None:
     Raises:
         CannotWriteError: The disk is full or the like.
     """
-    text = "".join(json.dumps(line) + "\n" for line in lines)
     try:
         with path.open("a", encoding="utf-8") as file:
-            file.write(text)
+            file.write(as_lines(lines))
     except OSError as error:
         raise cannot_write(path, error) from error
 

@@ -106,6 +106,7 @@ def fit(
         stop.exit_if_received()
         if pictures:
             pictures.draw(step)
+        metrics.amend()
     return metrics.last
 
 

@@ -23,8 +23,9 @@ from torch.optim import Optimizer
 from ..augment import Normalise, change_both
 from ..blocks import full_precision
 from ..data.dataset import TwoViewBatch
+from ..losses import Terms
 from ..modules.encoder import each_level
-from ..pixel_cl import PixelCL, Terms
+from ..pixel_cl import PixelCL
 from ..step_graph import StepGraph, each_tensor
 from ..views import View, to_device
 from .auto import RunPlan

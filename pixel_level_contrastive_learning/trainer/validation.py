@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ from ..evaluation.correspondence import ViewPairs, draw_pairs, measure_correspon
 from ..evaluation.features import Preparation, Reader
 from ..evaluation.metrics import PreparedSplit, SampleCache
 from ..evaluation.probes import DivergedError, ProbeTask, run_probes
+from ..files import write_whole
 from ..geometry import box_to_map
 from ..pixel_cl import PixelCL
 from ..views import cut_views
@@ -123,9 +125,9 @@ class FeaturePictures:
             self.colours, _ = pca_colours(features)
         else:
             self.colours, _ = aligned_colours(features, self.colours)
-        self.folder.mkdir(exist_ok=True)
         picture = colours_picture(to_rgb(self.pictured).clamp(0, 1), self.colours)
-        picture.save(self.folder / f"{run_layout.STEP}{step.step:08d}.png")
+        path = self.folder / f"{run_layout.STEP}{step.step:08d}.png"
+        write_whole(path, partial(picture.save, format="PNG"))
 
 
 class Probe:
@@ -228,10 +230,10 @@ def draw_batch(
     ]
     grid = learner.online_encoder.pixel_hooks[0].layout.grid
     previews = folder / run_layout.PREVIEW
-    previews.mkdir(parents=True, exist_ok=True)
     paths = []
     for number, (one, two) in enumerate(zip(*views, strict=True)):
         maps = some.map_one[number], some.map_two[number]
         paths.append(previews / f"{run_layout.PAIRS}{number}.png")
-        pairs_picture(one, two, *maps, grid, plan.distance_thres).save(paths[-1])
+        picture = pairs_picture(one, two, *maps, grid, plan.distance_thres)
+        write_whole(paths[-1], partial(picture.save, format="PNG"))
     return paths

@@ -36,8 +36,8 @@ from ..evaluation.baselines import random_net, read_all, reading_of
 from ..evaluation.correspondence import evenly, left_out, none_left
 from ..evaluation.features import Preparation, Reader, Size, chosen_device
 from ..evaluation.probes import finite_features
-from ..files import check_writable, write_whole
-from ..run_layout import FEATURES, MAPS, PICTURES, ZARR_MAPS
+from ..files import check_writable, sole_writer, write_whole
+from ..run_layout import FEATURES, LOCK, MAPS, PICTURES, ZARR_MAPS
 from .matches import to_pil
 from .pca import Basis, pca_colours
 
@@ -160,7 +160,13 @@ class FeatureFolder:
         """
         path = folder / FEATURES
         if path.is_file():
-            index = json.loads(path.read_text(encoding="utf-8"))
+            try:
+                index = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise ValueError(
+                    f"{path} is not what features writes ({error}); delete {folder}, or choose "
+                    "another folder"
+                ) from error
             wanted = json.loads(json.dumps(settings))  # with lists in place of tuples
             if other := [name for name, value in wanted.items() if index.get(name) != value]:
                 raise ValueError(
@@ -168,7 +174,7 @@ class FeatureFolder:
                     f"{', '.join(other)}; choose another folder, or delete this one"
                 )
             return cls(folder, index)
-        if folder.is_dir() and any(folder.iterdir()):
+        if any(own.name != LOCK for own in folder.glob("*")):
             raise ValueError(
                 f"out is {str(folder)!r}, which holds something else; choose a new or empty folder"
             )
@@ -251,13 +257,15 @@ def features(
         "size": prepare.size,
         **reading,
     }
-    held = FeatureFolder.opened(Path(out).expanduser(), str(weights), settings | fixed)
-    kept = held.index.setdefault("normalisation", normalisation)  # images that are new share it
-    kept = {name: tuple(own) if isinstance(own, list) else own for name, own in kept.items()}
-    prepare = replace(prepare, statistics=replace(prepare.statistics, **kept))
-    write_maps(held, source, prepare, reader)
-    if pca is not None:
-        draw_pictures(held)
+    folder = Path(out).expanduser()
+    with sole_writer(folder / LOCK):
+        held = FeatureFolder.opened(folder, str(weights), settings | fixed)
+        kept = held.index.setdefault("normalisation", normalisation)  # images that are new share it
+        kept = {name: tuple(own) if isinstance(own, list) else own for name, own in kept.items()}
+        prepare = replace(prepare, statistics=replace(prepare.statistics, **kept))
+        write_maps(held, source, prepare, reader)
+        if pca is not None:
+            draw_pictures(held)
     return held
 
 

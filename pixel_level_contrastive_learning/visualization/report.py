@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import re
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
@@ -53,6 +55,8 @@ from .explorer import (
 from .matches import pairs_picture, to_pil
 from .pca import pca_colours
 from .verdict import RunVerdict, judge_run
+
+log = logging.getLogger(__name__)
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src '{script}'; "
 POLICY += "base-uri 'none'; form-action 'none'"
@@ -183,7 +187,7 @@ def visualize(
         charts=draw_charts(metrics),
         evaluations=evaluations,
         label_curve=saved_pictures(
-            folder, "Mean IoU over the number of masks", run_layout.LABEL_CURVE
+            folder, "Mean IoU over the number of masks, as in the table", run_layout.LABEL_CURVE
         ),
         predictions=saved_pictures(
             folder / run_layout.PREDICTIONS, "Image, truth, and what each network made of it"
@@ -191,7 +195,7 @@ def visualize(
         pairs=pairs_pictures(folder, wholes, loaded.card, grid, threshold, seed),
         threshold=threshold,
         steps=saved_pictures(folder / run_layout.PICTURES, "What the network saw"),
-        settings=settings,
+        settings=without_places(settings),
         version=loaded.card.version,
     )
     pictures = [embed(to_pil(to_rgb(sample.pixels)), sample.name).uri for sample in samples]
@@ -331,8 +335,7 @@ def pairs_pictures(
     """Pictures of matching cells: those the run drew, or new ones."""
     drawn = []
     for path in sorted((folder / run_layout.PREVIEW).glob("pairs*.png"))[:MAX_PICTURES]:
-        with Pillow.open(path) as image:
-            drawn.append(image.convert("RGBA"))
+        drawn += opened(path, "RGBA")
     if not drawn:
         views = draw_pairs([own.pixels for own in samples[:2]], card.image_size, seed)
         drawn = [
@@ -351,12 +354,33 @@ def saved_pictures(folder: Path, alt: str, pattern: str = "*.png") -> list[Pictu
         paths = [paths[last * k // (MAX_PICTURES - 1)] for k in range(MAX_PICTURES)]
     pictures = []
     for path in paths:
-        with Pillow.open(path) as file:
-            image = file.convert("RGB")
-        image.thumbnail((MAX_SIDE, MAX_SIDE))
-        name = re.sub(r"-0*(?=\d)", " ", printable(path.stem))  # step-00000100 is step 100
-        pictures.append(embed(image, f"{alt}: {name}", name))
+        for image in opened(path, "RGB"):
+            image.thumbnail((MAX_SIDE, MAX_SIDE))
+            name = re.sub(r"-0*(?=\d)", " ", printable(path.stem))  # step-00000100 is step 100
+            pictures.append(embed(image, f"{alt}: {name}", name))
     return pictures
+
+
+def opened(path: Path, mode: str) -> list[Image]:
+    """The image in a file; none where it is damaged, of which a warning tells."""
+    try:
+        with Pillow.open(path) as file:
+            return [file.convert(mode)]
+    except (OSError, SyntaxError) as error:  # what Pillow raises for a broken PNG
+        log.warning("%s cannot be read (%s) and is left out", path, error)
+        return []
+
+
+def without_places(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings whose paths are names, so that a page tells nothing of the machine."""
+
+    def named(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return [named(own) for own in value]
+        local = isinstance(value, str) and "://" not in value
+        return Path(value).name if local and os.path.isabs(os.path.expanduser(value)) else value
+
+    return {name: named(value) for name, value in settings.items()}
 
 
 def embed(image: Image, alt: str, caption: str = "") -> Picture:

@@ -75,23 +75,23 @@ def judge_learning(metrics: Metrics) -> tuple[bool, str]:
 
 
 def hit_change(metrics: Metrics) -> Change | None:
-    """How often cells found their spot before the first step and at the end."""
-    end = latest(metrics, "hit1")
-    return None if end is None else Change(known(metrics, "hit1")[0], end)
+    """How often cells found their spot before the first step and at the end, if it was measured."""
+    values = known(metrics, "hit1")  # steps without a measurement repeat the one before
+    return Change(values[0], values[-1]) if len(set(values)) > 1 else None
 
 
 def goes_by_colour(metrics: Metrics) -> bool:
     """Whether cells find their spot by colour alone: once it is changed no better than before."""
-    hit, kept = hit_change(metrics), latest(metrics, "hit1_colours_kept")
-    if hit is None or kept is None:
+    hit, kept = hit_change(metrics), known(metrics, "hit1_colours_kept")
+    if hit is None or not kept:
         return False
-    return hit.end < CLEAR * hit.start and hit.end + hit_deviation(metrics) < BY_COLOUR * kept
+    return hit.end < CLEAR * hit.start and hit.end + hit_deviation(metrics) < BY_COLOUR * kept[-1]
 
 
 def hit_deviation(metrics: Metrics) -> float:
     """The standard deviation of how often cells find their spot; 0 if their number is not known."""
-    share, cells = latest(metrics, "hit1"), latest(metrics, "hit_cells")
-    return sqrt(share * (1 - share) / cells) if share is not None and cells else 0.0
+    shares, cells = known(metrics, "hit1"), known(metrics, "hit_cells")
+    return sqrt(shares[-1] * (1 - shares[-1]) / cells[-1]) if shares and any(cells) else 0.0
 
 
 def compares_pixels(metrics: Metrics) -> bool:
@@ -136,12 +136,13 @@ def findings(metrics: Metrics) -> list[str]:
         )
     elif cosine is not None:
         told.append(
-            "Whether cells find their spot in another view was not measured during the run; that "
+            "Whether cells find their spot in another view was not measured after training; that "
             "they grow alike is no sign of it. pixelcl evaluate RUN --images DIR tells."
         )
     if goes_by_colour(metrics):
+        kept = known(metrics, "hit1_colours_kept")[-1]
         told.append(
-            f"With colours left as they are it finds {latest(metrics, 'hit1_colours_kept'):.0%}: "
+            f"With colours left as they are it finds {kept:.0%}: "
             "change colour more in training (--jitter, --prob-gray)."
         )
     if scores := known(metrics, "probe_miou"):

@@ -1,5 +1,7 @@
 """The demo, made small: scenes, a run, a table and a report."""
 
+from pathlib import Path
+
 import pytest
 
 from pixel_level_contrastive_learning import cli
@@ -53,6 +55,20 @@ def test_a_demo_that_was_cut_off_is_begun_anew(tmp_path, monkeypatch) -> None:
         demo.run_demo(out, steps=1)
     with pytest.raises(KeyboardInterrupt):
         demo.run_demo(out, steps=1, overwrite=True)
+
+
+def test_a_demo_is_drawn_at_home_and_not_into_a_file(tmp_path, monkeypatch, capsys) -> None:
+    def cut_off(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(scenes, "draw_scene", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        demo.run_demo(Path("~/demo"), steps=1)
+    assert (tmp_path / "demo" / "scenes").is_dir()
+    (tmp_path / "file").touch()
+    assert cli.main(["demo", "--out", str(tmp_path / "file"), "--steps", "1"]) == 2
+    assert "is a file; name a folder" in capsys.readouterr().err
 
 
 def test_no_steps_are_refused_before_a_scene_is_drawn(tmp_path, capsys) -> None:

@@ -115,8 +115,8 @@ def test_features_are_those_of_many_cells_and_images(images, monkeypatch) -> Non
 def test_a_captured_run_is_the_run(
     extra, tmp_path, settings, repeated, monkeypatch, caplog
 ) -> None:
-    asked = settings(steps=9, optimizer="sgd", lr=0.05, picture_every=4, **extra)
-    plain = pretrain(**asked | {"out": str(tmp_path / "plain")})
+    asked = settings(steps=9, optimizer="sgd", lr=0.05, picture_every=4, graph="auto", **extra)
+    plain = pretrain(**asked | {"out": str(tmp_path / "plain"), "graph": "off"})
     monkeypatch.setattr(auto, "CAPTURED_ON", ("cpu",))
     taken = []
     monkeypatch.setattr(StepGraph, "recorded", lambda graph: taken.append(graph) or repeated(graph))
@@ -136,7 +136,7 @@ def test_a_captured_run_is_the_run(
 
 def test_a_captured_run_is_resumed(tmp_path, settings, repeated, monkeypatch) -> None:
     monkeypatch.setattr(auto, "CAPTURED_ON", ("cpu",))
-    asked = settings(steps=12, checkpoint_every=6)
+    asked = settings(steps=12, checkpoint_every=6, graph="auto")
     whole = pretrain(**asked | {"out": str(tmp_path / "whole")})
     pretrain(**asked)
     forget(tmp_path / "run", "step-00000012", "last")
@@ -164,7 +164,7 @@ def test_what_cannot_be_captured_runs_kernel_by_kernel_and_says_so_once(
             step_graph, "why_not", lambda own, _: why_not(own, torch.device("cuda"))
         )
     caplog.set_level(logging.INFO)
-    done = pretrain(**settings(steps=8, **change))
+    done = pretrain(**settings(steps=8, graph="auto", **change))
     assert steps(done.run_dir) == list(range(1, 9))
     told = f"steps are launched kernel by kernel, not as one CUDA graph: {why}"
     assert caplog.text.count(told) == 1

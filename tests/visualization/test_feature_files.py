@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from evil_run import diverge
+from filelock import FileLock
 from PIL import Image
 from torch import nn
 
@@ -223,7 +224,7 @@ def test_features_that_are_no_numbers_are_refused(images, run_maker, tmp_path) -
     diverge(run)
     with pytest.raises(DivergedError, match="2 of this network give features that are NaN or inf"):
         features(run, images, out=tmp_path / "f")
-    assert not (tmp_path / "f").exists()
+    assert [own.name for own in (tmp_path / "f").iterdir()] == [".lock"]
 
 
 def test_images_are_read_as_those_of_the_run(images, run_maker, tmp_path) -> None:
@@ -250,6 +251,23 @@ def test_other_settings_are_not_mixed_in(images, tmp_path, settings, named) -> N
     weights = settings.pop("weights", NET)
     with pytest.raises(ValueError, match=named):
         features(weights, images, out=tmp_path / "f", **{"size": 64} | settings)
+
+
+def test_two_calls_never_write_into_one_folder(images, tmp_path) -> None:
+    out = tmp_path / "f"
+    out.mkdir()
+    with (
+        FileLock(out / ".lock"),
+        pytest.raises(ValueError, match="another call is writing; wait for its end"),
+    ):
+        features(NET, images, out=out, size=64)
+    assert len(features(NET, images, out=out, size=64)) == 4
+
+
+def test_a_damaged_index_is_named(images, tmp_path) -> None:
+    (tmp_path / "features.json").write_text('{"model": "')
+    with pytest.raises(ValueError, match=r"features\.json is not what features writes \(Unterm"):
+        features(NET, images, out=tmp_path, size=64)
 
 
 def test_a_folder_of_something_else_is_left_alone(images) -> None:

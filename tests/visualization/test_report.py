@@ -22,6 +22,7 @@ from pixel_level_contrastive_learning.visualization.report import (
     render,
     setting_text,
     visualize,
+    without_places,
 )
 from pixel_level_contrastive_learning.visualization.verdict import RunVerdict
 
@@ -285,6 +286,17 @@ def test_a_label_curve_stands_before_the_predictions(run_maker, tmp_path) -> Non
     replace(found, rows=(row,)).write(run)
     text = visualize(run, out=page, count=1).read_text()
     assert text.index("How many masks they need") < text.index("What they predict")
+    table = text[text.index("mIoU by the number of masks: finetune") :]
+    assert re.findall(r">(0\.\d+)</td>", table)[:2] == ["0.400", "0.500"]
+    (run / "label-curve.png").write_bytes(b"no picture")
+    assert "How many masks they need" not in visualize(run, out=page, count=1).read_text()
+
+
+def test_a_page_tells_nothing_of_the_machine() -> None:
+    told = without_places(
+        {"data": ["/home/me/slides", "https://there/a.tar"], "out": "~/runs/one", "steps": 3}
+    )
+    assert told == {"data": ["slides", "https://there/a.tar"], "out": "one", "steps": 3}
 
 
 def test_figures_of_earlier_weights_are_said_to_be_old(run_maker, tmp_path) -> None:

@@ -67,6 +67,16 @@ def test_chance_is_not_taken_for_learning(hit1, cells, heading) -> None:
     assert judge_run(figures, []).heading == heading
 
 
+def test_correspondence_counts_once_it_was_measured_after_training() -> None:
+    figures = run(0.8, 9, 0.7, 0.5, 0.475)  # what was found before the first step, repeated
+    assert judge_run(figures, []).heading == "The features look sound"
+    assert "was not measured after training" in " ".join(findings(figures))
+    late = {
+        name: values[:1] * 99 + values[1:] for name, values in run(0.8, 9, 0.7, 0.6, 0.54).items()
+    }
+    assert judge_run(late, []).heading == "The run looks healthy"
+
+
 def test_what_is_said_of_correspondence() -> None:
     good, colour = run(0.8, 9, 0.7, 0.58, 0.54), run(0.8, 21, 0.7, 0.63, 0.41)
     assert (

@@ -1,0 +1,110 @@
+"""Whether the graph of a step does what the step does: what both return, and what they change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+RESULTS_AGREE = 0.05
+"""Largest difference of what a step and its graph return, relative to its size: of each value of
+short vectors, of others on average."""
+RESULTS_NEAR = 0.01
+"""A difference of a value that counts for nothing: a cosine may be about 0."""
+SHORT = 16
+"""Values up to which a result is compared one by one."""
+CHANGES_AGREE = 0.2
+"""Largest difference of what a step and its graph change, relative to the change: Adam magnifies
+rounding where gradients are about 0."""
+
+SPARE_SHARE = 0.1
+"""Smallest share of a GPU's memory that is free beside a graph."""
+
+State = Mapping[str, list[Tensor]]
+"""What a step changes, by kind."""
+
+
+class CaptureError(RuntimeError):
+    """The graph of a step does something else than the step."""
+
+
+def tensors_of(state: State) -> Iterator[Tensor]:
+    """All tensors of a state."""
+    for held in state.values():
+        yield from held
+
+
+def places_of(state: State) -> list[int]:
+    """The addresses of all tensors of a state."""
+    return [own.data_ptr() for own in tensors_of(state)]
+
+
+def bytes_of(state: State) -> int:
+    """Bytes that a state takes."""
+    return sum(own.nbytes for own in tensors_of(state))
+
+
+def copies(state: State) -> State:
+    """Copies of all tensors."""
+    return {name: [own.clone() for own in held] for name, held in state.items()}
+
+
+def restore(state: State, kept: State) -> None:
+    """Give all tensors of ``state`` the values of ``kept``."""
+    for name, held in state.items():
+        for own, value in zip(held, kept[name], strict=True):
+            own.copy_(value)
+
+
+def check_results(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
+    """Refuse results that are not those of the step."""
+    for own, other in zip(found, expected, strict=True):
+        off, size = (own - other).abs().float(), other.abs().float()
+        if own.numel() > SHORT:
+            off, size = off.mean(), size.mean()
+        wrong = ~(off <= RESULTS_AGREE * size + RESULTS_NEAR).flatten()
+        if wrong.any():
+            raise CaptureError(
+                f"the graph gives results that differ by {float(off.flatten()[wrong][0]):.3g} from "
+                f"the step's own, of a size of {float(size.flatten()[wrong][0]):.3g}"
+            )
+
+
+def check_memory(device: torch.device, spare: int = 0) -> None:
+    """Refuse a graph that leaves no memory for anything beside it: it never gives its own back.
+
+    ``spare`` bytes are used now and will not be.
+    """
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what torch keeps for itself would count as used
+        free, whole = torch.cuda.mem_get_info(device)
+        free += spare
+        if free < SPARE_SHARE * whole:
+            raise CaptureError(
+                f"the graph leaves {free / 2**20:.0f} MiB of {whole / 2**20:.0f} free, too little "
+                "for pictures and probes"
+            )
+
+
+def check_changes(now: State, before: State, after: State) -> None:
+    """Refuse changes that are not those of the step, which led from ``before`` to ``after``."""
+    for name, held in now.items():
+        off = moved = 0.0
+        stuck = False
+        for own, old, new in zip(held, before[name], after[name], strict=True):
+            if torch.equal(own, new):  # flags too, and masks that hold infinity
+                moved += float((new.double() - old.double()).nan_to_num().abs().sum())
+                continue
+            if own.ndim == 0 and name in ("buffers", "optimiser"):
+                raise CaptureError(f"the graph counts to {own} in the {name}, the step to {new}")
+            stuck = stuck or torch.equal(own, old)
+            off += float((own - new).abs().sum(dtype=torch.float64))
+            moved += float((new - old).abs().sum(dtype=torch.float64))
+        if not off <= CHANGES_AGREE * moved:
+            raise CaptureError(
+                f"the graph leaves {name} that differ by {off:.3g} in sum from the step's own, "
+                f"which moved them by {moved:.3g}"
+            )
+        if stuck:
+            raise CaptureError(f"the graph leaves a tensor of the {name} that the step moves")
