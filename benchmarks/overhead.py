@@ -34,6 +34,9 @@ from pixel_level_contrastive_learning.trainer.validation import FeaturePictures
 
 RUN, LOOKS = 500, 11
 """Steps of a short run, and how often it looks at the network unless told otherwise."""
+CHECKPOINT_EVERY = 20
+"""Steps between checkpoints, so that some are written in what is timed: by default a run of so few
+steps writes one at its end."""
 
 
 def trained(settings: dict[str, Any]) -> Figures:
@@ -48,7 +51,7 @@ def trained(settings: dict[str, Any]) -> Figures:
 
     # Looked at before the first step and after the last, outside of what is timed.
     with tempfile.TemporaryDirectory() as folder, patch.object(FeaturePictures, "draw", timed):
-        pretrain(out=folder, picture_every=10**9, **settings)
+        pretrain(out=folder, picture_every=10**9, checkpoint_every=CHECKPOINT_EVERY, **settings)
         lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").open()][1:]
     batch = settings["batch_size"]
     seconds = [batch / line["images_per_second"] for line in lines]

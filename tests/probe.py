@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 Sizes = dict[int, int]
 """Elements of each block of memory, by its address."""
@@ -13,9 +14,14 @@ Sizes = dict[int, int]
 
 def live_tensors() -> Sizes:
     """Every tensor that Python can reach: what closures and contexts hold on to."""
+    gc.collect()
     tensors = (thing for thing in gc.get_objects() if issubclass(type(thing), Tensor))
-    # Fake tensors, which compiling leaves behind, have no memory.
-    return dict(measure(tensor) for tensor in tensors if not isinstance(tensor, FakeTensor))
+    return dict(measure(tensor) for tensor in tensors if not left_by_compiler(tensor))
+
+
+def left_by_compiler(tensor: Tensor) -> bool:
+    """Whether a tensor stands for another and has no memory."""
+    return isinstance(tensor, FakeTensor | FunctionalTensor) or torch._is_functional_tensor(tensor)
 
 
 def measure(tensor: Tensor) -> tuple[int, int]:

@@ -33,8 +33,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("dist")
     source = place / "source"
     cached = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(ROOT / PACKAGE, source / PACKAGE, ignore=cached)
-    for name in ("README.md", "LICENSE", "pyproject.toml", "setup.py"):
+    for name in (PACKAGE, "tests"):
+        shutil.copytree(ROOT / name, source / name, ignore=cached)
+    for name in ("README.md", "LICENSE", "MANIFEST.in", "pyproject.toml", "setup.py"):
         shutil.copy(ROOT / name, source)
     said(sys.executable, "-c", BUILD.format("sdist", str(place)), cwd=source)
     [archive] = place.glob("*.tar.gz")
@@ -65,6 +66,12 @@ def test_every_file_of_the_package_is_in_the_wheel(wheel: Path) -> None:
     assert f"{PACKAGE}/visualization/report.html" in ours
     with ZipFile(wheel) as opened:
         assert {name for name in opened.namelist() if ".dist-info/" not in name} == ours
+
+
+def test_the_source_archive_has_no_tests_without_what_they_need(wheel: Path) -> None:
+    [unpacked] = (wheel.parent / "unpacked").iterdir()
+    assert (unpacked / PACKAGE / "cli.py").is_file()
+    assert not (unpacked / "tests").exists()
 
 
 def test_the_metadata_are_valid_and_the_newest_change_is_this_version(wheel: Path) -> None:

@@ -270,7 +270,8 @@ def test_convention_pixels_in_the_form_of_the_run() -> None:
         return plain.convert(pixels).flatten()
 
     assert form(3, colour).tolist() == [255, 0, 0]
-    assert form(1, colour).tolist() == [76]  # 0.299 * 255 = 76.2
+    each = 255 * torch.eye(3, dtype=torch.uint8).view(3, 1, 3)  # a red, a green, a blue pixel
+    assert form(1, each).tolist() == [76, 150, 29]  # of 255: 0.299, 0.587 and 0.114
     assert form(3, colour[:1]).tolist() == [255, 255, 255]
     assert form(3, torch.cat((colour, colour[:1]))).tolist() == [255, 0, 0]
     assert form(3, colour, deep=True).tolist() == [1, 0, 0]  # 8-bit among deep data

@@ -1,6 +1,7 @@
 """Fine-tuning: a decoder for any backbone, crops that match their masks, a network that learns."""
 
 from itertools import pairwise
+from math import prod
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from pixel_level_contrastive_learning.evaluation.features import Reader, deepest
 from pixel_level_contrastive_learning.evaluation.finetuning import (
     CROP_DETAIL,
     RATES,
+    LearningRates,
     Segmenter,
     choose_rates,
     crop_side,
@@ -214,6 +216,22 @@ def test_a_network_learns_and_the_one_given_stays_as_it_was(train, val) -> None:
     assert net.training
     for name, value in net.state_dict().items():
         assert torch.equal(value, before[name])
+
+
+@pytest.mark.parametrize("rates", [LearningRates(0, 0.1), LearningRates(0.1, 0)])
+def test_backbone_and_decoder_have_rates_of_their_own_and_decay(train, rates) -> None:
+    net = small()
+    net.idle = nn.Parameter(torch.ones(1))  # whose gradient is 0, so that it decays alone
+    net.register_forward_pre_hook(lambda own, pixels: pixels[0] + 0 * own.idle)
+    still, fitted = (
+        dict(fit_segmenter(net, for_crops(train), rates=own, steps=3, batch=2).named_parameters())
+        for own in (LearningRates(0, 0), rates)
+    )
+    for name, weight in fitted.items():
+        lr = rates.backbone if name.startswith("net.") else rates.decoder
+        assert torch.equal(weight, still[name]) == (lr == 0), name
+    decayed = prod(1 - 0.01 * rates.backbone * rate(step, 3) for step in range(3))
+    assert fitted["net.idle"].item() == pytest.approx(decayed, rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float64])

@@ -16,9 +16,47 @@ from pixel_level_contrastive_learning.trainer.config_io import (
     to_config,
 )
 
+DEFAULTS = {
+    "model": "torchvision/resnet50",
+    "pixel_levels": 1,
+    "crop_area": (0.2, 1.0),
+    "aspect_ratio": (3 / 4, 4 / 3),
+    "prob_hflip": 0.5,
+    "prob_vflip": 0.0,
+    "max_rotation": 0.0,
+    "jitter": (0.4, 0.4, 0.4, 0.0),  # weaker than the authors', and no hue
+    "prob_jitter": 0.8,
+    "prob_gray": 0.2,
+    "prob_blur": (0.5, 0.5),
+    "prob_solarise": (0.0, 0.0),
+    "loss": "pixpro",
+    "alpha": 1.0,
+    "instance_weight": 0.1,
+    "projection_size": 256,  # from here to the temperature as in the paper
+    "projection_hidden_size": 2048,
+    "ppm_num_layers": 1,
+    "ppm_gamma": 2.0,
+    "distance_thres": 0.7,
+    "similarity_temperature": 0.3,
+    "optimizer": "adamw",
+    "weight_decay": 1e-4,
+    "final_lr": 1e-6,
+    "target_momentum": 0.99,
+    "clip_grad": 0.0,
+    "seed": 0,
+    "num_nodes": 1,
+    "keep_checkpoints": 3,
+    "max_broken": 0.01,
+    "loggers": ("tensorboard",),
+    "probe_protocol": "knn",
+}
 
-def test_defaults_are_in_range() -> None:
-    assert PretrainConfig().batch_size == "auto"
+
+def test_the_defaults_are_those_that_were_chosen() -> None:
+    """Another default is another method: it changes with `docs/decisions.md`."""
+    found = {field.name: field.default for field in fields(PretrainConfig)}
+    assert {name: found.pop(name) for name in DEFAULTS} == DEFAULTS
+    assert {str(value) for value in found.values()} == {"auto", "None", "False", "()"}
 
 
 def test_every_setting_has_its_help() -> None:

@@ -71,11 +71,19 @@ def test_one_branch_switched_off_is_no_divergence() -> None:
     assert told(HealthMonitor(1), range(1, 200), instance_cosine=0.0) == []
 
 
-def test_an_exploding_gradient_is_told() -> None:
+def test_a_gradient_of_a_thousand_times_its_running_mean_is_told() -> None:
+    watch = HealthMonitor(10)
+    told(watch, range(1, 1000))
+    assert told(watch, range(1000, 1001), grad_norm=101.0) == []  # the mean: 0.98 * 1 + 0.02 * 101
+    [sentence] = told(watch, range(1001, 1002), grad_norm=3010.0)
+    assert "the gradient's norm is 3.01e+03, a thousand times its usual 3." in sentence
+
+
+@pytest.mark.parametrize(("norm", "warnings"), [(990.0, 0), (1010.0, 1)])
+def test_an_exploding_gradient_is_told(norm, warnings) -> None:
     watch = HealthMonitor(10)
     told(watch, range(1, 100))
-    [sentence] = told(watch, range(100, 101), grad_norm=2000.0)
-    assert "the gradient's norm is 2e+03, a thousand times its usual 1" in sentence
+    assert len(told(watch, range(100, 101), grad_norm=norm)) == warnings
 
 
 def test_parts_by_estimate_leave_a_margin() -> None:

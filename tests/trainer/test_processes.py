@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -44,10 +45,19 @@ def done(flags: list[str]) -> str:
     return said
 
 
+def wait_for(event: Callable[[], object], process: subprocess.Popen[str]) -> None:
+    """Return once something is so, or the process has ended; kill it after two minutes."""
+    deadline = time.monotonic() + 120
+    while process.poll() is None and not event():
+        if time.monotonic() > deadline:
+            os.killpg(process.pid, signal.SIGKILL)
+            pytest.fail(f"waited in vain for a process, which said: {process.communicate()[0]}")
+        time.sleep(0.02)
+
+
 def until_saved(process: subprocess.Popen[str], run: Path) -> None:
     """Wait for the first checkpoint."""
-    while process.poll() is None and not list(run.glob("checkpoints/step-*.ckpt")):
-        time.sleep(0.02)
+    wait_for(lambda: list(run.glob("checkpoints/step-*.ckpt")), process)
 
 
 @pytest.mark.parametrize(
@@ -66,14 +76,17 @@ def test_two_processes_do_what_one_does(tmp_path, flags, strategy, levels) -> No
     kept = {"model": model, "steps": 10, "checkpoint_every": 10, "accelerator": "cpu"}
     # Batch norm of two samples magnifies what rounding did, and so does Adam where a gradient is 0.
     kept |= {"batch_size": 12, "optimizer": "sgd", "pixel_levels": levels}
+    kept |= {"crop_area": (0.1, 0.3)}  # so that some images have no pairs
     done(flags(**kept, out=str(tmp_path / "one"), accumulate=2))
     said = done(flags(**kept, out=str(tmp_path / "two"), devices=2, strategy=strategy))
     assert said.count("run: ") == 1
     assert "2 x cpu" in said
+    counted = "positive_pairs", "images_without_pairs"
     one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
     assert steps(tmp_path / "two") == list(range(1, 11))
+    assert any(line["images_without_pairs"] for line in one)
     for mine, theirs in zip(one, two, strict=True):
-        for name in ("loss", "pixel_cosine", "instance_cosine", "positive_pairs"):
+        for name in ("loss", "pixel_cosine", "instance_cosine", *counted):
             assert theirs[name] == pytest.approx(mine[name], abs=1e-4), name
         assert theirs["grad_norm"] == pytest.approx(mine["grad_norm"], rel=1e-3)
     ours, others = (checkpoint(tmp_path / run)["state_dict"] for run in ("one", "two"))
@@ -100,8 +113,7 @@ def test_a_signal_while_other_machines_are_waited_for_ends_the_process(flags) ->
     machine = {"MASTER_ADDR": address[0], "MASTER_PORT": str(address[1]), "NODE_RANK": "0"}
     process = start(flags(num_nodes=2, devices=1, accelerator="cpu"), **machine)
     with socket.socket() as waiting:
-        while process.poll() is None and waiting.connect_ex(address):
-            time.sleep(0.05)
+        wait_for(lambda: waiting.connect_ex(address) == 0, process)
         process.terminate()
         ended(process, within=20)
     assert process.returncode == -signal.SIGTERM

@@ -1,14 +1,16 @@
 """A training step: a batch made ready and split, batch norm over GPUs."""
 
+import copy
 import logging
 from types import SimpleNamespace
 
 import pytest
 import timm
 import torch
+from lightning.fabric import Fabric
 from run_folders import checkpoint, forget, metrics, steps
-from small_nets import SmallNet
-from torch import nn
+from small_nets import SmallNet, overlapping_views
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pixel_level_contrastive_learning import PixelCL, augment, pretrain, step_graph
@@ -23,12 +25,15 @@ from pixel_level_contrastive_learning.augment import (
 from pixel_level_contrastive_learning.data.dataset import TwoViewBatch
 from pixel_level_contrastive_learning.step_graph import WARM_UP, StepGraph, why_not
 from pixel_level_contrastive_learning.trainer import auto, training_step
+from pixel_level_contrastive_learning.trainer.auto import Schedule
 from pixel_level_contrastive_learning.trainer.memory import blank_views
 from pixel_level_contrastive_learning.trainer.training_step import (
+    METRIC_NAMES,
     TrainingStep,
     features_of,
     make_views,
     split_batch,
+    step_seed,
 )
 
 
@@ -109,6 +114,66 @@ def test_features_are_those_of_many_cells_and_images(images, monkeypatch) -> Non
     assert len(kept[0]) == min(32, 16 * images)
     found = [len(kept[0][:, which].unique()) for which in (0, 1)]
     assert (found[0] >= 15, found[1]) == (True, images)
+
+
+def one_step(**changed: float) -> tuple[dict[str, Tensor], PixelCL, PixelCL]:
+    """The metrics of a step on 7 images, of which one has no pairs; the learner after and before.
+
+    Batch norm uses its running statistics, so that an image does not hang on the others.
+    """
+    images = 7
+    torch.manual_seed(0)
+    heads = {"projection_size": 8, "projection_hidden_size": 8}
+    learner = PixelCL(SmallNet(), 64, pixel_levels=2, **heads).eval()
+    schedule = Schedule(10, 1, 0, 0.5, 0.0, 0.99)
+    usual = {"accumulate": 1, "clip_grad": 0, "weight_decay": 0, "seed": 0, "sharded": False}
+    photometry = (Photometry(sigma=(0.1, 2.0)),) * 2
+    plan = SimpleNamespace(
+        schedule=schedule, optimizer="momentum", photometry=photometry, **usual | changed
+    )
+    (one, map_one), (two, map_two) = overlapping_views(images)
+    map_two = map_two.clone()
+    map_two[0, :, 2] += 1000
+    factors = VIEW_ONE.draw(images), VIEW_TWO.draw(images)
+    made = TwoViewBatch(one, two, map_one, map_two, *factors, torch.arange(images))
+    before = copy.deepcopy(learner)
+    fabric = Fabric(accelerator="cpu", devices=1)
+    step = TrainingStep(fabric, learner, plan, Normalise((0.5,), (0.2,)))
+    return dict(zip(METRIC_NAMES, step(made).metrics, strict=True)), learner, before
+
+
+@pytest.mark.parametrize("parts", [2, 3])
+def test_taking_a_batch_in_parts_changes_nothing(parts) -> None:
+    whole, expected, before = one_step()
+    found, learner, _ = one_step(accumulate=parts)
+    assert whole["images_without_pairs"] == 1
+    whole.pop("pixel_cosine")  # a mean over the images with pairs, of which parts have a share each
+    near = {"rtol": 1e-4, "atol": 1e-4}
+    torch.testing.assert_close({name: found[name] for name in whole}, whole, **near)
+    torch.testing.assert_close(learner.state_dict(), expected.state_dict(), **near)
+    assert distance(expected, before) > 0.1
+
+
+def test_a_gradient_is_clipped_to_the_norm_asked_for() -> None:
+    metrics, learner, before = one_step(clip_grad=0.01)
+    assert metrics["grad_norm"] > 0.1  # before it was clipped
+    assert distance(learner, before) == pytest.approx(0.5 * 0.01, rel=1e-3)
+
+
+def distance(one: PixelCL, other: PixelCL) -> float:
+    """The norm of the difference in what the optimiser moves."""
+    pairs = zip(online(one), online(other), strict=True)
+    return torch.cat([(a - b).flatten() for a, b in pairs]).norm().item()
+
+
+def online(learner: PixelCL) -> list[Tensor]:
+    named = learner.named_parameters()
+    return [own.detach() for name, own in named if not name.startswith("target_encoder")]
+
+
+def test_each_step_of_each_process_has_a_seed_of_its_own() -> None:
+    numbers = [(0, 2, 3), (1, 2, 3), (0, 3, 3), (0, 2, 4)]
+    assert len({step_seed(*some) for some in numbers}) == len(numbers)
 
 
 @pytest.mark.parametrize("extra", [{}, {"accumulate": 2, "clip_grad": 0.5, "loss": "pixcontrast"}])
