@@ -56,7 +56,8 @@ def write_whole(path: Path, content: str | bytes | Callable[[IO[bytes]], object]
 
 def cannot_write(path: Path, error: OSError | RuntimeError) -> CannotWriteError:
     """The error for a file that could not be written, with what to do."""
-    reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+    reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+    reason = reason or type(error).__name__
     there = next((folder for folder in path.parents if folder.is_dir()), None)
     left = shutil.disk_usage(there).free / 2**20 if there else None
     # torch's writer tells a full disk in words of its own, and its part of a file is still there.
@@ -164,6 +165,14 @@ def read_settings_file(path: Path) -> dict[str, Any]:
                 raise yaml.YAMLError("it has an alias (*name); write the value out")
             return super().compose_node(parent, index)
 
+    # YAML 1.1 takes yes, no, on and off for booleans; `cache: off` is a word.
+    Loader.yaml_implicit_resolvers = {
+        first: [own for own in resolvers if own[0] != "tag:yaml.org,2002:bool"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    Loader.add_implicit_resolver(
+        "tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+    )
     number = re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
     advice = "give the config.yaml of a run, or a file with lines such as 'epochs: 100'"

@@ -382,9 +382,9 @@ class PixelCL(nn.Module):
         pixel, instance = self.branches
         if pixel > self.shared_branches.pixel or instance > self.shared_branches.instance:
             raise ValueError(
-                f"alpha is {self.alpha:g} and instance_weight {self.instance_weight:g}, one of them "
-                "0 when DistributedDataParallel was built, which leaves its heads out; build it "
-                "anew, or begin above 0, at 1e-8 for instance"
+                f"alpha is {self.alpha:g} and instance_weight {self.instance_weight:g}, one of "
+                "them 0 when DistributedDataParallel was built, which leaves its heads out; build "
+                "it anew, or begin above 0, at 1e-8 for instance"
             )
 
     def unreached_parameters(self) -> list[str]:

@@ -46,6 +46,14 @@ def test_what_breaks_in_the_middle_leaves_what_was_there(tmp_path, kind) -> None
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
+def test_an_error_without_words_is_told_by_its_name(tmp_path) -> None:
+    def fail(_: object) -> None:
+        raise OSError
+
+    with pytest.raises(CannotWriteError, match="could not be written: OSError; nothing that ex"):
+        write_whole(tmp_path / "a", fail)
+
+
 def test_a_place_where_nothing_can_be_is_told(tmp_path) -> None:
     (tmp_path / "file").write_bytes(b"mine")
     with pytest.raises(CannotWriteError, match=r"b could not be written: File exists"):

@@ -40,6 +40,13 @@ FIXED = (
 """Settings that a resumed run keeps, since its weights have their shape."""
 
 
+MACHINE = (
+    *("accelerator", "devices", "num_nodes", "strategy", "workers"),
+    *("cache", "graph", "loggers"),
+)
+"""Settings that say where and how fast a run goes, and of which no weight tells."""
+
+
 def settings_of(given: Mapping[str, Any]) -> dict[str, Any]:
     """All settings that were named somewhere; a later source overrides an earlier one.
 
@@ -218,12 +225,17 @@ def resume_changes(config: PretrainConfig, before: Mapping[str, Any]) -> dict[st
             f"a run cannot go on with other weights: {listed}; leave these as they were, or "
             "start a new run in another folder with --weights"
         )
+    if "strategy" in changed and config.strategy == "fsdp":
+        raise ValueError(
+            "strategy is 'fsdp', and the run began without: its optimiser's state is in one piece; "
+            "leave strategy as it was, or start a new run in another folder with --weights"
+        )
     return changed
 
 
 def check_idle_changes(changed: Iterable[str], done: int, steps: int) -> None:
     """Refuse changed settings that no step would be trained with: config.yaml would be wrong."""
-    changed = tuple(changed)
+    changed = tuple(name for name in changed if name not in MACHINE)
     if not changed or done < steps:
         return
     names = ", ".join(name for name in changed if name not in ("steps", "epochs"))

@@ -132,7 +132,9 @@ def choose_accumulate(
     if needed is None:
         parts = try_parts(fabric, step.learner, plan, parts or 1)
     elif not parts:
-        parts = parts_by(needed, images, free_memory(fabric.device))
+        sharing = fabric.world_size if fabric.device.type == "cpu" else 1
+        free = free_memory(fabric.device) // sharing - plan.cache_bytes
+        parts = parts_by(needed, images, free)
     if fabric.world_size > 1:
         agreed = torch.tensor(parts, device=fabric.device)
         torch.distributed.all_reduce(agreed, torch.distributed.ReduceOp.MAX)

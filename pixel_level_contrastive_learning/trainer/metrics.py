@@ -333,7 +333,9 @@ def build_loggers(names: tuple[str, ...], folder: Path, step: int) -> list[Logge
 
     resumed = f"from-step-{step:08d}" if step else ""  # its CSV would replace the one before
     makers: dict[str, Callable[[], Logger]] = {
-        "tensorboard": lambda: TensorBoardLogger(folder, name="tensorboard", version=""),
+        "tensorboard": lambda: TensorBoardLogger(  # steps that were taken back are hidden
+            folder, name="tensorboard", version="", purge_step=step + 1 if step else None
+        ),
         "csv": lambda: CSVLogger(folder, name="csv", version=resumed, flush_logs_every_n_steps=1),
         "wandb": lambda: rare("WandbLogger", save_dir=folder, name=folder.name),
         "mlflow": lambda: rare("MLFlowLogger", folder.name, tracking_uri=f"file:{folder}/mlflow"),

@@ -78,9 +78,13 @@ class RunDir:
         return (self.path / run_layout.CONFIG).is_file() or self.checkpoints.is_dir()
 
     def check_outside(self, places: Sequence[str]) -> None:
-        """Refuse to overwrite a run among whose files lie the images or masks to learn from."""
+        """Refuse to overwrite a run that is needed: for its images, masks, weights or settings."""
         for place in places:
             path = Path(place).expanduser().absolute()
+            if path == self.path.absolute():
+                raise ValueError(
+                    f"{place!r} is the run that --overwrite would remove; name another out"
+                )
             for name in run_layout.EVERYTHING:
                 if path.is_relative_to(self.path / name):
                     raise ValueError(

@@ -17,7 +17,7 @@ from ..pixel_cl import PixelCL
 from . import build
 from .auto import RunPlan, resolve, view_size
 from .config import PretrainConfig
-from .config_io import as_yaml, resume_changes, settings_in
+from .config_io import as_yaml, resume_changes, settings_in, start_weights
 from .logging import LOG
 from .memory import MIB, estimate
 from .metrics import check_loggers, few_pairs
@@ -78,7 +78,8 @@ def check_places(config: PretrainConfig, objects: Any) -> RunDir:
         run_dir.check_not_training()
         run_dir.check(resume=config.resume, overwrite=config.overwrite)
         if config.overwrite:
-            run_dir.check_outside([*config.data, *([config.probe] if config.probe else [])])
+            places = config.probe, config.config, start_weights(config.weights)
+            run_dir.check_outside([*config.data, *filter(None, places)])
     return run_dir
 
 

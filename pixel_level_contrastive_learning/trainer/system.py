@@ -81,7 +81,14 @@ def find_devices(config: PretrainConfig) -> Devices:
             f"devices is {per_node} processes on the CPU, which has {cores()} cores; give at most "
             "as many, or leave it out: one process uses all cores"
         )
-    return Devices(kind, per_node, nodes)
+    devices = Devices(kind, per_node, nodes)
+    if devices.processes == 1 and not is_writer():
+        rank = next(name for name in RANKS if os.environ.get(name, "0") != "0")
+        raise ValueError(
+            f"{rank} is {os.environ[rank]}, as in a run of several processes, and this run has "
+            f"one; give num_nodes and devices, or unset {rank}"
+        )
+    return devices
 
 
 def is_writer() -> bool:

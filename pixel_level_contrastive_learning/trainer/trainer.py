@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from inspect import Parameter, Signature
 from itertools import chain, repeat
@@ -246,13 +246,16 @@ def run(config: PretrainConfig, objects: Any = None) -> PretrainResult:
     Raises:
         ValueError: See `pretrain`.
     """
+    if objects is not None:
+        config = replace(config, data=())  # of a file of settings, perhaps
     run_dir = check_places(config, objects)
     with logging_to(terminal=is_writer()) as log, quiet_lightning(), StopSignal() as stop:
         try:
             with stop.resting():
                 setup = set_up(config, objects, run_dir)
                 if config.dry_run:
-                    return PretrainResult(None, dry_run(setup, run_dir), run_dir.path)
+                    tried = dry_run(setup, run_dir) if is_writer() else {}
+                    return PretrainResult(None, tried, run_dir.path)
             if not is_writer():
                 return train(setup, run_dir, stop)
             with run_dir.locked():  # only now: what was refused leaves no trace

@@ -200,12 +200,15 @@ class TrainingStep:
         """Go on from a checkpoint."""
         state = {name.removeprefix(LEARNER): own for name, own in held["state_dict"].items()}
         [optimizer] = held["optimizer_states"]
+        decays = [group["weight_decay"] for group in self.optimizer.param_groups]
         if self.plan.sharded:
             set_model_state_dict(self.learner, state, options=FULL_STATE)
             set_optimizer_state_dict(self.learner, self.optimizer, optimizer, options=FULL_STATE)
         else:
             self.learner.load_state_dict(state)
             self.optimizer.load_state_dict(optimizer)
+        for group, decay in zip(self.optimizer.param_groups, decays, strict=True):
+            group["weight_decay"] = decay  # the settings' own, which may have changed
         self.step = self.saved_at = held["steps_done"]
         self.samples = int(held["samples"])
         self.parts_before = tuple(held["parts"])

@@ -68,7 +68,7 @@ def test_few_images_are_seen_more_often(images, passes) -> None:
 def test_the_settings_written_down_leave_auto_to_the_system_alone() -> None:
     plan = planned()
     left = {name for name, value in vars(plan.settings).items() if value == "auto"}
-    assert left == {"accumulate", "workers", "devices", "accelerator", "strategy", "graph", "cache"}
+    assert left == {"accumulate", "workers", "devices", "accelerator", "strategy", "cache"}
     assert (plan.batch_size, plan.precision, plan.view_size) == (32, "float32", (224, 224))
     assert (plan.settings.image_size, plan.settings.pixel_layer) == (224, "layer4")
     assert resolve(plan.settings, LAPTOP) == plan

@@ -17,6 +17,7 @@ from pixel_level_contrastive_learning.trainer.config_io import (
 )
 
 DEFAULTS = {
+    "graph": "off",
     "model": "torchvision/resnet50",
     "pixel_levels": 1,
     "crop_area": (0.2, 1.0),
@@ -118,6 +119,14 @@ def test_a_file_without_settings_is_refused(tmp_path, text) -> None:
         path.write_text(text)
     with pytest.raises(ValueError, match="epochs: 100"):
         read_settings(path)
+
+
+def test_off_is_a_word_and_true_is_none(tmp_path) -> None:
+    (tmp_path / "mine.yaml").write_text("cache: off\ngraph: off\nzero_init_residual: true\n")
+    found = settings_of({"config": str(tmp_path / "mine.yaml")})
+    assert found == {"cache": "off", "graph": "off", "zero_init_residual": True} | {
+        "config": str(tmp_path / "mine.yaml")
+    }
 
 
 def test_later_sources_count_more(tmp_path) -> None:

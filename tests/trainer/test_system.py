@@ -35,6 +35,15 @@ def test_several_machines_need_a_launcher(monkeypatch, launched) -> None:
     assert find_devices(config).processes == 2
 
 
+@pytest.mark.parametrize("name", ["RANK", "NODE_RANK", "SLURM_PROCID"])
+def test_a_process_of_many_that_thinks_it_is_alone_is_refused(monkeypatch, name) -> None:
+    monkeypatch.setenv(name, "1")
+    with pytest.raises(ValueError, match=f"{name} is 1, as in a run of several .* or unset {name}"):
+        find_devices(PretrainConfig())
+    monkeypatch.setenv("MASTER_ADDR", "host")
+    assert find_devices(PretrainConfig(devices=1, num_nodes=2)).processes == 2
+
+
 def test_more_processes_than_cores_are_refused(monkeypatch) -> None:
     monkeypatch.setattr(system, "cores", lambda: 3)
     monkeypatch.setenv("MASTER_ADDR", "host")

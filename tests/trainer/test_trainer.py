@@ -28,7 +28,7 @@ from run_folders import (
 from run_folders import steps as steps_of
 from torchvision.models import resnet18
 
-from pixel_level_contrastive_learning import PixelCL, evaluate, pretrain
+from pixel_level_contrastive_learning import PixelCL, evaluate, load_backbone, pretrain
 from pixel_level_contrastive_learning.backbones.checkpoint import read_backbone
 from pixel_level_contrastive_learning.backbones.export import export
 from pixel_level_contrastive_learning.files import CannotWriteError
@@ -372,10 +372,44 @@ def test_a_run_that_is_done_takes_no_other_settings_and_exports_anew(run, settin
     ):
         with pytest.raises(ValueError, match=told.format(steps)):
             pretrain(out=run, resume=True, **change)
+    with pytest.raises(ValueError, match="is the run that --overwrite would remove; name another"):
+        pretrain(**settings(weights=str(run), overwrite=True))
     assert files(run) == before
     (run / "backbone.safetensors").unlink()
-    pretrain(out=run, resume=True)
+    pretrain(out=run, resume=True, workers=2, devices=1)  # on another machine
     assert equal(whole, weights(run))
+
+
+def test_a_resumed_run_takes_its_new_weight_decay(run, settings) -> None:
+    pretrain(**settings(weight_decay=0.0))
+    pretrain(out=run, resume=True, steps=8, weight_decay=0.5)
+    [optimizer] = checkpoint(run)["optimizer_states"]
+    assert {group["weight_decay"] for group in optimizer["param_groups"]} == {0.0, 0.5}
+
+
+def test_a_run_that_goes_on_is_read_at_its_last_checkpoint(run, settings, monkeypatch) -> None:
+    pretrain(**settings())
+    monkeypatch.setattr(trainer, "export_backbone", lambda *_: None)  # killed before
+    pretrain(out=run, resume=True, steps=8)
+    held = checkpoint(run)["state_dict"]
+    prefix = "learner.online_encoder.net."
+    expected = {name.removeprefix(prefix): own for name, own in held.items() if prefix in name}
+    assert equal(load_backbone(run).state_dict(), expected)
+
+
+def test_a_run_without_shards_does_not_go_on_in_shards(run, settings) -> None:
+    pretrain(**settings())
+    with pytest.raises(ValueError, match="strategy is 'fsdp', and the run began without"):
+        pretrain(out=run, resume=True, steps=8, strategy="fsdp")
+
+
+def test_objects_are_asked_for_again_whatever_a_file_names(run, settings, tmp_path) -> None:
+    (tmp_path / "mine.yaml").write_text(f"data: [{tmp_path / 'images'}]\n")
+    given = settings(config=str(tmp_path / "mine.yaml"))
+    given.pop("data")
+    pretrain([torch.rand(3, 48, 48) for _ in range(8)], **given)
+    with pytest.raises(ValueError, match="the run was given Python objects"):
+        pretrain(out=run, resume=True, steps=8)
 
 
 def test_images_that_came_since_are_told(run, settings, images) -> None:
