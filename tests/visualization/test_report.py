@@ -287,6 +287,7 @@ def test_a_label_curve_stands_before_the_predictions(run_maker, tmp_path) -> Non
     text = visualize(run, out=page, count=1).read_text()
     assert text.index("How many masks they need") < text.index("What they predict")
     table = text[text.index("mIoU by the number of masks: finetune") :]
+    assert str(tmp_path) not in text
     assert re.findall(r">(0\.\d+)</td>", table)[:2] == ["0.400", "0.500"]
     (run / "label-curve.png").write_bytes(b"no picture")
     assert "How many masks they need" not in visualize(run, out=page, count=1).read_text()
