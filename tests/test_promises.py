@@ -242,7 +242,7 @@ GOOD = torch.rand(2, 3, 80, 80)
     ("images", "texts"),
     [
         ((GOOD * 255).byte(), ["torch.uint8", "float", "images.float() / 255"]),
-        (GOOD[:, :1], ["1 channels", "built for 3", "channels=1"]),
+        (GOOD[:, :1], ["1 channels", "built for 3", "images.expand(-1, 3, -1, -1)"]),
         (GOOD[..., :8], ["80x8", "at least 16x16"]),
         (GOOD * 255, ["values from", "[0, 1]", "255"]),
         ((GOOD, GOOD), ["View", "to_image"]),

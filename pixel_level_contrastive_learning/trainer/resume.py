@@ -70,10 +70,7 @@ def prepare(setup: Setup, run_dir: RunDir, begin: ResumePoint) -> None:
     # Now, not at the end: with it the checkpoints can be evaluated while the run goes on.
     card = build.build_card(setup.plan, setup.data.statistics)
     resumed = begin.path is not None
-    weights = run_dir.path / run_layout.WEIGHTS
-    begin_card(weights, setup.learner.net, card, resumed)
-    if resumed and begin.step < setup.plan.schedule.steps:
-        weights.unlink(missing_ok=True)  # of an earlier end: the newest checkpoint counts
+    begin_card(run_dir.path / run_layout.WEIGHTS, setup.learner.net, card, resumed)
 
 
 def check_statistics(setup: Setup, run_dir: RunDir, held: Mapping[str, Any]) -> None:

@@ -170,6 +170,7 @@ def save_checkpoint(
     }
     if step.fabric.is_global_zero:
         run_dir.save_checkpoint(held, step.step, setup.plan.keep_checkpoints)
+        (run_dir.path / run_layout.WEIGHTS).unlink(missing_ok=True)  # of an earlier end
     step.saved_at = step.step
 
 

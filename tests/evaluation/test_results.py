@@ -174,7 +174,7 @@ def test_a_label_curve_is_drawn(tmp_path) -> None:
     with Image.open(tmp_path / "curve.png") as image:
         pixels = np.array(image.convert("RGB")).reshape(-1, 3)
     assert image.size == (1280, 840)
-    blue = (pixels == (255, 127, 14)).all(axis=1).sum()  # the trained weights' line, C1
+    blue = (pixels == (0, 114, 178)).all(axis=1).sum()  # the trained weights' line
     gray = (pixels == (140, 140, 140)).all(axis=1).sum()
     assert min(blue, gray) > 300
 
