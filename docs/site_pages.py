@@ -23,8 +23,7 @@ ELSEWHERE = {  # file of the repository, its place on the site
     "CONTRIBUTING.md": "contributing.md",
     "benchmarks/README.md": "benchmarks.md",
     "propagate.png": "propagate.png",
-    "examples/pretrain_loop.py": "examples/pretrain_loop.py",
-    "examples/custom_backbone.py": "examples/custom_backbone.py",
+    **{f"examples/{own.name}": f"examples/{own.name}" for own in (ROOT / "examples").glob("*.py")},
     "notebooks/own_folder.ipynb": "notebooks/own_folder.md",
     "notebooks/read_a_run.ipynb": "notebooks/read_a_run.md",
 }

@@ -34,6 +34,8 @@ EXAMPLES = ROOT / "examples"
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 LOOP = (ROOT / "docs/loop.md").read_text(encoding="utf-8")
+SITE = (ROOT / "docs/site_pages.py").read_text(encoding="utf-8")
+"""It names the files outside ``docs/`` and ``examples/`` that the site has, too."""
 PAGES = [ROOT / "README.md", ROOT / "benchmarks/README.md", *sorted(ROOT.glob("docs/*.md"))]
 PYTHON = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 SHORT = "--size", "64", "--batch", "2", "--steps", "2", "--out", "net.pt"
@@ -299,6 +301,8 @@ def test_links_of_a_page_lead_somewhere(page: Path) -> None:
             linked = (page.parent / path).resolve() if path else page
             assert linked.exists(), target
             assert not anchor or anchor in anchors(linked), target
+            name = linked.relative_to(ROOT).as_posix()
+            assert name.startswith(("docs/", "examples/")) or f'"{name}"' in SITE, target
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
