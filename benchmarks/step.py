@@ -179,12 +179,8 @@ def as_one_graph(step: Step) -> Step:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=beside):
         step()
-
-    def replay() -> None:
-        assert step is not None  # it holds the weights and views that the graph reads
-        graph.replay()
-
-    return replay
+    held = graph, step  # the graph reads the weights and views that the step holds
+    return lambda: held[0].replay()
 
 
 def ours(args: argparse.Namespace, watch: Stopwatch | None = None) -> Step:

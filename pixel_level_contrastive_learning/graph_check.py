@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -17,7 +18,6 @@ SHORT = 16
 CHANGES_AGREE = 0.2
 """Largest difference of what a step and its graph change, relative to the change: Adam magnifies
 rounding where gradients are about 0."""
-
 SPARE_SHARE = 0.1
 """Smallest share of a GPU's memory that is free beside a graph."""
 
@@ -29,20 +29,14 @@ class CaptureError(RuntimeError):
     """The graph of a step does something else than the step."""
 
 
-def tensors_of(state: State) -> Iterator[Tensor]:
-    """All tensors of a state."""
-    for held in state.values():
-        yield from held
-
-
 def places_of(state: State) -> list[int]:
     """The addresses of all tensors of a state."""
-    return [own.data_ptr() for own in tensors_of(state)]
+    return [own.data_ptr() for own in chain.from_iterable(state.values())]
 
 
 def bytes_of(state: State) -> int:
     """Bytes that a state takes."""
-    return sum(own.nbytes for own in tensors_of(state))
+    return sum(own.nbytes for own in chain.from_iterable(state.values()))
 
 
 def copies(state: State) -> State:

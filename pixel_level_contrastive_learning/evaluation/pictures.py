@@ -144,7 +144,8 @@ def draw_label_curve(path: Path, evaluation: Evaluation, protocol: str) -> None:
         masks = [point.masks for point in points]
         middle, spread = (np.array([own[k] for own in points]) for k in (1, 2))
         colour, marker = LINES[number % len(LINES)]
-        colour = "0.55" if not row.baselines and number == 0 else colour
+        if number == 0 and not row.baselines:
+            colour = "0.55"
         axes.plot(masks, middle, f"{marker}-", color=colour, markersize=4, label=row.name)
         axes.fill_between(masks, middle - spread, middle + spread, color=colour, alpha=0.15, lw=0)
     axes.set_xscale("log")

@@ -14,8 +14,6 @@ SAME_STRIDE = 1.5
 """Strides within this factor are equal: borders make a map a cell larger or smaller."""
 ONE_BLOCK = 3.0
 """A layer that multiplies the stride by more than this is a row of blocks, not one block."""
-
-
 SHUFFLED = 0.5
 """Tokens of equal images that differ by more than this, relative to neighbours, have no place."""
 

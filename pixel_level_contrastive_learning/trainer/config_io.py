@@ -38,8 +38,6 @@ FIXED = (
     "optimizer",
 )
 """Settings that a resumed run keeps, since its weights have their shape."""
-
-
 MACHINE = (
     *("accelerator", "devices", "num_nodes", "strategy", "workers"),
     *("cache", "graph", "loggers"),
