@@ -13,6 +13,10 @@ def _few(monkeypatch) -> None:
     monkeypatch.setattr(demo, "SCENES", {"train": 24, "val": 4})
 
 
+def cut_off(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
 def test_the_demo_ends_with_a_table_and_where_the_report_is(tmp_path, capsys) -> None:
     out = tmp_path / "demo"
     assert cli.main(["demo", "--out", str(out), "--steps", "1"]) == 0
@@ -46,9 +50,6 @@ def test_what_is_no_demo_is_not_replaced(tmp_path, capsys) -> None:
 
 
 def test_a_demo_that_was_cut_off_is_begun_anew(tmp_path, monkeypatch) -> None:
-    def cut_off(*_: object) -> None:
-        raise KeyboardInterrupt
-
     out = tmp_path / "demo"
     monkeypatch.setattr(scenes, "draw_scene", cut_off)
     with pytest.raises(KeyboardInterrupt):
@@ -58,9 +59,6 @@ def test_a_demo_that_was_cut_off_is_begun_anew(tmp_path, monkeypatch) -> None:
 
 
 def test_a_demo_is_drawn_at_home_and_not_into_a_file(tmp_path, monkeypatch, capsys) -> None:
-    def cut_off(*_: object) -> None:
-        raise KeyboardInterrupt
-
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr(scenes, "draw_scene", cut_off)
     with pytest.raises(KeyboardInterrupt):

@@ -37,7 +37,11 @@ from pixel_level_contrastive_learning.trainer import setup, trainer
 from pixel_level_contrastive_learning.trainer.auto import Schedule
 from pixel_level_contrastive_learning.trainer.build import build_optimizer
 from pixel_level_contrastive_learning.trainer.config import PretrainConfig
-from pixel_level_contrastive_learning.trainer.training_step import NotFiniteError, TrainingStep
+from pixel_level_contrastive_learning.trainer.training_step import (
+    BACKBONE,
+    NotFiniteError,
+    TrainingStep,
+)
 
 FIGURES = [
     *("step", "loss", "pixel_loss", "instance_loss", "pixel_cosine", "instance_cosine"),
@@ -392,8 +396,7 @@ def test_a_run_that_goes_on_is_read_at_its_last_checkpoint(run, settings, monkey
     monkeypatch.setattr(trainer, "export_backbone", lambda *_: None)  # killed before
     pretrain(out=run, resume=True, steps=8)
     held = checkpoint(run)["state_dict"]
-    prefix = "learner.online_encoder.net."
-    expected = {name.removeprefix(prefix): own for name, own in held.items() if prefix in name}
+    expected = {name.removeprefix(BACKBONE): own for name, own in held.items() if BACKBONE in name}
     assert equal(load_backbone(run).state_dict(), expected)
 
 
