@@ -7,7 +7,7 @@ from math import ceil, cos, pi, sqrt
 from typing import Any
 
 from ..augment import Photometry, blur_of
-from .config import PRECISIONS, Auto, PretrainConfig
+from .config import NAMES, PRECISIONS, Auto, PretrainConfig
 
 LINEAR = ("sgd", "momentum", "nesterov", "lars", "larc")
 """Parts of the names of optimisers whose learning rate grows in proportion to the batch."""
@@ -96,6 +96,7 @@ class RunPlan:
     """Everything that decides a run, resolved: nothing is `auto` any more."""
 
     settings: PretrainConfig  # for `config.yaml`; nothing else reads them
+    chosen: tuple[str, ...]  # names of the settings that were `auto`
     model: str
     schedule: Schedule
     view_size: tuple[int, int]  # (height, width)
@@ -197,6 +198,9 @@ def resolve(config: PretrainConfig, info: Info) -> RunPlan:
     )
     derived: dict[str, Any] = {
         "settings": settings,
+        "chosen": tuple(
+            name for name in NAMES if "auto" == getattr(config, name) != getattr(settings, name)
+        ),
         "schedule": schedule,
         "view_size": size,
         "photometry": (first, second),

@@ -98,7 +98,8 @@ class PretrainConfig:
     """Folder of the run (required).
     It must be new or empty, unless --resume or --overwrite is given."""
     config: str | None = None
-    """YAML file of settings, such as the config.yaml of an earlier run. Flags override it."""
+    """YAML file of settings, such as the config.yaml of an earlier run. Flags override it.
+    What that run chose by a setting that you change, such as lr by --optimizer, is chosen anew."""
     recipe: str | None = None
     """Settings of the PixPro authors: pixpro-100ep or pixpro-400ep. Flags override them."""
     resume: bool = False

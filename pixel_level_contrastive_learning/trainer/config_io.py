@@ -24,6 +24,21 @@ REPLACES: dict[str, dict[str, Any]] = {
     "pixel_levels": {"pixel_layer": "auto"},
 }
 """Settings that a setting takes the place of, and how these are then left."""
+BY_DATA, BY_LENGTH = ("data", "pages"), ("data", "steps", "epochs", "batch_size")
+CHOSEN_BY: dict[str, tuple[str, ...]] = {
+    "channels": BY_DATA,
+    "image_size": BY_DATA,
+    "epochs": BY_DATA,
+    "blur_sigma": ("image_size",),
+    **dict.fromkeys(("pixel_layer", "instance_layer"), ("model", "image_size")),
+    "lr": ("model", "weights", "optimizer"),
+    **dict.fromkeys(
+        ("warmup_epochs", "checkpoint_every", "picture_every", "probe_every"), BY_LENGTH
+    ),
+}
+"""Settings that a run chooses by others: where one of these is changed, they are chosen anew."""
+CHOSEN = "chosen"
+"""What `config.yaml` holds beside settings: those that were `auto`, and what was chosen."""
 FIXED = (
     "model",
     "weights",
@@ -60,12 +75,16 @@ def settings_of(given: Mapping[str, Any]) -> dict[str, Any]:
     """
     raise_together(*unknown_names(given, "settings"))
     sources: list[Mapping[str, Any]] = []
+    anew: dict[str, Any] = {}
     if given.get("resume") and given.get("out") is not None:
         held = Path(given["out"]).expanduser() / run_layout.CONFIG
         if held.is_file():
             sources.append(read_settings(held))
     if given.get("config") is not None:
-        file = read_settings(Path(given["config"]).expanduser())
+        path = Path(given["config"]).expanduser()
+        file = read_settings(path)
+        later = {name: value for own in recipe_of(given) for name, value in own.items()} | dict(given)
+        anew = chosen_anew(file, chosen_in(path, file), later)
         sources += [*recipe_of(file), file]
     sources += [*recipe_of(given), given]
     merged: dict[str, Any] = {}
@@ -74,6 +93,7 @@ def settings_of(given: Mapping[str, Any]) -> dict[str, Any]:
             if source.get(name) is not None:
                 merged |= {other: value for other, value in left.items() if other not in source}
         merged |= source
+    merged |= anew
     if merged.get("probe") is None:  # a run writes the probe_every that it would have had
         idle = {name: merged.get(name) for name in ("ids", "colours")}
         idle |= {"probe_every": given.get("probe_every")}
@@ -85,6 +105,26 @@ def settings_of(given: Mapping[str, Any]) -> dict[str, Any]:
             )
         )
     return merged
+
+
+def chosen_in(path: Path, settings: Mapping[str, Any]) -> tuple[str, ...]:
+    """The settings that a run chose, by its `config.yaml`, and that are still what it chose."""
+    held = read_settings_file(path).get(CHOSEN)
+    chosen = held.items() if isinstance(held, dict) else ()
+    return tuple(name for name, value in chosen if plain(settings.get(name)) == plain(value))
+
+
+def chosen_anew(
+    file: Mapping[str, Any], chosen: Iterable[str], given: Mapping[str, Any]
+) -> dict[str, Any]:
+    """`auto` for what the run of a file chose by settings that are now given other values."""
+    changed = {name for name, value in given.items() if plain(value) != file.get(name)}
+    anew: dict[str, Any] = {}
+    for name, others in CHOSEN_BY.items():
+        if name in chosen and name not in given and changed.intersection(others):
+            anew[name] = "auto"
+            changed.add(name)
+    return anew
 
 
 def recipe_of(source: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
@@ -130,6 +170,7 @@ def read_settings(path: Path) -> dict[str, Any]:
         ValueError: There is no such file, it holds no mapping, or a name in it is unknown.
     """
     read = read_settings_file(path)
+    read.pop(CHOSEN, None)
     settings = {name: plain(value) for name, value in read.items()}
     wrong = (f"{path}: {message}" for message in check_limits(settings, CONFIG_LIMITS))
     raise_together(*unknown_names(read, str(path)), *wrong)
@@ -142,14 +183,23 @@ def settings_in(folder: Path) -> dict[str, Any]:
     return read_settings(path) if path.is_file() else {}
 
 
-def as_yaml(config: PretrainConfig) -> str:
-    """The settings as the text of a `config.yaml`, without those that say how to start."""
-    values: dict[str, Any] = {
-        name: list(value) if isinstance(value, tuple) else value
-        for name, value in absolute_settings(config).items()
-        if name not in HOW_TO_START
-    }
+def as_yaml(config: PretrainConfig, chosen: Iterable[str] = ()) -> str:
+    """The settings as the text of a `config.yaml`, without those that say how to start.
+
+    ``chosen`` are the names of those that were `auto`.
+    """
+    values: dict[str, Any] = absolute_settings(config)
+    written = [name for name in NAMES if name not in HOW_TO_START]
+    if of_run := [name for name in written if name in set(chosen)]:
+        values[CHOSEN] = {name: as_list(values[name]) for name in of_run}
+        written.append(CHOSEN)
+    values = {name: as_list(values[name]) for name in written}
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, default_flow_style=None)
+
+
+def as_list(value: Any) -> Any:
+    """A list for a tuple, a new one each time: YAML would write an alias for one that it knows."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def absolute_settings(config: PretrainConfig) -> dict[str, Any]:

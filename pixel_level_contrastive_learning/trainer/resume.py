@@ -13,7 +13,7 @@ from ..backbones.state_dict import check_code, tensors_of
 from ..files import write_whole
 from ..pixel_cl import PixelCL
 from . import build
-from .config_io import as_yaml, check_idle_changes, resume_changes
+from .config_io import as_yaml, check_idle_changes, chosen_in, resume_changes
 from .logging import LOG
 from .run_dir import RunDir, step_of
 from .setup import Setup
@@ -65,7 +65,11 @@ def prepare(setup: Setup, run_dir: RunDir, begin: ResumePoint) -> None:
     run_dir.discard_after(begin.number)
     if begin.path is not None and begin.step != begin.number:
         run_dir.renumber(begin.path, begin.number, begin.step)
-    write_whole(run_dir.path / run_layout.CONFIG, as_yaml(setup.plan.settings))
+    config, plan = run_dir.path / run_layout.CONFIG, setup.plan
+    earlier: tuple[str, ...] = ()
+    if setup.before is not None and config.is_file():
+        earlier = chosen_in(config, asdict(plan.settings))
+    write_whole(config, as_yaml(plan.settings, plan.chosen + earlier))
     build.save_statistics(setup.data, run_dir.path)
     # Now, not at the end: with it the checkpoints can be evaluated while the run goes on.
     card = build.build_card(setup.plan, setup.data.statistics)

@@ -159,7 +159,7 @@ def log_setup(setup: Setup, *, dry_run: bool) -> None:
     if plan.sharded and setup.probe_splits:
         LOG.warning("with fsdp no process has the whole network: nothing is probed or drawn")
     level = logging.INFO if dry_run else logging.DEBUG
-    LOG.log(level, "settings:\n%s", as_yaml(plan.settings))
+    LOG.log(level, "settings:\n%s", as_yaml(plan.settings, plan.chosen))
 
 
 def rounded(values: Sequence[float] | None) -> str:

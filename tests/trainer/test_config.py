@@ -1,7 +1,8 @@
-"""The one list of knobs: ranges, sources, file, and what is told of mistakes."""
+"""The settings: ranges, sources, file, and what is told of mistakes."""
 
 from dataclasses import fields
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -167,6 +168,44 @@ def test_what_is_for_probes_needs_one_unless_it_was_written_by_a_run(tmp_path, n
     assert settings_of({"config": str(tmp_path / "config.yaml")})["probe_every"] == 3
 
 
+def written_by_a_run(tmp_path, **settings: object) -> str:
+    config = to_config({"image_size": 96, "lr": 1e-3, "warmup_epochs": 2.0} | settings)
+    (tmp_path / "config.yaml").write_text(as_yaml(config, ("lr", "warmup_epochs", "image_size")))
+    return str(tmp_path / "config.yaml")
+
+
+@pytest.mark.parametrize(
+    ("given", "anew"),
+    [
+        ({}, set()),
+        ({"seed": 3, "model": "torchvision/resnet50"}, set()),  # the model is as it was
+        ({"optimizer": "sgd"}, {"lr"}),
+        ({"weights": "pretrained", "lr": 0.5}, set()),
+        ({"steps": 30}, {"warmup_epochs"}),
+        ({"data": ["others"]}, {"image_size", "warmup_epochs"}),
+        ({"recipe": "pixpro-100ep"}, set()),  # which names all of them itself
+    ],
+    ids=str,
+)
+def test_what_a_run_chose_is_chosen_anew_by_other_settings(tmp_path, given, anew) -> None:
+    found = settings_of({"config": written_by_a_run(tmp_path)} | given)
+    assert {name for name in ("lr", "warmup_epochs", "image_size") if found[name] == "auto"} == anew
+    assert to_config(found).lr == found["lr"]
+
+
+def test_what_follows_from_a_choice_is_chosen_anew_with_it(tmp_path) -> None:
+    config = to_config({"image_size": 96, "blur_sigma": (0.1, 0.9)})
+    (tmp_path / "config.yaml").write_text(as_yaml(config, ("image_size", "blur_sigma")))
+    found = settings_of({"config": str(tmp_path / "config.yaml"), "data": ["others"]})
+    assert (found["image_size"], found["blur_sigma"]) == ("auto", "auto")
+
+
+def test_a_value_changed_by_hand_is_no_choice_of_the_run(tmp_path) -> None:
+    path = Path(written_by_a_run(tmp_path))
+    path.write_text(path.read_text().replace("lr: 0.001", "lr: 0.005", 1))
+    assert settings_of({"config": str(path), "optimizer": "sgd"})["lr"] == 0.005
+
+
 def test_numbers_with_exponents_are_numbers_in_a_file(tmp_path) -> None:
     (tmp_path / "a.yaml").write_text("lr: 1e-3\nfinal_lr: 1.5E-6\nout: e3\n")
     assert read_settings(tmp_path / "a.yaml") == {"lr": 0.001, "final_lr": 1.5e-6, "out": "e3"}
@@ -177,6 +216,8 @@ def test_the_file_holds_what_repeats_a_run(tmp_path) -> None:
     text = as_yaml(config)
     assert not {"resume", "overwrite", "dry_run", "config"} & set(yaml.safe_load(text))
     (tmp_path / "config.yaml").write_text(text)
+    assert to_config(read_settings(tmp_path / "config.yaml")) == config
+    (tmp_path / "config.yaml").write_text(as_yaml(config, ("lr", "crop_area")))
     assert to_config(read_settings(tmp_path / "config.yaml")) == config
 
 

@@ -309,7 +309,11 @@ def test_more_steps_may_be_asked_for_and_the_difference_is_told(run, settings) -
     pretrain(**settings())
     file = run / "config.yaml"
     file.write_text(file.read_text().replace("seed: 0", "seed: 4"))
+    chosen = config(run)["chosen"]
+    assert chosen["lr"] == 0.002
     pretrain(out=run, resume=True, steps=8, lr=1e-3)
+    del chosen["lr"]
+    assert config(run)["chosen"] == chosen
     for told in ("steps was 6 and is now 8", "lr was 0.002 and is now 0.001", "seed was 0 and is "):
         assert f"changed: {told}" in log(run)
     assert steps_of(run) == list(range(1, 9))
