@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from difflib import get_close_matches
@@ -71,9 +72,13 @@ def settings_of(given: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises:
         ValueError: An unknown name, with the nearest right ones; a file that cannot be read;
-            settings of a probe without one.
+            settings of a probe without one; two lengths of a run.
     """
-    raise_together(*unknown_names(given, "settings"))
+    steps, epochs = given.get("steps"), given.get("epochs")
+    both = None
+    if steps is not None and epochs not in (None, "auto"):
+        both = f"steps is {steps} and epochs is {epochs}; give one of them"
+    raise_together(*unknown_names(given, "settings"), both)
     sources: list[Mapping[str, Any]] = []
     anew: dict[str, Any] = {}
     if given.get("resume") and given.get("out") is not None:
@@ -83,9 +88,9 @@ def settings_of(given: Mapping[str, Any]) -> dict[str, Any]:
     if given.get("config") is not None:
         path = Path(given["config"]).expanduser()
         file = read_settings(path)
-        later = {name: value for own in recipe_of(given) for name, value in own.items()} | dict(given)
-        anew = chosen_anew(file, chosen_in(path, file), later)
         sources += [*recipe_of(file), file]
+        later = ChainMap(dict(given), *map(dict, recipe_of(given)))
+        anew = chosen_anew(file, chosen_in(path, file), later)
     sources += [*recipe_of(given), given]
     merged: dict[str, Any] = {}
     for source in sources:

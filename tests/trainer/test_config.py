@@ -102,6 +102,12 @@ def test_resume_and_overwrite_exclude_each_other() -> None:
         PretrainConfig(resume=True, overwrite=True)
 
 
+def test_a_run_has_one_length(tmp_path) -> None:
+    with pytest.raises(ValueError, match="steps is 9 and epochs is 2; give one of them"):
+        to_config(settings_of({"steps": 9, "epochs": 2, "recipe": "pixpro-100ep"}))
+    assert to_config(settings_of({"steps": 9, "recipe": "pixpro-100ep"})).epochs == "auto"
+
+
 def test_an_unknown_setting_names_the_nearest() -> None:
     with pytest.raises(ValueError, match="'epohs' is no setting; perhaps epochs"):
         settings_of({"epohs": 3})
