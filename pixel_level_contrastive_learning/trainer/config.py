@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import partial
 from types import MappingProxyType
-from typing import Literal
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -73,6 +73,7 @@ their scripts leave off, pools before its projector.
 
 
 Auto = Literal["auto"]
+Logger = Literal["tensorboard", "csv", "wandb", "mlflow"]
 PRETRAINED = "pretrained"
 """In place of a file of weights: those that the model's library offers."""
 PRECISIONS = {
@@ -262,7 +263,7 @@ class PretrainConfig:
     max_broken: float = 0.01
     """Largest fraction of unreadable images before the run stops.
     Unless it is 0, a single unreadable image is always accepted."""
-    loggers: tuple[Literal["tensorboard", "csv", "wandb", "mlflow"], ...] = ("tensorboard",)
+    loggers: tuple[Logger, ...] = ("tensorboard",)
     """Loggers to write metrics to, in addition to metrics.jsonl."""
     picture_every: int | Auto = "auto"
     """Steps between pictures of the features; 0 draws none.
@@ -340,6 +341,11 @@ def precision(name: str, value: object) -> str | None:
 
 
 OWN_LIMITS: Mapping[str, Check] = {
+    **{
+        name: partial(one_of, allowed=get_args(hint))
+        for name, hint in get_type_hints(PretrainConfig).items()
+        if get_origin(hint) is Literal
+    },
     **dict.fromkeys(("out", "config", "weights", "probe", "ids", "colours"), plain_text),
     **dict.fromkeys(("model", "instance_layer", "optimizer"), plain_text),
     "pixel_layer": text_or_texts,
@@ -350,7 +356,6 @@ OWN_LIMITS: Mapping[str, Check] = {
     "data": texts,
     "nodata": number,
     "recipe": partial(one_of, allowed=tuple(RECIPES)),
-    "loss": partial(one_of, allowed=("pixpro", "pixcontrast")),
     **dict.fromkeys(("aspect_ratio", "blur_sigma"), low_high),
     **dict.fromkeys(("prob_jitter", "prob_gray"), partial(within, low=0, high=1)),
     **dict.fromkeys(("prob_blur", "prob_solarise"), partial(numbers, count=2)),
@@ -368,12 +373,7 @@ OWN_LIMITS: Mapping[str, Check] = {
         ("warmup_epochs", "weight_decay", "final_lr", "clip_grad"), partial(at_least, low=0)
     ),
     "precision": precision,
-    "accelerator": partial(one_of, allowed=("auto", "cpu", "gpu", "mps")),
-    "strategy": partial(one_of, allowed=("auto", "ddp", "fsdp")),
-    "graph": partial(one_of, allowed=("auto", "off")),
-    "cache": partial(one_of, allowed=("auto", "ram", "off")),
-    "loggers": partial(texts, allowed=("tensorboard", "csv", "wandb", "mlflow")),
-    "probe_protocol": partial(one_of, allowed=("linear", "knn")),
+    "loggers": partial(texts, allowed=get_args(Logger)),
 }
 """The limits of the settings that no other module takes."""
 
