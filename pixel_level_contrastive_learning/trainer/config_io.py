@@ -79,19 +79,16 @@ def settings_of(given: Mapping[str, Any]) -> dict[str, Any]:
     if steps is not None and epochs not in (None, "auto"):
         both = f"steps is {steps} and epochs is {epochs}; give one of them"
     raise_together(*unknown_names(given, "settings"), both)
-    sources: list[Mapping[str, Any]] = []
-    anew: dict[str, Any] = {}
-    if given.get("resume") and given.get("out") is not None:
-        held = Path(given["out"]).expanduser() / run_layout.CONFIG
-        if held.is_file():
-            sources.append(read_settings(held))
+    run, file, anew = dict[str, Any](), dict[str, Any](), dict[str, Any]()
     if given.get("config") is not None:
         path = Path(given["config"]).expanduser()
         file = read_settings(path)
-        sources += [*recipe_of(file), file]
         later = ChainMap(dict(given), *map(dict, recipe_of(given)))
         anew = chosen_anew(file, chosen_in(path, file), later)
-    sources += [*recipe_of(given), given]
+    named = file | dict(given)
+    if named.get("resume") and named.get("out") is not None:
+        run = settings_in(Path(named["out"]).expanduser())
+    sources = run, *recipe_of(file), file, *recipe_of(given), given
     merged: dict[str, Any] = {}
     for source in sources:
         for name, left in REPLACES.items():

@@ -149,6 +149,14 @@ def test_later_sources_count_more(tmp_path) -> None:
     assert found["optimizer"] == "lars"
 
 
+def test_a_file_may_name_the_run_that_is_resumed(tmp_path) -> None:
+    (tmp_path / "config.yaml").write_text("seed: 7\nlr: 1e-3\n")
+    (tmp_path / "mine.yaml").write_text(f"out: {tmp_path}\nlr: 0.5\nresume: true\n")
+    found = settings_of({"config": str(tmp_path / "mine.yaml")})
+    assert (found["seed"], found["lr"]) == (7, 0.5)
+    assert "seed" not in settings_of({"config": str(tmp_path / "mine.yaml"), "resume": False})
+
+
 def test_a_recipe_that_is_given_counts_more_than_a_file(tmp_path) -> None:
     (tmp_path / "file.yaml").write_text("epochs: 5\nseed: 4\n")
     found = settings_of({"config": str(tmp_path / "file.yaml"), "recipe": "pixpro-400ep"})
