@@ -178,7 +178,7 @@ def resolve(config: PretrainConfig, info: Info) -> RunPlan:
         batch_size=batch,
         epochs=epochs if config.steps is None else config.epochs,
         lr=lr,
-        warmup_epochs=schedule.warmup_steps / per_epoch,
+        warmup_epochs=schedule.warmup_steps / per_epoch if share == "auto" else share,
         precision=precision,
         checkpoint_every=unless_auto(config.checkpoint_every, epoch_or_so),
         picture_every=unless_auto(config.picture_every, max(steps // 10, affordable)),

@@ -26,6 +26,8 @@ REPLACES: dict[str, dict[str, Any]] = {
 }
 """Settings that a setting takes the place of, and how these are then left."""
 BY_DATA, BY_LENGTH = ("data", "pages"), ("data", "steps", "epochs", "batch_size")
+OF_LENGTH = "warmup_epochs", "checkpoint_every", "picture_every", "probe_every"
+"""Settings that a run chooses by its length; of a resumed run only these are chosen anew."""
 CHOSEN_BY: dict[str, tuple[str, ...]] = {
     "channels": BY_DATA,
     "image_size": BY_DATA,
@@ -33,9 +35,7 @@ CHOSEN_BY: dict[str, tuple[str, ...]] = {
     "blur_sigma": ("image_size",),
     **dict.fromkeys(("pixel_layer", "instance_layer"), ("model", "image_size")),
     "lr": ("model", "weights", "optimizer"),
-    **dict.fromkeys(
-        ("warmup_epochs", "checkpoint_every", "picture_every", "probe_every"), BY_LENGTH
-    ),
+    **dict.fromkeys(OF_LENGTH, BY_LENGTH),
 }
 """Settings that a run chooses by others: where one of these is changed, they are chosen anew."""
 CHOSEN = "chosen"
@@ -80,14 +80,17 @@ def settings_of(given: Mapping[str, Any]) -> dict[str, Any]:
         both = f"steps is {steps} and epochs is {epochs}; give one of them"
     raise_together(*unknown_names(given, "settings"), both)
     run, file, anew = dict[str, Any](), dict[str, Any](), dict[str, Any]()
+    later = ChainMap(dict(given), *map(dict, recipe_of(given)))
     if given.get("config") is not None:
         path = Path(given["config"]).expanduser()
         file = read_settings(path)
-        later = ChainMap(dict(given), *map(dict, recipe_of(given)))
         anew = chosen_anew(file, chosen_in(path, file), later)
-    named = file | dict(given)
-    if named.get("resume") and named.get("out") is not None:
-        run = settings_in(Path(named["out"]).expanduser())
+        later = ChainMap(*later.maps, file, *map(dict, recipe_of(file)))
+    path = Path(later.get("out") or "").expanduser() / run_layout.CONFIG
+    if later.get("resume") and path.is_file():
+        run = read_settings(path)
+        by_length = set(chosen_in(path, run)).intersection(OF_LENGTH)
+        anew |= chosen_anew(run, by_length, later)
     sources = run, *recipe_of(file), file, *recipe_of(given), given
     merged: dict[str, Any] = {}
     for source in sources:
@@ -288,7 +291,8 @@ def check_idle_changes(changed: Iterable[str], done: int, steps: int) -> None:
     changed = tuple(name for name in changed if name not in MACHINE)
     if not changed or done < steps:
         return
-    names = ", ".join(name for name in changed if name not in ("steps", "epochs"))
+    length = {"steps", "epochs"}.intersection(changed)
+    names = ", ".join(n for n in changed if not length or n not in (*length, *OF_LENGTH))
     idle = f": nothing is left to train with another {names}; leave that as it was, or"
     raise ValueError(
         f"{done} steps are done and {steps} wanted{idle if names else ';'} give --steps or "

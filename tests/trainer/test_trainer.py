@@ -319,6 +319,13 @@ def test_more_steps_may_be_asked_for_and_the_difference_is_told(run, settings) -
     assert steps_of(run) == list(range(1, 9))
 
 
+@pytest.mark.parametrize(("given", "steps"), [({}, 2), ({"warmup_epochs": 2.0}, 6)], ids=str)
+def test_a_warm_up_that_was_chosen_follows_the_length(run, settings, given, steps) -> None:
+    pretrain(**settings(steps=2, **given))
+    pretrain(out=run, resume=True, steps=20)
+    assert f"20 steps of 4 images (3 an epoch, {steps} of warm-up)" in log(run)
+
+
 def test_statistics_that_changed_are_refused_by_name(run, settings) -> None:
     pretrain(**settings())
     file = run / "statistics.json"
