@@ -6,12 +6,19 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_limits, raise_together
+from ..modules.hooks import patch_of
 
 
 def find_stem(net: nn.Module) -> tuple[str, nn.Conv2d] | None:
     """Name and module of the first ``Conv2d`` in order of registration; None if there is none."""
     layers = net.named_modules()
     return next(((name, conv) for name, conv in layers if isinstance(conv, nn.Conv2d)), None)
+
+
+def patch_size(net: nn.Module) -> tuple[int, int]:
+    """Height and width of the patches that a network cuts images into; 1 if it does not."""
+    stem = find_stem(net)
+    return (1, 1) if stem is None else patch_of(stem[1])
 
 
 def adapt_channels(net: nn.Module, channels: int, *, keep: bool = True) -> nn.Module:

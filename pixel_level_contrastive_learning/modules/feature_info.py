@@ -23,12 +23,14 @@ from .hooks import (
     can_learn,
     first_weight,
     layout_of,
+    patch_of,
     plain_name,
     tensor_in,
 )
 from .layer import (
     SAME_STRIDE,
     Layer,
+    check_patches,
     default_maps,
     inside_downsampling,
     is_pooler,
@@ -59,6 +61,7 @@ class FeatureInfo:
         self.net = duplicate(net).train(training)
         weight = first_weight(self.net, torch.empty(0))
         noise = torch.rand(1, channels, *size, generator=torch.Generator().manual_seed(0))
+        self.patch = (1, 1)  # of a network that cuts images into patches
         self.images = noise.expand(2, -1, -1, -1).to(weight, copy=True)
         self.layers = self.look()
 
@@ -75,6 +78,8 @@ class FeatureInfo:
 
         def hooks(name: str, layer: nn.Module) -> Iterator[RemovableHandle]:
             def ran(module: nn.Module, inputs: tuple[object, ...], output: object) -> None:
+                if max(patch := patch_of(module)) > 1 and self.sees_image(inputs):
+                    self.patch = patch
                 if next(module.parameters(recurse=False), None) is not None:
                     used.extend(inputs)
                 elif inputs and next(module.parameters(), None) is None:
@@ -134,6 +139,11 @@ class FeatureInfo:
                     layer.carries_gradient = layer.output.requires_grad
         return list(layers.values())
 
+    def sees_image(self, inputs: tuple[object, ...]) -> bool:
+        """Whether a layer is given images of the full size, unpadded."""
+        given = inputs[0] if inputs else None
+        return isinstance(given, Tensor) and tuple(given.shape[-2:]) == self.size
+
     @contextmanager
     def isolated(self) -> Iterator[None]:
         """A context with gradients: no random generator moves on, and nothing is compiled."""
@@ -185,6 +195,8 @@ class FeatureInfo:
             raise ValueError(
                 f"hidden_layer_pixel is {wanted!r}; name at least one layer, and none twice"
             )
+        for hook in hooks:
+            check_patches(self.net_type, self.size, self.patch, hook.layout.grid)
         if levels not in (1, len(hooks)):
             raise ValueError(
                 f"pixel_levels is {levels}, but the pixel layers are named and are {len(hooks)}; "

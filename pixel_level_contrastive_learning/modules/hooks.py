@@ -180,6 +180,14 @@ def can_learn(parameter: Tensor) -> bool:
     return parameter.is_floating_point() or parameter.is_complex()
 
 
+def patch_of(layer: nn.Module) -> tuple[int, int]:
+    """Height and width of the patches that a convolution cuts a map into; 1 for other layers."""
+    if not isinstance(layer, nn.Conv2d) or layer.kernel_size != layer.stride:
+        return 1, 1
+    padded = layer.padding not in ("valid", (0, 0))
+    return (1, 1) if padded else cast(tuple[int, int], layer.stride)
+
+
 def first_weight(net: nn.Module, default: Tensor) -> Tensor:
     """The first floating-point weight, which tells device and dtype of a network, or a default."""
     return next((weight for weight in net.parameters() if weight.is_floating_point()), default)

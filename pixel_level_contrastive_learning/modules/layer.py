@@ -95,6 +95,24 @@ def inside_downsampling(strides: Mapping[str, tuple[float, float]]) -> set[str]:
     }
 
 
+def check_patches(
+    net_type: str, size: tuple[int, int], patch: tuple[int, int], grid: tuple[int, int]
+) -> None:
+    """Refuse images whose border falls out of the patches: cells are not where they seem.
+
+    A few pixels pass: at most a quarter of a cell.
+    """
+    sides = tuple(zip(size, patch, grid, strict=True))
+    if all(side % own <= side / cells / 4 for side, own, cells in sides):
+        return
+    less = "x".join(str(side // own * own) for side, own, _ in sides)
+    more = "x".join(str(-(-side // own) * own) for side, own, _ in sides)
+    raise ValueError(
+        f"image_size is {size[0]}x{size[1]}, of which {net_type} takes patches of {patch[0]}x"
+        f"{patch[1]} pixels and drops the rest, so that cells lie elsewhere; give {less} or {more}"
+    )
+
+
 def narrows(layer: nn.Module) -> bool:
     """Whether a layer is a convolution to fewer channels: class scores, where no weights follow."""
     return isinstance(layer, nn.Conv2d) and layer.out_channels < layer.in_channels

@@ -61,6 +61,7 @@ class Info:
     given_weights: bool  # whether it starts from weights of its own, and not from random ones
     pixel_layer: str | tuple[str, ...]  # name of the layer for the pixel loss, or of several
     instance_layer: str
+    patch: tuple[int, int] = (1, 1)  # (height, width) of the patches that it cuts images into
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ def resolve(config: PretrainConfig, info: Info) -> RunPlan:
         ValueError: A batch that the processes cannot share, an optimiser without a default learning
             rate, or a final learning rate above the peak.
     """
-    size = view_size(config, info.typical_size)
+    size = view_size(config, info.typical_size, info.patch)
     batch = unless_auto(config.batch_size, default_batch_size(info))
     check_batch(batch, info.processes, instance_weight=config.instance_weight)
     per_epoch = max(1, info.images // batch)
@@ -170,7 +171,7 @@ def resolve(config: PretrainConfig, info: Info) -> RunPlan:
     settings = replace(
         config,
         channels=info.channels,
-        image_size=size if isinstance(config.image_size, tuple) else size[0],
+        image_size=size if len(set(size)) > 1 or size == config.image_size else size[0],
         pixel_layer=info.pixel_layer,
         pixel_levels=1 if isinstance(info.pixel_layer, str) else len(info.pixel_layer),
         instance_layer=info.instance_layer,
@@ -249,14 +250,21 @@ def is_adaptive(optimizer: str) -> bool:
     return not any(name in optimizer.lower() for name in LINEAR)
 
 
-def view_size(config: PretrainConfig, typical_size: tuple[int, int]) -> tuple[int, int]:
-    """``(height, width)`` of the views; by default 224, or the multiple of 32 that images allow."""
+def view_size(
+    config: PretrainConfig, typical_size: tuple[int, int], patch: tuple[int, int] = (1, 1)
+) -> tuple[int, int]:
+    """``(height, width)`` of the views; by default 224, or the multiple of 32 that images allow.
+
+    What patches would leave out of a default is cut off.
+    """
     if isinstance(config.image_size, tuple):
         return config.image_size
+    if config.image_size != "auto":
+        return config.image_size, config.image_size
     smallest, largest = VIEW_SIDES
-    default = min(largest, max(smallest, min(typical_size) // 32 * 32))
-    side = unless_auto(config.image_size, default)
-    return side, side
+    side = min(largest, max(smallest, min(typical_size) // 32 * 32))
+    h, w = patch
+    return side // h * h, side // w * w
 
 
 def unless_auto(value: int | Auto, default: int) -> int:

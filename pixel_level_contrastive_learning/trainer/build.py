@@ -26,6 +26,7 @@ from ..backbones.custom import is_module_handed
 from ..backbones.factory import build_backbone, zero_last_norms
 from ..backbones.hub import hub_config, on_hub
 from ..backbones.state_dict import load_weights
+from ..backbones.stem import patch_size
 from ..data.cache import DecodedCache, can_share
 from ..data.loader import TwoViewLoader, build_loader
 from ..data.sources import ItemSource, Source, Subset, open_source, split_held_out
@@ -178,6 +179,7 @@ def find_info(
         given_weights=has_given_weights(config),
         pixel_layer=encoder.pixel_layer,
         instance_layer=encoder.instance_hook.name,
+        patch=patch_size(learner.net),
     )
 
 

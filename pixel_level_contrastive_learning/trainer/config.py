@@ -148,7 +148,8 @@ class PretrainConfig:
 
     image_size: int | tuple[int, int] | Auto = "auto"
     """Size of the views in pixels: one number, or height and width.
-    auto: 224, or less (a multiple of 32, at least 64) if the images are smaller."""
+    auto: 224, or less (a multiple of 32, at least 64) if the images are smaller; cut to whole
+    patches of a vision transformer."""
     crop_area: tuple[float, float] = (0.2, 1.0)
     """Smallest and largest area of a crop, as a fraction of the image's area."""
     aspect_ratio: tuple[float, float] = (3 / 4, 4 / 3)

@@ -12,6 +12,7 @@ import torch
 from .. import run_layout
 from ..augment import Normalise
 from ..backbones.custom import OBJECT
+from ..backbones.stem import patch_size
 from ..data.segmentation import SegmentationDataset, open_labelled
 from ..pixel_cl import PixelCL
 from . import build
@@ -104,6 +105,11 @@ def set_up(config: PretrainConfig, objects: Any, run_dir: RunDir) -> Setup:
     torch.manual_seed(config.seed)
     load = not (config.resume and run_dir.checkpoint_paths())
     net = build.build_net(config, size, channels, load=load)
+    fitting = view_size(config, data.statistics.median_size, patch_size(net))
+    if fitting != size:
+        size = fitting
+        torch.manual_seed(config.seed)
+        net = build.build_net(config, size, channels, load=load)
     learner = build.build_learner(config, net, size, channels)
     plan = resolve(config, build.find_info(config, data, devices, learner))
     build.build_optimizer(learner, plan, set(learner.unreached_parameters()))  # refuses its name

@@ -57,6 +57,15 @@ def test_views_are_as_large_as_small_images_allow(size, side) -> None:
     assert view_size(PretrainConfig(), size) == (side, side)
 
 
+def test_views_are_as_large_as_patches_allow() -> None:
+    assert view_size(PretrainConfig(), (200, 300), (14, 16)) == (182, 192)
+    assert view_size(PretrainConfig(image_size=64), (200, 300), (14, 14)) == (64, 64)  # refused
+    plan = planned(replace(LAPTOP, typical_size=(200, 300), patch=(14, 16)))
+    assert plan.view_size == plan.settings.image_size == (182, 192)
+    plan = planned(replace(LAPTOP, typical_size=(100, 100), patch=(14, 14)))
+    assert (plan.view_size, plan.settings.image_size) == ((84, 84), 84)
+
+
 @pytest.mark.parametrize(
     ("images", "passes"),
     [(10, 1000), (1000, 300), (3000, 100), (1_281_167, 99), (12_800_000, 10), (10**9, 1)],

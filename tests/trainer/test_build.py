@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-from run_folders import equal, log, losses
+from run_folders import config, equal, log, losses
 from torchvision.models import resnet18
 
 from pixel_level_contrastive_learning import PixelCL, pretrain
@@ -114,3 +114,18 @@ def test_images_in_memory_are_not_kept_twice(images) -> None:
     assert kept_decoded(own, plan) is own
     plan.cache_bytes = 0
     assert kept_decoded(held, plan) is held
+
+
+def test_views_are_cut_to_the_patches_of_the_network(tmp_path, run, settings) -> None:
+    (tmp_path / "patches.py").write_text(
+        "from torch import nn\n\n\n"
+        "def net(image_size=None):\n"
+        "    assert image_size in ((64, 64), (56, 56))\n"
+        "    return nn.Sequential(nn.Conv2d(3, 8, 14, 14), nn.BatchNorm2d(8), nn.ReLU())\n"
+    )
+    given = settings(model=f"{tmp_path / 'patches.py'}:net", image_size="auto", steps=1)
+    pretrain(**given)
+    assert config(run)["image_size"] == 56
+    assert config(run)["chosen"]["image_size"] == 56
+    with pytest.raises(ValueError, match=r"takes patches of 14x14 pixels .* give 56x56 or 70x70"):
+        pretrain(**given | {"image_size": 64, "overwrite": True})
