@@ -89,7 +89,7 @@ def trained(domain: Path, text: str, seed: int, args: argparse.Namespace) -> Con
     images = [own for own in (domain / "images/train", domain / "unlabelled") if own.is_dir()]
     if name in (PUBLISHED, DENSECL):
         script, weights = Path(__file__).with_name("peers.py"), out.with_suffix(".pt")
-        _, lr = learning_rate(PretrainConfig(), args.batch, batch_norm=True)
+        _, lr = learning_rate(PretrainConfig(), args.batch, gentle=False)
         command = [args.peer, script, name, images[0], "--out", weights, "--steps", args.steps]
         command += ["--seed", seed, "--batch", args.batch, "--size", args.size, "--lr", lr]
         command += ["--bfloat16"] if native_bfloat16(DEVICE.type) else []
