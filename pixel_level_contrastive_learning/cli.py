@@ -307,7 +307,12 @@ def layers(
         channels: Channels of the images.
         json: Print JSON instead of a table.
     """
-    from .backbones.factory import build_backbone, default_layers, list_layers
+    from .backbones.factory import (
+        build_backbone,
+        default_layers,
+        finer_layer,
+        list_layers,
+    )
 
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
     net = build_backbone(model, channels=channels, image_size=size)
@@ -315,7 +320,9 @@ def layers(
     pixel = instance = None
     try:
         pixel, instance = default_layers(net, channels, size)
-        defaults = f"{pixel} for the pixel level, {instance} for the instance level"
+        finer = finer_layer(net, channels, size)
+        both = f" (from random weights also {finer})" if finer else ""
+        defaults = f"{pixel}{both} for the pixel level, {instance} for the instance level"
     except ValueError as error:
         defaults = str(error)
     if json:

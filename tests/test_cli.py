@@ -369,7 +369,10 @@ def test_layers_are_listed(capsys) -> None:
         "256",
         "4x4",
     ]
-    assert last == ("by default: layer3 for the pixel level, avgpool for the instance level")
+    assert last == (
+        "by default: layer3 (from random weights also layer2) for the pixel level, avgpool for the "
+        "instance level"
+    )
 
 
 def test_layers_are_listed_as_json(capsys) -> None:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
+from itertools import islice
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -23,6 +24,8 @@ from .stem import adapt_channels
 Size = tuple[int, int]
 Config = dict[str, Any]
 LIBRARIES = ("torchvision", "timm")
+FINER_STRIDE = 8
+"""Smallest stride of a second layer that is read by default."""
 PREPROCESSOR = "preprocessor_config.json"
 """How images are prepared for a network of transformers."""
 
@@ -340,3 +343,9 @@ def default_layers(net: nn.Module, channels: int, image_size: Size) -> tuple[str
     info = FeatureInfo(net, channels, image_size)
     [pixel] = info.default_pixels()
     return pixel, info.default_instance(pixel)
+
+
+def finer_layer(net: nn.Module, channels: int, image_size: Size) -> str | None:
+    """The second layer of the pixel level, read where a network starts from random weights."""
+    finer = islice(FeatureInfo(net, channels, image_size).levels(), 1, 2)
+    return next((layer.name for layer in finer if layer.stride >= FINER_STRIDE), None)

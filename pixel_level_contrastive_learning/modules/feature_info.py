@@ -234,10 +234,25 @@ class FeatureInfo:
         raise ValueError(f"{found}; {self.advice(pixel=kind == 'pixel')}")
 
     def default_pixels(self, levels: int = 1) -> list[str]:
-        """The `deepest` map of the largest stride up to 32 and 4x4 cells, and the next finer ones.
+        """The first of `levels`.
 
         Raises:
             ValueError: There is none, or there are not so many strides.
+        """
+        found = list(islice(self.levels(), levels))
+        if len(found) < levels:
+            raise ValueError(
+                f"pixel_levels is {levels}, but {self.net_type} has maps of {len(found)} "
+                f"{'stride' if len(found) == 1 else 'strides'} at {self.size[0]}x{self.size[1]}: "
+                f"{', '.join(map(str, found))}; give at most {len(found)}, or name the layers"
+            )
+        return [layer.name for layer in found]
+
+    def levels(self) -> Iterator[Layer]:
+        """The `deepest` map of the largest stride up to 32 and 4x4 cells, and the next finer ones.
+
+        Raises:
+            ValueError: There is none.
         """
         fit = [
             layer
@@ -258,14 +273,7 @@ class FeatureInfo:
                 f"{self.net_type} has no map of at least 4x4 cells for images of {h}x{w}; use "
                 f"larger images, or name a layer; {self.advice(pixel=True)}"
             )
-        found = list(islice(self.pyramid(maps), levels))
-        if len(found) < levels:
-            raise ValueError(
-                f"pixel_levels is {levels}, but {self.net_type} has maps of {len(found)} "
-                f"{'stride' if len(found) == 1 else 'strides'} at {self.size[0]}x{self.size[1]}: "
-                f"{', '.join(map(str, found))}; give at most {len(found)}, or name the layers"
-            )
-        return [layer.name for layer in found]
+        return self.pyramid(maps)
 
     def pyramid(self, layers: Sequence[Layer]) -> Iterator[Layer]:
         """The `deepest` of the layers at each stride, the coarsest first."""

@@ -23,7 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .. import run_layout
 from ..backbones.checkpoint import AS_HANDED, ZERO_INIT, BackboneCard, card_in
 from ..backbones.custom import is_module_handed
-from ..backbones.factory import build_backbone, zero_last_norms
+from ..backbones.factory import build_backbone, finer_layer, zero_last_norms
 from ..backbones.hub import hub_config, on_hub
 from ..backbones.state_dict import load_weights
 from ..backbones.stem import patch_size
@@ -142,6 +142,7 @@ def build_learner(
         ValueError: A layer that cannot be used.
     """
     own: dict[str, Any] = {name: getattr(config, name) for name in LEARNER_SETTINGS}
+    own["pixel_levels"] = pixel_levels(config, net, size, channels)
     learner = PixelCL(
         net,
         size,
@@ -153,6 +154,17 @@ def build_learner(
         **own,
     )
     return learner.to(memory_format=torch.channels_last)
+
+
+def pixel_levels(
+    config: PretrainConfig, net: nn.Module, size: tuple[int, int], channels: int
+) -> int:
+    """How many layers the pixel loss reads: from random weights by default two, where there are."""
+    if config.pixel_levels != "auto":
+        return config.pixel_levels
+    if config.pixel_layer != "auto" or config.alpha == 0 or has_given_weights(config):
+        return 1
+    return 1 if finer_layer(net, channels, size) is None else 2
 
 
 def has_given_weights(config: PretrainConfig) -> bool:

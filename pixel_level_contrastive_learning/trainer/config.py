@@ -56,6 +56,7 @@ PIXPRO: dict[str, object] = {
     "ppm_gamma": 2.0,
     "distance_thres": 0.7,
     "loss": "pixpro",
+    "pixel_levels": 1,
     "alpha": 1.0,
     "instance_weight": 0.0,  # off in the released scripts
     "clip_grad": 0.0,
@@ -132,9 +133,10 @@ class PretrainConfig:
     """Layer whose feature map the pixel loss uses (`pixelcl layers MODEL` lists them).
     Or several, coarse to fine: the loss is their mean; pictures and probes show the first.
     auto: the deepest map with at least 4x4 cells and a stride of at most 32."""
-    pixel_levels: int = 1
+    pixel_levels: int | Auto = "auto"
     """Layers that --pixel-layer auto chooses: from 2 on also the deepest map of each finer stride.
-    With 2 a ResNet learns at strides 32 and 16."""
+    With 2 a ResNet learns at strides 32 and 16.
+    auto: from random weights 2, if there is a finer map of a stride of at least 8; else 1."""
     level_weights: tuple[float, ...] = ()
     """Weight of each pixel layer in the pixel loss, relative to each other.
     Equal if not given."""

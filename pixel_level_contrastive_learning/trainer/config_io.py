@@ -21,7 +21,7 @@ REPLACES: dict[str, dict[str, Any]] = {
     "epochs": {"steps": None},
     "steps": {"epochs": "auto"},
     "batch_size": {"accumulate": "auto"},
-    "pixel_layer": {"pixel_levels": 1},
+    "pixel_layer": {"pixel_levels": "auto"},
     "pixel_levels": {"pixel_layer": "auto"},
 }
 """Settings that a setting takes the place of, and how these are then left."""
@@ -33,7 +33,9 @@ CHOSEN_BY: dict[str, tuple[str, ...]] = {
     "image_size": BY_DATA,
     "epochs": BY_DATA,
     "blur_sigma": ("image_size",),
-    **dict.fromkeys(("pixel_layer", "instance_layer"), ("model", "image_size")),
+    "pixel_levels": ("model", "weights", "image_size"),
+    "pixel_layer": ("model", "image_size", "pixel_levels"),
+    "instance_layer": ("model", "image_size"),
     "lr": ("model", "weights", "optimizer"),
     **dict.fromkeys(OF_LENGTH, BY_LENGTH),
 }

@@ -20,7 +20,6 @@ from pixel_level_contrastive_learning.trainer.config_io import (
 DEFAULTS = {
     "graph": "off",
     "model": "torchvision/resnet50",
-    "pixel_levels": 1,
     "crop_area": (0.2, 1.0),
     "aspect_ratio": (3 / 4, 4 / 3),
     "prob_hflip": 0.5,

@@ -5,10 +5,14 @@ import logging
 import pytest
 import torch
 from run_folders import checkpoint, config, forget
+from torch import nn
+from torchvision.models import resnet18
 
 from pixel_level_contrastive_learning import load_backbone, pretrain
 from pixel_level_contrastive_learning.backbones.checkpoint import read_card
+from pixel_level_contrastive_learning.backbones.factory import finer_layer
 from pixel_level_contrastive_learning.cli import parse_config
+from pixel_level_contrastive_learning.trainer.build import build_learner
 from pixel_level_contrastive_learning.trainer.config import PretrainConfig
 from pixel_level_contrastive_learning.trainer.config_io import settings_of, to_config
 
@@ -126,10 +130,35 @@ def test_how_many_levels_takes_the_place_of_which_and_back(tmp_path) -> None:
     found = settings_of(file | {"pixel_levels": 3})
     assert (found["pixel_layer"], found["pixel_levels"]) == ("auto", 3)
     found = settings_of(file | {"pixel_layer": "layer2"})
-    assert (found["pixel_layer"], found["pixel_levels"]) == ("layer2", 1)
+    assert (found["pixel_layer"], found["pixel_levels"]) == ("layer2", "auto")
 
 
 @pytest.mark.parametrize("value", [(), ("layer4", 3), ("layer4", ""), 4])
 def test_what_names_no_layer_is_refused(value) -> None:
     with pytest.raises(ValueError, match=r"pixel_layer is .*a text or a list of texts"):
         PretrainConfig(pixel_layer=value)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, ("layer4", "layer3")),
+        ({"weights": "pretrained"}, "layer4"),
+        ({"pixel_levels": 1}, "layer4"),
+        ({"pixel_layer": "layer3"}, "layer3"),
+        ({"pixel_levels": 3}, ("layer4", "layer3", "layer2")),
+        ({"alpha": 0}, "layer4"),
+    ],
+    ids=str,
+)
+def test_from_random_weights_a_network_learns_at_two_strides(given, expected) -> None:
+    learner = build_learner(PretrainConfig(**given), resnet18(), (128, 128), 3)
+    assert learner.online_encoder.pixel_layer == expected
+
+
+def test_a_second_layer_is_not_taken_where_it_is_finer_than_8_pixels() -> None:
+    convs = [nn.Conv2d(3, 4, 4, 4), nn.ReLU(), nn.Conv2d(4, 4, 3, 2, 1), nn.ReLU()]
+    net = nn.Sequential(*convs)
+    learner = build_learner(PretrainConfig(), net, (64, 64), 3)
+    assert learner.online_encoder.pixel_layer == "3"
+    assert finer_layer(nn.Sequential(*convs, nn.Conv2d(4, 4, 3, 2, 1)), 3, (64, 64)) == "3"
