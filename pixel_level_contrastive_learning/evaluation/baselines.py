@@ -20,7 +20,7 @@ from ..backbones.checkpoint import (
     read_backbone,
 )
 from ..backbones.custom import draw_anew, is_module_handed
-from ..backbones.factory import zero_last_norms
+from ..backbones.factory import default_image_size, zero_last_norms
 from ..backbones.state_dict import load_weights, run_folder
 from ..checks import Pages
 from ..data.sources import Source
@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 RANDOM = "random weights"
 Kind: TypeAlias = tuple[str, str, str, str]
 """What decides a network's figures beside its weights, in words: its model and channels, the layers
-that are read, and the range, mean and deviation that images are fed with."""
+that are read, and what images are fed with: range, mean and deviation, and a size that is fixed."""
 
 
 @dataclass(frozen=True)
@@ -128,11 +128,18 @@ def kinds_of(
             f"{card.channels} channel{'s' * (card.channels > 1)}",
             read_of(card, layers),
             fed.setdefault(
-                (card.low, card.high, card.mean, card.std), f"fed as {shortest(name, names)}"
+                (card.low, card.high, card.mean, card.std, size_of(card)),
+                f"fed as {shortest(name, names)}",
             ),
         )
         for name, card in zip(names, cards, strict=True)
     ]
+
+
+def size_of(card: BackboneCard) -> Size | None:
+    """The size that a network was built for; None where it takes any."""
+    fixed = default_image_size(card.model, card.config) is not None
+    return card.image_size if fixed else None
 
 
 def apart(kind: Kind, kinds: Iterable[Kind]) -> list[str]:

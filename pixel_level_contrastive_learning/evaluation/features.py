@@ -296,12 +296,11 @@ class Preparation:
 
 def takes(net: nn.Module, channels: int, size: int | Size) -> bool:
     """Whether a network takes images of a size; of a shorter side, whether lying or upright."""
-    longer = (1, WHOLE_IMAGE), (WHOLE_IMAGE, 1)
-    shapes = (
-        [size]
-        if isinstance(size, tuple)
-        else [(round(size * high), round(size * wide)) for high, wide in longer]
-    )
+    if isinstance(size, tuple):
+        shapes = [size]
+    else:
+        longer = round(size * WHOLE_IMAGE) | 1  # odd: sides of images are multiples of nothing
+        shapes = [(size, longer), (longer, size)]
     weight = first_weight(net, torch.empty(0))
     blank = torch.zeros((), device=weight.device, dtype=weight.dtype)
     try:

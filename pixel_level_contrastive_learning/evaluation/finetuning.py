@@ -6,8 +6,9 @@ import copy
 import logging
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import pairwise
-from math import cos, pi
+from math import cos, inf, pi
 from typing import NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from ..data.segmentation import IGNORED
 from ..modules.feature_info import unfreeze
 from .features import Preparation, Reader, autocast, deepest_maps, device_of, resized
 from .metrics import PreparedSplit, Scored, score
-from .probes import held_out_last
+from .probes import DivergedError, held_out_last
 
 log = logging.getLogger(__name__)
 
@@ -110,9 +111,22 @@ def finetune(
         batch: Crops an update.
         seed: Decides the decoder's start, the crops and their order.
         keep: Images whose predictions are to be kept, by their place in ``scored``.
+
+    Raises:
+        DivergedError: Class scores that are NaN or infinite.
     """
     segmenter = fit_segmenter(net, train, rates=rates, steps=steps, batch=batch, seed=seed)
-    (found,) = score(lambda pixels: [predict(segmenter, pixels)], scored, keep=keep)
+
+    def finite(pixels: Tensor) -> list[Tensor]:
+        scores = predict(segmenter, pixels)
+        if not scores.isfinite().all():
+            raise DivergedError(
+                f"fine-tuned at the learning rate {rates} it gives class scores that are NaN or "
+                "infinite; take an earlier checkpoint"
+            )
+        return [scores]
+
+    (found,) = score(finite, scored, keep=keep)
     return found
 
 
@@ -190,10 +204,12 @@ def choose_rates(
         return RATES[0]
     learnt = train.of(train.dataset.subset(order[:first]))
     held = whole.of(whole.dataset.subset(order[first:]))
-    tried = {
-        rates: finetune(net, learnt, held, rates=rates, steps=steps, seed=seed).scores.miou
-        for rates in RATES
-    }
+    tried: dict[LearningRates, float] = {}
+    for rates in RATES:
+        tried[rates] = -inf
+        with suppress(DivergedError):
+            found = finetune(net, learnt, held, rates=rates, steps=steps, seed=seed)
+            tried[rates] = found.scores.miou
     best = max(tried, key=lambda rates: tried[rates])
     log.info(
         "learning rate %s reaches %.3f on %d held-out masks (the others: %s)",

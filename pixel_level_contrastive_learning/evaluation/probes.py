@@ -142,7 +142,7 @@ def gather(
 
 
 class DivergedError(RuntimeError):
-    """A network gives features that are NaN or infinite."""
+    """A network gives features or class scores that are NaN or infinite."""
 
 
 def finite_features(
@@ -167,9 +167,11 @@ device of the bank that it was made of."""
 def held_out_last(count: int) -> tuple[list[int], int]:
     """An order of images that ends with those that choose the strength, and where these begin.
 
-    They are whole stretches, since neighbours in a film look alike: the last fifth of each quarter.
+    They are whole stretches, since neighbours in a film look alike: the last fifth of each quarter,
+    or of larger parts where a quarter has fewer than five.
     """
-    held = [i for i in range(count) if 5 * (STRETCHES * i % count) >= 4 * count]
+    stretches = max(1, min(STRETCHES, count // 5))
+    held = [i for i in range(count) if 5 * (stretches * i % count) >= 4 * count]
     held = held or list(range(count))[1:][-1:]
     rest = sorted(set(range(count)) - set(held))
     return rest + held, len(rest)

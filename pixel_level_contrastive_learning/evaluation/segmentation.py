@@ -152,6 +152,8 @@ def evaluate_labelled(
         write_panels(folder / run_layout.PREDICTIONS, splits.prepared(True, some), predictions)
         if (shown := curve_shown(found.curves)) is not None:
             draw_label_curve(folder / run_layout.LABEL_CURVE, found, shown)
+        else:
+            (folder / run_layout.LABEL_CURVE).unlink(missing_ok=True)  # of an earlier evaluation
     return found
 
 
@@ -215,6 +217,7 @@ class Contest:
             self.probe(net, seed)
             if FINETUNE in plan.protocols:
                 self.finetune(net, seed)
+            net.cpu()  # it is kept for other seeds, and needs no room on the device
         first = plan.protocols[0]
         by_label: dict[str, dict[int, list[Figure]]] = {}
         for one in self.figures:

@@ -15,6 +15,7 @@ from pixel_level_contrastive_learning.backbones.checkpoint import (
 from pixel_level_contrastive_learning.backbones.factory import build_backbone
 from pixel_level_contrastive_learning.data.sources import open_source
 from pixel_level_contrastive_learning.evaluation.baselines import (
+    kinds_of,
     line_up,
     random_net,
     reading_of,
@@ -246,6 +247,14 @@ def test_runs_that_are_read_or_fed_otherwise_have_their_own_random_weights(
         "random weights",
         "start (backbone.safetensors)",
     ]
+
+
+@pytest.mark.parametrize(("name", "kinds"), [("vit_tiny_patch16_224", 2), ("resnet10t", 1)])
+def test_networks_of_a_fixed_size_are_alike_only_at_that_size(name, kinds) -> None:
+    card = small_card(f"timm/{name}", pixel_layer="norm")
+    small, large = (replace(card, image_size=(side, side)) for side in (64, 96))
+    found = kinds_of(["a", "b", "c"], [small, large, small], None)
+    assert len(set(found)) == kinds
 
 
 def test_images_are_read_as_the_runs_read_theirs(tmp_path) -> None:

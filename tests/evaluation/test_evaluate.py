@@ -420,6 +420,8 @@ def test_fractions_give_label_curves(run, labelled, tmp_path, caplog) -> None:
     assert found.ours.scores["mIoU"] == found.ours.curves["linear"][-1].miou
     assert " Label curve (fine-tuning): " in found.sentence
     assert (tmp_path / "label-curve.png").is_file()
+    evaluate(run, data=labelled, protocol="knn", out=tmp_path)
+    assert not (tmp_path / "label-curve.png").exists()
     assert set(found.settings["learning rates"]) == {"random weights", str(run)}
     assert set(found.settings["learning rates"].values()) <= set(map(str, RATES))
     (told,) = (own for own in caplog.messages if own.startswith("fine-tuning: "))

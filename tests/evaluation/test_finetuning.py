@@ -26,6 +26,7 @@ from pixel_level_contrastive_learning.evaluation.finetuning import (
     rate,
 )
 from pixel_level_contrastive_learning.evaluation.metrics import PreparedSplit, Scored, Scores
+from pixel_level_contrastive_learning.evaluation.probes import DivergedError
 
 
 def for_crops(split, size=32) -> PreparedSplit:
@@ -181,6 +182,20 @@ def test_the_learning_rates_that_serve_held_out_masks_best_are_chosen(train, mon
     one = train.subset([3])
     assert choose_rates(small(), for_crops(one), whole(one)) == RATES[0]  # nothing to choose by
     assert len(asked) == len(RATES)
+
+
+def test_a_learning_rate_that_diverges_is_not_chosen_and_told(train, val, monkeypatch) -> None:
+    def diverging(net, own, *, rates, **settings) -> nn.Module:
+        segmenter = fit_segmenter(net, own, rates=rates, **settings)
+        if rates != RATES[2]:
+            segmenter.head.register_forward_hook(lambda *own: own[-1] * torch.nan)
+        return segmenter
+
+    name = "pixel_level_contrastive_learning.evaluation.finetuning.fit_segmenter"
+    monkeypatch.setattr(name, diverging)
+    assert choose_rates(small(), for_crops(train), whole(train), steps=1) == RATES[2]
+    with pytest.raises(DivergedError, match=r"rate 0.0003 \(decoder 0.001\) it gives class scores"):
+        finetune(small(), for_crops(train), whole(val), steps=1)
 
 
 def test_images_are_decoded_once_while_they_fit(train, monkeypatch) -> None:

@@ -228,6 +228,8 @@ def test_images_of_many_sizes_are_kept(labelled, reader) -> None:
     [
         (40, [8, 9, 18, 19, 28, 29, 38, 39]),
         (20, [4, 9, 14, 19]),
+        (16, [5, 10, 15]),  # three stretches
+        (9, [8]),
         (2, [1]),
         (1, []),
     ],
