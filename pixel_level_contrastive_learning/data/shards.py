@@ -12,7 +12,7 @@ import logging
 import os
 import shutil
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import chain, islice
@@ -28,7 +28,7 @@ from .decoding import ending_of, image_suffixes
 from .image import ImageError
 from .pages import PagedFiles, Place, chance_of_several
 from .readers import DICOM_MARK
-from .reading import in_time
+from .reading import PART, in_time
 
 log = logging.getLogger(__name__)
 
@@ -114,34 +114,82 @@ def is_shards(place: str) -> bool:
     return is_url(place) or place.endswith((".tar", ".tar.gz"))
 
 
-def images_in(path: str) -> list[tuple[int, int, bytes]]:
-    """Offset, length and name of each image in a tar file, of which only headers are read."""
-    found = []
+def images_in(path: str, whole: bool = False) -> list[tuple[int, int, bytes]]:
+    """Offset, length and name of each image in a tar file, of which only headers are read.
+
+    Args:
+        path: The file.
+        whole: Refuse a file that is damaged or cut off, instead of a warning.
+    """
+    found: list[tuple[int, int, bytes]] = []
+    links: list[tuple[bytes, bytes]] = []
     try:
         with in_time(partial(tarfile.open, path, "r:"), path) as tar:
-            members = iter(tar)
+            members = headers(tar)
 
             def some() -> list[tuple[tarfile.TarInfo, bool]]:
                 read = []
                 for member in islice(members, HEADERS):
                     tar.members = []  # type: ignore[attr-defined]  # else every header is kept
-                    read.append((member, member.isfile() and is_image(tar, member)))
+                    taken = member.isfile() or member.islnk()
+                    read.append((member, taken and is_image(tar, member)))
                 return read
 
-            for member, taken in chain.from_iterable(iter(lambda: in_time(some, path), [])):
-                if taken:
-                    found.append((member.offset_data, member.size, os.fsencode(member.name)))
+            with suppress(tarfile.ReadError):  # told below
+                for member, taken in chain.from_iterable(iter(lambda: in_time(some, path), [])):
+                    name = os.fsencode(member.name)
+                    if taken and member.islnk():
+                        links.append((os.fsencode(member.linkname), name))
+                    elif taken:
+                        found.append((member.offset_data, member.size, name))
+            wrong = in_time(partial(damage, tar), path)
     except ImageError as error:
         raise ValueError(f"{path!r} cannot be read: {error}") from error
     except tarfile.ReadError as error:
-        if not found:
-            raise ValueError(
-                f"{path!r} is not a tar file that can be read ({error}); shards must be whole and "
-                "not compressed"
-            ) from error
-    if found and not is_complete(path):
-        log.warning("%s is cut off after %d images", path, len(found))
+        raise ValueError(
+            f"{path!r} is not a tar file that can be read ({error}); shards must be whole and not "
+            "compressed"
+        ) from error
+    places = {name: (offset, size) for offset, size, name in found} if links else {}
+    found += [(*places[target], name) for target, name in links if target in places]
+    if lost := sum(target not in places for target, _ in links):
+        log.warning("%s: %d hard links lead to no image before them: left out", path, lost)
+    if wrong:
+        said = f"{wrong} after {len(found)} images; what follows is not read: write it anew"
+        if whole:
+            raise ValueError(said)
+        log.warning("%s %s", path, said)
     return found
+
+
+def headers(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """The headers of a tar file, and of those that were joined to it, behind zeros."""
+    while True:
+        yield from iter(tar.next, None)
+        following = first_byte(tar) // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE
+        if following <= tar.offset:
+            return
+        tar.offset = following
+
+
+def first_byte(tar: tarfile.TarFile) -> int:
+    """Where the first byte lies that is not zero, from where the headers ended; -1 for nowhere."""
+    assert tar.fileobj is not None
+    tar.fileobj.seek(tar.offset)
+    while block := tar.fileobj.read(PART):
+        if rest := block.lstrip(b"\0"):
+            return tar.fileobj.tell() - len(rest)
+    return -1
+
+
+def damage(tar: tarfile.TarFile) -> str:
+    """What is wrong where the headers of a tar file ended; an empty text for nothing."""
+    assert tar.fileobj is not None
+    tar.fileobj.seek(tar.offset)
+    block = tar.fileobj.read(tarfile.BLOCKSIZE)
+    if len(block) < tarfile.BLOCKSIZE:
+        return "is cut off"
+    return f"has a damaged header at byte {tar.offset}," if block.strip(b"\0") else ""
 
 
 def is_image(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bool:
@@ -152,13 +200,6 @@ def is_image(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bool:
     assert tar.fileobj is not None
     tar.fileobj.seek(member.offset_data + DICOM_MARK.start)
     return member.size > DICOM_MARK.stop and tar.fileobj.read(4) == b"DICM"
-
-
-def is_complete(path: str) -> bool:
-    """Whether a tar file has its end: blocks of zeros."""
-    with open(path, "rb") as file:
-        file.seek(max(os.path.getsize(path) - tarfile.BLOCKSIZE, 0))
-        return not file.read().strip(b"\0")
 
 
 def find_local(place: str) -> str:
@@ -194,8 +235,8 @@ def download(url: str) -> str:
     try:
         with gopen(url, "rb") as stream, open(unfinished, "wb") as file:
             shutil.copyfileobj(stream, file, 2**20)
-        if not images_in(str(unfinished)) or not is_complete(str(unfinished)):
-            raise ValueError("the download is cut off, or holds no image")
+        if not images_in(str(unfinished), whole=True):
+            raise ValueError("it holds no image")
         os.replace(unfinished, path)
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot download the shard {url!r}: {error}") from error

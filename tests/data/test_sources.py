@@ -13,7 +13,7 @@ from torch.utils.data import TensorDataset
 from webdataset import TarWriter
 
 from pixel_level_contrastive_learning.data.image import ImageError
-from pixel_level_contrastive_learning.data.shards import ShardSource, is_shards
+from pixel_level_contrastive_learning.data.shards import ShardSource, images_in, is_shards
 from pixel_level_contrastive_learning.data.sources import FileSource, Source, Subset, open_source
 
 
@@ -321,6 +321,37 @@ def test_shards_that_are_cut_off_give_what_they_have(folder, caplog) -> None:
     path.unlink()
     with pytest.raises(ImageError, match=r"^No such file or directory$"):
         source.open(0)
+
+
+def test_a_damaged_header_in_a_shard_is_told(folder, caplog) -> None:
+    path = folder / "part-00.tar"
+    with tarfile.open(path) as tar:
+        header = tar.getmember("sub/1.json").offset
+    with path.open("r+b") as file:
+        file.seek(header + 148)  # its checksum
+        file.write(b"9")
+    assert values(ShardSource([str(path)])) == [0]
+    assert f"{path} has a damaged header at byte {header}, after 1 images; what" in caplog.text
+    with pytest.raises(ValueError, match="has a damaged header at byte"):
+        images_in(str(path), whole=True)
+
+
+def test_shards_that_were_joined_are_read_to_the_end(folder, caplog) -> None:
+    paths = sorted(folder.glob("*.tar"))
+    (folder / "all.tar").write_bytes(b"".join(path.read_bytes() for path in paths))
+    assert values(ShardSource([f"{folder}/all.tar"])) == [0, 1, 2, 3, 4, 5]
+    assert caplog.text == ""
+
+
+def test_hard_links_in_a_shard_are_images(folder, caplog) -> None:
+    with tarfile.open(folder / "links.tar", "w") as tar:
+        tar.add(paint(folder / "x/a.png", 7), "a.png")
+        for name, target in (("b.png", "a.png"), ("c.png", "gone")):
+            link = tarfile.TarInfo(name)
+            link.type, link.linkname = tarfile.LNKTYPE, target
+            tar.addfile(link)
+    assert values(ShardSource([f"{folder}/links.tar"])) == [7, 7]
+    assert "1 hard links lead to no image before them: left out" in caplog.text
 
 
 def test_what_is_no_shard_is_refused(tmp_path) -> None:
