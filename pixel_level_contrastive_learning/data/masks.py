@@ -78,7 +78,11 @@ class Stored(NamedTuple):
 
 
 def find_masks(folder: Path, images: Sequence[Path]) -> list[Path | None]:
-    """The mask of each image, whose paths are relative: the same name, with another ending."""
+    """The mask of each image, whose paths are relative: the same name, with another ending.
+
+    What has the name of another image is the mask of that one alone.
+    """
+    own = {image.with_name(stem_of(image.name)) for image in images}
     there: dict[Path, dict[str, str]] = {}
     found: list[Path | None] = []
     for image in images:
@@ -87,15 +91,17 @@ def find_masks(folder: Path, images: Sequence[Path]) -> list[Path | None]:
             files = sorted(place.iterdir(), reverse=True) if place.is_dir() else []
             there[place] = {stem_of(file.name) + ending_of(file.name): file.name for file in files}
         stem = stem_of(image.name)
-        names = [stem + end + suffix for end in MASK_ENDINGS for suffix in MASK_SUFFIXES]
+        ends = [end for end in MASK_ENDINGS if not end or image.with_name(stem + end) not in own]
+        names = [stem + end + suffix for end in ends for suffix in MASK_SUFFIXES]
         name = next((there[place][name] for name in names if name in there[place]), None)
         found.append(None if name is None else place / name)
     return found
 
 
 def stem_of(name: str) -> str:
-    """The name of a file without its ending."""
-    return name[: -len(ending_of(name))] if ending_of(name) else Path(name).stem
+    """The name of a file without its ending; the last number of a DICOM's name is none."""
+    ending = ending_of(name) or Path(name).suffix
+    return name[: -len(ending)] if ending.strip(".0123456789") else name
 
 
 def read_coded(

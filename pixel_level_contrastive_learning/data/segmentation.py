@@ -28,6 +28,7 @@ from .masks import (
     find_masks,
     read_coded,
     read_coding,
+    stem_of,
 )
 from .pages import settle_pages
 from .sources import FileSource, NodataSource, Source
@@ -241,8 +242,9 @@ def find_split(folder: Path, split: str) -> tuple[FileSource, FileSource]:
     own = find_masks(masks, [file.relative_to(images) for file in files])
     missing = [file for file, mask in zip(files, own, strict=True) if mask is None]
     if missing:
-        first = (masks / missing[0].relative_to(images)).with_suffix(".png")
-        near = sorted(path.name for path in first.parent.glob(f"{glob.escape(first.stem)}.*"))
+        stem = stem_of(missing[0].name)
+        first = masks / missing[0].relative_to(images).with_name(f"{stem}.png")
+        near = sorted(path.name for path in first.parent.glob(f"{glob.escape(stem)}.*"))
         raise ValueError(
             f"{first} is not there{f' (there is {near[0]})' if near else ''}; {len(missing)} of "
             f"{len(files)} images have no mask: masks have the names of their images, perhaps with "

@@ -1,5 +1,7 @@
 """Masks of any format give the ids that were meant, or are refused with the way out."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import tifffile
@@ -10,6 +12,7 @@ from pixel_level_contrastive_learning.data.masks import (
     IGNORED,
     PLAIN,
     MaskCoding,
+    find_masks,
     parse_ids,
     read_coded,
     read_coding,
@@ -262,6 +265,25 @@ def test_masks_are_found_by_other_endings(labelled, ending) -> None:
         np.save(to, ids) if ending == ".npy" else Image.fromarray(ids).save(to)
     train, _ = open_labelled(labelled)
     assert [train.read(i).mask.tolist() for i in range(10)] == expected
+
+
+@pytest.mark.parametrize(
+    ("masks", "images", "found"),
+    [
+        ("x_seg.png", "x.png x_seg.png", [None, "x_seg.png"]),
+        ("x_seg.png x_seg_mask.png", "x.png x_seg.png", [None, "x_seg.png"]),
+        ("x_seg.png", "x.png a/x_seg.png", ["x_seg.png", None]),
+        ("1.2.84.png", "1.2.84 1.2.85", ["1.2.84.png", None]),
+        ("1.2.84_mask.nii.gz", "1.2.84", ["1.2.84_mask.nii.gz"]),
+        ("a.nii.gz", "a.nii.gz", ["a.nii.gz"]),
+        ("b.PNG", "b.xyz", ["b.PNG"]),
+    ],
+)
+def test_a_mask_belongs_to_one_image(tmp_path, masks, images, found) -> None:
+    for name in masks.split():
+        (tmp_path / name).touch()
+    there = find_masks(tmp_path, list(map(Path, images.split())))
+    assert there == [name and tmp_path / name for name in found]
 
 
 def test_names_in_a_file_of_colours_name_the_classes(labelled, tmp_path) -> None:

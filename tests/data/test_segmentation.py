@@ -218,15 +218,17 @@ def test_a_mask_of_another_size_is_refused_when_it_is_read(labelled) -> None:
         train.read(0)
 
 
-def test_a_missing_mask_is_named(labelled) -> None:
-    path = labelled / "masks/train/4.png"
-    with Image.open(path) as mask:
-        mask.save(path.with_suffix(".webp"))
-    path.unlink()
+@pytest.mark.parametrize(("name", "stem"), [("4.png", "4"), ("1.2.8", "1.2.8"), ("4.nii.gz", "4")])
+def test_a_missing_mask_is_named(labelled, name, stem) -> None:
+    image, path = labelled / "images/train/4.png", labelled / "masks/train/4.png"
+    image.write_bytes(bytes(128) + b"DICM")
+    image.rename(image.with_name(name))
+    path.rename(path.with_name(f"{stem}.webp"))
     assert refusal(labelled) == (
-        f"{path} is not there (there is 4.webp); 1 of 10 images have no mask: masks have the names "
-        "of their images, perhaps with _mask after it, and end in .png, .tif, .tiff, .bmp, .gif, "
-        ".npy, .npz, .nii, .nii.gz, so write them, or remove those images"
+        f"{path.with_name(f'{stem}.png')} is not there (there is {stem}.webp); 1 of 10 images have "
+        "no mask: masks have the names of their images, perhaps with _mask after it, and end in "
+        ".png, .tif, .tiff, .bmp, .gif, .npy, .npz, .nii, .nii.gz, so write them, or remove those "
+        "images"
     )
 
 
