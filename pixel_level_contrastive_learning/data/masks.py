@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,13 +14,12 @@ from torch import Tensor
 from .arrays import NamedArray
 from .decoding import NPY, TIFF, Content, ending_of
 from .image import ImageError
+from .mask_coding import IGNORED, PLAIN, Colour, MaskCoding
 from .orientation import ORIENTATION_TAG, PNG, orientation_of, split_png, turn_array
 from .picture import open_by_pillow
 from .sources import FileSource
 from .tiff import opened_tiff, photometric_of, plane_array, tiff_images
 
-IGNORED = 255
-"""The id of pixels that are neither trained on nor counted."""
 MASK_SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".gif", ".npy", ".npz", ".nii", ".nii.gz")
 """Of several files with the name of an image, the first of these is its mask."""
 MASK_ENDINGS = ("", "_mask", "-mask", "_masks", "_label", "_labels", "_seg", "_gt")
@@ -30,27 +27,8 @@ MASK_ENDINGS = ("", "_mask", "-mask", "_masks", "_label", "_labels", "_seg", "_g
 SHOWN_COLOURS = 3
 """Colours or ids that an error lists."""
 
-Colour = tuple[int, int, int]
 Palette = Mapping[int, Colour]
 """The colours of the indices that a mask uses."""
-
-
-@dataclass(frozen=True)
-class MaskCoding:
-    """How the values of masks become ids; without both, values are ids.
-
-    Attributes:
-        ids: The id of each value.
-        colours: The id of each colour.
-        file: The file that the colours stand in.
-    """
-
-    ids: Mapping[int, int] | None = None
-    colours: Mapping[Colour, int] | None = None
-    file: str = ""
-
-
-PLAIN = MaskCoding()
 
 
 class Page(NamedTuple):
@@ -302,98 +280,3 @@ class Palettes:
                     "are right whatever their colours"
                 )
         return None
-
-
-# What the user says of the coding.
-
-
-def read_coding(
-    ids: str | None, colours: str | Path | None, classes: Sequence[str] | None
-) -> tuple[MaskCoding, tuple[str, ...] | None]:
-    """The coding that is asked for, and the names of the classes that its file brings.
-
-    Args:
-        ids: Values and their ids, such as ``0:0,255:1``.
-        colours: A file with a line for each colour, ``red green blue class``.
-        classes: The names of the classes, where they are known.
-
-    Raises:
-        ValueError: Both are given, or one cannot be read.
-    """
-    if ids is not None and colours is not None:
-        raise ValueError("ids and colours are both given; masks hold either values or colours")
-    if ids is not None:
-        return MaskCoding(ids=parse_ids(ids)), None
-    if colours is None:
-        return PLAIN, None
-    return read_colours(Path(colours).expanduser(), classes)
-
-
-def parse_ids(text: str) -> dict[int, int]:
-    """Values and their ids, from a text such as ``0:0,255:1``."""
-    parts = [part.strip() for part in text.split(",")]
-    pairs = [re.fullmatch(r"(-?\d+)\s*:\s*(\d+)", part) for part in parts]
-    found = {int(pair[1]): int(pair[2]) for pair in pairs if pair}
-    if len(found) != len(parts) or max(found.values()) > IGNORED:
-        raise ValueError(
-            f"ids is {text!r}; it must be VALUE:ID pairs such as 0:0,255:1, each value once, ids "
-            f"from 0 to {IGNORED - 1}, or {IGNORED} for pixels to ignore"
-        )
-    return found
-
-
-def read_colours(
-    path: Path, classes: Sequence[str] | None
-) -> tuple[MaskCoding, tuple[str, ...] | None]:
-    """The coding in a file of colours, and its classes where they are names not known yet."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"colours is {str(path)!r}, which cannot be read ({error}); name a text file of lines "
-            "such as '128 0 0 1' or '128 0 0 road'"
-        ) from error
-    labels: dict[Colour, str] = {}
-    for number, line in enumerate(lines, 1):
-        fields = [field for field in re.split(r"[\s,;]+", line.strip()) if field]
-        if not fields or (number == 1 and not re.search(r"\d", line)):  # a header
-            continue
-        colour, label = colour_and_label(fields)
-        if colour is None or not label:
-            raise ValueError(
-                f"{path} has {line!r} in line {number}, where red, green, blue (0 to 255) and a "
-                "class must stand, such as '128 0 0 1' or '128 0 0 road'"
-            )
-        if labels.setdefault(colour, label) != label:
-            raise ValueError(
-                f"{path} names {' '.join(map(str, colour))} twice, as {labels[colour]!r} and "
-                f"{label!r}; give each colour one class"
-            )
-    if not labels:
-        raise ValueError(f"{path} names no colour; write lines such as '128 0 0 1'")
-    known = [label for label in labels.values() if not label.isdecimal()]
-    names = tuple(classes) if classes else tuple(dict.fromkeys(known))
-    coded = {colour: class_id(path, label, names) for colour, label in labels.items()}
-    return MaskCoding(colours=coded, file=str(path)), names if known and not classes else None
-
-
-def colour_and_label(fields: Sequence[str]) -> tuple[Colour | None, str]:
-    """The colour and the class in a line: ``red green blue class``, or the class first."""
-    for start in (0, len(fields) - 3):
-        three = [int(f) if f.isdecimal() else -1 for f in fields[start : start + 3]]
-        if len(three) == 3 and all(0 <= value <= 255 for value in three):
-            red, green, blue = three
-            return (red, green, blue), " ".join((*fields[:start], *fields[start + 3 :]))
-    return None, ""
-
-
-def class_id(path: Path, label: str, names: Sequence[str]) -> int:
-    """The id of a class that a file of colours names or numbers."""
-    if label.isdecimal() and int(label) <= IGNORED:
-        return int(label)
-    if label in names:
-        return list(names).index(label)
-    raise ValueError(
-        f"{path} names the class {label!r}, which is not among {', '.join(names) or 'the ids'}; "
-        f"take one of these, or an id from 0 to {IGNORED - 1}, or {IGNORED} to ignore the colour"
-    )

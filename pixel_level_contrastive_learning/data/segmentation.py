@@ -16,18 +16,16 @@ from torch import Tensor
 from ..checks import Pages
 from .folders import IMAGES, MASKS, find_files, no_image_message
 from .image import ImageError, LazyImage
-from .masks import IGNORED as IGNORED
+from .mask_coding import IGNORED as IGNORED
+from .mask_coding import PLAIN, MaskCoding, read_coding
 from .masks import (
     MASK_SUFFIXES,
     ONLY,
-    PLAIN,
-    MaskCoding,
     Page,
     Palette,
     Palettes,
     find_masks,
     read_coded,
-    read_coding,
     stem_of,
 )
 from .pages import settle_pages

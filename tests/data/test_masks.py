@@ -8,15 +8,14 @@ import tifffile
 from corpus.encoders import npy, picture, png, tiff
 from PIL import Image
 
-from pixel_level_contrastive_learning.data.masks import (
+from pixel_level_contrastive_learning.data.mask_coding import (
     IGNORED,
     PLAIN,
     MaskCoding,
-    find_masks,
     parse_ids,
-    read_coded,
     read_coding,
 )
+from pixel_level_contrastive_learning.data.masks import find_masks, read_coded
 from pixel_level_contrastive_learning.data.orientation import ORIENTATION_TAG
 from pixel_level_contrastive_learning.data.segmentation import open_labelled
 from pixel_level_contrastive_learning.data.sources import FileSource
@@ -154,6 +153,8 @@ CODED = {
 WRITTEN = {
     "numbers": "0 0 0 0\n128 0 0 1\n0 128 0 2\n",
     "names": "0 0 0 ground\n128 0 0 red roof\n\n0,128,0,green\n",
+    "numbers and names": "2 green 0 128 0\n1 red roof 128 0 0\n0 0 0 0 ground\n9 9 9 255\n",
+    "ids and names": "0 ground 0 0 0\n1 red roof 128 0 0\n255 void 9 9 9\n2 green 0 128 0\n",
     "names first, a header": "name,r,g,b\nground,0,0,0\nred roof,128,0,0\ngreen,0,128,0\n",
 }
 
@@ -168,6 +169,24 @@ def test_masks_of_colours_are_read_by_a_file(tmp_path, kind, text) -> None:
         assert read_mask(tmp_path / "a.png", coding).tolist() == IDS.tolist()
         new = text != "numbers" and classes is None
         assert names == (("ground", "red roof", "green") if new else None)
+
+
+REFUSED_NAMES = {
+    "ids with names; it must have ids from 0 to 254": "0 a 1 1 1\n0 b 2 2 2\n",
+    "ids with names; it must have ids from 0 to 254, or": "0 a 1 1 1\n1 a 2 2 2\n",
+    "ids with names; it must have ids from 0 to 254, or 255": "256 a 1 1 1\n",
+    "names 1 classes and numbers 1; it must name all": "1 1 1 road\n2 2 2 0\n",
+    "names 256 classes and numbers 0; it must name all, 255 at": "".join(
+        f"{i} 0 0 kind{i}\n" for i in range(256)
+    ),
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED_NAMES)
+def test_names_of_colours_that_cannot_be_ids_are_refused(tmp_path, reason) -> None:
+    (tmp_path / "colours.txt").write_text(REFUSED_NAMES[reason])
+    with pytest.raises(ValueError, match=reason):
+        read_coding(None, tmp_path / "colours.txt", None)
 
 
 def test_gray_values_are_colours_too(tmp_path) -> None:
@@ -198,6 +217,7 @@ def test_colours_that_are_not_named_are_refused(tmp_path) -> None:
         ("1 2 300 road\n", "in line 1, where red, green, blue"),
         ("1 2 3 road\n1 2 3 sky\n", "names 1 2 3 twice, as 'road' and 'sky'"),
         ("1 2 3 moon\n", "names the class 'moon', which is not among road, sky"),
+        ("0 sky 1 2 3\n", "names id 0 'sky', which is not so in road, sky"),
         ("1 2 3 256\n", "names the class '256', which is not among road, sky"),
     ],
 )
