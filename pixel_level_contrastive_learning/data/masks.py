@@ -26,6 +26,8 @@ MASK_ENDINGS = ("", "_mask", "-mask", "_masks", "_label", "_labels", "_seg", "_g
 """What may stand after the name of the image."""
 SHOWN_COLOURS = 3
 """Colours or ids that an error lists."""
+SHOWN_IDS = 20
+"""Values for which a message writes out ``--ids``, at most."""
 
 Palette = Mapping[int, Colour]
 """The colours of the indices that a mask uses."""
@@ -129,10 +131,12 @@ def read_coded(
         values = np.array([coding.ids[v] for v in used])[np.searchsorted(used, values)]
         return torch.from_numpy(values.astype(np.uint8)), {}
     if used[0] < 0 or used[-1] > IGNORED:
+        few = len(used) <= SHOWN_IDS
+        pairs = ",".join(f"{v}:{i}" for i, v in enumerate(used)) if few else "VALUE:ID,..."
         raise ValueError(
             f"{path} has ids from {used[0]} to {used[-1]}; write 8-bit PNG with ids from 0 to "
             f"{IGNORED - 1}, and {IGNORED} for pixels to ignore, or name the id of each value "
-            f'with --ids "{used[0]}:0,{used[-1]}:1"'
+            f'with --ids "{pairs}"'
         )
     colours = {} if stored.palette is None else dict(enumerate(map(tuple, stored.palette.tolist())))
     kept = {index: colours[index] for index in used if index in colours}
@@ -216,6 +220,11 @@ def ids_of_colours(path: Path, stored: Stored, coding: MaskCoding) -> np.ndarray
     assert coding.colours is not None
     values = stored.values
     if stored.palette is not None:
+        if (largest := int(values.max())) >= len(stored.palette):
+            raise ValueError(
+                f"{path} has a pixel of index {largest}, and its palette ends at "
+                f"{len(stored.palette) - 1}; write it anew with a colour for each index"
+            )
         values = stored.palette[values]
     if values.dtype == np.bool_:
         values = values * np.uint8(255)

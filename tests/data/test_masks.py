@@ -90,6 +90,8 @@ def test_masks_are_turned_as_images_are(tmp_path, tag, kind) -> None:
 REFUSED = {
     "values that are no whole numbers, such as 0.5": npy(np.full((2, 2), 0.5)),
     "values that are no whole numbers, such as nan": npy(np.full((2, 2), np.nan)),
+    'value with --ids "0:0,1000:1,2000:2"': npy(IDS.astype(int) * 1000),
+    'value with --ids "VALUE:ID,..."': npy(np.arange(300)[None]),
     "has ids from -1 to 2": npy(IDS.astype(int) - (IDS == 0)),
     "it has 3 pages, and its image 1": tiff(np.stack([IDS] * 3), photometric="minisblack"),
     "it has several frames": picture(
@@ -169,6 +171,15 @@ def test_masks_of_colours_are_read_by_a_file(tmp_path, kind, text) -> None:
         assert read_mask(tmp_path / "a.png", coding).tolist() == IDS.tolist()
         new = text != "numbers" and classes is None
         assert names == (("ground", "red roof", "green") if new else None)
+
+
+def test_an_index_past_the_palette_is_refused(tmp_path) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(picture("PNG", indexed(IDS + 1)))
+    with pytest.raises(
+        ValueError, match=r"a\.png has a pixel of index 3, and its palette ends at 2"
+    ):
+        read_mask(path, MaskCoding(colours={(0, 0, 0): 0}))
 
 
 REFUSED_NAMES = {

@@ -197,7 +197,7 @@ GRAY = "if its gray values are the ids, write one channel: Image.open(path).getc
         (
             np.full((32, 48), 700, np.uint16),
             "has ids from 700 to 700; write 8-bit PNG with ids from 0 to 254, and 255 for pixels "
-            'to ignore, or name the id of each value with --ids "700:0,700:1"',
+            'to ignore, or name the id of each value with --ids "700:0"',
         ),
     ],
 )
