@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from .image import ImageError
 from .mask_coding import IGNORED, PLAIN, Colour, MaskCoding
 from .orientation import ORIENTATION_TAG, PNG, orientation_of, split_png, turn_array
 from .picture import open_by_pillow
+from .reading import in_time
 from .sources import FileSource
 from .tiff import opened_tiff, photometric_of, plane_array, tiff_images
 
@@ -100,7 +102,7 @@ def read_coded(
     """
     path = Path(files.file_name(file))
     try:
-        stored = read_stored(files.file_content(file), page)
+        stored = read_stored(files.file_content(file, several=page.count > 1), page)
     except Exception as error:  # damaged bytes make decoders raise anything at all
         raise ValueError(f"{path} cannot be read as a mask: {error}; write it anew") from error
     values = stored.values
@@ -145,7 +147,8 @@ def read_coded(
 
 def read_stored(content: Content, page: Page) -> Stored:
     """What a mask's file holds."""
-    assert not isinstance(content, str), "a mask is read whole"
+    if isinstance(content, str):  # of a TIFF, of which one page is read
+        return in_time(partial(read_tiff_mask, content, page), content)
     if isinstance(content, bytes) and content.startswith(NPY):
         array = np.load(BytesIO(content), allow_pickle=False)
         content = NamedArray.of((array, "ZYX" if page.count > 1 and array.ndim == 3 else ""))
@@ -166,7 +169,7 @@ def check_pages(found: int, page: Page) -> None:
         raise ImageError(f"it has {found} pages, and its image {page.count}")
 
 
-def read_tiff_mask(content: bytes, wanted: Page) -> Stored:
+def read_tiff_mask(content: bytes | str, wanted: Page) -> Stored:
     """A mask in a TIFF."""
     with opened_tiff(content) as file:
         images = tiff_images(file).images
