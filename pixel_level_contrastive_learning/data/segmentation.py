@@ -176,7 +176,7 @@ def open_labelled(
         ValueError: Something is missing, or masks are wrong: the first files, and what to do.
     """
     folder = Path(data).expanduser()
-    if not folder.is_dir():
+    if not str(data) or not folder.is_dir():
         raise ValueError(f"data is {str(data)!r}, which is no folder; {LAYOUT}")
     names = read_classes(folder / "classes.txt")
     coding, named = read_coding(ids, colours, names)

@@ -11,9 +11,11 @@ import os
 from bisect import bisect_right
 from codecs import BOM_UTF8
 from collections.abc import Iterable, Sequence, Sized
+from contextlib import suppress
+from functools import partial
 from itertools import accumulate, chain, groupby
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -33,7 +35,10 @@ log = logging.getLogger(__name__)
 MIN_IMAGES_TO_HOLD_OUT, HELD_OUT_SHARE, MAX_HELD_OUT = 200, 0.02, 256
 """From how many images on some are held out of training, which share, and at most how many."""
 
+EMPTY = "data is empty; name a folder, a list of paths, shards or images"
 
+
+@runtime_checkable
 class Source(Protocol):
     """Images that are counted and opened by index."""
 
@@ -238,10 +243,11 @@ def open_source(
         data: A folder (searched through, links followed), an image, a text file of paths (one a
             line, relative to the file), shards (``shards-{000000..000099}.tar``, local or by URL),
             or a sequence of these; or a sequence or torch ``Dataset`` of tensors, arrays or Pillow
-            images; or a source, which stays as it is.
+            images; or a source of any kind, which stays as it is. A file is an image once, however
+            often it is named.
         leave_out: A folder that is not searched: the run's own.
         pages: What several images in a file are read as: images of their own, the channels of one,
-            or the first alone; None: see `settle_pages`.
+            or the first alone; None: see `settle_pages`. A source is not asked to change.
         nodata: The value that stands where nothing was measured, beside NaN and GDAL's tag.
 
     Raises:
@@ -252,14 +258,14 @@ def open_source(
         >>> len(source), source.name(1), source.open(0).size
         (2, 'item 1', (32, 48))
     """
-    if isinstance(data, (PagedFiles, ItemSource, IndexedSource)):
-        return data
     if nodata is not None:
         return NodataSource(open_source(data, leave_out=leave_out, pages=pages), nodata)
+    if isinstance(data, Source):
+        return data
     if isinstance(data, (str, os.PathLike)):
         data = [data]
     if isinstance(data, Sized) and len(data) == 0:
-        raise ValueError("data is empty; name a folder, a list of paths, shards or images")
+        raise ValueError(EMPTY)
     if isinstance(data, Sequence) and all(isinstance(part, (str, os.PathLike)) for part in data):
         parts = joined([open_path(os.fspath(part), leave_out) for part in data])
         settle_pages(parts, pages)
@@ -274,12 +280,34 @@ def open_source(
 
 
 def joined(parts: Iterable[PagedFiles]) -> list[PagedFiles]:
-    """Sources of which neighbours that are files of their own have become one."""
+    """Sources of which neighbours that are files of their own have become one, each file once."""
     found: list[PagedFiles] = []
+    seen: set[str] = set()
     for _, group in groupby(parts, type):
         neighbours = [*group]
-        paths = [part.paths for part in neighbours if isinstance(part, FileSource)]
-        found += [FileSource([*chain(*paths)])] if paths else neighbours
+        paths = [*chain(*(part.paths for part in neighbours if isinstance(part, FileSource)))]
+        if not paths:
+            found += neighbours
+        elif new := not_seen(paths, seen):
+            found.append(FileSource(new))
+    return found
+
+
+def not_seen(paths: Sequence[str], seen: set[str]) -> list[str]:
+    """Those paths that name other files than any before, however their folders are linked."""
+    folders: dict[str, str] = {}
+    found = []
+    for path in paths:
+        folder, name = os.path.split(path)
+        if folder not in folders:
+            folders[folder] = folder
+            with suppress(ImageError):  # told when it is opened
+                folders[folder] = in_time(partial(os.path.realpath, folder), path)
+        if (real := os.path.join(folders[folder], name)) not in seen:
+            seen.add(real)
+            found.append(path)
+    if twice := len(paths) - len(found):
+        log.info("%d files are named more than once, and read once", twice)
     return found
 
 
@@ -287,6 +315,11 @@ def open_path(
     place: str, leave_out: str | Path | None = None, *, slides: bool = False
 ) -> PagedFiles:
     """The images of a folder, a file or a pattern of shards, slides among them or refused."""
+    if not place:
+        raise ValueError(
+            "data is '', perhaps a variable that is not set; name a folder (this one is '.'), a "
+            "list of paths, shards or images"
+        )
     known = image_suffixes() | (SLIDE_SUFFIXES if slides else set())
     if is_shards(place):
         return ShardSource.find(place)

@@ -25,7 +25,7 @@ from .raster_files import is_larger, open_rasters
 from .rasters import Array, Box, Raster, Window, with_nodata
 from .reading import in_time
 from .shards import is_shards
-from .sources import FileSource, open_path
+from .sources import EMPTY, FileSource, not_seen, open_path
 from .statistics import PERCENTILES
 
 PLAIN_SHARE = 0.99
@@ -271,7 +271,9 @@ def find_rasters(data: Sequence[str | Path]) -> list[str]:
         if not isinstance(files, FileSource):
             raise ValueError(f"data is {place!r}; tiles are cut from files: name their folder")
         paths += files.paths
-    return paths
+    if not paths:
+        raise ValueError(EMPTY)
+    return not_seen(paths, set())
 
 
 # Empty tiles.

@@ -291,8 +291,10 @@ def test_a_single_class_is_refused(labelled) -> None:
 # Folders.
 
 
-def test_a_folder_that_is_none_is_refused(tmp_path) -> None:
-    said = refusal(tmp_path / "nowhere")
+def test_a_folder_that_is_none_is_refused(labelled, monkeypatch) -> None:
+    monkeypatch.chdir(labelled)
+    assert refusal("").startswith("data is '', which is no folder; it must hold images/train")
+    said = refusal(labelled / "nowhere")
     assert "which is no folder; it must hold images/train, images/val, masks/train" in said
 
 

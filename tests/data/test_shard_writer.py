@@ -386,6 +386,12 @@ def test_what_cannot_be_cut_is_told_before_work_begins(scenes, tmp_path) -> None
     assert len((tmp_path / "out" / "skipped.txt").read_text().splitlines()) == 2
 
 
+@pytest.mark.parametrize("tile", [None, 64])
+def test_no_place_at_all_is_refused(tmp_path, tile) -> None:
+    with pytest.raises(ValueError, match="data is empty; name a folder"):
+        write_shards([], tmp_path / "out", tile=tile)
+
+
 def test_settings_of_tiles_need_tiles(scenes, tmp_path) -> None:
     with pytest.raises(ValueError, match=r"overlap is 8, keep_empty is True, but tile is None; "):
         write_shards(scenes, tmp_path / "out", overlap=8, keep_empty=True)

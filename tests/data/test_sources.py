@@ -12,9 +12,11 @@ from PIL import Image
 from torch.utils.data import TensorDataset
 from webdataset import TarWriter
 
-from pixel_level_contrastive_learning.data.image import ImageError
+from pixel_level_contrastive_learning.data.decoding import open_image
+from pixel_level_contrastive_learning.data.image import ImageError, LazyImage
 from pixel_level_contrastive_learning.data.shards import ShardSource, images_in, is_shards
 from pixel_level_contrastive_learning.data.sources import FileSource, Source, Subset, open_source
+from pixel_level_contrastive_learning.data.tiles import find_rasters
 
 
 def paint(path: Path, value: int = 0) -> Path:
@@ -107,28 +109,47 @@ def test_several_places_are_joined(tmp_path) -> None:
         paint(tmp_path / name, value)
     with TarWriter(str(tmp_path / "a.tar")) as writer:
         writer.write({"__key__": "d", "png": (tmp_path / "two/c.png").read_bytes()})
-    places = [tmp_path / "two", str(tmp_path / "one"), tmp_path / "one" / "b.png"]
-    for source in (open_source(places), open_source([*places, f"{tmp_path}/a.tar", places[0]])):
-        assert values(source) == [2, 0, 1, 1, 2, 2][: len(source)]
+    places = [tmp_path / "two", str(tmp_path / "one")]
+    for source in (open_source(places), open_source([*places, f"{tmp_path}/a.tar"])):
+        assert values(source) == [2, 0, 1, 2][: len(source)]
         assert Path(source.name(2)).name == "b.png"
-        assert values(Subset(source, torch.tensor([3, 0]))) == [1, 2]
+        assert values(Subset(source, torch.tensor([2, 0]))) == [1, 2]
+
+
+def test_a_file_is_an_image_once_however_often_it_is_named(tmp_path, caplog) -> None:
+    caplog.set_level("INFO")
+    for value, name in enumerate(("a.png", "sub/b.png")):
+        paint(tmp_path / name, value)
+    (tmp_path / "link").symlink_to(tmp_path / "sub")
+    (tmp_path / "list.txt").write_text("a.png\nsub/../a.png\nlink/b.png\nsub/b.png\n")
+    with TarWriter(str(tmp_path / "a.tar")) as writer:
+        writer.write({"__key__": "d", "png": (tmp_path / "a.png").read_bytes()})
+    for places in (["", "sub"], ["sub", "a.png", "a.tar", "", "link"], ["list.txt"]):
+        caplog.clear()
+        source = open_source([tmp_path / place for place in places])
+        assert sorted(values(source)) == [0, 0, 1][-2 - ("a.tar" in places) :]
+        assert " named more than once, and read once" in caplog.text
+    assert find_rasters([tmp_path / "sub", tmp_path / "link"]) == [f"{tmp_path}/sub/b.png"]
 
 
 def test_an_image_is_found_without_counting_all_of_them(tmp_path, monkeypatch) -> None:
-    path, several = str(paint(tmp_path / "a.png", 7)), tmp_path / "b.gif"
+    path, several = paint(tmp_path / "a.png", 7), tmp_path / "b.gif"
     frames = [Image.new("L", (9, 9), value) for value in range(3)]
     frames[0].save(several, save_all=True, append_images=frames[1:])
     with TarWriter(str(tmp_path / "a.tar")) as writer:
-        writer.write({"__key__": "a", "png": Path(path).read_bytes()})
-    many = open_source([path] * 500 + [str(several)] * 500)
+        writer.write({"__key__": "a", "png": path.read_bytes()})
+    copies = [path.with_name(f"{number}.png") for number in range(50)]
+    for copy in copies:
+        os.link(path, copy)
+    many = open_source([*copies, several])
     assert isinstance(many, FileSource)
-    joined = open_source([path, str(several), f"{tmp_path}/a.tar", path])
+    joined = open_source([path, several, f"{tmp_path}/a.tar", copies[0]])
     asked = []
     monkeypatch.setattr(ShardSource, "files", property(lambda _: asked.append(1) or 1))
     monkeypatch.setattr(many, "split", {})
-    assert (len(many), len(joined)) == (2000, 6)
+    assert (len(many), len(joined)) == (53, 6)
     assert joined.name(4) == f"{tmp_path}/a.tar:a.png"
-    assert joined.name(5) == path
+    assert joined.name(5) == str(copies[0])
     assert asked == []
 
 
@@ -160,6 +181,26 @@ def test_items_may_be_tensors_arrays_or_pictures(item) -> None:
 def test_a_torch_dataset_is_a_source() -> None:
     source = open_source(TensorDataset(torch.arange(6, dtype=torch.uint8).view(3, 1, 1, 2)))
     assert values(source) == [0, 2, 4]
+
+
+def test_a_source_of_your_own_stays_as_it_is() -> None:
+    class Own:
+        def __len__(self) -> int:
+            return 1
+
+        def name(self, index: int) -> str:
+            return f"own {index}"
+
+        def content(self, index: int) -> bytes:
+            return png(7)
+
+        def open(self, index: int) -> LazyImage:
+            return open_image(self.content(index))
+
+    own = Own()
+    assert open_source(own) is own
+    nothing = open_source(open_source([torch.tensor([[7.0, 8.0]])]), nodata=7)
+    assert nothing.open(0).decode().known.tolist() == [[[False, True]]]
 
 
 def test_the_channels_of_a_tensor_stand_first_whatever_the_sides() -> None:
@@ -220,6 +261,8 @@ def test_nothing_usable_is_told_at_once(tmp_path) -> None:
     for data, text in {
         str(tmp_path / "gone"): "does not exist; name a folder of images",
         (): "data is empty",
+        "": "data is '', perhaps a variable that is not set; name a folder",
+        ("", tmp_path): "data is ''",
         7: "data is a int; it must be a folder",
     }.items():
         with pytest.raises(ValueError, match=text):
