@@ -19,12 +19,13 @@ from .mask_coding import IGNORED, PLAIN, Colour, MaskCoding
 from .orientation import ORIENTATION_TAG, PNG, orientation_of, split_png, turn_array
 from .picture import open_by_pillow
 from .reading import in_time
+from .shards import MASK_WORDS
 from .sources import FileSource
 from .tiff import opened_tiff, photometric_of, plane_array, tiff_images
 
 MASK_SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".gif", ".npy", ".npz", ".nii", ".nii.gz")
 """Of several files with the name of an image, the first of these is its mask."""
-MASK_ENDINGS = ("", "_mask", "-mask", "_masks", "_label", "_labels", "_seg", "_gt")
+MASK_ENDINGS = ("", "-mask", *(f"_{word}" for word in MASK_WORDS))
 """What may stand after the name of the image."""
 SHOWN_COLOURS = 3
 """Colours or ids that an error lists."""

@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 
 HEADERS = 1000
 """Headers of a tar file that are read at once."""
+MASK_WORDS = ("mask", "masks", "label", "labels", "seg", "segmentation", "gt")
+"""What the name of a mask says after that of its image."""
 
 
 class NameList:
@@ -67,7 +69,11 @@ class ShardSource(PagedFiles):
 
     def __init__(self, paths: Sequence[str]) -> None:
         self.paths = list(paths)
-        members = [(i, *member) for i, path in enumerate(paths) for member in images_in(path)]
+        found = [images_in(path) for path in paths]
+        kept = [without_masks(images) for images in found]
+        if masks := sum(map(len, found)) - sum(map(len, kept)):
+            log.info("%d masks beside images of their key are left out of shards", masks)
+        members = [(i, *member) for i, images in enumerate(kept) for member in images]
         if not members:
             raise ValueError(
                 f"no image in {len(paths)} shards ({paths[0]!r}, ...); looked for members that "
@@ -160,6 +166,20 @@ def images_in(path: str, whole: bool = False) -> list[tuple[int, int, bytes]]:
             raise ValueError(said)
         log.warning("%s %s", path, said)
     return found
+
+
+def without_masks(images: Sequence[tuple[int, int, bytes]]) -> list[tuple[int, int, bytes]]:
+    """Images without those called ``KEY.seg.png`` or the like beside another one of that key."""
+    masks, others = [], set()
+    for number, (_, _, name) in enumerate(images):
+        folder, base = os.path.split(name)
+        key, *kinds = base.lower().split(b".")
+        if len(kinds) > 1 and os.fsdecode(kinds[-2]) in MASK_WORDS:
+            masks.append((number, (folder, key)))
+        else:
+            others.add((folder, key))
+    left_out = {number for number, key in masks if key in others}
+    return [image for number, image in enumerate(images) if number not in left_out]
 
 
 def headers(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:

@@ -366,6 +366,17 @@ def test_shards_that_are_cut_off_give_what_they_have(folder, caplog) -> None:
         source.open(0)
 
 
+def test_masks_beside_images_in_a_shard_are_no_images(folder, caplog) -> None:
+    caplog.set_level("INFO")
+    shown, hidden = ("a.jpg.png", "b/a.seg.png", "c.label.png"), ("b/d.Mask.PNG", "b/d.seg.png")
+    with tarfile.open(folder / "masks.tar", "w") as tar:
+        for name in ("b/d.rgb.png", *shown, *hidden):
+            tar.add(paint(folder / "x/a.png"), name)
+    source = ShardSource([f"{folder}/masks.tar"])
+    assert [source.names[i] for i in range(len(source))] == ["b/d.rgb.png", *shown]
+    assert "2 masks beside images of their key are left out of shards" in caplog.text
+
+
 def test_a_damaged_header_in_a_shard_is_told(folder, caplog) -> None:
     path = folder / "part-00.tar"
     with tarfile.open(path) as tar:
