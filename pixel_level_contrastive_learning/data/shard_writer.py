@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -33,6 +34,9 @@ log = logging.getLogger(__name__)
 
 INDEX = "shards.json"
 """The settings, and the digest of each shard that is done."""
+NOT_OURS = (
+    "out is {!r}, which is not empty and was not written by an earlier call; name another folder"
+)
 SHARD_BYTES = 2**28
 """What the tiles of a shard may take uncompressed: what a killed call does again."""
 
@@ -174,16 +178,17 @@ def write_shards(
         for number in range(total):
             path = folder / f"shards-{number:06d}.tar"
             record = index.find(path)
-            if record is None:
-                indices = range(number * each, min((number + 1) * each, count))
-                entries = in_order(samples.make, indices, workers, threads)
-                record = write_shard(path, entries, samples.name, shared)
+            indices = range(number * each, min((number + 1) * each, count))
+            make_each = partial(in_order, samples.make, workers=workers, threads=threads)
+            if record is None or is_mended(record, indices, samples.name, make_each):
+                record = write_shard(path, make_each(indices), samples.name, shared)
                 index.add(path, record)
                 log.info("%s: %d images, %s of %d", path.name, record["images"], number + 1, total)
             else:
                 kept += 1
             broken |= {f"{n}: {reason}": BrokenImage(n, reason) for n, reason in record["skipped"]}
             check_broken(broken, count, max_broken)
+    (folder / SKIPPED).unlink(missing_ok=True)
     if broken:
         lines = "".join(image.line for image in broken.values())
         write_whole(folder / SKIPPED, lines.encode("utf-8", "surrogateescape"))
@@ -219,10 +224,7 @@ def locked_index(folder: Path, settings: Mapping[str, Any]) -> Iterator[ShardInd
     """The record of the shards in a folder, which is new or of an earlier call; no other writes."""
     held = {path.name for path in folder.iterdir()} if folder.is_dir() else set[str]()
     if (held - {LOCK} and INDEX not in held) or folder.is_file():
-        raise ValueError(
-            f"out is {str(folder)!r}, which is not empty and was not written by an earlier call; "
-            "name another folder"
-        )
+        raise ValueError(NOT_OURS.format(str(folder)))
     with sole_writer(folder / LOCK):
         yield ShardIndex(folder, settings)
 
@@ -236,8 +238,11 @@ class ShardIndex:
         if not self.path.is_file():
             self.write()
             return
-        stored = json.loads(self.path.read_text(encoding="utf-8"))
-        before = stored["plan"]
+        try:
+            stored = json.loads(self.path.read_text(encoding="utf-8"))
+            before, self.shards = dict(stored["plan"]), dict(stored["shards"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(NOT_OURS.format(str(folder))) from error
         changed = [n for n in {**before, **settings} if before.get(n) != settings.get(n)]
         if changed:
             differences = ", ".join(
@@ -248,7 +253,6 @@ class ShardIndex:
                 f"out is {str(folder)!r}, which holds shards of another call ({differences}); give "
                 "the same images and settings to go on with it, or name another folder"
             )
-        self.shards = stored["shards"]
         for unfinished in folder.glob("*.part"):
             unfinished.unlink()
 
@@ -256,7 +260,7 @@ class ShardIndex:
         """The record of a shard that is there as it was written; None where it is not."""
         record = self.shards.get(path.name)
         if record is None or not record["images"]:
-            return None if record is None or record["skipped"] else record
+            return record
         return record if path.is_file() and digest(path) == record["sha256"] else None
 
     def add(self, path: Path, record: dict[str, Any]) -> None:
@@ -268,6 +272,19 @@ class ShardIndex:
         """Write all of it."""
         text = json.dumps({"plan": self.settings, "shards": self.shards}, indent=1)
         write_whole(self.path, text)
+
+
+def is_mended(
+    record: Mapping[str, Any],
+    indices: Iterable[int],
+    name: Callable[[int], str],
+    make_each: Callable[[list[int]], Iterable[tuple[int, Entry]]],
+) -> bool:
+    """Whether more of a shard's images can be read now than when it was written."""
+    skipped = {called for called, _ in record["skipped"]}
+    again = [index for index in indices if skipped and name(index) in skipped]
+    broken = sum(isinstance(entry, ImageError) for _, entry in make_each(again))
+    return broken < len(record["skipped"])
 
 
 def common_folder(names: Sequence[str]) -> str:

@@ -163,6 +163,12 @@ def test_broken_images_are_left_out_and_listed(images, tmp_path) -> None:
     assert line.startswith(f"{images / '1.jpg'}\tdamaged: ")
     assert "000000001.jpg" not in members(tmp_path / "out" / "shards-000000.tar")
     assert "1 could not be read, see skipped.txt" in str(packed)
+    assert write_shards(images, tmp_path / "out").kept == 1
+    (images / "1.jpg").write_bytes(whole)  # mended
+    packed = write_shards(images, tmp_path / "out")
+    assert (packed.images, packed.kept, packed.skipped) == (5, 0, 0)
+    assert "000000001.jpg" in members(tmp_path / "out" / "shards-000000.tar")
+    assert not (tmp_path / "out" / "skipped.txt").exists()
 
 
 @pytest.mark.parametrize("tile", [None, 64])
@@ -184,6 +190,10 @@ def test_other_settings_and_other_folders_are_refused(images, tmp_path) -> None:
         write_shards(images, tmp_path / "out", max_side=150)
     with pytest.raises(ValueError, match="which is not empty and was not written by an earlier"):
         write_shards(images, images)
+    for text in ("{}", "no json", "[]", '{"plan": 3, "shards": {}}'):
+        (tmp_path / "out" / "shards.json").write_text(text)
+        with pytest.raises(ValueError, match="which is not empty and was not written by an earli"):
+            write_shards(images, tmp_path / "out", max_side=150)
     with pytest.raises(ValueError) as error:
         write_shards(images, tmp_path / "new", max_side=0, quality=96, images_each=0, workers=0)
     assert [line.split()[0] for line in str(error.value).splitlines()] == [
