@@ -22,7 +22,13 @@ PATIENCE = 1.0
 
 def can_share(workers: int) -> bool:
     """Whether this many processes of a loader can share memory: forked ones can."""
-    return not workers or multiprocessing.get_start_method() == "fork"
+    return not workers or start_method() == "fork"
+
+
+def start_method() -> str:
+    """How processes are started, which stays open where nobody has chosen yet."""
+    chosen = multiprocessing.get_start_method(allow_none=True)
+    return chosen or multiprocessing.get_all_start_methods()[0]
 
 
 class Entry(NamedTuple):
@@ -68,7 +74,7 @@ class DecodedCache(IndexedSource):
         numbers = torch.frombuffer(self.memory, dtype=torch.int64, count=1 + table)
         self.end, self.places = numbers[:1], numbers[1:].view(len(source), len(SCALES))
         self.end[0] = (1 + table) * WORD
-        self.lock = multiprocessing.Lock()
+        self.lock = multiprocessing.get_context(start_method()).Lock()
 
     def __len__(self) -> int:
         return len(self.source)

@@ -1,5 +1,7 @@
 """Decoded images in memory: the same samples, decoded once, by all workers together."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -143,8 +145,20 @@ def test_a_killed_writer_stops_nobody(folder, monkeypatch) -> None:
 
 
 def test_only_forked_workers_share(monkeypatch) -> None:
-    monkeypatch.setattr(cache.multiprocessing, "get_start_method", lambda: "spawn")
+    monkeypatch.setattr(cache.multiprocessing, "get_start_method", lambda **_: "spawn")
     assert can_share(0)
     assert not can_share(2)
     monkeypatch.undo()
     assert can_share(2) == (cache.multiprocessing.get_start_method() == "fork")
+
+
+def test_how_processes_start_stays_for_the_user_to_choose() -> None:
+    code = """
+import multiprocessing, torch
+from pixel_level_contrastive_learning.data.cache import DecodedCache, can_share
+from pixel_level_contrastive_learning.data.sources import open_source
+DecodedCache(open_source([torch.zeros(3, 8, 8)]), 2**20)
+can_share(2)
+multiprocessing.set_start_method("spawn")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
