@@ -16,13 +16,14 @@ from torch.autograd.function import BackwardCFunction
 from torch.utils.hooks import RemovableHandle
 
 from .hooks import (
+    ChannelsFirst,
     FeatureHook,
     FeatureHooks,
     Layout,
     NoGradientError,
     can_learn,
     first_weight,
-    layout_of,
+    memory,
     patch_of,
     plain_name,
     tensor_in,
@@ -70,9 +71,10 @@ class FeatureInfo:
         layers: dict[str, Layer] = {}
         used: list[object] = []  # what layers with weights were given; held, so that ids are unique
         passed: list[tuple[object, object]] = []  # what layers without weights were given, and gave
+        order = ChannelsFirst()
 
         def layout_and_stride(output: object) -> tuple[Layout | None, float]:
-            layout = layout_of(output, self.size, len(self.images))
+            layout = order.layout(output, self.size, len(self.images))
             sides = zip(self.size, layout.grid, strict=True) if layout else [(0, 1)]
             return layout, max(side / cells for side, cells in sides)
 
@@ -86,7 +88,10 @@ class FeatureInfo:
                     passed.append((inputs[0], output))
                 output = tensor_in(output)
                 tensor = output if isinstance(output, Tensor) else torch.empty(0)
-                _, given = layout_and_stride(inputs[0] if inputs else None)
+                first = inputs[0] if inputs else None
+                order.see(first)
+                order.see(output, first)
+                _, given = layout_and_stride(first)
                 gradient = tensor.grad_fn, tensor.requires_grad
                 known = *layout_and_stride(output), given, tensor._version, *gradient
                 layers.pop(name, None)  # a layer that runs again moves to the end
@@ -397,11 +402,6 @@ def unfreeze(net: nn.Module) -> nn.Module:
     for parameter in net.parameters():
         parameter.requires_grad_(can_learn(parameter))
     return net
-
-
-def memory(tensor: Tensor) -> int:
-    """The address of a tensor's values: the same for all tensors that share them."""
-    return tensor.untyped_storage().data_ptr()
 
 
 def graph(root: Any) -> Iterator[Any]:

@@ -26,7 +26,7 @@ WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
 class Layout(NamedTuple):
     """How the output of a layer is laid out."""
 
-    axes: str  # "b c h w", "b h w c", "b n c" (tokens), "b c" or, with n = 1, "b c n" (a vector)
+    axes: str  # "b c h w", "b h w c", "b n c" or "b c n" (tokens), "b c" (a vector; "b c n", n = 1)
     channels: int
     grid: tuple[int, int]  # cells (h, w); (1, 1) for a vector
     prefix: int = 0  # tokens before the first patch token
@@ -38,8 +38,65 @@ class Layout(NamedTuple):
         return self.distortion < SQUARE
 
 
+def memory(tensor: Tensor) -> int:
+    """The address of a tensor's values: the same for all tensors that share them."""
+    return tensor.untyped_storage().data_ptr()
+
+
+class ChannelsFirst:
+    """Tells tokens after their channels, ``(b, c, n)``, from ``(b, n, c)`` by where they come from.
+
+    Shapes alone do not: they come of a flattened map ``(b, c, h, w)``, or of turned tokens.
+    """
+
+    def __init__(self) -> None:
+        self.tokens: dict[int, int] = {}  # of these tensors, by id: tokens where they came from
+        self.others: dict[int, Tensor] = {}  # of all others the last at each address
+        self.seen: dict[int, Tensor] = {}  # by id; held, so that ids and addresses are unique
+
+    def see(self, value: object, given: object = None) -> None:
+        """Look at what a layer was given, or at what it gave from what it was given."""
+        if not isinstance(value, Tensor) or value.ndim not in (3, 4) or id(value) in self.seen:
+            return
+        self.seen[id(value)] = value
+        if value.ndim == 3 and isinstance(given, Tensor) and id(given) in self.tokens:
+            kept = value.shape[1] == given.shape[1] or value.shape[2] == given.shape[2]
+            turned = memory(value) == memory(given) and value.stride() != given.stride()
+            is_pooled = value.shape[2] == 1
+            tokens = 0 if turned or is_pooled or not kept else self.tokens[id(given)]
+        else:
+            sources = given, self.others.get(memory(value))
+            tokens = value.shape[2] if any(is_turned(value, source) for source in sources) else 0
+        if tokens:
+            self.tokens[id(value)] = tokens
+        else:
+            self.others[memory(value)] = value
+
+    def layout(self, output: object, size: tuple[int, int], batch: int) -> Layout | None:
+        """As `layout_of`; None for what mixes tokens in between, too."""
+        if not isinstance(output, Tensor) or id(output) not in self.tokens:
+            return layout_of(output, size, batch)
+        layout = layout_of(output.mT, size, batch)
+        same = layout and output.shape[2] == self.tokens[id(output)]
+        return layout._replace(axes="b c n") if layout and same else None
+
+
+def is_turned(value: Tensor, source: object) -> bool:
+    """Whether a tensor of three axes is a map, flattened, or turned tokens."""
+    if not isinstance(source, Tensor) or value.ndim != 3:
+        return False
+    if source.ndim == 4:
+        flat = source.flatten(2)
+        equal_sides = flat.shape[1] == flat.shape[2]
+        return value.shape == flat.shape and (not equal_sides or value.stride() == flat.stride())
+    shares = source.ndim == 3 and memory(value) == memory(source)
+    return shares and (value.shape, value.stride()) == (source.mT.shape, source.mT.stride())
+
+
 def layout_of(output: object, size: tuple[int, int], batch: int) -> Layout | None:
     """The layout of a layer's output for so many images of a size; None if it has none of these.
+
+    Three axes are read as ``b n c``, see `ChannelsFirst`.
 
     >>> layout_of(torch.zeros(2, 25, 7), size=(64, 96), batch=2)[:4]
     ('b n c', 7, (4, 6), 1)
@@ -86,8 +143,8 @@ def distortion(grid: tuple[int, int], size: tuple[int, int]) -> float:
 
 def as_map(output: Tensor, layout: Layout, size: tuple[int, int]) -> Tensor:
     """The output as ``(b, c, h, w)``; the grid of tokens follows from this image size."""
-    if layout.axes == "b n c":
-        tokens = output[:, layout.prefix :]
+    if "n" in layout.axes:
+        tokens = (output if layout.axes == "b n c" else output.mT)[:, layout.prefix :]
         h, _ = token_grid(tokens.shape[1], size)
         return rearrange(tokens, "b (h w) c -> b c h w", h=h)
     return rearrange(output, f"{layout.axes} -> b c h w")

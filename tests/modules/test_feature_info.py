@@ -13,7 +13,12 @@ from torchvision import models
 
 from pixel_level_contrastive_learning import PixelCL
 from pixel_level_contrastive_learning.modules.feature_info import FeatureInfo
-from pixel_level_contrastive_learning.modules.hooks import FeatureHooks, Layout, first_weight
+from pixel_level_contrastive_learning.modules.hooks import (
+    FeatureHooks,
+    Layout,
+    as_map,
+    first_weight,
+)
 from pixel_level_contrastive_learning.modules.layer import default_maps, inside_downsampling
 
 # The layers that are taken where none is named.
@@ -46,6 +51,43 @@ def test_convention_the_default_is_the_deepest_map_of_four_by_four_and_the_poole
     assert info.default_pixels() == [pixel]
     assert info.default_instance(pixel) == instance
     assert info.hook(pixel, pixel=True).layout.grid == (cells, cells)
+
+
+@pytest.mark.parametrize("width", [64, 96, 196], ids=str)
+@pytest.mark.parametrize(
+    ("layers", "pixel", "axes"),
+    [
+        (lambda c: {"turn": Calls(lambda _, x: x.mT), "norm": nn.LayerNorm(c)}, "norm", "b n c"),
+        (
+            lambda c: {
+                "norm": Calls(lambda own, x: own.inner(x.mT), inner=nn.LayerNorm(c)),
+                "mix": Calls(
+                    lambda own, x: x + own.mlp(x.mT).mT,
+                    mlp=nn.Sequential(nn.Linear(196, 64), nn.GELU(), nn.Linear(64, 196)),
+                ),
+                "after": nn.LayerNorm(c),
+            },
+            "after",
+            "b n c",
+        ),
+        (lambda _: {}, "flat", "b c n"),
+    ],
+    ids=["transformer", "mixer", "CNN"],
+)
+def test_channels_are_not_read_as_tokens(layers, width, pixel, axes) -> None:
+    net = chain(stem=nn.Conv2d(3, width, 16, 16), flat=nn.Flatten(2), **layers(width))
+    info = FeatureInfo(net, 3, (224, 224))
+    assert info.default_pixels() == [pixel]
+    hook = info.hook(pixel, pixel=True)
+    assert hook.layout[:4] == (axes, width, (14, 14), 0)
+    x = torch.rand(2, 3, 224, 224)
+    if pixel == "flat":
+        output = FeatureHooks(hook).run(net, x)["flat"]
+        assert torch.equal(as_map(output, hook.layout, (224, 224)), net.stem(x))
+    unreadable = [own.name for own in info.layers if own.layout is None]
+    assert unreadable == [own for own in ("mix.mlp.0", "mix.mlp.1") if info.get(own)]
+    for own in info.layers:
+        assert own.layout is None or own.layout.channels == width
 
 
 @pytest.mark.parametrize(
