@@ -36,6 +36,7 @@ from .state_dict import (
     load_matching,
     read_state_dict,
     run_folder,
+    tell,
     tensors_of,
 )
 
@@ -349,12 +350,9 @@ def read_backbone(
     report = load_matching(net, read_state_dict(path), str(path))
     if parse_model_name(card.model)[0] == "custom":
         check_code(str(path), [*report.missing, *report.mismatched], report.unexpected)
-    if report.complete:
-        log.info("%s: %s", path, report)
-        if image_size in (None, card.image_size):
-            warn_of_other_code(net, card, str(path))
-    else:
-        warnings.warn(f"{path} does not fill all of {card.model}: {report}", stacklevel=2)
+    tell(report, str(path), card.model)
+    if report.complete and image_size in (None, card.image_size):
+        warn_of_other_code(net, card, str(path))
     return Loaded(net, card, report)
 
 

@@ -18,7 +18,7 @@ from ..checks import check_limits, import_extra, raise_together
 from ..modules.feature_info import FeatureInfo
 from .custom import custom_net
 from .hub import HUB, fetch, fetch_weights, files_of, hub_config, is_card, on_hub, place_of
-from .state_dict import load_matching, read_state_dict
+from .state_dict import load_matching, read_state_dict, tell
 from .stem import adapt_channels
 
 Size = tuple[int, int]
@@ -255,7 +255,7 @@ def hub_net(
             state = given.state_dict()
         else:
             state = read_state_dict(file)
-        load_matching(net, state, f"the weights of {model}")
+        tell(load_matching(net, state, f"the weights of {model}"), f"the file {file}", model)
     return net
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
+import warnings
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -25,8 +27,12 @@ from .hub import fetch_weights, on_hub
 from .stem import adapt_input_conv, find_stem
 
 Shape = tuple[int, ...]
+MANY = 10**6
+"""More names than any network has."""
 OF_TRANSFORMERS = ("position_embeddings", "position_embedding.weight")
 """How the names of position embeddings end in networks of transformers."""
+CLASSIFIERS = ("fc.", "head.", "heads.", "classifier.")
+"""How the names of a classifier's weights begin: they say nothing of the features."""
 log = logging.getLogger(__name__)
 
 
@@ -41,6 +47,8 @@ class KeyReport(NamedTuple):
         shapes: By name, the shape in the file and the one in the network, where they differ. A
             matched name among them was adapted: a stem to other channels, position embeddings to
             another image size.
+        prefixes: What the names in the file begin with where the weights were taken, and after it
+            what they begin with where others fit as well.
     """
 
     matched: list[str]
@@ -48,6 +56,7 @@ class KeyReport(NamedTuple):
     mismatched: list[str]
     unexpected: list[str]
     shapes: Mapping[str, tuple[Shape, Shape]]
+    prefixes: tuple[str, ...] = ()
 
     @property
     def complete(self) -> bool:
@@ -57,7 +66,9 @@ class KeyReport(NamedTuple):
     def __str__(self) -> str:
         count = len(self.matched) + len(self.missing) + len(self.mismatched)
         adapted = [name for name in self.matched if name in self.shapes]
-        lines = [f"matched {len(self.matched)} of {count} keys"]
+        taken = f", those of {self.prefixes[0]}" if "".join(self.prefixes) else ""
+        also = f"; also fits: {', '.join(self.prefixes[1:])}" if self.prefixes[1:] else ""
+        lines = [f"matched {len(self.matched)} of {count} keys{taken}{also}"]
         others = {
             "adapted to this input": adapted,
             "missing": self.missing,
@@ -82,9 +93,10 @@ def load_weights(net: nn.Module, source: str | Path) -> KeyReport:
 
     The file may be safetensors, a state dict, or a checkpoint that holds one at any depth. Names
     may have any prefix (``module.``, ``backbone.``, ``state_dict.model.encoder.``): the one under
-    which most weights fit is taken, the first of equals. A stem is adapted to the network's
-    channels and position embeddings to its image size; every other weight of another shape is left
-    as it was.
+    which most weights fit is taken, of equals that of a teacher or average (``teacher.``,
+    ``model_ema.``), else the first. A stem is adapted to the network's channels and position
+    embeddings to its image size; every other weight of another shape is left as it was. Where less
+    than half of the network was filled, classifiers apart, a warning says so.
 
     Args:
         net: The network; changed in place.
@@ -94,7 +106,16 @@ def load_weights(net: nn.Module, source: str | Path) -> KeyReport:
         ValueError: The file cannot be read, or nothing in it fits.
     """
     path = find_weights(source, " (--weights takes 'pretrained', too)")
-    return load_matching(net, read_state_dict(path), str(path))
+    report = load_matching(net, read_state_dict(path), str(path))
+    sizes = {name: own.numel() for name, own in tensors_of(net).items() if not is_classifier(name)}
+    filled, every = sum(sizes.get(name, 0) for name in report.matched), sum(sizes.values())
+    if filled < every / 2:
+        warnings.warn(
+            f"{path} fills only {filled / every:.0%} of {type(net).__name__} (classifiers apart), "
+            f"and the rest stays as it was; is it of another model? {report}",
+            stacklevel=2,
+        )
+    return report
 
 
 def find_weights(source: str | Path, more: str = "") -> Path:
@@ -141,9 +162,10 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         raise ValueError(
             f"{path} cannot be read as weights alone: it is damaged, or a saved network or "
             "checkpoint with classes in it, which could run any code when loaded. If you trust it, "
-            f"save its weights alone: held = torch.load({str(path)!r}, weights_only=False); "
-            "torch.save(held['state_dict'] if isinstance(held, dict) else held.state_dict(), "
-            "'weights.pt')"
+            "save its weights alone: keep = lambda v: v if torch.is_tensor(v) else {k: keep(w) "
+            "for k, w in v.items()} if isinstance(v, dict) else keep(v.state_dict()) "
+            "if hasattr(v, 'state_dict') else {}; "
+            f"torch.save(keep(torch.load({str(path)!r}, weights_only=False)), 'weights.pt')"
         ) from error
     except Exception as error:  # for a damaged file torch raises anything, KeyError to OSError
         raise ValueError(
@@ -171,7 +193,7 @@ def tensors_of(net: nn.Module) -> dict[str, Tensor]:
 def load_matching(net: nn.Module, tensors: Mapping[str, Tensor], source: str) -> KeyReport:
     """`load_weights` from tensors by name; ``source`` says in the error where they come from."""
     wanted = tensors_of(net)
-    given = match_names(tensors, wanted)
+    given, prefixes = match_names(tensors, wanted)
     shapes = {
         name: (tuple(given[name].shape), tuple(tensor.shape))
         for name, tensor in wanted.items()
@@ -181,7 +203,9 @@ def load_matching(net: nn.Module, tensors: Mapping[str, Tensor], source: str) ->
         given = adapt_to_input(net, given, list(shapes))
     shared = [name for name in wanted if name in given]
     matched = [name for name in shared if given[name].shape == wanted[name].shape]
-    if not any(wanted[name].ndim for name in matched):  # a counter of batches alone is no match
+    # Biases, counters of batches, or a classifier alone are no match.
+    kernels = {n for n, own in wanted.items() if own.ndim >= 2 and not is_classifier(n)}
+    if (kernels or {n for n, own in wanted.items() if own.ndim}).isdisjoint(matched):
         raise ValueError(
             f"nothing in {source} fits {type(net).__name__}: the file begins with "
             f"{', '.join(list(tensors)[:3]) or 'no tensor at all'}, the network with "
@@ -195,7 +219,21 @@ def load_matching(net: nn.Module, tensors: Mapping[str, Tensor], source: str) ->
         mismatched=[name for name in shared if given[name].shape != wanted[name].shape],
         unexpected=[name for name in given if name not in wanted],
         shapes=shapes,
+        prefixes=tuple(prefixes),
     )
+
+
+def is_classifier(name: str) -> bool:
+    """Whether a weight is one of a classifier, by its name."""
+    return name.startswith(CLASSIFIERS)
+
+
+def tell(report: KeyReport, source: str, model: str) -> None:
+    """Log that all weights of a model were found, or warn which were not."""
+    if report.complete:
+        log.info("%s: %s", source, report)
+    else:
+        warnings.warn(f"{source} does not fill all of {model}: {report}", stacklevel=3)
 
 
 def check_code(source: str, added: list[str], removed: list[str]) -> None:
@@ -211,22 +249,33 @@ def check_code(source: str, added: list[str], removed: list[str]) -> None:
         )
 
 
-def match_names(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors under the network's names, with prefixes of either side removed."""
+def match_names(
+    tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors under the network's names, and the prefixes in the file that fit, taken first."""
     tensors = {plain_name(name): tensor for name, tensor in tensors.items()}
-    outer, score = best_prefix(tensors, wanted)
-    inner, inner_score = best_prefix(wanted, tensors)
-    if inner_score > score:  # the file is of a part of this network
-        return {inner + name: tensor for name, tensor in tensors.items()}
-    return {
-        name.removeprefix(outer): tensor
-        for name, tensor in tensors.items()
-        if name.startswith(outer)
-    }
+    starts = [name[:end] for name in wanted for end, dot in enumerate(name, 1) if dot == "."]
+    large = [start for start, names in Counter(starts).items() if names >= len(wanted) / 4]
+    inward = prefix_scores(wanted, tensors)
+    inner = max(inward, key=inward.__getitem__)  # of any part, where the file has no prefix
+    fits = [("", prefix_scores(tensors, wanted)), (inner, Counter({"": inward[inner]}))]
+    for start in large:  # of a large part, prefixes on both sides
+        part = {n.removeprefix(start): own for n, own in wanted.items() if n.startswith(start)}
+        fits.append((start, prefix_scores(tensors, part)))
+    inner, scores = max(fits, key=lambda fit: max(fit[1].values()))
+    best = max(scores.values())
+    outers = sorted((own for own, score in scores.items() if score == best), key=is_trained)
+    begun = {name: own for name, own in tensors.items() if name.startswith(outers[0])}
+    return {inner + name.removeprefix(outers[0]): own for name, own in begun.items()}, outers
 
 
-def best_prefix(longer: Mapping[str, Tensor], shorter: Mapping[str, Tensor]) -> tuple[str, int]:
-    """The prefix to remove from ``longer``'s names to find most of ``shorter``'s, and its score."""
+def is_trained(prefix: str) -> bool:
+    """Whether weights are those that were trained, not their average, which is the better one."""
+    return {"teacher", "ema"}.isdisjoint(re.split(r"[._]", prefix))
+
+
+def prefix_scores(longer: Mapping[str, Tensor], shorter: Mapping[str, Tensor]) -> Counter[str]:
+    """By prefix to remove from ``longer``'s names: how much of ``shorter`` is found then."""
     scores: Counter[str] = Counter({"": 0})
     for name, tensor in longer.items():
         parts = name.split(".")
@@ -234,8 +283,8 @@ def best_prefix(longer: Mapping[str, Tensor], shorter: Mapping[str, Tensor]) -> 
             rest = ".".join(parts[start:])
             if rest in shorter:
                 same = shorter[rest].shape == tensor.shape  # outweighs any number of names
-                scores[name.removesuffix(rest)] += 1 + same * (len(longer) + len(shorter))
-    return max(scores.items(), key=lambda item: item[1])
+                scores[name.removesuffix(rest)] += 1 + same * MANY
+    return scores
 
 
 def adapt_to_input(
@@ -248,23 +297,46 @@ def adapt_to_input(
         if kernels.ndim == 4 and kernels.shape[1] != stem[1].in_channels:
             adapted = adapt_input_conv(stem[1].in_channels, kernels)
             given = given | {f"{stem[0]}.weight": adapted}
-    if any(name.endswith(OF_TRANSFORMERS) for name in misfits):
-        return given | {
-            name: resized_positions(name, given[name], net)
-            for name in misfits
-            if name.endswith(OF_TRANSFORMERS)
-        }
-    if not any("pos_embed" in name or "relative_position" in name for name in misfits):
-        return given
-    if isinstance(net, VisionTransformer):
-        state: dict[str, Tensor] = interpolate_embeddings(net.image_size, net.patch_size, given)
-        return state
-    # Most transformers of timm have a function that does this for their pretrained weights.
-    library = sys.modules[type(net).__module__]
-    checkpoint_filter_fn = getattr(library, "checkpoint_filter_fn", None)
-    if checkpoint_filter_fn is not None and library.__name__.startswith("timm."):
-        return dict(checkpoint_filter_fn(given, net))
+    tables = [name for name in misfits if re.search("pos_?embed|position", name)]
+    owners: dict[str, list[str]] = {}
+    for name in tables:
+        parts = name.split(".")[:-1]
+        starts = [".".join(parts[:end]) for end in range(len(parts) + 1)]
+        owner = next((own for own in starts if knows_size(net.get_submodule(own))), None)
+        if owner is not None:
+            owners.setdefault(f"{owner}." if owner else "", []).append(name)
+    for start, names in owners.items():
+        own = {n.removeprefix(start): value for n, value in given.items() if n.startswith(start)}
+        part = net.get_submodule(start.removesuffix("."))
+        try:
+            own = resized(part, own, [name.removeprefix(start) for name in names])
+        except Exception as error:  # libraries raise anything
+            log.warning(
+                "%s cannot be resized (do class or register tokens differ?): %s", names[0], error
+            )
+            continue
+        others = {name: value for name, value in given.items() if not name.startswith(start)}
+        given = others | {start + name: value for name, value in own.items()}
     return given
+
+
+def knows_size(part: nn.Module) -> bool:
+    """Whether position embeddings can be resized for a network, by a function of its library."""
+    library = sys.modules[type(part).__module__]
+    is_timm = library.__name__.startswith("timm.") and hasattr(library, "checkpoint_filter_fn")
+    is_sized = hasattr(getattr(part, "config", None), "image_size")  # of transformers
+    return is_timm or is_sized or isinstance(part, VisionTransformer)
+
+
+def resized(net: nn.Module, given: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:
+    """The weights, position embeddings of these names resized, of a network that `knows_size`."""
+    if hasattr(net, "config"):
+        tables = [name for name in names if name.endswith(OF_TRANSFORMERS)]
+        return given | {name: resized_positions(name, given[name], net) for name in tables}
+    if isinstance(net, VisionTransformer):
+        return dict(interpolate_embeddings(net.image_size, net.patch_size, given))
+    # Most transformers of timm have a function that does this for their pretrained weights.
+    return dict(sys.modules[type(net).__module__].checkpoint_filter_fn(given, net))
 
 
 def resized_positions(name: str, table: Tensor, net: nn.Module) -> Tensor:

@@ -277,6 +277,16 @@ def test_a_repository_of_timm_is_built_and_filled(hub) -> None:
     assert not same(read_backbone("random:hf://me/timm").net, net)
 
 
+def test_weights_that_a_repository_lacks_are_told(hub) -> None:
+    state = of_timm(hub).state_dict()
+    del state["blocks.0.norm1.weight"]
+    save_file(state, hub / "me/timm/model.safetensors")
+    with pytest.warns(
+        UserWarning, match=r"does not fill all of hf://me/timm: (?s:.*)missing 1: bl"
+    ):
+        build_backbone("hf://me/timm", pretrained=True)
+
+
 def test_a_repository_of_transformers_is_built_and_filled(hub) -> None:
     net = of_transformers(hub)
     loaded = read_backbone("hf://me/transformers")

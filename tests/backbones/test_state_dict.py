@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torchvision import models
 from torchvision.models.vision_transformer import interpolate_embeddings
+from transformers import ViTConfig, ViTModel
 
 from pixel_level_contrastive_learning.backbones.state_dict import (
     KeyReport,
@@ -50,7 +51,9 @@ def test_whatever_was_wrapped_around_is_taken_off(beginning, tmp_path) -> None:
     state = {beginning + name: value for name, value in given.state_dict().items()}
     torch.save(state, tmp_path / "weights.pt")
     report = load_weights(net, tmp_path / "weights.pt")
-    assert report == KeyReport(NAMES, [], [], [], {})
+    plain = beginning.replace("_orig_mod.", "")
+    assert report == KeyReport(NAMES, [], [], [], {}, (plain,))
+    assert str(report) == f"matched 9 of 9 keys{f', those of {plain}' * bool(plain)}"
     assert report.complete
     assert same(net, given)
 
@@ -66,25 +69,46 @@ def test_a_checkpoint_may_hold_the_weights_anywhere(key, tmp_path) -> None:
     assert same(net, given)
 
 
-def test_the_first_of_two_networks_in_a_file_is_taken(tmp_path) -> None:
-    student, teacher, net = small(), small(), small()
-    save_file(
-        {f"a_student.{name}": value for name, value in student.state_dict().items()}
-        | {f"b_teacher.{name}": value for name, value in teacher.state_dict().items()},
-        tmp_path / "both.safetensors",
-    )
-    load_weights(net, tmp_path / "both.safetensors")
-    assert same(net, student)
+@pytest.mark.parametrize(
+    ("prefixes", "taken"),
+    [
+        (("a.", "b."), "a."),
+        (("student.module.", "teacher."), "teacher."),
+        (("teacher.", "student."), "teacher."),
+        (("state_dict.", "state_dict_ema."), "state_dict_ema."),
+    ],
+    ids=str,
+)
+def test_of_two_networks_in_a_file_the_average_or_first_is_taken(prefixes, taken, tmp_path) -> None:
+    nets, net = {prefix: small() for prefix in prefixes}, small()
+    both = {p + name: own for p, given in nets.items() for name, own in given.state_dict().items()}
+    torch.save(both, tmp_path / "both.pt")
+    report = load_weights(net, tmp_path / "both.pt")
+    assert same(net, nets[taken])
+    [other] = {*prefixes} - {taken}
+    assert str(report) == f"matched 9 of 9 keys, those of {taken}; also fits: {other}"
 
 
+@pytest.mark.filterwarnings("ignore:.* fills only")
 def test_of_two_networks_in_a_file_the_one_that_fits_is_taken(tmp_path) -> None:
     other = {name: torch.zeros(9, 9) for name in [*NAMES, "neck.weight"]}
     given, net = small(), small()
     state = given.state_dict()
     torch.save(
-        {"large": other, "small": {"head.weight": state["head.weight"]}}, tmp_path / "two.pt"
+        {"large": other, "small": {"stem.0.weight": state["stem.0.weight"]}}, tmp_path / "two.pt"
     )
-    assert load_weights(net, tmp_path / "two.pt").matched == ["head.weight"]
+    assert load_weights(net, tmp_path / "two.pt").matched == ["stem.0.weight"]
+
+
+@pytest.mark.parametrize("beginning", ["state_dict.", "module.", "state_dict.online_encoder.net."])
+def test_prefixes_on_both_sides_are_matched(beginning, tmp_path) -> None:
+    given, whole = small(), nn.ModuleDict({"backbone": small(), "decoder": nn.Linear(4, 4)})
+    state = {beginning + name: value for name, value in given.state_dict().items()}
+    torch.save(state | {"optimizer.0.exp": torch.zeros(3)}, tmp_path / "nested.pt")
+    report = load_weights(whole, tmp_path / "nested.pt")
+    assert report.missing == ["decoder.weight", "decoder.bias"]
+    assert report.prefixes == (beginning,)
+    assert same(whole["backbone"], given)
 
 
 def test_a_file_of_a_part_fills_the_part(tmp_path) -> None:
@@ -154,6 +178,19 @@ def test_nothing_that_fits_is_an_error_that_shows_both_sides(tmp_path) -> None:
         load_weights(net, path)
 
 
+def test_biases_and_classifiers_alone_are_no_match_and_little_is_a_warning(tmp_path) -> None:
+    given, net = small(), small()
+    net.stem[0] = nn.Conv2d(3, 40, 3)
+    net.stem.append(nn.Conv2d(40, 4, 3))
+    torch.save(given.state_dict(), tmp_path / "weights.pt")
+    with pytest.raises(ValueError, match=r"nothing in .* fits Module"):  # but batch norm and head
+        load_weights(net, tmp_path / "weights.pt")
+    net.stem[2], given.stem = nn.Conv2d(4, 4, 3), nn.Sequential(*given.stem, nn.Conv2d(4, 4, 3))
+    torch.save(given.state_dict(), tmp_path / "weights.pt")
+    with pytest.warns(UserWarning, match=r"fills only 13% of Module .*model\? matched 9 of 11"):
+        load_weights(net, tmp_path / "weights.pt")
+
+
 # What is fitted.
 
 
@@ -195,6 +232,72 @@ def test_position_embeddings_of_timm_are_resampled_as_timm_does(name, tmp_path) 
     assert same(net, expected)
 
 
+class Own(nn.Module):
+    """A network with a table of its own, under a name of transformers."""
+
+    def __init__(self, side: int) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 16, 16)
+        self.position_embeddings = nn.Parameter(torch.rand(1, (side // 16) ** 2, 16))
+
+
+def of_transformers(side: int) -> nn.Module:
+    """A small ViT of transformers."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return ViTModel(ViTConfig(image_size=side, patch_size=16, intermediate_size=32, **sizes))
+
+
+def of_timm(side: int) -> nn.Module:
+    """A small ViT of timm."""
+    return timm.create_model("test_vit", img_size=side)
+
+
+@pytest.mark.parametrize(
+    ("build", "table"),
+    [
+        (of_transformers, "embeddings.position_embeddings"),
+        (of_timm, "pos_embed"),
+        (Own, None),
+    ],
+    ids=["transformers", "timm", "own"],
+)
+@pytest.mark.parametrize("name", ["", "vit."], ids=["itself", "a part"])
+def test_position_embeddings_are_resampled_by_the_part_that_has_them(
+    build, table, name, tmp_path
+) -> None:
+    wrap = (lambda own: nn.ModuleDict({"vit": own})) if name else (lambda own: own)
+    given, net = wrap(build(64)), wrap(build(96))
+    torch.save(given.state_dict(), tmp_path / "weights.pt")
+    report = load_weights(net, tmp_path / "weights.pt")
+    assert report.mismatched == ([] if table else [f"{name}position_embeddings"])
+    if table:
+        assert f"{name}{table}" in report.matched
+        assert list(report.shapes) == [f"{name}{table}"]
+        assert report.complete
+
+
+def square(side: int) -> nn.Module:
+    """A small ViT of torchvision; other tables than that of a square are none it can resize."""
+    sizes = {"num_layers": 1, "num_heads": 2, "hidden_dim": 16, "mlp_dim": 16}
+    return models.VisionTransformer(image_size=side, patch_size=16, **sizes)
+
+
+@pytest.mark.parametrize("build", [of_timm, square])
+def test_position_embeddings_that_cannot_be_resampled_are_mismatched(
+    build, tmp_path, caplog
+) -> None:
+    net = build(96)
+    state = build(64).state_dict()
+    [name] = [own for own in state if own.endswith(("pos_embed", "pos_embedding"))]
+    state[name] = torch.zeros(1, 24, state[name].shape[-1])
+    torch.save(state, tmp_path / "weights.pt")
+    before = net.state_dict()[name].clone()
+    report = load_weights(net, tmp_path / "weights.pt")
+    assert report.mismatched == [name]
+    assert torch.equal(net.state_dict()[name], before)
+    assert f"{name} cannot be resized (do class or register tokens differ?)" in caplog.text
+
+
 # Files that are not what they seem.
 
 
@@ -205,18 +308,27 @@ def test_a_checkpoint_with_the_arguments_of_its_script_is_read(tmp_path) -> None
     assert load_weights(small(), tmp_path / "net.pth").complete
 
 
-@pytest.mark.parametrize("kind", ["network", "checkpoint"])
+@pytest.mark.parametrize("kind", ["network", "checkpoint", "model", "tensors", "model and ema"])
 def test_classes_are_refused_with_lines_that_take_the_weights_alone(
     tmp_path, kind, monkeypatch
 ) -> None:
     path, net = tmp_path / "net.pt", small()
-    held = {"network": net, "checkpoint": {"state_dict": net.state_dict(), "share": Fraction()}}
+    state = net.state_dict()
+    held = {
+        "network": net,
+        "checkpoint": {"state_dict": state, "share": Fraction()},
+        "model": {"model": state, "config": {"share": Fraction()}},
+        "tensors": {**state, "share": Fraction()},
+        "model and ema": {"model": net, "model_ema": state | {"share": Fraction()}, "epoch": 3},
+    }
     torch.save(held[kind], path)
     with pytest.raises(ValueError, match="If you trust it, save its weights alone: ") as error:
         load_weights(net, path)
     monkeypatch.chdir(tmp_path)
     exec(str(error.value).rpartition("alone: ")[2], {"torch": torch})
-    assert load_weights(small(), "weights.pt").complete
+    report = load_weights(small(), "weights.pt")
+    assert report.complete
+    assert ("model." in str(report)) == kind.startswith("model")
 
 
 class Bomb:
