@@ -308,7 +308,10 @@ def write_maps(held: FeatureFolder, source: Source, prepare: Preparation, reader
     held.forget({own.path: own.state for own in places})
     done = {Identity(entry["path"], entry["state"]) for entry in held.index["images"]}
     identities = {index: own for own, index in places.items() if own not in done}
-    if done:
+    if others := len(done - places.keys()):
+        stand = f"the folder holds features of {others} images that are not among these"
+        log.info("%s; adding %d", stand, len(identities))
+    elif done:
         log.info("%d images are done, %d are left", len(done), len(identities))
     numbers = held.free_numbers()
     refused: list[dict[str, str]] = []

@@ -76,6 +76,10 @@ def test_fields_with_a_default_may_be_left_out() -> None:
     assert (card.low, card.high, card.start, card.seed) == (None, None, "random", 0)
 
 
+def test_one_side_is_a_square() -> None:
+    assert BackboneCard.from_json(json.dumps(FIELDS | {"image_size": 96})).image_size == (96, 96)
+
+
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
@@ -85,6 +89,11 @@ def test_fields_with_a_default_may_be_left_out() -> None:
         (json.dumps(FIELDS | {"image_size": [0, 3]}), "image_size is (0, 3)"),
         (json.dumps(FIELDS | {"sede": 3}), "field is 'sede'; it must be one of 'model', "),
         ("{", "Expecting property name"),
+        (json.dumps(FIELDS | {"mean": None}), "mean is (); it must be 2 numbers"),
+        (json.dumps(FIELDS | {"std": None}), "std is (); it must be 2 numbers"),
+        (json.dumps(FIELDS | {"pixel_layer": []}), "pixel_layer is (); it must name a layer"),
+        (json.dumps(FIELDS | {"pixel_layer": ["a", 3]}), "pixel_layer is ('a', 3); it must name"),
+        (json.dumps(FIELDS | {"instance_layer": None}), "instance_layer is None; it must name"),
         ("[]", "it is a list, not an object with fields"),
         ('{"model": "x"}', "missing 6 required keyword-only arguments: 'channels', 'image_size',"),
     ],

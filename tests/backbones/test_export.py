@@ -262,6 +262,41 @@ def test_an_export_to_the_other_library_names_its_model(exports) -> None:
     assert read_backbone(there.path).card.model == "timm/resnet18"
 
 
+@pytest.mark.parametrize("pixel", ["relu", ("layer2", "layer4.1.relu")], ids=str)
+def test_an_export_to_the_other_library_names_its_layers(tmp_path, pixel) -> None:
+    card = card_for("torchvision/resnet18", 3, (64, 64))
+    card = replace(card, pixel_layer=pixel, instance_layer="avgpool")
+    save_backbone(tmp_path / "backbone.safetensors", build_backbone(card.model), card)
+    there = export(tmp_path, "timm")
+    back = read_backbone(export(there.path, "torchvision").path).card
+    card_there = read_backbone(there.path).card
+    net = build_backbone("timm/resnet18")
+    names = {name for name, _ in net.named_modules()}
+    assert {*card_there.pixel_layers, card_there.instance_layer} <= names
+    assert (card_there.instance_layer, back.instance_layer) == ("global_pool", "avgpool")
+
+
+def test_an_export_replaces_no_card_of_other_weights(tmp_path) -> None:
+    save(tmp_path, "timm/resnet18", 3, (64, 64))
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match=r"backbone\.json is there and is the card of other w"):
+        export(tmp_path, "torchvision", tmp_path / "backbone.pth")
+    (tmp_path / "net.json").write_text('{"my": "notes"}')
+    with pytest.raises(ValueError, match=r"net\.json is there and is no card: name another"):
+        export(tmp_path, "state-dict", tmp_path / "net.pth")
+    assert (tmp_path / "net.json").read_text() == '{"my": "notes"}'
+    assert all(path.read_bytes() == content for path, content in before.items())
+
+
+def test_weights_in_one_folder_have_exports_of_their_own(tmp_path) -> None:
+    net = save(tmp_path, "timm/test_resnet", 3, (64, 64))
+    card = read_backbone(tmp_path).card
+    for name in "ab":
+        save_backbone(tmp_path / f"{name}.safetensors", net, card)
+        assert export(tmp_path / f"{name}.safetensors").path.name == f"{name}-timm.safetensors"
+    assert export(tmp_path).path.name == "backbone-timm.safetensors"
+
+
 @pytest.mark.parametrize("name", sorted(TIMM_ALIKE))
 def test_torchvision_and_timm_build_these_alike(name) -> None:
     with torch.device("meta"):
@@ -318,11 +353,18 @@ def test_a_resnet_goes_to_mmseg(tmp_path) -> None:
     }
     names: dict[str, Any] = {}
     exec(done.how_to, names)
+    assert done.how_to.startswith("# images of 2 channels need a mapper")
     assert names["backbone"]["in_channels"] == 2
     assert names["backbone"]["init_cfg"]["checkpoint"] == str(done.path)
     # 16 and 17 of 64 parts of the way from low to high, and 32 and 33 of that way.
     assert names["data_preprocessor"]["mean"] == [250, 153.125]
     assert names["data_preprocessor"]["std"] == [500, 103.125]
+
+
+def test_gray_images_are_read_as_gray(tmp_path) -> None:
+    save(tmp_path, "torchvision/resnet18", 1, (64, 64))
+    assert "INPUT: {FORMAT: L}\n" in export(tmp_path, "detectron2").how_to
+    assert "color_type='grayscale'" in export(tmp_path, "mmseg").how_to
 
 
 # Refusals.
