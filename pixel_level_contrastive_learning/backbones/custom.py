@@ -159,6 +159,14 @@ def import_from_folder(name: str) -> Iterator[None]:
             else f"{name} imports {error.name}, which cannot be found; install it, or put it into "
             f"{folder}"
         ) from error
+    except ImportError as error:
+        if file is None or "relative import" not in str(error):
+            raise
+        where, inside = file.resolve().parent, name.rpartition(":")[2]
+        raise ValueError(
+            f"{name} imports from its own package ({error}); run in {where.parent} and give "
+            f"{where.name}.{file.stem}:{inside}"
+        ) from error
     finally:
         sys.path.remove(folder)
 

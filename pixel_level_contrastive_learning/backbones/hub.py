@@ -23,6 +23,8 @@ LIBRARY_KEYS = {"architecture", "model_type"}
 """Of these timm's has the first, that of transformers the second."""
 SUFFIXES = ((".safetensors",), (".bin", ".ckpt", ".pt", ".pth"))
 """Of files of weights: those of the first kind that a repository has are looked at."""
+USUAL = ("model.safetensors", "pytorch_model.bin")
+"""What timm and transformers call the weights; other files may lie beside them."""
 PLACE = re.compile(
     r"(?P<repo>[^/@]+/[^/@]+)(?:@(?P<revision>refs/(?:pr|convert)/[^/]+|[^/]+))?(?:/(?P<file>.*))?"
 )
@@ -156,15 +158,20 @@ def fetch_weights(name: str) -> Path:
 
 
 def only_weights(place: Repository, files: list[str]) -> str:
-    """The one file of weights of a repository: that of our card, safetensors, or else of torch."""
+    """The file of weights of a repository: ours, the usual one, or the only one of its kind."""
     if {CARD, WEIGHTS} <= {*files}:
         return WEIGHTS
+    if usual := next((file for file in USUAL if file in files), None):
+        return usual
     kinds = ([file for file in files if file.endswith(suffixes)] for suffixes in SUFFIXES)
     found: list[str] = next(filter(None, kinds), [])
+    if any(re.search(r"-\d{5}-of-\d{5}\.", file) for file in found):
+        raise ValueError(f"{place} has its weights in shards, which are not read; join them in one")
     if len(found) == 1:
         return found[0]
     what = f"has several files of weights: {', '.join(found)}" if found else "has no weights"
-    raise ValueError(f"{place} {what}; name a file: {place}/{found[0] if found else 'FILE'}")
+    example = f"{place}/{found[0] if found else 'FILE'}"
+    raise ValueError(f"{place} {what}; name a file as weights: --weights {example}")
 
 
 @lru_cache(maxsize=16)

@@ -123,9 +123,13 @@ def layout_of(output: object, size: tuple[int, int], batch: int) -> Layout | Non
 
 
 def tensor_in(output: object) -> object:
-    """The tensor of a layer that gives several values: the first, or the last hidden state."""
+    """The tensor of a layer that gives several values: the first, or the last hidden state.
+
+    Of maps of several sizes none stands for the layer: they stay together.
+    """
     if isinstance(output, (tuple, list)) and output:
-        return output[0]
+        sizes = {own.shape[2:] for own in output if isinstance(own, Tensor) and own.ndim == 4}
+        return output if len(sizes) > 1 else output[0]
     return getattr(output, "last_hidden_state", output)  # of transformers
 
 

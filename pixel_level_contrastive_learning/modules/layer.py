@@ -62,6 +62,8 @@ class Layer:
     def shape(self) -> str:
         """The shape of its output, or the type where that is no tensor."""
         output = self.output
+        if isinstance(output, (tuple, list)) and len(output) > 1:
+            return f"{len(output)} values, none of them the one map (name a layer inside it)"
         return str(tuple(output.shape)) if isinstance(output, Tensor) else type(output).__name__
 
     def __str__(self) -> str:

@@ -155,6 +155,13 @@ def test_modules_that_are_nowhere_are_named(file, source) -> None:
         build_backbone(f"{file}:build")
 
 
+def test_a_file_inside_a_package_is_named_as_a_module(file) -> None:
+    file.write_text("from .layers_beside import stem\n\ndef build():\n    return stem(3, 4)")
+    folder = file.parent
+    with pytest.raises(ValueError, match=rf"run in .* and give {folder.name}\.my_nets:build"):
+        build_backbone(f"{file}:build")
+
+
 def test_a_function_may_import_what_lies_beside_it_when_it_is_called(file) -> None:
     file.write_text("def build():\n    from layers_beside import stem\n    return stem(3, 4)")
     sys.modules.pop("layers_beside", None)

@@ -119,16 +119,31 @@ def test_the_one_file_of_weights_is_taken_and_safetensors_first(hub) -> None:
     load_weights(fresh, f"hf://me/net@{COMMIT}/net.pth")
     assert same(fresh, net)
 
-    save_file(other, hub / "me/net/best.safetensors")
+    save_file(other, hub / "me/net/open_clip_model.safetensors")
+    load_weights(fresh, "hf://me/net")
+    assert same(fresh, net) is False
+    (hub / "me/net/model.safetensors").rename(hub / "me/net/best.safetensors")
     with pytest.raises(ValueError) as error:
         load_weights(fresh, "hf://me/net")
     assert str(error.value) == (
-        "hf://me/net has several files of weights: best.safetensors, model.safetensors; name a "
-        "file: hf://me/net/best.safetensors"
+        "hf://me/net has several files of weights: best.safetensors, open_clip_model.safetensors; "
+        "name a file as weights: --weights hf://me/net/best.safetensors"
     )
     save_backbone(hub / "me/net/backbone.safetensors", net, CARD)
     load_weights(fresh, "hf://me/net")
     assert same(fresh, net)
+
+
+def test_the_weights_of_torch_are_told_from_arguments_and_shards_are_refused(hub) -> None:
+    net = build_backbone(MODEL, channels=2)
+    (hub / "me/net").mkdir(parents=True)
+    torch.save(net.state_dict(), hub / "me/net/pytorch_model.bin")
+    torch.save({"lr": 0.1}, hub / "me/net/training_args.bin")
+    assert load_weights(build_backbone(MODEL, channels=2), "hf://me/net").complete
+    save_file(net.state_dict(), hub / "me/net/a-00001-of-00002.safetensors")
+    (hub / "me/net/pytorch_model.bin").unlink()
+    with pytest.raises(ValueError, match="hf://me/net has its weights in shards, which are not"):
+        load_weights(net, "hf://me/net")
 
 
 @pytest.mark.parametrize(
@@ -137,7 +152,7 @@ def test_the_one_file_of_weights_is_taken_and_safetensors_first(hub) -> None:
         ("hf://me/nothing", "there is no repository me/nothing on the Hub, or it is private; che"),
         ("hf://me/net@v9", "there is no hf://me/net@v9; for the revisions see https://hugging"),
         ("hf://me/net/a.pth", "hf://me/net has no file a.pth; it has README.md"),
-        ("hf://me/net", "hf://me/net has no weights; name a file: hf://me/net/FILE"),
+        ("hf://me/net", "hf://me/net has no weights; name a file as weights: --weights hf"),
         ("hf://m e/net", "hf://m e/net cannot be the name of a repository: "),
     ],
 )

@@ -71,6 +71,20 @@ def test_of_several_values_the_first_tensor_is_caught(several, overwritten) -> N
     assert info.hook("several", pixel=True).layout[:3] == ("b c h w", 8, (8, 8))
 
 
+def test_of_maps_of_several_sizes_none_stands_for_their_layer() -> None:
+    encoder = Calls(
+        lambda own, x: [x, own.fine(x), own.deep(own.fine(x))],
+        fine=nn.Conv2d(3, 8, 4, 4),
+        deep=nn.Conv2d(8, 12, 2, 2),
+    )
+    net = Calls(lambda own, x: own.encoder(x)[-1].mean(), encoder=encoder)
+    info = FeatureInfo(net, 3, (64, 64))
+    assert info.default_pixels() == ["encoder.deep"]
+    told = r"'encoder' gives 3 values, .* \(name a layer inside it\).*would do: .*encoder\.deep \("
+    with pytest.raises(ValueError, match=told):
+        info.hook("encoder", pixel=True)
+
+
 def test_a_layer_that_does_not_run_is_not_caught() -> None:
     net = Calls(lambda own, x: own.used(x), used=nn.Identity(), spare=nn.Identity())
     assert caught(net, "spare", torch.zeros(1)) is None
