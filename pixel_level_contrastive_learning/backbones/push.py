@@ -122,13 +122,12 @@ def written_page(
     card: BackboneCard, folder: Path, place: Repository, licence: str | None, loading: str
 ) -> str:
     """The page of a repository, from what the run's folder holds."""
-    library = parse_model_name(card.model)[0]
     settings = read_settings_if_any(folder / run_layout.CONFIG)
     loss = settings.get("loss", "")
     method = METHODS.get(loss, "PixPro or PixContrast")
     tags = ["pixel-level-contrastive-learning", "self-supervised-learning"]
     facts = {
-        "library_name": library if library == "timm" else "pixel-level-contrastive-learning",
+        "library_name": "pixel-level-contrastive-learning",
         "pipeline_tag": "image-feature-extraction",
         "tags": [*tags, loss] if loss else tags,
     } | ({} if licence is None else {"license": licence})
