@@ -162,10 +162,10 @@ def import_from_folder(name: str) -> Iterator[None]:
     except ImportError as error:
         if file is None or "relative import" not in str(error):
             raise
-        where, inside = file.resolve().parent, name.rpartition(":")[2]
+        above, inside = file.resolve().parent, name.rpartition(":")[2]
         raise ValueError(
-            f"{name} imports from its own package ({error}); run in {where.parent} and give "
-            f"{where.name}.{file.stem}:{inside}"
+            f"{name} imports from its own package ({error}); run in {above.parent} and give "
+            f"{above.name}.{file.stem}:{inside}"
         ) from error
     finally:
         sys.path.remove(folder)
