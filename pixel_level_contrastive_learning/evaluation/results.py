@@ -121,30 +121,40 @@ def masks_needed(curve: Sequence[CurvePoint], miou: float) -> float:
     return float("inf")
 
 
+def clearly_above(one: CurvePoint, two: CurvePoint) -> bool:
+    """Whether a point lies above another by more than the spread, the larger of the two."""
+    return one.miou - two.miou > max(one.deviation, two.deviation)
+
+
 def masks_saved(ours: Row, other: Row, protocol: str) -> str | None:
     """How many masks weights save beside another row, in a sentence; None without curves.
 
-    The point is that of the fewest masks where the other curve can be read.
+    The point is that of the fewest masks where the other curve can be read. A number is told only
+    where the other curve rises and the two lie apart at this point, both by more than the spread
+    over the seeds, and where those ahead there are not behind with the most masks.
     """
     mine, theirs = (sorted(row.curves.get(protocol, ())) for row in (ours, other))
     if len(mine) < 2 or not theirs:
         return None
     needs = [(point, masks_needed(theirs, point.miou)) for point in mine]
-    read = [own for own in needs if 0 < own[1] < float("inf")]
-    if read:
-        point, needed = read[0]
-        ratio = needed / point.masks
-        told = f"{ratio:.1f} times fewer" if ratio >= 1 else f"{1 / ratio:.1f} times more"
-        return (
-            f"{point.masks} masks take {ours.name} as far as {needed:.0f} take {other.name}: {told}"
-        )
-    beyond = next((own for own, needed in needs if needed), None)
-    if beyond is None:
-        return f"{mine[0].masks} masks take {ours.name} less far than {other.name}"
+    read = [own for own in needs if 0 < own[1] < float("inf")] or [own for own in needs if own[1]]
+    point, needed = (read or needs)[0]
+    beside = next(own for own in theirs if own.masks == point.masks)
+    pairs = (point, beside), (mine[-1], theirs[-1])
+    (ahead, behind), last = pairs if needed >= point.masks else [own[::-1] for own in pairs]
+    apart = clearly_above(ahead, behind) and last[0].miou >= last[1].miou
+    if not (apart and clearly_above(theirs[-1], theirs[0])):
+        return f"no clear saving beside {other.name}"
+    told = f"{point.masks} masks take {ours.name}"
+    if not needed:
+        return f"{told} less far than {other.name}"
     most = theirs[-1].masks
-    told = f"{beyond.masks} masks take {ours.name} further than {most} take {other.name}"
-    ratio = round(most / beyond.masks, 1)
-    return f"{told}: more than {ratio} times fewer" if ratio > 1 else told
+    ratio = min(needed, most) / point.masks
+    if needed > most:
+        told += f" further than {most} take {other.name}"
+        return f"{told}: more than {ratio:.1f} times fewer" if ratio > 1 else told
+    factor = f"{ratio:.1f} times fewer" if ratio >= 1 else f"{1 / ratio:.1f} times more"
+    return f"{told} as far as {needed:.0f} take {other.name}: {factor}"
 
 
 @dataclass(frozen=True, kw_only=True)

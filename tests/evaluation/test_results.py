@@ -127,7 +127,7 @@ def test_masks_saved_are_told_at_the_fewest_masks() -> None:
     assert masks_saved(ours, random, "finetune") == told
     told = masks_saved(random, ours, "finetune")
     assert told == "40 masks take random weights as far as 20 take runs/streets: 2.0 times more"
-    high, low = (replace(ours, curves={"finetune": curve((10, y), (20, y))}) for y in (0.6, 0.1))
+    high, low = (replace(ours, curves={"finetune": curve((10, y), (40, y))}) for y in (0.6, 0.1))
     told = masks_saved(high, random, "finetune")
     assert told.startswith("10 masks take runs/streets further than 160 take random weights: more ")
     assert told.endswith("more than 16.0 times fewer")
@@ -143,6 +143,30 @@ def test_masks_saved_are_told_at_the_fewest_masks() -> None:
     late = replace(ours, curves={"finetune": curve((10, 0.1), (160, 0.6))})
     told = masks_saved(late, random, "finetune")  # of which nothing is saved for certain
     assert told == "160 masks take runs/streets further than 160 take random weights"
+
+
+@pytest.mark.parametrize(
+    ("random", "ours"),
+    [
+        # The other curve does not rise, whether ours falls or rises.
+        ([(4, 0.173, 0.030), (20, 0.170, 0.017)], [(4, 0.184, 0.020), (20, 0.152, 0.005)]),
+        ([(4, 0.173, 0.003), (20, 0.175, 0.003)], [(4, 0.184, 0.002), (20, 0.252, 0.005)]),
+        # Not apart by more than the spread where they are compared, ahead or behind.
+        ([(4, 0.2, 0.05), (20, 0.4, 0.01)], [(4, 0.24, 0.01), (20, 0.5, 0.01)]),
+        ([(4, 0.2, 0.01), (20, 0.4, 0.01)], [(4, 0.24, 0.05), (20, 0.5, 0.01)]),
+        ([(4, 0.24, 0.05), (20, 0.4, 0.01)], [(4, 0.23, 0.05), (20, 0.39, 0.05)]),
+        # Ahead with few masks, behind with all, and the other way round.
+        ([(4, 0.2, 0.01), (20, 0.4, 0.01)], [(4, 0.3, 0.01), (20, 0.39, 0.01)]),
+        ([(4, 0.2, 0.01), (9, 0.4, 0.01), (20, 0.5, 0.01)], [(4, 0.1, 0), (9, 0.3, 0), (20, 1, 0)]),
+    ],
+)
+def test_no_saving_is_told_out_of_noise(random, ours) -> None:
+    rows = (
+        Row.of(name, [{"mIoU": 0.2}], curves={"linear": [CurvePoint(*own, ()) for own in points]})
+        for name, points in (("random weights", random), ("runs/slides", ours))
+    )
+    floor, row = rows
+    assert masks_saved(row, floor, "linear") == "no clear saving beside random weights"
 
 
 def test_curves_are_in_the_table_and_the_file() -> None:
