@@ -163,7 +163,7 @@ def features(
 def visualize(
     run: tyro.conf.Positional[str],
     images: str | None = None,
-    out: str = "report.html",
+    out: str | None = None,
     device: str | None = None,
     pages: Pages | None = None,
     nodata: float | None = None,
@@ -173,7 +173,7 @@ def visualize(
     Args:
         run: Folder of the run.
         images: Folder of images to show; by default those of the run.
-        out: The HTML file.
+        out: The HTML file; by default report.html in the run's folder.
         device: Device to compute on, such as cpu or cuda:1; by default a GPU if there is one.
         pages: What several pages or frames in a file are; by default as in the run.
         nodata: Value of images where nothing was measured; by default as in the run.

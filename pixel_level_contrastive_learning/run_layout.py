@@ -47,6 +47,8 @@ LABEL_CURVE = "label-curve.png"
 """Mean IoU over the number of masks, drawn by `pixelcl evaluate --fractions`."""
 PREDICTIONS = "predictions"
 """Folder of predicted masks, as pictures."""
+REPORT = "report.html"
+"""The page that `pixelcl visualize` writes."""
 
 LOCK = ".lock"
 """Locked by the process that trains."""
@@ -73,6 +75,7 @@ EVERYTHING = (
     CORRESPONDENCE,
     LABEL_CURVE,
     PREDICTIONS,
+    REPORT,
     PROBE,
     *LOGGERS,
 )

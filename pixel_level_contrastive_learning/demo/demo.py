@@ -25,7 +25,7 @@ def run_demo(out: Path, *, steps: int, overwrite: bool = False) -> tuple[Evaluat
     raise_together(whole("steps", steps, 1))
     check_writable("out", out)
     out = out.expanduser()
-    scenes, run, report = out / "scenes", out / "run", out / "report.html"
+    scenes, run = out / "scenes", out / "run"
     in_use = out.exists() and any(out.iterdir())
     if in_use and not overwrite:
         raise ValueError(
@@ -60,4 +60,4 @@ def run_demo(out: Path, *, steps: int, overwrite: bool = False) -> tuple[Evaluat
         evaluation = evaluate(
             run, data=scenes, size=180, out=run, protocol="linear", fractions=FRACTIONS
         )
-    return evaluation, visualize(run, images=images / "val", out=report)
+    return evaluation, visualize(run, images=images / "val")

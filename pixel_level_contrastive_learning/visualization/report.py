@@ -22,8 +22,10 @@ from PIL.Image import Image
 from torch import Tensor, cat
 
 from .. import run_layout
-from ..backbones.checkpoint import BackboneCard, read_backbone
+from ..backbones.checkpoint import BackboneCard, is_file, read_backbone
 from ..backbones.custom import Model, handing_over
+from ..backbones.hub import on_hub
+from ..backbones.state_dict import run_folder
 from ..checks import Pages, raise_together, whole
 from ..data.image import to_rgb
 from ..data.shards import is_shards
@@ -122,7 +124,7 @@ def visualize(
     run: str | Path,
     *,
     images: Any = None,
-    out: str | Path = "report.html",
+    out: str | Path | None = None,
     count: int = 12,
     seed: int = 0,
     device: str | None = None,
@@ -138,7 +140,8 @@ def visualize(
         images: Images to look at, best ones that were not trained on: a folder, a list of paths, a
             sequence of images. None takes those that the run was trained on, if they are still
             where they were.
-        out: Where to write the page.
+        out: Where to write the page. Default: ``report.html`` in the run's folder, of a file of
+            weights ``report-NAME.html`` beside it, of a checkpoint in its run's folder.
         count: How many images, at most; they are spread evenly over all.
         seed: Decides the other views of the images.
         device: Where to compute; default: a GPU if there is one.
@@ -150,11 +153,12 @@ def visualize(
         Where the page is.
 
     Raises:
-        ValueError: There is no such run or device, no image that can be used, or a folder as out.
+        ValueError: There is no such run or device, no image that can be used, a folder as out, or
+            none for weights that are in no folder.
     """
     place = chosen_device(device)
     raise_together(whole("count", count, 1), whole("seed", seed, 0))
-    path = Path(out).expanduser()
+    path = default_page(run) if out is None else Path(out).expanduser()
     if path.is_dir():
         raise ValueError(f"out is {str(out)!r}, a folder; name a file, such as report.html")
     folder = Path(run).expanduser()
@@ -201,6 +205,17 @@ def visualize(
     pictures = [embed(to_pil(to_rgb(sample.pixels)), sample.name).uri for sample in samples]
     write_whole(path, render(report, explorer_data(samples, pictures, maps)))
     return path
+
+
+def default_page(run: str | Path) -> Path:
+    """Where the report of a run or of a file of weights goes."""
+    if on_hub(run) or not is_file(run):
+        raise ValueError(f"out is None, and {run} is no folder of a run; name a file for the page")
+    path = Path(run).expanduser()
+    name = Path(run_layout.REPORT)
+    return (
+        path / name if path.is_dir() else run_folder(path) / f"{name.stem}-{path.stem}{name.suffix}"
+    )
 
 
 def render(report: Report, explorer: object) -> str:

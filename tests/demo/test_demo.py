@@ -26,8 +26,8 @@ def test_the_demo_ends_with_a_table_and_where_the_report_is(tmp_path, capsys) ->
     curve = out / "run" / "label-curve.png"
     assert said.splitlines()[-2] == f"label curve: {curve}"
     assert curve.is_file()
-    assert said.splitlines()[-1] == f"report: {out / 'report.html'}"
-    page = (out / "report.html").read_text()
+    assert said.splitlines()[-1] == f"report: {out / 'run' / 'report.html'}"
+    page = (out / "run" / "report.html").read_text()
     assert "How good the features are" in page
     assert (out / "run" / "evaluation.json").exists()
     assert cli.main(["demo", "--out", str(out), "--steps", "1"]) == 2

@@ -18,6 +18,7 @@ from pixel_level_contrastive_learning.visualization import report as report_modu
 from pixel_level_contrastive_learning.visualization.report import (
     POLICY,
     Report,
+    default_page,
     embed,
     render,
     setting_text,
@@ -170,6 +171,24 @@ def test_a_backbone_without_a_run_has_a_report_too(run_maker, tmp_path) -> None:
     assert "Point at a pixel" in words
     assert "The run" not in words
     assert "Configuration" not in words
+
+
+def test_a_report_stands_by_default_beside_its_weights(run_maker, monkeypatch, tmp_path) -> None:
+    monkeypatch.chdir(tmp_path)
+    one, two = run_maker("one"), run_maker("two")
+    assert [visualize(run, count=1) for run in (one, two)] == [
+        one / "report.html",
+        two / "report.html",
+    ]
+    shutil.copy(one / "backbone.json", one / "given.json")
+    given = shutil.copy(one / "backbone.safetensors", one / "given.safetensors")
+    page = visualize(given, images=tmp_path / "images", count=1)
+    assert page == one / "report-given.html"
+    assert not list(tmp_path.glob("*.html"))
+    checkpoint = one / "checkpoints" / "best.ckpt"
+    assert default_page(checkpoint) == one / "report-best.html"
+    with pytest.raises(ValueError, match="random:torchvision/resnet18 is no folder of a run; name"):
+        visualize("random:torchvision/resnet18", images=tmp_path / "images")
 
 
 def test_a_report_is_the_same_each_time_and_moves_no_generator(run_maker, tmp_path) -> None:
