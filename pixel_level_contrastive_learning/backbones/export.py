@@ -236,26 +236,43 @@ def loading(format: str, net: nn.Module, card: BackboneCard, path: Path) -> str:
             net.encoder.load_state_dict(torch.load({file!r}, weights_only=True))
             """)
     if format == "smp":
-        overlay = {"file": file, "input_size": (card.channels, *card.image_size)}
         return dedent(f"""\
             import segmentation_models_pytorch as smp
 
             net = smp.Unet(
                 {"tu-" + name!r}, encoder_weights=True, in_channels={card.channels},
-                pretrained_cfg_overlay={overlay},
+                pretrained_cfg_overlay={timm_overlay(net, card, file)},
             )
             """)
     if format == "transformers":
         return f"from transformers import AutoModel\n\nnet = AutoModel.from_pretrained({file!r})\n"
     lines = building(net, card)
-    if format == "timm":
-        lines[-1] = f"{lines[-1].removesuffix(')')}, checkpoint_path={file!r})"
-    elif path.suffix == ".safetensors":
+    if format == "timm":  # not by checkpoint_path, which takes no other classifier
+        lines[-1] = f"{lines[-1].removesuffix(')')}, pretrained=True,"
+        lines += [
+            f"    pretrained_cfg_overlay={timm_overlay(net, card, file)},",
+            ")  # the run trained no classifier: add num_classes=N, or features_only=True for maps",
+        ]
+        return "\n".join([*lines, ""])
+    if path.suffix == ".safetensors":
         lines.insert(0, "from safetensors.torch import load_file")
         lines.append(f"net.load_state_dict(load_file({file!r}))")
     else:
         lines.append(f"net.load_state_dict(torch.load({file!r}, weights_only=True))")
+    if card.model.startswith("torchvision/"):
+        classifier = list(net.state_dict())[-1].rpartition(".")[0]
+        lines.append(f"# The run trained no classifier: replace {classifier} after loading.")
     return "\n".join([*lines, ""])
+
+
+def timm_overlay(net: nn.Module, card: BackboneCard, file: str) -> dict[str, Any]:
+    """What has timm load a file as its own weights, adapted to what is asked for."""
+    overlay = {"file": file, "input_size": (card.channels, *card.image_size)}
+    classes = timm_settings(card.config or {}).get("num_classes")
+    overlay |= {} if classes is None else {"num_classes": classes}
+    # Older versions take a file to be in the format of the model's own weights, such as npz.
+    special = getattr(net, "pretrained_cfg", {}).get("custom_load")
+    return overlay | {"custom_load": False} if special else overlay
 
 
 def building(net: nn.Module, card: BackboneCard) -> list[str]:

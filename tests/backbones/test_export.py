@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -189,6 +190,7 @@ def test_an_adapted_stem_is_said(exports) -> None:
         "net.set_submodule('conv1', torch.nn.Conv2d(5, 64, kernel_size=(7, 7), stride=(2, 2), "
         "padding=(3, 3), bias=False))\n"
         f"net.load_state_dict(torch.load({str(said.path)!r}, weights_only=True))\n"
+        "# The run trained no classifier: replace fc after loading.\n"
         "\n"
         "mean = torch.tensor([0.25, 0.265625, 0.28125, 0.296875, 0.3125]).view(-1, 1, 1)\n"
         "std = torch.tensor([0.5, 0.515625, 0.53125, 0.546875, 0.5625]).view(-1, 1, 1)\n"
@@ -224,7 +226,9 @@ def test_an_export_prints_what_a_user_needs(exports) -> None:
         "import torch\n"
         "import timm\n"
         "\n"
-        f"net = timm.create_model('test_resnet', checkpoint_path={str(one.path)!r})\n"
+        "net = timm.create_model('test_resnet', pretrained=True,\n"
+        f"    pretrained_cfg_overlay={{'file': {str(one.path)!r}, 'input_size': (3, 64, 64)}},\n"
+        ")  # the run trained no classifier: add num_classes=N, or features_only=True for maps\n"
         "\n"
         "mean = torch.tensor([0.25, 0.265625, 0.28125]).view(-1, 1, 1)\n"
         "std = torch.tensor([0.5, 0.515625, 0.53125]).view(-1, 1, 1)\n"
@@ -234,6 +238,29 @@ def test_an_export_prints_what_a_user_needs(exports) -> None:
         "    x = x.float() / 255\n"
         "    return (x - mean) / std"
     )
+
+
+@pytest.mark.parametrize("other", ["num_classes=5", "num_classes=0", "features_only=True"])
+@pytest.mark.parametrize(
+    ("model", "channels", "size"),
+    [
+        ("torchvision/resnet18", 5, (64, 64)),
+        ("timm/test_vit", 2, (64, 96)),
+        ("timm/vit_tiny_patch16_224", 3, (32, 32)),  # whose own weights are no plain file
+    ],
+)
+def test_timm_takes_an_export_with_another_classifier(
+    tmp_path, model, channels, size, other
+) -> None:
+    state = save(tmp_path, model, channels, size).state_dict()
+    names: dict[str, Any] = {}
+    code = export(tmp_path, "timm").how_to
+    assert ("'custom_load': False" in code) == model.startswith("timm/vit_tiny")
+    exec(re.sub(r"(create_model\('[\w.]+')", rf"\1, {other}", code), names)
+    held = {key.removeprefix("model."): own for key, own in names["net"].state_dict().items()}
+    lost = [name for name in state if name not in held or not torch.equal(state[name], held[name])]
+    assert len(lost) <= 4
+    assert all(name.startswith(("fc.", "head.", "norm.")) for name in lost)
 
 
 def test_deep_values_are_fed_by_their_own_scale() -> None:
