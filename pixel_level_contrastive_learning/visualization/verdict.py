@@ -9,9 +9,11 @@ from typing import NamedTuple
 from einops import rearrange
 from torch import Tensor, cat
 
-from ..evaluation.comparison import CLEAR
+from ..evaluation.baselines import is_random
+from ..evaluation.comparison import CLEAR, gain, may_be_luck
 from ..evaluation.correspondence import BY_COLOUR
 from ..evaluation.health import gauge, verdict
+from ..evaluation.results import MIOU, Evaluation
 from .curves import Metrics, curve, running_mean
 
 LATEST = 20
@@ -39,8 +41,13 @@ class Change(NamedTuple):
     end: float
 
 
-def judge_run(metrics: Metrics, maps: Sequence[Tensor]) -> RunVerdict:
-    """The verdict on the last steps; on maps ``(c, h, w)`` if these are NaN or it is not known."""
+def judge_run(
+    metrics: Metrics, maps: Sequence[Tensor], evaluation: Evaluation | None = None
+) -> RunVerdict:
+    """The verdict on the last steps; on maps ``(c, h, w)`` if these are NaN or it is not known.
+
+    What an evaluation of the run with labels found overrules that it did well.
+    """
     health = [latest(metrics, name) for name in ("spread", "effective_rank")]
     if None in health or not all(own.isfinite().all() for own in maps):
         health = list(gauge(cat([rearrange(own, "c h w -> (h w) c") for own in maps])))
@@ -48,6 +55,8 @@ def judge_run(metrics: Metrics, maps: Sequence[Tensor]) -> RunVerdict:
     healthy, heading = False, "Something is wrong with this run"
     if features.healthy:
         healthy, heading = judge_learning(metrics)
+    if healthy and evaluation is not None:
+        healthy, heading = judge_gain(evaluation) or (healthy, heading)
     return RunVerdict(healthy, heading, features.sentence, findings(metrics))
 
 
@@ -72,6 +81,20 @@ def judge_learning(metrics: Metrics) -> tuple[bool, str]:
         return True, "Sound features, little learned"
     # Pairs also grow alike where nothing but colours is learned.
     return True, "The features look sound" if hit is None else "The run looks healthy"
+
+
+def judge_gain(evaluation: Evaluation) -> tuple[bool, str] | None:
+    """The same of figures with labels; None where these show a gain, or are of several weights."""
+    judged = [row for row in evaluation.rows if row.baselines and MIOU in row.scores]
+    if len(judged) != 1:
+        return None
+    ours, gained = judged[0], True
+    for other in (row for row in evaluation.rows if row.name in ours.baselines):
+        by = gain(ours, other, MIOU)
+        if by < 0:
+            return False, f"Worse than {'random weights' if is_random(other.name) else 'its start'}"
+        gained = gained and by > 0 and not may_be_luck(ours, other, MIOU)
+    return None if gained else (True, "Sound features, no clear gain")
 
 
 def hit_change(metrics: Metrics) -> Change | None:

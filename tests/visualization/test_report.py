@@ -321,12 +321,17 @@ def test_a_page_tells_nothing_of_the_machine() -> None:
 
 def test_figures_of_earlier_weights_are_said_to_be_old(run_maker, tmp_path) -> None:
     run = run_maker("resumed")
-    found = scores("linear", "Classes were found.").write(run)
+    random, ours = (
+        Row("random weights", {"mIoU": 0.3}),
+        Row("run", {"mIoU": 0.2}, baselines=("random weights",)),
+    )
+    found = replace(scores("linear", "Classes were found."), rows=(random, ours)).write(run)
     weights = run / "backbone.safetensors"
     for lead, told in ((-60, 0), (60, 1)):
         os.utime(weights, (0, found.stat().st_mtime + lead))
         text = visualize(run, out=tmp_path / "page.html", count=1).read_text()
         assert text.count("older than the run&#39;s weights") == told
+        assert ("Worse than random weights" in text) != told
     os.utime(weights, (0, 0))
     (run / "checkpoints").mkdir()
     (run / "checkpoints" / "step-00000009.ckpt").touch()

@@ -1,7 +1,10 @@
 """What a run is called, and what is said of it."""
 
+from dataclasses import replace
+
 import pytest
 
+from pixel_level_contrastive_learning.evaluation.results import Evaluation, Row
 from pixel_level_contrastive_learning.visualization.verdict import findings, judge_run
 
 
@@ -127,3 +130,31 @@ def test_a_probe_is_told_of() -> None:
     assert any(
         "A probe reaches 0.290 mIoU; 0.250 before the first step, 0.310 at best." in t for t in told
     )
+
+
+@pytest.mark.parametrize(
+    ("miou", "well", "heading"),
+    [
+        ((0.2, 0.22, 0.3), True, "The run looks healthy"),
+        ((0.2, 0.22, 0.24), True, "Sound features, no clear gain"),  # another draw may reach it
+        ((0.2, 0.3, 0.3), True, "Sound features, no clear gain"),
+        ((0.2, 0.3, 0.28), False, "Worse than its start"),
+        ((0.2, 0.22, 0.18), False, "Worse than random weights"),
+    ],
+)
+def test_a_stored_evaluation_overrules_what_looks_sound(miou, well, heading) -> None:
+    names = "random weights", "start (torchvision/resnet18)", "runs/slides"
+    random, start, ours = (
+        Row.of(name, [{"mIoU": own}], baselines=names[:2] if name == names[2] else ())
+        for name, own in zip(names, miou, strict=True)
+    )
+    found = Evaluation(
+        weights="a", data="b", protocol="knn", settings={}, rows=(random, start, ours), sentence=""
+    )
+    good = run(0.75, 11, 0.75, 0.63, 0.59)
+    judged = judge_run(good, [], found)
+    assert (judged.healthy, judged.heading) == (well, heading)
+    several = replace(found, rows=(*found.rows, ours))  # not known which is the run
+    assert judge_run(good, [], several).heading == "The run looks healthy"
+    collapsed = judge_run(run(0.87, 1.1, 0.46, 0.58, 0.54), [], found)
+    assert collapsed.heading == "Something is wrong with this run"
