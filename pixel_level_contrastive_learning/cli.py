@@ -208,10 +208,11 @@ def export(
     """Write a run's backbone for another library, or upload it to the Hugging Face Hub.
 
     Args:
-        run: Folder of the run, or its backbone.safetensors.
+        run: Folder of the run, its backbone.safetensors or a checkpoint of it.
         format: The library that is to read it; by default the first of these that has the model:
             torchvision where it does, timm for its own, safetensors for most others.
-        out: The file to write; by default backbone-FORMAT in the run's folder.
+        out: The file to write; by default backbone-FORMAT in the run's folder, of a
+            checkpoint backbone-NAME-FORMAT.
         json: Print what was written, which keys matched and how to load it as JSON; with --push
             the files' sizes and the page.
         push: Instead, upload it with a page written from the run to OWNER/NAME on the Hub;

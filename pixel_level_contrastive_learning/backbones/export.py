@@ -73,15 +73,18 @@ class Exported(NamedTuple):
             format has none.
         how_to: What loads the file without this package and feeds images to it: Python; for
             detectron2 a configuration.
+        step: Steps that a checkpoint had been trained for; None of other weights.
     """
 
     path: Path
     format: str
     report: KeyReport
     how_to: str
+    step: int | None = None
 
     def __str__(self) -> str:
-        return f"{self.path}\n{self.report}\n\n{self.how_to.rstrip()}"
+        of = "" if self.step is None else f" (a checkpoint, after {self.step} steps)"
+        return f"{self.path}{of}\n{self.report}\n\n{self.how_to.rstrip()}"
 
 
 def export(
@@ -103,8 +106,9 @@ def export(
     Args:
         run: A run directory, a file with its card, or ``hf://OWNER/NAME[/FILE]``.
         format: One of `FORMATS`. Default: the first of them that has the model.
-        out: The file or folder to write. Default: ``backbone-FORMAT`` in the run directory, with
-            the suffix of the format; to be given for what is on the Hub.
+        out: The file or folder to write. Default: ``backbone-FORMAT`` in the run directory, of a
+            checkpoint ``backbone-NAME-FORMAT``, with the suffix of the format; to be given for
+            what is on the Hub.
         model: As for `load_backbone`.
 
     Raises:
@@ -125,7 +129,11 @@ def export(
     with handing_over(model):
         net, card, loaded = read_backbone(run)
     kind, card = named_in(card, net, format)
-    default = run_folder(source) / f"{EXPORTED}{kind}{FORMATS[kind]}"
+    step, mark = None, ""
+    if run_folder(source) != source.parent:
+        step = torch.load(source, "cpu", weights_only=True, mmap=True).get("steps_done")
+        mark = f"{source.stem}-" * (Path(run).suffix == ".ckpt")
+    default = run_folder(source) / f"{EXPORTED}{mark}{kind}{FORMATS[kind]}"
     path = default if out is None else Path(out).expanduser()
     if FORMATS[kind] not in ("", path.suffix):
         raise ValueError(f"out is {str(path)!r}; for {kind} it must end in {FORMATS[kind]}")
@@ -159,7 +167,7 @@ def export(
         state = read_state_dict(path)
     report = load_matching(net, state, str(path))
     how = how or how_to(kind, net, card, path.resolve())
-    return Exported(path, kind, report, how)
+    return Exported(path, kind, report, how, step)
 
 
 def named_in(

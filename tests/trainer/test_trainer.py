@@ -656,5 +656,9 @@ def test_a_run_that_did_not_end_can_be_read(run, settings, monkeypatch, caplog) 
         for key, tensor in loaded.net.state_dict().items():
             assert torch.equal(tensor, held[f"learner.online_encoder.net.{key}"])
     assert not equal(last.net.state_dict(), middle.net.state_dict())
-    written = export(run / "checkpoints" / "step-00000004.ckpt", "safetensors")
-    assert written.path == run / "backbone-safetensors.safetensors"
+    for source, mark, steps in ((run, "", 6), (run / "checkpoints/step-00000004.ckpt", name, 4)):
+        written = export(source, "safetensors")
+        assert written.path.name == f"backbone-{mark and mark + '-'}safetensors.safetensors"
+        assert written.path.parent == run
+        first = f"{written.path} (a checkpoint, after {steps} steps)"
+        assert str(written).splitlines()[0] == first
