@@ -145,6 +145,18 @@ def maps_by_name(held) -> dict[str, torch.Tensor]:
     return {entry["name"]: held.map(number) for number, entry in enumerate(held.index["images"])}
 
 
+def test_images_of_another_folder_are_not_said_to_be_done(labelled, tmp_path, caplog) -> None:
+    caplog.set_level("INFO")
+    for split in ("val", "val", "train"):
+        held = features(NET, labelled / "images" / split, out=tmp_path / "f", size=32)
+    assert len(held) == 14
+    told = [own for own in caplog.messages if " are " in own]
+    assert told == [
+        "4 images are done, 0 are left",
+        "the folder holds features of 4 images that are not among these; adding 10",
+    ]
+
+
 def test_other_images_of_the_same_names_are_done_again(tmp_path, monkeypatch) -> None:
     """Arrays in memory, paths from another folder, and a file that was written anew."""
     first, second = torch.randint(0, 256, (2, 2, 3, 64, 64), dtype=torch.uint8)
