@@ -23,9 +23,11 @@ class Folder(list[Path]):
         self.square = v2.Compose([v2.Resize(side), v2.RandomCrop(side), v2.PILToTensor()])
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        picture = Image.open(super().__getitem__(index))
-        assert picture.mode[0] not in "IF", "16-bit or float: `pixelcl pretrain` scales such images"
-        return self.square(picture.convert("RGB")) / 255
+        path = super().__getitem__(index)
+        with Image.open(path) as picture:
+            if picture.mode[0] in "IF":
+                raise ValueError(f"{path} is 16-bit or float; `pixelcl pretrain` scales such")
+            return self.square(picture.convert("RGB")) / 255
 
 
 if __name__ == "__main__":  # where the workers of a loader are spawned, they import this file
@@ -39,6 +41,10 @@ if __name__ == "__main__":  # where the workers of a loader are spawned, they im
     images = Folder(args.images, side=2 * args.size)
     if not images:
         flags.error(f"there is no image below {args.images}; give a folder of JPEGs, PNGs or TIFFs")
+    try:
+        images[0]
+    except ValueError as error:
+        flags.error(str(error))
     draws = RandomSampler(images, replacement=True, num_samples=args.steps * args.batch)
     resnet = models.resnet18(weights=None, zero_init_residual=True).to(device)
     learner = PixelCL(resnet, args.size, instance_weight=0.1, cutout_ratio_range=(0.45, 1.0))

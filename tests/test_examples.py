@@ -78,8 +78,10 @@ def test_the_loop_refuses_what_it_would_turn_white(tmp_path) -> None:
     (tmp_path / "deep").mkdir()
     Image.new("I;16", (160, 160), 9000).save(tmp_path / "deep" / "a.png")
     done = started("pretrain_loop.py", "deep", *SHORT, cwd=tmp_path)
-    assert done.returncode == 1
-    assert "16-bit or float: `pixelcl pretrain` scales such images" in done.stderr
+    assert done.returncode == 2
+    refused = "deep/a.png is 16-bit or float; `pixelcl pretrain` scales such"
+    assert done.stderr.splitlines()[-1] == f"pretrain_loop.py: error: {refused}"
+    assert "Traceback" not in done.stderr
 
 
 @pytest.fixture
