@@ -84,7 +84,10 @@ class Exported(NamedTuple):
 
     def __str__(self) -> str:
         of = "" if self.step is None else f" (a checkpoint, after {self.step} steps)"
-        return f"{self.path}{of}\n{self.report}\n\n{self.how_to.rstrip()}"
+        lines = [f"{self.path}{of}", str(self.report)]
+        if self.format in HEADLESS and self.report.missing:
+            lines.append(f"(nothing is lost: the classifier, which {self.format} does not take)")
+        return "\n".join([*lines, "", self.how_to.rstrip()])
 
 
 def export(
