@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from importlib.metadata import packages_distributions
@@ -181,6 +182,19 @@ def test_a_loop_leaves_weights_that_pixelcl_takes(
     assert torch.equal(loaded.conv1.weight, names["resnet"].conv1.weight)
     weights = "improved-resnet.pt"
     assert weights in said("evaluate", weights, "--data", scenes, "--protocol", "knn")
+
+
+def test_an_image_is_prepared_as_the_recipe_says(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    net, card, _ = read_backbone("random:torchvision/resnet18")
+    card = replace(card, mean=(0.1, 0.2, 0.3), std=(0.5, 0.25, 0.2))
+    save_backbone(tmp_path / "runs/slides/backbone.safetensors", net, card)
+    Image.new("RGB", (40, 32), (51, 102, 255)).save("slide.png")
+    recipes = (ROOT / "docs/recipes.md").read_text(encoding="utf-8")
+    names: dict[str, Any] = {}
+    exec(PYTHON.findall(recipes.split("## An image for the network")[1])[0], names)
+    assert names["image"][:, 0, 0].tolist() == pytest.approx([0.2, 0.8, 3.5])
+    assert torch.equal(names["output"], net.eval()(names["image"][None]))
 
 
 def test_crops_of_small_sides_leave_images_without_pairs() -> None:
