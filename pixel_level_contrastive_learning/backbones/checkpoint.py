@@ -105,16 +105,29 @@ class BackboneCard:
         for own in fields(self):  # JSON has lists where we have tuples
             if isinstance(value := getattr(self, own.name), list):
                 object.__setattr__(self, own.name, tuple(value))
-        statistics = {name: getattr(self, name) for name in ("mean", "std", "low", "high")}
+        if isinstance(self.image_size, int):
+            object.__setattr__(self, "image_size", (self.image_size,) * 2)
+        given = {"mean": self.mean or (), "std": self.std or (), "low": self.low, "high": self.high}
+        layers = {"pixel_layer": self.pixel_layers, "instance_layer": (self.instance_layer,)}
         raise_together(
             *check_limits({"channels": self.channels, "image_size": self.image_size}),
-            *(per_channel(name, values, self.channels) for name, values in statistics.items()),
+            *(per_channel(name, values, self.channels) for name, values in given.items()),
+            *(
+                f"{name} is {getattr(self, name)!r}; it must name a layer"
+                for name, own in layers.items()
+                if not own or not all(isinstance(layer, str) for layer in own)
+            ),
         )
+
+    @property
+    def pixel_layers(self) -> tuple[str, ...]:
+        """The layers whose maps the pixel loss read."""
+        return self.pixel_layer if isinstance(self.pixel_layer, tuple) else (self.pixel_layer,)
 
     @property
     def shown_layer(self) -> str:
         """The layer that evaluation, probes and pictures read: the first pixel layer."""
-        return self.pixel_layer if isinstance(self.pixel_layer, str) else self.pixel_layer[0]
+        return self.pixel_layers[0]
 
     def build(
         self, image_size: tuple[int, int] | None = None, *, pretrained: bool = False
@@ -172,9 +185,9 @@ def read_card(weights: Path, from_hub: bool = False) -> BackboneCard:
     return replace(card, model=f"{moved}:{card.model.rpartition(':')[2]}")
 
 
-def card_in(folder: Path) -> BackboneCard | None:
-    """The card of a run's folder; None where there is none, or a damaged one."""
-    path = folder / CARD
+def card_in(folder: Path, name: str = CARD) -> BackboneCard | None:
+    """The card in a folder, by default a run's; None where there is none, or a damaged one."""
+    path = folder / name
     try:
         return BackboneCard.from_json(path.read_text(encoding="utf-8")) if path.is_file() else None
     except (ValueError, TypeError):  # it is written anew

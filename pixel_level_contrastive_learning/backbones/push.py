@@ -17,9 +17,10 @@ from ..checks import import_extra, raise_together, unless
 from ..files import read_settings_if_any
 from .checkpoint import BackboneCard, clean_state_dict, read_backbone
 from .custom import Model, custom_file, handing_over
-from .export import how_to, named_in
+from .export import named_in
 from .factory import LIBRARIES, parse_model_name
 from .hub import HUB, Repository, explain_hub_errors, hub_api, on_hub, place_of
+from .snippets import how_to
 from .state_dict import find_weights, run_folder
 
 PAGE = "README.md"

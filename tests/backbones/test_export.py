@@ -24,12 +24,10 @@ from pixel_level_contrastive_learning.backbones.export import (
     FORMATS,
     TIMM_ALIKE,
     Exported,
-    building,
     export,
-    feeding,
-    how_to,
 )
 from pixel_level_contrastive_learning.backbones.factory import build_backbone
+from pixel_level_contrastive_learning.backbones.snippets import building, feeding, how_to
 from pixel_level_contrastive_learning.backbones.stem import adapt_channels
 from pixel_level_contrastive_learning.evaluation.features import Preparation
 
