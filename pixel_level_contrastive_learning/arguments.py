@@ -23,7 +23,7 @@ import tyro
 from .checks import raise_together
 from .trainer import config
 from .trainer.config import NAMES, PretrainConfig
-from .trainer.config_io import settings_of, to_config
+from .trainer.config_io import OTHER_NAMES, settings_of, to_config, unknown_names
 
 GROUP_FROM = {
     "data": "run",
@@ -38,7 +38,7 @@ GROUP_FROM = {
 """The group of settings that begins with a setting."""
 FIRST = (
     *("data", "out", "resume", "overwrite", "dry_run", "model", "weights", "image_size", "loss"),
-    *("epochs", "batch_size", "lr", "workers", "devices", "probe"),
+    *("epochs", "steps", "batch_size", "lr", "workers", "devices", "probe"),
 )
 """The settings that `--help` names; `--help-all` names all."""
 MORE = {
@@ -181,6 +181,8 @@ def parse_config(arguments: Sequence[str], about: str = "") -> PretrainConfig:
     if set(HELP) & set(arguments):
         print_help(about, whole="--help-all" in arguments)
     arguments = positionals_first(PretrainConfig, arguments)
+    typed = {word.partition("=")[0].replace("-", "_") for word in arguments if is_flag(word)}
+    raise_together(*unknown_names([n[2:] for n in typed if n[2:] in OTHER_NAMES], "flags"))
     flags = base_flags(arguments)
     base = to_config(settings_of(flags))
     parsed = tyro.cli(
@@ -193,7 +195,6 @@ def parse_config(arguments: Sequence[str], about: str = "") -> PretrainConfig:
         config=(tyro.conf.OmitArgPrefixes,),
     )
     before, now = asdict(base), asdict(parsed)
-    typed = {word.partition("=")[0].replace("-", "_") for word in arguments if is_flag(word)}
     given = {n: own for n, own in now.items() if own != before[n] or f"__{n}" in typed}
     return to_config(settings_of(flags | given))
 

@@ -15,6 +15,7 @@ from io import TextIOWrapper
 from json import dumps
 from math import isfinite
 from pathlib import Path
+from shlex import quote
 from typing import Any, Literal
 
 import tyro
@@ -43,7 +44,10 @@ def pretrain(config: PretrainConfig, *, json: bool = False) -> None:
         for name, value in result.metrics.items():
             print(f"{name}: {value:.4g}")
     elif result.backbone is not None:  # on the process that writes
+        run_dir = quote(str(result.run_dir))
         print(f"run: {result.run_dir}")
+        print(f"next: pixelcl visualize {run_dir}")
+        print(f"      pixelcl evaluate {run_dir} --data LABELLED")
 
 
 Protocol = Literal["linear", "linear-all", "knn", "hummingbird", "overclustering", "finetune"]
@@ -179,9 +183,11 @@ def visualize(
         nodata: Value of images where nothing was measured; by default as in the run.
     """
     given = dict(locals())
+    from .trainer.logging import logging_to
     from .visualization.report import visualize as visualized
 
-    print(f"report: {visualized(**given)}")
+    with logging_to(terminal=True):  # the verdict
+        print(f"report: {visualized(**given)}")
 
 
 def export(
@@ -390,7 +396,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             tyro.extras.subcommand_cli_from_dict(
                 known,
                 prog="pixelcl",
-                description="Pretrain a backbone at pixel level on your own images.",
+                description="Pretrain a backbone at pixel level on your own images. "
+                "(`pixelcl --version` prints the version.)",
                 args=given or ["--help"],
                 config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes),
             )

@@ -66,7 +66,7 @@ def test_help_names_the_flags_that_matter_first(capsys) -> None:
     text = help_of("pretrain", capsys=capsys)
     shown = [flag for flag in FLAGS if re.search(f"^ +{flag} ", text, re.MULTILINE)]
     assert len(shown) == len(arguments.FIRST) - 1  # all but the positional data
-    assert {"--out", "--model", "--weights", "--epochs", "--resume"} <= set(shown)
+    assert {"--out", "--model", "--weights", "--epochs", "--steps", "--resume"} <= set(shown)
     assert "--help-all" in text
     assert text.count("\n") < 90
 
@@ -75,6 +75,18 @@ def test_help_names_every_command(capsys) -> None:
     text = help_of(capsys=capsys)
     for command in ("pretrain", "evaluate", "visualize", "export", "layers", "demo"):
         assert command in text
+    assert "pixelcl --version" in " ".join(text.split())
+
+
+@pytest.mark.parametrize("flag", ["--learning-rate", "--learning_rate=0.1"])
+def test_a_flag_by_its_name_elsewhere_is_refused_with_ours(flag) -> None:
+    with pytest.raises(ValueError, match=r"'learning_rate' is no setting; perhaps lr;"):
+        cli.parse_config(["images", flag, "0.1"][: 2 if "=" in flag else 3])
+
+
+def test_a_file_of_settings_may_name_one_folder_as_a_text(tmp_path) -> None:
+    (tmp_path / "mine.yaml").write_text("data: slides\nsteps: 2\n")
+    assert cli.parse_config(["--config", f"{tmp_path}/mine.yaml"]).data == ("slides",)
 
 
 def test_help_comes_without_torch_and_soon() -> None:
@@ -437,7 +449,9 @@ def test_each_command_takes_what_the_one_before_it_left(labelled, tmp_path, caps
     assert "10 images in 1 shards" in said("prepare", images, "--out", shards)
     small = "--model", "torchvision/resnet18", "--image-size", 32, "--projection-hidden-size", 8
     short = "--steps", 2, "--batch-size", 4, "--workers", 0
-    assert f"run: {run}" in said("pretrain", shards, "--out", run, *small, *short)
+    told = said("pretrain", shards, "--out", run, *small, *short).splitlines()
+    after = f"next: pixelcl visualize {run}", f"      pixelcl evaluate {run} --data LABELLED"
+    assert told == [f"run: {run}", *after]
     table = said("evaluate", run, "--data", labelled, "--protocol", "knn", "--out", run)
     assert "random weights" in table
     assert "mIoU" in table
@@ -451,9 +465,12 @@ def test_each_command_takes_what_the_one_before_it_left(labelled, tmp_path, caps
     figures = said("evaluate", run, "--images", cut)
     assert "hit@1" in figures
     assert figures.splitlines()[-1].startswith(f"(--out {run} keeps this with the run")
-    assert f"report: {page}" in said(
-        *("visualize", run, "--images", images, "--out", page, "--pages", "first", "--nodata", -1)
-    )
+    how = "--images", images, "--out", page, "--pages", "first", "--nodata", -1
+    assert cli.main([str(word) for word in ("visualize", run, *how)]) == 0
+    written = capsys.readouterr()
+    assert f"report: {page}" in written.out
+    verdict = written.err.splitlines()[-1].split(". ")[0]
+    assert f"{verdict}" in page.read_text()
     assert "random weights" in page.read_text()
     assert "matched 122 of 122 keys" in said(
         "export", run, "--format", "torchvision", "--out", weights

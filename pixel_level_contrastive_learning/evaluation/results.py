@@ -180,6 +180,11 @@ class Evaluation:
     sentence: str
     notes: tuple[str, ...] = ()
 
+    def __repr__(self) -> str:
+        """In a line: what was evaluated, on what, and what it means; `table` has the figures."""
+        about = f"{self.weights!r}, {self.data!r}, {self.protocol!r}"
+        return f"Evaluation({about}: {self.sentence!r}; table() shows the figures)"
+
     @property
     def ours(self) -> Row:
         """The row of the weights that were asked for, of several the last."""

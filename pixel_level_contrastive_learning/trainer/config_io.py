@@ -40,6 +40,16 @@ CHOSEN_BY: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(OF_LENGTH, BY_LENGTH),
 }
 """Settings that a run chooses by others: where one of these is changed, they are chosen anew."""
+OTHER_NAMES = {
+    "learning_rate": "lr",
+    **dict.fromkeys(("max_epochs", "num_epochs"), "epochs"),
+    **dict.fromkeys(("max_steps", "num_steps"), "steps"),
+    "num_workers": "workers",
+    "output_dir": "out",
+    **dict.fromkeys(("arch", "backbone"), "model"),
+    **dict.fromkeys(("gpus", "num_gpus"), "devices"),
+}
+"""What other libraries call a setting."""
 CHOSEN = "chosen"
 """What `config.yaml` holds beside settings: those that were `auto`, and what was chosen."""
 FIXED = (
@@ -160,12 +170,13 @@ def plain(value: Any) -> Any:
     return int(value) if isinstance(value, Integral) else float(value)
 
 
-def unknown_names(given: Mapping[str, Any], where: str) -> Iterator[str]:
+def unknown_names(given: Iterable[str], where: str) -> Iterator[str]:
     """The error about each name that is no setting, with the nearest names."""
     for name in given:
         if name not in NAMES:
             dashed = str(name).replace("-", "_")
-            near = get_close_matches(dashed, NAMES, n=3, cutoff=0.5)
+            usual = OTHER_NAMES.get(dashed)
+            near = [usual] if usual else get_close_matches(dashed, NAMES, n=3, cutoff=0.5)
             hint = f"; perhaps {' or '.join(near)}" if near else ""
             yield f"{where}: {name!r} is no setting{hint}; `pixelcl pretrain --help-all` lists them"
 
@@ -179,6 +190,8 @@ def read_settings(path: Path) -> dict[str, Any]:
     read = read_settings_file(path)
     read.pop(CHOSEN, None)
     settings = {name: plain(value) for name, value in read.items()}
+    if isinstance(settings.get("data"), str):
+        settings["data"] = (settings["data"],)
     wrong = (f"{path}: {message}" for message in check_limits(settings, CONFIG_LIMITS))
     raise_together(*unknown_names(read, str(path)), *wrong)
     return settings

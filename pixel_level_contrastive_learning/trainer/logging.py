@@ -13,10 +13,13 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 LOG = logging.getLogger("pixel_level_contrastive_learning")
 ERRORS = "backslashreplace"
 """How bytes of a file name that are no text are written."""
+BAR_FROM = 120
+"""Columns from which a terminal has room for a bar beside all figures."""
 
 
 class TerminalHandler(logging.Handler):
@@ -95,26 +98,46 @@ def quiet_lightning() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def metrics_line(metrics: dict[str, float]) -> str:
-    """The metrics of a step as one line of the log."""
+def metrics_line(metrics: dict[str, float], steps: int, left: float | None = None) -> str:
+    """The metrics of one of some steps as a line of the log, with the seconds left if known."""
     chosen = ("loss", "pixel_cosine", "instance_cosine", "positive_pairs", "spread", "grad_norm")
     shown = ", ".join(f"{name} {metrics[name]:.4g}" for name in chosen if name in metrics)
     return (
-        f"step {metrics['step']:.0f}: {shown}, lr {metrics['lr']:.3g}, "
+        f"step {metrics['step']:.0f}/{steps}: {shown}, lr {metrics['lr']:.3g}, "
         f"{metrics['images_per_second']:.4g} images/s, {metrics['waiting']:.0%} waiting for data"
+        f"{'' if left is None else f', {duration(left)} left'}"
     )
 
 
+def counted(count: int, noun: str) -> str:
+    """A number of things: of one the plain noun, of others its plural."""
+    return f"{count} {noun}{'s' * (count != 1)}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the unit that suits them.
+
+    >>> duration(42), duration(742), duration(7420)
+    ('42 s', '12 min', '2.1 h')
+    """
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
 class ProgressBar(Progress):
-    """Metrics, speed, waiting, memory and time left; nothing where there is no terminal."""
+    """Steps, time left, metrics, speed, waiting and memory; nothing where there is no terminal.
+
+    A narrow terminal sees the first of these, and no bar.
+    """
 
     def __init__(self) -> None:
         console = Console(stderr=True)
         super().__init__(
             TextColumn("{task.description}"),
-            BarColumn(bar_width=None),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(compact=True),
+            *([BarColumn(bar_width=None)] if console.width >= BAR_FROM else ()),
+            MofNCompleteColumn(table_column=Column(no_wrap=True)),
+            TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True)),
             TextColumn("{task.fields[metrics]}"),
             console=console,
             disable=not console.is_terminal,
@@ -126,12 +149,19 @@ class ProgressBar(Progress):
         if self.disable:
             return
         used = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_memory()
-        text = (
-            f"loss {metrics['loss']:.3f}  pixel_cosine {metrics['pixel_cosine']:.3f}  "
-            f"{metrics['images_per_second']:.0f} images/s  waiting {metrics['waiting']:.0%}  "
-            f"{used / 2**30:.1f} GiB"
-        )
-        self.update(self.task_ids[0], completed=metrics["step"], metrics=text)
+        parts = [
+            f"loss {metrics['loss']:.3f}",
+            f"pixel_cosine {metrics['pixel_cosine']:.3f}",
+            f"{metrics['images_per_second']:.0f} images/s",
+            f"waiting {metrics['waiting']:.0%}",
+            f"{used / 2**30:.1f} GiB",
+        ]
+        task = self.tasks[0]
+        steps = 2 * len(f"{task.total:.0f}") + 1
+        room = self.console.width - len(f"{task.description}   00:00:00") - steps
+        while parts and len("  ".join(parts)) > room:
+            parts.pop()
+        self.update(task.id, completed=metrics["step"], metrics="  ".join(parts))
 
 
 def peak_memory() -> float:

@@ -147,6 +147,7 @@ class MetricsWriter:
         self.latest: dict[str, float] = {}
         self.written_at = self.printed_at = self.step_ended = time.perf_counter()
         self.printed_step: float = 0
+        self.first: tuple[float, int] | None = None  # when the first step was noted, and which
         self.waited_before = 0.0
         self.batch: TwoViewBatch | None = None
 
@@ -168,7 +169,7 @@ class MetricsWriter:
             for logger in self.loggers:
                 logger.finalize(status)
         if self.folder is not None and self.last and self.last["step"] != self.printed_step:
-            LOG.info("%s", metrics_line(self.last))
+            LOG.info("%s", metrics_line(self.last, self.steps))
 
     def begin_step(self, step: int, batch: TwoViewBatch) -> bool:
         """Note the batch; whether its features are to be kept, to measure health on."""
@@ -251,9 +252,12 @@ class MetricsWriter:
             for logger in self.loggers:
                 logger.log_metrics(self.last, step=result.step)
         now = time.perf_counter()
+        began, step = self.first = self.first or (now, result.step)
         if now - self.printed_at > PRINT_EVERY or result.step == 1:
             self.printed_at, self.printed_step = now, result.step
-            LOG.info("%s", metrics_line(self.last))
+            done = result.step - step  # without the first step, which takes longer
+            left = (now - began) / done * (self.steps - result.step) if done else None
+            LOG.info("%s", metrics_line(self.last, self.steps, left))
 
     def save_bad_batch(self) -> None:
         """Keep the batch that broke the run, to be looked at."""

@@ -14,12 +14,13 @@ from ..augment import Normalise
 from ..backbones.custom import OBJECT
 from ..backbones.stem import patch_size
 from ..data.segmentation import SegmentationDataset, open_labelled
+from ..data.sources import MIN_IMAGES_TO_HOLD_OUT
 from ..pixel_cl import PixelCL
 from . import build
 from .auto import RunPlan, resolve, view_size
 from .config import PretrainConfig
 from .config_io import as_yaml, resume_changes, settings_in, start_weights
-from .logging import LOG
+from .logging import LOG, counted
 from .memory import MIB, estimate
 from .metrics import check_loggers, few_pairs
 from .run_dir import RunDir
@@ -27,6 +28,8 @@ from .system import Devices, describe, find_devices, free_memory, is_writer
 from .training_step import make_views, slice_batch
 from .validation import draw_batch
 
+FEW_IMAGES = 10
+"""Images below which a run is taken for a mistake."""
 DRY_RUN_IMAGES = 16
 """Images that a dry run takes through the network, at most."""
 
@@ -127,17 +130,18 @@ def log_setup(setup: Setup, *, dry_run: bool) -> None:
         low, high = rounded(statistics.low), rounded(statistics.high)
         scaled = f"; values from {low} to {high} become 0 to 1"
     LOG.info(
-        f"{images} images to train on, {len(setup.data.held_out)} held out, typically {h} x {w} "
-        f"with {statistics.channels} channels; mean {rounded(statistics.mean)}, "
-        f"std {rounded(statistics.std)}{scaled}"
+        f"{counted(images, 'image')} to train on, {len(setup.data.held_out)} held out, "
+        f"typically {h} x {w} with {counted(statistics.channels, 'channel')}; "
+        f"mean {rounded(statistics.mean)}, std {rounded(statistics.std)}{scaled}"
     )
     kept = f"; up to {plan.cache_bytes / MIB:.0f} MiB of decoded images stay in memory"
     kept = kept if plan.cache_bytes else ""
     layers = ", ".join(map(str, setup.learner.online_encoder.pixel_hooks))
     LOG.info(
-        f"{schedule.steps} steps of {plan.batch_size} images ({schedule.steps_per_epoch} an epoch, "
-        f"{schedule.warmup_steps} of warm-up), learning rate up to {schedule.peak_lr:.3g}, "
-        f"{plan.precision}, views of {plan.view_size[0]} x {plan.view_size[1]} pixels, pixel loss "
+        f"{counted(schedule.steps, 'step')} of {counted(plan.batch_size, 'image')} "
+        f"({schedule.steps_per_epoch} an epoch, {schedule.warmup_steps} of warm-up), "
+        f"learning rate up to {schedule.peak_lr:.3g}, {plan.precision}, "
+        f"views of {plan.view_size[0]} x {plan.view_size[1]} pixels, pixel loss "
         f"on {layers}, instance loss on {plan.settings.instance_layer}; "
         f"loader workers: {plan.workers}{kept}"
     )
@@ -157,10 +161,21 @@ def log_setup(setup: Setup, *, dry_run: bool) -> None:
             f"the run cannot build {name} again: pass it as model= to load_backbone, evaluate, "
             "visualize and export, and to pretrain with resume=True"
         )
+    if images < FEW_IMAGES:
+        LOG.warning(
+            f"{counted(images, 'image')} to train on: far too few to learn from; check that data "
+            "names all of them, or take this run for a test of the settings alone"
+        )
     if images < plan.batch_size:
         LOG.warning(
             f"there are fewer images ({images}) than a batch has ({plan.batch_size}): some come "
             "twice in a batch"
+        )
+    if not len(setup.data.held_out) and plan.picture_every:
+        LOG.info(
+            f"fewer than {MIN_IMAGES_TO_HOLD_OUT} images: nothing is held out, and whether cells "
+            "find their spot in another view is not measured; `pixelcl evaluate RUN --images DIR` "
+            "measures it"
         )
     if plan.sharded and setup.probe_splits:
         LOG.warning("with fsdp no process has the whole network: nothing is probed or drawn")

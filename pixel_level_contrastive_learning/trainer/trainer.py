@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import run_layout
-from ..backbones.checkpoint import load_backbone, save_backbone
+from ..backbones.checkpoint import save_backbone
 from ..backbones.custom import handing_over
 from ..data.dataset import TwoViewBatch
 from ..data.loader import TwoViewLoader
@@ -53,6 +53,12 @@ class PretrainResult:
     backbone: nn.Module | None
     metrics: dict[str, Any]
     run_dir: Path
+
+    def __repr__(self) -> str:
+        """In a line: of the backbone its class, of the metrics the step and the loss."""
+        shown = {name: self.metrics[name] for name in ("step", "loss") if name in self.metrics}
+        kind = type(self.backbone).__name__
+        return f"PretrainResult(backbone={kind}, metrics={shown}, run_dir={str(self.run_dir)!r})"
 
 
 def fit(
@@ -106,6 +112,8 @@ def fit(
         stop.exit_if_received()
         if pictures:
             pictures.draw(step)
+        if probe:
+            probe.log_best()
         metrics.amend()
     return metrics.last
 
@@ -321,7 +329,7 @@ def build_step(setup: Setup, resumed: Mapping[str, Any] | None, stop: StopSignal
 
 
 def export_backbone(setup: Setup, run_dir: RunDir, weights: Mapping[str, Tensor]) -> nn.Module:
-    """Write the backbone of a checkpoint's weights, and load it as its users will."""
+    """Write the backbone of a checkpoint's weights; it on the CPU, as its library builds it."""
     card = build.build_card(setup.plan, setup.data.statistics)
     net = card.build()
     own = {n.removeprefix(BACKBONE): t for n, t in weights.items() if n.startswith(BACKBONE)}
@@ -329,4 +337,4 @@ def export_backbone(setup: Setup, run_dir: RunDir, weights: Mapping[str, Tensor]
     path = run_dir.path / run_layout.WEIGHTS
     save_backbone(path, net, card)
     LOG.info("the backbone is in %s", path)
-    return load_backbone(run_dir.path)
+    return net

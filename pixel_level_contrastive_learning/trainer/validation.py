@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from shlex import quote
 
 import torch
 from torch import Tensor
@@ -173,6 +174,17 @@ class Probe:
         if note:
             self.run_dir.mark_best(step.step)
 
+    def log_best(self) -> None:
+        """Log which checkpoint is the best, and how to use it."""
+        scores = {step: miou for step, miou in self.scores().items() if step > 0}
+        if scores:
+            step = max(scores, key=scores.__getitem__)  # the first of those that are equal
+            path = self.run_dir.checkpoints / run_layout.BEST
+            LOG.info(
+                f"best by the probe: step {step}, mIoU {scores[step]:.4f}: {path} "
+                f"(pixelcl export {quote(str(path))})"
+            )
+
     def scores(self) -> dict[int, float]:
         """Mean IoU of the probes so far, by step."""
         if not self.path.exists():
@@ -186,7 +198,7 @@ def best_note(scores: Mapping[int, float], miou: float) -> str:
     if miou <= max((own for at, own in scores.items() if at > 0), default=-1.0):
         return ""
     start = scores.get(0, miou)
-    return " (best)" if start <= miou else f" (best after step 0, below its {start:.4f})"
+    return " (best)" if start <= miou else f" (best so far, but below {start:.4f} of step 0)"
 
 
 def central_views(

@@ -180,6 +180,7 @@ def visualize(
 
     current = (own for own in evaluations if own.labelled and OUTDATED not in own.notes)
     verdict = judge_run(metrics, maps[TRAINED], next(current, None))
+    log.info("%s. %s", verdict.heading, verdict.sentence)
     # Of a network that diverged there is nothing to see, but the page shows all else.
     maps = {name: [own.nan_to_num(0, 0, 0) for own in each] for name, each in maps.items()}
     threshold = float(settings.get("distance_thres", 0.7))

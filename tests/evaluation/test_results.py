@@ -81,6 +81,8 @@ def test_an_outcome_is_written_and_read(tmp_path) -> None:
     again = Evaluation.from_json(text)
     assert isnan(again.ours.classes["[b]"])
     assert again.to_json() == text
+    assert repr(again).startswith("Evaluation(")
+    assert len(repr(again)) < 400
     assert again.table() == outcome().table()
 
 

@@ -2,6 +2,7 @@
 
 import io
 import logging
+import re
 
 import pytest
 import torch
@@ -29,10 +30,43 @@ def test_a_terminal_sees_a_bar_and_a_file_does_not(tmp_path, settings, monkeypat
     pretrain(**settings())
     for word in ("pretrain", "6/6", "loss ", "pixel_cosine", "images/s", "waiting", "GiB"):
         assert word in screen.getvalue()
+    narrow = io.StringIO()
+    made = Console(file=narrow, force_terminal=True, width=80)
+    pretrain(**settings(out=str(tmp_path / "narrow")))
+    for word in ("pretrain", "6/6\x1b", "00:00\x1b", "loss ", "pixel_cosine", "images/s"):
+        assert word in narrow.getvalue()
+    assert "━" not in narrow.getvalue()
+    assert "GiB" not in narrow.getvalue()
     silent = io.StringIO()
     made = Console(file=silent, force_terminal=False)
     pretrain(**settings(out=str(tmp_path / "again")))
     assert silent.getvalue() == ""
+
+
+def test_lines_of_the_log_say_how_far_the_run_is_and_how_long_it_takes(
+    run, settings, monkeypatch
+) -> None:
+    monkeypatch.setattr(metrics, "PRINT_EVERY", 0.0)
+    result = pretrain(**settings(data=settings()["data"]))
+    first, *between, last = [line for line in log(run).splitlines() if " INFO step " in line]
+    assert "step 1/6: loss " in first
+    assert "left" not in first
+    assert len(between) == 4
+    assert all(re.search(r"step [2-5]/6: .* data, \d+ s left$", line) for line in between)
+    assert "step 6/6: " in last
+    assert "matched" not in log(run)  # which reads as if something were loaded
+    assert "step': 6" in repr(result)
+    assert repr(result).count("\n") == 0
+
+
+@pytest.mark.parametrize(
+    ("count", "told"), [(1, "1 image to train on: far too few"), (9, "9 images to"), (12, "")]
+)
+def test_a_run_on_hardly_any_images_is_warned_of(run, settings, count, told) -> None:
+    pretrain(**settings(data=[torch.rand(3, 40, 48)] * count, steps=1, batch_size=2))
+    warned = [line for line in log(run).splitlines() if "WARN" in line and "far too few" in line]
+    assert len(warned) == bool(told)
+    assert told in " ".join(warned)
 
 
 def only_up_to(images, monkeypatch) -> None:

@@ -67,6 +67,7 @@ def test_pairs_are_drawn_anew_with_the_pictures(tmp_path, settings) -> None:
 
 def test_a_resumed_run_goes_on_with_its_colours(run, settings) -> None:
     pretrain(**settings(steps=4, picture_every=2))
+    assert "fewer than 200 images: nothing is held out, and" in log(run)
     last = run / "pictures" / "step-00000004.png"
     drawn = last.read_bytes()
     pretrain(out=run, resume=True, steps=5)  # draws step 4 once more
@@ -91,6 +92,10 @@ def test_a_probe_is_noted_keeps_the_best_checkpoint_and_changes_no_weight(
     assert [line["probe_miou"] for line in metrics(run)] == [first] * 3 + [middle] * 2 + [last]
     assert f"step 0: mean IoU of the probe {first:.4f}\n" in log(run)
     assert f"step 3: mean IoU of the probe {middle:.4f} (best" in log(run)
+    path = run / "checkpoints" / "best.ckpt"
+    told = f"step {best['step']}, mIoU {best['miou']:.4f}: {path} (pixelcl export {path})\n"
+    assert f"best by the probe: {told}" in log(run)
+    assert "fewer than 200 images: nothing is held out" not in log(run)  # nor drawn
 
 
 @pytest.mark.parametrize(
@@ -98,7 +103,7 @@ def test_a_probe_is_noted_keeps_the_best_checkpoint_and_changes_no_weight(
     [
         ({}, " (best)"),
         ({0: 0.1}, " (best)"),
-        ({0: 0.9}, " (best after step 0, below its 0.9000)"),
+        ({0: 0.9}, " (best so far, but below 0.9000 of step 0)"),
         ({0: 0.1, 1: 0.8}, ""),
     ],
 )
