@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from torchvision.models import VisionTransformer
 from torchvision.models.vision_transformer import interpolate_embeddings
 
+from ..files import read_settings_if_any
 from ..modules.hooks import plain_name, token_grid
-from ..run_layout import CHECKPOINTS, LAST, WEIGHTS
+from ..run_layout import CHECKPOINTS, CONFIG, LAST, WEIGHTS
 from .hub import fetch_weights, on_hub
 from .stem import adapt_input_conv, find_stem
 
@@ -133,9 +134,11 @@ def find_weights(source: str | Path, more: str = "") -> Path:
         if last.is_file():
             log.warning("%s has no %s yet: loading its last checkpoint", path, WEIGHTS)
             return last
+        every = read_settings_if_any(path / CONFIG).get("checkpoint_every")
+        begun = f": its run trains or ended early, and saves first at step {every}" if every else ""
         raise ValueError(
-            f"{path} has no {WEIGHTS} and no {CHECKPOINTS}/{LAST}; give the directory of a run "
-            "that has saved, or a file of weights"
+            f"{path} has no {WEIGHTS} and no {CHECKPOINTS}/{LAST}{begun}; give the directory of a "
+            "run that has saved, or a file of weights"
         )
     if not path.is_file():
         raise ValueError(

@@ -13,6 +13,7 @@ from .. import run_layout
 from ..augment import Normalise
 from ..backbones.custom import OBJECT
 from ..backbones.stem import patch_size
+from ..data.folders import IMAGES, MASKS
 from ..data.segmentation import SegmentationDataset, open_labelled
 from ..data.sources import MIN_IMAGES_TO_HOLD_OUT
 from ..pixel_cl import PixelCL
@@ -161,6 +162,12 @@ def log_setup(setup: Setup, *, dry_run: bool) -> None:
             f"the run cannot build {name} again: pass it as model= to load_backbone, evaluate, "
             "visualize and export, and to pretrain with resume=True"
         )
+    for place in plan.settings.data:
+        folder = Path(place).expanduser()
+        labelled = folder.parent if folder.name == IMAGES else folder
+        train, val = (labelled / IMAGES / split for split in ("train", "val"))
+        if train.is_dir() and val.is_dir() and (labelled / MASKS).is_dir():
+            LOG.info(f"{train} and {val} are both trained on; to evaluate on val, name {train}")
     if images < FEW_IMAGES:
         LOG.warning(
             f"{counted(images, 'image')} to train on: far too few to learn from; check that data "

@@ -71,7 +71,7 @@ BACKBONES: dict[str, Backbone] = {
     "transformers/convnext": (transformers_model("convnext", **STAGES), {}),
     "transformers/vit": (transformers_model("vit", image_size=SIDE, **TOKENS), {}),
     "transformers/swin": (transformers_model("swin", **WINDOWS), {}),
-    "transformers/dinov2": (transformers_model("dinov2", **TOKENS), {}),
+    "transformers/dinov2": (transformers_model("dinov2", **TOKENS, patch_size=16), {}),
     "smp/unet": (
         lambda: smp.Unet("resnet18", encoder_weights=None),
         {"hidden_layer_pixel": "decoder.blocks.2"},

@@ -373,3 +373,8 @@ def test_where_there_is_nothing_is_said(tmp_path) -> None:
     )
     with pytest.raises(ValueError, match=r"has no backbone\.safetensors and no checkpoints"):
         load_weights(small(), tmp_path)
+    (tmp_path / "config.yaml").write_text("checkpoint_every: 40\n")
+    with pytest.raises(
+        ValueError, match=r"its run trains or ended early, and saves first at step 40"
+    ):
+        load_weights(small(), tmp_path)

@@ -69,6 +69,14 @@ def test_a_run_on_hardly_any_images_is_warned_of(run, settings, count, told) -> 
     assert told in " ".join(warned)
 
 
+@pytest.mark.parametrize("part", ["", "images", "images/train"])
+def test_images_to_evaluate_on_are_not_trained_on_in_silence(run, settings, labelled, part) -> None:
+    pretrain(**settings(data=(str(labelled / part),), steps=1))
+    train, val = (labelled / "images" / split for split in ("train", "val"))
+    told = f"{train} and {val} are both trained on; to evaluate on val, name {train}"
+    assert (told in log(run)) is (part != "images/train")
+
+
 def only_up_to(images, monkeypatch) -> None:
     """Memory on the CPU, tried as on a GPU, has room for so many images at a time."""
     forward = PixelCL.forward
