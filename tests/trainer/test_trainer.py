@@ -101,7 +101,8 @@ def test_config_repeats_the_run(tmp_path, run, settings) -> None:
 @pytest.mark.parametrize(("steps", "told"), [(1, [1]), (6, [1, 6])])
 def test_the_first_and_the_last_step_are_told_once(run, settings, steps, told) -> None:
     pretrain(**settings(steps=steps))
-    assert [int(step) for step in re.findall(r"INFO step (\d+): loss", log(run))] == told
+    found = re.findall(rf"INFO step (\d+)/{steps}: loss", log(run))
+    assert [int(step) for step in found] == told
 
 
 def test_images_may_be_a_sequence_of_tensors(run, settings) -> None:
