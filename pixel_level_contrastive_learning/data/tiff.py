@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from functools import partial
 from io import BytesIO
-from math import nan, prod
+from math import isnan, nan, prod
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -28,6 +28,7 @@ from .image import (
     check_memory,
     pages_differ,
     to_tensor,
+    without_value,
 )
 from .orientation import ORIENTATION_TAG, turn_upright, upright_size
 from .picture import averaged, to_eight_bit, to_float
@@ -237,6 +238,11 @@ class Samples(NamedTuple):
             return (self.white - pixels[:3]) * (self.white - pixels[3:]) / self.white
         return pixels
 
+    def gray_of(self, stored: float) -> float:
+        """What one stored number, or the same in each sample, is in the pixels; of no palette."""
+        value = self.white - stored if self.photometric == "MINISWHITE" else stored
+        return value * 255 / self.white if self.by_pillow else value
+
 
 def open_tiff(content: bytes | str, image: int | None = None) -> LazyImage:
     """Open one of the images in a TIFF, see `open_image`."""
@@ -260,13 +266,16 @@ def open_tiff(content: bytes | str, image: int | None = None) -> LazyImage:
 
     def load(scale: int) -> DecodedImage:
         with opened_tiff(content) as file:
-            how = samples, orientation, missing
-            parts = [read_plane(file, plane, content, *how) for plane in planes]
+            parts = [read_plane(file, plane, content, samples, orientation) for plane in planes]
         if len(parts) == 1 and not isinstance(parts[0], Tensor):
             return averaged(parts[0], scale)
         return DecodedImage(torch.cat([to_tensor(part) for part in parts]))
 
-    return LazyImage(upright_size(height, width, orientation), channels, samples.deep, load)
+    size = upright_size(height, width, orientation)
+    opened = LazyImage(size, channels, samples.deep, load)
+    if isnan(missing) or samples.palette is not None:
+        return opened
+    return without_value(opened, samples.gray_of(missing))
 
 
 def layout(file: Any, plane: Plane) -> NamedArray:
@@ -277,14 +286,9 @@ def layout(file: Any, plane: Plane) -> NamedArray:
 
 
 def read_plane(
-    file: Any,
-    plane: Plane,
-    content: bytes | str,
-    samples: Samples,
-    orientation: int,
-    missing: float,
+    file: Any, plane: Plane, content: bytes | str, samples: Samples, orientation: int
 ) -> Tensor | Image.Image:
-    """The upright pixels of one plane of a TIFF, NaN where they are the value that is missing."""
+    """The upright pixels of one plane of a TIFF."""
     page = page_of(file, plane)
     if samples.by_pillow and page is not None:
         return read_by_pillow(content, page.index, to_eight_bit)
@@ -293,18 +297,9 @@ def read_plane(
     except MissingCodecError:
         if page is None or samples.samples != 1 or samples.palette is not None:
             raise
-        return without_missing(read_by_pillow(content, page.index, to_float), missing)
+        return samples.to_pixels(read_by_pillow(content, page.index, to_float))
     pixels = array_to_pixels(array, layout(file, plane).axes)
-    if samples.palette is None:
-        pixels = without_missing(pixels, missing)
     return turn_upright(samples.to_pixels(pixels), orientation)
-
-
-def without_missing(pixels: Tensor, missing: float) -> Tensor:
-    """Stored values with NaN for one of them; those of 8 bits as they are."""
-    if not pixels.is_floating_point():
-        return pixels
-    return pixels.masked_fill(pixels == torch.tensor(missing, dtype=pixels.dtype), torch.nan)
 
 
 class MissingCodecError(ImageError):

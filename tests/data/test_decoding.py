@@ -107,8 +107,23 @@ def test_nodata_of_a_tiff_is_the_value_that_is_stored() -> None:
     assert (image.pixels[0].numpy() == np.where(ramp == 5, 65535 - 11, 65535 - ramp)).all()
 
 
-@pytest.mark.parametrize(("dtype", "text"), [(np.float32, "none"), (np.uint8, "0")])
-def test_a_tag_without_a_number_and_8_bit_data_are_taken_as_they_are(dtype, text) -> None:
+@pytest.mark.parametrize(
+    ("photometric", "bits", "step"),
+    [("minisblack", 8, 1), ("miniswhite", 8, 1), ("rgb", 8, 1), ("miniswhite", 4, 17)],
+)
+def test_nodata_of_an_8_bit_tiff_keeps_its_pixels(photometric, bits, step) -> None:
+    ramp = np.arange(12, dtype=np.uint8).reshape(3, 4)
+    stored = np.stack([ramp] * 3, -1) if photometric == "rgb" else ramp
+    tag = (NODATA_TAG, 2, 0, "5", True)
+    content = tiff(stored, extratags=[tag], photometric=photometric, bitspersample=bits)
+    raster = open_image(content).decode()
+    white = photometric == "miniswhite"
+    assert (raster.pixels.numpy() == (255 - step * ramp if white else step * ramp)).all()
+    assert (raster.known.numpy() == (ramp != 5)).all()
+
+
+@pytest.mark.parametrize(("dtype", "text"), [(np.float32, "none"), (np.uint8, "-9999")])
+def test_a_nodata_tag_that_no_value_can_be_changes_nothing(dtype, text) -> None:
     ramp = np.arange(12, dtype=dtype).reshape(3, 4)
     raster = open_image(tiff(ramp, extratags=[(NODATA_TAG, 2, 0, text, True)])).decode()
     assert raster.known is None
