@@ -49,7 +49,8 @@ def dicom_type(file: Any) -> str:
         return "float32"
     if file.PhotometricInterpretation == "PALETTE COLOR":
         return "uint8" if file.RedPaletteColorLookupTableDescriptor[2] <= 8 else "float32"
-    plain = "ModalityLUTSequence" not in file and {*dicom_scaling(file)} == {(1.0, 0.0)}
+    scaled = "ModalityLUTSequence" in file or {*dicom_scaling(file)} != {(1.0, 0.0)}
+    plain = not scaled and not file.get("PixelRepresentation")
     return ("bool" if file.BitsAllocated == 1 else "uint8") if plain else "float32"
 
 

@@ -290,6 +290,7 @@ def test_a_ct_keeps_its_negative_values(tmp_path) -> None:
             15 - GRAY // 16,
         ),
         (GRAY, {"RescaleSlope": 0.5, "RescaleIntercept": -3}, GRAY * 0.5 - 3),
+        (GRAY.view(np.int8), {}, GRAY.view(np.int8).astype(float)),
         (CT, {"photometric": "MONOCHROME1"}, -1.0 - CT),
         (CT.astype(np.uint16), {"photometric": "MONOCHROME1"}, 65535.0 - CT.astype(np.uint16)),
     ],
