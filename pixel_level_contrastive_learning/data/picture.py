@@ -20,6 +20,7 @@ from .image import (
     bomb,
     check_memory,
     exceeds_pillow_limit,
+    to_tensor,
     too_large,
 )
 from .orientation import (
@@ -100,6 +101,7 @@ def open_picture(content: bytes, frame: int = 0) -> LazyImage:
         size, mode = upright_size(first.height, first.width, orientation), first.mode
         bands = len(first.getbands())
     deep_png = png and content[24] == 16  # bits per channel
+    clear = transparent_colour(first, content) if png else None
     check_memory(*size, 6 * bands if deep_png else 4, len(content))
 
     def load_deep_png(_: int) -> DecodedImage:
@@ -111,7 +113,7 @@ def open_picture(content: bytes, frame: int = 0) -> LazyImage:
         pixels = decode_png(as_bytes(content)).float()  # Pillow reads 16-bit colour as 8 bits
         if len(pixels) not in (1, 3):
             pixels = pixels[:-1] * (pixels[-1:] / 65535)  # over black
-        return DecodedImage(turn_upright(pixels, orientation))
+        return DecodedImage(turn_upright(over_black(pixels, clear), orientation))
 
     if deep_png:
         channels = 1 if content[25] in (0, 4) else 3  # colour type: gray, with or without alpha
@@ -122,9 +124,27 @@ def open_picture(content: bytes, frame: int = 0) -> LazyImage:
         with opened_picture(content, frame) if frame else nullcontext(first) as image:
             if deep:
                 return DecodedImage(to_float(image, orientation))
-            return averaged(to_eight_bit(image.copy() if frame else image, orientation), scale)
+            upright = to_eight_bit(image.copy() if frame else image, orientation)
+        if clear is not None:
+            return DecodedImage(over_black(to_tensor(upright), clear))
+        return averaged(upright, scale)
 
     return LazyImage(size, 1 if deep or mode in GRAY_MODES else 3, deep, load)
+
+
+def transparent_colour(image: Image.Image, png: bytes) -> Tensor | None:
+    """The value, or values, of a PNG's pixels that are transparent; None for another kind of it."""
+    told = image.info.get("transparency")
+    if told is None or isinstance(told, bytes) or image.mode not in ("1", "L", "RGB", "I", "I;16"):
+        return None
+    white = 2 ** png[24] - 1  # bits per channel
+    colour = torch.tensor(told).reshape(-1, 1, 1) & white
+    return colour * (255 // white) if white < 255 else colour
+
+
+def over_black(pixels: Tensor, clear: Tensor | None) -> Tensor:
+    """Pixels ``(c, h, w)``, of which those of the transparent colour, if there is one, are 0."""
+    return pixels if clear is None else pixels.masked_fill((pixels == clear).all(0), 0)
 
 
 @contextmanager

@@ -136,7 +136,23 @@ def test_any_channels_are_shown_as_three(channels, shown) -> None:
     assert torch.equal(to_rgb(pixels[0]), pixels[0, shown])
 
 
-# Orientation.
+# Transparency.
+
+
+@pytest.mark.parametrize(
+    ("bits", "colour"), [(1, 0), (2, 0), (4, 0), (8, 0), (8, 2), (16, 0), (16, 2)]
+)
+def test_the_transparent_colour_of_a_png_is_black(bits, colour) -> None:
+    white = 2**bits - 1
+    values = np.arange(12).reshape(3, 4) % 2 * white
+    array = np.stack([values, values // 2, values], -1) if colour else values
+    key = array[0, 1].reshape(-1).astype(">u2").tobytes()
+    content = png(array, bits, colour, chunk(b"tRNS", key))
+    pixels = decode(content)
+    agrees(content, pixels)
+    assert not pixels.any()
+    other = np.zeros_like(array[0, 1]).reshape(-1).astype(">u2").tobytes()
+    assert decode(png(array, bits, colour, chunk(b"tRNS", other))).max() == max(white, 255)
 
 
 # Scaled decoding.
