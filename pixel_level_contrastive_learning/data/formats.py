@@ -49,20 +49,27 @@ def dicom_type(file: Any) -> str:
         return "float32"
     if file.PhotometricInterpretation == "PALETTE COLOR":
         return "uint8" if file.RedPaletteColorLookupTableDescriptor[2] <= 8 else "float32"
-    scaled = "ModalityLUTSequence" in file or {*dicom_scaling(file)} != {(1.0, 0.0)}
+    scaled = file.get("ModalityLUTSequence") or {*dicom_scaling(file)} != {(1.0, 0.0)}
     plain = not scaled and not file.get("PixelRepresentation")
     return ("bool" if file.BitsAllocated == 1 else "uint8") if plain else "float32"
 
 
 def dicom_scaling(file: Any) -> list[tuple[float, float]]:
     """Rescale slope and intercept: of each frame where these have their own, else of all."""
-    told = [file]
+    holders = [file]
     for groups in ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"):
-        found = [group.get("PixelValueTransformationSequence") for group in file.get(groups, ())]
-        told = [sequence[0] for sequence in found if sequence] or told
+        found = [group.get("PixelValueTransformationSequence") for group in file.get(groups) or ()]
+        holders = [sequence[0] for sequence in found if sequence] or holders
     return [
-        (float(own.get("RescaleSlope", 1)), float(own.get("RescaleIntercept", 0))) for own in told
+        (number_in(own, "RescaleSlope", 1), number_in(own, "RescaleIntercept", 0))
+        for own in holders
     ]
+
+
+def number_in(file: Any, name: str, default: float) -> float:
+    """A number in a DICOM file, where its element may be empty."""
+    found = file.get(name)
+    return default if found is None else float(found)
 
 
 def dicom_values(file: Any) -> Any:
@@ -77,14 +84,17 @@ def dicom_values(file: Any) -> Any:
     if file.PhotometricInterpretation == "MONOCHROME1":  # white is the lowest
         signed = file.get("PixelRepresentation") == 1
         values = (-1 if signed else 2**file.BitsStored - 1) - stored.astype(np.int64)
-    if "ModalityLUTSequence" in file:
+    if file.get("ModalityLUTSequence"):
         values = apply_modality_lut(values, file)
     elif kind == "float32":
         slopes, intercepts = np.array(dicom_scaling(file)).T[..., None, None]
         values = (values * slopes + intercepts).reshape(stored.shape)
     values = values.astype(kind)
-    if kind == "float32" and "PixelPaddingValue" in file:
-        ends = file.PixelPaddingValue, file.get("PixelPaddingRangeLimit", file.PixelPaddingValue)
+    if kind == "float32" and file.get("PixelPaddingValue") is not None:
+        ends = (
+            file.PixelPaddingValue,
+            number_in(file, "PixelPaddingRangeLimit", file.PixelPaddingValue),
+        )
         values[(stored >= min(ends)) & (stored <= max(ends))] = np.nan
     return values
 

@@ -138,7 +138,7 @@ def transparent_colour(image: Image.Image, png: bytes) -> Tensor | None:
     if told is None or isinstance(told, bytes) or image.mode not in ("1", "L", "RGB", "I", "I;16"):
         return None
     white = 2 ** png[24] - 1  # bits per channel
-    colour = torch.tensor(told).reshape(-1, 1, 1) & white
+    colour: Tensor = torch.tensor(told).reshape(-1, 1, 1) & white
     return colour * (255 // white) if white < 255 else colour
 
 
