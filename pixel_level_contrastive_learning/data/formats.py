@@ -40,7 +40,7 @@ def read_dicom(content: bytes) -> Named:
     several = (frames,) if frames > 1 else ()
     axes = "Z" * len(several) + "YX" + "S" * len(colours)
     shape = (*several, file.Rows, file.Columns, *colours)
-    return Deferred(shape, dicom_type(file), partial(dicom_values, file)), axes
+    return Deferred(shape, dicom_type(file), partial(dicom_values, file, shape)), axes
 
 
 def dicom_type(file: Any) -> str:
@@ -72,25 +72,38 @@ def number_in(file: Any, name: str, default: float) -> float:
     return default if found is None else float(found)
 
 
-def dicom_values(file: Any) -> Any:
-    """The pixels of a DICOM file, all its frames."""
+def dicom_values(file: Any, shape: tuple[int, ...]) -> Any:
+    """The pixels of a DICOM file, all its frames, one converted after the other."""
+    stored: Any = file.pixel_array  # YBR has become RGB
+    values = np.empty(shape, dicom_type(file))
+    scaling = dicom_scaling(file)
+    single = int(file.get("NumberOfFrames") or 1) == 1
+    frames, converted = (stored[None], values[None]) if single else (stored, values)
+    scaling = scaling * len(frames) if len(scaling) == 1 else scaling
+    for number, (frame, scale) in enumerate(zip(frames, scaling, strict=True)):
+        converted[number] = dicom_frame(file, frame, scale, values.dtype)
+    return values
+
+
+def dicom_frame(file: Any, stored: Any, scale: tuple[float, float], kind: np.dtype[Any]) -> Any:
+    """What one frame of a DICOM file shows."""
     from pydicom.pixels import apply_color_lut, apply_modality_lut
 
-    stored: Any = file.pixel_array  # YBR has become RGB
-    kind = dicom_type(file)
     if file.PhotometricInterpretation == "PALETTE COLOR":
-        return apply_color_lut(stored, file).astype(kind)
-    values = stored
-    if file.PhotometricInterpretation == "MONOCHROME1":  # white is the lowest
-        signed = file.get("PixelRepresentation") == 1
-        values = (-1 if signed else 2**file.BitsStored - 1) - stored.astype(np.int64)
-    if file.get("ModalityLUTSequence"):
-        values = apply_modality_lut(values, file)
-    elif kind == "float32":
-        slopes, intercepts = np.array(dicom_scaling(file)).T[..., None, None]
-        values = (values * slopes + intercepts).reshape(stored.shape)
+        return apply_color_lut(stored, file)
+    inverted = file.PhotometricInterpretation == "MONOCHROME1"  # white is the lowest
+    values, white = stored, 2**file.BitsStored - 1
+    if tables := file.get("ModalityLUTSequence"):
+        values, white = apply_modality_lut(stored, file), 2 ** tables[0].LUTDescriptor[2] - 1
+    elif file.get("PixelRepresentation"):
+        white = -1
+    if inverted:
+        values = white - values.astype(np.int64)
+    if kind == np.float32 and not tables:
+        slope, intercept = scale
+        values = values * slope + intercept
     values = values.astype(kind)
-    if kind == "float32" and file.get("PixelPaddingValue") is not None:
+    if kind == np.float32 and file.get("PixelPaddingValue") is not None:
         ends = (
             file.PixelPaddingValue,
             number_in(file, "PixelPaddingRangeLimit", file.PixelPaddingValue),

@@ -7,6 +7,7 @@ import re
 import sys
 import tarfile
 import time
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -303,6 +304,31 @@ def test_gray_values_of_dicom(tmp_path, array, tags, expected) -> None:
     [found] = pixels(open_source(tmp_path))
     assert found.dtype == (np.uint8 if expected.dtype == np.uint8 else np.float32)
     assert (found[0] == expected).all()
+
+
+@pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
+def test_a_table_of_dicom_holds_for_stored_values(tmp_path, photometric) -> None:
+    from pydicom.dataset import Dataset
+
+    table = Dataset()
+    table.LUTDescriptor, table.ModalityLUTType = [16, 0, 16], "US"
+    squares = (np.arange(16) ** 2).tolist()
+    table.add_new("LUTData", "US", squares)
+    dicom(tmp_path / "a.dcm", GRAY // 16, photometric, ModalityLUTSequence=[table])
+    [found] = pixels(open_source(tmp_path))
+    expected = (GRAY // 16).astype(np.float32) ** 2
+    assert (found[0] == (expected if photometric == "MONOCHROME2" else 65535 - expected)).all()
+
+
+def test_frames_of_dicom_are_converted_one_by_one(tmp_path) -> None:
+    frames = np.broadcast_to(CT, (100, *CT.shape)).copy()
+    content = Path(dicom(tmp_path / "a.dcm", frames, RescaleSlope=2)).read_bytes()
+    named = readers.call_reader(".dcm", content)
+    tracemalloc.start()
+    assert (named.array[99] == 2.0 * CT).all()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 3 * 4 * frames.size
 
 
 def test_colours_of_dicom(tmp_path) -> None:
