@@ -231,7 +231,8 @@ class Samples(NamedTuple):
     def to_pixels(self, pixels: Tensor) -> Tensor:
         """Numbers ``(count, h, w)`` as pixels ``(c, h, w)``."""
         if self.palette is not None:
-            return torch.from_numpy(self.palette.astype("float32"))[:, pixels[0].long()]
+            kept = self.palette.astype("f4") if self.deep else (self.palette >> 8).astype("u1")
+            return torch.from_numpy(kept)[:, pixels[0].long()]
         if self.photometric == "MINISWHITE":
             return (self.white - pixels.float()).to(pixels.dtype)
         if self.channels == 3:  # inks

@@ -137,6 +137,13 @@ def test_many_planes_may_lie_behind_one_page(dtype, order) -> None:
     assert (each(content)[:, 0] == array).all()
 
 
+def test_planes_behind_one_page_have_its_palette() -> None:
+    array, palette = pages(3, 20, 30), pages(3, 256, dtype="uint16") * 257
+    content = tiff(array, photometric="palette", colormap=palette, truncate=True)
+    assert stack_in(content).images == 3
+    assert (each(content) == (palette >> 8)[:, array].swapaxes(0, 1)).all()
+
+
 def test_smaller_copies_and_masks_are_no_images() -> None:
     large, small = pages(40, 60, 3), pages(20, 30, 3)
     for flags in ({"subfiletype": 1}, {}):
