@@ -105,8 +105,6 @@ def tiff_rasters(path: str, pages: Pages | None) -> list[Raster]:
         if is_slide(file):
             return [slide_raster(path)]
         images, stack = tiff_images(file)
-        if not images:
-            raise ImageError("damaged: no page in it")
         chosen = stack.chosen(pages)
         return [
             planes_raster(path, file, list(chain(*images)) if number == ALL else images[number])

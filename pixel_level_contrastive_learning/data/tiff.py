@@ -6,6 +6,7 @@ name are images, too, which `Stack.joinable` says may as well be the channels of
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from functools import partial
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 IMAGEJ_CHANNELS = 7
 """Channels that ImageJ shows at most: with more, a writer has named an axis without being told."""
+NO_PAGE = "damaged: no page in it"
 SMALLER_COPY = 0.02
 """Difference of two aspect ratios below which a smaller page is a copy of a larger one."""
 ROWS = -1
@@ -95,6 +97,8 @@ def find_images(file: Any) -> TiffImages:
     import numpy as np
 
     kept = full_size(file)
+    if not kept:
+        raise ImageError(NO_PAGE)
     images: list[list[Plane]] = []
     named, gray = False, len(kept) == 1
     for place in kept:
@@ -159,13 +163,20 @@ def nodata(page: Any) -> float:
 
 def opened_tiff(content: bytes | str) -> AbstractContextManager[Any]:
     """A TIFF opened by tifffile, whose pages are looked for once where they stay in their file."""
+    if isinstance(content, bytes):
+        file: AbstractContextManager[Any] = parsed_tiff(BytesIO(content))
+        return file
+    return KEPT.opened(version_of(content), partial(parsed_tiff, content))
+
+
+def parsed_tiff(file: BytesIO | str) -> Any:
+    """A file opened by tifffile; of a TIFF in several files, this one."""
     from tifffile import TiffFile
 
-    if isinstance(content, bytes):
-        file: AbstractContextManager[Any] = TiffFile(BytesIO(content), _multifile=False)
-        return file
-    # Of a TIFF in several files, this one.
-    return KEPT.opened(version_of(content), partial(TiffFile, content, _multifile=False))
+    try:
+        return TiffFile(file, _multifile=False)
+    except struct.error as error:  # cut off before its first page
+        raise ImageError(NO_PAGE) from error
 
 
 def stack_of_tiff(content: bytes | str) -> Stack:

@@ -144,6 +144,16 @@ def test_planes_behind_one_page_have_its_palette() -> None:
     assert (each(content) == (palette >> 8)[:, array].swapaxes(0, 1)).all()
 
 
+@pytest.mark.parametrize("content", [b"II*\0", b"II*\0\x08\0", b"II*\0" + bytes(4)])
+def test_a_tiff_without_pages_says_so(tmp_path, content) -> None:
+    path = tmp_path / "a.tif"
+    path.write_bytes(content)
+    for opening in (open_image, stack_in):
+        for place in (content, str(path)):
+            with pytest.raises(ImageError, match=r"^damaged: no page in it$"):
+                opening(place)
+
+
 def test_smaller_copies_and_masks_are_no_images() -> None:
     large, small = pages(40, 60, 3), pages(20, 30, 3)
     for flags in ({"subfiletype": 1}, {}):
