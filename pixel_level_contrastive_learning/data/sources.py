@@ -360,8 +360,9 @@ def read_list(path: Path) -> list[str]:
             f"data is {str(path)!r}, which is neither an image by its ending nor a text file of "
             "paths; name a folder, a list or shards (.tar)"
         )
-    lines = os.fsdecode(content).splitlines()
-    paths = [str(path.parent / Path(line.strip()).expanduser()) for line in lines if line.strip()]
+    # Of the line ends, which bytes know fewer of than text does, and the blanks around a name.
+    names = filter(None, (os.fsdecode(line.strip(b" \t")) for line in content.splitlines()))
+    paths = [str(path.parent / Path(name).expanduser()) for name in names]
     if not paths:
         raise ValueError(f"data is {str(path)!r}, a list without paths; write one path a line")
     if os.path.isdir(paths[0]) and not ending_of(paths[0], folder=True):

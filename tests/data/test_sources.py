@@ -448,11 +448,11 @@ def test_a_folder_can_be_left_out(tmp_path) -> None:
 
 @pytest.mark.parametrize("start", [b"", b"\xef\xbb\xbf"])  # as editors on Windows begin a file
 def test_a_list_may_hold_any_name(tmp_path, start) -> None:
-    names = [b"\xe9.png", "ü.pnm".encode()]
+    names = [b"\xe9.png", "ü.pnm".encode(), "a\x85b\u2028c\x0b.png".encode()]
     for value, name in enumerate(names):
         Image.new("L", (4, 3), value).save(tmp_path / os.fsdecode(name), "PPM")
-    (tmp_path / "list.txt").write_bytes(start + b"\n".join(names))
-    assert values(open_source(tmp_path / "list.txt")) == [0, 1]
+    (tmp_path / "list.txt").write_bytes(start + b" \r\n".join([*names, b""]))
+    assert values(open_source(tmp_path / "list.txt")) == [0, 1, 2]
 
 
 def test_pipes_and_devices_are_told_and_passed_over(tmp_path, caplog) -> None:
