@@ -136,7 +136,8 @@ def tiff_may_hold_several(file: IO[bytes], start: int, head: bytes) -> bool:
         if tag == DESCRIPTION_TAG and length > wide:
             file.seek(start + value)
             description = file.read(min(length, LONGEST_DESCRIPTION))
-            return any(word in description for word in PLANES_DESCRIBED)
+            if any(word in description for word in PLANES_DESCRIBED):
+                return True
     return False
 
 

@@ -139,6 +139,16 @@ def test_a_single_picture_is_no_stack(kind) -> None:
     assert header_tells_several(stream) == (kind == "GIF")  # whose frames are not announced
 
 
+def test_planes_of_a_page_are_looked_for_behind_its_description(tmp_path) -> None:
+    """MetaMorph's STK names each plane in the description, and counts them in a tag after it."""
+    planes = [(module.UIC_TAG, "2I", 3, (1,) * 6, True)]
+    plain = {"photometric": "minisblack", "metadata": None, "description": "a plane"}
+    for tags in ([], planes):
+        page = np.zeros((8, 8), np.uint8)
+        tifffile.imwrite(tmp_path / "a.tif", page, extratags=tags, **plain)
+        assert module.may_hold_several(str(tmp_path / "a.tif")) == bool(tags)
+
+
 def test_smaller_pictures_of_a_photo_are_left_out(tmp_path, caplog) -> None:
     caplog.set_level("INFO")
     stream = io.BytesIO()
