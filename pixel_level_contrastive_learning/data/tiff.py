@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 IMAGEJ_CHANNELS = 7
 """Channels that ImageJ shows at most: with more, a writer has named an axis without being told."""
+WEBP = 50001
+"""The number of a TIFF's compression for which Pillow has a name, but rarely a decoder."""
 NO_PAGE = "damaged: no page in it"
 SMALLER_COPY = 0.02
 """Difference of two aspect ratios below which a smaller page is a copy of a larger one."""
@@ -236,8 +238,12 @@ class Samples(NamedTuple):
         """Channels of the pixels; None for as many as there are numbers."""
         if self.by_pillow:
             return 1 if self.photometric in GRAY else 3
-        inks = self.photometric == "SEPARATED" and self.samples == 4
-        return 3 if inks or self.palette is not None else None
+        return 3 if self.inks or self.palette is not None else None
+
+    @property
+    def inks(self) -> bool:
+        """Whether they are four inks, which become colours."""
+        return self.photometric == "SEPARATED" and self.samples == 4
 
     def to_pixels(self, pixels: Tensor) -> Tensor:
         """Numbers ``(count, h, w)`` as pixels ``(c, h, w)``."""
@@ -246,7 +252,7 @@ class Samples(NamedTuple):
             return torch.from_numpy(kept)[:, pixels[0].long()]
         if self.photometric == "MINISWHITE":
             return (self.white - pixels.float()).to(pixels.dtype)
-        if self.channels == 3:  # inks
+        if self.inks:
             return (self.white - pixels[:3]) * (self.white - pixels[3:]) / self.white
         return pixels
 
@@ -302,16 +308,33 @@ def read_plane(
 ) -> Tensor | Image.Image:
     """The upright pixels of one plane of a TIFF."""
     page = page_of(file, plane)
-    if samples.by_pillow and page is not None:
+    if samples.by_pillow and page is not None and not pillow_lacks(page):
         return read_by_pillow(content, page.index, to_eight_bit)
     try:
         array = plane_array(file, plane)
     except MissingCodecError:
-        if page is None or samples.samples != 1 or samples.palette is not None:
+        by_pillow = samples.samples == 1 and samples.palette is None and not samples.by_pillow
+        if page is None or not by_pillow:
             raise
         return samples.to_pixels(read_by_pillow(content, page.index, to_float))
     pixels = array_to_pixels(array, layout(file, plane).axes)
     return turn_upright(samples.to_pixels(pixels), orientation)
+
+
+def pillow_lacks(page: Any) -> bool:
+    """Whether tifffile alone reads the compression of a page.
+
+    Raises:
+        ImageError: Its colours would not become RGB then.
+    """
+    from PIL.TiffImagePlugin import COMPRESSION_INFO
+
+    if page.compression in COMPRESSION_INFO and page.compression != WEBP:
+        return False
+    if (kind := photometric_of(page)) in ("YCBCR", "CIELAB"):
+        name = getattr(page.compression, "name", page.compression)
+        raise ImageError(f"{kind} colours in the compression {name}; save it as RGB")
+    return True
 
 
 class MissingCodecError(ImageError):

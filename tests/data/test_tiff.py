@@ -205,6 +205,22 @@ def test_compressed_pages_need_no_further_library() -> None:
     assert (each(content)[:, 0] == array).all()
 
 
+@pytest.mark.parametrize("photometric", ["minisblack", "miniswhite", "rgb"])
+@pytest.mark.parametrize("compression", ["jpeg2000", "lerc", "png"])
+def test_compressions_that_pillow_lacks_are_read(monkeypatch, compression, photometric) -> None:
+    array = pages(20, 30, 3)[..., : 3 if photometric == "rgb" else 1].squeeze()
+    content = tiff(array, compression=compression, photometric=photometric)
+    expected = 255 - array if photometric == "miniswhite" else array
+    assert (read(content) == np.atleast_3d(expected).transpose(2, 0, 1)).all()
+
+    def missing(page: tifffile.TiffPage) -> None:
+        raise ValueError("a compression requires the 'imagecodecs' package")
+
+    monkeypatch.setattr(tifffile.TiffPage, "asarray", missing)
+    with pytest.raises(ImageError, match=r"package: pip install imagecodecs$"):
+        read(content)
+
+
 def test_a_page_of_a_file_is_read_alone(tmp_path, monkeypatch) -> None:
     array = pages(12, 20, 30, dtype="uint16")
     path = tmp_path / "a.tif"
