@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import chain
+from math import prod
 from pathlib import Path
+from struct import unpack_from
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,7 @@ from .arrays import Deferred, NamedArray, one_image
 from .decoding import NPY, SIGNATURES, TIFF, ending_at, open_image, stack_in
 from .folders import SLIDE_SUFFIXES, is_dicom
 from .image import ALL, ImageError, known_errors
-from .orientation import ORIENTATION_TAG
+from .orientation import ORIENTATION_TAG, PNG
 from .picture import GIANT
 from .raster_drivers import gdal_raster, slide_raster
 from .rasters import Raster, decoded_raster, inverted, named_raster
@@ -56,13 +58,24 @@ def is_larger(path: str, side: int) -> bool:
                 with opened_tiff(path) as file:
                     sizes = [layout(file, planes[0]).size for planes in tiff_images(file).images]
             else:
-                with Image.open(path) as image:
-                    sizes = [image.size]
+                sizes = [picture_size(path)]
     except Image.DecompressionBombError:
         return True
     except ImageError:  # the reason is told when it is read
         return False
     return any(max(size) > side for size in sizes)
+
+
+def picture_size(path: str) -> tuple[int, int]:
+    """``(width, height)`` of what is no TIFF, which may be a bomb for Pillow."""
+    from PIL import Image
+
+    head = read_bytes(path, 0, 24)
+    if head.startswith(PNG):  # whose texts may be longer than Pillow takes
+        width, height = unpack_from(">II", head, 16)
+        return width, height
+    with Image.open(path) as image:
+        return image.size
 
 
 def open_rasters(path: str, pages: Pages | None = None) -> list[Raster]:
@@ -152,8 +165,8 @@ def picture_rasters(path: str, start: bytes, pages: Pages | None) -> list[Raster
 
     driver = next((name for sign, name in DRIVERS.items() if start.startswith(sign)), None)
     if driver != "JP2OpenJPEG":
-        with suppress(Image.DecompressionBombError), Image.open(path) as image:
-            if image.width * image.height <= GIANT:
+        with suppress(Image.DecompressionBombError):
+            if prod(picture_size(path)) <= GIANT:
                 content = read_bytes(path)
                 stack = stack_in(content)
                 numbers = stack.chosen(pages) if stack.images > 1 else [None]

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from tifffile import TiffWriter, imwrite
 
 from pixel_level_contrastive_learning.data import raster_files
@@ -318,6 +319,17 @@ def test_the_size_is_read_from_the_header(tmp_path, monkeypatch) -> None:
     assert not is_larger(str(tmp_path / "broken.png"), 1)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # a bomb for Pillow
     assert is_larger(str(tmp_path / "deep.png"), 109)
+
+
+def test_a_png_with_a_long_text_is_cut(tmp_path) -> None:
+    text = PngInfo()
+    text.add_text("about", "x" * 3_000_000, zip=True)
+    path = str(tmp_path / "a.png")
+    Image.fromarray(values((90, 70), np.uint8)).save(path, pnginfo=text)
+    assert is_larger(path, 80)
+    assert not is_larger(path, 90)
+    [raster] = open_rasters(path)
+    assert raster.size == (90, 70)
 
 
 def test_pretraining_on_what_is_too_large_names_the_way_out(tmp_path, monkeypatch) -> None:
