@@ -5,6 +5,7 @@ See `readers`, which calls them. The libraries come with extras, and each functi
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from gzip import GzipFile
 from io import BytesIO
@@ -196,8 +197,11 @@ def read_zarr(path: str) -> Any:
             return found[scales[0]["datasets"][0]["path"]], letters(names)
         arrays = dict(found.arrays())
         if len(arrays) != 1:
+            if not (held := sorted(found)):
+                raise ImageError("it holds no array")
             raise ImageError(
-                f"it holds {len(arrays)} arrays ({', '.join(arrays)}); name one as data"
+                f"it holds {', '.join(held)}; make a link to the one of images that ends in .zarr, "
+                f"and name it as data: ln -s {os.path.abspath(path)}/{held[0]} images.zarr"
             )
         [found] = arrays.values()
     told = getattr(found.metadata, "dimension_names", None)

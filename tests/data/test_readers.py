@@ -4,6 +4,7 @@ import io
 import os
 import pickle
 import re
+import subprocess
 import sys
 import tarfile
 import time
@@ -651,6 +652,21 @@ def test_zarr_is_read_by_its_named_axes(tmp_path, workers) -> None:
     assert len(open_source(tmp_path / "list.txt")) == 2
     write_shards(tmp_path / "a.zarr", tmp_path / "tiles", tile=16)
     assert (pixels(open_source(tmp_path / "tiles"))[0][0] == CT[:16, :16]).all()
+
+
+def test_one_of_several_arrays_of_zarr_is_read_by_a_link(tmp_path, monkeypatch) -> None:
+    import zarr
+
+    group = zarr.open_group(str(tmp_path / "two.zarr"), mode="w")
+    with pytest.raises(ImageError, match=r"^it holds no array$"):
+        open_source(tmp_path / "two.zarr").open(0)
+    for name in ("a", "b"):
+        group.create_array(name, data=CT)
+    with pytest.raises(ImageError, match=r"^it holds a, b; make a link to the one") as error:
+        open_source(tmp_path / "two.zarr").open(0)
+    monkeypatch.chdir(tmp_path)
+    subprocess.run(str(error.value).rpartition(": ")[2].split(), check=True)
+    assert (pixels(open_source("images.zarr"))[0][0] == CT).all()
 
 
 @pytest.mark.parametrize(
