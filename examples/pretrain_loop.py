@@ -23,11 +23,7 @@ class Folder(list[Path]):
         self.square = v2.Compose([v2.Resize(side), v2.RandomCrop(side), v2.PILToTensor()])
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        path = super().__getitem__(index)
-        with Image.open(path) as picture:
-            if picture.mode[0] in "IF":
-                raise ValueError(f"{path} is 16-bit or float; `pixelcl pretrain` scales such")
-            return self.square(picture.convert("RGB")) / 255
+        return self.square(Image.open(super().__getitem__(index)).convert("RGB")) / 255
 
 
 if __name__ == "__main__":  # where the workers of a loader are spawned, they import this file
@@ -41,10 +37,9 @@ if __name__ == "__main__":  # where the workers of a loader are spawned, they im
     images = Folder(args.images, side=2 * args.size)
     if not images:
         flags.error(f"there is no image below {args.images}; give a folder of JPEGs, PNGs or TIFFs")
-    try:
-        images[0]
-    except ValueError as error:
-        flags.error(str(error))
+    with Image.open(next(iter(images))) as first:
+        if first.mode[0] in "IF":
+            flags.error(f"{first.filename} is 16-bit or float; `pixelcl pretrain` scales such")
     draws = RandomSampler(images, replacement=True, num_samples=args.steps * args.batch)
     resnet = models.resnet18(weights=None, zero_init_residual=True).to(device)
     learner = PixelCL(resnet, args.size, instance_weight=0.1, cutout_ratio_range=(0.45, 1.0))
@@ -53,9 +48,9 @@ if __name__ == "__main__":  # where the workers of a loader are spawned, they im
     for step, batch in enumerate(DataLoader(images, args.batch, sampler=draws, num_workers=1), 1):
         with torch.autocast(device.type, torch.bfloat16):
             terms = learner(batch.to(device), return_terms=True)
-        opt.zero_grad()
         terms.loss.backward()
         opt.step()
+        opt.zero_grad()
         schedule.step()
         learner.update_moving_average(1 - 0.005 * (1 + cos(pi * step / args.steps)))
         print(f"step {step}  loss {terms.loss:.3f}  pixel_cosine {terms.pixel_cosine:.3f}")

@@ -93,4 +93,4 @@ def test_the_installed_wheel_works_without_the_repository(installed: Path, tmp_p
     assert Path(found.strip()).is_relative_to(installed.parent)
     assert "--steps" in said(installed / "pixelcl", "demo", "--help", cwd=tmp_path)
     listed = said(installed / "pixelcl", "layers", "torchvision/resnet18", cwd=tmp_path)
-    assert "by default: layer4 for the pixel level" in listed
+    assert "by default: layer4 (from random weights also layer3) for the pixel level" in listed
