@@ -21,6 +21,11 @@ def raise_together(*messages: str | None) -> None:
         raise ValueError("\n".join(found))
 
 
+def counted(count: int, noun: str) -> str:
+    """A number of things in a message: of one the plain noun, of others its plural."""
+    return f"{count} {noun}{'s' * (count != 1)}"
+
+
 def is_number(value: object) -> TypeGuard[float]:
     """Whether ``value`` is a finite real number (``True`` and ``False`` are not)."""
     return isinstance(value, Real) and not isinstance(value, bool) and isfinite(value)

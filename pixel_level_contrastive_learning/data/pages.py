@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from ..checks import Pages
+from ..checks import Pages, counted
 from .arrays import NamedArray, Once, to_array_file
 from .decoding import TIFF, Content, ending_at, ending_of, open_image, stack_in
 from .image import ALL, MOST_JOINED, ImageError, LazyImage, Stack
@@ -337,7 +337,7 @@ def pages_message(counts: Sequence[int], kind: str, split: bool, pages: Pages | 
     """What was found in files of several images, and the flag that reads them otherwise."""
     low, high = min(counts), max(counts)
     number = f"{low}" if low == high else f"{low} to {high}"
-    found = f"{len(counts)} file{'s' * (len(counts) > 1)} of {number} {kind}: "
+    found = f"{counted(len(counts), 'file')} of {number} {kind}: "
     if split:
         return (
             f"{found}read as {sum(counts)} images; `--pages channels` makes one image of each file"

@@ -22,7 +22,7 @@ from ..backbones.checkpoint import (
 from ..backbones.custom import draw_anew, is_module_handed
 from ..backbones.factory import default_image_size, zero_last_norms
 from ..backbones.state_dict import load_weights, run_folder
-from ..checks import Pages
+from ..checks import Pages, counted
 from ..data.sources import Source
 from ..data.statistics import measure
 from ..files import read_settings_if_any
@@ -125,7 +125,7 @@ def kinds_of(
     return [
         (
             card.model,
-            f"{card.channels} channel{'s' * (card.channels > 1)}",
+            counted(card.channels, "channel"),
             read_of(card, layers),
             fed.setdefault(
                 (card.low, card.high, card.mean, card.std, size_of(card)),

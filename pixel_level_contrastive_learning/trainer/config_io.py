@@ -14,7 +14,7 @@ import yaml
 
 from .. import run_layout
 from ..checks import check_limits, one_of, raise_together
-from ..files import read_settings_file
+from ..files import read_settings_file, read_settings_if_any
 from .config import CONFIG_LIMITS, HOW_TO_START, NAMES, PRETRAINED, RECIPES, PretrainConfig
 
 REPLACES: dict[str, dict[str, Any]] = {
@@ -98,9 +98,10 @@ def settings_of(given: Mapping[str, Any]) -> dict[str, Any]:
         file = read_settings(path)
         anew = chosen_anew(file, chosen_in(path, file), later)
         later = ChainMap(*later.maps, file, *map(dict, recipe_of(file)))
-    path = Path(later.get("out") or "").expanduser() / run_layout.CONFIG
-    if later.get("resume") and path.is_file():
-        run = read_settings(path)
+    folder = later.get("out") if later.get("resume") else None
+    if folder is not None:
+        path = Path(folder).expanduser() / run_layout.CONFIG
+        run = settings_in(path.parent)
         by_length = set(chosen_in(path, run)).intersection(OF_LENGTH)
         anew |= chosen_anew(run, by_length, later)
     sources = run, *recipe_of(file), file, *recipe_of(given), given
@@ -126,7 +127,7 @@ def settings_of(given: Mapping[str, Any]) -> dict[str, Any]:
 
 def chosen_in(path: Path, settings: Mapping[str, Any]) -> tuple[str, ...]:
     """The settings that a run chose, by its `config.yaml`, and that are still what it chose."""
-    held = read_settings_file(path).get(CHOSEN)
+    held = read_settings_if_any(path).get(CHOSEN)
     chosen = held.items() if isinstance(held, dict) else ()
     return tuple(name for name, value in chosen if plain(settings.get(name)) == plain(value))
 
@@ -208,12 +209,10 @@ def as_yaml(config: PretrainConfig, chosen: Iterable[str] = ()) -> str:
 
     ``chosen`` are the names of those that were `auto`.
     """
-    values: dict[str, Any] = absolute_settings(config)
-    written = [name for name in NAMES if name not in HOW_TO_START]
-    if of_run := [name for name in written if name in set(chosen)]:
-        values[CHOSEN] = {name: as_list(values[name]) for name in of_run}
-        written.append(CHOSEN)
-    values = {name: as_list(values[name]) for name in written}
+    settings, of_run = absolute_settings(config), set(chosen)
+    values = {name: as_list(settings[name]) for name in NAMES if name not in HOW_TO_START}
+    if of_run:
+        values[CHOSEN] = {name: as_list(settings[name]) for name in NAMES if name in of_run}
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, default_flow_style=None)
 
 

@@ -109,11 +109,6 @@ def metrics_line(metrics: dict[str, float], steps: int, left: float | None = Non
     )
 
 
-def counted(count: int, noun: str) -> str:
-    """A number of things: of one the plain noun, of others its plural."""
-    return f"{count} {noun}{'s' * (count != 1)}"
-
-
 def duration(seconds: float) -> str:
     """Seconds in the unit that suits them.
 

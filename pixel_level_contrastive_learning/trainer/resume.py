@@ -66,9 +66,7 @@ def prepare(setup: Setup, run_dir: RunDir, begin: ResumePoint) -> None:
     if begin.path is not None and begin.step != begin.number:
         run_dir.renumber(begin.path, begin.number, begin.step)
     config, plan = run_dir.path / run_layout.CONFIG, setup.plan
-    earlier: tuple[str, ...] = ()
-    if setup.before is not None and config.is_file():
-        earlier = chosen_in(config, asdict(plan.settings))
+    earlier = () if setup.before is None else chosen_in(config, asdict(plan.settings))
     write_whole(config, as_yaml(plan.settings, plan.chosen + earlier))
     build.save_statistics(setup.data, run_dir.path)
     # Now, not at the end: with it the checkpoints can be evaluated while the run goes on.

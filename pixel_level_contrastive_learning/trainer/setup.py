@@ -13,6 +13,7 @@ from .. import run_layout
 from ..augment import Normalise
 from ..backbones.custom import OBJECT
 from ..backbones.stem import patch_size
+from ..checks import counted
 from ..data.folders import IMAGES, MASKS
 from ..data.segmentation import SegmentationDataset, open_labelled
 from ..data.sources import MIN_IMAGES_TO_HOLD_OUT
@@ -21,7 +22,7 @@ from . import build
 from .auto import RunPlan, resolve, view_size
 from .config import PretrainConfig
 from .config_io import as_yaml, resume_changes, settings_in, start_weights
-from .logging import LOG, counted
+from .logging import LOG
 from .memory import MIB, estimate
 from .metrics import check_loggers, few_pairs
 from .run_dir import RunDir

@@ -156,6 +156,12 @@ def test_a_file_may_name_the_run_that_is_resumed(tmp_path) -> None:
     assert "seed" not in settings_of({"config": str(tmp_path / "mine.yaml"), "resume": False})
 
 
+def test_a_run_is_resumed_where_it_is_named_and_not_where_one_stands(tmp_path, monkeypatch) -> None:
+    (tmp_path / "config.yaml").write_text(f"seed: 7\nout: {tmp_path}\n")
+    monkeypatch.chdir(tmp_path)
+    assert settings_of({"resume": True}) == {"resume": True}
+
+
 def test_a_recipe_that_is_given_counts_more_than_a_file(tmp_path) -> None:
     (tmp_path / "file.yaml").write_text("epochs: 5\nseed: 4\n")
     found = settings_of({"config": str(tmp_path / "file.yaml"), "recipe": "pixpro-400ep"})
