@@ -33,7 +33,7 @@ SMOOTHING = 0.98
 HEALTH_EVERY = 20
 """Steps between measurements of spread and effective rank, which take some milliseconds."""
 LOG_EVERY = 10
-"""Steps between metrics for TensorBoard and the like."""
+"""Steps between metrics for TensorBoard and the like, which get the last step, too."""
 WRITE_EVERY = 2.0
 """Seconds that lines of metrics are held before they are written."""
 PRINT_EVERY = 30.0
@@ -248,7 +248,7 @@ class MetricsWriter:
         self.lines.append(self.last)
         for warning in self.monitor(self.last):
             LOG.warning("step %d: %s", result.step, warning)
-        if result.step % LOG_EVERY == 0:
+        if result.step % LOG_EVERY == 0 and result.step < self.steps:  # `amend` logs the last
             for logger in self.loggers:
                 logger.log_metrics(self.last, step=result.step)
         now = time.perf_counter()
@@ -281,16 +281,17 @@ class MetricsWriter:
             self.lines = []
 
     def amend(self) -> None:
-        """Write the last step's line anew, with what was measured after it."""
-        if self.folder is None or not self.last or self.last == self.last | self.latest:
+        """Write the last step's line anew, with what was measured after it, and log that step."""
+        if self.folder is None or not self.last:
             return
         before, self.last = self.last, self.last | self.latest
-        path = self.folder / run_layout.METRICS
-        try:
-            os.truncate(path, path.stat().st_size - len(as_lines([before]).encode()))
-        except OSError as error:
-            raise cannot_write(path, error) from error
-        append_lines(path, [self.last])
+        if before != self.last:
+            path = self.folder / run_layout.METRICS
+            try:
+                os.truncate(path, path.stat().st_size - len(as_lines([before]).encode()))
+            except OSError as error:
+                raise cannot_write(path, error) from error
+            append_lines(path, [self.last])
         for logger in self.loggers:
             logger.log_metrics(self.last, step=int(self.last["step"]))
 
