@@ -75,7 +75,7 @@ def open_data(data: Any, config: PretrainConfig, resumed: Path | None) -> Traini
     else:
         channels = None if config.channels == "auto" else config.channels
         statistics = measure(source, channels=channels, seed=config.seed)
-    return TrainingData(*split_held_out(source, config.seed), statistics)
+    return TrainingData(*split_held_out(source), statistics)
 
 
 def read_statistics(path: Path) -> tuple[Statistics, int | None]:

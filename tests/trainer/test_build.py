@@ -109,7 +109,7 @@ def test_a_run_decodes_its_images_once_and_learns_the_same(tmp_path, settings, i
 def test_images_in_memory_are_not_kept_twice(images) -> None:
     files, items = open_source(str(images)), open_source([torch.rand(3, 20, 20)])
     plan = SimpleNamespace(cache_bytes=1000, workers=0)
-    (held, _), (own, _) = (split_held_out(source, 0) for source in (files, items))
+    (held, _), (own, _) = (split_held_out(source) for source in (files, items))
     assert isinstance(kept_decoded(held, plan), DecodedCache)
     assert kept_decoded(own, plan) is own
     plan.cache_bytes = 0
