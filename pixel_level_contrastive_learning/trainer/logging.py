@@ -6,7 +6,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from logging.handlers import MemoryHandler
 from pathlib import Path
 
@@ -31,6 +31,17 @@ class TerminalHandler(logging.Handler):
             sys.stderr.write(f"{text}\n")
 
 
+class LogFile(logging.FileHandler):
+    """A file that loses messages where the disk is full; whoever writes results tells of that."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  # logging's name
+        pass
+
+    def close(self) -> None:
+        with suppress(OSError):
+            super().close()
+
+
 class LateFileHandler(MemoryHandler):
     """Writes to a file, once there is a folder for it; keeps records until then."""
 
@@ -39,7 +50,7 @@ class LateFileHandler(MemoryHandler):
 
     def open(self, path: Path) -> None:
         """Append to a file from now on, beginning with the records kept."""
-        file = logging.FileHandler(path, encoding="utf-8", errors=ERRORS)
+        file = LogFile(path, encoding="utf-8", errors=ERRORS)
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         self.setTarget(file)
         self.capacity = 0

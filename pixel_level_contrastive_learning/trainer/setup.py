@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from math import ceil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -136,7 +137,7 @@ def log_setup(setup: Setup, *, dry_run: bool) -> None:
         f"typically {h} x {w} with {counted(statistics.channels, 'channel')}; "
         f"mean {rounded(statistics.mean)}, std {rounded(statistics.std)}{scaled}"
     )
-    kept = f"; up to {plan.cache_bytes / MIB:.0f} MiB of decoded images stay in memory"
+    kept = f"; up to {ceil(plan.cache_bytes / MIB)} MiB of decoded images stay in memory"
     kept = kept if plan.cache_bytes else ""
     layers = ", ".join(map(str, setup.learner.online_encoder.pixel_hooks))
     LOG.info(

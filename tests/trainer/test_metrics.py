@@ -1,6 +1,7 @@
 """Signs that a run goes wrong, memory, signals: the parts beside the steps."""
 
 from contextlib import suppress
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 from pixel_level_contrastive_learning import PixelCL
 from pixel_level_contrastive_learning.evaluation.health import COLLAPSED_RANK, COLLAPSED_SPREAD
 from pixel_level_contrastive_learning.trainer.auto import Schedule
+from pixel_level_contrastive_learning.trainer.logging import LOG, logging_to
 from pixel_level_contrastive_learning.trainer.memory import (
     Estimate,
     blank_views,
@@ -29,6 +31,7 @@ HEALTHY = {
     "spread": 0.8,
     "effective_rank": 20.0,
 }
+FULL_DISK = Path("/dev/full")
 SCHEDULE = Schedule(9, 1, 1, 1.0, 0.0, 0.99)
 PLAN = SimpleNamespace(schedule=SCHEDULE, batch_size=8, compares_pixels=True)
 
@@ -148,6 +151,19 @@ def test_loggers_are_told_how_a_run_ended(error, status) -> None:
         if error is not None:
             raise error
     assert ended == [status]
+
+
+@pytest.mark.skipif(not FULL_DISK.exists(), reason="no device stands for a full disk here")
+def test_a_log_on_a_full_disk_hides_no_error(capsys) -> None:
+    def broken() -> None:
+        with logging_to(terminal=False) as log:
+            log.open(FULL_DISK)
+            LOG.info("lost")
+            raise NotFiniteError("step 3")
+
+    with pytest.raises(NotFiniteError, match="step 3"):
+        broken()
+    assert capsys.readouterr().err == ""
 
 
 def test_a_trial_waits_for_no_other_process() -> None:
