@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from inspect import Parameter, Signature
-from itertools import chain, repeat
+from itertools import chain, pairwise, repeat
 from pathlib import Path
+from statistics import median
 from threading import Timer
 from typing import Any
 
@@ -23,7 +25,7 @@ from ..data.loader import TwoViewLoader
 from . import build
 from .config import PretrainConfig
 from .config_io import settings_of, to_config
-from .logging import LOG, logging_to, quiet_lightning
+from .logging import LOG, duration, logging_to, quiet_lightning
 from .memory import TRIED_ON, choose_accumulate, estimate
 from .metrics import MetricsWriter, build_loggers
 from .resume import find_resume_point, prepare
@@ -34,6 +36,8 @@ from .system import is_writer
 from .training_step import BACKBONE, TrainingStep
 from .validation import FeaturePictures, Probe, draw_batch
 
+TIMED_STEPS, TIMED_FOR = 8, 20.0
+"""Steps that a dry run takes, and the seconds after which it takes no more."""
 WORKERS_END = 1.0
 """Seconds in which the loader's workers end of themselves, unless they hang."""
 
@@ -264,7 +268,8 @@ def run(config: PretrainConfig, objects: Any = None) -> PretrainResult:
                 setup = set_up(config, objects, run_dir)
                 if config.dry_run:
                     tried = dry_run(setup, run_dir) if is_writer() else {}
-                    return PretrainResult(None, tried, run_dir.path)
+            if config.dry_run:
+                return PretrainResult(None, tried | time_steps(setup, stop), run_dir.path)
             if not is_writer():
                 return train(setup, run_dir, stop)
             with run_dir.locked():  # only now: what was refused leaves no trace
@@ -326,6 +331,31 @@ def build_step(setup: Setup, resumed: Mapping[str, Any] | None, stop: StopSignal
     if stop.received_anywhere(fabric, 0):
         stop.exit_if_received()
     return step
+
+
+def time_steps(setup: Setup, stop: StopSignal) -> dict[str, float]:
+    """The seconds of a step with its data, by a few steps that are taken and thrown away."""
+    plan, steps = setup.plan, setup.plan.schedule.steps
+    if plan.processes > 1:
+        LOG.info("how long a step takes is not measured with several processes")
+        return {}
+    step = build_step(setup, None, stop)
+    loader = build.build_train_loader(plan, setup.data, 0, None)
+    ends = [time.perf_counter()]
+    with ending(loader):
+        for batch in take(loader, min(TIMED_STEPS, steps), stop):
+            step(batch).metrics.tolist()  # waits for the device
+            ends.append(time.perf_counter())
+            if ends[-1] - ends[0] > TIMED_FOR:
+                break
+    stop.exit_if_received()
+    first, *later = (end - begin for begin, end in pairwise(ends))
+    seconds = median(later) if later else first
+    LOG.info(
+        f"a step takes about {seconds:.2g} s, the run about {duration(seconds * steps)}, without "
+        "pictures and probes"
+    )
+    return {"seconds_per_step": seconds}
 
 
 def export_backbone(setup: Setup, run_dir: RunDir, weights: Mapping[str, Tensor]) -> nn.Module:

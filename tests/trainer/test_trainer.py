@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shutil
+import time
 from dataclasses import fields
 from inspect import signature
 from types import SimpleNamespace
@@ -214,10 +215,23 @@ def test_a_run_among_its_images_sees_none_of_its_own_pictures(settings, images) 
         pretrain(**settings(steps=1, out=str(images), overwrite=True))
 
 
+def test_a_dry_run_times_steps_without_the_first(settings, monkeypatch, caplog) -> None:
+    seconds = iter([0.0, 9.0, 11.0, 16.0, 19.0, 31.0, 99.0])  # of steps: 9, 2, 5, 3, 12 and 68
+    monkeypatch.setattr(trainer, "time", SimpleNamespace(perf_counter=lambda: next(seconds)))
+    with caplog.at_level("INFO"):
+        assert pretrain(**settings(dry_run=True, steps=30)).metrics["seconds_per_step"] == 4.0
+    assert "a step takes about 4 s, the run about 2 min" in caplog.text
+    assert next(seconds) == 99.0
+
+
 def test_a_dry_run_tells_and_draws_and_does_not_stand_in_the_way(run, settings) -> None:
+    began = time.perf_counter()
     result = pretrain(**settings(dry_run=True))
     assert result.backbone is None
-    assert set(result.metrics) == {"positive_pairs", "images_without_pairs", "memory_mib"}
+    assert set(result.metrics) == {
+        *("positive_pairs", "images_without_pairs", "memory_mib", "seconds_per_step")
+    }
+    assert 0 < result.metrics["seconds_per_step"] < time.perf_counter() - began
     assert [p.name for p in run.rglob("*")] == ["preview", "pairs-0.png"]
     with Image.open(run / "preview" / "pairs-0.png") as drawn:
         assert drawn.width > 64
