@@ -116,9 +116,8 @@ def evaluate(
     if out is not None and result.curves:
         print(f"label curve: {Path(out) / run_layout.LABEL_CURVE}")
     if out is None and (Path(weights[-1]).expanduser() / run_layout.CONFIG).is_file():
-        print(
-            f"(--out {weights[-1]} keeps this with the run, for the report of `pixelcl visualize`)"
-        )
+        run = quote(weights[-1])
+        print(f"(--out {run} keeps this with the run, for the report of `pixelcl visualize`)")
 
 
 def features(
@@ -175,7 +174,7 @@ def visualize(
     """Write a report: one HTML page that shows what a run learned.
 
     Args:
-        run: Folder of the run.
+        run: Folder of the run, or a file of its weights.
         images: Folder of images to show; by default those of the run.
         out: The HTML file; by default report.html in the run's folder.
         device: Device to compute on, such as cpu or cuda:1; by default a GPU if there is one.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
@@ -291,7 +292,7 @@ def decoder_message(error: BaseException, content: bytes = b"") -> str:
         return f"not an image that can be read: it begins with {content[:12]!r}"
     if isinstance(error, MemoryError):
         return "not enough memory to decode it"
-    text = " ".join(str(error).split())
+    text = re.sub(r"^\w+, \S+\.cpp:\d+, ", "", " ".join(str(error).split()))  # of torchvision
     return f"damaged: {text or type(error).__name__}"
 
 

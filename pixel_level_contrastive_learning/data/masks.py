@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from .arrays import NamedArray
-from .decoding import NPY, TIFF, Content, ending_of
-from .image import ImageError
+from .decoding import NPY, TIFF, Content, ending_of, not_empty
+from .image import ImageError, known_errors
 from .mask_coding import IGNORED, PLAIN, Colour, MaskCoding
 from .orientation import ORIENTATION_TAG, PNG, orientation_of, split_png, turn_array
 from .picture import open_by_pillow
@@ -25,12 +25,18 @@ from .tiff import opened_tiff, photometric_of, plane_array, tiff_images
 
 MASK_SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".gif", ".npy", ".npz", ".nii", ".nii.gz")
 """Of several files with the name of an image, the first of these is its mask."""
-MASK_ENDINGS = ("", "-mask", *(f"_{word}" for word in MASK_WORDS))
+MASK_ENDINGS = (
+    "",
+    "-mask",
+    *(f"_{form}" for w in MASK_WORDS for form in (w, w.title(), w.upper())),
+)
 """What may stand after the name of the image."""
 SHOWN_COLOURS = 3
 """Colours or ids that an error lists."""
 SHOWN_IDS = 20
 """Values for which a message writes out ``--ids``, at most."""
+MOST_IDS = 1000
+"""Different values of a mask from which on it is taken for an image."""
 
 Palette = Mapping[int, Colour]
 """The colours of the indices that a mask uses."""
@@ -103,7 +109,9 @@ def read_coded(
     """
     path = Path(files.file_name(file))
     try:
-        stored = read_stored(files.file_content(file, several=page.count > 1), page)
+        content = not_empty(files.file_content(file, several=page.count > 1))
+        with known_errors(content=content):
+            stored = read_stored(content, page)
     except Exception as error:  # damaged bytes make decoders raise anything at all
         raise ValueError(f"{path} cannot be read as a mask: {error}; write it anew") from error
     values = stored.values
@@ -136,6 +144,11 @@ def read_coded(
     if used[0] < 0 or used[-1] > IGNORED:
         few = len(used) <= SHOWN_IDS
         pairs = ",".join(f"{v}:{i}" for i, v in enumerate(used)) if few else "VALUE:ID,..."
+        if len(used) >= MOST_IDS:
+            raise ValueError(
+                f"{path} has {len(used)} different values, like an image; see whether images/ and "
+                "masks/ are swapped"
+            )
         raise ValueError(
             f"{path} has ids from {used[0]} to {used[-1]}; write 8-bit PNG with ids from 0 to "
             f"{IGNORED - 1}, and {IGNORED} for pixels to ignore, or name the id of each value "
@@ -261,8 +274,17 @@ def colours_message(path: Path, mode: str, colours: np.ndarray[Any, Any]) -> str
     if colours.ndim != 3 or colours.shape[-1] > 4:
         return f"{path} has the shape {colours.shape}; a mask is (height, width)"
     count = len(np.unique(colours.reshape(-1, colours.shape[-1]), axis=0))
-    if colours.shape[-1] == 2 or (colours[..., 0] == colours[..., 1]).all():  # gray, or with alpha
-        way = "if its gray values are the ids, write one channel: Image.open(path).getchannel(0)"
+    last = colours.shape[-1] - 1
+    varies = [bool((colours[..., own] != colours[0, 0, own]).any()) for own in range(last + 1)]
+    if last in (1, 3) and varies == [False] * last + [True]:
+        way = (
+            "all but its alpha is of one colour: write that alone, Image.open(path).getchannel('A')"
+        )
+    elif (colours[..., 0] == colours[..., min(1, last - 1)]).all():  # gray
+        way = (
+            "if its gray values are the ids, write one channel, Image.open(path).getchannel(0); or "
+            "name the class of each in a file (--colours FILE, lines such as '255 255 255 1')"
+        )
     else:
         way = (
             "name the class of each colour in a file (--colours FILE, lines such as '128 0 0 1'), "

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import Pages
+from ..checks import Pages, raise_together
 from .folders import IMAGES, MASKS, find_files, no_image_message
 from .image import ImageError, LazyImage
 from .mask_coding import IGNORED as IGNORED
@@ -31,6 +31,8 @@ from .masks import (
 from .pages import settle_pages
 from .sources import FileSource, NodataSource, Source
 
+OBJECTS_FROM = 10
+"""Largest id from which on ids without a gap in every mask are taken for numbers of objects."""
 SHOWN_PROBLEMS = 5
 """Wrong masks that an error lists; it counts the rest."""
 SPARSE_FROM, MIN_SHARE_OF_IDS = 64, 0.25
@@ -181,7 +183,9 @@ def open_labelled(
     names = read_classes(folder / "classes.txt")
     coding, named = read_coding(ids, colours, names)
     names = names or named
-    found_files = [find_split(folder, split) for split in splits]
+    paired = [find_split(folder, split) for split in splits]
+    raise_together(*(missing_masks(folder, *split) for split in zip(splits, paired, strict=True)))
+    found_files = [(FileSource(paths), FileSource(list(map(str, own)))) for paths, own in paired]
     settle_pages([files for files, _ in found_files], pages)
     opened = [
         SegmentationDataset(
@@ -212,9 +216,7 @@ def open_labelled(
     trained_on = set().union(*found[0])
     if len(trained_on - {IGNORED}) < 2:
         raise ValueError(one_class_message(folder / MASKS / splits[0], trained_on))
-    classes = names or number_classes(
-        folder, {i for masks in found for mask in masks for i in mask}
-    )
+    classes = names or number_classes(folder, [mask for masks in found for mask in masks])
     return [
         replace(
             split.subset([i for i, mask in enumerate(masks) if mask != {IGNORED}]), classes=classes
@@ -223,8 +225,8 @@ def open_labelled(
     ]
 
 
-def find_split(folder: Path, split: str) -> tuple[FileSource, FileSource]:
-    """The images of one split and their masks, none of them looked at yet."""
+def find_split(folder: Path, split: str) -> tuple[list[str], list[Path | None]]:
+    """The images of one split and the mask of each, none of them looked at yet."""
     images, masks = folder / IMAGES / split, folder / MASKS / split
     for place in (images, masks):
         if not place.is_dir():
@@ -236,20 +238,26 @@ def find_split(folder: Path, split: str) -> tuple[FileSource, FileSource]:
     paths, others = find_files(images)
     if not paths:
         raise ValueError(no_image_message(images, others))
-    files = tuple(Path(path) for path in paths)
-    own = find_masks(masks, [file.relative_to(images) for file in files])
-    missing = [file for file, mask in zip(files, own, strict=True) if mask is None]
-    if missing:
-        stem = stem_of(missing[0].name)
-        first = masks / missing[0].relative_to(images).with_name(f"{stem}.png")
-        near = sorted(path.name for path in first.parent.glob(f"{glob.escape(stem)}.*"))
-        raise ValueError(
-            f"{first} is not there{f' (there is {near[0]})' if near else ''}; {len(missing)} of "
-            f"{len(files)} images have no mask: masks have the names of their images, perhaps with "
-            f"_mask after it, and end in {', '.join(MASK_SUFFIXES)}, so write them, or remove "
-            "those images"
-        )
-    return FileSource(paths), FileSource(list(map(str, own)))
+    return paths, find_masks(masks, [Path(path).relative_to(images) for path in paths])
+
+
+def missing_masks(
+    folder: Path, split: str, paired: tuple[list[str], list[Path | None]]
+) -> str | None:
+    """The message about the images of a split that have no mask, if there are such."""
+    missing = [Path(path) for path, mask in zip(*paired, strict=True) if mask is None]
+    if not missing:
+        return None
+    stem = stem_of(missing[0].name)
+    place = missing[0].relative_to(folder / IMAGES / split).with_name(f"{stem}.png")
+    first = folder / MASKS / split / place
+    near = sorted(path.name for path in first.parent.glob(f"*{glob.escape(stem)}*"))
+    return (
+        f"{first} is not there{f' (there is {near[0]})' if near else ''}; {len(missing)} of "
+        f"{len(paired[0])} images have no mask: masks have the names of their images, perhaps with "
+        f"_mask after it, and end in {', '.join(MASK_SUFFIXES)}, so write them, or remove those "
+        "images"
+    )
 
 
 def read_classes(path: Path) -> tuple[str, ...] | None:
@@ -292,10 +300,17 @@ def read_classes(path: Path) -> tuple[str, ...] | None:
     return tuple(lines)
 
 
-def number_classes(folder: Path, ids: set[int]) -> tuple[str, ...]:
-    """Names for classes that have none, refusing ids that look like colours turned to gray."""
-    ids = ids - {IGNORED}
+def number_classes(folder: Path, masks: Sequence[set[int]]) -> tuple[str, ...]:
+    """Names for the classes of masks, refusing ids like grays of colours or numbers of objects."""
+    ids = set().union(*masks) - {IGNORED}
     largest = max(ids)
+    without_gap = [len(mask | {0}) - 1 for mask in masks if max(mask) == len(mask | {0}) - 1]
+    if largest >= OBJECTS_FROM and len(without_gap) == len(masks) and len(set(without_gap)) > 2:
+        raise ValueError(
+            f"the masks in {folder / MASKS} hold ids without a gap, up to {min(without_gap)} in "
+            f"one and to {largest} in another, like numbers of objects; write 1 for all, or "
+            f"name all {largest + 1} classes in {folder / 'classes.txt'}"
+        )
     if largest >= SPARSE_FROM and len(ids) < MIN_SHARE_OF_IDS * (largest + 1):
         some = sorted(ids)[:3]
         pairs = ",".join(f"{value}:{label}" for label, value in enumerate(some))

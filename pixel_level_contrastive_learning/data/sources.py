@@ -338,8 +338,8 @@ def open_path(
         raise ValueError(no_image_message(path, others))
     if not path.exists():
         raise ValueError(
-            f"{place!r} does not exist; name a folder of images (a run may be resumed with its "
-            "images in another place)"
+            f"{place!r} does not exist; name a folder of images (those of a run, too, may lie in "
+            "another place than they did)"
         )
     if path.is_dir() or ending_of(path.name, known) or is_dicom(str(path)):
         return FileSource([str(path)])

@@ -187,6 +187,11 @@ def measure(
         ]
         usable = len(values) > 0
         if usable:
+            few = torch.cat([bands.flatten()[::16].double() for bands, _ in values])
+            if (kinds := len(unique(few.numpy()))) < LEAST_KINDS:
+                log.warning(
+                    "the images hold %d different values; see whether they are masks", kinds
+                )
             scaling = channel_statistics(values)
     if not usable:
         raise ValueError(unusable_message(source, refused, headers, wanted))

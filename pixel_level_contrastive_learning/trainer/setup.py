@@ -33,6 +33,8 @@ from .validation import draw_batch
 
 FEW_IMAGES = 10
 """Images below which a run is taken for a mistake."""
+LARGE_VIEW = 2.0
+"""Times the longer side of an image that a view may measure; beyond it is taken for a mistake."""
 DRY_RUN_IMAGES = 16
 """Images that a dry run takes through the network, at most."""
 
@@ -148,6 +150,11 @@ def log_setup(setup: Setup, *, dry_run: bool) -> None:
         f"on {layers}, instance loss on {plan.settings.instance_layer}; "
         f"loader workers: {plan.workers}{kept}"
     )
+    if min(plan.view_size) > LARGE_VIEW * max(h, w):
+        LOG.warning(
+            f"views are {min(plan.view_size) / max(h, w):.2g} times as large as the images, which "
+            "costs time and shows nothing more; lower image_size, the size of the views"
+        )
     if schedule.warmup_steps == schedule.steps:
         LOG.warning(
             "the warm-up takes the whole run, and the learning rate does not reach its peak; lower "
@@ -200,16 +207,16 @@ def rounded(values: Sequence[float] | None) -> str:
 def dry_run(setup: Setup, run_dir: RunDir) -> dict[str, float]:
     """What a batch looks like and what a step takes, without training."""
     plan, learner = setup.plan, setup.learner
+    needed, free = estimate(learner, plan), free_memory(torch.device(plan.device)) / MIB
+    LOG.info(
+        f"{needed.describe(plan.images_per_process)}; {free:.0f} MiB are free on {plan.device}"
+    )
     loader = build.build_train_loader(plan, setup.data, 0, None)
     batch = slice_batch(next(iter(loader)), slice(DRY_RUN_IMAGES))
     with torch.no_grad():
         terms = learner(make_views(batch, setup.normalise, plan), return_terms=True)
     images, without = len(batch.one), int(terms.images_without_pairs)
-    pairs, needed = float(terms.positive_pairs) / images, estimate(learner, plan)
-    free = free_memory(torch.device(plan.device)) / MIB
-    LOG.info(
-        f"{needed.describe(plan.images_per_process)}; {free:.0f} MiB are free on {plan.device}"
-    )
+    pairs = float(terms.positive_pairs) / images
     if plan.compares_pixels:
         LOG.info(f"{pairs:.1f} matching pairs an image; {without} of {images} images have none")
         if few := few_pairs(without, images):

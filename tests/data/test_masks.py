@@ -285,7 +285,8 @@ def test_palettes_that_agree_where_they_are_used_are_ids(labelled) -> None:
 
 
 @pytest.mark.parametrize(
-    "ending", ["_mask.png", ".tif", "_label.TIF", "-mask.bmp", ".npy", "_gt.gif"]
+    "ending",
+    ["_mask.png", ".tif", "_label.TIF", "_Mask.PNG", "_GT.gif", "-mask.bmp", ".npy", "_gt.gif"],
 )
 def test_masks_are_found_by_other_endings(labelled, ending) -> None:
     expected = [open_labelled(labelled)[0].read(i).mask.tolist() for i in range(10)]

@@ -165,12 +165,31 @@ def test_classes_that_are_missing_are_not_refused(labelled) -> None:
     assert len(opened(labelled)[0].classes) == 150
 
 
+def test_numbers_of_objects_are_no_classes(labelled) -> None:
+    masks = sorted((labelled / "masks").rglob("*.png"))
+    for number, path in enumerate(masks):
+        write(path, np.resize(np.arange(8 + number % 4, dtype=np.uint8), (32, 48)))
+    names = labelled / "classes.txt"
+    names.unlink()
+    assert refusal(labelled) == (
+        f"the masks in {labelled / 'masks'} hold ids without a gap, up to 7 in one and to 10 in "
+        "another, like numbers of objects; write 1 for all, or name all 11 classes in "
+        f"{names}"
+    )
+    write(masks[0], np.resize(np.array([0, 10], np.uint8), (32, 48)))
+    assert len(opened(labelled)[0].classes) == 11
+
+
 # Masks.
 
 
 GREEN = np.zeros((32, 48, 3), np.uint8)
 GREEN[:10] = (0, 128, 0)
-GRAY = "if its gray values are the ids, write one channel: Image.open(path).getchannel(0)"
+GRAY = (
+    "if its gray values are the ids, write one channel, Image.open(path).getchannel(0); or name "
+    "the class of each in a file (--colours FILE, lines such as '255 255 255 1')"
+)
+ALPHA = "write that alone, Image.open(path).getchannel('A')"
 
 
 @pytest.mark.parametrize(
@@ -194,6 +213,12 @@ GRAY = "if its gray values are the ids, write one channel: Image.open(path).getc
         ),
         (np.ones((32, 48, 2), np.uint8), GRAY),
         (np.ones((32, 48, 3), np.uint8), GRAY),
+        (np.insert(GREEN[..., :1] * 0, 1, GREEN[..., 1], axis=2), ALPHA),
+        (np.insert(GREEN * 0, 3, GREEN[..., 1], axis=2), ALPHA),
+        (
+            np.arange(32 * 48, dtype=np.uint16).reshape(32, 48),
+            "has 1536 different values, like an image; see whether images/ and masks/ are swapped",
+        ),
         (
             np.full((32, 48), 700, np.uint16),
             "has ids from 700 to 700; write 8-bit PNG with ids from 0 to 254, and 255 for pixels "
@@ -205,7 +230,8 @@ def test_a_mask_that_is_wrong_is_refused(labelled, mask, reason) -> None:
     path = labelled / "masks/train/4.png"
     write(path, mask)
     told = refusal(labelled)
-    assert told.startswith(f"{path} {reason}" if reason != GRAY else f"{path} is coded in colours")
+    of_gray = reason in (GRAY, ALPHA)
+    assert told.startswith(f"{path} is coded in colours" if of_gray else f"{path} {reason}")
     assert told.endswith(reason)
 
 
@@ -224,7 +250,13 @@ def test_a_missing_mask_is_named(labelled, name, stem) -> None:
     image.write_bytes(bytes(128) + b"DICM")
     image.rename(image.with_name(name))
     path.rename(path.with_name(f"{stem}.webp"))
-    assert refusal(labelled) == (
+    held = labelled / "masks/val/2.png"
+    held.rename(held.with_name("mask_2.png"))
+    told, of_val = refusal(labelled).splitlines()
+    assert of_val.startswith(
+        f"{held} is not there (there is mask_2.png); 1 of 4 images have no mask"
+    )
+    assert told == (
         f"{path.with_name(f'{stem}.png')} is not there (there is {stem}.webp); 1 of 10 images have "
         "no mask: masks have the names of their images, perhaps with _mask after it, and end in "
         ".png, .tif, .tiff, .bmp, .gif, .npy, .npz, .nii, .nii.gz, so write them, or remove those "
@@ -235,8 +267,13 @@ def test_a_missing_mask_is_named(labelled, name, stem) -> None:
 def test_what_cannot_be_read_is_named(labelled) -> None:
     mask, image = labelled / "masks/train/4.png", labelled / "images/val/2.png"
     mask.write_bytes(mask.read_bytes()[:60])
+    empty = labelled / "masks/train/5.png"
+    empty.write_bytes(b"")
     image.write_text("no image")
-    first, second = refusal(labelled).splitlines()
+    first, of_empty, second = refusal(labelled).splitlines()
+    assert (
+        of_empty == f"{empty} cannot be read as a mask: the file is empty (0 bytes); write it anew"
+    )
     assert first.startswith(f"{mask} cannot be read as a mask: ")
     assert second.startswith(f"{image} cannot be read: ")
 

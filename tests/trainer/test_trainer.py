@@ -252,6 +252,12 @@ def test_a_warm_up_that_takes_the_whole_run_is_told(settings, caplog, epochs, wa
     assert ("the learning rate does not reach its peak" in caplog.text) is warned
 
 
+@pytest.mark.parametrize(("size", "warned"), [(80, False), (120, True)])
+def test_views_far_larger_than_the_images_are_told(settings, caplog, size, warned) -> None:
+    pretrain(**settings(dry_run=True, image_size=size))
+    assert ("as large as the images" in caplog.text) is warned
+
+
 @pytest.mark.parametrize(
     ("given", "told"),
     [
