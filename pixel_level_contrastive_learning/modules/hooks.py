@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from contextlib import suppress
 from math import inf, log
+from threading import RLock
 from typing import Any, NamedTuple, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from einops import rearrange, reduce
@@ -19,6 +21,8 @@ LARGEST_PREFIX = 16
 """Class and register tokens that a sequence of patch tokens may begin with, at most."""
 SQUARE = log(1.5)
 """Cells with a distortion below this count as square."""
+LOCKS: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+"""A lock for each network that was read: hooks see what any thread runs."""
 WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
 """Names that compiling, checkpointing and sharding put around a module."""
 
@@ -172,7 +176,7 @@ class FeatureHook(NamedTuple):
 
 
 class FeatureHooks:
-    """Reads some layers of a network while it runs.
+    """Reads some layers of a network while it runs, for one thread at a time.
 
     The hooks are the same objects at every run, which lets a compiled network keep its code. The
     first `FeatureHooks` of a process sets ``torch._dynamo.config.skip_nnmodule_hook_guards`` to
@@ -192,14 +196,15 @@ class FeatureHooks:
     @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator, no-untyped-call]
     def run(self, net: nn.Module, pixels: Tensor) -> dict[str, Any]:
         """The output of each layer that ran, for pixels cast to the dtype of the network."""
-        handles = self.attach(net)
-        try:
-            net(pixels.to(first_weight(net, pixels).dtype))
-            return dict(self.outputs)
-        finally:
-            self.outputs.clear()
-            for handle in handles:
-                handle.remove()
+        with LOCKS.setdefault(net, RLock()):
+            handles = self.attach(net)
+            try:
+                net(pixels.to(first_weight(net, pixels).dtype))
+                return dict(self.outputs)
+            finally:
+                self.outputs.clear()
+                for handle in handles:
+                    handle.remove()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # untyped in torch
     def attach(self, net: nn.Module) -> list[RemovableHandle]:

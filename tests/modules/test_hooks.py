@@ -2,6 +2,9 @@
 
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import pytest
 import torch
@@ -120,6 +123,23 @@ def test_hooks_are_on_the_network_only_while_it_runs(fails) -> None:
         assert not net.stem._forward_hooks
         assert not hooks.outputs
     assert seen == [1, 1]
+
+
+def test_one_thread_at_a_time_reads_a_network() -> None:
+    both = threading.Barrier(2)
+    met = []
+
+    def meet(_: nn.Module, x: Tensor) -> Tensor:
+        with suppress(threading.BrokenBarrierError):
+            met.append(both.wait(timeout=0.3))
+        return x
+
+    net, images = chain(stem=Calls(meet)), [torch.zeros(1), torch.ones(1)]
+    hooks = [FeatureHooks(FeatureHook("stem", ANY)) for _ in range(2)]
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda own, x: own.run(net, x), hooks, images))
+    assert [own["stem"] for own in found] == images
+    assert not met
 
 
 # Finding a layer by name, whatever was wrapped around it.
