@@ -35,7 +35,7 @@ from .logging import LOG
 
 METRIC_NAMES = (*Terms._fields, "grad_norm")
 """The metrics of a step, in the order of the tensor that carries them."""
-WITHOUT_PAIRS = METRIC_NAMES.index("images_without_pairs")
+PIXEL_COSINE, WITHOUT_PAIRS = map(METRIC_NAMES.index, ("pixel_cosine", "images_without_pairs"))
 FEATURES = 256
 """Feature vectors that spread and effective rank are measured on."""
 LEARNER = "learner."
@@ -151,6 +151,7 @@ class TrainingStep:
         """Leave the batch's gradient in the parameters; its metrics ``(8,)``, float32."""
         batch = move_batch(batch, self.fabric.device)
         parts = list(split_batch(batch, self.accumulate))
+        images = len(batch.one) * self.fabric.world_size
         total = torch.zeros(len(METRIC_NAMES), device=self.fabric.device)
         for number, part in enumerate(parts, start=1):
             share = len(part.one) / len(batch.one)
@@ -168,7 +169,8 @@ class TrainingStep:
         if self.fabric.world_size > 1:
             torch.distributed.all_reduce(total)
             total /= self.fabric.world_size
-        total[WITHOUT_PAIRS] *= len(batch.one) * self.fabric.world_size
+        total[PIXEL_COSINE] /= (1 - total[WITHOUT_PAIRS]).clamp(min=1 / images)
+        total[WITHOUT_PAIRS] *= images
         total[-1] = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         return total
 
@@ -285,9 +287,13 @@ def slice_batch(batch: Any, part: slice) -> Any:
 
 
 def as_metrics(terms: Terms, images: int) -> Tensor:
-    """The terms of some images in the order of `METRIC_NAMES`; pairs are per image."""
-    counts = terms.positive_pairs / images, terms.images_without_pairs / images
-    terms = terms._replace(positive_pairs=counts[0], images_without_pairs=counts[1])
+    """The terms of some images in the order of `METRIC_NAMES`, a mean over all of them each."""
+    pairs, without = terms.positive_pairs / images, terms.images_without_pairs / images
+    terms = terms._replace(
+        pixel_cosine=terms.pixel_cosine * (1 - without),  # a mean over the images with pairs
+        positive_pairs=pairs,
+        images_without_pairs=without,
+    )
     values = torch.stack([value.detach().float() for value in terms])
     return functional.pad(values, (0, 1))  # the gradient's norm is that of the whole batch
 
