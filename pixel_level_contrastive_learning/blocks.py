@@ -28,7 +28,7 @@ def blocks(shape: tuple[int, ...]) -> Iterator[Block]:
     """The blocks of at most `ENTRIES` entries (or one row) that cover a ``(b, n1, n2)`` table."""
     images, rows, columns = shape
     images_a_time = max(1, ENTRIES // max(1, rows * columns))
-    rows_a_time = max(1, min(rows, ENTRIES // max(1, columns)))
+    rows_a_time = max(1, ENTRIES // max(1, columns))
     for image in range(0, images, images_a_time):
         for row in range(0, rows, rows_a_time):
             yield Block(

@@ -12,12 +12,14 @@ from hypothesis import strategies as st
 from probe import kept_elements
 from torch import Tensor
 
-from pixel_level_contrastive_learning import blocks
-from pixel_level_contrastive_learning.geometry import Positives, positive_mask
+from pixel_level_contrastive_learning import blocks, losses
+from pixel_level_contrastive_learning.geometry import Positives, PositiveTable, positive_mask
 from pixel_level_contrastive_learning.losses import (
     instance_loss,
     pixcontrast_loss,
+    pixpro,
     pixpro_loss,
+    unit,
 )
 
 PixelLoss = Callable[..., Tensor]
@@ -353,6 +355,34 @@ def test_the_default_dtype_has_no_say(loss) -> None:
         assert loss(online, target, mask).dtype == expected.dtype == torch.float32
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+@both_losses
+@pytest.mark.parametrize("with_cosine", [True, False])
+def test_the_mean_cosine_of_each_image_comes_without_gradient(loss, with_cosine) -> None:
+    online, target = noise(3, 4, 6), noise(3, 4, 5, seed=1)
+    mask = scattered(3, 6, 5, share=0.4)
+    mask[1] = False
+    if loss is pixpro_loss:
+        found = pixpro(online, target, PositiveTable(mask))
+    else:
+        found = losses.pixcontrast(
+            online, target, PositiveTable(mask), 0.3, with_cosine=with_cosine
+        )
+    cosines = (reference.unit(online, 1).mT @ reference.unit(target, 1) * mask).sum(dim=(1, 2))
+    known = with_cosine or loss is pixpro_loss
+    torch.testing.assert_close(found.cosine, cosines / mask.sum(dim=(1, 2)).clamp_min(1) * known)
+    assert not found.cosine.requires_grad
+    assert found.loss == loss(online, target, mask)
+
+
+def test_a_vector_shorter_than_epsilon_is_scaled_by_it_and_gets_no_gradient() -> None:
+    vectors = torch.tensor([[3e-7, 4e-7], [3e-5, 4e-5]], requires_grad=True)
+    scaled = unit(vectors)
+    torch.testing.assert_close(scaled, torch.tensor([[0.3, 0.4], [0.6, 0.8]]))
+    scaled[:, 0].sum().backward()
+    # Across, the slope is that of the angle: 1 / length * (1 - 0.6 ** 2, -0.6 * 0.8).
+    torch.testing.assert_close(vectors.grad, torch.tensor([[0, 0], [0.64, -0.48]]) / 5e-5)
 
 
 # Errors.
