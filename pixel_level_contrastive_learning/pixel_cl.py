@@ -26,10 +26,11 @@ from .modules.encoder import (
     per_level,
     predictor,
     relative_weights,
+    too_few_images,
     vector_projector,
 )
 from .modules.feature_info import FeatureInfo, is_too_small, refusal
-from .modules.hooks import NoGradientError, first_weight
+from .modules.hooks import NoGradientError, first_weight, plain_name
 from .modules.ppm import PPM
 from .views import Placement, View
 
@@ -167,8 +168,7 @@ class PixelCL(nn.Module):
             std=std,
             smallest=ceil(max(max(height / rows, width / columns) for rows, columns in grids)),
         )
-        unreached = [set(info.unreached(hook)) for hook in pixel_hooks]
-        self.unreached_by_pixel = set.intersection(*unreached)
+        self.unreached_by_pixel = set.intersection(*(set(info.unreached(h)) for h in pixel_hooks))
         self.unreached_by_instance = set(info.unreached(instance_hook))
 
         hidden, out = projection_hidden_size, projection_size
@@ -252,7 +252,7 @@ class PixelCL(nn.Module):
 
         if return_terms:
             cosines = torch.stack([found.cosine for found in pixels])
-            return self.terms(loss, pixel, instance, cosines, matches)
+            return self.terms((loss, pixel, instance), cosines, matches)
         return (loss, matches[0].count().sum()) if return_positive_pairs else loss
 
     def project(
@@ -272,12 +272,7 @@ class PixelCL(nn.Module):
         except ValueError as error:
             if not lacks_batch_statistics(error):
                 raise
-            skip = ", or set instance_weight=0" if self.branches.instance else ""
-            raise ValueError(
-                f"batch norm in train mode has no statistics in a batch of {len(view.pixels)} "
-                f"({error}); pass at least 2 images (drop_last=True in a data loader){skip}, or "
-                "put batch norm into eval mode"
-            ) from error
+            raise too_few_images(error, len(view.pixels), self.branches) from error
         except (TypeError, AssertionError) as error:
             if not self.net.training:
                 raise
@@ -331,15 +326,9 @@ class PixelCL(nn.Module):
         return instance_loss(online.instance, target.instance)
 
     @torch.no_grad()
-    def terms(
-        self,
-        loss: Tensor,
-        pixel: Tensor,
-        instance: Tensor,
-        cosines: Tensor,
-        matches: list[Positives],
-    ) -> Terms:
-        """The loss and its figures, from cosines ``(2, levels, b)``."""
+    def terms(self, losses: Sequence[Tensor], cosines: Tensor, matches: list[Positives]) -> Terms:
+        """The losses and their figures, from cosines ``(2, levels, b)``."""
+        loss, pixel, instance = losses
         with_pairs = [(own.count() > 0).sum() for own in matches]
         levels = zip(cosines.unbind(dim=1), with_pairs, strict=True)
         means = [own.sum() / (2 * images.clamp(min=1)) for own, images in levels]
@@ -372,13 +361,24 @@ class PixelCL(nn.Module):
         """Make the target a copy of the online network again."""
         self.target_encoder.reset(self.online_encoder)
 
+    def load_state_dict(self, *given: Any, **how: Any) -> Any:
+        """As of any module; the error about a state that does not fit says what to do."""
+        try:
+            return super().load_state_dict(*given, **how)
+        except RuntimeError as error:
+            raise RuntimeError(
+                "this is not the state of such a learner; build PixelCL as that one was built, or "
+                f"take its backbone alone: see docs/loop.md, or pixelcl pretrain --weights. {error}"
+            ) from error
+
     @property
     def branches(self) -> Branches:
         """Which losses have weight."""
         return Branches(pixel=self.alpha > 0, instance=self.instance_weight > 0)
 
     def check_branches(self) -> None:
-        """Refuse a loss whose gradient `DistributedDataParallel` was told to leave out."""
+        """Refuse a loss without terms, or one that `DistributedDataParallel` was to leave out."""
+        raise_together(something_to_learn(self.alpha, self.instance_weight))
         pixel, instance = self.branches
         if pixel > self.shared_branches.pixel or instance > self.shared_branches.instance:
             raise ValueError(
@@ -390,23 +390,23 @@ class PixelCL(nn.Module):
     def unreached_parameters(self) -> list[str]:
         """The names, as in `named_parameters`, of trainable parameters that the loss never reaches.
 
-        A classifier head behind the hooked layers, or the heads of a skipped branch. They are never
-        trained, and ``DistributedDataParallel`` ignores them.
+        A classifier head behind the hooked layers, the heads of a skipped branch, or a target that
+        was unfrozen. They are never trained, and ``DistributedDataParallel`` ignores them.
         """
         pixel, instance = self.branches
         hooked = (self.unreached_by_pixel, pixel), (self.unreached_by_instance, instance)
         in_net = set.intersection(*(names for names, used in hooked if used))
-        idle = {f"online_encoder.net.{name}" for name in in_net}
-        for prefix, used in (
-            ("online_encoder.pixel_projector.", pixel),
-            ("propagate_pixels.", pixel and self.use_pixpro),
-            ("online_encoder.instance_projector.", instance),
-            ("online_predictor.", instance),
-        ):
-            if not used:
-                idle |= {name for name, _ in self.named_parameters() if name.startswith(prefix)}
-        trainable = {name for name, own in self.named_parameters() if own.requires_grad}
-        return sorted(idle & trainable)
+        idle = {f"online_encoder.net.{plain_name(name)}" for name in in_net}
+        parts = {
+            "online_encoder.pixel_projector.": pixel,
+            "propagate_pixels.": pixel and self.use_pixpro,
+            "online_encoder.instance_projector.": instance,
+            "online_predictor.": instance,
+            "target_encoder.": False,
+        }
+        unused = tuple(part for part, used in parts.items() if not used)
+        trainable = (name for name, own in self.named_parameters() if own.requires_grad)
+        return sorted(n for n in trainable if n.startswith(unused) or plain_name(n) in idle)
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:

@@ -540,6 +540,16 @@ def test_a_layer_that_is_thawed_later_is_unreached_from_then_on() -> None:
     assert learner.unreached_parameters() == head
 
 
+def test_unreached_parameters_are_found_in_a_wrapper_and_in_a_target_that_was_unfrozen() -> None:
+    learner = small_learner()
+    learner.online_encoder.net = torch.compile(learner.net, backend="eager")
+    head = [f"online_encoder.net._orig_mod.head.{name}" for name in ("bias", "weight")]
+    assert learner.unreached_parameters() == head
+    learner.requires_grad_(True)
+    target = [f"target_encoder.{name}" for name, _ in learner.target_encoder.named_parameters()]
+    assert learner.unreached_parameters() == head + sorted(target)
+
+
 def test_the_network_of_a_learner_is_not_replaced_unnoticed() -> None:
     learner = small_learner()
     with pytest.raises(AttributeError, match=r"(?s)(?=.*new PixelCL)(?=.*net\.compile\(\))"):
@@ -619,6 +629,23 @@ def test_a_branch_that_processes_do_not_share_is_not_switched_on() -> None:
         learner(views)
     assert learner._ddp_params_and_buffers_to_ignore == small_learner().unreached_parameters()
     assert learner(views).isfinite()
+
+
+def test_a_loss_that_lost_its_terms_is_refused() -> None:
+    learner = small_learner(alpha=0)
+    learner.instance_weight = 0
+    with pytest.raises(ValueError, match="are both 0; set at least one of them above 0"):
+        learner(overlapping_views())
+
+
+def test_a_state_of_another_learner_is_refused_with_what_to_do() -> None:
+    state, learner = small_learner().state_dict(), small_learner(projection_size=4)
+    with pytest.raises(RuntimeError, match=r"(?s)build PixelCL as.*--weights.*size mismatch for"):
+        learner.load_state_dict(state)
+    published = {name.replace("projector.", "projector.net."): own for name, own in state.items()}
+    with pytest.raises(RuntimeError, match=r"(?s)take its backbone alone: see.*Missing key"):
+        small_learner().load_state_dict(published)
+    assert small_learner().load_state_dict(published, strict=False).missing_keys
 
 
 def test_data_parallel_is_refused_with_what_does_the_same() -> None:

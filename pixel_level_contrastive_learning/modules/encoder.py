@@ -143,6 +143,15 @@ def lacks_batch_statistics(error: ValueError) -> bool:
     return False
 
 
+def too_few_images(error: ValueError, images: int, branches: Branches) -> ValueError:
+    """The error for a batch of which batch norm has no statistics."""
+    skip = ", or set instance_weight=0" if branches.instance else ""
+    return ValueError(
+        f"batch norm in train mode has no statistics in a batch of {images} ({error}); pass at "
+        f"least 2 images (drop_last=True in a data loader){skip}, or put batch norm into eval mode"
+    )
+
+
 def map_projector(channels: int, hidden: int, out: int) -> nn.Sequential:
     """From maps ``(b, channels, h, w)`` to ``(b, out, h, w)``: each channel with mean 0."""
     return nn.Sequential(
