@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -343,6 +344,23 @@ def test_the_two_views_are_changed_as_the_authors_do() -> None:
     assert 10 <= dark[1] <= 30
 
 
+def test_the_two_views_of_an_image_lie_in_places_of_their_own() -> None:
+    views = small_learner(prob_rand_hflip=0.5).views(torch.rand(300, 3, 16, 16))
+    origins = torch.cat([view.to_image[:, :, 2] for view in views], dim=1)
+    sides = torch.stack([view.to_image[:, 1, 1] for view in views], dim=1)
+    for told in (origins, sides):
+        between = torch.corrcoef(told.T)[: told.shape[1] // 2, told.shape[1] // 2 :]
+        assert between.abs().max() < 5 / math.sqrt(300)
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_ready_view_without_values_is_refused(place) -> None:
+    views = overlapping_views()
+    views[place].pixels[1, 0, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"^image 1 of the batch has NaN"):
+        small_learner()(views)
+
+
 # Arguments.
 
 PUBLISHED = (
@@ -471,6 +489,7 @@ def test_levels_are_named_or_so_many_are_chosen() -> None:
     assert learner.online_encoder.pixel_layer == ("deep", "act")
     assert learner.online_encoder.instance_hook.name == "pool"
     assert learner.views.smallest == 16  # what the coarser of the two can show
+    assert PixelCL(SmallNet(), (64, 96)).views.smallest == 16
     assert small_learner(**LEVELS, pixel_levels=2).online_encoder.pixel_layer == ("deep", "stem")
     with pytest.raises(ValueError, match="pixel_levels is 3, but the pixel layers are named and"):
         small_learner(**LEVELS, pixel_levels=3)
@@ -487,13 +506,13 @@ def test_without_its_pixel_loss_a_learner_of_levels_has_the_figures_of_one() -> 
     assert several.images_without_pairs == one.images_without_pairs
 
 
-@pytest.mark.parametrize("decay", [None, 0.5])
+@pytest.mark.parametrize("decay", [None, 0.5, 0])
 def test_the_target_follows_by_the_decay_of_the_learner_or_of_the_call(decay) -> None:
     learner = small_learner(moving_average_decay=0.75)
     target, online = learner.target_encoder, learner.online_encoder
     before = copy.deepcopy(target)
     learner.update_moving_average(decay)
-    keeps = decay or 0.75
+    keeps = 0.75 if decay is None else decay
     for old, new, other in zip(
         *(net.parameters() for net in (before, target, online)), strict=True
     ):
@@ -696,6 +715,13 @@ def test_a_learner_cast_as_a_whole_gives_a_loss_in_at_least_float32(dtype, setti
     loss.backward()
     assert loss.dtype == torch.promote_types(dtype, torch.float32)
     torch.testing.assert_close(loss, expected, rtol=0.05, atol=0, check_dtype=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_the_heads_have_the_precision_of_the_network(dtype) -> None:
+    learner = PixelCL(SmallNet().to(dtype), 64, projection_size=8, projection_hidden_size=16)
+    assert {own.dtype for own in trained(learner)} == {dtype}
+    assert learner(overlapping_views()).dtype == torch.promote_types(dtype, torch.float32)
 
 
 def test_channels_last_changes_nothing() -> None:

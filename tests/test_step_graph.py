@@ -35,7 +35,8 @@ RATE = 0.05
 def parts(**settings: Any) -> tuple[PixelCL, torch.optim.Optimizer]:
     """A small learner, the same at every call, and its optimiser: Adam would magnify rounding."""
     torch.manual_seed(0)
-    learner = PixelCL(SmallNet(), 64, projection_size=16, projection_hidden_size=32, **settings)
+    small = {"projection_size": 16, "projection_hidden_size": 32, "moving_average_decay": 0.25}
+    learner = PixelCL(SmallNet(), 64, **small, **settings)
     trained = [own for own in learner.parameters() if own.requires_grad]
     return learner, torch.optim.SGD(trained, lr=RATE, momentum=0.9, fused=True)
 
@@ -44,6 +45,11 @@ def batches() -> Iterator[tuple[View, View]]:
     torch.manual_seed(1)
     for _ in range(STEPS):
         yield overlapping_views()
+
+
+def decay(number: int) -> float | None:
+    """Now the learner's own, now another."""
+    return 0.5 if number % 2 else None
 
 
 def taken_one_by_one() -> tuple[PixelCL, list[float]]:
@@ -56,7 +62,7 @@ def taken_one_by_one() -> tuple[PixelCL, list[float]]:
         opt.zero_grad()
         loss.backward()
         opt.step()
-        learner.update_moving_average(0.5)
+        learner.update_moving_average(decay(number))
         losses.append(loss.item())
     return learner, losses
 
@@ -66,7 +72,7 @@ def captured(step: CapturedStep, opt: torch.optim.Optimizer) -> list[float]:
     losses = []
     for number, views in enumerate(batches()):
         opt.param_groups[0]["lr"] = RATE / (1 + number)
-        losses.append(step(views, decay=0.5).item())
+        losses.append(step(views, decay(number)).item())
     return losses
 
 
@@ -154,7 +160,7 @@ def test_a_graph_that_does_something_else_is_refused_and_no_step_is_lost(
     found = []
     for number, views in enumerate(batches()):
         opt.param_groups[0]["lr"] = RATE / (1 + number)
-        found.append(step(views, decay=0.5).item())
+        found.append(step(views, decay(number)).item())
         if number == WARM_UP:
             assert step.refused.startswith(why)
             vars(step.graph).update({name: kept[name] for name in ("fixed", "rates", "step")})
@@ -247,6 +253,11 @@ def test_changes_are_compared_tensor_by_tensor() -> None:
     stuck = {"buffers": [new, torch.zeros(2), flags, mask]}
     with pytest.raises(CaptureError, match="leaves a tensor of the buffers that the step moves"):
         check_changes(stuck, before, after)
+    off = {"buffers": [new, torch.full((2,), 6.0), flags, mask]}  # by 10, where all moved by 102
+    check_changes(off, before, after)
+    counted = ({"optimiser": [torch.tensor(count)]} for count in (2.0, 1.0, 3.0))
+    with pytest.raises(CaptureError, match=r"counts to 2.* in the optimiser, the step to 3"):
+        check_changes(*counted)
 
 
 def test_without_memory_for_the_comparison_steps_are_taken_as_they_are(

@@ -9,7 +9,13 @@ from einops.layers.torch import Rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pixel_level_contrastive_learning.modules.encoder import Branches, Encoder
+from pixel_level_contrastive_learning.modules.encoder import (
+    Branches,
+    Encoder,
+    map_projector,
+    predictor,
+    vector_projector,
+)
 from pixel_level_contrastive_learning.modules.feature_info import FeatureInfo
 
 SIZE = (64, 96)
@@ -104,6 +110,32 @@ def test_projectors_see_what_was_read() -> None:
     expected = encoder.net.stem(pixels)
     torch.testing.assert_close(pixel, encoder.pixel_projector(expected))
     torch.testing.assert_close(instance, encoder.instance_projector(expected.mean(dim=(2, 3))))
+
+
+def standardised(x: Tensor) -> Tensor:
+    """Vectors ``(n, c)``, each channel with mean 0 and variance 1."""
+    return (x - x.mean(dim=0)) / (x.var(dim=0, correction=0) + 1e-5).sqrt()
+
+
+@pytest.mark.parametrize("head", [map_projector, vector_projector, predictor])
+def test_convention_a_head_is_linear_twice_with_batch_norm_between(head) -> None:
+    """Two layers, batch norm and ReLU between them; what is compared with a target, after them."""
+    size = {"size": 5} if head is predictor else {"channels": 5, "out": 3}
+    layers = head(**size, hidden=7).double()
+    nn.init.normal_(layers[1].weight)
+    nn.init.normal_(layers[1].bias)
+    x = torch.randn(24, 5).double()
+    first, last = (layers[at].weight.flatten(1) for at in (0, 3))
+    hidden = standardised(x @ first.T + layers[0].bias) * layers[1].weight + layers[1].bias
+    expected = hidden.relu() @ last.T
+    expected = expected + layers[3].bias if head is predictor else standardised(expected)
+    if head is map_projector:
+        found = rearrange(
+            layers(rearrange(x, "(b h w) c -> b c h w", b=2, h=3)), "b c h w -> (b h w) c"
+        )
+    else:
+        found = layers(x)
+    torch.testing.assert_close(found, expected)
 
 
 # Layers that others overwrite, gradients, precision.

@@ -92,7 +92,7 @@ def test_eval_reaches_the_target() -> None:
 # Following.
 
 
-@pytest.mark.parametrize("decay", [0, 0.25, 0.99, 1])
+@pytest.mark.parametrize("decay", [0, 0.25, 0.99, 1, torch.tensor(0.25)])
 def test_convention_every_parameter_keeps_its_share_and_takes_the_rest(decay) -> None:
     online = online_encoder()
     target = TargetEncoder(online)

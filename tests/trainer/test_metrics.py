@@ -15,6 +15,7 @@ from pixel_level_contrastive_learning.trainer.logging import LOG, logging_to
 from pixel_level_contrastive_learning.trainer.memory import (
     Estimate,
     blank_views,
+    estimate,
     parts_by,
     saved_bytes,
     unchanged,
@@ -105,6 +106,22 @@ def test_saved_bytes_are_those_of_the_activations() -> None:
 
     x = torch.ones(1000, requires_grad=True)
     assert saved_bytes(lambda: Doubling()(x * 1), PixelCL(net(), 32)) == 4000
+
+
+def test_an_estimate_counts_what_a_step_holds_and_what_each_image_leaves() -> None:
+    learner, size = PixelCL(net(), (32, 64)), (32, 64)
+    taken = estimate(
+        learner, SimpleNamespace(precision="float32", view_size=size, optimizer="adamw")
+    )
+    online = sum(own.nbytes for own in learner.parameters() if own.requires_grad)
+    target = sum(own.nbytes for own in learner.target_encoder.parameters())
+    held = sum(own.nbytes for own in learner.buffers())
+    assert taken.fixed == 4 * online + target + held  # weights, gradients and two of Adam's
+    views = blank_views(6, learner, size, torch.device("cpu"))
+    assert views[0].to_image[5].tolist() == [[64, 0, 0], [0, 32, 0]]
+    assert taken.per_image == pytest.approx(
+        saved_bytes(lambda: learner(views), learner) / 6, rel=0.1
+    )
 
 
 def net() -> nn.Module:
