@@ -163,7 +163,10 @@ def on_some(
 
 
 class Colour(nn.Module):
-    """The default augmentation of one view."""
+    """The default augmentation of one view: `Photometry`, drawn anew for each sample.
+
+    Maps ``(b, channels, h, w)`` float in [0, 1] to the same.
+    """
 
     def __init__(self, photometry: Photometry, channels: int) -> None:
         super().__init__()

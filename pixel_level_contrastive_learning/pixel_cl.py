@@ -231,7 +231,7 @@ class PixelCL(nn.Module):
             The loss, a 0-d float32 tensor with gradient, or what was asked for.
 
         Raises:
-            ValueError: Wrong rank, dtype, channels or values; a batch of 1 that batch norm refuses.
+            ValueError: Wrong images or views; a batch or a layer that cannot be trained; no loss.
         """
         self.check_branches()
         one, two = self.views(images)

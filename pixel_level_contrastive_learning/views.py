@@ -23,8 +23,8 @@ class View(NamedTuple):
 
     Attributes:
         pixels: ``(b, c, h, w)`` float, ready for the network (cut, changed in colour, normalised).
-        to_image: ``(b, 2, 3)`` float32 map from the view's unit square (``u`` to the right, ``v``
-            down, 0 and 1 at the edges) to source-image pixels ``(x, y)``.
+        to_image: ``(b, 2, 3)`` float32 or float64 map from the view's unit square (``u`` to the
+            right, ``v`` down, 0 and 1 at the edges) to source-image pixels ``(x, y)``.
     """
 
     pixels: Tensor
