@@ -32,11 +32,13 @@ STEPS = WARM_UP + 4
 RATE = 0.05
 
 
-def parts(**settings: Any) -> tuple[PixelCL, torch.optim.Optimizer]:
+def parts(dropout: float = 0.0, **settings: Any) -> tuple[PixelCL, torch.optim.Optimizer]:
     """A small learner, the same at every call, and its optimiser: Adam would magnify rounding."""
     torch.manual_seed(0)
     small = {"projection_size": 16, "projection_hidden_size": 32, "moving_average_decay": 0.25}
-    learner = PixelCL(SmallNet(), 64, **small, **settings)
+    net = SmallNet()
+    net.deep = nn.Sequential(net.deep, nn.Dropout(dropout))
+    learner = PixelCL(net, 64, **small, **settings)
     trained = [own for own in learner.parameters() if own.requires_grad]
     return learner, torch.optim.SGD(trained, lr=RATE, momentum=0.9, fused=True)
 
@@ -52,9 +54,9 @@ def decay(number: int) -> float | None:
     return 0.5 if number % 2 else None
 
 
-def taken_one_by_one() -> tuple[PixelCL, list[float]]:
+def taken_one_by_one(**settings: Any) -> tuple[PixelCL, list[float]]:
     """A learner after some steps of a plain loop, and their losses."""
-    learner, opt = parts()
+    learner, opt = parts(**settings)
     losses = []
     for number, views in enumerate(batches()):
         opt.param_groups[0]["lr"] = RATE / (1 + number)
@@ -72,8 +74,8 @@ def captured(step: CapturedStep, opt: torch.optim.Optimizer) -> list[float]:
     losses = []
     for number, views in enumerate(batches()):
         opt.param_groups[0]["lr"] = RATE / (1 + number)
-        losses.append(step(views, decay(number)).item())
-    return losses
+        losses.append(step(views, decay(number)))
+    return [loss.item() for loss in losses]  # each its own, whatever the graph does later
 
 
 def same_weights(one: PixelCL, two: PixelCL) -> None:
@@ -81,9 +83,10 @@ def same_weights(one: PixelCL, two: PixelCL) -> None:
         torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-5, msg=name)
 
 
-def test_captured_steps_do_what_a_plain_loop_does(repeated) -> None:
-    expected, losses = taken_one_by_one()
-    learner, opt = parts()
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_captured_steps_do_what_a_plain_loop_does(dropout, repeated) -> None:
+    expected, losses = taken_one_by_one(dropout=dropout)
+    learner, opt = parts(dropout=dropout)
     step = CapturedStep(learner, opt)
     assert captured(step, opt) == pytest.approx(losses, abs=1e-4)
     assert step.refused is None
@@ -209,6 +212,8 @@ def test_what_a_graph_does_not_follow_ends_it() -> None:
     learner, opt = parts()
     step = CapturedStep(learner, opt)
     captured(step, opt)
+    torch.optim.lr_scheduler.ConstantLR(opt)
+    step(overlapping_views())
     assert step.refused is None
     opt.load_state_dict(opt.state_dict())
     step(overlapping_views())

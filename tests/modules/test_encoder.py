@@ -201,6 +201,10 @@ def flatten_body(net: Backbone) -> None:
     net.body = nn.Flatten()
 
 
+def halve_body(net: Backbone) -> None:
+    net.body.register_forward_hook(lambda *ran: ran[-1][:1])
+
+
 def name_body(net: Backbone) -> None:
     net.body.register_forward_hook(lambda *_: {"x": torch.zeros(1)})
     net.run = lambda body, x: body(x)["x"]
@@ -220,6 +224,7 @@ def checkpoint_body(net: Backbone) -> None:
         (stop_body, ["did not run", "every time"]),
         (widen_body, ["(2, 16, 4, 6)", "c = 8", "new learner"]),
         (flatten_body, ["(2, 192)", "'b c h w'", "new learner"]),
+        (halve_body, ["(1, 8, 4, 6) for 2 images", "new learner"]),
         (name_body, ["dict", "new learner"]),
         (freeze, ["without gradient", "frozen", "unfreeze"]),
         (checkpoint_body, ["without gradient", "re-entrant", "use_reentrant=False"]),
