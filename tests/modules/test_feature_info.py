@@ -172,6 +172,13 @@ def test_images_too_small_for_a_default_are_refused() -> None:
         FeatureInfo(SmallNet(), 3, (16, 16)).default_pixels()
 
 
+@pytest.mark.parametrize(
+    ("size", "expected"), [((64, 64), "deep"), ((63, 64), "act"), ((128, 48), "act")], ids=str
+)
+def test_a_default_has_four_cells_either_way(size, expected) -> None:
+    assert FeatureInfo(SmallNet(), 3, size).default_pixels() == [expected]
+
+
 def test_layers_are_named_by_name_or_by_index() -> None:
     info = FeatureInfo(SmallNet(), 3, (64, 64))
     assert info.hook(3, pixel=True) == info.hook("deep", pixel=True)
