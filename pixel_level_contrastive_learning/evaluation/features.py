@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -85,7 +85,8 @@ class Reader:
         Returns:
             ``(b, channels, h', w')`` float32 on the network's device.
         """
-        return next(self.read(pixels, [self.layers]))
+        (maps,) = in_parts(lambda some: list(self.read(some, [self.layers])), pixels)
+        return maps
 
     @torch.no_grad()
     def read(self, pixels: Tensor, choices: Iterable[Sequence[str]]) -> Iterator[Tensor]:
@@ -97,6 +98,25 @@ class Reader:
             chosen = [maps[name].float() for name in names]
             finest = max((tuple(own.shape[-2:]) for own in chosen), key=prod)
             yield torch.cat([resized(own, finest) for own in chosen], dim=1)
+
+
+def in_parts(read: Callable[[Tensor], Sequence[Tensor]], pixels: Tensor) -> Sequence[Tensor]:
+    """What is read of a batch of images; of its halves where the device has no room for all.
+
+    Raises:
+        OutOfMemoryError: The device has no room for a single image.
+    """
+    try:
+        return read(pixels)
+    except torch.OutOfMemoryError as error:
+        if len(pixels) == 1:
+            h, w = pixels.shape[-2:]
+            raise torch.OutOfMemoryError(
+                f"the device has no room for an image fed at {h}x{w} pixels; give a smaller size "
+                "(--size), or the device cpu"
+            ) from error
+    halves = [in_parts(read, half) for half in pixels.chunk(2)]
+    return [torch.cat(own) for own in zip(*halves, strict=True)]
 
 
 def deepest_maps(net: nn.Module, channels: int, size: Size) -> list[str]:

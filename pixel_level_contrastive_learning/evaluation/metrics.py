@@ -15,7 +15,7 @@ from torchmetrics.classification import MulticlassJaccardIndex
 
 from ..data.loader import cores, in_order
 from ..data.segmentation import IGNORED, SegmentationDataset
-from .features import Preparation, Size, resized
+from .features import Preparation, Size, in_parts, resized
 
 UPSAMPLED_BYTES = 2**28
 """Scores that are enlarged to a mask's size at a time: 256 MiB."""
@@ -173,7 +173,7 @@ def score(
     """
     tallies = [Tally(len(split.classes)) for _ in range(count)]
     for batch in batches(split):
-        for tally, scores in zip(tallies, predict(batch.pixels), strict=True):
+        for tally, scores in zip(tallies, in_parts(predict, batch.pixels), strict=True):
             for index, own, mask in zip(batch.indices, scores, batch.masks, strict=True):
                 found = likeliest(own, (mask.shape[0], mask.shape[1]))
                 tally.add(found, mask)

@@ -18,7 +18,7 @@ from torch.nn.functional import normalize
 
 from ..data.segmentation import IGNORED
 from .clusters import ClusterClassifier
-from .features import Reader, device_of
+from .features import Reader, device_of, in_parts
 from .logistic import Curvature, affine, fit_logistic, row_blocks
 from .metrics import Predict, PreparedSplit, Scored, batches, score
 
@@ -119,13 +119,17 @@ def gather(
     ]
     generators = [torch.Generator().manual_seed(seed) for _ in choices]
     ends = [[0] for _ in choices]
+
+    def read(pixels: Tensor) -> list[Tensor]:
+        return [maps.cpu() for maps in finite_features(reader, pixels, choices)]
+
     for batch in batches(chosen):
-        every = zip(finite_features(reader, batch.pixels, choices), tables, strict=True)
-        for (maps, (cells, shares)), most, generator, end in zip(
-            every, rows, generators, ends, strict=True
+        every = in_parts(read, batch.pixels)
+        for maps, (cells, shares), most, generator, end in zip(
+            every, tables, rows, generators, ends, strict=True
         ):
             grid = maps.shape[-2], maps.shape[-1]
-            images = rearrange(maps.cpu(), "b c h w -> b (h w) c")
+            images = rearrange(maps, "b c h w -> b (h w) c")
             for own, mask in zip(images, batch.masks, strict=True):
                 share = class_shares(mask, grid, classes)
                 known = share.sum(dim=1).nonzero().flatten()

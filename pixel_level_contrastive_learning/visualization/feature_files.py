@@ -34,7 +34,7 @@ from ..data.reading import in_time
 from ..data.sources import IndexedSource, Source, open_source
 from ..evaluation.baselines import random_net, read_all, reading_of
 from ..evaluation.correspondence import evenly, left_out, none_left
-from ..evaluation.features import Preparation, Reader, Size, chosen_device
+from ..evaluation.features import Preparation, Reader, Size, chosen_device, in_parts
 from ..evaluation.probes import finite_features
 from ..files import check_writable, sole_writer, write_whole
 from ..run_layout import FEATURES, LOCK, MAPS, PICTURES, ZARR_MAPS
@@ -317,10 +317,14 @@ def write_maps(held: FeatureFolder, source: Source, prepare: Preparation, reader
     refused: list[dict[str, str]] = []
     held.index["left_out"] = refused
     save_at, told = -inf, monotonic()
+
+    def read(pixels: Tensor) -> list[Tensor]:
+        return list(finite_features(reader, pixels, [reader.layers]))
+
     try:
         for batch in same_sized(source, list(identities), prepare, refused):
             pixels = torch.stack([image.pixels for image in batch.values()])
-            maps = next(finite_features(reader, pixels, [reader.layers]))
+            (maps,) = in_parts(read, pixels)
             if (began := monotonic()) > save_at:  # before the first map, which tells whose it is
                 held.save_index()
                 save_at = monotonic() + max(SAVED_EVERY, TIMES_SAVING * (monotonic() - began))

@@ -410,6 +410,27 @@ def test_where_a_gpu_has_no_room_the_cpu_fits(reader, train, val, monkeypatch, c
     assert "no room" in caplog.text
 
 
+@pytest.mark.parametrize("room", [3, 1, 0])
+def test_a_batch_is_read_in_parts_where_the_gpu_has_no_room(
+    reader, train, val, monkeypatch, room
+) -> None:
+    undisturbed, maps = probed(reader, train, val), Reader.maps
+
+    def bounded(self, pixels: torch.Tensor) -> list[torch.Tensor]:
+        if len(pixels) > room:
+            raise torch.OutOfMemoryError
+        return maps(self, pixels)
+
+    monkeypatch.setattr(Reader, "maps", bounded)
+    if room == 0:
+        with pytest.raises(torch.OutOfMemoryError, match="image fed at 32x48 pixels; give a small"):
+            probed(reader, train, val)
+        return
+    assert probed(reader, train, val) == undisturbed
+    pixels = torch.rand(5, 3, 32, 48)
+    assert torch.equal(reader(pixels), torch.cat([*map(reader, pixels.split(1))]))
+
+
 @pytest.mark.parametrize("protocol", ["linear", "knn"])
 def test_classes_that_are_colours_are_found(reader, train, val, protocol) -> None:
     state = torch.get_rng_state()
