@@ -59,7 +59,7 @@ class FeaturePictures:
 
     The held-out images are looked at, or those trained on where there are none. Colours are aligned
     to those of the last picture of the run that is resumed; ``hit1``, ``hit1_colours_kept``,
-    ``hit_near`` and ``hit_cells`` go to ``latest``.
+    ``hit_near``, ``hit_cells`` and the step they are of go to ``latest``.
     """
 
     def __init__(
@@ -113,6 +113,7 @@ class FeaturePictures:
                 "hit1_colours_kept": kept.hit1,
                 "hit_near": changed.hit_near,
                 "hit_cells": changed.cells,
+                "hit_step": step.step,
             }
             LOG.info(
                 "step %d: %.1f %% of cells find their spot in another view (%.1f %% by chance)",

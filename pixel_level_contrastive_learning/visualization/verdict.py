@@ -100,7 +100,8 @@ def judge_gain(evaluation: Evaluation) -> tuple[bool, str] | None:
 def hit_change(metrics: Metrics) -> Change | None:
     """How often cells found their spot before the first step and at the end, if it was measured."""
     values = known(metrics, "hit1")  # steps without a measurement repeat the one before
-    return Change(values[0], values[-1]) if len(set(values)) > 1 else None
+    found = [set(known(metrics, name)) for name in ("hit_step", "hit1")]  # older runs note no step
+    return Change(values[0], values[-1]) if max(map(len, found)) > 1 else None
 
 
 def goes_by_colour(metrics: Metrics) -> bool:

@@ -33,6 +33,7 @@ def test_correspondence_and_pictures_change_no_weight(tmp_path, run, settings, m
         assert 0 <= line["hit1_colours_kept"] <= 1
     # Measured before the first step and after the second, the figures hold until the next time.
     assert metrics(run)[0]["hit1"] == metrics(run)[1]["hit1"]
+    assert metrics(run)[0]["hit_step"] == 0
     assert "hit1" not in metrics(blind)[0]
     for told in ("196 images to train on, 4 held out", "step 4: ", "% of cells find their spot in"):
         assert told in log(run)

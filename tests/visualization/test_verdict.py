@@ -74,6 +74,9 @@ def test_correspondence_counts_once_it_was_measured_after_training() -> None:
     figures = run(0.8, 9, 0.7, 0.5, 0.475)  # what was found before the first step, repeated
     assert judge_run(figures, []).heading == "The features look sound"
     assert "was not measured after training" in " ".join(findings(figures))
+    again = figures | {"hit_step": [0, 2]}  # measured, and found to be the same
+    assert judge_run(again, []).heading == "Sound features, little learned"
+    assert "in 48% of cases, 48% before" in " ".join(findings(again))
     late = {
         name: values[:1] * 99 + values[1:] for name, values in run(0.8, 9, 0.7, 0.6, 0.54).items()
     }
