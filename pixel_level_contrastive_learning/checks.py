@@ -26,6 +26,17 @@ def counted(count: int, noun: str) -> str:
     return f"{count} {noun}{'s' * (count != 1)}"
 
 
+def duration(seconds: float) -> str:
+    """Seconds in a message, in the unit that suits them.
+
+    >>> duration(42), duration(742), duration(7420)
+    ('42 s', '12 min', '2.1 h')
+    """
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
 def is_number(value: object) -> TypeGuard[float]:
     """Whether ``value`` is a finite real number (``True`` and ``False`` are not)."""
     return isinstance(value, Real) and not isinstance(value, bool) and isfinite(value)

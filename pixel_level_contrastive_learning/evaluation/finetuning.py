@@ -42,9 +42,11 @@ class LearningRates(NamedTuple):
 
     backbone: float
     decoder: float
+    chosen: bool = True  # False where a single mask left nothing to choose by
 
     def __str__(self) -> str:
-        return f"{self.backbone:g} (decoder {self.decoder:g})"
+        told = f"{self.backbone:g} (decoder {self.decoder:g})"
+        return told if self.chosen else f"{told}, not chosen: one mask"
 
 
 RATES = (
@@ -200,8 +202,10 @@ def choose_rates(
     ``whole`` are the same images without.
     """
     order, first = held_out_last(len(train))
-    if first == len(order):  # a single image
-        return RATES[0]
+    if first == len(order):
+        own = RATES[0]._replace(chosen=False)
+        log.info("learning rate %s", own)
+        return own
     learnt = train.of(train.dataset.subset(order[:first]))
     held = whole.of(whole.dataset.subset(order[first:]))
     tried: dict[LearningRates, float] = {}

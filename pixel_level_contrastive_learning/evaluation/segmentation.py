@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import run_layout
+from ..checks import duration
 from ..data.segmentation import SegmentationDataset
 from .baselines import Contender, fed_at, layers_read, line_up, prepare_all
 from .comparison import ALL_MAPS, CLUSTERING, FINETUNE, curve_shown, in_words, what_it_means
@@ -48,6 +49,11 @@ class Plan(NamedTuple):
         usual = SEVERAL_SEEDS if protocol == FINETUNE or len(self.fractions) > 1 else 1
         varies = contender.by_seed or fraction < 1 or protocol in (FINETUNE, CLUSTERING)
         return range(self.first_seed, self.first_seed + ((self.seeds or usual) if varies else 1))
+
+    @property
+    def middle(self) -> float:
+        """The share of the masks with which the learning rates of fine-tuning are chosen."""
+        return sorted(self.fractions)[len(self.fractions) // 2]
 
     def fitting(
         self, contenders: Sequence[Contender], prepared: Mapping[str, Preparation], splits: Splits
@@ -172,7 +178,8 @@ def estimate_finetuning(
     fits = sum(
         len(plan.seeds_of(FINETUNE, own, each)) for own in plan.fractions for each in contenders
     )
-    tries = len(RATES) * len(contenders)
+    several = len(splits.train.share(plan.middle, plan.first_seed)) > 1
+    tries = len(RATES) * len(contenders) * several
     seconds = (fits + tries) * plan.steps * cost.step + fits * len(scored) * cost.image
     log.info(
         "fine-tuning: %d fits of %d steps, and %d to choose learning rates: about %s; fewer "
@@ -180,7 +187,7 @@ def estimate_finetuning(
         fits,
         plan.steps,
         tries,
-        f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s",
+        duration(seconds),
     )
 
 
@@ -292,9 +299,8 @@ class Contest:
     def finetune(self, net: nn.Module, seed: int) -> None:
         """Fine-tune with each share of the masks."""
         plan = self.plan
-        middle = sorted(plan.fractions)[len(plan.fractions) // 2]
         if self.rates is None:
-            share = self.train.dataset.share(middle, seed)
+            share = self.train.dataset.share(plan.middle, seed)
             splits = self.crops.of(share), self.train.of(share)
             self.rates = choose_rates(net, *splits, steps=plan.steps, seed=seed)
         for fraction in plan.fractions:

@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
+from ..checks import duration
+
 LOG = logging.getLogger("pixel_level_contrastive_learning")
 ERRORS = "backslashreplace"
 """How bytes of a file name that are no text are written."""
@@ -118,17 +120,6 @@ def metrics_line(metrics: dict[str, float], steps: int, left: float | None = Non
         f"{metrics['images_per_second']:.4g} images/s, {metrics['waiting']:.0%} waiting for data"
         f"{'' if left is None else f', {duration(left)} left'}"
     )
-
-
-def duration(seconds: float) -> str:
-    """Seconds in the unit that suits them.
-
-    >>> duration(42), duration(742), duration(7420)
-    ('42 s', '12 min', '2.1 h')
-    """
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 class ProgressBar(Progress):

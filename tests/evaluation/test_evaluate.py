@@ -430,6 +430,15 @@ def test_fractions_give_label_curves(run, labelled, tmp_path, caplog) -> None:
     )
 
 
+def test_with_one_mask_no_learning_rate_is_chosen(run, labelled, caplog) -> None:
+    caplog.set_level(logging.INFO)
+    settings = {"fraction": 0.1, "steps": 1, "seeds": 1}
+    found = evaluate(run, data=labelled, protocol="finetune", **settings)
+    told = set(found.settings["learning rates"].values())
+    assert told == {"0.0003 (decoder 0.001), not chosen: one mask"}
+    assert any("2 fits of 1 steps, and 0 to choose" in own for own in caplog.messages)
+
+
 def test_weights_of_a_library_are_fed_as_the_run_is(run, labelled) -> None:
     settings = {"data": labelled, "protocol": "knn"}
     alone = evaluate("random:torchvision/resnet18", **settings)
