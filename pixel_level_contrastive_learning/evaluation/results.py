@@ -231,8 +231,9 @@ class Evaluation:
         for key in self.ours.classes:
             cells = (shown(row.classes[key], 0) for row in self.rows)
             table.add_row(Text(f"IoU {key}"), *cells)
-        text = StringIO()
-        Console(file=text, width=width, no_color=True, highlight=False).print(table)
+        text = StringIO()  # plain also in a notebook, and where colours are forced
+        plain = Console(file=text, width=width, force_terminal=False, force_jupyter=False)
+        plain.print(table)
         lines = (line.rstrip() for line in text.getvalue().splitlines())
         return "\n".join([*lines, *self.notes])
 

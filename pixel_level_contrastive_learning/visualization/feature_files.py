@@ -27,7 +27,7 @@ from ..backbones.checkpoint import is_file
 from ..backbones.custom import Model, handing_over
 from ..backbones.state_dict import tensors_of
 from ..checks import Pages, import_extra, one_of, raise_together, size_pair
-from ..data.image import ImageError
+from ..data.image import ImageError, LazyImage
 from ..data.loader import cores, in_order
 from ..data.pages import PagedFiles
 from ..data.reading import in_time
@@ -64,10 +64,11 @@ class Identity(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """An image as the network is fed it, and the ``(height, width)`` that it has."""
+    """An image as the network is fed it, the ``(height, width)`` that it has, and which it is."""
 
     pixels: Tensor
     size: Size
+    identity: Identity
 
 
 @dataclass
@@ -123,9 +124,7 @@ class FeatureFolder:
         taken = {int(Path(own["file"]).name.split("_")[0]) for own in self.index["images"]}
         return (number for number in count() if number not in taken)
 
-    def write(
-        self, number: int, name: str, identity: Identity, features: Tensor, image: Prepared
-    ) -> None:
+    def write(self, number: int, name: str, features: Tensor, image: Prepared) -> None:
         """Write the features ``(channels, h, w)`` of an image, and note them in the index."""
         kind = self.index["format"]
         called = f"{number:06d}_{''.join(c if c.isalnum() else '_' for c in Path(name).stem)[:60]}"
@@ -140,7 +139,7 @@ class FeatureFolder:
             write_whole(self.folder / file, save({"features": array}))
         size, fed, grid = map(list, (image.size, image.pixels.shape[-2:], array.shape[-2:]))
         stride = [round(a / b, 4) for a, b in zip(fed, grid, strict=True)]
-        entry = {"name": name, **identity._asdict(), "file": file, "size": size, "fed": fed}
+        entry = {"name": name, **image.identity._asdict(), "file": file, "size": size, "fed": fed}
         self.index["images"].append(entry | {"grid": grid, "stride": stride})
 
     def save_index(self) -> None:
@@ -278,9 +277,9 @@ def weights_digest(net: nn.Module) -> str:
     return found.hexdigest()
 
 
-def identity_of(source: Source, index: int) -> Identity:
+def identity_of(source: Source, index: int, image: LazyImage | None = None) -> Identity:
     """The absolute path of an image, and size and time of its file; in memory a digest of it."""
-    name = source.name(index)
+    whole, place, name = source, index, source.name(index)
     while isinstance(source, IndexedSource):
         source, index = source.locate(index)
     with suppress(OSError, ImageError):  # which is told where the image is read
@@ -289,7 +288,7 @@ def identity_of(source: Source, index: int) -> Identity:
             about = in_time(partial(os.stat, file), file)
             state = f"{about.st_size} bytes, {about.st_mtime_ns} ns"
             return Identity(os.path.abspath(name), state)
-        pixels = source.open(index).read()
+        pixels = (image or whole.open(place)).read()
         content = repr(pixels.shape).encode() + pixels.numpy().tobytes()
         return Identity(name, blake2b(content, digest_size=8).hexdigest())
     return Identity(os.path.abspath(name), "")
@@ -302,17 +301,20 @@ def write_maps(held: FeatureFolder, source: Source, prepare: Preparation, reader
         ValueError: None of the images can be used.
         DivergedError: Features that are NaN or infinite.
     """
-    with ThreadPoolExecutor(THREADS) as pool:
-        found = in_order(partial(identity_of, source), range(len(source)), THREADS, pool)
-        places = {identity: index for index, identity in found}
-    held.forget({own.path: own.state for own in places})
-    done = {Identity(entry["path"], entry["state"]) for entry in held.index["images"]}
-    identities = {index: own for own, index in places.items() if own not in done}
-    if others := len(done - places.keys()):
-        stand = f"the folder holds features of {others} images that are not among these"
-        log.info("%s; adding %d", stand, len(identities))
-    elif done:
-        log.info("%d images are done, %d are left", len(done), len(identities))
+    left: Sequence[int] = range(len(source))
+    if done := len(held):  # else each image is read but once, which tells them apart
+        with ThreadPoolExecutor(THREADS) as pool:
+            found = in_order(partial(identity_of, source), left, THREADS, pool)
+            places = {identity: index for index, identity in found}
+        held.forget({own.path: own.state for own in places})
+        kept = {Identity(entry["path"], entry["state"]) for entry in held.index["images"]}
+        left = [index for own, index in places.items() if own not in kept]
+        done = len(kept)
+        if others := len(kept - places.keys()):
+            stand = f"the folder holds features of {others} images that are not among these"
+            log.info("%s; adding %d", stand, len(left))
+        elif done:
+            log.info("%d images are done, %d are left", done, len(left))
     numbers = held.free_numbers()
     refused: list[dict[str, str]] = []
     held.index["left_out"] = refused
@@ -322,16 +324,16 @@ def write_maps(held: FeatureFolder, source: Source, prepare: Preparation, reader
         return list(finite_features(reader, pixels, [reader.layers]))
 
     try:
-        for batch in same_sized(source, list(identities), prepare, refused):
+        for batch in same_sized(source, left, prepare, refused):
             pixels = torch.stack([image.pixels for image in batch.values()])
             (maps,) = in_parts(read, pixels)
             if (began := monotonic()) > save_at:  # before the first map, which tells whose it is
                 held.save_index()
                 save_at = monotonic() + max(SAVED_EVERY, TIMES_SAVING * (monotonic() - began))
             for (index, image), own in zip(batch.items(), maps, strict=True):
-                held.write(next(numbers), source.name(index), identities[index], own, image)
+                held.write(next(numbers), source.name(index), own, image)
             if monotonic() - told > TOLD_EVERY:
-                log.info("%d of %d images", len(held) - len(done), len(identities))
+                log.info("%d of %d images", len(held) - done, len(left))
                 told = monotonic()
     finally:
         if len(held):
@@ -352,10 +354,12 @@ def same_sized(
         try:
             image = source.open(index)
             prepare.statistics.check(image)
+            identity = identity_of(source, index, image)  # before a file is decoded: it may change
             unit = prepare.in_range(image.read(prepare.shortest), source.name(index))
         except ImageError as error:
             return str(error)
-        return Prepared(prepare.normalised(prepare.resized(unit, image.size)), image.size)
+        fed = prepare.normalised(prepare.resized(unit, image.size))
+        return Prepared(fed, image.size, identity)
 
     batch: dict[int, Prepared] = {}
     with ThreadPoolExecutor(THREADS) as pool:

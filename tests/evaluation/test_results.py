@@ -53,6 +53,14 @@ def test_seeds_are_averaged() -> None:
     assert row.seeds == ({"mIoU": 0.2}, {"mIoU": 0.3})
 
 
+def test_the_table_is_plain_text_wherever_it_is_made(monkeypatch) -> None:
+    """In a notebook rich would show it instead, and some build servers force colours."""
+    expected = outcome().table()
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    assert outcome().table() == expected
+
+
 def test_the_table_has_a_column_for_each_network() -> None:
     lines = outcome().table().splitlines()
     assert lines[0].strip() == "linear on labelled: split val, layers a + b, stem"

@@ -180,6 +180,24 @@ def test_other_images_of_the_same_names_are_done_again(tmp_path, monkeypatch) ->
     assert [entry["size"] for entry in held.index["images"]] == [[64, 64], [64, 96]]
 
 
+@pytest.mark.parametrize("settings", [{}, {"nodata": 7.0}])
+def test_images_in_memory_are_read_once(run_maker, tmp_path, settings) -> None:
+    taken = []
+
+    class Counted(list):
+        def __getitem__(self, index):
+            taken.append(index)
+            return super().__getitem__(index)
+
+    images = Counted(torch.randint(0, 256, (5, 3, 64, 64), dtype=torch.uint8))
+    run = run_maker("run")
+    held = features(run, images, out=tmp_path / "f", **settings)
+    assert sorted(taken) == [0, 1, 2, 3, 4]
+    again = features(run, images, out=tmp_path / "f", **settings)
+    assert again.to_json() == held.to_json()
+    assert len(taken) == 10
+
+
 def test_a_folder_by_two_spellings_is_one(images, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(images)
     before = features(NET, "../val", out=tmp_path / "f", size=64).index["images"]
