@@ -16,10 +16,10 @@ from matplotlib import pyplot as plt
 from PIL import Image
 
 from pixel_level_contrastive_learning.evaluation.health import COLLAPSED_RANK, COLLAPSED_SPREAD
+from pixel_level_contrastive_learning.evaluation.pictures import COLOURS
 from pixel_level_contrastive_learning.visualization.curves import curve, read_metrics, running_mean
 
 NAMES = "good", "collapsed", "goes by colour"
-COLOURS = "#2563eb", "#b42318", "#c2570c"
 INK, GRID = "#344054", "#d9dee7"
 PANELS = (
     ("pixel_cosine", "Mean cosine of matching pixels", None),
@@ -40,7 +40,7 @@ def curves(runs: list[Path]) -> None:
     mpl.rcParams["font.size"] = 9
     figure, axes = plt.subplots(3, 2, figsize=(9.6, 8.4), layout="constrained")
     for panel, (name, title, bound) in zip(axes.flat, PANELS, strict=True):
-        for label, colour, columns in zip(NAMES, COLOURS, metrics, strict=True):
+        for label, colour, columns in zip(NAMES, COLOURS, metrics, strict=False):
             steps, values = curve(columns, name)
             if name == "pixel_cosine" and not any(values):
                 continue  # its pixel branch was left out

@@ -16,11 +16,12 @@ from torch import Tensor
 
 from ..data.image import to_rgb
 from ..data.segmentation import IGNORED
-from .metrics import PreparedSplit
 from .results import Evaluation
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from .metrics import PreparedSplit
 
 SIDE = 3.2
 """Inches of the longer side of one picture, at `DPI` dots an inch."""
@@ -29,12 +30,10 @@ TEXT = 12
 """Points of names and legends: a report shows five pictures a row at two thirds of their size."""
 MOST_NAMED = 30
 """Classes that a legend names, at most."""
-LINES = (
-    *(("#e69f00", "o"), ("#0072b2", "s"), ("#d55e00", "D")),
-    *(("#009e73", "^"), ("#cc79a7", "v"), ("#56b4e9", "P")),
-)
-"""Colour and marker of each network's label curve: colours that colour-blind readers tell apart, of
-Okabe and Ito."""
+COLOURS = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00"
+"""Of the lines of a plot: colours of Okabe and Ito, which colour-blind readers tell apart."""
+MARKERS = "sD^vPo"
+"""Of these lines, one each."""
 MARK = "a panel of pixel_level_contrastive_learning"
 """What stands in a panel's file as the software that wrote it, and tells it from a stranger's."""
 
@@ -143,7 +142,8 @@ def draw_label_curve(path: Path, evaluation: Evaluation, protocol: str) -> None:
         points = sorted(row.curves[protocol])
         masks = [point.masks for point in points]
         middle, spread = (np.array([own[k] for own in points]) for k in (1, 2))
-        colour, marker = LINES[number % len(LINES)]
+        place = (number - 1) % len(COLOURS)
+        colour, marker = COLOURS[place], MARKERS[place]
         if number == 0 and not row.baselines:
             colour = "0.55"
         axes.plot(masks, middle, f"{marker}-", color=colour, markersize=4, label=row.name)

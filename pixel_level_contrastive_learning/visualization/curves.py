@@ -16,6 +16,7 @@ from torch.nn.functional import avg_pool1d, pad
 
 from .. import run_layout
 from ..evaluation.health import COLLAPSED_RANK, COLLAPSED_SPREAD
+from ..evaluation.pictures import COLOURS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -138,8 +139,8 @@ class Palette(NamedTuple):
 
     ink: str = "#475467"
     grid: str = "#d9dee7"
-    curves: tuple[str, str] = ("#2563eb", "#c2570c")
-    bound: str = "#b42318"
+    curves: tuple[str, ...] = COLOURS
+    bound: str = COLOURS[1]
 
 
 PLACEHOLDERS = Palette("#010101", "#020202", ("#030303", "#040404"), "#050505")
