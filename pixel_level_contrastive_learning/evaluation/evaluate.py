@@ -98,7 +98,7 @@ def evaluate(
     layers = [layers] if isinstance(layers, str) else layers
     named = [protocol] if isinstance(protocol, str) else list(protocol or ())
     protocols = tuple(dict.fromkeys(named)) or USUAL + (FINETUNE,) * (fractions is not None)
-    shares = [fraction] if fractions is None or is_number(fractions) else sorted(fractions)
+    shares = [fraction] if fractions is None or is_number(fractions) else [*fractions]
     raise_together(
         None if several else "weights is empty; give a run, a file or a name",
         *(one_of("protocol", own, PROTOCOLS) for own in protocols),
@@ -148,7 +148,7 @@ def evaluate(
             if out is not None:
                 found.write(out)
         else:
-            plan = Plan(protocols, layers, shares, seeds, seed, steps, place, bool(named))
+            plan = Plan(protocols, layers, sorted(shares), seeds, seed, steps, place, bool(named))
             splits = open_labelled(data, ("train", split), ids=ids, colours=colours, **reading)
             found = evaluate_labelled(several, data, split, splits, size, plan, out)
     return found

@@ -230,6 +230,7 @@ class Preparation:
             ValueError: The size is none, or one that the network does not take.
         """
         raise_together(None if size is None else size_pair("size", size))
+        size = tuple(size) if isinstance(size, list) else size
         if default_image_size(card.model, card.config) is not None:
             if size not in (None, card.image_size):
                 h, w = card.image_size

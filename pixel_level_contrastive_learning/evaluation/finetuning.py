@@ -46,7 +46,7 @@ class LearningRates(NamedTuple):
 
     def __str__(self) -> str:
         told = f"{self.backbone:g} (decoder {self.decoder:g})"
-        return told if self.chosen else f"{told}, not chosen: one mask"
+        return told if self.chosen else f"{told.removesuffix(')')}; not chosen: one mask)"
 
 
 RATES = (
@@ -235,13 +235,17 @@ class Cost(NamedTuple):
 def measure_cost(net: nn.Module, train: PreparedSplit, scored: PreparedSplit) -> Cost:
     """The seconds of a step, and of an image that is scored, by trying a few of both."""
     few = scored.of(scored.dataset.subset(list(range(min(len(scored), 16)))))
-    finetune(net, train, few, steps=1)  # decodes, and warms up the device
+
+    def score_few(segmenter: Segmenter) -> None:  # whether it has diverged is told later
+        score(lambda pixels: [predict(segmenter, pixels)], few)
+
+    score_few(fit_segmenter(net, train, steps=1))  # decodes, and warms up the device
     device = device_of(net)
     clock = [now(device)]
     for steps in (1, 6):
         segmenter = fit_segmenter(net, train, steps=steps)
         clock.append(now(device))
-    score(lambda pixels: [predict(segmenter, pixels)], few)
+    score_few(segmenter)
     clock.append(now(device))
     one, six, images = (after - before for before, after in pairwise(clock))
     return Cost(max(six - one, 0.0) / 5, images / len(few))

@@ -80,7 +80,7 @@ def write_panels(
                 [sample.mask.flatten(), *(own[index].flatten() for own in predictions.values())]
             )
         )
-        plain = re.sub(r"[^\w.-]+", "_", Path(split.dataset.name(index)).stem)
+        plain = re.sub(r"[^\w.-]+", "_", Path(split.dataset.name(index)).stem)[:60]
         path = folder / f"{index:04d}_{plain}.png"
         classes = {split.classes[i]: colours[i] for i in seen.tolist() if i < len(split.classes)}
         draw(path, pictures, classes, (sample.mask.shape[0], sample.mask.shape[1]))

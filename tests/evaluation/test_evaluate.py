@@ -132,6 +132,8 @@ def test_without_labels_the_size_is_that_of_the_views(run, labelled) -> None:
     found = evaluate(run, images=labelled / "images/val", size=(48, 64))
     assert found.settings["views"] == "48x64"
     assert evaluate(run, images=labelled / "images/val", size=48).settings["views"] == "48x48"
+    found = evaluate(run, images=labelled / "images/val", size=[48, 64])  # as in JSON
+    assert found.settings["views"] == "48x64"
 
 
 def test_weights_without_a_run_are_scaled_without_nodata(labelled, model, monkeypatch) -> None:
@@ -202,8 +204,7 @@ def diverged(place: Path, model: str) -> Path:
     card = small_card(model, image_size=(24, 24))
     net = random_net(card, 0)
     with torch.no_grad():
-        net.stem.weight *= 1e25
-        net.body.weight *= 1e25
+        net.stem.weight.fill_(3e38)
     save_backbone(place / "backbone.safetensors", net, card)
     return place
 
@@ -220,6 +221,9 @@ def test_a_diverged_network_is_named_and_the_others_are_judged(
     words = "evaluate", str(lost), "--data", str(labelled), "--protocol", "knn"
     assert cli.main(words) == 1
     assert f"error: {lost}: body of this network give features" in capsys.readouterr().err
+    found = evaluate([run, lost], data=labelled, protocol="finetune", steps=1, seeds=1)
+    assert [row.name for row in found.rows] == ["random weights", str(run)]
+    assert found.notes[0].startswith(f"{lost} is left out: fine-tuned at the learning rate 0.0003 (")
 
 
 def test_fractions_of_as_many_masks_count_once(run, labelled) -> None:
@@ -264,6 +268,7 @@ def test_settings_about_labels_are_refused_without_any() -> None:
         ({"protocol": "linear", "steps": 9}, "steps is 9, which is about fine-tuning; take"),
         ({"protocol": "knn", "steps": 9}, "steps is 9, which is about fine-tuning; take"),
         ({"fraction": 0.5, "fractions": [0.1]}, "both fraction and fractions are given; give one"),
+        ({"fractions": ["0.1", 1]}, "fractions is '0.1'; it must be a number above 0, at most 1"),
         ({"fractions": [0.1, 2]}, "fractions is 2; it must be a number above 0, at most 1"),
         ({"steps": 9}, "steps is 9, which is about fine-tuning; take that protocol, or leave it"),
         ({"fractions": 0.5}, "fractions is 0.5, a single share; give it as fraction=0.5"),
@@ -435,7 +440,7 @@ def test_with_one_mask_no_learning_rate_is_chosen(run, labelled, caplog) -> None
     settings = {"fraction": 0.1, "steps": 1, "seeds": 1}
     found = evaluate(run, data=labelled, protocol="finetune", **settings)
     told = set(found.settings["learning rates"].values())
-    assert told == {"0.0003 (decoder 0.001), not chosen: one mask"}
+    assert told == {"0.0003 (decoder 0.001; not chosen: one mask)"}
     assert any("2 fits of 1 steps, and 0 to choose" in own for own in caplog.messages)
 
 

@@ -182,7 +182,7 @@ def test_the_learning_rates_that_serve_held_out_masks_best_are_chosen(train, mon
     one = train.subset([3])
     kept = choose_rates(small(), for_crops(one), whole(one))
     assert kept[:2] == RATES[0][:2]
-    assert str(kept) == "0.0003 (decoder 0.001), not chosen: one mask"
+    assert str(kept) == "0.0003 (decoder 0.001; not chosen: one mask)"
     assert len(asked) == len(RATES)
 
 

@@ -223,7 +223,7 @@ def test_every_class_has_its_own_colour_and_ignored_pixels_none(count) -> None:
 
 
 def test_panels_show_truth_and_predictions(labelled, tmp_path) -> None:
-    strange = labelled / "images/val/a $b$ <i> ü.png"
+    strange = labelled / f"images/val/a $b$ <i> ü{239 * 'x'}.png"  # the longest name
     (labelled / "images/val/0.png").rename(strange)
     (labelled / "masks/val/0.png").rename(labelled / "masks/val" / strange.name)
     (labelled / "classes.txt").write_text("$\\frac$\n<b>\nStraße 猫\n", encoding="utf-8")
@@ -231,7 +231,7 @@ def test_panels_show_truth_and_predictions(labelled, tmp_path) -> None:
     kept = {3: torch.full((32, 48), 1, dtype=torch.uint8)}
     predictions = {"random weights": kept, "runs/$\\frac$": {3: torch.full((32, 48), 2).byte()}}
     (path,) = write_panels(tmp_path / "out", val, predictions)
-    assert path.name == "0003_a_b_i_ü.png"
+    assert path.name == f"0003_a_b_i_ü{53 * 'x'}.png"
     with Image.open(path) as image:
         pixels = np.array(image.convert("RGB"))
     height, width, _ = pixels.shape
