@@ -181,12 +181,7 @@ def reading_of(
     Raises:
         ValueError: The runs among the weights have different ones.
     """
-    paths = {str(own): Path(own).expanduser() for own in weights}
-    settings = {
-        name: read_settings_if_any((path if path.is_dir() else run_folder(path)) / CONFIG)
-        for name, path in paths.items()
-        if path.exists()
-    }
+    settings = {str(own): settings_of(own) for own in weights}
     reading: dict[str, Any] = {"pages": pages, "nodata": nodata}
     for key in [key for key, value in reading.items() if value is None]:
         by_value = {own[key]: name for name, own in settings.items() if own.get(key) is not None}
@@ -198,6 +193,13 @@ def reading_of(
             )
         reading[key] = next(iter(by_value), None)
     return reading
+
+
+def settings_of(weights: str | Path) -> dict[str, Any]:
+    """The settings of the run that weights are of; none where they are of none."""
+    path = Path(weights).expanduser()
+    folder = path if path.is_dir() else run_folder(path)
+    return read_settings_if_any(folder / CONFIG) if path.exists() else {}
 
 
 def is_random(name: str) -> bool:

@@ -321,6 +321,7 @@ def health_of(reader: Reader, pixels: Tensor, prepare: Preparation) -> Gauge:
 def correspondence_in_words(rows: Sequence[Row]) -> str:
     """The figures of weights in words, in the last row, beside random ones and their start."""
     random, start, ours = rows[0].scores, rows[-2:][0], rows[-1].scores
+    rival = max(start, rows[0], key=lambda row: row.scores[HIT])
     found = (
         f"A cell finds its own spot in another view of its image in {ours[HIT]:.0%} of cases "
         f"({random[HIT]:.0%} with random weights, {ours[CHANCE]:.1%} by chance)"
@@ -347,6 +348,6 @@ def correspondence_in_words(rows: Sequence[Row]) -> str:
     better = f"{found}: the weights tell spots apart better than {begun}"
     if gain(rows[-1], rows[0], HIT) < 1:
         return f"{better}, but no better than random weights do. {health}"
-    if may_be_luck(rows[-1], start, HIT):
+    if may_be_luck(rows[-1], rival, HIT):
         return f"{found}: {LUCK} {health}"
     return f"{better}. {health}"

@@ -30,11 +30,11 @@ from ..checks import Pages, raise_together, whole
 from ..data.image import to_rgb
 from ..data.shards import is_shards
 from ..data.sources import open_source
-from ..evaluation.baselines import reading_of
+from ..evaluation.baselines import reading_of, settings_of
 from ..evaluation.correspondence import draw_pairs
 from ..evaluation.features import Preparation, chosen_device
 from ..evaluation.results import Evaluation, shown
-from ..files import check_writable, read_settings_if_any, write_whole
+from ..files import check_writable, write_whole
 from .curves import (
     Chart,
     Metrics,
@@ -162,7 +162,7 @@ def visualize(
     if path.is_dir():
         raise ValueError(f"out is {str(out)!r}, a folder; name a file, such as report.html")
     folder = Path(run).expanduser()
-    settings = read_settings_if_any(folder / run_layout.CONFIG)
+    settings = settings_of(run)
     check_writable("the folder of out", path.parent)
     with torch.random.fork_rng(devices=[]), handing_over(model):
         loaded = read_backbone(run)  # which draws the weights of the network first

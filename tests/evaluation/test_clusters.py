@@ -1,6 +1,7 @@
 """Overclustering: k-means and matching against slow loops and by hand."""
 
 from itertools import permutations
+from operator import getitem
 
 import pytest
 import torch
@@ -61,6 +62,36 @@ def test_as_many_clusters_as_classes_are_matched_one_to_one() -> None:
 def test_more_clusters_each_take_their_largest_class() -> None:
     table = torch.tensor([[3.0, 1.0], [0.0, 2.0], [5.0, 4.0]])
     assert match_clusters(table).tolist() == [0, 1, 0]
+
+
+def slow_classes(cells, shares, centres) -> list[int]:
+    """The class of each cell, cell by cell: of all one-to-one namings, or else cluster by cluster.
+
+    With as many clusters as classes the naming is the best of all (arXiv:2204.13101, sec. 4).
+    """
+    count, kinds = len(centres), shares.shape[1]
+    directions = [cell / cell.norm() for cell in cells]
+    found = [min(range(count), key=lambda k: (own - centres[k]).norm()) for own in directions]
+    held = [[0.0] * kinds for _ in range(count)]
+    for k, share in zip(found, shares.tolist(), strict=True):
+        held[k] = [a + b for a, b in zip(held[k], share, strict=True)]
+    if count == kinds:
+        named = max(permutations(range(kinds)), key=lambda p: sum(map(getitem, held, p)))
+    else:
+        named = [max(range(kinds), key=own.__getitem__) for own in held]
+    return [named[k] for k in found]
+
+
+@pytest.mark.parametrize("count", [4, 9])
+def test_clusters_of_any_cells_are_settled_and_named_as_in_the_slow_loop(count) -> None:
+    cells, shares = torch.randn(200, 5) * torch.rand(200, 1), torch.rand(200, 4)
+    classify = ClusterClassifier(cells, shares, count, seed=0)
+    directions = cells / cells.norm(dim=1, keepdim=True)
+    found = torch.cdist(directions, classify.centres).argmin(dim=1)
+    means = torch.stack([directions[found == k].mean(dim=0) for k in range(count)])
+    torch.testing.assert_close(classify.centres, means)
+    slow = slow_classes(cells, shares, classify.centres)
+    assert classify(cells).argmax(1).tolist() == slow
 
 
 @pytest.mark.parametrize("count", [3, 8])

@@ -175,15 +175,16 @@ def test_a_backbone_without_a_run_has_a_report_too(run_maker, tmp_path) -> None:
 
 def test_a_report_stands_by_default_beside_its_weights(run_maker, monkeypatch, tmp_path) -> None:
     monkeypatch.chdir(tmp_path)
-    one, two = run_maker("one"), run_maker("two")
+    one, two = run_maker("one", distance_thres=0.5), run_maker("two")
     assert [visualize(run, count=1) for run in (one, two)] == [
         one / "report.html",
         two / "report.html",
     ]
     shutil.copy(one / "backbone.json", one / "given.json")
     given = shutil.copy(one / "backbone.safetensors", one / "given.safetensors")
-    page = visualize(given, images=tmp_path / "images", count=1)
+    page = visualize(given, count=1)  # of the images and with the settings of its run
     assert page == one / "report-given.html"
+    assert "whose centres lie closer than 0.5 cell diagonals" in page.read_text()
     assert not list(tmp_path.glob("*.html"))
     checkpoint = one / "checkpoints" / "best.ckpt"
     assert default_page(checkpoint) == one / "report-best.html"
