@@ -208,6 +208,7 @@ def evaluate_unlabelled(
             changed, plain = pairs[own.form]
             reached = figures_of(reader, changed, plain, own)
             figures[contender.name].append(reached)
+            net.cpu()  # it is kept for other seeds, and needs no room on the device
             log.info("%s, seed %d: hit@1 %.3f", contender.name, seed, reached[HIT])
     rows = [Row.of(own.name, figures[own.name], baselines=own.baselines) for own in contenders]
     return Evaluation(

@@ -319,14 +319,10 @@ def write_maps(held: FeatureFolder, source: Source, prepare: Preparation, reader
     refused: list[dict[str, str]] = []
     held.index["left_out"] = refused
     save_at, told = -inf, monotonic()
-
-    def read(pixels: Tensor) -> list[Tensor]:
-        return list(finite_features(reader, pixels, [reader.layers]))
-
     try:
         for batch in same_sized(source, left, prepare, refused):
             pixels = torch.stack([image.pixels for image in batch.values()])
-            (maps,) = in_parts(read, pixels)
+            (maps,) = in_parts(lambda own: [*finite_features(reader, own, [reader.layers])], pixels)
             if (began := monotonic()) > save_at:  # before the first map, which tells whose it is
                 held.save_index()
                 save_at = monotonic() + max(SAVED_EVERY, TIMES_SAVING * (monotonic() - began))
