@@ -20,7 +20,7 @@ from zlib import crc32
 from torch import nn
 
 from ..modules.feature_info import FeatureInfo
-from .stem import adapt_channels
+from .stem import adapt_channels, find_stem
 
 OBJECT = "object"
 """``object:NAME`` is a network, or a function that builds one, handed over in Python."""
@@ -105,8 +105,15 @@ def custom_net(
     if "channels" not in kwargs:
         try:
             FeatureInfo(net, channels, image_size or (224, 224))
-        except ValueError:  # it does not take images of so many channels
-            return adapt_channels(net, channels)
+        except ValueError as error:
+            stem = find_stem(net)
+            if stem is not None and stem[1].in_channels != channels:
+                return adapt_channels(net, channels)
+            if image_size is not None:  # else the size of the trial may be what it refuses
+                raise ValueError(
+                    f"{name} builds a network that was tried on an image: {error} (the function is "
+                    "given channels= and image_size= where its signature takes them)"
+                ) from error
     return net
 
 

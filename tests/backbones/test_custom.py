@@ -106,6 +106,38 @@ def test_a_network_that_takes_the_images_is_left_as_it_is(file) -> None:
     assert (net.head.in_channels, net.stem.in_channels) == (4, 3)
 
 
+SOURCE_OF_REFUSALS = """
+from torch import nn
+
+class Picky(nn.Module):
+    def __init__(self, stem):
+        super().__init__()
+        self.stem = stem
+
+    def forward(self, x):
+        if x.shape[-1] != 32:
+            raise ValueError("I take 32 pixels only")
+        return self.stem(x.flatten(1) if isinstance(self.stem, nn.Linear) else x)
+
+def with_stem():
+    return Picky(nn.Conv2d(3, 4, 3))
+
+def without_stem():
+    return Picky(nn.Linear(3 * 32 * 32, 4))
+"""
+
+
+@pytest.mark.parametrize("function", ["with_stem", "without_stem"])
+def test_what_a_network_itself_refuses_is_not_taken_for_its_channels(tmp_path, function) -> None:
+    (tmp_path / "picky.py").write_text(SOURCE_OF_REFUSALS)
+    name = f"{tmp_path / 'picky.py'}:{function}"
+    told = rf"picky\.py:{function} builds .* 64, 64\): I take 32 pixels only; .* channels= and"
+    with pytest.raises(ValueError, match=told):
+        build_backbone(name, image_size=64)
+    for size in (32, None):
+        assert build_backbone(name, image_size=size).stem.weight.shape[0] == 4
+
+
 def test_a_changed_file_is_read_anew(file) -> None:
     build_backbone(f"{file}:rgb")
     file.write_text(SOURCE.replace("nn.Conv2d(3, 4, 3), nn.ReLU()", "nn.Conv2d(3, 99, 3)"))
