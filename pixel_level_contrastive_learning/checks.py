@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, S
 from difflib import get_close_matches
 from functools import partial
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from math import inf, isfinite
 from numbers import Real
 from typing import Any, Literal, TypeGuard, get_args
@@ -162,6 +163,14 @@ def not_installed(library: str | None) -> str:
         f"{library} is not installed; {what} needs the extra {extra}: "
         f"pip install 'pixel-level-contrastive-learning[{extra}]'"
     )
+
+
+def installed_version(library: str) -> str:
+    """The version of a library; ``unknown`` where it is not installed."""
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return "unknown"
 
 
 def import_extra(name: str) -> Any:

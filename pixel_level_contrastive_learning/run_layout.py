@@ -1,6 +1,7 @@
 """The file names of a run's folder, and of one of features, each written once. Imports no torch."""
 
 from collections.abc import Collection
+from pathlib import Path
 
 CONFIG = "config.yaml"
 """The settings, resolved; the run can be repeated from it."""
@@ -88,3 +89,15 @@ def is_ours(name: str, folders: Collection[str], files: Collection[str]) -> bool
     of_features = FEATURES in files and not {MAPS, ZARR_MAPS}.isdisjoint(folders)
     previews = name == PREVIEW and not folders and all(own.startswith(PAIRS) for own in files)
     return is_run or of_features or previews
+
+
+def run_folder(weights: Path) -> Path:
+    """The folder of the run that a checkpoint is of; of any other file the folder it lies in."""
+    is_checkpoint = weights.parent.name == CHECKPOINTS and weights.suffix == ".ckpt"
+    return weights.parent.parent if is_checkpoint else weights.parent
+
+
+def card_path(weights: Path) -> Path:
+    """Where the card of a file of weights lies: beside it; of a checkpoint in its run's folder."""
+    folder = run_folder(weights)
+    return weights.with_suffix(".json") if folder == weights.parent else folder / CARD

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from fractions import Fraction
 from functools import partial
+from importlib.metadata import version
 
 import pytest
 
@@ -13,6 +14,7 @@ from pixel_level_contrastive_learning.checks import (
     above,
     at_least,
     check_limits,
+    installed_version,
     is_number,
     one_of,
     per_channel,
@@ -188,3 +190,8 @@ def test_messages_follow_the_order_of_the_values_by_any_table() -> None:
     assert [message.split()[0] for message in messages] == ["alpha", "channels"]
     limits = {"lr": lambda name, value: None if value else f"{name} is {value}"}
     assert check_limits({"alpha": -1, "lr": 0}, limits) == ["lr is 0"]
+
+
+def test_the_version_of_what_is_not_installed_is_unknown() -> None:
+    assert installed_version("torch") == version("torch")
+    assert installed_version("no-such-library") == "unknown"

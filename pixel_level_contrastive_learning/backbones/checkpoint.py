@@ -6,7 +6,6 @@ import json
 import logging
 import warnings
 from dataclasses import asdict, dataclass, field, fields, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
@@ -14,10 +13,10 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from ..checks import check_limits, one_of, per_channel, raise_together
+from ..checks import check_limits, installed_version, one_of, per_channel, raise_together
 from ..files import write_whole
 from ..modules.hooks import plain_name
-from ..run_layout import CARD
+from ..run_layout import CARD, card_path
 from .custom import Model, custom_file, handed_name, handing_over
 from .factory import (
     build_backbone,
@@ -35,7 +34,6 @@ from .state_dict import (
     find_weights,
     load_matching,
     read_state_dict,
-    run_folder,
     tell,
     tensors_of,
 )
@@ -48,14 +46,6 @@ ZERO_INIT = "zero-init residual"
 AS_HANDED = "as handed over"
 """A start from the weights that a network had which was handed over in Python."""
 log = logging.getLogger(__name__)
-
-
-def package_version() -> str:
-    """The version of this package; ``unknown`` where it is not installed."""
-    try:
-        return version("pixel-level-contrastive-learning")
-    except PackageNotFoundError:
-        return "unknown"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +87,7 @@ class BackboneCard:
     instance_layer: str
     start: str = "random"
     seed: int = 0
-    version: str = package_version()
+    version: str = installed_version("pixel-level-contrastive-learning")
     config: dict[str, Any] | None = None
     fingerprint: tuple[float, ...] | None = field(default=None, compare=False)
 
@@ -129,6 +119,12 @@ class BackboneCard:
         """The layer that evaluation, probes and pictures read: the first pixel layer."""
         return self.pixel_layers[0]
 
+    @property
+    def fixed_size(self) -> tuple[int, int] | None:
+        """The size of images that the network was built for; None where it takes any."""
+        is_fixed = default_image_size(self.model, self.config) is not None
+        return self.image_size if is_fixed else None
+
     def build(
         self, image_size: tuple[int, int] | None = None, *, pretrained: bool = False
     ) -> nn.Module:
@@ -158,8 +154,7 @@ class BackboneCard:
 
 def read_card(weights: Path, from_hub: bool = False) -> BackboneCard:
     """The card beside a file of weights; for a checkpoint, that of its run."""
-    folder = run_folder(weights)
-    path = weights.with_suffix(".json") if folder == weights.parent else folder / CARD
+    path = card_path(weights)
     if not path.is_file():
         raise ValueError(
             f"{weights} has no card {path.name} beside it, which says what network it is of; put "
@@ -176,7 +171,7 @@ def read_card(weights: Path, from_hub: bool = False) -> BackboneCard:
     file = custom_file(card.model)
     if file is None or file.is_file():
         return card
-    moved = folder / file.name  # with the run
+    moved = path.parent / file.name  # with the run
     if not moved.is_file():
         raise ValueError(
             f"{path} names {file}, which does not exist; put the file beside the card, or set "

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..checks import import_extra, one_of, raise_together
 from ..files import write_whole
-from ..run_layout import CARD, EXPORTED
+from ..run_layout import CARD, EXPORTED, run_folder
 from .checkpoint import BackboneCard, card_in, clean_state_dict, read_backbone, save_card
 from .custom import (
     Model,
@@ -29,7 +29,7 @@ from .factory import (
 from .hub import is_card, on_hub
 from .onnx import onnx_program
 from .snippets import DEPTHS, how_to, running
-from .state_dict import KeyReport, find_weights, load_matching, read_state_dict, run_folder
+from .state_dict import KeyReport, find_weights, load_matching, read_state_dict
 
 FORMATS = {
     "torchvision": ".pth",

@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from http import HTTPStatus
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..checks import import_extra
 from ..files import CannotWriteError
-from ..run_layout import CARD, WEIGHTS
+from ..run_layout import CARD, WEIGHTS, card_path
 
 HUB = "hf://"
 """What the name of a repository begins with."""
@@ -151,7 +151,7 @@ def fetch_weights(name: str) -> Path:
     file = place.file or only_weights(place, files)
     if file not in files:
         raise ValueError(f"{place} has no file {file}; it has {', '.join(files) or 'no files'}")
-    card = str(PurePosixPath(file).with_suffix(".json"))
+    card = card_path(Path(file)).as_posix()
     if card in files:
         fetch(place, card)
     return fetch(place, file)

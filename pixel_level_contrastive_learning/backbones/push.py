@@ -21,7 +21,7 @@ from .export import named_in
 from .factory import LIBRARIES, parse_model_name
 from .hub import HUB, Repository, explain_hub_errors, hub_api, on_hub, place_of
 from .snippets import how_to
-from .state_dict import find_weights, run_folder
+from .state_dict import find_weights
 
 PAGE = "README.md"
 """The page of a repository."""
@@ -88,7 +88,7 @@ def push(
         card = without_paths(named_in(card, net, "safetensors")[1])
         code = parse_model_name(card.model)[0] == "custom"
         loading = "" if code else how_to("safetensors", net, card, Path(run_layout.WEIGHTS))
-    page = written_page(card, run_folder(source), place, licence, loading)
+    page = written_page(card, run_layout.run_folder(source), place, licence, loading)
     files = {
         run_layout.WEIGHTS: save(clean_state_dict(net), metadata={"format": "pt"}),
         run_layout.CARD: card.to_json().encode(),

@@ -148,12 +148,6 @@ def find_weights(source: str | Path, more: str = "") -> Path:
     return path
 
 
-def run_folder(weights: Path) -> Path:
-    """The folder of the run that a checkpoint is of; of any other file the folder it lies in."""
-    is_checkpoint = weights.parent.name == CHECKPOINTS and weights.suffix == ".ckpt"
-    return weights.parent.parent if is_checkpoint else weights.parent
-
-
 def read_state_dict(path: Path) -> dict[str, Tensor]:
     """Every tensor of a file on the CPU, by name; names of nested dicts are joined by dots."""
     try:

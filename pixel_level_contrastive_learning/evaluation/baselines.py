@@ -20,13 +20,13 @@ from ..backbones.checkpoint import (
     read_backbone,
 )
 from ..backbones.custom import draw_anew, is_module_handed
-from ..backbones.factory import default_image_size, zero_last_norms
-from ..backbones.state_dict import load_weights, run_folder
+from ..backbones.factory import zero_last_norms
+from ..backbones.state_dict import load_weights
 from ..checks import Pages, counted
 from ..data.sources import Source
 from ..data.statistics import measure
 from ..files import read_settings_if_any
-from ..run_layout import CONFIG
+from ..run_layout import CONFIG, run_folder
 from .features import Preparation, Size
 
 log = logging.getLogger(__name__)
@@ -128,18 +128,12 @@ def kinds_of(
             counted(card.channels, "channel"),
             read_of(card, layers),
             fed.setdefault(
-                (card.low, card.high, card.mean, card.std, size_of(card)),
+                (card.low, card.high, card.mean, card.std, card.fixed_size),
                 f"fed as {shortest(name, names)}",
             ),
         )
         for name, card in zip(names, cards, strict=True)
     ]
-
-
-def size_of(card: BackboneCard) -> Size | None:
-    """The size that a network was built for; None where it takes any."""
-    fixed = default_image_size(card.model, card.config) is not None
-    return card.image_size if fixed else None
 
 
 def apart(kind: Kind, kinds: Iterable[Kind]) -> list[str]:

@@ -14,7 +14,6 @@ from torch.nn.functional import interpolate
 
 from ..augment import Normalise
 from ..backbones.checkpoint import BackboneCard
-from ..backbones.factory import default_image_size
 from ..checks import raise_together, size_pair
 from ..data.statistics import Statistics, can_convert
 from ..modules.feature_info import FeatureInfo, duplicate, unfreeze
@@ -231,14 +230,14 @@ class Preparation:
         """
         raise_together(None if size is None else size_pair("size", size))
         size = tuple(size) if isinstance(size, list) else size
-        if default_image_size(card.model, card.config) is not None:
-            if size not in (None, card.image_size):
-                h, w = card.image_size
+        if card.fixed_size is not None:
+            if size not in (None, card.fixed_size):
+                h, w = card.fixed_size
                 raise ValueError(
                     f"size is {size!r}, but {card.model} was built for images of {h}x{w} and takes "
                     f"no others; leave size out"
                 )
-            size = card.image_size
+            size = card.fixed_size
         elif size is None:
             size = round(WHOLE_IMAGE * min(card.image_size))
             if net is not None and not takes(net, card.channels, size):

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import platform
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
+from ..checks import installed_version
 from ..data.loader import CGROUP, cores
 from .config import PretrainConfig
 
@@ -138,11 +138,3 @@ def processor_name() -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.processor() or platform.machine())
-
-
-def installed_version(library: str) -> str:
-    """The version of a library, ``?`` where it is not installed."""
-    try:
-        return version(library)
-    except PackageNotFoundError:
-        return "?"

@@ -25,7 +25,6 @@ from .. import run_layout
 from ..backbones.checkpoint import BackboneCard, is_file, read_backbone
 from ..backbones.custom import Model, handing_over
 from ..backbones.hub import on_hub
-from ..backbones.state_dict import run_folder
 from ..checks import Pages, raise_together, whole
 from ..data.image import to_rgb
 from ..data.shards import is_shards
@@ -215,9 +214,9 @@ def default_page(run: str | Path) -> Path:
         raise ValueError(f"out is None, and {run} is no folder of a run; name a file for the page")
     path = Path(run).expanduser()
     name = Path(run_layout.REPORT)
-    return (
-        path / name if path.is_dir() else run_folder(path) / f"{name.stem}-{path.stem}{name.suffix}"
-    )
+    if path.is_dir():
+        return path / name
+    return run_layout.run_folder(path) / f"{name.stem}-{path.stem}{name.suffix}"
 
 
 def render(report: Report, explorer: object) -> str:

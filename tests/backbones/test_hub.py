@@ -22,6 +22,7 @@ from pixel_level_contrastive_learning.backbones.checkpoint import (
     is_file,
     read_backbone,
     save_backbone,
+    save_card,
 )
 from pixel_level_contrastive_learning.backbones.factory import (
     build_backbone,
@@ -246,6 +247,17 @@ def test_a_repository_of_ours_is_a_backbone_with_its_card(hub) -> None:
     started = build_backbone("hf://me/ours", channels=2, pretrained=True)
     assert same(started, net)
     assert default_statistics("hf://me/ours", 2) == ((0.1, 0.2), (0.3, 0.4))
+
+
+@pytest.mark.parametrize("run", ["", "runs/first/"])
+def test_a_checkpoint_of_a_run_on_the_hub_has_the_card_of_its_run(hub, run) -> None:
+    net, folder = build_backbone(MODEL, channels=2), hub / "me/runs" / run
+    (folder / "checkpoints").mkdir(parents=True)
+    torch.save({"backbone": net.state_dict()}, folder / "checkpoints/last.ckpt")
+    save_card(folder / "backbone.json", CARD)
+    loaded = read_backbone(f"hf://me/runs/{run}checkpoints/last.ckpt")
+    assert loaded.card == CARD
+    assert same(loaded.net, net)
 
 
 @pytest.mark.parametrize("model", ["/home/me/mine.py:build", "os.path:join", "object:Net"])
