@@ -142,6 +142,8 @@ def default_statistics(model: str, channels: int) -> tuple[tuple[float, ...], tu
         if "model_type" in config and PREPROCESSOR in files_of(place):
             held = json.loads(fetch(place, PREPROCESSOR).read_text(encoding="utf-8"))
             given = {key.removeprefix("image_"): value for key, value in held.items()}
+            if not held.get("do_normalize", "mean" in given):
+                mean, std, given = (0.0,) * 3, (1.0,) * 3, {}
         mean, std = given.get("mean", mean), given.get("std", std)
     if len(mean) != channels:
         mean, std = ((fmean(values),) * channels for values in (mean, std))

@@ -329,6 +329,23 @@ def test_a_repository_of_transformers_is_built_and_filled(hub) -> None:
     assert default_image_size("hf://me/transformers") == (64, 64)
 
 
+@pytest.mark.parametrize(
+    ("fed", "statistics"),
+    [
+        ({"do_normalize": False, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}, (0, 1)),
+        ({"do_rescale": True}, (0, 1)),  # as of MobileViT, which normalises nothing
+        ({"do_normalize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}, (0.5, 0.5)),
+    ],
+    ids=["off", "never", "on"],
+)
+def test_images_are_normalised_as_the_repository_says(hub, fed, statistics) -> None:
+    of_transformers(hub)
+    (hub / "me/transformers/preprocessor_config.json").write_text(json.dumps(fed))
+    for channels in (3, 2):
+        told = default_statistics("hf://me/transformers", channels)
+        assert told == tuple((value,) * channels for value in statistics)
+
+
 def test_a_config_of_transformers_that_names_a_model_is_no_card_of_ours(hub) -> None:
     net = of_transformers(hub)
     path = hub / "me/transformers/config.json"
