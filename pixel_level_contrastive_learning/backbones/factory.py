@@ -243,15 +243,12 @@ def hub_net(
     elif "architecture" in config:
         net = timm_net(config["architecture"], channels, image_size, False, **timm_settings(config))
     else:
-        with explain_errors(model, image_size):
-            own = transformers_config(config, channels, image_size)
-            net = import_extra("transformers").AutoModel.from_config(own)
-        net = adapt_channels(net, channels, keep=False)
+        net = transformers_net(model, channels, image_size, config)
     if pretrained:
         file = fetch_weights(model)
         if "model_type" in config:
             fetch(place_of(model), "config.json")  # beside it
-            with explain_errors(model, None):
+            with explain_errors(model, None, config):
                 automatic = import_extra("transformers").AutoModel
                 given = automatic.from_pretrained(file.parent, config=transformers_config(config))
             state = given.state_dict()
@@ -259,6 +256,32 @@ def hub_net(
             state = read_state_dict(file)
         tell(load_matching(net, state, f"the weights of {model}"), f"the file {file}", model)
     return net
+
+
+def transformers_net(
+    model: str, channels: int, image_size: Size | None, config: Config
+) -> nn.Module:
+    """A network of transformers.
+
+    For images that are not square it is built at its own size where it then takes them and built at
+    theirs does not: DINOv2 fits position embeddings itself, but those of a square only.
+    """
+
+    def built(size: Size | None) -> nn.Module:
+        own = transformers_config(config, channels, size)
+        net = import_extra("transformers").AutoModel.from_config(own)
+        return adapt_channels(net, channels, keep=False)
+
+    with explain_errors(model, image_size, config):
+        if image_size is None or image_size[0] == image_size[1]:
+            return built(image_size)
+        try:
+            net = built(image_size)
+            FeatureInfo(net, channels, image_size)
+        except Exception:  # whatever the network says
+            net = built(None)
+            FeatureInfo(net, channels, image_size)
+        return net
 
 
 def transformers_config(
@@ -274,12 +297,15 @@ def transformers_config(
     if channels is not None and hasattr(made, "num_channels"):
         made.num_channels = channels
     if image_size is not None and hasattr(made, "image_size"):
-        made.image_size = image_size[0] if len({*image_size}) == 1 else [*image_size]
+        is_one = isinstance(made.image_size, int) and image_size[0] == image_size[1]
+        made.image_size = image_size[0] if is_one else [*image_size]
     return made
 
 
 @contextmanager
-def explain_errors(model: str, image_size: Size | None) -> Iterator[None]:
+def explain_errors(
+    model: str, image_size: Size | None, config: Config | None = None
+) -> Iterator[None]:
     """Say what to do where a network cannot be built or its weights cannot be downloaded."""
     try:
         yield
@@ -291,7 +317,7 @@ def explain_errors(model: str, image_size: Size | None) -> Iterator[None]:
         ) from error
     except Exception as error:  # libraries raise anything, assertions too
         size = "" if image_size is None else f" for images of {image_size[0]}x{image_size[1]}"
-        own = default_image_size(model)
+        own = default_image_size(model, config)
         fit = "any size" if own is None else f"{own[0]}x{own[1]}"
         raise ValueError(f"{model} cannot be built{size}: {error}; it is made for {fit}") from error
 

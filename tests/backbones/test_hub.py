@@ -39,6 +39,7 @@ from pixel_level_contrastive_learning.backbones.hub import (
 from pixel_level_contrastive_learning.backbones.push import push
 from pixel_level_contrastive_learning.backbones.state_dict import load_weights
 from pixel_level_contrastive_learning.files import CannotWriteError
+from pixel_level_contrastive_learning.modules.feature_info import FeatureInfo
 
 MODEL = "timm/test_resnet"
 TOKENS = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2} | {
@@ -367,6 +368,30 @@ def test_networks_of_transformers_are_fitted_to_the_images(hub, size) -> None:
     assert torch.allclose(
         stem[:, 0], 1.5 * net.vit.embeddings.patch_embeddings.projection.weight[:, 0]
     )
+
+
+WINDOWS = {"embed_dim": 8, "depths": [1] * 4, "num_heads": [1, 1, 2, 2], "image_size": [64, 64]}
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "size"),
+    [("dinov2", TOKENS, (64, 96)), ("hiera", WINDOWS, (128, 128)), ("hiera", WINDOWS, (128, 192))],
+)
+def test_networks_that_take_one_form_of_size_take_all_images(hub, family, settings, size) -> None:
+    of_transformers(hub, family, **settings)
+    net = build_backbone("hf://me/transformers", channels=2, image_size=size)
+    pixel, _ = default_layers(net, 2, size)
+    stride = 16 if family == "dinov2" else 32
+    grid = FeatureInfo(net, 2, size).hook(pixel, pixel=True).layout.grid
+    assert grid == (size[0] // stride, size[1] // stride)
+
+
+def test_a_network_of_square_images_alone_is_refused_when_it_is_built(hub, monkeypatch) -> None:
+    config = AutoConfig.for_model("clip_vision_model", **TOKENS).to_dict()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    told = r"hf://me/transformers cannot be built for images of 64x96: .*; it is made for 64x64"
+    with pytest.raises(ValueError, match=told):
+        build_backbone("hf://me/transformers", image_size=(64, 96), config=config)
 
 
 @pytest.mark.parametrize("family", ["clip", "siglip"])
