@@ -129,11 +129,13 @@ def layout_of(output: object, size: tuple[int, int], batch: int) -> Layout | Non
 def tensor_in(output: object) -> object:
     """The tensor of a layer that gives several values: the first, or the last hidden state.
 
-    Of maps of several sizes none stands for the layer: they stay together.
+    Of several maps, or a list of several tokens, none stands for the layer: they stay together. (A
+    tuple of tokens has the layer's own first, as transformers gives them.)
     """
     if isinstance(output, (tuple, list)) and output:
-        sizes = {own.shape[2:] for own in output if isinstance(own, Tensor) and own.ndim == 4}
-        return output if len(sizes) > 1 else output[0]
+        axes = (3, 4) if isinstance(output, list) else (4,)
+        maps = {id(own) for own in output if isinstance(own, Tensor) and own.ndim in axes}
+        return output if len(maps) > 1 else output[0]
     return getattr(output, "last_hidden_state", output)  # of transformers
 
 

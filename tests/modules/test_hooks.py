@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
@@ -58,7 +59,7 @@ class Hidden(dict[str, Tensor]):
 @pytest.mark.parametrize(
     "several",
     [
-        lambda x: (x + 1, x),
+        lambda x: (x + 1, x.flatten(2)),
         lambda x: [x + 1, None],
         lambda x: Hidden(pooled=x, last_hidden_state=x + 1),
     ],
@@ -74,16 +75,25 @@ def test_of_several_values_the_first_tensor_is_caught(several, overwritten) -> N
     assert info.hook("several", pixel=True).layout[:3] == ("b c h w", 8, (8, 8))
 
 
-def test_of_maps_of_several_sizes_none_stands_for_their_layer() -> None:
-    encoder = Calls(
-        lambda own, x: [own.fine(x), own.deep(own.fine(x))],
-        fine=nn.Conv2d(3, 8, 4, 4),
-        deep=nn.Conv2d(8, 12, 2, 2),
-    )
+@pytest.mark.parametrize(
+    ("several", "count"),
+    [
+        (lambda x, fine, deep: [x, fine, deep], 3),
+        (lambda _, fine, deep: (fine, fine + deep.mean()), 2),
+        (lambda _, fine, deep: [fine.flatten(2).mT, deep.flatten(2).mT], 2),
+    ],
+    ids=["sizes", "one size", "tokens"],
+)
+def test_of_several_maps_none_stands_for_their_layer(several, count) -> None:
+    def forward(own: nn.Module, x: Tensor) -> Sequence[Tensor]:
+        fine = own.fine(x)
+        return several(x, fine, own.deep(fine))
+
+    encoder = Calls(forward, fine=nn.Conv2d(3, 8, 4, 4), deep=nn.Conv2d(8, 12, 2, 2))
     net = Calls(lambda own, x: own.encoder(x)[-1].mean(), encoder=encoder)
     info = FeatureInfo(net, 3, (64, 64))
     assert info.default_pixels() == ["encoder.deep"]
-    told = r"'encoder' gives 2 values, .* \(name a layer inside it\).*would do: .*encoder\.deep \("
+    told = rf"'encoder' gives {count} values, .* \(name a layer inside it\).*: .*encoder\.deep \("
     with pytest.raises(ValueError, match=told):
         info.hook("encoder", pixel=True)
 
