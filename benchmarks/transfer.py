@@ -42,6 +42,7 @@ from pixel_level_contrastive_learning.evaluation.baselines import Contender
 from pixel_level_contrastive_learning.evaluation.features import Preparation, native_bfloat16
 from pixel_level_contrastive_learning.evaluation.results import CurvePoint, Row, masks_saved, shown
 from pixel_level_contrastive_learning.evaluation.segmentation import Contest, Plan, Splits
+from pixel_level_contrastive_learning.modules.feature_info import FeatureInfo
 from pixel_level_contrastive_learning.trainer.auto import learning_rate
 from pixel_level_contrastive_learning.trainer.config import PretrainConfig
 
@@ -69,7 +70,7 @@ def model_of(method: str) -> str:
 
 def card_of_start(model: str, size: int) -> BackboneCard:
     """How weights are used that no run of ours has written."""
-    pixel, instance = default_layers(build_backbone(model), 3, (size, size))
+    pixel, instance = default_layers(FeatureInfo(build_backbone(model), 3, (size, size)))
     form = {"channels": 3, "image_size": (size, size), "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
     return BackboneCard(model=model, pixel_layer=pixel, instance_layer=instance, **form)
 

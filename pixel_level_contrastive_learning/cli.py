@@ -313,20 +313,17 @@ def layers(
         channels: Channels of the images.
         json: Print JSON instead of a table.
     """
-    from .backbones.factory import (
-        build_backbone,
-        default_layers,
-        finer_layer,
-        list_layers,
-    )
+    from .backbones.factory import build_backbone, default_layers, finer_layer, list_layers
+    from .modules.feature_info import FeatureInfo
 
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
     net = build_backbone(model, channels=channels, image_size=size)
-    found = list_layers(net, channels, size)
+    info = FeatureInfo(net, channels, size)
+    found = list_layers(info)
     pixel = instance = None
     try:
-        pixel, instance = default_layers(net, channels, size)
-        finer = finer_layer(net, channels, size)
+        pixel, instance = default_layers(info)
+        finer = finer_layer(info)
         both = f" (from random weights also {finer})" if finer else ""
         defaults = f"{pixel}{both} for the pixel level, {instance} for the instance level"
     except ValueError as error:

@@ -17,6 +17,7 @@ from pixel_level_contrastive_learning.backbones.export import FORMATS
 from pixel_level_contrastive_learning.evaluation import evaluate, finetuning
 from pixel_level_contrastive_learning.evaluation.comparison import PROTOCOLS
 from pixel_level_contrastive_learning.files import CannotWriteError
+from pixel_level_contrastive_learning.modules.feature_info import FeatureInfo
 from pixel_level_contrastive_learning.trainer.config import PretrainConfig
 
 PACKAGE = "pixel_level_contrastive_learning"
@@ -370,7 +371,9 @@ def test_flags_of_evaluate_arrive(monkeypatch) -> None:
     assert [asked[1][name] for name in names] == ["first", -1, "0:0", "c.txt"]
 
 
-def test_layers_are_listed(capsys) -> None:
+def test_layers_are_listed_of_one_look_at_the_network(capsys, monkeypatch) -> None:
+    look, looks = FeatureInfo.look, []
+    monkeypatch.setattr(FeatureInfo, "look", lambda info: looks.append(info) or look(info))
     assert cli.main(["layers", "torchvision/resnet18", "--image-size", "64"]) == 0
     *table, last = capsys.readouterr().out.splitlines()
     [row] = [line for line in table if " layer3 " in line]
@@ -385,6 +388,7 @@ def test_layers_are_listed(capsys) -> None:
         "by default: layer3 (from random weights also layer2) for the pixel level, avgpool for the "
         "instance level"
     )
+    assert len(looks) == 1
 
 
 def test_layers_are_listed_as_json(capsys) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..checks import check_limits, installed_version, one_of, per_channel, raise_together
 from ..files import write_whole
+from ..modules.feature_info import FeatureInfo
 from ..modules.hooks import plain_name
 from ..run_layout import CARD, card_path
 from .custom import Model, custom_file, handed_name, handing_over
@@ -399,7 +400,7 @@ def from_library(
     channels = 3 if channels is None else channels
     size = image_size or default_image_size(model) or (224, 224)
     net = build_backbone(model, channels=channels, image_size=size, pretrained=pretrained)
-    pixel, instance = default_layers(net, channels, size)
+    pixel, instance = default_layers(FeatureInfo(net, channels, size))
     mean, std = default_statistics(model, channels)
     card = BackboneCard(
         model=model,

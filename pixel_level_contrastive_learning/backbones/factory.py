@@ -349,10 +349,10 @@ class LayerInfo(NamedTuple):
     grid: Size
 
 
-def list_layers(net: nn.Module, channels: int, image_size: Size) -> list[LayerInfo]:
+def list_layers(info: FeatureInfo) -> list[LayerInfo]:
     """The layers that a learner can read, as they run; of those with one output the shortest."""
     listed: dict[int, LayerInfo] = {}
-    for layer in FeatureInfo(net, channels, image_size).layers:
+    for layer in info.layers:
         layout = layer.layout
         if layout is None or not layer.carries_gradient:
             continue
@@ -366,14 +366,13 @@ def list_layers(net: nn.Module, channels: int, image_size: Size) -> list[LayerIn
     return list(listed.values())
 
 
-def default_layers(net: nn.Module, channels: int, image_size: Size) -> tuple[str, str]:
+def default_layers(info: FeatureInfo) -> tuple[str, str]:
     """The layers read by default: for the pixel and for the instance level."""
-    info = FeatureInfo(net, channels, image_size)
     [pixel] = info.default_pixels()
     return pixel, info.default_instance(pixel)
 
 
-def finer_layer(net: nn.Module, channels: int, image_size: Size) -> str | None:
+def finer_layer(info: FeatureInfo) -> str | None:
     """The second layer of the pixel level, read where a network starts from random weights."""
-    finer = islice(FeatureInfo(net, channels, image_size).levels(), 1, 2)
+    finer = islice(info.levels(), 1, 2)
     return next((layer.name for layer in finer if layer.stride >= FINER_STRIDE), None)

@@ -34,6 +34,7 @@ from ..data.statistics import Statistics, measure
 from ..evaluation.features import native_bfloat16
 from ..files import write_whole
 from ..modules.encoder import each_level
+from ..modules.feature_info import FeatureInfo
 from ..pixel_cl import PixelCL
 from .auto import Info, RunPlan
 from .config import PRETRAINED, PretrainConfig
@@ -164,7 +165,7 @@ def pixel_levels(
         return config.pixel_levels
     if config.pixel_layer != "auto" or config.alpha == 0 or has_given_weights(config):
         return 1
-    return 1 if finer_layer(net, channels, size) is None else 2
+    return 1 if finer_layer(FeatureInfo(net, channels, size)) is None else 2
 
 
 def has_given_weights(config: PretrainConfig) -> bool:

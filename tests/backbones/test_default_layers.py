@@ -71,7 +71,7 @@ def test_what_feeds_the_head_is_read(line) -> None:
     model, pixel, instance, *side = line.split()
     size = (int(side[0]) if side else 128,) * 2
     net = build_backbone(model, image_size=size)
-    assert default_layers(net, 3, size) == (pixel, instance)
+    assert default_layers(FeatureInfo(net, 3, size)) == (pixel, instance)
 
 
 TOKENS = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2} | {
@@ -125,7 +125,7 @@ def test_what_transformers_calls_the_last_hidden_state_is_read(family) -> None:
     pixel, instance, settings = TRANSFORMERS[family]
     net = AutoModel.from_config(AutoConfig.for_model(family, **settings))
     side = 112 if settings.get("image_size") == 112 else 128
-    assert default_layers(net, 3, (side, side)) == (pixel, instance)
+    assert default_layers(FeatureInfo(net, 3, (side, side))) == (pixel, instance)
 
 
 class TwoHeads(nn.Module):
@@ -148,9 +148,9 @@ class TwoHeads(nn.Module):
 
 def test_widening_scores_are_no_features_nor_is_what_pools_them() -> None:
     net = TwoHeads()
-    assert default_layers(net, 3, (64, 64)) == ("body", "body")
     info = FeatureInfo(net, 3, (64, 64))
+    assert default_layers(info) == ("body", "body")
     scores = {layer.name for layer in info.layers if layer.is_scores}
     assert scores == {"one", "two", "cells", "pool"}
     net.num_classes = 10  # of other layers
-    assert default_layers(net, 3, (64, 64))[1] == "pool"
+    assert default_layers(FeatureInfo(net, 3, (64, 64)))[1] == "pool"

@@ -17,6 +17,7 @@ from pixel_level_contrastive_learning.backbones.factory import (
     list_layers,
 )
 from pixel_level_contrastive_learning.backbones.stem import adapt_input_conv
+from pixel_level_contrastive_learning.modules.feature_info import FeatureInfo
 
 # Names.
 
@@ -263,7 +264,7 @@ def test_models_without_pretrained_weights_are_refused() -> None:
 def test_the_layers_of_a_resnet() -> None:
     net = build_backbone("torchvision/resnet18", channels=2)
     before = {name: value.clone() for name, value in net.state_dict().items()}
-    layers = {layer.name: layer for layer in list_layers(net, 2, (128, 192))}
+    layers = {layer.name: layer for layer in list_layers(FeatureInfo(net, 2, (128, 192)))}
     for name, stride, channels, grid in (
         ("conv1", 2, 64, (64, 96)),
         ("maxpool", 4, 64, (32, 48)),
@@ -282,21 +283,21 @@ def test_the_layers_of_a_resnet() -> None:
 
 def test_the_layers_of_a_transformer_and_its_refusal() -> None:
     net = build_backbone("timm/test_vit", image_size=(64, 96))
-    layers = {layer.name: layer for layer in list_layers(net, 3, (64, 96))}
+    layers = {layer.name: layer for layer in list_layers(FeatureInfo(net, 3, (64, 96)))}
     assert layers["norm"] == LayerInfo("norm", "LayerNorm", 16, 64, (4, 6))
     with pytest.raises(ValueError, match="cannot take images of shape"):
-        list_layers(net, 4, (64, 96))
+        list_layers(FeatureInfo(net, 4, (64, 96)))
 
 
 def test_of_layers_with_one_output_the_shortest_name_is_listed() -> None:
     inner = nn.Sequential(nn.Conv2d(3, 4, 3))
     net = nn.Sequential(inner, nn.Sequential(nn.Identity()))
-    assert [layer.name for layer in list_layers(net, 3, (32, 32))] == ["0"]
+    assert [layer.name for layer in list_layers(FeatureInfo(net, 3, (32, 32)))] == ["0"]
 
 
 def test_frozen_layers_are_not_listed() -> None:
     net = build_backbone("torchvision/resnet18")
     net.conv1.requires_grad_(False)
-    names = [layer.name for layer in list_layers(net, 3, (64, 64))]
+    names = [layer.name for layer in list_layers(FeatureInfo(net, 3, (64, 64)))]
     assert "conv1" not in names
     assert "layer1" in names

@@ -380,7 +380,7 @@ WINDOWS = {"embed_dim": 8, "depths": [1] * 4, "num_heads": [1, 1, 2, 2], "image_
 def test_networks_that_take_one_form_of_size_take_all_images(hub, family, settings, size) -> None:
     of_transformers(hub, family, **settings)
     net = build_backbone("hf://me/transformers", channels=2, image_size=size)
-    pixel, _ = default_layers(net, 2, size)
+    pixel, _ = default_layers(FeatureInfo(net, 2, size))
     stride = 16 if family == "dinov2" else 32
     grid = FeatureInfo(net, 2, size).hook(pixel, pixel=True).layout.grid
     assert grid == (size[0] // stride, size[1] // stride)
@@ -405,7 +405,7 @@ def test_of_a_network_with_a_text_part_the_vision_part_is_taken(hub, family) -> 
     assert {n for n, p in loaded.named_parameters() if n in own and not p.equal(own[n])} == {
         "embeddings.position_embedding.weight"
     }
-    assert default_layers(loaded, 3, (96, 96))[0]
+    assert default_layers(FeatureInfo(loaded, 3, (96, 96)))[0]
 
 
 def test_a_run_records_what_rebuilds_its_network(hub, tmp_path) -> None:

@@ -12,6 +12,7 @@ from pixel_level_contrastive_learning import load_backbone, pretrain
 from pixel_level_contrastive_learning.backbones.checkpoint import read_card
 from pixel_level_contrastive_learning.backbones.factory import finer_layer
 from pixel_level_contrastive_learning.cli import parse_config
+from pixel_level_contrastive_learning.modules.feature_info import FeatureInfo
 from pixel_level_contrastive_learning.trainer.build import build_learner
 from pixel_level_contrastive_learning.trainer.config import PretrainConfig
 from pixel_level_contrastive_learning.trainer.config_io import settings_of, to_config
@@ -161,4 +162,5 @@ def test_a_second_layer_is_not_taken_where_it_is_finer_than_8_pixels() -> None:
     net = nn.Sequential(*convs)
     learner = build_learner(PretrainConfig(), net, (64, 64), 3)
     assert learner.online_encoder.pixel_layer == "3"
-    assert finer_layer(nn.Sequential(*convs, nn.Conv2d(4, 4, 3, 2, 1)), 3, (64, 64)) == "3"
+    deeper = nn.Sequential(*convs, nn.Conv2d(4, 4, 3, 2, 1))
+    assert finer_layer(FeatureInfo(deeper, 3, (64, 64))) == "3"
