@@ -33,9 +33,10 @@ from .layer import (
     Layer,
     check_patches,
     default_maps,
-    inside_downsampling,
+    inside_blocks,
     is_pooler,
     narrows,
+    number_of_weights,
     width,
 )
 
@@ -125,7 +126,9 @@ class FeatureInfo:
                 handle.remove()
         used_ids = set(map(id, used))
         strides = {name: (own.input_stride, own.stride) for name, own in layers.items()}
-        inside = inside_downsampling(strides)
+        total = number_of_weights(self.net)
+        small = {name for name, own in layers.items() if 2 * number_of_weights(own.module) < total}
+        inside = inside_blocks(strides, small)
         narrowed = {id(own.output) for own in layers.values() if narrows(own.module)} - used_ids
         classes = getattr(self.net, "num_classes", None) or -1  # timm, torchvision
         scores = {id(own.output) for own in layers.values() if width(own.module) == classes}

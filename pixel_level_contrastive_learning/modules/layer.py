@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from .hooks import Layout
 
@@ -86,14 +87,23 @@ def default_maps(layers: Sequence[Layer]) -> list[Layer]:
     return [layer for layer in maps if layer.is_default] or maps
 
 
-def inside_downsampling(strides: Mapping[str, tuple[float, float]]) -> set[str]:
-    """The layers of a downsampling block before it gets coarser, by strides of input and output."""
+def inside_blocks(strides: Mapping[str, tuple[float, float]], small: Collection[str]) -> set[str]:
+    """The layers inside blocks that end at another stride, by strides of input and output.
+
+    Those of a downsampling block before it gets coarser; and coarser ones of a small block that
+    ends as fine as it began, such as a pyramid of pools. (A large one may be a whole U-Net.)
+    """
+
+    def is_passing(own: float, block: str) -> bool:
+        given, gives = strides.get(block, (0.0, 0.0))
+        if gives > SAME_STRIDE * given:
+            return gives < ONE_BLOCK * given and own < SAME_STRIDE * given
+        return block in small and 1 < given < own / SAME_STRIDE and gives > 0
+
     return {
         name
         for name, (_, own) in strides.items()
-        for block in [name[:end] for end, letter in enumerate(name) if letter == "."]
-        for given, gives in [strides.get(block, (0.0, 0.0))]
-        if SAME_STRIDE * given < gives < ONE_BLOCK * given and own < SAME_STRIDE * given
+        if any(is_passing(own, name[:end]) for end, letter in enumerate(name) if letter == ".")
     }
 
 
@@ -124,6 +134,11 @@ def is_pooler(layer: nn.Module) -> bool:
     """Whether a layer is a pooler as of BERT: dense, behind no feature, and in few checkpoints."""
     dense = any(isinstance(own, nn.Linear) for own in layer.modules())
     return dense and type(layer).__name__.endswith("Pooler")
+
+
+def number_of_weights(net: nn.Module) -> int:
+    """How many numbers the parameters of a network hold; of lazy ones none."""
+    return sum(own.numel() for own in net.parameters() if not is_lazy(own))
 
 
 def width(layer: nn.Module) -> object:

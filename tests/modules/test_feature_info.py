@@ -19,7 +19,7 @@ from pixel_level_contrastive_learning.modules.hooks import (
     as_map,
     first_weight,
 )
-from pixel_level_contrastive_learning.modules.layer import default_maps, inside_downsampling
+from pixel_level_contrastive_learning.modules.layer import default_maps, inside_blocks
 
 # The layers that are taken where none is named.
 
@@ -156,6 +156,16 @@ def head(*layers: nn.Module) -> nn.Sequential:
 )
 def test_neither_class_scores_nor_strides_above_32_are_taken_unasked(net, side, expected) -> None:
     assert FeatureInfo(net, 3, (side, side)).default_pixels() == [expected]
+
+
+@pytest.mark.parametrize(
+    ("build", "pixel", "cells"),
+    [(smp.PSPNet, "decoder", 16), (smp.PAN, "decoder.gau3", 8)],  # of pools of 6x6, 4x4 and less
+)
+def test_coarser_context_inside_a_block_is_not_taken_unasked(build, pixel, cells) -> None:
+    info = FeatureInfo(build("resnet18", encoder_weights=None), 3, (128, 128))
+    assert info.default_pixels() == [pixel]
+    assert info.get(pixel).layout.grid == (cells, cells)
 
 
 @pytest.mark.parametrize("aux", [False, True])  # an auxiliary head runs last and reads layer3
@@ -500,7 +510,7 @@ def test_parameters_that_the_graph_does_not_show_are_reached(forward, frozen) ->
     assert all(own.grad is None for own in net.parameters())
 
 
-# Blocks that make the map coarser.
+# Blocks that make the map coarser, for good or for a while.
 
 
 @pytest.mark.parametrize(
@@ -516,12 +526,17 @@ def test_parameters_that_the_graph_does_not_show_are_reached(forward, frozen) ->
         ({"a.conv": (4, 4), "a": (4, 4)}, set()),
         ({"up.conv": (8, 8), "up": (8, 4)}, set()),
         ({"a.conv": (4, 4), "a": (0, 8)}, set()),
+        # A small block that keeps the map: what is coarser in it is context, unless it is all.
+        ({"small.pool": (8, 21), "small": (8, 8)}, {"small.pool"}),
+        ({"small.pool": (8, 10), "small": (8, 8)}, set()),
+        ({"large.deep": (8, 16), "large": (8, 8)}, set()),
+        ({"small.deep": (2, 16), "small": (1, 1)}, set()),
         # Names that only begin alike.
         ({"a": (4, 8), "ab.conv": (4, 4), "ab": (4, 4)}, set()),
     ],
 )
-def test_a_layer_inside_a_downsampling_block_is_found(strides, expected) -> None:
-    assert inside_downsampling(strides) == expected
+def test_a_layer_inside_a_block_that_ends_at_another_stride_is_found(strides, expected) -> None:
+    assert inside_blocks(strides, {"small"}) == expected
 
 
 def test_the_inside_of_a_block_is_a_default_where_there_is_nothing_else() -> None:
