@@ -33,10 +33,13 @@ from .layer import (
     Layer,
     check_patches,
     default_maps,
+    graph,
     inside_blocks,
     is_pooler,
     narrows,
     number_of_weights,
+    warn_of_unread,
+    weights_in,
     width,
 )
 
@@ -139,7 +142,8 @@ class FeatureInfo:
             scores |= {id(gave)} if id(given) in scores else set()
         for name, layer in layers.items():
             layer.is_scores = id(layer.output) in scores
-            layer.is_default = name not in inside and id(layer.output) not in scores | narrowed
+            is_answer = id(layer.output) in scores | narrowed
+            layer.is_default = not (name in inside or is_answer or layer.is_gate)
             if isinstance(layer.output, Tensor):
                 layer.overwritten |= layer.output._version != layer.version
                 if not layer.overwritten:  # re-entrant checkpointing sets its gradient afterwards
@@ -248,6 +252,10 @@ class FeatureInfo:
             ValueError: There is none, or there are not so many strides.
         """
         found = list(islice(self.levels(), levels))
+        read = [layer for layer in self.layers if layer.is_map and not layer.is_shuffled]
+        unread = [layer for layer in self.layers if layer.is_unread]
+        if read and unread:
+            warn_of_unread(self.net_type, self.deepest(read), self.deepest(unread))
         if len(found) < levels:
             raise ValueError(
                 f"pixel_levels is {levels}, but {self.net_type} has maps of {len(found)} "
@@ -297,14 +305,14 @@ class FeatureInfo:
             if layer.root in counted:
                 continue  # what was counted depends on it
             steps = set(graph(layer.root))
-            weights = sum(node.variable.numel() for node in steps if hasattr(node, "variable"))
+            weights = weights_in(steps)
             if weights > most:
                 deepest, most = layer, weights
             counted |= steps
         return deepest
 
     def default_instance(self, pixel: str) -> str:
-        """The pooled vector, which follows the last map; the pixel layer where there is none."""
+        """The pooled vector, which follows the last map; else the `deepest` map, the coarsest."""
         maps = [i for i, layer in enumerate(self.layers) if layer.is_map and not layer.is_scores]
         last_map = max(maps, default=-1)
         # The answer is no feature, unless the network ends there; dropout zeroes a share of it.
@@ -319,7 +327,10 @@ class FeatureInfo:
         ]
         pools = [layer.name for layer in vectors if "Pool" in layer.type_name]
         names = pools[-1:] or [layer.name for layer in vectors[:1]]
-        return names[0] if names else pixel
+        if names or not pixel:  # no map is asked for
+            return names[0] if names else pixel
+        whole = default_maps([layer for layer in self.layers if layer.carries_gradient])
+        return next((layer.name for layer in self.pyramid(whole)), pixel)
 
     def alternative(self, name: str) -> Layer | None:
         """The first layer after the one of that name that serves as well and carries gradient."""
@@ -405,16 +416,3 @@ def unfreeze(net: nn.Module) -> nn.Module:
     for parameter in net.parameters():
         parameter.requires_grad_(can_learn(parameter))
     return net
-
-
-def graph(root: Any) -> Iterator[Any]:
-    """Every step of a gradient, from its last step down to the leaves; nothing for None."""
-    waiting: list[Any] = [root] if root is not None else []
-    seen = set(waiting)
-    while waiting:
-        node = waiting.pop()
-        yield node
-        for following, _ in node.next_functions:
-            if following is not None and following not in seen:
-                seen.add(following)
-                waiting.append(following)

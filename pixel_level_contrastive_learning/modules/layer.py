@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import warnings
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +34,7 @@ class Layer:
     root: Any  # the last step of the gradient of what a hook reads
     carries_gradient: bool
     overwritten: bool = False  # whether a later layer changes the output, be it in training alone
-    is_default: bool = True  # neither the inside of a downsampling block nor class scores
+    is_default: bool = True  # neither the inside of a block, nor class scores, nor a gate
     is_scores: bool = False  # what a classifier gives for each class or cell, or a BERT-like pooler
 
     @property
@@ -58,6 +59,17 @@ class Layer:
         one, two = self.output.detach().float()[:2, self.layout.prefix :]
         apart = (one - one.roll(1, dims=0)).abs().mean()
         return bool((one - two).abs().mean() > SHUFFLED * apart)
+
+    @property
+    def is_gate(self) -> bool:
+        """Whether it gives one number a cell, such as a gate or a score."""
+        return self.layout is not None and self.layout.channels == 1
+
+    @property
+    def is_unread(self) -> bool:
+        """Whether it gives tokens that are no map."""
+        is_tokens = isinstance(self.output, Tensor) and self.output.ndim == 3
+        return is_tokens and (self.layout is None or self.is_shuffled)
 
     @property
     def shape(self) -> str:
@@ -125,6 +137,19 @@ def check_patches(
     )
 
 
+def warn_of_unread(net_type: str, read: Layer, unread: Layer) -> None:
+    """Warn where most of a network leads to tokens alone that are no map."""
+    share = weights_in(graph(read.root)) / max(1, weights_in(graph(unread.root)))
+    if share < 0.5:
+        warnings.warn(
+            f"{net_type} gives {unread.shape} in {unread.name!r}, which cannot be read as a map; "
+            f"the maps before it have {share:.0%} of its weights, and no others would be trained. "
+            "Give tokens as (b, n, c), in order, n a grid of cells behind at most 16 others: hand "
+            "in a module around the network that does",
+            stacklevel=4,
+        )
+
+
 def narrows(layer: nn.Module) -> bool:
     """Whether a layer is a convolution to fewer channels: class scores, where no weights follow."""
     return isinstance(layer, nn.Conv2d) and layer.out_channels < layer.in_channels
@@ -144,3 +169,21 @@ def number_of_weights(net: nn.Module) -> int:
 def width(layer: nn.Module) -> object:
     """How many channels a convolution or a linear layer gives; None for others."""
     return getattr(layer, "out_features", getattr(layer, "out_channels", None))
+
+
+def graph(root: Any) -> Iterator[Any]:
+    """Every step of a gradient, from its last step down to the leaves; nothing for None."""
+    waiting: list[Any] = [root] if root is not None else []
+    seen = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        yield node
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                waiting.append(following)
+
+
+def weights_in(steps: Iterable[Any]) -> int:
+    """How many numbers the parameters among the steps of a gradient hold."""
+    return sum(node.variable.numel() for node in steps if hasattr(node, "variable"))

@@ -42,6 +42,7 @@ def vit() -> nn.Module:
         (SmallNet, 64, "deep", 4, "pool"),
         (vit, 64, "encoder", 4, "encoder"),
         (models.mobilenet_v2, 128, "features", 4, "features"),  # its dropout is no pooled vector
+        (models.mobilenet_v2, 64, "features.13", 4, "features"),  # which it pools by a function
     ],
 )
 def test_convention_the_default_is_the_deepest_map_of_four_by_four_and_the_pooled_vector(
@@ -141,6 +142,14 @@ def head(*layers: nn.Module) -> nn.Sequential:
     return chain(body=body, head=nn.Sequential(*layers))
 
 
+def gated(own: nn.Module, x: Tensor) -> Tensor:
+    """A map whose cells are weighed, four by one number."""
+    return x * own.gate(x).repeat_interleave(2, 2).repeat_interleave(2, 3)
+
+
+GATE = nn.Sequential(nn.Conv2d(8, 1, 2, 2), nn.BatchNorm2d(1))
+
+
 @pytest.mark.parametrize(
     ("net", "side", "expected"),
     [
@@ -150,6 +159,7 @@ def head(*layers: nn.Module) -> nn.Sequential:
         (head(nn.Conv2d(8, 8, 1)), 64, "head"),
         (head(nn.Conv2d(8, 5, 1), nn.Conv2d(5, 8, 1)), 64, "head"),
         (head(nn.Conv2d(8, 9, 1), nn.Conv2d(9, 4, 1)), 64, "head.0"),
+        (chain(body=nn.Conv2d(3, 8, 8, 8), gated=Calls(gated, gate=GATE)), 64, "body"),
         (chain(scores=nn.Conv2d(3, 2, 8, 8)), 64, "scores"),  # better than nothing
         (chain(fine=nn.Conv2d(3, 8, 32, 32), coarse=nn.Conv2d(8, 8, 2, 2)), 256, "fine"),
     ],
@@ -335,9 +345,10 @@ def test_layers_that_cannot_be_read_are_refused(net, layer, texts, pixel) -> Non
 class Masked(nn.Module):
     """Tokens of patches in the order of chance, as masked autoencoders give them."""
 
-    def __init__(self, shuffled: bool) -> None:
+    def __init__(self, shuffled: bool, width: int = 8) -> None:
         super().__init__()
-        self.patches, self.norm = nn.Conv2d(3, 8, 8, 8), nn.LayerNorm(8)
+        mlp = nn.Linear(8, width), nn.Linear(width, 8)
+        self.patches, self.norm = nn.Conv2d(3, 8, 8, 8), nn.Sequential(*mlp, nn.LayerNorm(8))
         self.shuffled = shuffled
 
     def forward(self, x: Tensor) -> Tensor:
@@ -352,6 +363,21 @@ def test_tokens_in_the_order_of_chance_are_refused_and_a_little_noise_is_not() -
     info = FeatureInfo(Masked(shuffled=True), 3, (64, 64))
     with pytest.raises(ValueError, match=r"'norm' gives other tokens each time.*masked autoenc"):
         info.hook("norm", pixel=True)
+
+
+def test_most_of_a_network_is_not_left_out_without_a_word() -> None:
+    def tokens(batch_first: bool) -> FeatureInfo:
+        layer = nn.TransformerEncoderLayer(16, 2, 64, batch_first=batch_first)
+        order = (lambda _, x: x.mT) if batch_first else (lambda _, x: x.permute(2, 0, 1))
+        stem = {"stem": nn.Conv2d(3, 16, 8, 8), "flat": nn.Flatten(2), "turn": Calls(order)}
+        return FeatureInfo(chain(**stem, encoder=nn.Sequential(layer, layer)), 3, (64, 64))
+
+    assert tokens(batch_first=True).default_pixels() == ["encoder"]
+    told = r"gives \(64, 2, 16\) in 'encoder', which .* have \d+% of its weights, .* as \(b, n, c\)"
+    with pytest.warns(UserWarning, match=told):
+        assert tokens(batch_first=False).default_pixels() != ["encoder"]
+    with pytest.warns(UserWarning, match="Masked gives .* in 'norm', which cannot be read"):
+        FeatureInfo(Masked(shuffled=True, width=999), 3, (64, 64)).default_pixels()
 
 
 def test_a_network_without_layers_is_refused_with_the_way_out() -> None:
