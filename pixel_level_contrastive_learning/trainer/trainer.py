@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from .. import run_layout
 from ..backbones.checkpoint import save_backbone
 from ..backbones.custom import handing_over
+from ..checks import duration
 from ..data.dataset import TwoViewBatch
 from ..data.loader import TwoViewLoader
 from . import build
 from .config import PretrainConfig
 from .config_io import settings_of, to_config
-from .logging import LOG, duration, logging_to, quiet_lightning
+from .logging import LOG, logging_to, quiet_lightning
 from .memory import TRIED_ON, choose_accumulate, estimate
 from .metrics import MetricsWriter, build_loggers
 from .resume import find_resume_point, prepare
