@@ -7,11 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from io import StringIO
 from math import exp, isnan, log, nan
+from operator import attrgetter
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple, Self
 
 from .. import run_layout
+from ..checks import counted
 from ..files import write_whole
 
 TABLE_WIDTH = 110
@@ -131,7 +133,8 @@ def masks_saved(ours: Row, other: Row, protocol: str) -> str | None:
 
     The point is that of the fewest masks where the other curve can be read. A number is told only
     where the other curve rises and the two lie apart at this point, both by more than the spread
-    over the seeds, and where those ahead there are not behind with the most masks.
+    over the seeds, and where those ahead there are not behind with the most masks. Nothing is said
+    to lie above a whole curve that does not lie above its best point by more than the spread.
     """
     mine, theirs = (sorted(row.curves.get(protocol, ())) for row in (ours, other))
     if len(mine) < 2 or not theirs:
@@ -143,9 +146,11 @@ def masks_saved(ours: Row, other: Row, protocol: str) -> str | None:
     pairs = (point, beside), (mine[-1], theirs[-1])
     (ahead, behind), last = pairs if needed >= point.masks else [own[::-1] for own in pairs]
     apart = clearly_above(ahead, behind) and last[0].miou >= last[1].miou
+    if needed > theirs[-1].masks:
+        apart = apart and clearly_above(point, max(theirs, key=attrgetter("miou")))
     if not (apart and clearly_above(theirs[-1], theirs[0])):
         return f"no clear saving beside {other.name}"
-    told = f"{point.masks} masks take {ours.name}"
+    told = f"{counted(point.masks, 'mask')} take{'s' * (point.masks == 1)} {ours.name}"
     if not needed:
         return f"{told} less far than {other.name}"
     most = theirs[-1].masks

@@ -146,6 +146,11 @@ def test_masks_saved_are_told_at_the_fewest_masks() -> None:
         == "10 masks take runs/streets less far than random weights"
     )
     assert masks_saved(ours, random, "linear") is None
+    single, few = (
+        replace(row, curves={"finetune": curve((1, y), (10, 2 * y))})
+        for row, y in ((ours, 0.5), (random, 0.2))
+    )
+    assert masks_saved(single, few, "finetune").startswith("1 mask takes runs/streets further than")
     crossing = replace(ours, curves={"finetune": curve((10, 0.1), (40, 0.6), (160, 0.7))})
     told = masks_saved(crossing, random, "finetune")
     assert told.startswith("40 masks take runs/streets further than 160 take random weights: more ")
@@ -165,6 +170,8 @@ def test_masks_saved_are_told_at_the_fewest_masks() -> None:
         ([(4, 0.2, 0.05), (20, 0.4, 0.01)], [(4, 0.24, 0.01), (20, 0.5, 0.01)]),
         ([(4, 0.2, 0.01), (20, 0.4, 0.01)], [(4, 0.24, 0.05), (20, 0.5, 0.01)]),
         ([(4, 0.24, 0.05), (20, 0.4, 0.01)], [(4, 0.23, 0.05), (20, 0.39, 0.05)]),
+        # Ahead of as many masks, but no higher for certain than the other curve comes.
+        ([(1, 0.407, 0.022), (3, 0.435, 0.003), (16, 0.432, 0)], [(1, 0.445, 0.018), (16, 0.5, 0)]),
         # Ahead with few masks, behind with all, and the other way round.
         ([(4, 0.2, 0.01), (20, 0.4, 0.01)], [(4, 0.3, 0.01), (20, 0.39, 0.01)]),
         ([(4, 0.2, 0.01), (9, 0.4, 0.01), (20, 0.5, 0.01)], [(4, 0.1, 0), (9, 0.3, 0), (20, 1, 0)]),
