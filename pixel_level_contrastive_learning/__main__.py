@@ -4,6 +4,7 @@ import atexit
 import os
 import signal
 import sys
+import warnings
 
 from .checks import not_installed
 
@@ -14,8 +15,14 @@ def leave(number: int, _: object) -> None:
     os._exit(128 + number)
 
 
+def without_code(message: Warning | str, *_: object, **__: object) -> str:
+    """A warning for people who did not write the code that it comes from."""
+    return f"warning: {message}\n"
+
+
 def main() -> int:
     """Run a command; its exit code."""
+    warnings.formatwarning = without_code
     # A run installs its own handlers; before and after it there is nothing to save, and libraries
     # that are being imported answer KeyboardInterrupt in ways of their own.
     signal.signal(signal.SIGTERM, leave)

@@ -232,6 +232,15 @@ def test_without_the_extras_the_error_says_how_to_install_them(code) -> None:
     )
 
 
+def test_warnings_of_a_command_show_no_code() -> None:
+    code = (
+        f"import sys, warnings; from {PACKAGE}.__main__ import main; sys.argv[1:] = ['--version']; "
+        "main(); warnings.warn('as it is told')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stderr == "warning: as it is told\n"
+
+
 def exit_code(arguments: tuple[str, ...]) -> object:
     """The code a command ends with, whoever ends it."""
     try:

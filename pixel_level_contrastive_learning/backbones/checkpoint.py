@@ -30,6 +30,8 @@ from .factory import (
 from .fingerprint import differs, fingerprint_of
 from .hub import hub_config, is_card, on_hub, place_of
 from .state_dict import (
+    GIVE_RUN,
+    ONNX,
     KeyReport,
     check_code,
     find_weights,
@@ -157,9 +159,13 @@ def read_card(weights: Path, from_hub: bool = False) -> BackboneCard:
     """The card beside a file of weights; for a checkpoint, that of its run."""
     path = card_path(weights)
     if not path.is_file():
+        hint = (
+            "put the card there, or load it into a network of your own: load_weights(net, path)"
+            if weights.suffix != ONNX and not (weights.parent / CARD).is_file()
+            else GIVE_RUN
+        )
         raise ValueError(
-            f"{weights} has no card {path.name} beside it, which says what network it is of; put "
-            "the card there, or load it into a network of your own: load_weights(net, path)"
+            f"{weights} has no card {path.name} beside it, which says what network it is of; {hint}"
         )
     try:
         card = BackboneCard.from_json(path.read_text(encoding="utf-8"))

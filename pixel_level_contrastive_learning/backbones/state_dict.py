@@ -34,6 +34,8 @@ OF_TRANSFORMERS = ("position_embeddings", "position_embedding.weight")
 """How the names of position embeddings end in networks of transformers."""
 CLASSIFIERS = ("fc.", "head.", "heads.", "classifier.")
 """How the names of a classifier's weights begin: they say nothing of the features."""
+ONNX = ".onnx"
+GIVE_RUN = "give the folder of the run that it is of"
 log = logging.getLogger(__name__)
 
 
@@ -150,6 +152,8 @@ def find_weights(source: str | Path, more: str = "") -> Path:
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
     """Every tensor of a file on the CPU, by name; names of nested dicts are joined by dots."""
+    if path.suffix == ONNX:
+        raise ValueError(f"{path} holds a computation, not weights by name; {GIVE_RUN}")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -226,8 +230,9 @@ def is_classifier(name: str) -> bool:
 
 
 def tell(report: KeyReport, source: str, model: str) -> None:
-    """Log that all weights of a model were found, or warn which were not."""
-    if report.complete:
+    """Log that all weights of a model were found, classifiers apart, or warn which were not."""
+    others = [*report.mismatched, *report.unexpected]
+    if not others and all(map(is_classifier, report.missing)):
         log.info("%s: %s", source, report)
     else:
         warnings.warn(f"{source} does not fill all of {model}: {report}", stacklevel=3)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from small_cards import TWO_CHANNELS as CARD
 from torch import Tensor, nn
 
@@ -115,6 +115,16 @@ def test_a_missing_card_says_what_to_do(tmp_path) -> None:
     )
 
 
+def test_files_that_an_export_wrote_into_a_run_name_the_run(net, tmp_path) -> None:
+    save_backbone(tmp_path / "backbone.safetensors", net, CARD)
+    for name in ("backbone-smp.pth", "backbone-onnx.onnx"):
+        with pytest.raises(ValueError, match=r"what network it is of; give the folder of the run"):
+            read_card(tmp_path / name)
+    (tmp_path / "alone.onnx").touch()
+    with pytest.raises(ValueError, match=r"alone.onnx holds a computation, .* folder of the run"):
+        load_weights(net, tmp_path / "alone.onnx")
+
+
 def test_weights_in_any_folder_have_their_own_card(tmp_path) -> None:
     """Only a run's checkpoints have that of the run, which lies above them."""
     own = tmp_path / "checkpoints" / "improved.pt"
@@ -162,6 +172,16 @@ def test_a_backbone_that_is_not_filled_wholly_warns(net, tmp_path) -> None:
         loaded = read_backbone(tmp_path)
     assert loaded.report is not None
     assert loaded.report.mismatched == ["fc.weight", "fc.bias"]
+
+
+def test_a_classifier_that_is_not_there_is_no_warning(net, tmp_path, caplog) -> None:
+    save_backbone(tmp_path / "backbone.safetensors", net, CARD)
+    without = {name: own for name, own in net.state_dict().items() if not name.startswith("fc.")}
+    assert len(without) < len(net.state_dict())
+    save_file(without, tmp_path / "backbone.safetensors")
+    with caplog.at_level("INFO"):
+        load_backbone(tmp_path)
+    assert f"matched {len(without)} of" in caplog.text
 
 
 def test_what_was_wrapped_around_is_not_written(net, tmp_path) -> None:
