@@ -159,7 +159,7 @@ GATE = nn.Sequential(nn.Conv2d(8, 1, 2, 2), nn.BatchNorm2d(1))
         (head(nn.Conv2d(8, 8, 1)), 64, "head"),
         (head(nn.Conv2d(8, 5, 1), nn.Conv2d(5, 8, 1)), 64, "head"),
         (head(nn.Conv2d(8, 9, 1), nn.Conv2d(9, 4, 1)), 64, "head.0"),
-        (chain(body=nn.Conv2d(3, 8, 8, 8), gated=Calls(gated, gate=GATE)), 64, "body"),
+        (chain(body=nn.Conv2d(3, 8, 8, 8), gated=Calls(gated, gate=GATE)), 64, "gated"),
         (chain(scores=nn.Conv2d(3, 2, 8, 8)), 64, "scores"),  # better than nothing
         (chain(fine=nn.Conv2d(3, 8, 32, 32), coarse=nn.Conv2d(8, 8, 2, 2)), 256, "fine"),
     ],
