@@ -144,7 +144,8 @@ def head(*layers: nn.Module) -> nn.Sequential:
 
 def gated(own: nn.Module, x: Tensor) -> Tensor:
     """A map whose cells are weighed, four by one number."""
-    return x * own.gate(x).repeat_interleave(2, 2).repeat_interleave(2, 3)
+    found = own.body(x)
+    return found * own.gate(found).repeat_interleave(2, 2).repeat_interleave(2, 3)
 
 
 GATE = nn.Sequential(nn.Conv2d(8, 1, 2, 2), nn.BatchNorm2d(1))
@@ -159,7 +160,7 @@ GATE = nn.Sequential(nn.Conv2d(8, 1, 2, 2), nn.BatchNorm2d(1))
         (head(nn.Conv2d(8, 8, 1)), 64, "head"),
         (head(nn.Conv2d(8, 5, 1), nn.Conv2d(5, 8, 1)), 64, "head"),
         (head(nn.Conv2d(8, 9, 1), nn.Conv2d(9, 4, 1)), 64, "head.0"),
-        (chain(body=nn.Conv2d(3, 8, 8, 8), gated=Calls(gated, gate=GATE)), 64, "gated"),
+        (Calls(gated, body=nn.Conv2d(3, 8, 8, 8), gate=GATE), 64, "body"),
         (chain(scores=nn.Conv2d(3, 2, 8, 8)), 64, "scores"),  # better than nothing
         (chain(fine=nn.Conv2d(3, 8, 32, 32), coarse=nn.Conv2d(8, 8, 2, 2)), 256, "fine"),
     ],
