@@ -159,11 +159,8 @@ def read_card(weights: Path, from_hub: bool = False) -> BackboneCard:
     """The card beside a file of weights; for a checkpoint, that of its run."""
     path = card_path(weights)
     if not path.is_file():
-        hint = (
-            "put the card there, or load it into a network of your own: load_weights(net, path)"
-            if weights.suffix != ONNX and not (weights.parent / CARD).is_file()
-            else GIVE_RUN
-        )
+        own = "put the card there, or load it into a network of your own: load_weights(net, path)"
+        hint = GIVE_RUN if weights.suffix == ONNX or (weights.parent / CARD).is_file() else own
         raise ValueError(
             f"{weights} has no card {path.name} beside it, which says what network it is of; {hint}"
         )
