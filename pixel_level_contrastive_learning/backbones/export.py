@@ -29,7 +29,7 @@ from .factory import (
 from .hub import is_card, on_hub
 from .onnx import onnx_program
 from .snippets import DEPTHS, how_to, running
-from .state_dict import KeyReport, find_weights, load_matching, read_state_dict
+from .state_dict import ONNX, KeyReport, find_weights, load_matching, read_state_dict
 
 FORMATS = {
     "torchvision": ".pth",
@@ -39,7 +39,7 @@ FORMATS = {
     "smp": ".pth",
     "mmseg": ".pth",
     "detectron2": ".pkl",
-    "onnx": ".onnx",
+    "onnx": ONNX,
     "transformers": "",
 }
 """What `export` writes, and the suffixes of the files; that of transformers is a folder."""
@@ -83,7 +83,7 @@ class Exported(NamedTuple):
 
 def export(
     run: str | Path,
-    format: str | None = None,  # noqa: A002
+    format: str | None = None,  # noqa: A002  # it names the flag
     out: str | Path | None = None,
     *,
     model: Model | None = None,
@@ -166,11 +166,7 @@ def export(
     return Exported(path, kind, report, how, step)
 
 
-def named_in(
-    card: BackboneCard,
-    net: nn.Module,
-    format: str | None,  # noqa: A002
-) -> tuple[str, BackboneCard]:
+def named_in(card: BackboneCard, net: nn.Module, kind: str | None) -> tuple[str, BackboneCard]:
     """The format, by default the first, and a card for it; a ValueError where it has no model."""
     model, config = card.model, card.config
     while config is not None and is_card(config):  # of a repository of ours
@@ -195,7 +191,7 @@ def named_in(
     if is_resnet and architecture in DEPTHS:
         names["mmseg"] = names["detectron2"] = f"torchvision/{architecture}"
     known = [name for name in FORMATS if name in names]
-    chosen = format or known[0]
+    chosen = kind or known[0]
     if chosen not in names:
         raise ValueError(
             f"format is {chosen!r}, which has no {card.model}; for this model: {', '.join(known)}"

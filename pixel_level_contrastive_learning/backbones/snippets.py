@@ -29,24 +29,24 @@ DEPTHS = {f"resnet{depth}": depth for depth in (18, 34, 50, 101, 152)}
 """The ResNets that all of these libraries build alike."""
 
 
-def how_to(format: str, net: nn.Module, card: BackboneCard, path: Path) -> str:  # noqa: A002
+def how_to(kind: str, net: nn.Module, card: BackboneCard, path: Path) -> str:
     """What loads an exported file and feeds its network, where this package is not installed."""
-    if format in ("mmseg", "detectron2"):  # these scale and normalise as they are configured
-        return configuration(format, card, str(path))
-    return f"import torch\n{loading(format, net, card, path)}\n{feeding(card)}"
+    if kind in ("mmseg", "detectron2"):  # these scale and normalise as they are configured
+        return configuration(kind, card, str(path))
+    return f"import torch\n{loading(kind, net, card, path)}\n{feeding(card)}"
 
 
-def loading(format: str, net: nn.Module, card: BackboneCard, path: Path) -> str:  # noqa: A002
+def loading(kind: str, net: nn.Module, card: BackboneCard, path: Path) -> str:
     """The lines that load an exported file, once torch is imported."""
     file, (_, name) = str(path), parse_model_name(card.model)
-    if format == "smp" and card.model.startswith("torchvision/"):
+    if kind == "smp" and card.model.startswith("torchvision/"):
         return dedent(f"""\
             import segmentation_models_pytorch as smp
 
             net = smp.Unet({name!r}, encoder_weights=None, in_channels={card.channels})
             net.encoder.load_state_dict(torch.load({file!r}, weights_only=True))
             """)
-    if format == "smp":
+    if kind == "smp":
         return dedent(f"""\
             import segmentation_models_pytorch as smp
 
@@ -55,10 +55,10 @@ def loading(format: str, net: nn.Module, card: BackboneCard, path: Path) -> str:
                 pretrained_cfg_overlay={timm_overlay(net, card, file)},
             )
             """)
-    if format == "transformers":
+    if kind == "transformers":
         return f"from transformers import AutoModel\n\nnet = AutoModel.from_pretrained({file!r})\n"
     lines = building(net, card)
-    if format == "timm":  # not by checkpoint_path, which takes no other classifier
+    if kind == "timm":  # not by checkpoint_path, which takes no other classifier
         lines[-1] = f"{lines[-1].removesuffix(')')}, pretrained=True,"
         lines += [
             f"    pretrained_cfg_overlay={timm_overlay(net, card, file)},",
@@ -180,7 +180,7 @@ def feeding(
         """)
 
 
-def configuration(format: str, card: BackboneCard, file: str) -> str:  # noqa: A002
+def configuration(kind: str, card: BackboneCard, file: str) -> str:
     """The part of a configuration that loads a ResNet from a file; statistics of raw values."""
     low = card.low or (0.0,) * card.channels
     high = card.high or (255.0,) * card.channels
@@ -190,7 +190,7 @@ def configuration(format: str, card: BackboneCard, file: str) -> str:  # noqa: A
     _, name = parse_model_name(card.model)
     depth, rgb = DEPTHS[name], card.channels == 3
     note = "" if card.channels in (1, 3) else OWN_READER.format(card.channels)
-    if format == "mmseg":
+    if kind == "mmseg":
         note = GRAY_FIRST if card.channels == 1 else note
         return note + dedent(f"""\
             backbone = dict(

@@ -311,7 +311,7 @@ def adapt_to_input(
         own = {n.removeprefix(start): value for n, value in given.items() if n.startswith(start)}
         part = net.get_submodule(start.removesuffix("."))
         try:
-            own = resized(part, own, [name.removeprefix(start) for name in names])
+            own = fit_positions(part, own, [name.removeprefix(start) for name in names])
         except Exception as error:  # libraries raise anything
             log.warning(
                 "%s cannot be resized (do class or register tokens differ?): %s", names[0], error
@@ -330,7 +330,7 @@ def knows_size(part: nn.Module) -> bool:
     return is_timm or is_sized or isinstance(part, VisionTransformer)
 
 
-def resized(net: nn.Module, given: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:
+def fit_positions(net: nn.Module, given: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:
     """The weights, position embeddings of these names resized, of a network that `knows_size`."""
     if hasattr(net, "config"):
         tables = [name for name in names if name.endswith(OF_TRANSFORMERS)]

@@ -304,10 +304,10 @@ def number_classes(folder: Path, masks: Sequence[set[int]]) -> tuple[str, ...]:
     """Names for the classes of masks, refusing ids like grays of colours or numbers of objects."""
     ids = set().union(*masks) - {IGNORED}
     largest = max(ids)
-    without_gap = [len(mask | {0}) - 1 for mask in masks if max(mask) == len(mask | {0}) - 1]
-    if largest >= OBJECTS_FROM and len(without_gap) == len(masks) and len(set(without_gap)) > 2:
+    ends = set(map(max, masks))
+    if largest >= OBJECTS_FROM and len(ends) > 2 and all(len(m | {0}) == max(m) + 1 for m in masks):
         raise ValueError(
-            f"the masks in {folder / MASKS} hold ids without a gap, up to {min(without_gap)} in "
+            f"the masks in {folder / MASKS} hold ids without a gap, up to {min(ends)} in "
             f"one and to {largest} in another, like numbers of objects; write 1 for all, or "
             f"name all {largest + 1} classes in {folder / 'classes.txt'}"
         )

@@ -175,7 +175,7 @@ def reading_of(
     Raises:
         ValueError: The runs among the weights have different ones.
     """
-    settings = {str(own): settings_of(own) for own in weights}
+    settings = {str(own): run_settings(own) for own in weights}
     reading: dict[str, Any] = {"pages": pages, "nodata": nodata}
     for key in [key for key, value in reading.items() if value is None]:
         by_value = {own[key]: name for name, own in settings.items() if own.get(key) is not None}
@@ -189,7 +189,7 @@ def reading_of(
     return reading
 
 
-def settings_of(weights: str | Path) -> dict[str, Any]:
+def run_settings(weights: str | Path) -> dict[str, Any]:
     """The settings of the run that weights are of; none where they are of none."""
     path = Path(weights).expanduser()
     folder = path if path.is_dir() else run_folder(path)

@@ -139,6 +139,7 @@ def masks_saved(ours: Row, other: Row, protocol: str) -> str | None:
     mine, theirs = (sorted(row.curves.get(protocol, ())) for row in (ours, other))
     if len(mine) < 2 or not theirs:
         return None
+    most, best = theirs[-1].masks, max(theirs, key=attrgetter("miou"))
     needs = [(point, masks_needed(theirs, point.miou)) for point in mine]
     read = [own for own in needs if 0 < own[1] < float("inf")] or [own for own in needs if own[1]]
     point, needed = (read or needs)[0]
@@ -146,14 +147,12 @@ def masks_saved(ours: Row, other: Row, protocol: str) -> str | None:
     pairs = (point, beside), (mine[-1], theirs[-1])
     (ahead, behind), last = pairs if needed >= point.masks else [own[::-1] for own in pairs]
     apart = clearly_above(ahead, behind) and last[0].miou >= last[1].miou
-    if needed > theirs[-1].masks:
-        apart = apart and clearly_above(point, max(theirs, key=attrgetter("miou")))
-    if not (apart and clearly_above(theirs[-1], theirs[0])):
+    passed = needed <= most or clearly_above(point, best)
+    if not (apart and passed and clearly_above(theirs[-1], theirs[0])):
         return f"no clear saving beside {other.name}"
     told = f"{counted(point.masks, 'mask')} take{'s' * (point.masks == 1)} {ours.name}"
     if not needed:
         return f"{told} less far than {other.name}"
-    most = theirs[-1].masks
     ratio = min(needed, most) / point.masks
     if needed > most:
         told += f" further than {most} take {other.name}"

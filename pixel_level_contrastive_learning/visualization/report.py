@@ -29,7 +29,7 @@ from ..checks import Pages, raise_together, whole
 from ..data.image import to_rgb
 from ..data.shards import is_shards
 from ..data.sources import open_source
-from ..evaluation.baselines import reading_of, settings_of
+from ..evaluation.baselines import reading_of, run_settings
 from ..evaluation.correspondence import draw_pairs
 from ..evaluation.features import Preparation, chosen_device
 from ..evaluation.results import Evaluation, shown
@@ -161,7 +161,7 @@ def visualize(
     if path.is_dir():
         raise ValueError(f"out is {str(out)!r}, a folder; name a file, such as report.html")
     folder = Path(run).expanduser()
-    settings = settings_of(run)
+    settings = run_settings(run)
     check_writable("the folder of out", path.parent)
     with torch.random.fork_rng(devices=[]), handing_over(model):
         loaded = read_backbone(run)  # which draws the weights of the network first
