@@ -1,4 +1,4 @@
-"""Pretrain a network of your own, on images with five channels."""
+"""Pretrain your own network on images with five channels."""
 
 from itertools import pairwise
 
@@ -35,7 +35,7 @@ learner = PixelCL(
     hidden_layer_instance="stages.2",  # a map is averaged for the instance loss
     projection_size=64,
     projection_hidden_size=128,
-    prob_rand_vflip=0.5,  # images from above have no up or down
+    prob_rand_vflip=0.5,  # images taken from above have no right way up
     max_rotation=180,
     mean=[0.2] * 5,  # measure these on your images, scaled to [0, 1]
     std=[0.2] * 5,

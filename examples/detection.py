@@ -1,4 +1,4 @@
-"""Detection: Faster R-CNN with FPN around pretrained ResNets, on drawn scenes with boxes.
+"""Detection: Faster R-CNN with FPN on pretrained ResNets, on synthetic scenes with boxes.
 
 pixelcl demo --out demo && pixelcl export demo/run --format torchvision
 python examples/detection.py random:torchvision/resnet18 demo/run/backbone-torchvision.pth
@@ -18,8 +18,8 @@ from torchvision.ops import box_iou, masks_to_boxes
 from pixel_level_contrastive_learning.backbones.checkpoint import read_backbone
 from pixel_level_contrastive_learning.demo.scenes import CLASSES, draw_scene
 
-SMALLEST = 30  # pixels of a shape; what is left of one behind others may be less
-Boxes = dict[str, Tensor]  # boxes (n, 4) as edges, labels (n,), and scores (n,) of what is found
+SMALLEST = 30  # pixels of a shape; a partly hidden one may show fewer
+Boxes = dict[str, Tensor]  # boxes (n, 4) as edges, labels (n,), and scores (n,) of detections
 
 
 def boxes_in(mask: Tensor) -> Boxes:
@@ -30,7 +30,7 @@ def boxes_in(mask: Tensor) -> Boxes:
         for part in range(1, count + 1):
             shape = torch.from_numpy(parts == part)
             if shape.sum() >= SMALLEST:
-                edges = torch.tensor([0, 0, 1, 1])  # the last pixel ends one further
+                edges = torch.tensor([0, 0, 1, 1])  # the last pixel ends one pixel further
                 boxes.append(masks_to_boxes(shape[None]) + edges)
                 labels.append(label)
     return {"boxes": torch.cat(boxes), "labels": torch.tensor(labels, dtype=torch.int64)}
@@ -82,7 +82,7 @@ def average_precision(
 
 
 def main() -> None:
-    """Train a detector from each of the weights, and print its AP50 on scenes it has not seen."""
+    """Train a detector from each set of weights, and print its AP50 on unseen scenes."""
     flags = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     flags.add_argument(
         "weights", nargs="+", help="exported ResNets of torchvision, or random:MODEL"

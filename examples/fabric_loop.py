@@ -1,4 +1,4 @@
-"""PixelCL in a plain loop on Lightning Fabric, which sees to devices, precision and processes."""
+"""PixelCL in a plain loop on Lightning Fabric, which handles devices, precision and processes."""
 
 import torch
 from lightning.fabric import Fabric
@@ -12,7 +12,7 @@ fabric.seed_everything(0, verbose=False)
 resnet = models.resnet18(weights=None)
 learner = PixelCL(resnet, image_size=64, projection_size=64, projection_hidden_size=128)
 opt = torch.optim.AdamW(learner.parameters(), lr=1e-3)
-wrapped, opt = fabric.setup(learner, opt)  # the learner itself stays at hand
+wrapped, opt = fabric.setup(learner, opt)  # keep the unwrapped learner
 
 for step in range(1, 6):
     images = torch.rand(4, 3, 96, 96, device=fabric.device)  # use your data loader: in [0, 1]

@@ -1,4 +1,4 @@
-"""PixelCL inside a LightningModule: the trainer of Lightning runs the loop."""
+"""PixelCL inside a LightningModule: Lightning's Trainer runs the loop."""
 
 from typing import Any
 
@@ -12,13 +12,13 @@ from pixel_level_contrastive_learning import PixelCL
 
 
 class Pretraining(LightningModule):
-    """Pretrains a backbone; ``self.learner.net`` is that very backbone."""
+    """Pretrains a backbone; ``self.learner.net`` is that same backbone."""
 
     def __init__(self, net: torch.nn.Module, image_size: int, lr: float = 1e-3) -> None:
         super().__init__()
         self.lr = lr
         self.learner = PixelCL(net, image_size, projection_size=64, projection_hidden_size=128)
-        # Several devices: DDP waits for every weight, and no loss reaches a classifier's.
+        # Several devices: DDP waits for every gradient, and a classifier gets none.
         for name in self.learner.unreached_parameters():
             self.learner.get_parameter(name).requires_grad_(False)
 

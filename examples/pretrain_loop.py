@@ -15,7 +15,7 @@ from pixel_level_contrastive_learning import PixelCL
 
 
 class Folder(list[Path]):
-    """The images in a folder, as random squares ``(3, side, side)``, float in [0, 1]."""
+    """The images in a folder, as random square crops ``(3, side, side)``, float in [0, 1]."""
 
     def __init__(self, folder: Path, side: int) -> None:
         endings = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
@@ -26,7 +26,7 @@ class Folder(list[Path]):
         return self.square(Image.open(super().__getitem__(index)).convert("RGB")) / 255
 
 
-if __name__ == "__main__":  # where the workers of a loader are spawned, they import this file
+if __name__ == "__main__":  # spawned loader workers import this file
     flags = argparse.ArgumentParser(description=__doc__)
     flags.add_argument("images", type=Path, help="folder of images, searched to any depth")
     for flag, default in {"--out": "net.pt", "--size": 128, "--batch": 24, "--steps": 300}.items():
@@ -55,7 +55,7 @@ if __name__ == "__main__":  # where the workers of a loader are spawned, they im
         learner.update_moving_average(1 - 0.005 * (1 + cos(pi * step / args.steps)))
         print(f"step {step}  loss {terms.loss:.3f}  pixel_cosine {terms.pixel_cosine:.3f}")
     torch.save(resnet.cpu().state_dict(), args.out)  # plain torchvision weights
-    if find_spec("safetensors"):  # of `pip install ".[train]"`: a card, for pixelcl to read them
+    if find_spec("safetensors"):  # with `pip install ".[train]"`: a card, for pixelcl
         from pixel_level_contrastive_learning.backbones.checkpoint import card_of, save_card
 
         save_card(args.out, card_of(learner, "torchvision/resnet18"))

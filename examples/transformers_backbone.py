@@ -1,4 +1,4 @@
-"""Pretrain a network of transformers and give it back to transformers."""
+"""Pretrain a network from transformers and save it for transformers."""
 
 import torch
 from transformers import AutoModel, Dinov2Config
@@ -6,12 +6,12 @@ from transformers import AutoModel, Dinov2Config
 from pixel_level_contrastive_learning import PixelCL
 
 torch.manual_seed(0)
-# A small one with random weights. Yours: AutoModel.from_pretrained("facebook/dinov2-small").
+# A small one with random weights; for yours: AutoModel.from_pretrained("facebook/dinov2-small").
 config = Dinov2Config(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=112)
 net = AutoModel.from_config(config)
 learner = PixelCL(
     net,
-    image_size=112,  # a multiple of the patch, 14
+    image_size=112,  # a multiple of the patch size, 14
     projection_size=64,
     projection_hidden_size=128,
 )

@@ -1,4 +1,4 @@
-"""Pretrain a backbone at pixel level on images without labels (arXiv:2011.10043)."""
+"""Pretrain a backbone at pixel level on unlabelled images (arXiv:2011.10043)."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""The words of a command line: their order, the settings of a run in them, and its help.
+"""Command-line arguments: their order, the settings of a run in them, and the help.
 
 Imports no torch.
 """
@@ -40,13 +40,13 @@ FIRST = (
     *("data", "out", "resume", "overwrite", "dry_run", "model", "weights", "image_size", "loss"),
     *("epochs", "steps", "batch_size", "lr", "workers", "devices", "probe"),
 )
-"""The settings that `--help` names; `--help-all` names all."""
+"""The settings that `--help` lists; `--help-all` lists all."""
 MORE = {
-    "help_all": "List all flags, not only those that matter first.",
-    "allow_commands": "Run shards that are commands (pipe:...), which a shell gets.",
-    "json": "Print the metrics, or with --dry-run the figures, as JSON.",
+    "help_all": "List all flags, not only those that matter most.",
+    "allow_commands": "Run shards that are commands (pipe:...) in a shell.",
+    "json": "Print the metrics as JSON; with --dry-run, its figures.",
 }
-"""Flags that are no settings."""
+"""Flags that are not settings."""
 NUMBERS = {int: "a whole number", float: "a number"}
 HELP = ("-h", "--help", "--help-all")
 

@@ -1,7 +1,7 @@
 """Photometric augmentation by per-sample factors, normalisation, and two views of a batch.
 
-Factors are drawn on the CPU, so that what no sample needs is skipped without asking the device;
-kornia's functional operations apply them there.
+Factors are drawn on the CPU, so that operations no sample needs are skipped without asking the
+device; kornia's functional operations apply them on the device.
 """
 
 from __future__ import annotations
@@ -45,16 +45,16 @@ class Factors(NamedTuple):
 
 @dataclass(frozen=True)
 class Photometry:
-    """How strongly and how often colour is changed.
+    """How strongly and how often colours are changed.
 
     Attributes:
         jitter: Strength of brightness, contrast, saturation (factors ``1 - s .. 1 + s``) and hue
-            (turns of ``-s .. s``).
-        prob_jitter: Share of samples that are jittered.
-        prob_gray: Share of samples that lose their colour.
-        prob_blur: Share of samples that are blurred.
+            (shifts of ``-s .. s`` turns).
+        prob_jitter: Probability of jitter.
+        prob_gray: Probability of conversion to grayscale.
+        prob_blur: Probability of blur.
         sigma: Smallest and largest standard deviation of the blur, in pixels.
-        prob_solarise: Share of samples whose bright half is inverted, of three channels only.
+        prob_solarise: Probability that the bright half is inverted, for three channels only.
 
     >>> Photometry(prob_solarise=1.0).draw(3).solarise
     tensor([True, True, True])
@@ -68,7 +68,7 @@ class Photometry:
     prob_solarise: float = 0.0
 
     def draw(self, count: int, channels: int = 3) -> Factors:
-        """Factors for ``count`` samples from the CPU's generator, `DICE` numbers a sample."""
+        """Factors for ``count`` samples from the CPU's generator, `DICE` numbers per sample."""
         return self.factors(torch.rand(DICE, count, dtype=torch.float32, device="cpu"), channels)
 
     def factors(self, drawn: Tensor, channels: int = 3) -> Factors:
@@ -196,8 +196,8 @@ class Normalise(nn.Module):
     """Values from [0, 1] to about zero mean and unit variance, channel by channel.
 
     Args:
-        mean: One value a channel.
-        std: One value a channel, above 0.
+        mean: One value per channel.
+        std: One value per channel, above 0.
     """
 
     mean: Tensor
@@ -213,7 +213,7 @@ class Normalise(nn.Module):
 
 
 class Augmentation(nn.Module):
-    """A photometric change of a view and, unless that normalises by itself, normalisation."""
+    """A photometric change of a view and, unless the change normalises too, normalisation."""
 
     def __init__(self, change: Change, normalise: Normalise | None) -> None:
         super().__init__()
@@ -224,7 +224,7 @@ class Augmentation(nn.Module):
         """Change views ``(b, c, h, w)``, float in [0, 1].
 
         Raises:
-            ValueError: The change altered their shape, or gave something else than a tensor.
+            ValueError: The change altered their shape, or did not return a tensor.
         """
         changed = self.change(pixels)
         if not isinstance(changed, Tensor) or changed.shape != pixels.shape:
@@ -242,7 +242,7 @@ class Augmentation(nn.Module):
 
 
 class BothAugmentations(nn.Module):
-    """The augmentations of both views, at once where both are `Colour` with the same kernels."""
+    """The augmentations of both views, as one batch if both are `Colour` with the same kernels."""
 
     def __init__(self, one: Augmentation, two: Augmentation) -> None:
         super().__init__()

@@ -33,7 +33,7 @@ def print_json(content: object) -> None:
 
 
 def pretrain(config: PretrainConfig, *, json: bool = False) -> None:
-    """Pretrain a backbone on images without labels."""
+    """Pretrain a backbone on unlabelled images."""
     from .trainer.trainer import run
 
     result = run(config)
@@ -74,32 +74,32 @@ def evaluate(
     colours: str | None = None,
     json: bool = False,
 ) -> None:
-    """Evaluate weights beside random ones, with labels (--data) or without (--images).
+    """Compare weights with random ones, with labels (--data) or without (--images).
 
     Args:
-        weights: One or several: a run, an exported file, torchvision/NAME, timm/NAME,
+        weights: One or more of: a run, an exported file, torchvision/NAME, timm/NAME,
             hf://OWNER/NAME or random:MODEL.
         data: Folder with images/{train,val} and masks/{train,val}.
-        images: Folder of images without labels.
+        images: Folder of unlabelled images.
         protocol: How to evaluate with labels. linear, linear-all (a map of each stride), knn,
-            hummingbird and overclustering read frozen features, finetune trains the network. By
-            default linear, linear-all and knn; with --fractions finetune, too.
-        layers: Layers to read; by default the one that was trained.
-        fraction: Share of the masks to use.
-        fractions: Several shares, for a label curve: mIoU over the number of masks.
-        seeds: How many seeds to repeat with; by default 3 for finetune and with --fractions,
+            hummingbird and overclustering read frozen features; finetune trains the network. By
+            default linear, linear-all and knn; with --fractions also finetune.
+        layers: Layers to read; by default the trained one.
+        fraction: Fraction of the masks to use.
+        fractions: Several fractions, for a label curve: mIoU against the number of masks.
+        seeds: Number of seeds to repeat with; by default 3 for finetune and with --fractions,
             else 1.
         seed: The first seed.
-        size: Size of the images, their shorter side or height and width; without labels, size of
+        size: Size of the images: their shorter side, or height and width; without labels, size of
             the views.
         split: The images to evaluate on.
         steps: Steps of fine-tuning.
         out: Folder for evaluation.json (without labels: correspondence.json) and pictures.
         device: Device to compute on, such as cpu or cuda:1; by default a GPU if there is one.
-        pages: What several pages or frames in a file are; by default as in the run.
-        nodata: Value of images where nothing was measured; by default as in the run.
-        ids: Ids of the values in the masks, such as "0:0,255:1"; by default values are ids.
-        colours: File that names the class of each colour in the masks, one a line: 128 0 0 road.
+        pages: How to read files with several pages or frames; by default as in the run.
+        nodata: Value that means "not measured" in the images; by default as in the run.
+        ids: Class id of each value in the masks, such as "0:0,255:1"; by default values are ids.
+        colours: File with the class of each colour in the masks, one per line: 128 0 0 road.
         json: Print the content of evaluation.json instead of a table.
     """
     given = {name: value for name, value in locals().items() if name != "json"}
@@ -133,20 +133,20 @@ def features(
     nodata: float | None = None,
     json: bool = False,
 ) -> None:
-    """Write dense features of every image of a folder; run it again to continue.
+    """Write dense features of every image in a folder; run it again to continue.
 
     Args:
         weights: A run, an exported file, torchvision/NAME, timm/NAME, hf://OWNER/NAME or
             random:MODEL.
         images: Folders of images, text files of paths, or shards.
-        out: Folder for the features and features.json, which says what they are.
-        layer: Layer to read; by default the one that was trained.
-        format: npy and safetensors write a file an image, zarr (extra zarr) a group of arrays.
-        size: Size of the images, their shorter side or height and width.
+        out: Folder for the features and features.json, which describes them.
+        layer: Layer to read; by default the trained one.
+        format: npy and safetensors write one file per image, zarr (extra zarr) a group of arrays.
+        size: Size of the images: their shorter side, or height and width.
         pca: 3 also draws the features as pictures, by their first three principal components.
         device: Device to compute on, such as cpu or cuda:1; by default a GPU if there is one.
-        pages: What several pages or frames in a file are; by default as in the run.
-        nodata: Value of images where nothing was measured; by default as in the run.
+        pages: How to read files with several pages or frames; by default as in the run.
+        nodata: Value that means "not measured" in the images; by default as in the run.
         json: Print the content of features.json.
     """
     given = {name: value for name, value in locals().items() if name != "json"}
@@ -178,8 +178,8 @@ def visualize(
         images: Folder of images to show; by default those of the run.
         out: The HTML file; by default report.html in the run's folder.
         device: Device to compute on, such as cpu or cuda:1; by default a GPU if there is one.
-        pages: What several pages or frames in a file are; by default as in the run.
-        nodata: Value of images where nothing was measured; by default as in the run.
+        pages: How to read files with several pages or frames; by default as in the run.
+        nodata: Value that means "not measured" in the images; by default as in the run.
     """
     given = dict(locals())
     from .trainer.logging import logging_to
@@ -214,14 +214,14 @@ def export(
 
     Args:
         run: Folder of the run, its backbone.safetensors or a checkpoint of it.
-        format: The library that is to read it; by default the first of these that has the model:
-            torchvision where it does, timm for its own, safetensors for most others.
-        out: The file to write; by default backbone-FORMAT in the run's folder, of a
-            checkpoint backbone-NAME-FORMAT.
+        format: The library that will read it; by default the first of these that has the model:
+            torchvision if it does, timm for its own, safetensors for most others.
+        out: The file to write; by default backbone-FORMAT in the run's folder, for a checkpoint
+            backbone-NAME-FORMAT.
         json: Print what was written, which keys matched and how to load it as JSON; with --push
             the files' sizes and the page.
-        push: Instead, upload it with a page written from the run to OWNER/NAME on the Hub;
-            hf://OWNER/NAME then reads it. No --format and no --out with it.
+        push: Upload it instead, with a page describing the run, to OWNER/NAME on the Hub;
+            hf://OWNER/NAME then reads it. Not with --format or --out.
         private: With --push, make the repository private if it is new.
         licence: With --push, licence of the weights, such as mit or cc-by-4.0.
         dry_run: With --push, print what would be uploaded, and upload nothing.
@@ -269,7 +269,7 @@ def prepare(
     mpp: float | None = None,
     keep_empty: bool = False,
 ) -> None:
-    """Write images into shards, large ones scaled down or cut, so that training decodes less.
+    """Write images into shards, with large ones scaled down or cut, so that training decodes less.
 
     Run it again to continue after an interruption. With --tile, rasters, slides and all images
     larger than a tile are cut, in bounded memory.
@@ -277,18 +277,18 @@ def prepare(
     Args:
         data: Folders of images, text files of paths, or shards.
         out: Folder of the shards; give it to `pixelcl pretrain` afterwards.
-        max_side: Longer side of the images in the shards, in pixels; smaller ones are kept as are.
+        max_side: Longer side of the images in the shards, in pixels; smaller ones stay unchanged.
         quality: Quality of the JPEGs, 1 to 95.
         images_each: Images per shard.
-        max_broken: Share of images that may be unreadable before it stops; unless it is 0, one may.
+        max_broken: Fraction of unreadable images above which it stops; unless it is 0, one may be.
         workers: Threads; by default one per core.
-        pages: What several pages or frames in a file are, as for `pixelcl pretrain`.
-        nodata: Value of images where nothing was measured, such as -9999.
+        pages: How to read files with several pages or frames, as for `pixelcl pretrain`.
+        nodata: Value that means "not measured" in the images, such as -9999.
         tile: Side of the tiles that large images are cut into, in pixels; by default none is cut.
         overlap: How far neighbouring tiles overlap, in pixels.
         level: Level of pyramids and slides to cut; by default 0, the full image.
-        mpp: Size of a tile's pixels, in place of a level: micrometres, or metres of a map.
-        keep_empty: Keep tiles that hold nothing but nodata or plain background.
+        mpp: Pixel size of the tiles, instead of a level: micrometres, or metres for a map.
+        keep_empty: Keep tiles with nothing but nodata or plain background.
     """
     given = dict(locals())
     from .data.shard_writer import write_shards
@@ -305,7 +305,7 @@ def layers(
     channels: int = 3,
     json: bool = False,
 ) -> None:
-    """List the layers of a model that the losses can read, and the default ones.
+    """List the layers of a model that the losses can read, and the defaults.
 
     Args:
         model: torchvision/NAME, timm/NAME, hf://OWNER/NAME, or your own path/to/file.py:function.
@@ -352,8 +352,8 @@ def demo(out: str = "runs/demo", steps: int = 100, overwrite: bool = False) -> N
     """Draw scenes, pretrain a ResNet-18 on them, evaluate it and write the report.
 
     Args:
-        out: Folder for all of it.
-        steps: Steps of pretraining.
+        out: Folder for everything.
+        steps: Pretraining steps.
         overwrite: Replace an earlier demo in the folder.
     """
     from .demo.demo import run_demo

@@ -73,7 +73,7 @@ def cell_diagonals(to_image: Tensor, grid: tuple[int, int]) -> Tensor:
         grid: Cells per view, ``(h, w)``.
 
     Returns:
-        ``(b,)`` float lengths in source pixels; of a sheared cell, whose two diagonals differ,
+        ``(b,)`` float lengths in source pixels; for a sheared cell, whose two diagonals differ,
         their root mean square.
 
     >>> to_image = box_to_map(torch.tensor([[0.0, 0, 60, 80]]), torch.tensor([False]))
@@ -88,9 +88,9 @@ def cell_diagonals(to_image: Tensor, grid: tuple[int, int]) -> Tensor:
 class Positives:
     """Which cells of two views show the same spot, computed block by block.
 
-    Cell ``i`` of view one and cell ``j`` of view two match where the distance of their centres,
-    divided by the larger of the two views' cell diagonals, is under the threshold
-    (arXiv:2011.10043, sec. 3.1, Eq. 1). The ``(b, n1, n2)`` table is never held whole.
+    Cell ``i`` of view one and cell ``j`` of view two match if the distance between their centres,
+    divided by the larger of the two views' cell diagonals, is below the threshold
+    (arXiv:2011.10043, sec. 3.1, Eq. 1). The whole ``(b, n1, n2)`` table is never in memory.
 
     Args:
         one: ``(b, 2, 3)`` float view maps of view one.
@@ -124,7 +124,7 @@ class Positives:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """``(b, n1, n2)`` of the table that is never held."""
+        """``(b, n1, n2)``, the shape of the whole table."""
         return self.one.shape[0], self.one.shape[1], self.two.shape[1]
 
     @property
@@ -136,7 +136,7 @@ class Positives:
         return other
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """The matches ``(b, stop - start, n2)``, bool, of some cells of view one."""
+        """The matches ``(b, stop - start, n2)``, bool, of a range of cells of view one."""
         return self.block(Block(slice(None), slice(start, stop)))
 
     def block(self, block: Block) -> Tensor:
@@ -171,7 +171,7 @@ def positive_mask(
 
 
 class PositiveTable(Positives):
-    """`Positives` out of a table ``(b, n1, n2)``, bool, that is already there."""
+    """`Positives` from an existing table ``(b, n1, n2)``, bool."""
 
     def __init__(self, table: Tensor) -> None:
         self.table = table

@@ -1,7 +1,7 @@
 """The losses of the method: tensors in, a scalar out (arXiv:2011.10043, sec. 3).
 
-Each is one direction; the learner adds both, with the views exchanged.
-Cosines are taken in at least float32, whatever the precision of the tensors that come in.
+Each covers one direction; the learner adds the other, with the views exchanged. Cosines are
+computed in at least float32, whatever the precision of the inputs.
 """
 
 from __future__ import annotations
@@ -55,18 +55,18 @@ class _Unit(torch.autograd.Function):
 
 
 class Terms(NamedTuple):
-    """The loss and what it is made of: 0-d tensors on the learner's device.
+    """The loss and its parts: 0-d tensors on the learner's device.
 
     Attributes:
         loss: ``alpha * pixel_loss + instance_weight * instance_loss``; carries the gradient.
-        pixel_loss: Both directions of the pixel term, before weighing. PixPro: in [0, 8].
-        instance_loss: Both directions of the instance term, before weighing, in [0, 8].
-        pixel_cosine: Mean cosine of the positive pairs, over images that have any and both
-            directions, in [-1, 1]; 0 if none has. The figure to watch: it should rise. Of several
-            pixel layers the mean, weighed as the losses are.
+        pixel_loss: Both directions of the pixel term, before weighting. PixPro: in [0, 8].
+        instance_loss: Both directions of the instance term, before weighting, in [0, 8].
+        pixel_cosine: Mean cosine of the positive pairs, over both directions and all images with
+            pairs, in [-1, 1]; 0 if there are none. The figure to watch: it should rise. With
+            several pixel layers, the mean, weighted like the losses.
         instance_cosine: Mean cosine of prediction and target, in [-1, 1].
-        positive_pairs: Matched cells of the whole batch, first direction, int64; of several pixel
-            layers those of the first.
+        positive_pairs: Matched cells of the whole batch, first direction, int64; with several pixel
+            layers, of the first.
         images_without_pairs: Images whose views share no cell of the first pixel layer, int64.
     """
 
@@ -85,7 +85,7 @@ class PixelLoss(NamedTuple):
     Attributes:
         loss: A scalar, at least float32.
         cosine: ``(b,)`` mean cosine of each image's positive pairs, without gradient; 0 for an
-            image without pairs, and where it is not asked for.
+            image without pairs, or if not requested.
     """
 
     loss: Tensor
@@ -95,10 +95,10 @@ class PixelLoss(NamedTuple):
 def pixpro_loss(propagated: Tensor, target: Tensor, positives: Positives | Tensor) -> Tensor:
     """The pixel-to-propagation consistency loss of one direction.
 
-    Per image ``2 - 2 * mean cosine over its positive pairs`` and exactly 0, with a connected
-    graph, for an image without pairs; then the mean over the batch (sec. 3.2, Eq. 5, shifted by 2
-    an image so that it is never negative; gradients equal the authors' code). Differentiable once.
-    Time grows with ``n1 * n2``, memory with ``n1 + n2``.
+    Per image ``2 - 2 * mean cosine over its positive pairs``, or exactly 0, with a connected graph,
+    for an image without pairs; then the mean over the batch (sec. 3.2, Eq. 5, shifted by 2 per
+    image so that it is never negative; gradients equal those of the authors' code). Differentiable
+    once. Time grows with ``n1 * n2``, memory with ``n1 + n2``.
 
     Args:
         propagated: ``(b, d, n1)`` float pixels of one view after the propagation module.
@@ -120,11 +120,11 @@ def pixpro_loss(propagated: Tensor, target: Tensor, positives: Positives | Tenso
 
 
 def pixpro(propagated: Tensor, target: Tensor, positives: Positives) -> PixelLoss:
-    """`pixpro_loss` with the cosine that it is made of.
+    """`pixpro_loss`, with its mean cosine.
 
     The sum over pairs of ``<x_i, t_j>`` is the sum over ``i`` of ``<x_i, s_i>``, where ``s_i`` is
-    the sum of the target vectors over the positives of ``i``: one product a block, and no graph
-    where the target has no gradient.
+    the sum of the target vectors over the positives of ``i``: one product per block, and no graph
+    if the target has no gradient.
     """
     x = unit(rearrange(propagated, "b d i -> b i d"))
     t = unit(rearrange(target, "b d j -> b j d"))

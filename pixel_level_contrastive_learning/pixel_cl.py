@@ -36,58 +36,58 @@ from .views import Placement, View
 
 
 class PixelCL(nn.Module):
-    """Pretrains any backbone at pixel level on images without labels (arXiv:2011.10043).
+    """Pretrains any backbone at pixel level on unlabelled images (arXiv:2011.10043).
 
     ``loss = learner(images)``, ``loss.backward()``, ``opt.step()``,
-    ``learner.update_moving_average()``; then save ``net``, the very object handed in.
+    ``learner.update_moving_average()``; then save ``net``, the same object you passed in.
 
     Args:
-        net: The backbone. Forward hooks read it while it runs; nothing of it is replaced. It is
-            trained in the mode that it is in: eval mode freezes its batch norm and turns its
-            dropout off, while the target's are at work; ``learner.train()`` ends it.
+        net: The backbone. Forward hooks read it while it runs; nothing in it is replaced. It is
+            trained in its current mode: eval mode freezes its batch norm and turns off its dropout,
+            while the target's stay active; ``learner.train()`` ends this.
         image_size: Size of the *views* in pixels, an int or ``(height, width)``. Images may have
-            any size and aspect.
+            any size and aspect ratio.
         hidden_layer_pixel: Layer whose output goes to the pixel loss, a name such as ``layer4`` or
             an index into the network's children; ``None`` takes the deepest map of at least 4x4
-            cells with a stride of at most 32. Several, best from coarse to fine, as a list: each
-            has heads of its own, and the pixel loss is their mean.
+            cells with a stride of at most 32. A list of several, preferably coarse to fine: each
+            has its own heads, and the pixel loss is their mean.
         hidden_layer_instance: Layer whose average goes to the instance loss; ``None`` takes the
             pooled vector.
         projection_size: Channels of the projections.
         projection_hidden_size: Hidden channels of the projectors and the predictor.
-        augment_fn: Changes the views ``(b, c, h, w)`` in place of the default colour change and
-            normalisation (those of the authors: blur of up to 2 pixels at any size of the views);
-            it must leave the geometry alone. Alone it serves both views.
-        augment_fn2: The same for the second view; alone it leaves the first its default.
-        prob_rand_hflip: Share of views flipped left to right.
-        moving_average_decay: Share of itself that the target keeps at each update, in [0, 1].
+        augment_fn: Changes the views ``(b, c, h, w)`` instead of the default colour augmentation
+            and normalisation (the authors': blur of up to 2 pixels at any view size); it must not
+            change the geometry. Given alone, it is used for both views.
+        augment_fn2: The same for the second view; given alone, the first keeps its default.
+        prob_rand_hflip: Probability that a view is flipped left to right.
+        moving_average_decay: EMA decay: the fraction the target keeps at each update, in [0, 1].
         ppm_num_layers: Depth of the propagation module's transform: 0, 1 or 2.
-        ppm_gamma: Sharpness of the propagation module's likeness, at least 1.
-        distance_thres: Two cells match under this distance, in diagonals of the larger of the two
-            views' cells.
+        ppm_gamma: Exponent of the propagation module's similarity, at least 1; higher is sharper.
+        distance_thres: Two cells match if they are closer than this, in diagonals of the larger of
+            the two views' cells.
         similarity_temperature: Temperature of the pixel contrast loss.
         alpha: Weight of the pixel loss; 0 skips its branch.
         use_pixpro: PixPro if true, pixel contrast if false.
-        cutout_ratio_range: Smallest and largest *side* of a crop as a share of the image's, drawn
-            for each image and view; (0.6, 0.8) keeps 36 to 64 % of the area.
+        cutout_ratio_range: Smallest and largest *side* of a crop as a fraction of the image's,
+            drawn for each image and view; (0.6, 0.8) keeps 36 to 64 % of the area.
         cutout_interpolate_mode: How views are cut: ``bilinear``, ``nearest`` or ``bicubic``.
-        coord_cutout_interpolate_mode: Does nothing any more, since coordinates are exact.
+        coord_cutout_interpolate_mode: No longer has an effect, since coordinates are exact.
         channels: Channels of the images.
         instance_weight: Weight of the instance loss; 0 skips its branch.
-        prob_rand_vflip: Share of views flipped upside down.
-        max_rotation: Largest turn of a view, in degrees, either way.
-        mean: Per-channel mean the views are normalised with, for values in [0, 1]. Default:
-            ImageNet's for three channels, its average for any other count. With an `augment_fn` of
-            your own nothing is normalised unless `mean` or `std` is given.
+        prob_rand_vflip: Probability that a view is flipped upside down.
+        max_rotation: Largest rotation of a view, in degrees, either way.
+        mean: Per-channel mean to normalise the views with, for values in [0, 1]. Default:
+            ImageNet's for three channels, its average for any other number. With your own
+            `augment_fn`, nothing is normalised unless `mean` or `std` is given.
         std: Per-channel standard deviation, likewise.
-        pixel_levels: How many layers ``hidden_layer_pixel=None`` takes: more than one are its
-            default and the deepest map of each next finer stride.
-        level_weights: Weight of each pixel layer in the mean of their losses, relative to each
-            other. Default: the same for all.
+        pixel_levels: How many layers ``hidden_layer_pixel=None`` uses: its default, then the
+            deepest map of each finer stride.
+        level_weights: Relative weight of each pixel layer in the mean of their losses. Default:
+            equal.
 
     Raises:
-        ValueError: A value out of its range (all at once), an unknown layer, or a layer that gives
-            no map.
+        ValueError: A value out of its range (all at once), an unknown layer, or a layer that
+            outputs no map.
 
     >>> net = nn.Sequential(nn.Conv2d(3, 8, 8, 8), nn.ReLU(), nn.AdaptiveAvgPool2d(1))
     >>> learner = PixelCL(net, image_size=64, projection_size=16, projection_hidden_size=32)
@@ -191,7 +191,7 @@ class PixelCL(nn.Module):
 
     @property
     def net(self) -> nn.Module:
-        """The backbone: the very object handed in."""
+        """The backbone: the same object you passed in."""
         return self.online_encoder.net
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -213,25 +213,25 @@ class PixelCL(nn.Module):
         """The loss of a batch.
 
         Two views of each image go through the online network; the target network, a moving average
-        of it, sees them without gradient. A pixel of one view and a pixel of the other match where
-        they look at the same spot. The propagation module rebuilds each online pixel from the
-        pixels of its view that it resembles, and is asked for the target's features of its matches
-        in the other view. So at each level, on its own grid. The same is asked, by a predictor, of
-        the views as wholes. Both ways.
+        of it, sees them without gradient. A pixel of one view matches a pixel of the other if both
+        show the same place. The propagation module rebuilds each online pixel from the pixels of
+        its view that it resembles; the result is compared with the target's features of its matches
+        in the other view, at each level on its own grid. A predictor does the same for the views as
+        a whole. Both directions are added.
 
         Args:
             images: ``(b, channels, height, width)`` float in [0, 1], of any size; or two views cut
-                elsewhere, which are neither drawn nor augmented.
+                elsewhere, which are used as they are.
             return_positive_pairs: Return ``(loss, positive_pairs)``, the second a 0-d int64 tensor:
                 matched cells of the whole batch, first direction and first pixel layer (0 if
                 ``alpha`` is 0).
             return_terms: Return `Terms` instead.
 
         Returns:
-            The loss, a 0-d float32 tensor with gradient, or what was asked for.
+            The loss, a 0-d float32 tensor with gradient, or what you asked for.
 
         Raises:
-            ValueError: Wrong images or views; a batch or a layer that cannot be trained; no loss.
+            ValueError: Wrong images or views; a batch or layer that cannot be trained; no loss.
         """
         self.check_branches()
         one, two = self.views(images)
@@ -344,12 +344,11 @@ class PixelCL(nn.Module):
         )
 
     def update_moving_average(self, decay: float | Tensor | None = None) -> None:
-        """Move the target towards the online network; call it after every step of the optimiser.
+        """Move the target towards the online network; call this after every optimiser step.
 
         Args:
-            decay: Share of itself that the target keeps, in [0, 1]; default
-                ``moving_average_decay``. A 0-d tensor on the learner's device is taken unchecked,
-                and never waited for.
+            decay: EMA decay, in [0, 1]; default ``moving_average_decay``. A 0-d tensor on the
+                learner's device is used unchecked, without waiting for it.
 
         Raises:
             ValueError: A decay outside [0, 1].

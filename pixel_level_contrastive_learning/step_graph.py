@@ -37,22 +37,22 @@ WARM_UP = 3
 
 
 class StepGraph:
-    """A training step on one GPU that is captured as a CUDA graph, and replayed from then on.
+    """A training step on one GPU that is captured as a CUDA graph and then replayed.
 
-    The first `WARM_UP` calls take the step as it is. The next captures it, and compares the graph's
-    first replay with the same step as it is: weights, target, optimiser and results. If the step
-    cannot be captured or the two differ, ``refused`` says why, the step counts as it is, and so do
-    all that follow. On other devices each call takes the step as it is.
+    The first `WARM_UP` calls run the step normally. The next call captures it and compares the
+    graph's first replay with the same step run normally: weights, target, optimiser and results. If
+    the step cannot be captured or the two differ, ``refused`` says why, and this step and all that
+    follow run normally. On other devices, every call runs the step normally.
 
     Args:
-        step: The gradient, the optimiser's step and the target's update for a batch. It takes
-            tensors and nested tuples of them, and returns a tuple of tensors. It never reads a
-            tensor's value, and changes tensors in place. Gradients are None before it.
+        step: The gradient, optimiser step and target update for a batch. It takes tensors and
+            nested tuples of them, and returns a tuple of tensors. It never reads a tensor's value,
+            and changes tensors in place. Gradients are None before it.
         learner: What it trains.
-        optimizer: Of torch; its learning rates are read at each call.
+        optimizer: A torch optimiser; its learning rates are read at each call.
 
     Attributes:
-        refused: Why steps are not captured; None while nothing speaks against it.
+        refused: Why steps are not captured; None if nothing prevents it.
     """
 
     def __init__(
@@ -224,21 +224,21 @@ class StepGraph:
 
 
 class CapturedStep:
-    """Training steps for a loop of one's own, each launched as one CUDA graph.
+    """Training steps for your own loop, each launched as one CUDA graph.
 
-    A call stands for ``learner(images)``, ``backward()``, ``optimizer.step()`` and
-    ``update_moving_average()``. Views are cut and change colour before; all else is in the graph.
-    Schedulers of the learning rate work as ever. What a network decides in Python (layers left out
-    by ``random``, say) is decided once, when the step is captured.
+    A call replaces ``learner(images)``, ``backward()``, ``optimizer.step()`` and
+    ``update_moving_average()``. Views are cut and augmented before; all else is in the graph.
+    Learning rate schedulers work as usual. What a network decides in Python (layers dropped by
+    ``random``, say) is decided once, when the step is captured.
 
     Args:
-        learner: On one GPU. On other devices steps are taken as they are.
-        optimizer: Of torch: of the Adam family, or SGD with ``fused=True``.
-        dtype: Computes in this precision by autocast, ``torch.bfloat16``; None does not.
+        learner: On one GPU. On other devices, steps run normally.
+        optimizer: A torch optimiser: of the Adam family, or SGD with ``fused=True``.
+        dtype: Precision for autocast, ``torch.bfloat16``; None for no autocast.
 
     Raises:
-        ValueError: Another precision (float16 scales its gradients on the host), or a learner
-            inside something else, such as ``DistributedDataParallel``.
+        ValueError: Another precision (float16 scales its gradients on the host), or a wrapped
+            learner, such as in ``DistributedDataParallel``.
 
     >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 8, 8), torch.nn.ReLU())
     >>> learner = PixelCL(net, 64, projection_size=16, instance_weight=0)
@@ -262,7 +262,7 @@ class CapturedStep:
 
     @property
     def refused(self) -> str | None:
-        """Why steps are not captured but taken as they are; None while nothing speaks against."""
+        """Why steps are not captured but run normally; None if nothing prevents capture."""
         return self.graph.refused
 
     def __call__(self, images: Tensor | tuple[View, View], decay: float | None = None) -> Tensor:

@@ -19,12 +19,12 @@ from .geometry import cell_centres
 class View(NamedTuple):
     """A view of each image of a batch, and where it lies in its image.
 
-    As a NamedTuple it is collated by a data loader and moved to a device as it is.
+    It is a NamedTuple, so data loaders collate it and move it to a device as it is.
 
     Attributes:
-        pixels: ``(b, c, h, w)`` float, ready for the network (cut, changed in colour, normalised).
+        pixels: ``(b, c, h, w)`` float, ready for the network (cut, augmented, normalised).
         to_image: ``(b, 2, 3)`` float32 or float64 map from the view's unit square (``u`` to the
-            right, ``v`` down, 0 and 1 at the edges) to source-image pixels ``(x, y)``.
+            right, ``v`` down, 0 to 1 from edge to edge) to source-image pixels ``(x, y)``.
     """
 
     pixels: Tensor
@@ -33,17 +33,18 @@ class View(NamedTuple):
 
 @dataclass(frozen=True)
 class Placement:
-    """How views are laid over their images: drawn for each image and each view.
+    """How views are placed on their images, drawn for each image and each view.
 
     Attributes:
-        ratio_range: Smallest and largest side of a crop as a share of the image's, in (0, 1].
-            The crop keeps the image's aspect.
-        prob_hflip: Share of views that are flipped left to right.
-        prob_vflip: Share of views that are flipped upside down.
-        max_rotation: Largest turn in degrees, either way.
-        area_range: Smallest and largest share of the image's *area*, in (0, 1], in place of
-            ``ratio_range``; the aspect is drawn.
-        aspect_range: Smallest and largest width over height of a crop whose area is drawn.
+        ratio_range: Smallest and largest side of a crop as a fraction of the image's, in (0, 1].
+            The crop keeps the image's aspect ratio.
+        prob_hflip: Probability of a left-right flip.
+        prob_vflip: Probability of an upside-down flip.
+        max_rotation: Largest rotation in degrees, either way.
+        area_range: Smallest and largest fraction of the image's *area*, in (0, 1], instead of
+            ``ratio_range``; the aspect ratio is drawn too.
+        aspect_range: Smallest and largest aspect ratio (width / height) of a crop whose area is
+            drawn.
     """
 
     ratio_range: tuple[float, float] = (1.0, 1.0)
@@ -55,10 +56,10 @@ class Placement:
 
 
 def draw_maps(count: int, image_size: tuple[int, int], placement: Placement) -> Tensor:
-    """Random view maps, one an image: a crop, flipped and turned.
+    """Random view maps, one per image: a crop, flipped and rotated.
 
-    A crop whose corners would leave the image, since it is turned or wider than the image, is made
-    smaller until it fits, then placed uniformly among the places where all four corners lie inside.
+    A crop whose corners would leave the image, because it is rotated or wider than the image, is
+    shrunk until it fits, then placed uniformly where all four corners lie inside.
 
     Args:
         count: Images ``b``.
@@ -66,8 +67,8 @@ def draw_maps(count: int, image_size: tuple[int, int], placement: Placement) -> 
         placement: Ranges and probabilities.
 
     Returns:
-        ``(b, 2, 3)`` float32 maps on the CPU, from the CPU's generator: six numbers an image, and
-        a seventh for the aspect where the area is drawn.
+        ``(b, 2, 3)`` float32 maps on the CPU, from the CPU's generator: six numbers per image, and
+        a seventh for the aspect ratio if the area is drawn.
 
     >>> draw_maps(2, (40, 60), Placement(max_rotation=10)).shape
     torch.Size([2, 2, 3])
@@ -110,8 +111,8 @@ def cut_views(
 ) -> Tensor:
     """The pixels of the views: images sampled at the centres of the views' pixels.
 
-    Where a view's pixels cover at least two of the image's, the image is first averaged down by
-    the largest power of two that leaves it the view's resolution, so that nothing aliases.
+    Where a view's pixels cover at least two of the image's, the image is first averaged down by the
+    largest power of two that keeps the view's resolution, so that nothing aliases.
 
     Args:
         images: ``(b, c, height, width)`` float.

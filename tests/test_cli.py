@@ -60,7 +60,7 @@ def test_help_all_names_every_flag_in_groups(capsys) -> None:
         assert f" --{flag} " in groups[group]
     told = " ".join(text.split())
     assert "--seed INT Random seed. (default: 0)" in told
-    assert "--nodata FLOAT Value that stands where" in told
+    assert "--nodata FLOAT Value that means" in told
 
 
 def test_help_names_the_flags_that_matter_first(capsys) -> None:

@@ -1,4 +1,4 @@
-"""Backbones on disk: weights, and beside them a card that says how to use them."""
+"""Backbones on disk: weights, and next to them a card that says how to use them."""
 
 from __future__ import annotations
 
@@ -45,15 +45,15 @@ if TYPE_CHECKING:
     from ..pixel_cl import PixelCL
 
 ZERO_INIT = "zero-init residual"
-"""A start from random weights whose residual blocks are identities."""
+"""Training started from random weights whose residual blocks are identities."""
 AS_HANDED = "as handed over"
-"""A start from the weights that a network had which was handed over in Python."""
+"""Training started from the current weights of a network passed in Python."""
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class BackboneCard:
-    """What is needed to use a backbone's weights; a JSON file beside them.
+    """What is needed to use a backbone's weights; a JSON file next to them.
 
     Attributes:
         model: The name that `build_backbone` takes.
@@ -61,19 +61,19 @@ class BackboneCard:
         image_size: ``(height, width)`` of the views it was trained on.
         mean: Per-channel mean the images were normalised with, for values in [0, 1].
         std: Per-channel standard deviation, likewise.
-        low: Per-channel value that becomes 0 where 16-bit or float data are scaled to [0, 1]; None
+        low: Per-channel value that becomes 0 when 16-bit or float data are scaled to [0, 1]; None
             for 8-bit data, which are divided by 255.
         high: The value that becomes 1, likewise.
-        pixel_layer: The layer whose map the pixel loss read; or several, see `shown_layer`.
+        pixel_layer: The layer whose map the pixel loss read, or several; see `shown_layer`.
         instance_layer: The layer whose average the instance loss read.
         start: What training started from: ``random``, ``zero-init residual`` (random, residual
             blocks as identities), ``pretrained``, ``as handed over``, or a file.
         seed: The seed of the run.
         version: The version of this package that wrote it.
-        config: What describes the network of a repository on the Hub, so that it can be built
+        config: Configuration of a network from a repository on the Hub, so that it can be built
             without the repository; None for other networks.
-        fingerprint: What the network's code computes, see `fingerprint_of`; no part of what makes
-            two cards equal. None where it is not known.
+        fingerprint: What the network's code computes, see `fingerprint_of`; it is ignored when
+            cards are compared. None if it is not known.
 
     Raises:
         ValueError: A value out of range.
@@ -124,7 +124,7 @@ class BackboneCard:
 
     @property
     def fixed_size(self) -> tuple[int, int] | None:
-        """The size of images that the network was built for; None where it takes any."""
+        """The image size that the network was built for; None if it takes any."""
         is_fixed = default_image_size(self.model, self.config) is not None
         return self.image_size if is_fixed else None
 
@@ -156,7 +156,7 @@ class BackboneCard:
 
 
 def read_card(weights: Path, from_hub: bool = False) -> BackboneCard:
-    """The card beside a file of weights; for a checkpoint, that of its run."""
+    """The card next to a weights file; for a checkpoint, that of its run."""
     path = card_path(weights)
     if not path.is_file():
         own = "put the card there, or load it into a network of your own: load_weights(net, path)"
@@ -231,11 +231,11 @@ def save_card(path: str | Path, card: BackboneCard) -> None:
     """Write the card of the weights in a file, which need not exist yet: ``X.json`` for ``X.pt``.
 
     Args:
-        path: The file of weights.
-        card: How to use them. Where the model is a file of your own, its path is made absolute.
+        path: The weights file.
+        card: How to use them. If the model is your own file, its path is made absolute.
 
     Raises:
-        CannotWriteError: The disk is full or the like.
+        CannotWriteError: The disk is full, or similar.
     """
     file = custom_file(card.model)
     if file is not None:
@@ -244,14 +244,15 @@ def save_card(path: str | Path, card: BackboneCard) -> None:
 
 
 def card_of(learner: PixelCL, model: str, **fields: Any) -> BackboneCard:
-    """The card of what your own training loop trains.
+    """The card of a backbone from your own training loop.
 
     Args:
-        learner: Gives size and channels of its views, its layers, its mean and standard deviation.
+        learner: Supplies the size and channels of its views, its layers, its mean and standard
+            deviation.
         model: The name of its backbone, as `build_backbone` takes it.
-        **fields: Other fields of `BackboneCard`, or in place of the learner's: ``low`` and ``high``
-            where the loop scales 16-bit or float values, ``start`` where it does not start from
-            random weights, ``mean`` and ``std`` where it normalises the views itself.
+        **fields: Other fields of `BackboneCard`, or replacements for the learner's: ``low`` and
+            ``high`` if the loop scales 16-bit or float values, ``start`` if it does not start from
+            random weights, ``mean`` and ``std`` if it normalises the views itself.
 
     Raises:
         ValueError: An unknown model, a field out of range, or no mean and standard deviation for a
@@ -311,7 +312,7 @@ class Loaded(NamedTuple):
     Attributes:
         net: The network, in train mode, as its library builds it.
         card: How to use it.
-        report: What of the file fits; None where there is no file.
+        report: Which keys of the file match; None if there is no file.
     """
 
     net: nn.Module
@@ -322,25 +323,25 @@ class Loaded(NamedTuple):
 def read_backbone(
     source: str | Path, *, channels: int | None = None, image_size: tuple[int, int] | None = None
 ) -> Loaded:
-    """A backbone of a run, a file or a library.
+    """A backbone from a run, a file or a library.
 
     A card may name a function of your own, which is run to build the network: read only cards
     whose origin you trust.
 
     Args:
-        source: A run directory (of an unfinished run, its last checkpoint), a checkpoint in one, a
-            file of weights with its card beside it (`save_backbone`, `save_card`, `export`), such
-            a file on the Hub (``hf://OWNER/NAME[/FILE]``), ``torchvision/NAME``, ``timm/NAME`` or
-            ``hf://OWNER/NAME`` for the weights of a library or a repository, or ``random:MODEL``
-            for random ones.
+        source: A run directory (for an unfinished run, its last checkpoint), a checkpoint in one, a
+            weights file with its card next to it (`save_backbone`, `save_card`, `export`), such a
+            file on the Hub (``hf://OWNER/NAME[/FILE]``), ``torchvision/NAME``, ``timm/NAME`` or
+            ``hf://OWNER/NAME`` for the weights of a library or repository, or ``random:MODEL`` for
+            random ones.
         channels: Channels of the images. Pretrained and random backbones are built for them
-            (default: 3); a file's must be these.
-        image_size: ``(height, width)`` of the images, for networks of a fixed input size. Default:
-            the card's, the network's own, or 224.
+            (default: 3); a file's must match.
+        image_size: ``(height, width)`` of the images, for networks with a fixed input size.
+            Default: the card's, the network's own, or 224.
 
     Raises:
-        ValueError: There is no such thing, its card is missing or wrong, or it is for other images;
-            the network of your own that it names does not have just its weights.
+        ValueError: The source does not exist, its card is missing or wrong, or it is for other
+            images; your own network that it names does not have exactly its weights.
         ConnectionError: Pretrained weights could not be downloaded.
 
     >>> net, card, report = read_backbone("random:torchvision/resnet18")
@@ -372,12 +373,12 @@ def load_backbone(path: str | Path, *, model: Model | None = None) -> nn.Module:
     """The backbone of a run or file, with its weights, in train mode as its library builds it.
 
     Args:
-        path: As for `read_backbone`, which gives the card and the key report as well.
-        model: The network, or a function that builds it, in place of the one that the card names.
-            A run on a network that was handed over in Python needs it.
+        path: As for `read_backbone`, which also returns the card and the key report.
+        model: The network, or a function that builds it, instead of the one that the card names.
+            Required for a run on a network passed in Python.
 
     Raises:
-        ValueError: There is no backbone, or nothing in the file fits.
+        ValueError: There is no backbone, or nothing in the file matches.
 
     >>> load_backbone("random:torchvision/resnet18").fc
     Linear(in_features=512, out_features=1000, bias=True)

@@ -60,11 +60,11 @@ class Exported(NamedTuple):
     Attributes:
         path: The file.
         format: One of `FORMATS`.
-        report: What of the file, read again, fits the backbone; a classifier is missing where the
-            format has none.
-        how_to: What loads the file without this package and feeds images to it: Python; for
+        report: Which keys of the file, read again, match the backbone; the classifier is missing if
+            the format has none.
+        how_to: Code that loads the file without this package and feeds images to it: Python; for
             detectron2 a configuration.
-        step: Steps that a checkpoint had been trained for; None of other weights.
+        step: Steps a checkpoint was trained for; None for other weights.
     """
 
     path: Path
@@ -90,19 +90,20 @@ def export(
 ) -> Exported:
     """Write a run's backbone for another library, and how to load and feed it there.
 
-    ``torchvision`` and ``timm`` hold every weight under the library's names, as do ``safetensors``
-    and ``state-dict`` for any model. ``smp`` is an encoder of segmentation-models-pytorch,
-    ``mmseg`` and ``detectron2`` a backbone there (ResNets). A ResNet of torchvision can go to timm,
-    and back. ``transformers`` is a folder for its ``from_pretrained``, of a model from there.
-    ``onnx`` gives the pooled vector and the map of the trained layer, checked against the network;
-    batch and size of its images are free where the network allows it.
+    ``torchvision`` and ``timm`` contain every weight under the library's names, as do
+    ``safetensors`` and ``state-dict`` for any model. ``smp`` is an encoder for
+    segmentation-models-pytorch, ``mmseg`` and ``detectron2`` a backbone for these (ResNets). A
+    torchvision ResNet can go to timm, and back. ``transformers`` is a folder for
+    ``from_pretrained``, for models from that library. ``onnx`` outputs the pooled vector and the
+    map of the trained layer, checked against the network; batch and image size are dynamic where
+    the network allows it.
 
     Args:
         run: A run directory, a file with its card, or ``hf://OWNER/NAME[/FILE]``.
         format: One of `FORMATS`. Default: the first of them that has the model.
-        out: The file or folder to write. Default: ``backbone-FORMAT`` in the run directory, of a
-            checkpoint ``backbone-NAME-FORMAT``, of another file ``STEM-FORMAT`` beside it, with the
-            suffix of the format; to be given for what is on the Hub.
+        out: The file or folder to write. Default: ``backbone-FORMAT`` in the run directory, for a
+            checkpoint ``backbone-NAME-FORMAT``, for another file ``STEM-FORMAT`` next to it, with
+            the format's suffix; required for sources on the Hub.
         model: As for `load_backbone`.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Push: a run's backbone to the Hugging Face Hub, with a page that says what it is."""
+"""Push: a run's backbone to the Hugging Face Hub, with a page that describes it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ METHODS = {"pixpro": "PixPro", "pixcontrast": "PixContrast"}
 
 
 class Pushed(NamedTuple):
-    """What was uploaded, or in a dry run would be: the files of a repository by name."""
+    """What was uploaded, or would be after a dry run: the files of a repository by name."""
 
     repository: str
     files: Mapping[str, bytes]
@@ -58,22 +58,23 @@ def push(
     dry_run: bool = False,
     model: Model | None = None,
 ) -> Pushed:
-    """Upload a run's backbone, its card and a page written from the run; ``hf://`` reads it back.
+    """Upload a run's backbone, its card and a page describing the run; ``hf://`` reads it back.
 
     Paths on this machine are left out of what is uploaded.
 
     Args:
         run: A run directory, or a file with its card.
-        repository: ``OWNER/NAME``, made if there is none; files of these names are replaced.
-        private: Make the repository private if it is new, and refuse one that is public.
-        licence: Of the weights, as the Hub names it, such as ``mit`` or ``cc-by-4.0``.
-        dry_run: Upload nothing, and give what would be.
+        repository: ``OWNER/NAME``, created if it does not exist; files of the same names are
+            replaced.
+        private: Make a new repository private, and refuse one that is public.
+        licence: Licence of the weights, as the Hub names it, such as ``mit`` or ``cc-by-4.0``.
+        dry_run: Upload nothing, and return what would be uploaded.
         model: As for `load_backbone`.
 
     Raises:
         ValueError: No backbone, one that lacks weights of its model, a revision or a file in the
-            repository's name, no such owner, no right to write there, or a public repository where
-            a private one is wanted.
+            repository's name, no such owner, no write permission there, or a public repository
+            where a private one is wanted.
         ConnectionError: The Hub cannot be reached.
     """
     place = place_of(HUB + repository.removeprefix(HUB))

@@ -1,7 +1,7 @@
 """Readers of more formats: functions from a file's bytes to an array with named axes.
 
-A package of the user's names its readers as entry points of `GROUP`, each called by the ending of
-its files; those of `formats` come through the same door, and only import their library when called.
+A user's package registers its readers as entry points of `GROUP`, each named by its file extension;
+those of `formats` are registered the same way, and import their library only when called.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Write images once into WebDataset shards, no larger than training needs them.
 
-Large images are made smaller or, with ``tile``, cut. Decoding a photograph of twelve megapixels
-takes most of a loader's time, and a million small files are slow to list. Both are paid once here,
-shard by shard: a shard is written beside its place, read back, compared and moved there, so that
-interrupted work goes on where it stopped.
+Large images are scaled down or, with ``tile``, cut. Decoding a photograph of twelve megapixels
+takes most of a loader's time, and a million small files are slow to list. Here, both costs are paid
+once, shard by shard: a shard is written to a temporary file, read back, compared and moved into
+place, so that interrupted work continues where it stopped.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ class ShardsReport(NamedTuple):
     """What was written.
 
     Attributes:
-        folder: Where the shards are; `pretrain` takes it as it is.
+        folder: Where the shards are; pass it to `pretrain`.
         images: Images in them.
-        shards: How many they are.
-        kept: How many of them were there from an earlier call.
+        shards: Number of shards.
+        kept: Number of these kept from an earlier call.
         skipped: Images that could not be read, listed in ``skipped.txt``.
         bytes_before: Size of the images' files.
         bytes_after: Size of the shards.
@@ -94,38 +94,39 @@ def write_shards(
     mpp: float | None = None,
     keep_empty: bool = False,
 ) -> ShardsReport:
-    """Write images into shards, large ones made smaller, going on where an earlier call stopped.
+    """Write images into shards, scaling large ones down; continues where an earlier call stopped.
 
     An image whose longer side is at most ``max_side`` keeps its bytes. A larger one becomes an
-    upright JPEG if it is 8-bit, gray or RGB, and otherwise a NumPy array of the same kind of
-    values. Beside each stands a JSON of its original name and size.
+    upright JPEG if it is 8-bit gray or RGB, and otherwise a NumPy array with the same kind of
+    values. Next to each is a JSON with its original name and size.
 
-    With ``tile``, images larger than a tile are cut in place of being made smaller, by windows and
-    in bounded memory; the last tiles of a row and of a column end where the image ends. A tile is
-    a JPEG if it is 8-bit, gray or RGB, and otherwise an array of exactly the image's values, or a
-    TIFF if some of them are nodata. The JSON then has its ``box`` (x0, y0, x1, y1) in pixels of the
-    full image, and of a stack the ``page``. Tiles are left out that are nodata or plain background
-    at 99 % of their pixels: values no further apart than a sixteenth of the image's range.
+    With ``tile``, images larger than a tile are cut instead of scaled down, window by window and in
+    bounded memory; the last tile of a row or column ends where the image ends. A tile is a JPEG if
+    it is 8-bit gray or RGB, and otherwise an array with exactly the image's values, or a TIFF if
+    some of them are nodata. The JSON then also has its ``box`` (x0, y0, x1, y1) in pixels of the
+    full image and, for a stack, the ``page``. Tiles of which 99 % is nodata or plain background
+    (values no further apart than a sixteenth of the image's range) are left out.
 
     Args:
         data: Folders, lists of paths or shards, as `pretrain` takes them; with ``tile``, no shards.
-        out: Folder of the shards, new or of an earlier call with the same settings.
-        max_side: Longer side of the images in the shards, in pixels; with ``tile``, that.
-        quality: Of the JPEGs written, 1 to 95.
-        images_each: Images a shard; with ``tile``, also less where they take much memory.
-        max_broken: Share of images or tiles that may be unreadable, 0 to 1.
-        workers: Threads; default: one for each core.
-        pages: What several images in a file are read as, see `open_source`.
-        nodata: The value where nothing was measured; 16-bit and float images have NaN in its place.
+        out: Folder for the shards, new or from an earlier call with the same settings.
+        max_side: Longer side of the images in the shards, in pixels; with ``tile``, the tile's
+            side.
+        quality: Quality of the JPEGs written, 1 to 95.
+        images_each: Images per shard; with ``tile``, fewer if they take much memory.
+        max_broken: Fraction of images or tiles that may be unreadable, 0 to 1.
+        workers: Threads; default: one per core.
+        pages: How files with several images are read, see `open_source`.
+        nodata: Value that means "not measured"; in 16-bit and float images it becomes NaN.
         tile: Side of the tiles, in pixels; None to cut nothing.
         overlap: How far neighbouring tiles overlap, in pixels.
         level: Which level of a pyramid is cut; default: 0, the full image.
-        mpp: Size of a tile's pixels in micrometres, or metres of a map; in place of a level.
+        mpp: Pixel size of the tiles in micrometres, or metres for a map; instead of a level.
         keep_empty: Keep tiles of nodata or plain background.
 
     Raises:
-        ValueError: A value out of range, no image, or a folder with something else in it, or where
-            another call is writing.
+        ValueError: A value out of range, no image, or a folder that holds something else or that
+            another call is writing to.
         TooManyBrokenError: More images than allowed cannot be read, or all of them.
         OSError: A shard cannot be written, or differs from what was written when it is read back.
         ModuleNotFoundError: Large images need the library of an extra that is not installed.

@@ -40,7 +40,7 @@ EMPTY = "data is empty; name a folder, a list of paths, shards or images"
 
 @runtime_checkable
 class Source(Protocol):
-    """Images that are counted and opened by index."""
+    """Images that can be counted and opened by index."""
 
     def __len__(self) -> int: ...
 
@@ -208,14 +208,14 @@ class NodataSource(IndexedSource):
 
 
 def split_held_out(source: Source) -> tuple[Subset, Subset]:
-    """Images to train on, and a few to look at that are never trained on.
+    """Images to train on, and a few held out that are never trained on.
 
     Args:
         source: All images.
 
     Returns:
-        Two parts that share no image, in the source's order. The second is empty below 200 images;
-        else it has 2 % of them, 256 at most. Runs of all seeds hold out the same images.
+        Two disjoint parts, in the source's order. The second is empty below 200 images; otherwise
+        it has 2 % of them, at most 256. The same images are held out for every seed.
 
     Example:
         >>> train, held_out = split_held_out(open_source([torch.zeros(3, 8, 8)] * 300))
@@ -239,18 +239,18 @@ def open_source(
     """The images that the user means.
 
     Args:
-        data: A folder (searched through, links followed), an image, a text file of paths (one a
-            line, relative to the file), shards (``shards-{000000..000099}.tar``, local or by URL),
-            or a sequence of these; or a sequence or torch ``Dataset`` of tensors, arrays or Pillow
-            images; or a source of any kind, which stays as it is. A file is an image once, however
+        data: A folder (searched recursively, following links), an image, a text file of paths (one
+            per line, relative to the file), shards (``shards-{000000..000099}.tar``, local or by
+            URL), or a sequence of these; or a sequence or torch ``Dataset`` of tensors, arrays or
+            Pillow images; or any source, which is returned unchanged. A file is read once, however
             often it is named.
         leave_out: A folder that is not searched: the run's own.
-        pages: What several images in a file are read as: images of their own, the channels of one,
-            or the first alone; None: see `settle_pages`. A source is not asked to change.
-        nodata: The value that stands where nothing was measured, beside NaN and GDAL's tag.
+        pages: How files with several images are read: as separate images, as the channels of one,
+            or only the first; None: see `settle_pages`. Does not apply to a source.
+        nodata: Value that means "not measured", in addition to NaN and GDAL's tag.
 
     Raises:
-        ValueError: Nothing usable is there: what was looked for and what was found.
+        ValueError: There is nothing usable: says what was looked for and what was found.
 
     Example:
         >>> source = open_source([torch.zeros(3, 32, 48), torch.zeros(3, 20, 20)])

@@ -1,4 +1,4 @@
-"""`evaluate`: what weights are worth beside random ones, with masks or without."""
+"""`evaluate`: what weights are worth compared with random ones, with masks or without."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .results import Evaluation
 from .segmentation import Plan, evaluate_labelled
 
 USUAL = ("linear", ALL_MAPS, "knn")
-"""Protocols unless some are named; with several fractions fine-tuning beside them."""
+"""The default protocols; with several fractions, fine-tuning is added."""
 
 
 def evaluate(
@@ -45,54 +45,53 @@ def evaluate(
     ids: str | None = None,
     colours: str | Path | None = None,
 ) -> Evaluation:
-    """What weights are worth: the same networks with random weights stand beside them.
+    """What weights are worth, compared with random weights of the same networks.
 
-    Where training did not start from random weights, those it started from stand there too. Mean
-    IoU counts the classes that are in the masks or were predicted. Without labels, cells of one
-    view of an image look for their spot in another, and the features' health is measured.
+    If training did not start from random weights, the starting weights are compared too. Mean IoU
+    is over the classes that are in the masks or were predicted. Without labels, cells of one view
+    of an image are matched with those of another, and the features' health is measured.
 
     Args:
-        weights: One or several: a run directory, a file of `save_backbone` or `export`,
+        weights: One or more of: a run directory, a file of `save_backbone` or `export`,
             ``torchvision/NAME``, ``timm/NAME``, ``hf://OWNER/NAME`` or ``random:MODEL``.
         data: Folder with ``images/{train,val}`` and ``masks/{train,val}``, see `open_labelled`.
-        images: Images without labels instead, best ones that were not trained on.
-        protocol: One or several; the figures of the first are told in words. ``linear`` fits a
-            linear layer to frozen features and ``linear-all`` one to a map of each stride, ``knn``
-            lets the nearest training cells vote, ``hummingbird`` too, as in arXiv:2306.01667,
+        images: Unlabelled images instead, preferably not used for training.
+        protocol: One or more; the results of the first are summed up in words. ``linear`` fits a
+            linear layer to frozen features, ``linear-all`` one to a map of each stride; in ``knn``
+            the nearest training cells vote, as in ``hummingbird``, which follows arXiv:2306.01667;
             ``overclustering`` groups cells without masks and names the groups, as in
-            arXiv:2204.13101, and ``finetune`` trains the whole network with a U-Net-like decoder.
-            Default: ``linear``, ``linear-all`` and ``knn``, with ``fractions`` ``finetune`` too,
-            without those that read a map of each stride where a network has no coarse one.
-        layers: Layers whose features are read, several stacked. Default: the one that was
-            trained, else the deepest map. ``linear-all`` and ``finetune`` read a map of each
-            stride instead.
-        fraction: Share of the training images whose masks are used, above 0, at most 1.
-        fractions: Several of them in place of one: they give a label curve for each protocol.
-        seeds: How often to repeat, each time with the next seed: other random weights, another
-            share of the masks, another start of the decoder. Default: 3 for fine-tuning and for
-            several fractions, else 1.
+            arXiv:2204.13101; ``finetune`` trains the whole network with a U-Net-like decoder.
+            Default: ``linear``, ``linear-all`` and ``knn``, with ``fractions`` also ``finetune``,
+            but none that reads a map of each stride if a network has no coarse one.
+        layers: Layers whose features are read; several are stacked. Default: the trained one, else
+            the deepest map. ``linear-all`` and ``finetune`` read a map of each stride instead.
+        fraction: Fraction of the training images whose masks are used, above 0, at most 1.
+        fractions: Several fractions instead of one; they give a label curve for each protocol.
+        seeds: Number of repetitions, each with the next seed: other random weights, another draw of
+            the masks, another initial decoder. Default: 3 for fine-tuning and for several
+            fractions, else 1.
         seed: The first seed.
-        size: What images are fed at: the shorter side in pixels, or exactly ``(height, width)``.
-            Default: 1.4 times the views of the first run among the weights, the scale it saw.
-            Masks keep their size. Without labels the size of the views, by default that of the
-            training.
+        size: Size at which images are fed: the shorter side in pixels, or exactly
+            ``(height, width)``. Default: 1.4 times the views of the first run among the weights,
+            the scale it was trained at. Masks keep their size. Without labels, the size of the
+            views, by default as in training.
         split: Which images to score.
-        steps: Updates of fine-tuning, whose learning rates are chosen for each of the weights on a
-            held-out fifth of the masks.
-        out: Folder for ``evaluation.json``, without labels ``correspondence.json``, and pictures.
+        steps: Fine-tuning steps; learning rates are chosen for each set of weights on a held-out
+            fifth of the masks.
+        out: Folder for ``evaluation.json`` (without labels: ``correspondence.json``) and pictures.
         device: Where to compute; default: a GPU if there is one.
-        model: As for `load_backbone`. Of a network, random weights are drawn by the
-            ``reset_parameters`` of its layers.
-        pages: What several images in a file are read as, see `open_source`. Default: as the runs
-            among the weights read theirs.
-        nodata: The value of images where nothing was measured, likewise.
+        model: As for `load_backbone`. For a network, the ``reset_parameters`` of its layers draw
+            the random weights.
+        pages: How files with several images are read, see `open_source`. Default: as in the runs
+            among the weights.
+        nodata: Value that means "not measured", likewise.
         ids: The id of each value in the masks, see `open_labelled`.
         colours: A file with the class of each colour in the masks, likewise.
 
     Raises:
-        ValueError: Values out of range (all at once), weights or layers that are not there, or
-            masks that are wrong, with the files' names.
-        RuntimeError: All that was asked for has diverged: its features are NaN or infinite.
+        ValueError: Values out of range (all at once), weights or layers that do not exist, or wrong
+            masks, with the files' names.
+        RuntimeError: All weights asked for have diverged: their features are NaN or infinite.
     """
     several = [weights] if isinstance(weights, (str, Path, nn.Module)) else list(weights)
     layers = [layers] if isinstance(layers, str) else layers

@@ -27,8 +27,8 @@ class CurvePoint(NamedTuple):
     Attributes:
         masks: Masks that were trained on.
         miou: Mean IoU reached, the mean over the seeds.
-        deviation: Its standard deviation over the seeds; 0 of a single one.
-        seeds: It for each seed.
+        deviation: Its standard deviation over the seeds; 0 for a single one.
+        seeds: The mean IoU for each seed.
     """
 
     masks: int
@@ -47,13 +47,13 @@ class Row:
     """What one network reached.
 
     Attributes:
-        name: Which.
+        name: The network's name.
         scores: Each figure, the mean over the seeds.
-        deviations: Its standard deviation over the seeds; 0 of a single one.
-        classes: IoU of each class, mean over the seeds; NaN of one that is nowhere.
+        deviations: Their standard deviations over the seeds; 0 for a single one.
+        classes: IoU of each class, mean over the seeds; NaN for a class that never occurs.
         seeds: The figures for each seed.
-        baselines: Names of the rows it must beat: random weights first, then its start.
-        curves: Of each protocol the label curve, where several fractions were tried.
+        baselines: Names of the rows it must beat: random weights first, then its starting weights.
+        curves: The label curve of each protocol, if several fractions were tried.
     """
 
     name: str
@@ -167,10 +167,10 @@ class Evaluation:
 
     Attributes:
         weights: What was evaluated, separated by commas.
-        data: On which images.
+        data: The images it was evaluated on.
         protocol: The protocols, separated by commas, or ``correspondence`` without masks. Figures
-            without a protocol's name are of the first.
-        settings: All else that decided the figures.
+            without a protocol's name come from the first.
+        settings: Everything else that determined the figures.
         rows: A row for each network: random weights first, those asked for last.
         sentence: What the figures mean.
         notes: What else the reader should know.
@@ -191,7 +191,7 @@ class Evaluation:
 
     @property
     def ours(self) -> Row:
-        """The row of the weights that were asked for, of several the last."""
+        """The row of the weights that were asked for; of several, the last."""
         return self.rows[-1]
 
     @property
@@ -207,7 +207,7 @@ class Evaluation:
         """The figures as text: a column for each network, a line for each figure.
 
         Args:
-            width: Characters a line, at most.
+            width: Maximum characters per line.
         """
         from rich.box import SIMPLE_HEAD
         from rich.console import Console
@@ -283,7 +283,7 @@ class Evaluation:
         return self.protocol != "correspondence"
 
     def write(self, out: str | Path) -> Path:
-        """Write the file into a folder, made where there is none; where it is.
+        """Write the file into a folder, created if necessary, and return its path.
 
         With labels it is ``evaluation.json``, without ``correspondence.json``.
         """

@@ -22,17 +22,17 @@ def transform_net(chan: int, num_layers: int) -> nn.Module:
 class PPM(nn.Module):
     """Pixel Propagation Module: rebuild each pixel from the pixels it resembles.
 
-    ``y_i = sum_j relu(cos(x_i, x_j)) ** gamma * g(x_j)`` (arXiv:2011.10043, sec. 3.2), ``g`` scaled
-    to length 1 as in the authors' code. Maps ``(b, c, h, w)`` to the same shape, in at least
-    float32, differentiable once. Time grows with ``(h * w) ** 2``, memory with ``h * w``.
+    ``y_i = sum_j relu(cos(x_i, x_j)) ** gamma * g(x_j)`` (arXiv:2011.10043, sec. 3.2), with ``g``
+    scaled to length 1 as in the authors' code. Maps ``(b, c, h, w)`` to the same shape, in at least
+    float32; differentiable once. Time grows with ``(h * w) ** 2``, memory with ``h * w``.
 
     Args:
         chan: Channels ``c``.
         num_layers: Depth of ``g``: 0 identity, 1 linear, 2 with a hidden layer.
-        gamma: Sharpness of the likeness, at least 1.
+        gamma: Exponent of the similarity, at least 1; higher is sharper.
 
     Raises:
-        ValueError: A depth other than 0, 1 or 2, or ``gamma`` under 1.
+        ValueError: A depth other than 0, 1 or 2, or ``gamma`` below 1.
 
     >>> import torch
     >>> PPM(chan=8)(torch.rand(2, 8, 7, 7)).shape

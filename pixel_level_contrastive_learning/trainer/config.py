@@ -1,6 +1,6 @@
 """The settings of a run: flags, file, help, Python signature and `config.yaml` come from them.
 
-Imports no torch, so that flags are answered and checked before anything heavy is loaded.
+Imports no torch, so that flags are parsed and checked before anything heavy is loaded.
 """
 
 from __future__ import annotations
@@ -65,24 +65,24 @@ PIXPRO: dict[str, object] = {
 RECIPES: MappingProxyType[str, dict[str, object]] = MappingProxyType(
     {"pixpro-100ep": PIXPRO | {"epochs": 100}, "pixpro-400ep": PIXPRO | {"epochs": 400}}
 )
-"""Settings by the recipe's name; what a recipe does not name keeps its default.
+"""Settings by the recipe's name; settings that a recipe does not name keep their defaults.
 
-The figures are those of the authors' release. Two departures remain: timm's LARS divides by the sum
+The values are those of the authors' release. Two differences remain: timm's LARS divides by the sum
 of the norms of gradient and decay, theirs by the norm of their sum; and our instance branch, which
-their scripts leave off, pools before its projector.
+their scripts turn off, pools before its projector.
 """
 
 
 Auto = Literal["auto"]
 Logger = Literal["tensorboard", "csv", "wandb", "mlflow"]
 PRETRAINED = "pretrained"
-"""In place of a file of weights: those that the model's library offers."""
+"""Instead of a weights file: the weights that the model's library offers."""
 PRECISIONS = {
     "auto": "auto",
     **dict.fromkeys(("float32", "32", "32-true", "fp32"), "float32"),
     **dict.fromkeys(("bfloat16", "bf16", "bf16-mixed"), "bfloat16"),
 }
-"""Names of precisions, Lightning's included, and what they mean."""
+"""Names of precisions, including Lightning's, and what they mean."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,18 +90,18 @@ class PretrainConfig:
     """The settings of a run: same settings, data and seed, same weights.
 
     Settings that are `auto` are chosen for your data and machine, and printed; `config.yaml` in the
-    run's folder keeps what was chosen.
+    run's folder records what was chosen.
     """
 
     data: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Images without labels: folders (searched recursively), text files with one path per line,
+    """Unlabelled images: folders (searched recursively), text files with one path per line,
     or WebDataset shards such as shards-{000000..000099}.tar."""
     out: str | None = None
     """Folder of the run (required).
     It must be new or empty, unless --resume or --overwrite is given."""
     config: str | None = None
     """YAML file of settings, such as the config.yaml of an earlier run. Flags override it.
-    What that run chose by a setting that you change, such as lr by --optimizer, is chosen anew."""
+    What that run chose from a setting you change, such as lr from --optimizer, is chosen again."""
     recipe: str | None = None
     """Settings of the PixPro authors: pixpro-100ep or pixpro-400ep. Flags override them."""
     resume: bool = False
@@ -113,19 +113,19 @@ class PretrainConfig:
     """Print the settings, pairs per image and estimated memory, draw a preview, and exit."""
 
     pages: Pages | None = None
-    """What several pages or frames in a file are: images of their own, channels of one image, or
-    the first alone.
-    By default gray pages without a name are channels where every file has the same number of at
-    most 16, and all others are images. What was found is printed."""
+    """How to read files with several pages or frames: as separate images, as channels of one image,
+    or only the first.
+    By default, unnamed gray pages are channels if every file has the same number of them, at most
+    16; all others are images. What was found is printed."""
     nodata: float | None = None
-    """Value that stands where nothing was measured, such as -9999, beside NaN and GDAL's tag."""
+    """Value that means "not measured", such as -9999, in addition to NaN and GDAL's tag."""
 
     model: str = "torchvision/resnet50"
     """Backbone: torchvision/NAME, timm/NAME, hf://OWNER/NAME for a repository of pixelcl, timm or
-    transformers on the Hugging Face Hub, or a function of yours, path/to/file.py:function."""
+    transformers on the Hugging Face Hub, or your own function, path/to/file.py:function."""
     weights: str | None = None
     """Initial weights: a file, a run's folder, hf://OWNER/NAME or hf://OWNER/NAME/FILE on the Hub,
-    or `pretrained` for those of the model's library or repository. Random if not given."""
+    or `pretrained` for those of the model's library or repository. Random by default."""
     channels: int | Auto = "auto"
     """Channels of the images.
     auto: found from the images."""
@@ -134,19 +134,19 @@ class PretrainConfig:
     Or several, coarse to fine: the loss is their mean; pictures and probes show the first.
     auto: the deepest map with at least 4x4 cells and a stride of at most 32."""
     pixel_levels: int | Auto = "auto"
-    """Layers that --pixel-layer auto chooses: from 2 on also the deepest map of each finer stride.
-    With 2 a ResNet learns at strides 32 and 16.
-    auto: from random weights 2, if there is a finer map of a stride of at least 8; else 1."""
+    """How many layers --pixel-layer auto chooses: its default, then the deepest map of each finer
+    stride. With 2, a ResNet learns at strides 32 and 16.
+    auto: 2 from random weights, if there is a finer map with a stride of at least 8; else 1."""
     level_weights: tuple[float, ...] = ()
-    """Weight of each pixel layer in the pixel loss, relative to each other.
-    Equal if not given."""
+    """Relative weight of each pixel layer in the pixel loss.
+    Equal by default."""
     instance_layer: str | Auto = "auto"
     """Layer whose features the instance loss uses.
     auto: the pooled vector after the last map, else the pixel layer, averaged."""
     zero_init_residual: bool = False
     """Initialise the last batch norm of each residual block to 0.
-    Ignored if --weights is given, or the model is a network handed over in Python.
-    For long runs only: in a few hundred steps the blocks hardly leave zero."""
+    Ignored if --weights is given, or if the model is a network passed in Python.
+    Only for long runs: in a few hundred steps the blocks hardly move away from zero."""
 
     image_size: int | tuple[int, int] | Auto = "auto"
     """Size of the views in pixels: one number, or height and width.
@@ -164,7 +164,7 @@ class PretrainConfig:
     """Views are rotated by a random angle of up to this many degrees, in either direction."""
     jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.0)
     """Strength of the colour jitter: brightness, contrast, saturation, hue.
-    Saturation and hue apply to images of three channels only."""
+    Saturation and hue apply only to images with three channels."""
     prob_jitter: float = 0.8
     """Probability of colour jitter for a view."""
     prob_gray: float = 0.2
@@ -183,7 +183,7 @@ class PretrainConfig:
     """Weight of the pixel loss; 0 skips its computation."""
     instance_weight: float = 0.1
     """Weight of the instance loss; 0 skips its computation.
-    At 1 it dominates the pixel loss where the images show few different scenes."""
+    At 1 it dominates the pixel loss if the images show few different scenes."""
     projection_size: int = 256
     """Output channels of the projection heads."""
     projection_hidden_size: int = 2048
@@ -193,13 +193,13 @@ class PretrainConfig:
     ppm_gamma: float = 2.0
     """Exponent of the similarity in the pixel propagation module, at least 1; higher is sharper."""
     distance_thres: float = 0.7
-    """Two cells are a positive pair if their centres are closer than this.
-    In diagonals of the larger of the two views' cells."""
+    """Two cells are a positive pair if their centres are closer than this, in diagonals of the
+    larger of the two views' cells."""
     similarity_temperature: float = 0.3
     """Temperature of the PixContrast loss."""
 
     batch_size: int | Auto = "auto"
-    """Images per step, summed over all devices.
+    """Images per step, in total over all devices.
     auto: 256 on a GPU, 32 on a CPU, fewer if there are not that many images."""
     accumulate: int | Auto = "auto"
     """Micro-batches per step and device (gradient accumulation).
@@ -210,7 +210,7 @@ class PretrainConfig:
     steps: int | None = None
     """Length of the run in steps, instead of --epochs."""
     optimizer: str = "adamw"
-    """Name of an optimiser of timm, such as adamw, lars, sgd or lamb."""
+    """Name of a timm optimiser, such as adamw, lars, sgd or lamb."""
     lr: float | Auto = "auto"
     """Peak learning rate for a batch of 256 images.
     It is scaled with the batch: linearly for SGD and LARS, with the square root for all others.
@@ -225,13 +225,13 @@ class PretrainConfig:
     target_momentum: float = 0.99
     """EMA momentum of the target network at the start; a cosine schedule raises it to 1."""
     clip_grad: float = 0.0
-    """Maximum norm of the gradient (clipping); 0 turns clipping off."""
+    """Maximum gradient norm (clipping); 0 turns clipping off."""
     seed: int = 0
     """Random seed."""
     precision: str = "auto"
     """float32 or bfloat16 (mixed precision by autocast).
-    auto: bfloat16 where the hardware has native support, but float32 on a CPU for views under 32
-    pixels, whose gradients torch gets wrong in bfloat16."""
+    auto: bfloat16 if the hardware supports it natively, but float32 on a CPU for views under 32
+    pixels, since torch computes their gradients wrongly in bfloat16."""
 
     workers: int | Auto = "auto"
     """Data loading workers per device.
@@ -239,7 +239,7 @@ class PretrainConfig:
     cache: Literal["auto", "ram", "off"] = "auto"
     """Keep decoded images in memory, so that each is decoded once; samples stay the same.
     ram: as many as fit into half of the free memory.
-    auto: all of them, if they fit into a quarter of it and are seen more than once."""
+    auto: all of them, if they fit into a quarter of it and are used more than once."""
     accelerator: Literal["auto", "cpu", "gpu", "mps"] = "auto"
     """Type of device.
     auto: a CUDA GPU if there is one, else the CPU. mps is untested."""
@@ -247,37 +247,37 @@ class PretrainConfig:
     """Devices per machine.
     auto: all GPUs (one in a notebook), or one process on the CPU."""
     num_nodes: int = 1
-    """Number of machines, on each of which torchrun or srun starts the command."""
+    """Number of machines; torchrun or srun starts the command on each."""
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
     """How devices share the work: ddp replicates the network, fsdp (FSDP2) shards it.
     auto: ddp."""
 
     graph: Literal["auto", "off"] = "off"
-    """Launch each step as one CUDA graph, which saves the host's time on small networks.
-    auto: on one GPU, if the step can be captured and its graph gives the same; a line says if not.
-    Tested on a CPU alone so far, and so off by default.
-    """
+    """Launch each step as one CUDA graph, which saves host time with small networks.
+    auto: on one GPU, if the step can be captured and its graph gives the same result; if not, the
+    log says so.
+    Off by default, since it was only tested on a CPU so far."""
 
     checkpoint_every: int | Auto = "auto"
     """Steps between checkpoints.
-    auto: 1000 on a GPU; on a CPU one epoch, but at least 100 and at most 1000 steps."""
+    auto: 1000 on a GPU; one epoch on a CPU, but at least 100 and at most 1000 steps."""
     keep_checkpoints: int = 3
     """Number of checkpoints to keep; the oldest are deleted."""
     max_broken: float = 0.01
-    """Largest fraction of unreadable images before the run stops.
+    """Fraction of unreadable images above which the run stops.
     Unless it is 0, a single unreadable image is always accepted."""
     loggers: tuple[Logger, ...] = ("tensorboard",)
     """Loggers to write metrics to, in addition to metrics.jsonl."""
     picture_every: int | Auto = "auto"
     """Steps between pictures of the features; 0 draws none.
-    auto: ten per run, fewer where they would take much of the time."""
+    auto: ten per run, fewer if they would take too much time."""
     probe: str | None = None
     """Labelled folder (images/{train,val} and masks/{train,val}) to probe during training.
     The checkpoint with the highest mean IoU is kept as best.ckpt."""
     ids: str | None = None
-    """Ids of the values in the masks of --probe, such as "0:0,255:1". By default values are ids."""
+    """Class id of each value in the masks of --probe, such as "0:0,255:1"; default: the value."""
     colours: str | None = None
-    """File of the colours in the masks of --probe and their classes, one a line: 128 0 0 road."""
+    """File with the class of each colour in the masks of --probe, one per line: 128 0 0 road."""
     probe_protocol: Literal["linear", "knn"] = "knn"
     """Probe: a linear classifier, or k nearest neighbours."""
     probe_every: int | Auto = "auto"

@@ -310,7 +310,7 @@ def append_lines(path: Path, lines: list[dict[str, float]]) -> None:
     """Append JSON lines to a file.
 
     Raises:
-        CannotWriteError: The disk is full or the like.
+        CannotWriteError: The disk is full, or similar.
     """
     try:
         with path.open("a", encoding="utf-8") as file:

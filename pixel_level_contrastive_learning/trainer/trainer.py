@@ -45,13 +45,13 @@ WORKERS_END = 1.0
 
 @dataclass(frozen=True)
 class PretrainResult:
-    """What a run gives.
+    """The result of a run.
 
     Attributes:
-        backbone: The pretrained network on the CPU, as its library builds it. None after a dry
-            run, and on the processes of a run that do not write.
-        metrics: The metrics of the last step, by the names of `metrics.jsonl`; of a dry run, what
-            was found out.
+        backbone: The pretrained network on the CPU, as its library builds it. None after a dry run,
+            and on processes that do not write.
+        metrics: The metrics of the last step, by their names in `metrics.jsonl`; for a dry run, its
+            findings.
         run_dir: The folder of the run.
     """
 
@@ -204,15 +204,16 @@ def build_validation(
 
 
 def pretrain(data: Any = None, out: str | Path | None = None, **settings: Any) -> PretrainResult:
-    """Pretrain a backbone on images without labels.
+    """Pretrain a backbone on unlabelled images.
 
     Args:
         data: A folder of images, or several; a text file of paths; WebDataset shards; or a Python
             sequence of tensors, arrays or PIL images, or a torch data set.
         out: Folder of the run.
-        **settings: The settings of `PretrainConfig` by name, as `pixelcl pretrain --help-all` tells
-            them. ``model`` may also be a network, of which a copy is trained from the weights that
-            it has, or a function that builds one; pass it again to whatever reads the run.
+        **settings: The settings of `PretrainConfig` by name, as listed by
+            `pixelcl pretrain --help-all`. ``model`` may also be a network, of which a copy is
+            trained from its current weights, or a function that builds one; pass it again to
+            everything that reads the run.
 
     Returns:
         The backbone, the metrics of the last step, and the folder.
@@ -220,7 +221,7 @@ def pretrain(data: Any = None, out: str | Path | None = None, **settings: Any) -
     Raises:
         ValueError: A setting unknown or out of range (all at once), a folder in use, images or
             weights that cannot be read.
-        NotFiniteError: The loss became NaN; the last good checkpoint is kept, if there was one.
+        NotFiniteError: The loss became NaN; the last good checkpoint, if any, is kept.
         Interrupted: The run was asked to stop, and has saved.
     """
     places, objects = split_data(data)

@@ -78,10 +78,10 @@ class FeatureFolder:
     Attributes:
         folder: The folder.
         index: The content of its ``features.json``: ``layer``, ``channels``, ``normalisation`` and
-            so on, and ``images``, an entry for each: its ``name``, its ``path`` and the ``state``
-            of its file (see `identity_of`), its ``file`` of features, its ``size``, the size it was
-            ``fed`` at, its ``grid`` of cells and the ``stride`` of a cell in fed pixels, each
-            ``[height, width]``.
+            so on, and ``images``, with an entry for each: its ``name``, its ``path`` and the
+            ``state`` of its file (see `identity_of`), its ``file`` of features, its ``size``, the
+            size it was ``fed`` at, its ``grid`` of cells and the ``stride`` of a cell in fed
+            pixels, each ``[height, width]``.
     """
 
     folder: Path
@@ -94,7 +94,7 @@ class FeatureFolder:
         return f"{len(self)} images, {self.index['layer']}, {self.index['channels']} channels"
 
     def map(self, number: int) -> Tensor:
-        """The features ``(channels, h, w)`` float32 of an image by its place in the index."""
+        """The features ``(channels, h, w)`` float32 of an image, by its position in the index."""
         path = self.folder / self.index["images"][number]["file"]
         if self.index["format"] == "safetensors":
             return load_file(path)["features"]
@@ -194,38 +194,38 @@ def features(
     pages: Pages | None = None,
     nodata: float | None = None,
 ) -> FeatureFolder:
-    """Dense features of every image, a file each, with an index of what they are.
+    """Dense features of every image, one file each, with an index that describes them.
 
-    The same call continues after an interruption, and adds images that are new, normalised as those
-    before them. Images whose file has another size or time than it had, or in memory other pixels,
-    are read again, and so is all in a folder of a version that did not note these.
+    The same call continues after an interruption and adds new images, normalised like the earlier
+    ones. Images whose file has changed in size or modification time (in memory: in its pixels) are
+    read again, as is everything in a folder written by a version that did not record these.
 
     Args:
         weights: A run, a file of `save_backbone` or `export`, ``torchvision/NAME``, ``timm/NAME``,
             ``hf://OWNER/NAME`` or ``random:MODEL``.
         images: A folder, a list of paths and so on, as for `pretrain`.
-        out: Folder of the files: new, empty, or that of an earlier call with the same settings.
-        layer: The layer. Default: the one that was trained, else the deepest map.
-        format: ``npy`` and ``safetensors`` (in it ``features``) write a file an image, ``zarr`` a
-            group with an array an image; all ``(channels, h, w)`` float32.
-        size: What images are fed at: the shorter side in pixels, or exactly ``(height, width)``.
-            Default: 1.4 times the views of the training.
+        out: Folder for the files: new, empty, or that of an earlier call with the same settings.
+        layer: The layer. Default: the trained one, else the deepest map.
+        format: ``npy`` and ``safetensors`` (key ``features``) write one file per image, ``zarr`` a
+            group with one array per image; all ``(channels, h, w)`` float32.
+        size: Size at which images are fed: the shorter side in pixels, or exactly
+            ``(height, width)``. Default: 1.4 times the views in training.
         pca: 3 also draws each image's features as a picture: the first three principal components
             of all images as red, green and blue.
         device: Where to compute; default: a GPU if there is one.
         model: As for `load_backbone`.
-        pages: What several images in a file are read as. Default: as the run reads its own.
-        nodata: The value of images where nothing was measured, likewise.
+        pages: How files with several images are read. Default: as in the run.
+        nodata: Value that means "not measured", likewise.
 
     Returns:
-        The folder, whose maps can be read.
+        The folder; read its maps with ``map``.
 
     Raises:
         ValueError: Values out of range, no such weights, layer or images, or ``out`` holds
             something else.
-        ModuleNotFoundError: ``zarr`` is asked for and not installed.
-        CannotWriteError: The disk is full or the like.
-        DivergedError: The network gives features that are NaN or infinite.
+        ModuleNotFoundError: ``zarr`` is requested but not installed.
+        CannotWriteError: The disk is full, or similar.
+        DivergedError: The network's features are NaN or infinite.
     """
     raise_together(
         one_of("format", format, get_args(Format)),

@@ -1,4 +1,4 @@
-"""The report of a run: one page that holds everything, to be looked at, played with and sent on."""
+"""The report of a run: one self-contained page to look at, explore and share."""
 
 from __future__ import annotations
 
@@ -131,29 +131,29 @@ def visualize(
     pages: Pages | None = None,
     nodata: float | None = None,
 ) -> Path:
-    """Write the report of a run: one HTML file that needs nothing else, not even a network.
+    """Write the report of a run: one self-contained HTML file that works offline.
 
     Args:
-        run: A run's folder, or whatever else `read_backbone` reads; what a run has and this has
-            not, such as curves, is left out.
-        images: Images to look at, best ones that were not trained on: a folder, a list of paths, a
-            sequence of images. None takes those that the run was trained on, if they are still
-            where they were.
-        out: Where to write the page. Default: ``report.html`` in the run's folder, of a file of
-            weights ``report-NAME.html`` beside it, of a checkpoint in its run's folder.
-        count: How many images, at most; they are spread evenly over all.
+        run: A run's folder, or anything else that `read_backbone` reads; parts that only a run has,
+            such as curves, are then left out.
+        images: Images to show, preferably not used for training: a folder, a list of paths, a
+            sequence of images. None takes those the run was trained on, if they are still where
+            they were.
+        out: Where to write the page. Default: ``report.html`` in the run's folder (for a
+            checkpoint, that of its run); for a weights file, ``report-NAME.html`` next to it.
+        count: Maximum number of images; they are spread evenly over all.
         seed: Decides the other views of the images.
         device: Where to compute; default: a GPU if there is one.
         model: As for `load_backbone`.
-        pages: What several images in a file are read as. Default: as the run reads its own.
-        nodata: The value of images where nothing was measured, likewise.
+        pages: How files with several images are read. Default: as in the run.
+        nodata: Value that means "not measured", likewise.
 
     Returns:
         Where the page is.
 
     Raises:
-        ValueError: There is no such run or device, no image that can be used, a folder as out, or
-            none for weights that are in no folder.
+        ValueError: No such run or device, no usable image, an ``out`` that is a folder, or no
+            ``out`` for weights that are in no folder.
     """
     place = chosen_device(device)
     raise_together(whole("count", count, 1), whole("seed", seed, 0))
