@@ -46,7 +46,7 @@ class Projections(NamedTuple):
     @property
     def grids(self) -> list[tuple[int, int]]:
         """Cells ``(h, w)`` of each level; one level without cells if maps were not asked for."""
-        return [(own.shape[2], own.shape[3]) for own in self.pixel] or [(0, 0)]
+        return [(level.shape[2], level.shape[3]) for level in self.pixel] or [(0, 0)]
 
 
 def per_level(heads: Sequence[nn.Module]) -> nn.Module:
@@ -208,8 +208,11 @@ class TargetEncoder(Encoder):
         self.requires_grad_(False)
         self.train()
         for module in self.modules():  # tensor by tensor, since `_apply` below changes no dtype
-            held: list[Tensor] = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-            for tensor in held:
+            tensors: list[Tensor] = [
+                *module.parameters(recurse=False),
+                *module.buffers(recurse=False),
+            ]
+            for tensor in tensors:
                 if tensor.dtype in HALVES:
                     tensor.data = tensor.float()
         self.compute_dtype = first_weight(online, torch.empty(0)).dtype
@@ -227,9 +230,9 @@ class TargetEncoder(Encoder):
         if not isinstance(decay, Tensor):
             raise_together(LIMITS["moving_average_decay"]("decay", decay))
         pairs = list(zip(self.parameters(), online.parameters(), strict=True))
-        moving = [(mine.detach(), other) for mine, other in pairs if can_learn(mine)]
-        others = [other.detach().to(mine.dtype) for mine, other in moving]
-        targets = [mine for mine, _ in moving]
+        moving = [(target.detach(), other) for target, other in pairs if can_learn(target)]
+        others = [other.detach().to(target.dtype) for target, other in moving]
+        targets = [target for target, _ in moving]
         if isinstance(decay, Tensor):  # torch's lerp would read it on the host
             gaps = torch._foreach_sub(others, targets)
             torch._foreach_mul_(gaps, 1 - decay)
@@ -240,9 +243,9 @@ class TargetEncoder(Encoder):
     @torch.no_grad()
     def reset(self, online: Encoder) -> None:
         """Make the target a copy of the online encoder again, buffers included."""
-        for held in (nn.Module.parameters, nn.Module.buffers):
-            for mine, other in zip(held(self), held(online), strict=True):
-                mine.copy_(other)
+        for tensors in (nn.Module.parameters, nn.Module.buffers):
+            for target, other in zip(tensors(self), tensors(online), strict=True):
+                target.copy_(other)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move as asked, but to float32 where a half precision is asked for."""

@@ -52,8 +52,8 @@ class PPM(nn.Module):
         values = unit(rearrange(self.transform_net(x), "b c h w -> b (h w) c"))
 
         def spread(block: Block, pixels: Tensor, values: Tensor) -> Tensor:
-            ours = pixels[:, block.rows]
-            likeness = einsum(ours, pixels, "b i c, b j c -> b i j").relu().pow(self.gamma)
+            rows = pixels[:, block.rows]
+            likeness = einsum(rows, pixels, "b i c, b j c -> b i j").relu().pow(self.gamma)
             return einsum(likeness, values, "b i j, b j c -> b i c")
 
         b, n, _ = pixels.shape
