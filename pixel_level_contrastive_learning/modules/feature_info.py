@@ -104,9 +104,9 @@ class FeatureInfo:
             # Dropout in place does nothing in eval mode, but overwrites its input in training.
             def overwrites(_: nn.Module, inputs: tuple[object, ...]) -> None:
                 taken = {memory(given) for given in inputs if isinstance(given, Tensor)}
-                for own in layers.values():
-                    own.overwritten |= (
-                        isinstance(own.output, Tensor) and memory(own.output) in taken
+                for earlier in layers.values():
+                    earlier.overwritten |= (
+                        isinstance(earlier.output, Tensor) and memory(earlier.output) in taken
                     )
 
             yield layer.register_forward_hook(ran)
@@ -128,16 +128,17 @@ class FeatureInfo:
             for handle in handles:
                 handle.remove()
         used_ids = set(map(id, used))
-        strides = {name: (own.input_stride, own.stride) for name, own in layers.items()}
+        strides = {name: (layer.input_stride, layer.stride) for name, layer in layers.items()}
         total = number_of_weights(self.net)
-        small = {name for name, own in layers.items() if 2 * number_of_weights(own.module) < total}
+        small = {n for n, layer in layers.items() if 2 * number_of_weights(layer.module) < total}
         inside = inside_blocks(strides, small)
-        narrowed = {id(own.output) for own in layers.values() if narrows(own.module)} - used_ids
+        narrowed = {id(layer.output) for layer in layers.values() if narrows(layer.module)}
+        narrowed -= used_ids
         classes = getattr(self.net, "num_classes", None) or -1  # timm, torchvision
-        scores = {id(own.output) for own in layers.values() if width(own.module) == classes}
+        scores = {id(layer.output) for layer in layers.values() if width(layer.module) == classes}
         scores -= used_ids
-        poolers = tuple(f"{name}." for name, own in layers.items() if is_pooler(own.module))
-        scores |= {id(own.output) for name, own in layers.items() if f"{name}.".startswith(poolers)}
+        poolers = tuple(f"{name}." for name, layer in layers.items() if is_pooler(layer.module))
+        scores |= {id(layer.output) for n, layer in layers.items() if f"{n}.".startswith(poolers)}
         for given, gave in passed:
             scores |= {id(gave)} if id(given) in scores else set()
         for name, layer in layers.items():
@@ -295,8 +296,8 @@ class FeatureInfo:
         """The `deepest` of the layers at each stride, the coarsest first."""
         while layers:
             finer = max(layer.stride for layer in layers) / SAME_STRIDE
-            yield self.deepest([own for own in layers if own.stride > finer])
-            layers = [own for own in layers if own.stride <= finer]
+            yield self.deepest([layer for layer in layers if layer.stride > finer])
+            layers = [layer for layer in layers if layer.stride <= finer]
 
     def deepest(self, layers: Sequence[Layer]) -> Layer:
         """The layer that most weights lead to, since an auxiliary head may run last."""
@@ -338,8 +339,8 @@ class FeatureInfo:
         if layer is None:
             return None
         later = self.layers[self.layers.index(layer) + 1 :]
-        fit = (own for own in later if own.carries_gradient and own.is_map == layer.is_map)
-        return next((own for own in fit if own.layout is not None), None)
+        fit = (other for other in later if other.carries_gradient and other.is_map == layer.is_map)
+        return next((other for other in fit if other.layout is not None), None)
 
     def advice(self, pixel: bool) -> str:
         """The layers that would do: a map for each stride; for an instance a pooled vector too."""
@@ -355,7 +356,8 @@ class FeatureInfo:
         if not all(parameter.requires_grad for parameter in parameters.values()):
             unfreeze(self.net)  # they may be unfrozen later
             self.layers = self.look()
-        walked = [node for own in self.layers if own.name == hook.name for node in graph(own.root)]
+        roots = [layer.root for layer in self.layers if layer.name == hook.name]
+        walked = [node for root in roots for node in graph(root)]
         reached = {id(node.variable) for node in walked if hasattr(node, "variable")}
         if any(isinstance(node, BackwardCFunction) for node in walked):
             # Re-entrant checkpointing, or an autograd function of the network's own, hides what it
@@ -363,7 +365,7 @@ class FeatureInfo:
             self.net.zero_grad()
             with self.isolated():
                 FeatureHooks(hook).run(self.net, self.images)[hook.name].sum().backward()
-            reached = {id(own) for own in parameters.values() if own.grad is not None}
+            reached = {id(weight) for weight in parameters.values() if weight.grad is not None}
         return [name for name, parameter in parameters.items() if id(parameter) not in reached]
 
 

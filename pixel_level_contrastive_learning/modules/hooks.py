@@ -134,7 +134,7 @@ def tensor_in(output: object) -> object:
     """
     if isinstance(output, (tuple, list)) and output:
         axes = (3, 4) if isinstance(output, list) else (4,)
-        maps = {id(own) for own in output if isinstance(own, Tensor) and own.ndim in axes}
+        maps = {id(value) for value in output if isinstance(value, Tensor) and value.ndim in axes}
         return output if len(maps) > 1 else output[0]
     return getattr(output, "last_hidden_state", output)  # of transformers
 
@@ -271,11 +271,11 @@ def find_layer(net: nn.Module, name: str) -> nn.Module:
         )
     parallel = isinstance(net, (nn.DataParallel, nn.parallel.DistributedDataParallel))
     inner = cast(nn.Module, net.module) if parallel else net
-    for own in (inner, net):
+    for module in (inner, net):
         with suppress(AttributeError):
-            return own.get_submodule(name)
+            return module.get_submodule(name)
     layers: dict[str, nn.Module] = dict(net.named_modules()) | dict(inner.named_modules())
-    plain = {plain_name(own): layer for own, layer in reversed(layers.items())}
+    plain = {plain_name(path): layer for path, layer in reversed(layers.items())}
     if name in plain:
         return plain[name]
     raise ValueError(

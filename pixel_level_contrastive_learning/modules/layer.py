@@ -57,8 +57,8 @@ class Layer:
         ):
             return False
         one, two = self.output.detach().float()[:2, self.layout.prefix :]
-        apart = (one - one.roll(1, dims=0)).abs().mean()
-        return bool((one - two).abs().mean() > SHUFFLED * apart)
+        difference = (one - one.roll(1, dims=0)).abs().mean()
+        return bool((one - two).abs().mean() > SHUFFLED * difference)
 
     @property
     def is_gate(self) -> bool:
@@ -106,16 +106,16 @@ def inside_blocks(strides: Mapping[str, tuple[float, float]], small: Collection[
     ends as fine as it began, such as a pyramid of pools. (A large one may be a whole U-Net.)
     """
 
-    def is_passing(own: float, block: str) -> bool:
+    def is_passing(stride: float, block: str) -> bool:
         given, gives = strides.get(block, (0.0, 0.0))
         if gives > SAME_STRIDE * given:
-            return gives < ONE_BLOCK * given and own < SAME_STRIDE * given
-        return block in small and 1 < given < own / SAME_STRIDE and gives > 0
+            return gives < ONE_BLOCK * given and stride < SAME_STRIDE * given
+        return block in small and 1 < given < stride / SAME_STRIDE and gives > 0
 
     return {
         name
-        for name, (_, own) in strides.items()
-        if any(is_passing(own, name[:end]) for end, letter in enumerate(name) if letter == ".")
+        for name, (_, stride) in strides.items()
+        if any(is_passing(stride, name[:end]) for end, letter in enumerate(name) if letter == ".")
     }
 
 
@@ -127,10 +127,10 @@ def check_patches(
     A few pixels pass: at most a quarter of a cell.
     """
     sides = tuple(zip(size, patch, grid, strict=True))
-    if all(side % own <= side / cells / 4 for side, own, cells in sides):
+    if all(side % edge <= side / cells / 4 for side, edge, cells in sides):
         return
-    less = "x".join(str(side // own * own) for side, own, _ in sides)
-    more = "x".join(str(-(-side // own) * own) for side, own, _ in sides)
+    less = "x".join(str(side // edge * edge) for side, edge, _ in sides)
+    more = "x".join(str(-(-side // edge) * edge) for side, edge, _ in sides)
     raise ValueError(
         f"image_size is {size[0]}x{size[1]}, of which {net_type} takes patches of {patch[0]}x"
         f"{patch[1]} pixels and drops the rest, so that cells lie elsewhere; give {less} or {more}"
@@ -157,13 +157,13 @@ def narrows(layer: nn.Module) -> bool:
 
 def is_pooler(layer: nn.Module) -> bool:
     """Whether a layer is a pooler as of BERT: dense, behind no feature, and in few checkpoints."""
-    dense = any(isinstance(own, nn.Linear) for own in layer.modules())
+    dense = any(isinstance(module, nn.Linear) for module in layer.modules())
     return dense and type(layer).__name__.endswith("Pooler")
 
 
 def number_of_weights(net: nn.Module) -> int:
     """How many numbers the parameters of a network hold; of lazy ones none."""
-    return sum(own.numel() for own in net.parameters() if not is_lazy(own))
+    return sum(parameter.numel() for parameter in net.parameters() if not is_lazy(parameter))
 
 
 def width(layer: nn.Module) -> object:
