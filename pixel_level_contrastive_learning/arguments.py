@@ -75,11 +75,11 @@ def positionals_first(command: Callable[..., object], words: Sequence[str]) -> l
         if not is_flag(word):
             first.append(word)
             continue
-        following = list(takewhile(lambda own: not is_flag(own), left))
+        following = list(takewhile(lambda other: not is_flag(other), left))
         hint = hints.get(word.removeprefix("--").replace("-", "_"))
         if hint is not None:
             following = values_of(hint, following)
-            wrong += [refused(word, own, hint) for own in following if not fits(hint, own)]
+            wrong += [refused(word, value, hint) for value in following if not fits(hint, value)]
         elif word.startswith("--no-") or "=" in word:
             following = []
         del left[: len(following)]
@@ -88,7 +88,7 @@ def positionals_first(command: Callable[..., object], words: Sequence[str]) -> l
             greedy[word] = following
     raise_together(*wrong)
     positional = next((name.upper() for name, hint in hints.items() if is_positional(hint)), "")
-    elsewhere = {"--resume", "--config", *HELP} & {own.partition("=")[0] for own in flags}
+    elsewhere = {"--resume", "--config", *HELP} & {flag.partition("=")[0] for flag in flags}
     if positional and not first and greedy and not elsewhere:
         flag, taken = next(iter(greedy.items()))
         raise ValueError(
@@ -113,7 +113,7 @@ def values_of(hint: Any, words: list[str]) -> list[str]:
     most = most_values(hint)
     if get_origin(hint) is tuple and Ellipsis not in get_args(hint):
         return words[:most]
-    more = takewhile(lambda own: fits(hint, own), words[1:most])
+    more = takewhile(lambda word: fits(hint, word), words[1:most])
     return words[: min(1, most) + len(list(more))]
 
 
@@ -129,8 +129,8 @@ def most_values(hint: Any) -> int:
 
 def leaves(hint: Any) -> list[Any]:
     """The types and the literal values that a type is made of."""
-    parts = [part for own in get_args(hint) for part in leaves(own)] if get_args(hint) else [hint]
-    return [own for own in dict.fromkeys(parts) if own is not Ellipsis]
+    parts = [part for arg in get_args(hint) for part in leaves(arg)] if get_args(hint) else [hint]
+    return [part for part in dict.fromkeys(parts) if part is not Ellipsis]
 
 
 def fits(hint: Any, word: str) -> bool:
@@ -151,8 +151,8 @@ def can_be(kind: Any, word: str) -> bool:
 
 def refused(flag: str, word: str, hint: Any) -> str:
     """The error message about a value that a flag cannot have."""
-    kinds = [own for own in leaves(hint) if own is not NoneType]
-    allowed = [NUMBERS.get(own) or repr(own) for own in kinds]
+    kinds = [kind for kind in leaves(hint) if kind is not NoneType]
+    allowed = [NUMBERS.get(kind) or repr(kind) for kind in kinds]
     near = get_close_matches(word, map(str, kinds), n=1)
     perhaps = f" (perhaps {near[0]!r})" if near else ""
     return f"{flag} is {word!r}; it must be {' or '.join(allowed)}{perhaps}"
@@ -195,7 +195,7 @@ def parse_config(arguments: Sequence[str], about: str = "") -> PretrainConfig:
         config=(tyro.conf.OmitArgPrefixes,),
     )
     before, now = asdict(base), asdict(parsed)
-    given = {n: own for n, own in now.items() if own != before[n] or f"__{n}" in typed}
+    given = {n: value for n, value in now.items() if value != before[n] or f"__{n}" in typed}
     return to_config(settings_of(flags | given))
 
 
@@ -209,10 +209,10 @@ def print_help(about: str, *, whole: bool) -> None:
         if not whole and name not in FIRST:
             continue
         hint, default = hints[name], getattr(PretrainConfig, name)
-        told = default not in (None, ()) and default is not False
+        shown = default not in (None, ()) and default is not False
         text = tyro.conf.arg(
             help=texts[name],
-            help_behavior_hint=f"(default: {default})" if told else "",
+            help_behavior_hint=f"(default: {default})" if shown else "",
             metavar=None if hint is bool else metavar(hint),
         )
         groups.setdefault(group, []).append((name, Annotated[hint, text], field(default=default)))
@@ -221,8 +221,8 @@ def print_help(about: str, *, whole: bool) -> None:
         text = tyro.conf.arg(help=about_it, help_behavior_hint="")
         parts.append((name, Annotated[bool, text], field(default=False)))
     for group, settings in groups.items():
-        own = make_dataclass(group, settings, frozen=True)
-        parts.append((group, own, field(default_factory=own)))
+        section = make_dataclass(group, settings, frozen=True)
+        parts.append((group, section, field(default_factory=section)))
     tyro.cli(
         make_dataclass("Settings", parts),
         prog="pixelcl pretrain",
@@ -234,8 +234,8 @@ def print_help(about: str, *, whole: bool) -> None:
 
 def setting_texts() -> dict[str, str]:
     """The docstring of each setting, a line a sentence at most."""
-    found = ast.parse(Path(config.__file__).read_text(encoding="utf-8")).body
-    [settings] = (own for own in found if getattr(own, "name", "") == PretrainConfig.__name__)
+    body = ast.parse(Path(config.__file__).read_text(encoding="utf-8")).body
+    [settings] = (node for node in body if getattr(node, "name", "") == PretrainConfig.__name__)
     assert isinstance(settings, ast.ClassDef)
     return {
         one.target.id: re.sub(r"(?<!\.)\n", " ", cleandoc(two.value.value))
@@ -255,7 +255,7 @@ def metavar(hint: Any) -> str:
     if get_origin(hint) is Literal:
         return "|".join(map(str, get_args(hint)))
     if get_origin(hint) is tuple:
-        one, *more = map(metavar, (own for own in get_args(hint) if own is not Ellipsis))
+        one, *more = map(metavar, (arg for arg in get_args(hint) if arg is not Ellipsis))
         return " ".join([one, *more]) if more else f"{one} ..."
-    parts = [metavar(own) for own in get_args(hint) if own is not NoneType]
+    parts = [metavar(arg) for arg in get_args(hint) if arg is not NoneType]
     return "|".join(parts) if parts else str(hint.__name__).upper()

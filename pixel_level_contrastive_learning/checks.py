@@ -124,7 +124,7 @@ def something_to_learn(alpha: object, instance_weight: object) -> str | None:
 def weights_above_0(name: str, values: object) -> str | None:
     """Allow sequences of numbers above 0, empty ones as well."""
     listed = values if isinstance(values, (tuple, list)) else [None]
-    allowed = all(is_number(own) and own > 0 for own in listed)
+    allowed = all(is_number(value) and value > 0 for value in listed)
     return unless(allowed, name, values, "a list of numbers above 0, one a pixel layer")
 
 

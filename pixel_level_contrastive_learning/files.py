@@ -34,10 +34,10 @@ def write_whole(path: Path, content: str | bytes | Callable[[IO[bytes]], object]
 
     Missing folders are created. Raises `CannotWriteError` where the disk is full or the like.
     """
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")  # the same disk: a rename, no copy
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")  # the same disk: a rename, no copy
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with beside.open("wb") as file:
+        with part.open("wb") as file:
             if isinstance(content, str):
                 file.write(content.encode("utf-8", "backslashreplace"))
             elif isinstance(content, bytes):
@@ -45,13 +45,13 @@ def write_whole(path: Path, content: str | bytes | Callable[[IO[bytes]], object]
             else:
                 content(file)
             sync(file)
-        rename(beside, path)
+        rename(part, path)
         sync_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch's writer tells a full disk as RuntimeError
         raise cannot_write(path, error) from error
     finally:
         with suppress(OSError):
-            beside.unlink(missing_ok=True)
+            part.unlink(missing_ok=True)
 
 
 def cannot_write(path: Path, error: OSError | RuntimeError) -> CannotWriteError:
@@ -167,7 +167,7 @@ def read_settings_file(path: Path) -> dict[str, Any]:
 
     # YAML 1.1 takes yes, no, on and off for booleans; `cache: off` is a word.
     Loader.yaml_implicit_resolvers = {
-        first: [own for own in resolvers if own[0] != "tag:yaml.org,2002:bool"]
+        first: [resolver for resolver in resolvers if resolver[0] != "tag:yaml.org,2002:bool"]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
     Loader.add_implicit_resolver(

@@ -87,7 +87,7 @@ def is_ours(name: str, folders: Collection[str], files: Collection[str]) -> bool
     """Whether a folder of these folders and files is one of a run, of features, or of previews."""
     is_run = CONFIG in files and CHECKPOINTS in folders
     of_features = FEATURES in files and not {MAPS, ZARR_MAPS}.isdisjoint(folders)
-    previews = name == PREVIEW and not folders and all(own.startswith(PAIRS) for own in files)
+    previews = name == PREVIEW and not folders and all(file.startswith(PAIRS) for file in files)
     return is_run or of_features or previews
 
 
