@@ -31,31 +31,31 @@ class CaptureError(RuntimeError):
 
 def places_of(state: State) -> list[int]:
     """The addresses of all tensors of a state."""
-    return [own.data_ptr() for own in chain.from_iterable(state.values())]
+    return [tensor.data_ptr() for tensor in chain.from_iterable(state.values())]
 
 
 def bytes_of(state: State) -> int:
     """Bytes that a state takes."""
-    return sum(own.nbytes for own in chain.from_iterable(state.values()))
+    return sum(tensor.nbytes for tensor in chain.from_iterable(state.values()))
 
 
 def copies(state: State) -> State:
     """Copies of all tensors."""
-    return {name: [own.clone() for own in held] for name, held in state.items()}
+    return {name: [tensor.clone() for tensor in tensors] for name, tensors in state.items()}
 
 
 def restore(state: State, kept: State) -> None:
     """Give all tensors of ``state`` the values of ``kept``."""
-    for name, held in state.items():
-        for own, value in zip(held, kept[name], strict=True):
-            own.copy_(value)
+    for name, tensors in state.items():
+        for tensor, value in zip(tensors, kept[name], strict=True):
+            tensor.copy_(value)
 
 
-def check_results(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
+def check_results(results: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
     """Refuse results that are not those of the step."""
-    for own, other in zip(found, expected, strict=True):
-        off, size = (own - other).abs().float(), other.abs().float()
-        if own.numel() > SHORT:
+    for result, other in zip(results, expected, strict=True):
+        off, size = (result - other).abs().float(), other.abs().float()
+        if result.numel() > SHORT:
             off, size = off.mean(), size.mean()
         wrong = ~(off <= RESULTS_AGREE * size + RESULTS_NEAR).flatten()
         if wrong.any():
@@ -83,17 +83,17 @@ def check_memory(device: torch.device, spare: int = 0) -> None:
 
 def check_changes(now: State, before: State, after: State) -> None:
     """Refuse changes that are not those of the step, which led from ``before`` to ``after``."""
-    for name, held in now.items():
+    for name, tensors in now.items():
         off = moved = 0.0
         stuck = False
-        for own, old, new in zip(held, before[name], after[name], strict=True):
-            if torch.equal(own, new):  # flags too, and masks that hold infinity
+        for tensor, old, new in zip(tensors, before[name], after[name], strict=True):
+            if torch.equal(tensor, new):  # flags too, and masks that hold infinity
                 moved += float((new.double() - old.double()).nan_to_num().abs().sum())
                 continue
-            if own.ndim == 0 and name in ("buffers", "optimiser"):
-                raise CaptureError(f"the graph counts to {own} in the {name}, the step to {new}")
-            stuck = stuck or torch.equal(own, old)
-            off += float((own - new).abs().sum(dtype=torch.float64))
+            if tensor.ndim == 0 and name in ("buffers", "optimiser"):
+                raise CaptureError(f"the graph counts to {tensor} in the {name}, the step to {new}")
+            stuck = stuck or torch.equal(tensor, old)
+            off += float((tensor - new).abs().sum(dtype=torch.float64))
             moved += float((new - old).abs().sum(dtype=torch.float64))
         if not off <= CHANGES_AGREE * moved:
             raise CaptureError(

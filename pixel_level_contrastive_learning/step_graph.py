@@ -89,27 +89,29 @@ class StepGraph:
         if self.refused is not None:
             return self.as_it_is()
         self.graph.replay()
-        return tuple(own.clone() for own in self.results)
+        return tuple(result.clone() for result in self.results)
 
     def load(self, batch: Any) -> None:
         """Copy batch and learning rates to where the graph reads them."""
         if self.fixed is None:
-            self.fixed = each_tensor(batch, lambda own: torch.empty_like(own, device=self.device))
-        for own, given in zip(tensors_in(self.fixed), tensors_in(batch), strict=True):
-            if own.shape != given.shape:
+            self.fixed = each_tensor(
+                batch, lambda tensor: torch.empty_like(tensor, device=self.device)
+            )
+        for tensor, given in zip(tensors_in(self.fixed), tensors_in(batch), strict=True):
+            if tensor.shape != given.shape:
                 raise ValueError(
                     f"the batch holds a tensor {tuple(given.shape)} where the first one had "
-                    f"{tuple(own.shape)}; captured steps take batches of one shape: leave out "
+                    f"{tuple(tensor.shape)}; captured steps take batches of one shape: leave out "
                     "the last, smaller one (drop_last=True)"
                 )
-            own.copy_(given, non_blocking=True)
+            tensor.copy_(given, non_blocking=True)
         for rate, group in zip(self.rates, self.optimizer.param_groups, strict=True):
             rate.fill_(group["lr"])
 
     def as_it_is(self) -> tuple[Tensor, ...]:
         """The step in the form that can be captured, kernel by kernel."""
         self.optimizer.zero_grad()
-        with beside(self.stream), self.capturable():
+        with on_stream(self.stream), self.capturable():
             return self.step(*self.fixed)
 
     def capture(self) -> tuple[Tensor, ...]:
@@ -141,7 +143,7 @@ class StepGraph:
             refused = error
         if refused is None:
             self.numbers, self.optimizer_state = numbers_of(self.optimizer), self.optimizer.state
-            return tuple(own.clone() for own in self.results)
+            return tuple(result.clone() for result in self.results)
         self.give_up(refused)
         restore(state, after)
         return results
@@ -158,9 +160,9 @@ class StepGraph:
         self.graph, self.results = None, ()
         self.optimizer.zero_grad()
         for group in self.optimizer.param_groups:
-            for held in map(self.optimizer.state.get, group["params"]):
-                if held and isinstance(held.get("step"), Tensor) and not group.get("fused"):
-                    held["step"] = held["step"].cpu()  # where steps as they are read it
+            for state in map(self.optimizer.state.get, group["params"]):
+                if state and isinstance(state.get("step"), Tensor) and not group.get("fused"):
+                    state["step"] = state["step"].cpu()  # where steps as they are read it
         if self.stream is not None:
             del first
             gc.collect()
@@ -189,9 +191,9 @@ class StepGraph:
     @contextmanager
     def capturable(self) -> Iterator[None]:
         """A context in which the optimiser reads learning rates and counts on the device."""
-        for held in self.optimizer.state.values():
-            if isinstance(count := held.get("step"), Tensor):
-                held["step"] = count.to(self.device)
+        for state in self.optimizer.state.values():
+            if isinstance(count := state.get("step"), Tensor):
+                state["step"] = count.to(self.device)
         groups = self.optimizer.param_groups
         kept: list[dict[str, Any]] = [
             {name: group[name] for name in ("lr", "capturable") if name in group}
@@ -211,14 +213,14 @@ class StepGraph:
         """What a step changes."""
         parameters = list(self.learner.parameters())
         return {
-            "weights": [own.detach() for own in parameters if own.requires_grad],
-            "target": [own.detach() for own in parameters if not own.requires_grad],
+            "weights": [weight.detach() for weight in parameters if weight.requires_grad],
+            "target": [weight.detach() for weight in parameters if not weight.requires_grad],
             "buffers": list(self.learner.buffers()),
             "optimiser": [
-                own
-                for held in self.optimizer.state.values()
-                for own in held.values()
-                if isinstance(own, Tensor)
+                value
+                for state in self.optimizer.state.values()
+                for value in state.values()
+                if isinstance(value, Tensor)
             ],
         }
 
@@ -308,7 +310,7 @@ def why_not(optimizer: Optimizer, device: torch.device) -> str | None:
 
 
 @contextmanager
-def beside(stream: torch.cuda.Stream | None) -> Iterator[None]:
+def on_stream(stream: torch.cuda.Stream | None) -> Iterator[None]:
     """A context on another stream, which waits for the present one; this waits for it after."""
     if stream is None:
         yield
@@ -347,23 +349,23 @@ def no_waiting(stream: torch.cuda.Stream | None) -> Iterator[None]:
 def numbers_of(optimizer: Optimizer) -> list[dict[str, Any]]:
     """What a graph holds of each group of an optimiser: its numbers but the learning rate."""
     return [
-        {name: own for name, own in group.items() if name not in ("params", "lr", "initial_lr")}
+        {name: value for name, value in group.items() if name not in ("params", "lr", "initial_lr")}
         for group in optimizer.param_groups
     ]
 
 
-def each_tensor(held: Any, change: Callable[[Tensor], Tensor]) -> Any:
+def each_tensor(nested: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """Nested tuples with each of their tensors changed."""
-    if isinstance(held, Tensor):
-        return change(held)
-    changed = [each_tensor(own, change) for own in held]
-    return type(held)(*changed) if hasattr(held, "_fields") else type(held)(changed)
+    if isinstance(nested, Tensor):
+        return change(nested)
+    changed = [each_tensor(part, change) for part in nested]
+    return type(nested)(*changed) if hasattr(nested, "_fields") else type(nested)(changed)
 
 
-def tensors_in(held: Any) -> Iterator[Tensor]:
+def tensors_in(nested: Any) -> Iterator[Tensor]:
     """The tensors of nested tuples."""
-    if isinstance(held, Tensor):
-        yield held
+    if isinstance(nested, Tensor):
+        yield nested
         return
-    for own in held:
-        yield from tensors_in(own)
+    for part in nested:
+        yield from tensors_in(part)
