@@ -251,7 +251,7 @@ class BothAugmentations(nn.Module):
 
     def forward(self, one: Tensor, two: Tensor) -> tuple[Tensor, Tensor]:
         """Both views ``(b, c, h, w)``, float in [0, 1], changed."""
-        ways = [own.change for own in (self.one, self.two) if type(own.change) is Colour]
+        ways = [twin.change for twin in (self.one, self.two) if type(twin.change) is Colour]
         if len({way.photometry.sigma for way in ways}) != 1 or len(ways) != 2:
             return self.one(one), self.two(two)
         first, second = (way.photometry.draw(len(one), way.channels) for way in ways)

@@ -56,7 +56,7 @@ def check_views(views: Sequence[Any], channels: int) -> tuple[View, View]:
     """Two views of the same images, if shapes, dtypes and devices agree."""
     is_batch = len(views) > 0 and isinstance(views[0], Tensor) and views[0].ndim == 4
     alone = "; pass the images alone, batch[0], of a batch that has more" if is_batch else ""
-    if len(views) > 0 and all(isinstance(own, Tensor) and own.ndim == 3 for own in views):
+    if len(views) > 0 and all(isinstance(view, Tensor) and view.ndim == 3 for view in views):
         alone = "; where they are of one size, make a batch of them: torch.stack(images)"
     if len(views) != 2:
         raise ValueError(f"got {len(views)} views; the learner takes (view_one, view_two){alone}")

@@ -129,8 +129,8 @@ def pixpro(propagated: Tensor, target: Tensor, positives: Positives) -> PixelLos
     x = unit(rearrange(propagated, "b d i -> b i d"))
     t = unit(rearrange(target, "b d j -> b j d"))
 
-    def sums(block: Block, theirs: Tensor) -> Tensor:
-        return einsum(positives.block(block).to(theirs), theirs, "b i j, b j d -> b i d")
+    def sums(block: Block, targets: Tensor) -> Tensor:
+        return einsum(positives.block(block).to(targets), targets, "b i j, b j d -> b i d")
 
     # Not by einsum, which would copy both to make a matrix product of it.
     total = (x * by_blocks(sums, positives.shape, t)).sum(dim=(1, 2))
@@ -181,9 +181,9 @@ def pixcontrast(
     """`pixcontrast_loss`, with the cosine of its positive pairs at the cost of another sum."""
     x, t = unit(rearrange(online, "b d i -> b i d")), unit(rearrange(target, "b d j -> b j d"))
 
-    def of_pixels(block: Block, ours: Tensor, theirs: Tensor) -> Tensor:
-        rows = ours[:, block.rows] / temperature
-        scores = einsum(rows, theirs, "b i d, b j d -> b i j")
+    def of_pixels(block: Block, pixels: Tensor, targets: Tensor) -> Tensor:
+        rows = pixels[:, block.rows] / temperature
+        scores = einsum(rows, targets, "b i d, b j d -> b i j")
         positive = positives.block(block)
         counted = positive.amax(dim=-1)
         losses = _NegativeLogShare.apply(scores, positive)

@@ -126,7 +126,7 @@ class PixelCL(nn.Module):
         pixel_levels: int = 1,
         level_weights: Sequence[float] = (),
     ) -> None:
-        mean, std = (own.tolist() if isinstance(own, Tensor) else own for own in (mean, std))
+        mean, std = (stat.tolist() if isinstance(stat, Tensor) else stat for stat in (mean, std))
         raise_together(
             *check_limits(locals()),
             unless(not torch.is_inference_mode_enabled(), "torch.inference_mode", "on", "off here"),
@@ -176,7 +176,7 @@ class PixelCL(nn.Module):
             net,
             pixel_hooks,
             instance_hook,
-            per_level([map_projector(own.layout.channels, hidden, out) for own in pixel_hooks]),
+            per_level([map_projector(hook.layout.channels, hidden, out) for hook in pixel_hooks]),
             vector_projector(instance_hook.layout.channels, hidden, out),
         )
         self.online_predictor = predictor(out, hidden)
@@ -276,16 +276,16 @@ class PixelCL(nn.Module):
         except (TypeError, AssertionError) as error:
             if not self.net.training:
                 raise
-            told = f"{type(self.net).__name__} runs in eval mode but not in train mode: {error}"
+            text = f"{type(self.net).__name__} runs in eval mode but not in train mode: {error}"
             advice = "hand in the part without its losses, such as net.backbone"
-            raise ValueError(f"{told}; {advice}") from error
+            raise ValueError(f"{text}; {advice}") from error
 
     def predictions(self, pixels: Tensor, branches: Branches) -> Projections:
         """The online network's projections, its pixels propagated and its instance predicted."""
         pixel, instance = self.online_encoder(pixels, branches)
         if pixel and self.use_pixpro:
             levels = zip(each_level(self.propagate_pixels), pixel, strict=True)
-            pixel = tuple(propagate(own) for propagate, own in levels)
+            pixel = tuple(propagate(level) for propagate, level in levels)
         if instance is not None:
             instance = self.online_predictor(instance)
         return Projections(pixel, instance)
@@ -298,19 +298,19 @@ class PixelCL(nn.Module):
             reach = matches[0].reach
             return PixelLoss(reach.new_zeros(()), torch.zeros_like(reach)[None])
         levels = zip(online.pixel, target.pixel, matches, strict=True)
-        found = [self.level_loss(*level, with_cosine) for level in levels]
-        loss = self.over_levels([own.loss for own in found])
-        return PixelLoss(loss, torch.stack([own.cosine for own in found]))
+        losses = [self.level_loss(*level, with_cosine) for level in levels]
+        loss = self.over_levels([level.loss for level in losses])
+        return PixelLoss(loss, torch.stack([level.cosine for level in losses]))
 
     def level_loss(
         self, online: Tensor, target: Tensor, matches: Positives, with_cosine: bool
     ) -> PixelLoss:
         """PixPro or pixel contrast of one level, in one direction."""
-        ours, theirs = (rearrange(own, "b d h w -> b d (h w)") for own in (online, target))
+        pixels, targets = (rearrange(level, "b d h w -> b d (h w)") for level in (online, target))
         if self.use_pixpro:
-            return pixpro(ours, theirs, matches)
+            return pixpro(pixels, targets, matches)
         temperature = self.similarity_temperature
-        return pixcontrast(ours, theirs, matches, temperature, with_cosine=with_cosine)
+        return pixcontrast(pixels, targets, matches, temperature, with_cosine=with_cosine)
 
     def over_levels(self, values: list[Tensor]) -> Tensor:
         """The weighted mean of each level's value; of a skipped branch there is one, 0."""
@@ -329,9 +329,9 @@ class PixelCL(nn.Module):
     def terms(self, losses: Sequence[Tensor], cosines: Tensor, matches: list[Positives]) -> Terms:
         """The losses and their figures, from cosines ``(2, levels, b)``."""
         loss, pixel, instance = losses
-        with_pairs = [(own.count() > 0).sum() for own in matches]
+        with_pairs = [(level.count() > 0).sum() for level in matches]
         levels = zip(cosines.unbind(dim=1), with_pairs, strict=True)
-        means = [own.sum() / (2 * images.clamp(min=1)) for own, images in levels]
+        means = [cosine.sum() / (2 * images.clamp(min=1)) for cosine, images in levels]
         pairs = matches[0].count()
         return Terms(
             loss=loss,
@@ -404,7 +404,7 @@ class PixelCL(nn.Module):
             "target_encoder.": False,
         }
         unused = tuple(part for part, used in parts.items() if not used)
-        trainable = (name for name, own in self.named_parameters() if own.requires_grad)
+        trainable = (name for name, parameter in self.named_parameters() if parameter.requires_grad)
         return sorted(n for n in trainable if n.startswith(unused) or plain_name(n) in idle)
 
     @property

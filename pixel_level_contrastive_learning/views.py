@@ -146,7 +146,7 @@ def cut_views(
         return sample(images, grid, powers[0])
     cut = images.new_empty(len(powers), images.shape[1], *size)
     for power in sorted(set(powers)):
-        chosen = torch.tensor([i for i, own in enumerate(powers) if own == power], device="cpu")
+        chosen = torch.tensor([i for i, other in enumerate(powers) if other == power], device="cpu")
         index = to_device(chosen, images.device)
         cut = cut.index_copy(0, index, sample(images[index], grid[index], power))
     return cut
