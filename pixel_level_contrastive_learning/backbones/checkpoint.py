@@ -95,9 +95,9 @@ class BackboneCard:
     fingerprint: tuple[float, ...] | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
-        for own in fields(self):  # JSON has lists where we have tuples
-            if isinstance(value := getattr(self, own.name), list):
-                object.__setattr__(self, own.name, tuple(value))
+        for entry in fields(self):  # JSON has lists where we have tuples
+            if isinstance(value := getattr(self, entry.name), list):
+                object.__setattr__(self, entry.name, tuple(value))
         if isinstance(self.image_size, int):
             object.__setattr__(self, "image_size", (self.image_size,) * 2)
         given = {"mean": self.mean or (), "std": self.std or (), "low": self.low, "high": self.high}
@@ -107,8 +107,8 @@ class BackboneCard:
             *(per_channel(name, values, self.channels) for name, values in given.items()),
             *(
                 f"{name} is {getattr(self, name)!r}; it must name a layer"
-                for name, own in layers.items()
-                if not own or not all(isinstance(layer, str) for layer in own)
+                for name, names in layers.items()
+                if not names or not all(isinstance(layer, str) for layer in names)
             ),
         )
 
@@ -150,7 +150,7 @@ class BackboneCard:
         values = json.loads(text)
         if not isinstance(values, dict):
             raise ValueError(f"it is a {type(values).__name__}, not an object with fields")
-        names = [own.name for own in fields(cls)]
+        names = [entry.name for entry in fields(cls)]
         raise_together(*(one_of("field", name, names) for name in values))
         return cls(**values)
 
@@ -159,8 +159,8 @@ def read_card(weights: Path, from_hub: bool = False) -> BackboneCard:
     """The card next to a weights file; for a checkpoint, that of its run."""
     path = card_path(weights)
     if not path.is_file():
-        own = "put the card there, or load it into a network of your own: load_weights(net, path)"
-        hint = GIVE_RUN if weights.suffix == ONNX or (weights.parent / CARD).is_file() else own
+        tip = "put the card there, or load it into a network of your own: load_weights(net, path)"
+        hint = GIVE_RUN if weights.suffix == ONNX or (weights.parent / CARD).is_file() else tip
         raise ValueError(
             f"{weights} has no card {path.name} beside it, which says what network it is of; {hint}"
         )

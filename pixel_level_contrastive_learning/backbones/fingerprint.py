@@ -71,7 +71,7 @@ def figures_of(net: nn.Module, shape: tuple[int, ...]) -> Tensor:
             flat = tensor.double().flatten()
             flat = flat / flat.norm()
             against = (stretched(block, str(salt), flat.shape) for salt in range(FIGURES))
-            figures += torch.stack([(flat * own).sum() for own in against])
+            figures += torch.stack([(flat * noise).sum() for noise in against])
     return figures
 
 

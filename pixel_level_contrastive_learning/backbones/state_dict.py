@@ -110,7 +110,7 @@ def load_weights(net: nn.Module, source: str | Path) -> KeyReport:
     """
     path = find_weights(source, " (--weights takes 'pretrained', too)")
     report = load_matching(net, read_state_dict(path), str(path))
-    sizes = {name: own.numel() for name, own in tensors_of(net).items() if not is_classifier(name)}
+    sizes = {n: tensor.numel() for n, tensor in tensors_of(net).items() if not is_classifier(n)}
     filled, every = sum(sizes.get(name, 0) for name in report.matched), sum(sizes.values())
     if filled < every / 2:
         warnings.warn(
@@ -137,9 +137,9 @@ def find_weights(source: str | Path, more: str = "") -> Path:
             log.warning("%s has no %s yet: loading its last checkpoint", path, WEIGHTS)
             return last
         every = read_settings_if_any(path / CONFIG).get("checkpoint_every")
-        begun = f": its run trains or ended early, and saves first at step {every}" if every else ""
+        hint = f": its run trains or ended early, and saves first at step {every}" if every else ""
         raise ValueError(
-            f"{path} has no {WEIGHTS} and no {CHECKPOINTS}/{LAST}{begun}; give the directory of a "
+            f"{path} has no {WEIGHTS} and no {CHECKPOINTS}/{LAST}{hint}; give the directory of a "
             "run that has saved, or a file of weights"
         )
     if not path.is_file():
@@ -205,8 +205,8 @@ def load_matching(net: nn.Module, tensors: Mapping[str, Tensor], source: str) ->
     shared = [name for name in wanted if name in given]
     matched = [name for name in shared if given[name].shape == wanted[name].shape]
     # Biases, counters of batches, or a classifier alone are no match.
-    kernels = {n for n, own in wanted.items() if own.ndim >= 2 and not is_classifier(n)}
-    if (kernels or {n for n, own in wanted.items() if own.ndim}).isdisjoint(matched):
+    kernels = {n for n, tensor in wanted.items() if tensor.ndim >= 2 and not is_classifier(n)}
+    if (kernels or {n for n, tensor in wanted.items() if tensor.ndim}).isdisjoint(matched):
         raise ValueError(
             f"nothing in {source} fits {type(net).__name__}: the file begins with "
             f"{', '.join(list(tensors)[:3]) or 'no tensor at all'}, the network with "
@@ -262,13 +262,13 @@ def match_names(
     inner = max(inward, key=inward.__getitem__)  # of any part, where the file has no prefix
     fits = [("", prefix_scores(tensors, wanted)), (inner, Counter({"": inward[inner]}))]
     for start in large:  # of a large part, prefixes on both sides
-        part = {n.removeprefix(start): own for n, own in wanted.items() if n.startswith(start)}
+        part = {n.removeprefix(start): value for n, value in wanted.items() if n.startswith(start)}
         fits.append((start, prefix_scores(tensors, part)))
     inner, scores = max(fits, key=lambda fit: max(fit[1].values()))
     best = max(scores.values())
-    outers = sorted((own for own, score in scores.items() if score == best), key=is_trained)
-    begun = {name: own for name, own in tensors.items() if name.startswith(outers[0])}
-    return {inner + name.removeprefix(outers[0]): own for name, own in begun.items()}, outers
+    outers = sorted((prefix for prefix, score in scores.items() if score == best), key=is_trained)
+    inside = {name: tensor for name, tensor in tensors.items() if name.startswith(outers[0])}
+    return {inner + name.removeprefix(outers[0]): tensor for name, tensor in inside.items()}, outers
 
 
 def is_trained(prefix: str) -> bool:
@@ -304,21 +304,21 @@ def adapt_to_input(
     for name in tables:
         parts = name.split(".")[:-1]
         starts = [".".join(parts[:end]) for end in range(len(parts) + 1)]
-        owner = next((own for own in starts if knows_size(net.get_submodule(own))), None)
+        owner = next((start for start in starts if knows_size(net.get_submodule(start))), None)
         if owner is not None:
             owners.setdefault(f"{owner}." if owner else "", []).append(name)
     for start, names in owners.items():
-        own = {n.removeprefix(start): value for n, value in given.items() if n.startswith(start)}
+        state = {n.removeprefix(start): value for n, value in given.items() if n.startswith(start)}
         part = net.get_submodule(start.removesuffix("."))
         try:
-            own = fit_positions(part, own, [name.removeprefix(start) for name in names])
+            state = fit_positions(part, state, [name.removeprefix(start) for name in names])
         except Exception as error:  # libraries raise anything
             log.warning(
                 "%s cannot be resized (do class or register tokens differ?): %s", names[0], error
             )
             continue
         others = {name: value for name, value in given.items() if not name.startswith(start)}
-        given = others | {start + name: value for name, value in own.items()}
+        given = others | {start + name: value for name, value in state.items()}
     return given
 
 

@@ -65,9 +65,9 @@ def adapt_channels(net: nn.Module, channels: int, *, keep: bool = True) -> nn.Mo
             # More inputs with smaller weights each: the variance of the outputs stays.
             std = old.std().item() * (conv.in_channels / channels) ** 0.5
             weight = old.new_empty(old.shape[0], channels, *old.shape[2:]).normal_(std=std)
-    for own in net.modules():  # layers of transformers refuse images of other channels
-        if getattr(own, "num_channels", None) == conv.in_channels and conv in own.modules():
-            setattr(own, "num_channels", channels)  # noqa: B010  # no declared attribute
+    for module in net.modules():  # layers of transformers refuse images of other channels
+        if getattr(module, "num_channels", None) == conv.in_channels and conv in module.modules():
+            setattr(module, "num_channels", channels)  # noqa: B010  # no declared attribute
     if getattr(getattr(net, "config", None), "num_channels", None) == conv.in_channels:
         net.config.num_channels = channels  # type: ignore[union-attr]  # of transformers
     conv.in_channels = channels
