@@ -140,9 +140,9 @@ def default_statistics(model: str, channels: int) -> tuple[tuple[float, ...], tu
         config, place = hub_config(name), place_of(name)
         given = config.get("pretrained_cfg", config)
         if "model_type" in config and PREPROCESSOR in files_of(place):
-            held = json.loads(fetch(place, PREPROCESSOR).read_text(encoding="utf-8"))
-            given = {key.removeprefix("image_"): value for key, value in held.items()}
-            if not held.get("do_normalize", "mean" in given):
+            settings = json.loads(fetch(place, PREPROCESSOR).read_text(encoding="utf-8"))
+            given = {key.removeprefix("image_"): value for key, value in settings.items()}
+            if not settings.get("do_normalize", "mean" in given):
                 mean, std, given = (0.0,) * 3, (1.0,) * 3, {}
         mean, std = given.get("mean", mean), given.get("std", std)
     if len(mean) != channels:
@@ -180,10 +180,10 @@ def torchvision_net(
         with explain_errors(model, image_size):
             net = models.get_model(name, weights=None, **kwargs)
         return adapt_channels(net, channels, keep=False)
-    own_kwargs = torchvision_kwargs(name, 3, None)
+    default_kwargs = torchvision_kwargs(name, 3, None)
     with explain_errors(model, None):
-        net = models.get_model(name, weights="DEFAULT", **own_kwargs)
-    if not kwargs.keys() <= own_kwargs.keys():  # torchvision loads weights at its own size only
+        net = models.get_model(name, weights="DEFAULT", **default_kwargs)
+    if not kwargs.keys() <= default_kwargs.keys():  # torchvision loads weights at its own size only
         with explain_errors(model, image_size):
             sized = models.get_model(name, weights=None, **kwargs)
         load_matching(sized, net.state_dict(), f"the weights of {model}")
@@ -237,9 +237,9 @@ def hub_net(
 ) -> nn.Module:
     """The network that a repository describes; no code of the repository runs."""
     if is_card(config):
-        inner, own = config["model"], config.get("config")
+        inner, inner_config = config["model"], config.get("config")
         refuse_code(inner)
-        net = build_backbone(inner, channels=channels, image_size=image_size, config=own)
+        net = build_backbone(inner, channels=channels, image_size=image_size, config=inner_config)
     elif "architecture" in config:
         net = timm_net(config["architecture"], channels, image_size, False, **timm_settings(config))
     else:
@@ -268,8 +268,8 @@ def transformers_net(
     """
 
     def built(size: Size | None) -> nn.Module:
-        own = transformers_config(config, channels, size)
-        net = import_extra("transformers").AutoModel.from_config(own)
+        sized_config = transformers_config(config, channels, size)
+        net = import_extra("transformers").AutoModel.from_config(sized_config)
         return adapt_channels(net, channels, keep=False)
 
     with explain_errors(model, image_size, config):
@@ -317,8 +317,8 @@ def explain_errors(
         ) from error
     except Exception as error:  # libraries raise anything, assertions too
         size = "" if image_size is None else f" for images of {image_size[0]}x{image_size[1]}"
-        own = default_image_size(model, config)
-        fit = "any size" if own is None else f"{own[0]}x{own[1]}"
+        default = default_image_size(model, config)
+        fit = "any size" if default is None else f"{default[0]}x{default[1]}"
         raise ValueError(f"{model} cannot be built{size}: {error}; it is made for {fit}") from error
 
 

@@ -187,9 +187,9 @@ def hub_config(name: str) -> dict[str, Any]:
     files = files_of(place)
     for file in (CARD, CONFIG):
         if file in files:
-            held = json.loads(fetch(place, file).read_text(encoding="utf-8"))
-            if isinstance(held, dict) and (is_card(held) or LIBRARY_KEYS & held.keys()):
-                return held
+            config = json.loads(fetch(place, file).read_text(encoding="utf-8"))
+            if isinstance(config, dict) and (is_card(config) or LIBRARY_KEYS & config.keys()):
+                return config
     raise ValueError(
         f"{place} describes no network: it has neither a {CARD} of `pixelcl export --push` nor a "
         f"{CONFIG} of timm or transformers; build the network by --model and give its weights as "

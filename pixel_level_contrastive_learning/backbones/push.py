@@ -45,7 +45,7 @@ class Pushed(NamedTuple):
 
     def __str__(self) -> str:
         verb = "would upload" if self.dry_run else "uploaded"
-        sizes = [f"  {name}  {len(own):,} bytes" for name, own in self.files.items()]
+        sizes = [f"  {name}  {len(content):,} bytes" for name, content in self.files.items()]
         return "\n".join([f"{verb} to {self.repository}:", *sizes, "", self.page.rstrip()])
 
 
@@ -100,7 +100,7 @@ def push(
             api = hub_api()
             add = import_extra("huggingface_hub").CommitOperationAdd
             operations = [
-                add(path_in_repo=name, path_or_fileobj=own) for name, own in files.items()
+                add(path_in_repo=name, path_or_fileobj=content) for name, content in files.items()
             ]
             api.create_repo(place.repo, private=private, exist_ok=True)
             if private and not api.model_info(place.repo).private:
@@ -166,14 +166,18 @@ def evaluated(path: Path) -> str:
     """What an evaluation found, as a table; nothing where there was none."""
     if not path.is_file():
         return ""
-    found = json.loads(path.read_text(encoding="utf-8"))
-    figures = list(dict.fromkeys(name for row in found["rows"] for name in row["scores"]))
+    results = json.loads(path.read_text(encoding="utf-8"))
+    figures = list(dict.fromkeys(name for row in results["rows"] for name in row["scores"]))
     rows = [
         [without_folder(row["name"])]
-        + ["" if (own := row["scores"].get(figure)) is None else f"{own:.3f}" for figure in figures]
-        for row in found["rows"]
+        + [
+            "" if (score := row["scores"].get(figure)) is None else f"{score:.3f}"
+            for figure in figures
+        ]
+        for row in results["rows"]
     ]
-    return f"## {found['protocol']} on {Path(found['data']).name}\n\n" + table(["", *figures], rows)
+    title = f"## {results['protocol']} on {Path(results['data']).name}\n\n"
+    return title + table(["", *figures], rows)
 
 
 def without_folder(name: str) -> str:
