@@ -48,7 +48,7 @@ HEADLESS = {"smp", "mmseg", "detectron2"}
 SMP_ALIKE = {*DEPTHS, "resnext50_32x4d", "resnext101_32x8d"}
 """Those that segmentation-models-pytorch builds like torchvision."""
 ELSEWHERE = {"avgpool": "global_pool", "relu": "act1"}
-ELSEWHERE |= {theirs: own for own, theirs in ELSEWHERE.items()} | {"act2": "relu", "act3": "relu"}
+ELSEWHERE |= {two: one for one, two in ELSEWHERE.items()} | {"act2": "relu", "act3": "relu"}
 """Layers that torchvision and timm call otherwise in these."""
 TIMM_ALIKE = {*SMP_ALIKE, "wide_resnet50_2", "wide_resnet101_2"}
 """Those that torchvision and timm build alike, name by name."""
@@ -125,11 +125,11 @@ def export(
         net, card, loaded = read_backbone(run)
     kind, card = named_in(card, net, format)
     folder, step = run_folder(source), None
-    begun = f"{source.stem}-"
+    prefix = f"{source.stem}-"
     if folder != source.parent:
         step = torch.load(source, "cpu", weights_only=True, mmap=True).get("steps_done")
-        begun = EXPORTED + begun * (Path(run).suffix == ".ckpt")
-    default = folder / f"{begun}{kind}{FORMATS[kind]}"
+        prefix = EXPORTED + prefix * (Path(run).suffix == ".ckpt")
+    default = folder / f"{prefix}{kind}{FORMATS[kind]}"
     path = default if out is None else Path(out).expanduser()
     if FORMATS[kind] not in ("", path.suffix):
         raise ValueError(f"out is {str(path)!r}; for {kind} it must end in {FORMATS[kind]}")
@@ -219,10 +219,10 @@ def refuse_other_card(path: Path, card: BackboneCard) -> None:
     place = path.with_suffix(".json")
     if not place.is_file():
         return
-    suffixes = {own.suffix for own in path.parent.iterdir() if own.stem == path.stem}
-    held = card_in(place.parent, place.name)
-    if held is None or (held != card and (suffixes - {path.suffix, ".json"} or place.name == CARD)):
-        what = "no card" if held is None else "the card of other weights"
+    suffixes = {file.suffix for file in path.parent.iterdir() if file.stem == path.stem}
+    old = card_in(place.parent, place.name)
+    if old is None or (old != card and (suffixes - {path.suffix, ".json"} or place.name == CARD)):
+        what = "no card" if old is None else "the card of other weights"
         raise ValueError(f"out is {str(path)!r}; {place} is there and is {what}: name another file")
 
 

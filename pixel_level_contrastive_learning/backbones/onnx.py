@@ -48,9 +48,9 @@ class Features(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         self.net(images)
-        found, size = self.hooks.outputs, (images.shape[2], images.shape[3])
-        vector = as_vector(found[self.instance_hook.name], self.instance_hook.layout)
-        return vector, *(as_map(found[own.name], own.layout, size) for own in self.pixel_hooks)
+        outputs, size = self.hooks.outputs, (images.shape[2], images.shape[3])
+        vector = as_vector(outputs[self.instance_hook.name], self.instance_hook.layout)
+        return vector, *(as_map(outputs[hook.name], hook.layout, size) for hook in self.pixel_hooks)
 
 
 def onnx_program(net: nn.Module, card: BackboneCard) -> Program:
@@ -71,7 +71,7 @@ def onnx_program(net: nn.Module, card: BackboneCard) -> Program:
 
     def images(count: int, *size: int) -> Tensor:
         drawn = torch.rand(count, card.channels, *size, generator=dice)
-        mean, std = (torch.tensor(own).view(-1, 1, 1) for own in (card.mean, card.std))
+        mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (card.mean, card.std))
         return (drawn - mean) / std
 
     error: Exception | None = None
@@ -116,8 +116,8 @@ def compare(features: Features, content: bytes, batches: Sequence[Tensor]) -> No
         answers = session.run(features.names, {INPUT: images.numpy()})
         with torch.no_grad():
             wanted = features(images)
-        for name, answer, own in zip(features.names, answers, wanted, strict=True):
-            difference = (torch.from_numpy(answer) - own).abs().max() / own.abs().max()
+        for name, answer, expected in zip(features.names, answers, wanted, strict=True):
+            difference = (torch.from_numpy(answer) - expected).abs().max() / expected.abs().max()
             if not difference <= TOLERANCE:  # NaN, too
                 raise ValueError(
                     f"{name} of the program differs from the network's by {difference:.2g} of its "

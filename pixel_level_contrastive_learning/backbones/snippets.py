@@ -138,7 +138,7 @@ def arguments(first: str, kwargs: Mapping[str, Any]) -> str:
 def running(card: BackboneCard, path: Path, free: Collection[str]) -> str:
     """The lines that run an ONNX program on images, where torch is not installed either."""
     fixed = dict(zip(AXES, ("2", *map(str, card.image_size)), strict=True))
-    batch, *size = (name if name in free else own for name, own in fixed.items())
+    batch, *size = (name if name in free else value for name, value in fixed.items())
     only = "" if len(free) == len(AXES) else ", of just this size"
     shape = ", ".join([batch, str(card.channels), *size])
     return dedent(f"""\
