@@ -90,7 +90,7 @@ def test_any_layout_is_read_as_a_map_and_as_its_average(body, prefix, size) -> N
     expected = net.stem(pixels)
     cells = [*expected.flatten(2).unbind(dim=2)]
     if prefix:
-        cells += [own.expand(2, -1) for own in body.prefix]
+        cells += [token.expand(2, -1) for token in body.prefix]
     torch.testing.assert_close(pixel, expected)
     torch.testing.assert_close(instance, sum(cells) / len(cells))
 
@@ -150,8 +150,8 @@ def test_a_layer_overwritten_in_place_is_read_and_trained_as_it_was() -> None:
     torch.testing.assert_close(pixel, expected)
     pull = torch.randn_like(pixel)
     gradients = (torch.autograd.grad((out * pull).sum(), parameters) for out in (pixel, expected))
-    for ours, theirs in zip(*gradients, strict=True):
-        torch.testing.assert_close(ours, theirs)
+    for one, two in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, two)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)

@@ -46,14 +46,14 @@ def copied(tensors: Callable[[], object]) -> list[Tensor]:
     return [tensor.detach().clone() for tensor in tensors()]
 
 
-def same(ours: list[Tensor], theirs: list[Tensor]) -> bool:
+def same(first: list[Tensor], second: list[Tensor]) -> bool:
     """Whether all of them are equal."""
-    return all(torch.equal(one, two) for one, two in zip(ours, theirs, strict=True))
+    return all(torch.equal(one, two) for one, two in zip(first, second, strict=True))
 
 
-def apart(ours: list[Tensor], theirs: list[Tensor]) -> bool:
+def all_differ(first: list[Tensor], second: list[Tensor]) -> bool:
     """Whether all of them differ."""
-    return not any(torch.equal(one, two) for one, two in zip(ours, theirs, strict=True))
+    return not any(torch.equal(one, two) for one, two in zip(first, second, strict=True))
 
 
 # The beginning.
@@ -65,11 +65,11 @@ def test_the_target_begins_as_a_copy_that_shares_nothing() -> None:
     assert online.state_dict().keys() == target.state_dict().keys()
     assert same(copied(target.parameters), copied(online.parameters))
     assert same(copied(target.buffers), copied(online.buffers))
-    theirs = {tensor.data_ptr() for tensor in online.state_dict().values()}
-    assert theirs.isdisjoint(tensor.data_ptr() for tensor in target.state_dict().values())
+    addresses = {tensor.data_ptr() for tensor in online.state_dict().values()}
+    assert addresses.isdisjoint(tensor.data_ptr() for tensor in target.state_dict().values())
     pixels = torch.rand(2, 3, 64, 64)
-    for ours, online_ones in zip(parts(target(pixels)), parts(online(pixels)), strict=True):
-        torch.testing.assert_close(ours, online_ones)
+    for projected, expected in zip(parts(target(pixels)), parts(online(pixels)), strict=True):
+        torch.testing.assert_close(projected, expected)
 
 
 def test_the_target_trains_its_batch_norm_whatever_the_mode_of_the_network() -> None:
@@ -79,7 +79,7 @@ def test_the_target_trains_its_batch_norm_whatever_the_mode_of_the_network() -> 
     assert not any(module.training for module in online.modules())
     before = copied(target.buffers)
     target(torch.rand(4, 3, 64, 64))
-    assert apart(copied(target.buffers), before)
+    assert all_differ(copied(target.buffers), before)
 
 
 def test_eval_reaches_the_target() -> None:
@@ -96,12 +96,12 @@ def test_eval_reaches_the_target() -> None:
 def test_convention_every_parameter_keeps_its_share_and_takes_the_rest(decay) -> None:
     online = online_encoder()
     target = TargetEncoder(online)
-    own, buffers = copied(target.parameters), copied(target.buffers)
+    before, buffers = copied(target.parameters), copied(target.buffers)
     drift(online)
     others = copied(online.parameters)
-    assert apart(own, others)
+    assert all_differ(before, others)
     target.update(online, decay)
-    for kept, other, moved in zip(own, others, target.parameters(), strict=True):
+    for kept, other, moved in zip(before, others, target.parameters(), strict=True):
         torch.testing.assert_close(moved, decay * kept + (1 - decay) * other)
     assert same(copied(target.buffers), buffers)
     assert same(copied(online.parameters), others)
@@ -113,9 +113,9 @@ def test_the_target_is_not_the_online_network() -> None:
     before = parts(target(pixels))
     drift(online)
     target.update(online, 0.5)
-    for own, other, old in zip(parts(target(pixels)), parts(online(pixels)), before, strict=True):
-        assert not torch.allclose(own, other, atol=1e-3)
-        assert not torch.allclose(own, old, atol=1e-3)
+    for moved, other, old in zip(parts(target(pixels)), parts(online(pixels)), before, strict=True):
+        assert not torch.allclose(moved, other, atol=1e-3)
+        assert not torch.allclose(moved, old, atol=1e-3)
 
 
 @pytest.mark.parametrize("decay", [1.5, -0.1, float("nan"), "0.9"])
@@ -143,10 +143,10 @@ def test_it_follows_a_network_that_was_wrapped_later() -> None:
     online = online_encoder()
     target = TargetEncoder(online)
     drift(online)
-    own, others = copied(target.parameters), copied(online.parameters)
+    before, others = copied(target.parameters), copied(online.parameters)
     online.net = torch.compile(online.net, backend="eager")
     target.update(online, 0.5)
-    for kept, other, moved in zip(own, others, target.parameters(), strict=True):
+    for kept, other, moved in zip(before, others, target.parameters(), strict=True):
         torch.testing.assert_close(moved, (kept + other) / 2)
 
 
@@ -183,7 +183,7 @@ PIXELS = torch.linspace(0, 1, 2 * 3 * 64 * 64).view(2, 3, 64, 64)
 @pytest.mark.parametrize("cast", CASTS)
 @pytest.mark.parametrize("cast_first", [True, False], ids=["a cast network", "a cast learner"])
 def test_the_target_is_never_held_in_halves_but_computes_in_them(cast, cast_first) -> None:
-    computed, held = CASTS[cast]
+    computed, stored = CASTS[cast]
     if cast_first:
         online = online_encoder(computed)
         target = TargetEncoder(online)
@@ -191,17 +191,17 @@ def test_the_target_is_never_held_in_halves_but_computes_in_them(cast, cast_firs
         both = nn.ModuleList([online_encoder(), TargetEncoder(online_encoder())])
         online, target = getattr(both, cast)()
     assert held_in(online) == {computed}
-    assert held_in(target) == {held}
-    for own, other in zip(parts(target(PIXELS)), parts(online(PIXELS)), strict=True):
-        assert own.dtype == other.dtype == computed
+    assert held_in(target) == {stored}
+    for projected, other in zip(parts(target(PIXELS)), parts(online(PIXELS)), strict=True):
+        assert projected.dtype == other.dtype == computed
 
 
 @pytest.mark.parametrize("cast", CASTS)
 def test_moving_to_a_device_changes_no_precision(cast) -> None:
-    computed, held = CASTS[cast]
+    computed, stored = CASTS[cast]
     target = getattr(TargetEncoder(online_encoder()), cast)()
     for moved in (target.to("cpu"), copy.deepcopy(target)):
-        assert held_in(moved) == {held}
+        assert held_in(moved) == {stored}
         assert all(projected.dtype == computed for projected in parts(moved(PIXELS)))
 
 

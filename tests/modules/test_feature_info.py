@@ -61,9 +61,9 @@ def test_convention_the_default_is_the_deepest_map_of_four_by_four_and_the_poole
         (lambda c: {"turn": Calls(lambda _, x: x.mT), "norm": nn.LayerNorm(c)}, "norm", "b n c"),
         (
             lambda c: {
-                "norm": Calls(lambda own, x: own.inner(x.mT), inner=nn.LayerNorm(c)),
+                "norm": Calls(lambda net, x: net.inner(x.mT), inner=nn.LayerNorm(c)),
                 "mix": Calls(
-                    lambda own, x: x + own.mlp(x.mT).mT,
+                    lambda net, x: x + net.mlp(x.mT).mT,
                     mlp=nn.Sequential(nn.Linear(196, 64), nn.GELU(), nn.Linear(64, 196)),
                 ),
                 "after": nn.LayerNorm(c),
@@ -85,10 +85,10 @@ def test_channels_are_not_read_as_tokens(layers, width, pixel, axes) -> None:
     if pixel == "flat":
         output = FeatureHooks(hook).run(net, x)["flat"]
         assert torch.equal(as_map(output, hook.layout, (224, 224)), net.stem(x))
-    unreadable = [own.name for own in info.layers if own.layout is None]
-    assert unreadable == [own for own in ("mix.mlp.0", "mix.mlp.1") if info.get(own)]
-    for own in info.layers:
-        assert own.layout is None or own.layout.channels == width
+    unreadable = [layer.name for layer in info.layers if layer.layout is None]
+    assert unreadable == [name for name in ("mix.mlp.0", "mix.mlp.1") if info.get(name)]
+    for layer in info.layers:
+        assert layer.layout is None or layer.layout.channels == width
 
 
 @pytest.mark.parametrize(
@@ -142,10 +142,10 @@ def head(*layers: nn.Module) -> nn.Sequential:
     return chain(body=body, head=nn.Sequential(*layers))
 
 
-def gated(own: nn.Module, x: Tensor) -> Tensor:
+def gated(net: nn.Module, x: Tensor) -> Tensor:
     """A map whose cells are weighed, four by one number."""
-    found = own.body(x)
-    return found * own.gate(found).repeat_interleave(2, 2).repeat_interleave(2, 3)
+    features = net.body(x)
+    return features * net.gate(features).repeat_interleave(2, 2).repeat_interleave(2, 3)
 
 
 GATE = nn.Sequential(nn.Conv2d(8, 1, 2, 2), nn.BatchNorm2d(1))
@@ -259,13 +259,13 @@ def test_feature_info_draws_nothing_and_changes_nothing() -> None:
         drop=nn.Dropout(0.5),
         noise=Calls(lambda _, x: x + torch.rand_like(x)),
     )
-    state = {name: held.clone() for name, held in net.state_dict().items()}
+    state = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     generators = torch.get_rng_state(), random.getstate(), str(np.random.get_state())
     for training in (False, True):
         FeatureInfo(net, 3, (64, 64), training=training)
     assert torch.equal(torch.get_rng_state(), generators[0])
     assert (random.getstate(), str(np.random.get_state())) == generators[1:]
-    assert all(torch.equal(held, state[name]) for name, held in net.state_dict().items())
+    assert all(torch.equal(tensor, state[name]) for name, tensor in net.state_dict().items())
 
 
 # Refusals: what was found, and what would do.
@@ -298,9 +298,9 @@ def test_layers_of_a_resnet_that_will_not_do_are_refused(layer, pixel, texts) ->
     refused(models.resnet18(), layer, pixel, texts)
 
 
-def checkpointed(own: nn.Module, x: Tensor) -> Tensor:
+def checkpointed(net: nn.Module, x: Tensor) -> Tensor:
     """A network whose block runs without gradient, and again in the backward pass."""
-    return own.after(checkpoint(own.block, own.stem(x), use_reentrant=True))
+    return net.after(checkpoint(net.block, net.stem(x), use_reentrant=True))
 
 
 @pytest.mark.parametrize(
@@ -308,7 +308,7 @@ def checkpointed(own: nn.Module, x: Tensor) -> Tensor:
     [
         (
             Calls(
-                lambda own, x: own.end(own.named(x)["x"]),
+                lambda net, x: net.end(net.named(x)["x"]),
                 named=Calls(lambda _, x: {"x": x}),
                 end=STEM,
             ),
@@ -316,7 +316,7 @@ def checkpointed(own: nn.Module, x: Tensor) -> Tensor:
             ["'named'", "dict", "end (8 channels, 8x8 cells)"],
         ),
         (
-            Calls(lambda own, x: own.end(x), spare=nn.Conv2d(3, 8, 1), end=STEM),
+            Calls(lambda net, x: net.end(x), spare=nn.Conv2d(3, 8, 1), end=STEM),
             "spare",
             ["'spare'", "did not run", "end (8 channels, 8x8 cells)"],
         ),
@@ -355,7 +355,7 @@ class Masked(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         tokens = self.patches(x).flatten(2).mT
         if self.shuffled:
-            tokens = torch.stack([own[torch.randperm(len(own))] for own in tokens])
+            tokens = torch.stack([sample[torch.randperm(len(sample))] for sample in tokens])
         return self.norm(tokens + 0.1 * torch.rand_like(tokens).mul(tokens))
 
 
@@ -374,8 +374,8 @@ def test_most_of_a_network_is_not_left_out_without_a_word() -> None:
         return FeatureInfo(chain(**stem, encoder=nn.Sequential(layer, layer)), 3, (64, 64))
 
     assert tokens(batch_first=True).default_pixels() == ["encoder"]
-    told = r"gives \(64, 2, 16\) in 'encoder', which .* have \d+% of its weights, .* as \(b, n, c\)"
-    with pytest.warns(UserWarning, match=told):
+    text = r"gives \(64, 2, 16\) in 'encoder', which .* have \d+% of its weights, .* as \(b, n, c\)"
+    with pytest.warns(UserWarning, match=text):
         assert tokens(batch_first=False).default_pixels() != ["encoder"]
     with pytest.warns(UserWarning, match="Masked gives .* in 'norm', which cannot be read"):
         FeatureInfo(Masked(shuffled=True, width=999), 3, (64, 64)).default_pixels()
@@ -389,7 +389,7 @@ def test_a_network_without_layers_is_refused_with_the_way_out() -> None:
 
 
 def test_a_network_that_wants_more_than_images_is_told_so() -> None:
-    net = Calls(lambda own, x: own.stem(x["image"]), stem=nn.Conv2d(3, 8, 8, 8))
+    net = Calls(lambda net, x: net.stem(x["image"]), stem=nn.Conv2d(3, 8, 8, 8))
     with pytest.raises(
         ValueError, match=r"Calls cannot take .* run as net\(images\) on one tensor"
     ):
@@ -461,7 +461,9 @@ def test_frozen_parameters_are_looked_at_as_if_they_learned() -> None:
     net.head.requires_grad_(False)
     info = FeatureInfo(net, 3, (64, 64))
     assert info.unreached(info.hook("pool", pixel=False)) == ["head.weight", "head.bias"]
-    assert not any(own.requires_grad for own in (*net.stem.parameters(), *net.head.parameters()))
+    assert not any(
+        parameter.requires_grad for parameter in (*net.stem.parameters(), *net.head.parameters())
+    )
 
 
 def test_what_joins_a_layer_after_it_was_read_is_unreached() -> None:
@@ -481,7 +483,7 @@ def test_what_joins_a_layer_after_it_was_read_is_unreached() -> None:
     behind = ["side.weight", "side.bias", "after.weight", "after.bias"]
     assert info.unreached(hook) == behind
     FeatureHooks(hook).run(net, torch.rand(2, 3, 64, 64))["block"].sum().backward()
-    assert [name for name, own in net.named_parameters() if own.grad is None] == behind
+    assert [name for name, parameter in net.named_parameters() if parameter.grad is None] == behind
 
 
 def test_a_table_of_indices_is_no_weight() -> None:
@@ -515,7 +517,7 @@ class Closed(torch.autograd.Function):
 
 @pytest.mark.parametrize(
     "forward",
-    [checkpointed, lambda own, x: own.after(Closed.apply(own.stem(x), own.block))],
+    [checkpointed, lambda net, x: net.after(Closed.apply(net.stem(x), net.block))],
     ids=["re-entrant checkpoint", "a function of one's own"],
 )
 @pytest.mark.parametrize("frozen", [False, True])
@@ -526,7 +528,7 @@ def test_parameters_that_the_graph_does_not_show_are_reached(forward, frozen) ->
         "after": nn.Conv2d(8, 4, 1),
         "head": nn.Conv2d(4, 2, 1),
     }
-    net = Calls(lambda own, x: own.head(forward(own, x)), **parts)
+    net = Calls(lambda net, x: net.head(forward(net, x)), **parts)
     net.block.requires_grad_(not frozen)
     info = FeatureInfo(net, 3, (64, 64))
     hooks = [info.hook(name, pixel=True) for name in ("after", "stem")]
@@ -534,7 +536,7 @@ def test_parameters_that_the_graph_does_not_show_are_reached(forward, frozen) ->
     assert info.unreached(hooks[0]) == behind
     inside = ["block.weight", "block.bias", "after.weight", "after.bias"]
     assert info.unreached(hooks[1]) == inside + behind
-    assert all(own.grad is None for own in net.parameters())
+    assert all(parameter.grad is None for parameter in net.parameters())
 
 
 # Blocks that make the map coarser, for good or for a while.
@@ -582,15 +584,15 @@ def test_the_inside_of_a_block_is_a_default_where_there_is_nothing_else() -> Non
 def test_class_scores_are_told_by_what_they_are_and_not_by_where_they_lie() -> None:
     """Tensors that are gone leave their addresses to later ones, such as the scores."""
 
-    def forward(own: nn.Module, x: Tensor) -> Tensor:
-        x = own.body(x)
+    def forward(net: nn.Module, x: Tensor) -> Tensor:
+        x = net.body(x)
         with torch.no_grad():
             passing = [x * k for k in range(200)]
             for tensor in passing:
-                own.side(tensor)
+                net.side(tensor)
         kept = passing[::2]  # noqa: F841  # half of the addresses stay taken
         del passing, tensor
-        return own.scores(x)
+        return net.scores(x)
 
     scores = nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 5, 1, bias=False))
     parts = {"body": nn.Conv2d(3, 8, 8, 8), "side": nn.Conv2d(8, 9, 1), "scores": scores}

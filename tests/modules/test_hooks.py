@@ -38,15 +38,15 @@ def caught(net: nn.Module, name: str, x: Tensor, **hook: bool) -> Tensor | None:
 def test_a_hook_catches_what_its_layer_gives(name) -> None:
     net, x = SmallNet().eval(), torch.rand(2, 3, 64, 64)
     expected = x
-    for own, layer in net.named_children():
+    for child, layer in net.named_children():
         expected = layer(expected)
-        if own == name:
+        if child == name:
             break
     assert torch.equal(caught(net, name, x), expected)
 
 
 def test_a_layer_that_runs_twice_is_caught_the_second_time() -> None:
-    net = Calls(lambda own, x: own.add(own.add(x)), add=Calls(lambda own, x: x + 1))
+    net = Calls(lambda net, x: net.add(net.add(x)), add=Calls(lambda _, x: x + 1))
     assert caught(net, "add", torch.zeros(1)) == 2
 
 
@@ -85,21 +85,21 @@ def test_of_several_values_the_first_tensor_is_caught(several, overwritten) -> N
     ids=["sizes", "one size", "tokens"],
 )
 def test_of_several_maps_none_stands_for_their_layer(several, count) -> None:
-    def forward(own: nn.Module, x: Tensor) -> Sequence[Tensor]:
-        fine = own.fine(x)
-        return several(x, fine, own.deep(fine))
+    def forward(net: nn.Module, x: Tensor) -> Sequence[Tensor]:
+        fine = net.fine(x)
+        return several(x, fine, net.deep(fine))
 
     encoder = Calls(forward, fine=nn.Conv2d(3, 8, 4, 4), deep=nn.Conv2d(8, 12, 2, 2))
-    net = Calls(lambda own, x: own.encoder(x)[-1].mean(), encoder=encoder)
+    net = Calls(lambda net, x: net.encoder(x)[-1].mean(), encoder=encoder)
     info = FeatureInfo(net, 3, (64, 64))
     assert info.default_pixels() == ["encoder.deep"]
-    told = rf"'encoder' gives {count} values, .* \(name a layer inside it\).*: .*encoder\.deep \("
-    with pytest.raises(ValueError, match=told):
+    text = rf"'encoder' gives {count} values, .* \(name a layer inside it\).*: .*encoder\.deep \("
+    with pytest.raises(ValueError, match=text):
         info.hook("encoder", pixel=True)
 
 
 def test_a_layer_that_does_not_run_is_not_caught() -> None:
-    net = Calls(lambda own, x: own.used(x), used=nn.Identity(), spare=nn.Identity())
+    net = Calls(lambda net, x: net.used(x), used=nn.Identity(), spare=nn.Identity())
     assert caught(net, "spare", torch.zeros(1)) is None
 
 
@@ -147,8 +147,8 @@ def test_one_thread_at_a_time_reads_a_network() -> None:
     net, images = chain(stem=Calls(meet)), [torch.zeros(1), torch.ones(1)]
     hooks = [FeatureHooks(FeatureHook("stem", ANY)) for _ in range(2)]
     with ThreadPoolExecutor(2) as pool:
-        found = list(pool.map(lambda own, x: own.run(net, x), hooks, images))
-    assert [own["stem"] for own in found] == images
+        outputs = list(pool.map(lambda hook, x: hook.run(net, x), hooks, images))
+    assert [output["stem"] for output in outputs] == images
     assert not met
 
 

@@ -131,8 +131,8 @@ def test_large_maps_agree_with_the_plain_form(num_layers, shape, entries, monkey
     measured, expected = ppm(x), reference.plain_propagate(x, ppm.transform_net, 2)
     torch.testing.assert_close(measured, expected, rtol=1e-10, atol=1e-10)
     gradients = (torch.autograd.grad((y * pull).sum(), inputs) for y in (measured, expected))
-    for ours, theirs in zip(*gradients, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+    for one, two in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-9)
 
 
 # What must not change, and what must never happen.
