@@ -121,7 +121,7 @@ def run(request: pytest.FixtureRequest) -> Run:
 
 def trainable(learner: PixelCL) -> dict[str, nn.Parameter]:
     """The parameters that may have a gradient, by name."""
-    return {name: own for name, own in learner.named_parameters() if own.requires_grad}
+    return {n: weight for n, weight in learner.named_parameters() if weight.requires_grad}
 
 
 def test_the_loss_is_finite(run) -> None:
@@ -136,7 +136,7 @@ def test_default_layers_hold_features(run) -> None:
 
 
 def test_unreached_are_exactly_the_parameters_without_gradient(run) -> None:
-    without = [name for name, own in trainable(run.learner).items() if own.grad is None]
+    without = [name for name, weight in trainable(run.learner).items() if weight.grad is None]
     assert run.learner.unreached_parameters() == sorted(without)
     assert all(name.startswith("online_encoder.net.") for name in without)
 
@@ -168,8 +168,8 @@ for folder in map(str.strip, sys.stdin):
         output = net(images)
     output = output if isinstance(output, torch.Tensor) else output[0]  # of transformers
     hooks = any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
-    ours = "pixel_level_contrastive_learning" in sys.modules
-    print(len(net.state_dict()), torch.equal(output, expected), hooks, ours, flush=True)
+    imported = "pixel_level_contrastive_learning" in sys.modules
+    print(len(net.state_dict()), torch.equal(output, expected), hooks, imported, flush=True)
 """
 """Loads backbones in a process that has never heard of this package."""
 

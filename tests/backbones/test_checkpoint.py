@@ -127,12 +127,12 @@ def test_files_that_an_export_wrote_into_a_run_name_the_run(net, tmp_path) -> No
 
 def test_weights_in_any_folder_have_their_own_card(tmp_path) -> None:
     """Only a run's checkpoints have that of the run, which lies above them."""
-    own = tmp_path / "checkpoints" / "improved.pt"
-    own.parent.mkdir()
-    own.with_suffix(".json").write_text(FULL_CARD.to_json())
+    path = tmp_path / "checkpoints" / "improved.pt"
+    path.parent.mkdir()
+    path.with_suffix(".json").write_text(FULL_CARD.to_json())
     (tmp_path / "backbone.json").write_text(replace(FULL_CARD, seed=8).to_json())
-    assert read_card(own).seed == 7
-    assert read_card(own.with_name("step-00000001.ckpt")).seed == 8
+    assert read_card(path).seed == 7
+    assert read_card(path.with_name("step-00000001.ckpt")).seed == 8
 
 
 # Out and in.
@@ -176,7 +176,7 @@ def test_a_backbone_that_is_not_filled_wholly_warns(net, tmp_path) -> None:
 
 def test_a_classifier_that_is_not_there_is_no_warning(net, tmp_path, caplog) -> None:
     save_backbone(tmp_path / "backbone.safetensors", net, CARD)
-    without = {name: own for name, own in net.state_dict().items() if not name.startswith("fc.")}
+    without = {n: tensor for n, tensor in net.state_dict().items() if not n.startswith("fc.")}
     assert len(without) < len(net.state_dict())
     save_file(without, tmp_path / "backbone.safetensors")
     with caplog.at_level("INFO"):
@@ -191,7 +191,7 @@ def test_what_was_wrapped_around_is_not_written(net, tmp_path) -> None:
     assert load_file(tmp_path / "backbone.safetensors").keys() == expected.keys()
     loaded = load_backbone(tmp_path)
     assert same(state_of(loaded), expected)
-    assert not any(isinstance(own, nn.SyncBatchNorm) for own in loaded.modules())
+    assert not any(isinstance(module, nn.SyncBatchNorm) for module in loaded.modules())
 
 
 def test_tied_weights_are_written_twice(tmp_path) -> None:
@@ -294,15 +294,15 @@ def test_a_card_is_told_what_its_learner_cannot_know(net) -> None:
 
 
 def test_unknown_statistics_are_asked_for(net) -> None:
-    own = learner_of(net, channels=2, augment_fn=nn.Identity())
+    learner = learner_of(net, channels=2, augment_fn=nn.Identity())
     for given in ({}, {"mean": (0.1, 0.2)}):
         with pytest.raises(ValueError) as error:
-            card_of(own, MODEL, **given)
+            card_of(learner, MODEL, **given)
         assert str(error.value) == (
             "the learner's augment_fn normalises by itself, and its mean and std are not known; "
             "give both to card_of, for values in [0, 1]"
         )
-    card = card_of(own, MODEL, mean=(0.1, 0.2), std=(0.3, 0.4))
+    card = card_of(learner, MODEL, mean=(0.1, 0.2), std=(0.3, 0.4))
     assert (card.mean, card.std) == ((0.1, 0.2), (0.3, 0.4))
     both = learner_of(net, channels=2, augment_fn=nn.Identity(), mean=(0.1, 0.2), std=(0.3, 0.4))
     assert card_of(both, MODEL) == card

@@ -131,8 +131,8 @@ def without_stem():
 def test_what_a_network_itself_refuses_is_not_taken_for_its_channels(tmp_path, function) -> None:
     (tmp_path / "picky.py").write_text(SOURCE_OF_REFUSALS)
     name = f"{tmp_path / 'picky.py'}:{function}"
-    told = rf"picky\.py:{function} builds .* 64, 64\): I take 32 pixels only; .* channels= and"
-    with pytest.raises(ValueError, match=told):
+    message = rf"picky\.py:{function} builds .* 64, 64\): I take 32 pixels only; .* channels= and"
+    with pytest.raises(ValueError, match=message):
         build_backbone(name, image_size=64)
     for size in (32, None):
         assert build_backbone(name, image_size=size).stem.weight.shape[0] == 4

@@ -162,8 +162,8 @@ def fresh(exports, tmp_path_factory) -> list[Any]:
 
 @pytest.mark.parametrize("index", range(len(CASES)), ids=[" ".join(map(str, c)) for c in CASES])
 def test_an_export_loads_and_is_fed_where_this_package_is_not(index, fresh) -> None:
-    answers, ours = fresh
-    assert ours == []
+    answers, imported = fresh
+    assert imported == []
     same, fed = answers[index]
     assert same
     assert fed
@@ -255,8 +255,8 @@ def test_timm_takes_an_export_with_another_classifier(
     code = export(tmp_path, "timm").how_to
     assert ("'custom_load': False" in code) == model.startswith("timm/vit_tiny")
     exec(re.sub(r"(create_model\('[\w.]+')", rf"\1, {other}", code), names)
-    held = {key.removeprefix("model."): own for key, own in names["net"].state_dict().items()}
-    lost = [name for name in state if name not in held or not torch.equal(state[name], held[name])]
+    loaded = {n.removeprefix("model."): value for n, value in names["net"].state_dict().items()}
+    lost = [n for n in state if n not in loaded or not torch.equal(state[n], loaded[n])]
     assert len(lost) <= 4
     assert all(name.startswith(("fc.", "head.", "norm.")) for name in lost)
 

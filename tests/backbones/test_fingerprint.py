@@ -34,7 +34,7 @@ def convolutions(act: Callable[[], nn.Module] = nn.ReLU, residual: float = 1.0) 
     block = chain(conv=nn.Conv2d(8, 8, 3, padding=1), norm=nn.BatchNorm2d(8), act=act())
     stem = chain(conv=nn.Conv2d(3, 8, 4, 4), act=act())
     return Calls(
-        lambda own, x: (y := own.stem(x)) + residual * own.block(y), stem=stem, block=block
+        lambda net, x: (y := net.stem(x)) + residual * net.block(y), stem=stem, block=block
     )
 
 
@@ -73,8 +73,8 @@ def test_weights_modes_and_precisions_do_not_change_it(build) -> None:
     before = fingerprint_of(net, 3, SIZE)
     assert net.training
     state = copy.deepcopy(net.state_dict())
-    for own in net.parameters():
-        nn.init.normal_(own)
+    for parameter in net.parameters():
+        nn.init.normal_(parameter)
     net.eval()
     generator = torch.get_rng_state()
     torch.set_float32_matmul_precision("medium")
@@ -90,7 +90,7 @@ def test_weights_modes_and_precisions_do_not_change_it(build) -> None:
         torch.set_num_threads(threads)
     assert torch.equal(torch.get_rng_state(), generator)
     assert next(net.parameters()).dtype == torch.bfloat16
-    assert not all(torch.equal(own.float(), state[name]) for name, own in net.state_dict().items())
+    assert not all(torch.equal(value.float(), state[n]) for n, value in net.state_dict().items())
 
 
 def test_it_is_the_same_with_every_version() -> None:
@@ -112,7 +112,7 @@ def test_it_is_the_same_with_every_version() -> None:
     [
         nn.Linear(3, 3),  # takes no image
         Calls(lambda _, x: {"no": "tensor"}),
-        Calls(lambda own, x: own.conv(x) * torch.inf, conv=nn.Conv2d(3, 3, 1)),
+        Calls(lambda net, x: net.conv(x) * torch.inf, conv=nn.Conv2d(3, 3, 1)),
     ],
 )
 def test_what_gives_no_figures_has_none(net) -> None:
@@ -155,18 +155,18 @@ def test_code_that_computes_something_else_is_told(run) -> None:
     read_backbone(run, image_size=(32, 32))  # at another size it would not be the same
 
 
-@pytest.mark.parametrize("held", [None, (), (1.0, 2.0), "absent"])
-def test_a_card_without_a_fingerprint_of_ours_works_as_before(run, held) -> None:
+@pytest.mark.parametrize("fingerprint", [None, (), (1.0, 2.0), "absent"])
+def test_a_card_without_a_fingerprint_of_ours_works_as_before(run, fingerprint) -> None:
     fields = json.loads((run / "backbone.json").read_text())
     assert len(fields["fingerprint"]) == 8
-    fields["fingerprint"] = held
-    if held == "absent":
+    fields["fingerprint"] = fingerprint
+    if fingerprint == "absent":
         del fields["fingerprint"], fields["config"]
     (run / "backbone.json").write_text(json.dumps(fields))
     (run / "mine.py").write_text(SOURCE.replace("ReLU", "Tanh"))
     load_backbone(run)
     known = read_card(run / "backbone.safetensors").fingerprint
-    assert known == (None if held == "absent" else held)
+    assert known == (None if fingerprint == "absent" else fingerprint)
 
 
 def test_a_fingerprint_that_cannot_be_computed_is_no_other_code(run, monkeypatch) -> None:

@@ -68,8 +68,8 @@ class DetectronResNet(nn.Module):
 
 
 def norm_shapes(name: str, width: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    for own in ("weight", "bias", "running_mean", "running_var"):
-        yield f"{name}.{own}", (width,)
+    for part in ("weight", "bias", "running_mean", "running_var"):
+        yield f"{name}.{part}", (width,)
     yield f"{name}.num_batches_tracked", ()
 
 
@@ -100,7 +100,7 @@ def mmseg_shapes(depth: int, channels: int) -> Iterator[tuple[str, tuple[int, ..
 def test_the_resnets_of_detectron2_and_mmseg_take_an_export(depth, channels, tmp_path) -> None:
     model = f"torchvision/resnet{depth}"
     net = build_backbone(model, channels=channels)
-    for norm in (own for own in net.modules() if isinstance(own, nn.BatchNorm2d)):
+    for norm in (module for module in net.modules() if isinstance(module, nn.BatchNorm2d)):
         norm.running_mean.normal_(std=0.1)
         norm.running_var.uniform_(0.8, 1.2)
     half = (0.5,) * channels
@@ -110,16 +110,16 @@ def test_the_resnets_of_detectron2_and_mmseg_take_an_export(depth, channels, tmp
     )
     save_backbone(tmp_path / "backbone.safetensors", net, card)
 
-    theirs = DetectronResNet(depth, channels)
-    held = pickle.loads(export(tmp_path, "detectron2").path.read_bytes())["model"]
-    theirs.load_state_dict({name: torch.as_tensor(own) for name, own in held.items()})
+    detectron = DetectronResNet(depth, channels)
+    weights = pickle.loads(export(tmp_path, "detectron2").path.read_bytes())["model"]
+    detectron.load_state_dict({name: torch.as_tensor(tensor) for name, tensor in weights.items()})
     x = torch.rand(1, channels, 64, 64)
     net.fc, net.avgpool = nn.Identity(), nn.Identity()
     expected = net.eval()(x).unflatten(1, (-1, 2, 2))
-    torch.testing.assert_close(theirs.eval()(x), expected)
+    torch.testing.assert_close(detectron.eval()(x), expected)
 
     state = torch.load(export(tmp_path, "mmseg").path, weights_only=True)
-    shapes = {name: tuple(own.shape) for name, own in state.items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     assert shapes == dict(mmseg_shapes(depth, channels))
-    ours = net.state_dict()
-    assert all(torch.equal(own, ours[name]) for name, own in state.items())
+    original = net.state_dict()
+    assert all(torch.equal(tensor, original[name]) for name, tensor in state.items())

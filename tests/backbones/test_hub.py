@@ -83,8 +83,8 @@ def of_transformers(root: Path, family: str = "vit", **settings: Any) -> nn.Modu
 
 def same(one: nn.Module, two: nn.Module) -> bool:
     """Whether the second network has all weights of the first."""
-    theirs = two.state_dict()
-    return all(torch.equal(value, theirs[name]) for name, value in one.state_dict().items())
+    weights = two.state_dict()
+    return all(torch.equal(value, weights[name]) for name, value in one.state_dict().items())
 
 
 # Names.
@@ -180,7 +180,7 @@ def not_kept(cause: Exception) -> Exception:
 
 
 @pytest.mark.parametrize(
-    ("error", "kind", "told"),
+    ("error", "kind", "message"),
     [
         (answered(403), ValueError, "the Hub refuses hf://me/net: oh; log in with"),
         *((answered(n), ConnectionError, "the Hub does not serve") for n in (429, 500, 503)),
@@ -193,9 +193,9 @@ def not_kept(cause: Exception) -> Exception:
         (PermissionError(13, "oh", "/x"), CannotWriteError, "set HF_HOME to a folder that can be "),
     ],
 )
-def test_what_fails_is_told_from_what_is_refused(error, kind, told) -> None:
+def test_what_fails_is_told_from_what_is_refused(error, kind, message) -> None:
     place = Repository("me/net", None, None)
-    with pytest.raises(kind, match=told), explain_hub_errors(place):
+    with pytest.raises(kind, match=message), explain_hub_errors(place):
         raise error from error.__cause__
 
 
@@ -318,8 +318,8 @@ def test_weights_that_a_repository_lacks_are_told(hub) -> None:
 def test_a_repository_of_transformers_is_built_and_filled(hub) -> None:
     net = of_transformers(hub)
     loaded = read_backbone("hf://me/transformers")
-    ours = {n: v for n, v in loaded.net.state_dict().items() if not n.startswith("pooler")}
-    assert all(torch.equal(value, net.vit.state_dict()[name]) for name, value in ours.items())
+    weights = {n: v for n, v in loaded.net.state_dict().items() if not n.startswith("pooler")}
+    assert all(torch.equal(value, net.vit.state_dict()[name]) for name, value in weights.items())
     card = loaded.card
     assert (card.image_size, card.pixel_layer, card.instance_layer) == (
         (64, 64),
@@ -343,8 +343,8 @@ def test_images_are_normalised_as_the_repository_says(hub, fed, statistics) -> N
     of_transformers(hub)
     (hub / "me/transformers/preprocessor_config.json").write_text(json.dumps(fed))
     for channels in (3, 2):
-        told = default_statistics("hf://me/transformers", channels)
-        assert told == tuple((value,) * channels for value in statistics)
+        stats = default_statistics("hf://me/transformers", channels)
+        assert stats == tuple((value,) * channels for value in statistics)
 
 
 def test_a_config_of_transformers_that_names_a_model_is_no_card_of_ours(hub) -> None:
@@ -389,8 +389,8 @@ def test_networks_that_take_one_form_of_size_take_all_images(hub, family, settin
 def test_a_network_of_square_images_alone_is_refused_when_it_is_built(hub, monkeypatch) -> None:
     config = AutoConfig.for_model("clip_vision_model", **TOKENS).to_dict()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    told = r"hf://me/transformers cannot be built for images of 64x96: .*; it is made for 64x64"
-    with pytest.raises(ValueError, match=told):
+    message = r"hf://me/transformers cannot be built for images of 64x96: .*; it is made for 64x64"
+    with pytest.raises(ValueError, match=message):
         build_backbone("hf://me/transformers", image_size=(64, 96), config=config)
 
 
@@ -401,8 +401,8 @@ def test_of_a_network_with_a_text_part_the_vision_part_is_taken(hub, family) -> 
     net = AutoModel.from_config(config)
     net.save_pretrained(hub / "me/both")
     loaded = build_backbone("hf://me/both", image_size=96, pretrained=True)
-    own = dict(net.vision_model.named_parameters())
-    assert {n for n, p in loaded.named_parameters() if n in own and not p.equal(own[n])} == {
+    vision = dict(net.vision_model.named_parameters())
+    assert {n for n, p in loaded.named_parameters() if n in vision and not p.equal(vision[n])} == {
         "embeddings.position_embedding.weight"
     }
     assert default_layers(FeatureInfo(loaded, 3, (96, 96)))[0]
@@ -419,11 +419,11 @@ def test_a_run_records_what_rebuilds_its_network(hub, tmp_path) -> None:
     assert same(load_backbone(tmp_path / "run"), net)
 
 
-@pytest.mark.parametrize("held", ["{}", "[]", None])
-def test_a_repository_that_describes_no_network_is_refused(hub, held) -> None:
+@pytest.mark.parametrize("content", ["{}", "[]", None])
+def test_a_repository_that_describes_no_network_is_refused(hub, content) -> None:
     (hub / "me/net").mkdir(parents=True)
-    if held is not None:
-        (hub / "me/net/config.json").write_text(held)
+    if content is not None:
+        (hub / "me/net/config.json").write_text(content)
     with pytest.raises(ValueError, match=r"hf://me/net describes no network: .* --weights hf://me"):
         build_backbone("hf://me/net")
 

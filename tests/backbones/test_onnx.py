@@ -61,7 +61,7 @@ def test_a_convolutional_network_takes_any_batch_and_size(tmp_path) -> None:
     vector, deep, fine = outputs(done.how_to, raw)
     x = torch.from_numpy(raw.astype(np.float32))
     low, high, mean, std = (
-        torch.tensor(own).view(-1, 1, 1) for own in (card.low, card.high, card.mean, card.std)
+        torch.tensor(values).view(-1, 1, 1) for values in (card.low, card.high, card.mean, card.std)
     )
     x = (((x - low) / (high - low)).clamp(0, 1) - mean) / std
     x = net.layer3(net.layer2(net.layer1(net.maxpool(net.relu(net.bn1(net.conv1(x)))))))

@@ -58,7 +58,7 @@ def run(tmp_path) -> Path:
 
 def same(one: nn.Module, two: nn.Module) -> bool:
     both = zip(one.state_dict().values(), two.state_dict().values(), strict=True)
-    return all(torch.equal(ours, theirs) for ours, theirs in both)
+    return all(torch.equal(*pair) for pair in both)
 
 
 def test_what_is_pushed_is_read_back_by_its_name(hub, run, capsys) -> None:
@@ -80,8 +80,8 @@ def test_what_is_pushed_is_read_back_by_its_name(hub, run, capsys) -> None:
     assert same(loaded.net, load_backbone(run))
     assert loaded.card.start == "start.pth"
     facts = yaml.safe_load(page.split("---")[1])
-    ours = "pixel-level-contrastive-learning"  # timm finds no config.json there
-    assert (facts["library_name"], facts["license"]) == (ours, "mit")
+    library = "pixel-level-contrastive-learning"  # timm finds no config.json there
+    assert (facts["library_name"], facts["license"]) == (library, "mit")
     assert facts["tags"][-1] == "pixcontrast"
     for line in (
         "A backbone pretrained at pixel level, without labels, on 1234 images by",
@@ -156,11 +156,11 @@ def test_a_dry_run_uploads_nothing_and_says_what_it_would(hub, run, capsys, monk
     )
     assert not (hub / "me").exists()
     assert cli.main(["export", str(run), "--push", "me/net", "--dry-run", "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert (told["repository"], told["dry_run"]) == ("hf://me/net", True)
+    result = json.loads(capsys.readouterr().out)
+    assert (result["repository"], result["dry_run"]) == ("hf://me/net", True)
     weights = (run / "backbone.safetensors").stat().st_size
-    assert told["files"]["backbone.safetensors"] == pytest.approx(weights, rel=0.01)
-    assert "# net" in told["page"]
+    assert result["files"]["backbone.safetensors"] == pytest.approx(weights, rel=0.01)
+    assert "# net" in result["page"]
 
 
 def test_a_run_on_code_of_ones_own_is_pushed_without_it(hub, tmp_path) -> None:

@@ -81,7 +81,7 @@ def test_a_checkpoint_may_hold_the_weights_anywhere(key, tmp_path) -> None:
 )
 def test_of_two_networks_in_a_file_the_average_or_first_is_taken(prefixes, taken, tmp_path) -> None:
     nets, net = {prefix: small() for prefix in prefixes}, small()
-    both = {p + name: own for p, given in nets.items() for name, own in given.state_dict().items()}
+    both = {p + n: tensor for p, given in nets.items() for n, tensor in given.state_dict().items()}
     torch.save(both, tmp_path / "both.pt")
     report = load_weights(net, tmp_path / "both.pt")
     assert same(net, nets[taken])
@@ -265,7 +265,7 @@ def of_timm(side: int) -> nn.Module:
 def test_position_embeddings_are_resampled_by_the_part_that_has_them(
     build, table, name, tmp_path
 ) -> None:
-    wrap = (lambda own: nn.ModuleDict({"vit": own})) if name else (lambda own: own)
+    wrap = (lambda net: nn.ModuleDict({"vit": net})) if name else (lambda net: net)
     given, net = wrap(build(64)), wrap(build(96))
     torch.save(given.state_dict(), tmp_path / "weights.pt")
     report = load_weights(net, tmp_path / "weights.pt")
@@ -288,7 +288,7 @@ def test_position_embeddings_that_cannot_be_resampled_are_mismatched(
 ) -> None:
     net = build(96)
     state = build(64).state_dict()
-    [name] = [own for own in state if own.endswith(("pos_embed", "pos_embedding"))]
+    [name] = [key for key in state if key.endswith(("pos_embed", "pos_embedding"))]
     state[name] = torch.zeros(1, 24, state[name].shape[-1])
     torch.save(state, tmp_path / "weights.pt")
     before = net.state_dict()[name].clone()
@@ -303,8 +303,8 @@ def test_position_embeddings_that_cannot_be_resampled_are_mismatched(
 
 def test_a_checkpoint_with_the_arguments_of_its_script_is_read(tmp_path) -> None:
     net = small()
-    held = {"state_dict": net.state_dict(), "args": Namespace(lr=0.1, data=Namespace())}
-    torch.save(held, tmp_path / "net.pth")
+    checkpoint = {"state_dict": net.state_dict(), "args": Namespace(lr=0.1, data=Namespace())}
+    torch.save(checkpoint, tmp_path / "net.pth")
     assert load_weights(small(), tmp_path / "net.pth").complete
 
 
@@ -314,14 +314,14 @@ def test_classes_are_refused_with_lines_that_take_the_weights_alone(
 ) -> None:
     path, net = tmp_path / "net.pt", small()
     state = net.state_dict()
-    held = {
+    contents = {
         "network": net,
         "checkpoint": {"state_dict": state, "share": Fraction()},
         "model": {"model": state, "config": {"share": Fraction()}},
         "tensors": {**state, "share": Fraction()},
         "model and ema": {"model": net, "model_ema": state | {"share": Fraction()}, "epoch": 3},
     }
-    torch.save(held[kind], path)
+    torch.save(contents[kind], path)
     with pytest.raises(ValueError, match="If you trust it, save its weights alone: ") as error:
         load_weights(net, path)
     monkeypatch.chdir(tmp_path)

@@ -123,6 +123,6 @@ def test_a_network_of_transformers_takes_the_channels_it_is_adapted_to(family) -
     assert net(torch.rand(1, 5, 56, 56)).last_hidden_state.isfinite().all()
     assert net.config.num_channels == 5
     again = AutoModel.from_config(net.config).state_dict()
-    assert {name: own.shape for name, own in again.items()} == {
-        name: own.shape for name, own in net.state_dict().items()
+    assert {name: tensor.shape for name, tensor in again.items()} == {
+        name: tensor.shape for name, tensor in net.state_dict().items()
     }
