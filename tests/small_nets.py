@@ -53,5 +53,7 @@ def overlapping_views(count: int = 4) -> tuple[View, View]:
     """Two noisy views of each image, of 64 x 64 pixels, the second mirrored."""
     boxes = torch.tensor([[0.0, 0, 96, 96], [30, 10, 110, 90]])
     maps = box_to_map(boxes, torch.tensor([False, True]))
-    one, two = (View(torch.rand(count, 3, 64, 64), own.expand(count, 2, 3)) for own in maps)
+    one, two = (
+        View(torch.rand(count, 3, 64, 64), to_image.expand(count, 2, 3)) for to_image in maps
+    )
     return one, two

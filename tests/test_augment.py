@@ -130,15 +130,15 @@ def test_convention_a_third_of_a_turn_makes_red_green() -> None:
 @pytest.mark.parametrize("without", ["hue", "saturation", "nothing"])
 def test_changes_come_in_the_order_that_is_told(without) -> None:
     # Brightness, contrast, saturation, hue, sharpness, solarised: each order looks different.
-    own = {name: value for name, value in STRONG.items() if name != without}
+    changes = {name: value for name, value in STRONG.items() if name != without}
     pixels = images(1, 3, 16, 16)
-    told = torchvision.adjust_brightness(pixels, own["brightness"])
-    told = torchvision.adjust_contrast(told, own["contrast"])
-    told = torchvision.adjust_saturation(told, own.get("saturation", 1.0))
-    told = torchvision.adjust_hue(told, own.get("hue", 0.0) / (2 * math.pi))
-    told = torchvision.gaussian_blur(told, [13, 13], [own["sigma"]] * 2)
-    told = torchvision.solarize(told, 0.5)
-    assert torch.allclose(change_colour(pixels, factors(**own)), told, atol=2 * ROUNDING)
+    expected = torchvision.adjust_brightness(pixels, changes["brightness"])
+    expected = torchvision.adjust_contrast(expected, changes["contrast"])
+    expected = torchvision.adjust_saturation(expected, changes.get("saturation", 1.0))
+    expected = torchvision.adjust_hue(expected, changes.get("hue", 0.0) / (2 * math.pi))
+    expected = torchvision.gaussian_blur(expected, [13, 13], [changes["sigma"]] * 2)
+    expected = torchvision.solarize(expected, 0.5)
+    assert torch.allclose(change_colour(pixels, factors(**changes)), expected, atol=2 * ROUNDING)
 
 
 # The blur.
@@ -191,7 +191,7 @@ def test_only_the_chosen_samples_change(name) -> None:
 @pytest.mark.parametrize("channels", [1, 2, 3, 5])
 def test_a_sample_does_not_hang_on_the_others_of_its_batch(channels) -> None:
     pixels = images(4, channels, 16, 15)
-    own = factors(
+    batch = factors(
         brightness=[1.3, 1.0, 0.7, 1.1],
         contrast=[1.0, 0.6, 1.4, 0.9],
         saturation=[0.0, 1.0, 1.2, 0.8],
@@ -199,9 +199,9 @@ def test_a_sample_does_not_hang_on_the_others_of_its_batch(channels) -> None:
         sigma=[2.0, 0.5, 0.0, 0.1],
         solarise=[False, True, True, False],
     )
-    together = change_colour(pixels, own)
+    together = change_colour(pixels, batch)
     for i in range(4):
-        alone = Factors(*(factor[i : i + 1] for factor in own))
+        alone = Factors(*(factor[i : i + 1] for factor in batch))
         assert torch.allclose(change_colour(pixels[i : i + 1], alone)[0], together[i], atol=1e-6)
 
 
@@ -296,7 +296,7 @@ def test_factors_come_as_often_and_as_strong_as_asked(view) -> None:
 def test_factors_hang_together_with_nothing() -> None:
     drawn = Photometry(prob_blur=0.5, prob_solarise=0.5, prob_gray=0.5).draw(MANY)
     jittered = drawn.brightness != 1
-    told = torch.stack(
+    figures = torch.stack(
         [
             drawn.brightness[jittered],
             drawn.contrast[jittered],
@@ -306,7 +306,7 @@ def test_factors_hang_together_with_nothing() -> None:
             drawn.solarise[jittered].float(),
         ]
     )
-    assert (torch.corrcoef(told) - torch.eye(6)).abs().max() < 5 / math.sqrt(jittered.sum())
+    assert (torch.corrcoef(figures) - torch.eye(6)).abs().max() < 5 / math.sqrt(jittered.sum())
     assert share(drawn.solarise[~jittered], 0.5)
     assert share((drawn.saturation == 0)[~jittered], 0.5)
 

@@ -37,8 +37,8 @@ def test_blocks_cover_every_row_of_every_image_once_and_in_order(shape, entries)
         of_rows = range(rows)[block.rows]
         # Slices name their ends: what is left over at the end is no longer than it is.
         assert (block.images.stop, block.rows.stop) == (of_images.stop, of_rows.stop)
-        held = len(of_images) * len(of_rows) * columns
-        assert held <= entries or len(of_images) == len(of_rows) == 1
+        count = len(of_images) * len(of_rows) * columns
+        assert count <= entries or len(of_images) == len(of_rows) == 1
         seen.append([(image, row) for image in of_images for row in of_rows])
     flat = [place for places in seen for place in places]
     assert sorted(flat) == [(image, row) for image in range(images) for row in range(rows)]
@@ -65,9 +65,9 @@ def test_large_tables_are_never_held_whole() -> None:
     largest = room.ENTRIES
     assert largest <= 2**24  # 64 MiB in float32
     for shape in ((2, 64 * 64, 64 * 64), (1024, 49, 49), (1, 3, 2**22)):
-        held = [(i.stop - i.start) * (r.stop - r.start) * shape[2] for i, r in blocks(shape)]
-        assert max(held) <= max(largest, shape[2])
-        assert sum(held) == shape[0] * shape[1] * shape[2]
+        counts = [(i.stop - i.start) * (r.stop - r.start) * shape[2] for i, r in blocks(shape)]
+        assert max(counts) <= max(largest, shape[2])
+        assert sum(counts) == shape[0] * shape[1] * shape[2]
 
 
 @pytest.mark.parametrize("entries", TINY)
@@ -75,8 +75,8 @@ def test_by_blocks_keeps_the_order(entries, monkeypatch) -> None:
     monkeypatch.setattr(room, "ENTRIES", entries)
     rows, columns = torch.arange(4 * 5).view(4, 5), torch.arange(4 * 6).view(4, 6)
 
-    def table(block: Block, ours: Tensor, theirs: Tensor) -> Tensor:
-        return 100 * ours[:, block.rows].unsqueeze(-1) + theirs.unsqueeze(-2)
+    def table(block: Block, one: Tensor, two: Tensor) -> Tensor:
+        return 100 * one[:, block.rows].unsqueeze(-1) + two.unsqueeze(-2)
 
     whole = 100 * rows.unsqueeze(-1) + columns.unsqueeze(-2)
     assert torch.equal(by_blocks(table, (4, 5, 6), rows, columns), whole)
@@ -86,9 +86,9 @@ def test_by_blocks_keeps_the_order(entries, monkeypatch) -> None:
     assert torch.equal(by_block, whole)
 
 
-def attend(block: Block, ours: Tensor, theirs: Tensor, values: Tensor) -> Tensor:
+def attend(block: Block, one: Tensor, two: Tensor, values: Tensor) -> Tensor:
     """A table whose every input matters in a way of its own."""
-    return (ours[:, block.rows] @ theirs.mT).softmax(dim=-1) @ values.cos()
+    return (one[:, block.rows] @ two.mT).softmax(dim=-1) @ values.cos()
 
 
 @pytest.mark.parametrize("entries", TINY)
@@ -139,7 +139,7 @@ def test_a_table_without_entries_is_empty(shape) -> None:
     b, rows, columns = shape
     given = torch.ones(b, rows, 3, requires_grad=True), torch.ones(b, columns, 3)
     found = by_blocks(
-        lambda _, ours, theirs: (ours @ theirs.mT).sum(dim=-1),
+        lambda _, one, two: (one @ two.mT).sum(dim=-1),
         shape,
         *given,
     )
@@ -152,20 +152,20 @@ def test_blocks_are_walked_without_autocast_forth_and_back(entries, monkeypatch)
     monkeypatch.setattr(room, "ENTRIES", entries)
     seen = []
 
-    def table(block: Block, ours: Tensor, theirs: Tensor) -> Tensor:
-        product = ours[:, block.rows] @ theirs.mT
+    def table(block: Block, one: Tensor, two: Tensor) -> Tensor:
+        product = one[:, block.rows] @ two.mT
         seen.append(product.dtype)
         return product.sum(dim=-1)
 
-    ours, theirs = torch.ones(2, 4, 3, requires_grad=True), torch.ones(2, 5, 3)
+    one, two = torch.ones(2, 4, 3, requires_grad=True), torch.ones(2, 5, 3)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        by_blocks(table, (2, 4, 5), ours, theirs).sum().backward()
+        by_blocks(table, (2, 4, 5), one, two).sum().backward()
     assert len(seen) == (8 if entries == 10 else 1)
     assert set(seen) == {torch.float32}
 
 
 def test_by_blocks_makes_a_block_again_in_backward_instead_of_keeping_it(monkeypatch) -> None:
-    ours = torch.randn(2, 4, 3, requires_grad=True)
+    rows = torch.randn(2, 4, 3, requires_grad=True)
     calls = []
 
     def table(block: Block, given: Tensor) -> Tensor:
@@ -176,7 +176,7 @@ def test_by_blocks_makes_a_block_again_in_backward_instead_of_keeping_it(monkeyp
         """The blocks that were made on the way forth and on the way back."""
         monkeypatch.setattr(room, "ENTRIES", entries)
         calls.clear()
-        result = by_blocks(table, (2, 4, 5), ours)
+        result = by_blocks(table, (2, 4, 5), rows)
         forth = list(calls)
         result.sum().backward()
         return forth, calls[len(forth) :]
@@ -188,7 +188,7 @@ def test_by_blocks_makes_a_block_again_in_backward_instead_of_keeping_it(monkeyp
     assert len(forth) == 1
     assert not back
     with torch.no_grad():
-        by_blocks(table, (2, 4, 5), ours)
+        by_blocks(table, (2, 4, 5), rows)
     assert len(calls) == 2
 
 

@@ -141,7 +141,7 @@ def test_convention_the_larger_of_two_cells_is_the_unit(threshold, matches) -> N
     ids=["left-right", "up-down", "both", "a quarter"],
 )
 def test_flipped_and_turned_views_match_at_such_cells(size, grid, laid, turn) -> None:
-    here, there = (reference.view_map(size, **own)[None] for own in ({}, laid))
+    here, there = (reference.view_map(size, **settings)[None] for settings in ({}, laid))
     count = math.prod(grid)
     order = turn(torch.arange(count).view(grid)).flatten()
     mask = positive_mask(here, there, grid, grid, 0.5)
@@ -176,11 +176,11 @@ def test_centres_and_diagonals_agree_with_the_loops(dtype, pair, grid) -> None:
     one, _, scale = pair
     to_image = one.to(dtype)
     close = {"rtol": 0, "atol": reference.TOLERANCE[dtype] * scale}
-    for ours, loops in (
+    for function, loops in (
         (cell_centres, reference.cell_centres),
         (cell_diagonals, reference.cell_diagonals),
     ):
-        measured = ours(to_image, grid)
+        measured = function(to_image, grid)
         assert measured.dtype == dtype
         torch.testing.assert_close(measured.double(), loops(to_image, grid), **close)
 
@@ -212,8 +212,8 @@ def test_matches_agree_with_the_loops(dtype, pair, grid_one, grid_two, threshold
 def test_positives_are_the_mask_in_slices(dtype, pair, grid_one, grid_two, threshold, data) -> None:
     views = pair[0].to(dtype), pair[1].to(dtype), grid_one, grid_two, threshold
     mask, positives = positive_mask(*views), Positives(*views)
-    ways = [(mask, own) for own in (positives, PositiveTable(mask), positives.mT.mT)]
-    for whole, slices in (*ways, *((mask.mT, own.mT) for _, own in ways)):
+    ways = [(mask, table) for table in (positives, PositiveTable(mask), positives.mT.mT)]
+    for whole, slices in (*ways, *((mask.mT, table.mT) for _, table in ways)):
         stop = data.draw(st.integers(1, whole.shape[1]))
         start = data.draw(st.integers(0, stop - 1))
         assert torch.equal(slices.rows(start, stop), whole[:, start:stop])

@@ -91,9 +91,9 @@ def test_two_views_pass_with_their_tensors_untouched(container) -> None:
     for given in ((one, two), (tuple(one), two)):  # plain pairs of tensors become views
         checked = check_views(container(given), 3)
         assert [type(some) for some in checked] == [View, View]
-        for some, own in zip(checked, (one, two), strict=True):
-            assert some.pixels is own.pixels
-            assert some.to_image is own.to_image
+        for some, expected in zip(checked, (one, two), strict=True):
+            assert some.pixels is expected.pixels
+            assert some.to_image is expected.to_image
 
 
 NO_VIEW = (
@@ -243,9 +243,9 @@ def look_three_times(watch: ValueWatch, images: Tensor) -> None:
 @pytest.mark.parametrize("value", [-0.002, 1.002, -3.0, 16.0, -16.0])
 def test_values_beside_the_unit_range_are_one_warning(value) -> None:
     low, high = min(value, 0.5), max(value, 0.5)
-    with pytest.warns(UserWarning, match=SAID_ONCE) as told:
+    with pytest.warns(UserWarning, match=SAID_ONCE) as warned:
         look_three_times(ValueWatch(), with_value(value))
-    assert [str(warning.message) for warning in told] == [
+    assert [str(warning.message) for warning in warned] == [
         f"images have values from {low:.4g} to {high:.4g}; [0, 1] is expected, since colour is "
         "changed there and clipped: divide by the largest value of the format and do not "
         "normalise (said once)"
@@ -254,9 +254,9 @@ def test_values_beside_the_unit_range_are_one_warning(value) -> None:
 
 def test_random_numbers_for_images_are_one_warning() -> None:
     watch = ValueWatch()
-    with pytest.warns(UserWarning, match=SAID_ONCE) as told:
+    with pytest.warns(UserWarning, match=SAID_ONCE) as warned:
         look_three_times(watch, torch.randn(4, 3, 16, 16))
-    assert len(told) == 1
+    assert len(warned) == 1
     # Another learner speaks for itself; and a warned one still refuses what it must.
     with pytest.warns(UserWarning, match=SAID_ONCE):
         ValueWatch()(torch.randn(4, 3, 16, 16), in_unit_range=True)
@@ -330,9 +330,9 @@ def test_a_late_warning_is_given_once_too() -> None:
     watch = ValueWatch()
     for value in (1.5, 2.5):
         watch.pending.append((extremes(value), Arrival(arrived=True)))
-    with pytest.warns(UserWarning, match="values from 0.5 to 1.5;") as told:
+    with pytest.warns(UserWarning, match="values from 0.5 to 1.5;") as warned:
         watch.judge_arrived()
-    assert len(told) == 1
+    assert len(warned) == 1
     assert watch.pending == []
 
 
@@ -359,9 +359,9 @@ def test_a_copy_remembers_what_it_has_said() -> None:
     with pytest.warns(UserWarning, match=SAID_ONCE):
         watch(with_value(2.0), in_unit_range=True)
     other = pickle.loads(pickle.dumps(watch))
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as warned:
         other(with_value(2.0), in_unit_range=True)
-    assert told == []
+    assert warned == []
 
 
 @pytest.mark.gpu

@@ -45,7 +45,7 @@ def plain_pixcontrast(online: Tensor, target: Tensor, mask: Tensor) -> Tensor:
 
 def instances(online: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     """The instance loss of pixels ``(b, d, n)`` as if each were an image; the mask has no say."""
-    return instance_loss(*(own.mT.flatten(0, 1) for own in (online, target)))
+    return instance_loss(*(pixels.mT.flatten(0, 1) for pixels in (online, target)))
 
 
 both_losses = pytest.mark.parametrize("loss", [pixpro_loss, pixcontrast])
@@ -166,8 +166,8 @@ def test_gradients_of_pixel_losses_agree_with_the_loops(loss, loops, drawn) -> N
     *inputs, mask = drawn
     measured = torch.autograd.grad(loss(*inputs, mask), inputs)
     expected = torch.autograd.grad(loops(*inputs, mask), inputs)
-    for ours, theirs in zip(measured, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+    for one, two in zip(measured, expected, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-9)
 
 
 @dtypes
@@ -189,7 +189,7 @@ def test_instance_loss_agrees_with_the_loops(dtype, b, d, seed) -> None:
     tolerance = reference.TOLERANCE[dtype]
     assert measured.dtype == dtype
     assert measured.shape == ()
-    expected = reference.instance_loss(*(own.double() for own in vectors))
+    expected = reference.instance_loss(*(vector.double() for vector in vectors))
     torch.testing.assert_close(measured.double(), expected, rtol=tolerance, atol=tolerance)
 
 
@@ -201,14 +201,14 @@ def test_a_low_temperature_does_not_overflow() -> None:
 
 @loss_and_plain
 @pytest.mark.parametrize("entries", [blocks.ENTRIES, 2**17 - 1], ids=["large", "small"])
-@pytest.mark.parametrize("held", [False, True], ids=["by rule", "as table"])
+@pytest.mark.parametrize("table", [False, True], ids=["by rule", "as table"])
 @pytest.mark.parametrize(
     ("images", "grid_one", "grid_two"),
     [(5, (24, 24), (20, 30)), (2, (36, 30), (33, 32))],
     ids=["many images", "many cells"],
 )
 def test_large_maps_agree_with_the_plain_form(
-    loss, plain, images, grid_one, grid_two, held, entries, monkeypatch
+    loss, plain, images, grid_one, grid_two, table, entries, monkeypatch
 ) -> None:
     monkeypatch.setattr(blocks, "ENTRIES", entries)
     views = two_crops(grid_one, grid_two, images)
@@ -218,11 +218,11 @@ def test_large_maps_agree_with_the_plain_form(
         noise(images, 8, n_one, dtype=torch.float64),
         noise(images, 8, n_two, seed=1, dtype=torch.float64),
     )
-    measured, expected = loss(*inputs, mask if held else Positives(*views)), plain(*inputs, mask)
+    measured, expected = loss(*inputs, mask if table else Positives(*views)), plain(*inputs, mask)
     torch.testing.assert_close(measured, expected, rtol=1e-10, atol=1e-10)
     gradients = (torch.autograd.grad(result, inputs) for result in (measured, expected))
-    for ours, theirs in zip(*gradients, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+    for one, two in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-12)
 
 
 @all_losses
@@ -243,12 +243,12 @@ def test_pixpro_pulls_as_the_authors_code_does() -> None:
     mask, positives = positive_mask(*views), Positives(*views)
     online_one, target_one = noise(3, 16, 49), noise(3, 16, 49, seed=1)
     online_two, target_two = noise(3, 16, 45, seed=2), noise(3, 16, 45, seed=3)
-    ours = pixpro_loss(online_one, target_two, positives)
-    ours = ours + pixpro_loss(online_two, target_one, positives.mT)
-    theirs = authors_loss(online_one, target_two, mask)
-    theirs = theirs + authors_loss(online_two, target_one, mask.mT)
+    total = pixpro_loss(online_one, target_two, positives)
+    total = total + pixpro_loss(online_two, target_one, positives.mT)
+    authors_total = authors_loss(online_one, target_two, mask)
+    authors_total = authors_total + authors_loss(online_two, target_one, mask.mT)
     online = online_one, online_two
-    gradients = (torch.autograd.grad(result, online) for result in (ours, theirs))
+    gradients = (torch.autograd.grad(result, online) for result in (total, authors_total))
     for measured, expected in zip(*gradients, strict=True):
         scale = expected.abs().max().item()
         assert scale > 0

@@ -59,7 +59,7 @@ def trained(learner: PixelCL) -> list[nn.Parameter]:
     """The parameters that the loss reaches."""
     idle = learner.unreached_parameters()
     named = learner.named_parameters()
-    return [own for name, own in named if own.requires_grad and name not in idle]
+    return [parameter for name, parameter in named if parameter.requires_grad and name not in idle]
 
 
 def gradients(learner: PixelCL, loss: Tensor) -> tuple[Tensor, ...]:
@@ -92,24 +92,24 @@ def composed(
     modules = [learner.propagate_pixels] if levels == 1 else learner.propagate_pixels
     pixels, pixel_cosines, masks = [], [], []
     for level, propagate in zip(range(levels), modules, strict=True):
-        grids = [tuple(own.pixel[level].shape[2:]) for own in (online_one, online_two)]
+        grids = [tuple(view.pixel[level].shape[2:]) for view in (online_one, online_two)]
         mask = reference.positive_mask(*maps, *grids, distance_thres)
         pixel, cosines = 0, []
         for online, target, pairs in (
             (online_one, target_two, mask),
             (online_two, target_one, mask.mT),
         ):
-            ours, theirs = online.pixel[level], target.pixel[level].flatten(2)
+            values, targets = online.pixel[level], target.pixel[level].flatten(2)
             if use_pixpro:
-                ours = reference.propagate(ours, propagate.transform_net, ppm_gamma).flatten(2)
-                pixel = pixel + reference.pixpro_loss(ours, theirs, pairs)
+                values = reference.propagate(values, propagate.transform_net, ppm_gamma).flatten(2)
+                pixel = pixel + reference.pixpro_loss(values, targets, pairs)
             else:
-                ours = ours.flatten(2)
+                values = values.flatten(2)
                 temperature = similarity_temperature
-                pixel = pixel + reference.pixcontrast_loss(ours, theirs, pairs, temperature)
+                pixel = pixel + reference.pixcontrast_loss(values, targets, pairs, temperature)
             for image in range(len(pairs)):
                 if pairs[image].any():
-                    one_image = (part[image, None] for part in (ours, theirs, pairs))
+                    one_image = (part[image, None] for part in (values, targets, pairs))
                     cosines.append(1 - reference.pixpro_loss(*one_image) / 2)
         pixels.append(pixel)
         pixel_cosines.append(sum(cosines) / len(cosines))
@@ -122,7 +122,7 @@ def composed(
     weights = level_weights or [1.0] * levels
 
     def mean(values: list[Tensor]) -> Tensor:
-        return sum(w * own for w, own in zip(weights, values, strict=True)) / sum(weights)
+        return sum(w * value for w, value in zip(weights, values, strict=True)) / sum(weights)
 
     return {
         "loss": alpha * mean(pixels) + instance_weight * instance,
@@ -160,8 +160,8 @@ def test_terms_and_gradients_agree_with_the_loops(settings) -> None:
     for name, value in expected.items():
         torch.testing.assert_close(getattr(terms, name), value, rtol=1e-10, atol=1e-10, msg=name)
     both = gradients(learner, terms.loss), gradients(learner, expected["loss"])
-    for ours, theirs in zip(*both, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+    for one, two in zip(*both, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("use_pixpro", [True, False])
@@ -227,15 +227,18 @@ def test_convention_two_views_of_the_same_spot_match_cell_by_cell(threshold, pai
 def test_convention_without_a_pair_the_loss_is_that_of_instances(settings, weight) -> None:
     learner = small_learner(**settings, instance_weight=weight)
     one, two = overlapping_views()
-    apart = one, two._replace(to_image=two.to_image + 1000)
-    terms = learner(apart, return_terms=True)
+    views = one, two._replace(to_image=two.to_image + 1000)
+    terms = learner(views, return_terms=True)
     assert terms.loss.item() == pytest.approx(weight * terms.instance_loss.item(), abs=1e-6)
     assert (terms.instance_loss > 0) == (weight > 0)
     assert terms.pixel_loss == terms.pixel_cosine == terms.positive_pairs == 0
     assert terms.images_without_pairs == len(one.pixels)
     learner.zero_grad()
     terms.loss.backward()
-    assert all(own.grad is not None and own.grad.isfinite().all() for own in trained(learner))
+    assert all(
+        parameter.grad is not None and parameter.grad.isfinite().all()
+        for parameter in trained(learner)
+    )
 
 
 def test_what_is_returned_hangs_on_the_question_alone() -> None:
@@ -348,8 +351,8 @@ def test_the_two_views_of_an_image_lie_in_places_of_their_own() -> None:
     views = small_learner(prob_rand_hflip=0.5).views(torch.rand(300, 3, 16, 16))
     origins = torch.cat([view.to_image[:, :, 2] for view in views], dim=1)
     sides = torch.stack([view.to_image[:, 1, 1] for view in views], dim=1)
-    for told in (origins, sides):
-        between = torch.corrcoef(told.T)[: told.shape[1] // 2, told.shape[1] // 2 :]
+    for places in (origins, sides):
+        between = torch.corrcoef(places.T)[: places.shape[1] // 2, places.shape[1] // 2 :]
         assert between.abs().max() < 5 / math.sqrt(300)
 
 
@@ -380,7 +383,7 @@ ADDED = (
 
 def test_convention_the_published_keywords_are_kept_and_new_ones_have_to_be_named() -> None:
     parameters = inspect.signature(PixelCL).parameters.values()
-    bare = [own.replace(annotation=inspect.Parameter.empty) for own in parameters]
+    bare = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in parameters]
     assert str(inspect.Signature(bare)) == f"({PUBLISHED}, *, {ADDED})"
 
 
@@ -475,12 +478,12 @@ def test_a_level_alone_keeps_the_names_of_its_weights_and_several_are_counted() 
     assert names(listed) == names(alone)
     heads = "online_encoder.pixel_projector.", "target_encoder.pixel_projector."
     heads = *heads, "propagate_pixels.transform_net."
-    assert all(any(own.startswith(head) for own in names(alone)) for head in heads)
+    assert all(any(name.startswith(head) for name in names(alone)) for head in heads)
     several = names(small_learner(**LEVELS))
     for head in heads:
         part = head.removesuffix("transform_net.")
-        own = [name.removeprefix(part) for name in names(alone) if name.startswith(head)]
-        counted = [f"{part}{level}.{name}" for level in (0, 1) for name in own]
+        inner = [name.removeprefix(part) for name in names(alone) if name.startswith(head)]
+        counted = [f"{part}{level}.{name}" for level in (0, 1) for name in inner]
         assert [name for name in several if name.startswith(part)] == counted
 
 
@@ -518,8 +521,8 @@ def test_the_target_follows_by_the_decay_of_the_learner_or_of_the_call(decay) ->
     ):
         torch.testing.assert_close(new, keeps * old + (1 - keeps) * other)
     learner.reset_moving_average()
-    for own, other in zip(target.parameters(), online.parameters(), strict=True):
-        assert torch.equal(own, other)
+    for parameter, other in zip(target.parameters(), online.parameters(), strict=True):
+        assert torch.equal(parameter, other)
 
 
 @pytest.mark.parametrize(
@@ -539,7 +542,9 @@ def test_unreached_parameters_are_those_that_get_no_gradient(settings, idle) -> 
     learner = small_learner(**settings)
     learner(overlapping_views()).backward()
     without = [
-        name for name, own in learner.named_parameters() if own.requires_grad and own.grad is None
+        name
+        for name, parameter in learner.named_parameters()
+        if parameter.requires_grad and parameter.grad is None
     ]
     assert learner.unreached_parameters() == sorted(without)
     behind = "online_encoder.net.head"
@@ -661,7 +666,7 @@ def test_a_state_of_another_learner_is_refused_with_what_to_do() -> None:
     state, learner = small_learner().state_dict(), small_learner(projection_size=4)
     with pytest.raises(RuntimeError, match=r"(?s)build PixelCL as.*--weights.*size mismatch for"):
         learner.load_state_dict(state)
-    published = {name.replace("projector.", "projector.net."): own for name, own in state.items()}
+    published = {n.replace("projector.", "projector.net."): value for n, value in state.items()}
     with pytest.raises(RuntimeError, match=r"(?s)take its backbone alone: see.*Missing key"):
         small_learner().load_state_dict(published)
     assert small_learner().load_state_dict(published, strict=False).missing_keys
@@ -687,7 +692,7 @@ def test_autocast_gives_a_float32_loss_near_that_of_float32(
     with torch.autocast("cpu", dtype=dtype):
         terms = learner(views, return_terms=True)
     terms.loss.backward()
-    assert all(own.grad.isfinite().all() for own in trained(learner))
+    assert all(parameter.grad.isfinite().all() for parameter in trained(learner))
     off = 4 * torch.finfo(dtype).eps  # cosines are rounded by eps / 2, in layers before and in them
     for name, value in expected._asdict().items():
         term = getattr(terms, name)
@@ -720,7 +725,7 @@ def test_a_learner_cast_as_a_whole_gives_a_loss_in_at_least_float32(dtype, setti
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
 def test_the_heads_have_the_precision_of_the_network(dtype) -> None:
     learner = PixelCL(SmallNet().to(dtype), 64, projection_size=8, projection_hidden_size=16)
-    assert {own.dtype for own in trained(learner)} == {dtype}
+    assert {parameter.dtype for parameter in trained(learner)} == {dtype}
     assert learner(overlapping_views()).dtype == torch.promote_types(dtype, torch.float32)
 
 
@@ -738,11 +743,11 @@ def test_channels_last_changes_nothing() -> None:
 def test_two_halves_of_a_batch_add_up_to_the_whole(settings) -> None:
     learner, views = small_learner(**settings).eval(), overlapping_views(4)
     for part in (slice(0, 2), slice(2, 4)):
-        half = tuple(View(*(held[part] for held in view)) for view in views)
+        half = tuple(View(*(tensor[part] for tensor in view)) for view in views)
         (learner(half) / 2).backward()
-    both = [own.grad for own in trained(learner)], gradients(learner, learner(views))
-    for ours, theirs in zip(*both, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    both = [parameter.grad for parameter in trained(learner)], gradients(learner, learner(views))
+    for one, two in zip(*both, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-6)
 
 
 # Compiling.
@@ -788,8 +793,8 @@ def test_a_compiled_learner_learns_the_same_and_is_compiled_once(
     losses += steps(learner, compiled, 2)
     assert counters["stats"]["unique_graphs"] == graphs > 0
     torch.testing.assert_close(losses, expected)
-    for ours, theirs in zip(learner.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    for one, two in zip(learner.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-6)
 
 
 # The loop that users of the published package have.
@@ -828,7 +833,7 @@ def test_the_published_loop_runs_as_it_is(tmp_path: Path) -> None:
             learner.update_moving_average()
         return learner(sample_batch_images(), return_positive_pairs=True)
 
-    before = {name: held.clone() for name, held in resnet.state_dict().items()}
+    before = {name: tensor.clone() for name, tensor in resnet.state_dict().items()}
     with pytest.warns(UserWarning, match="values from") as warned:
         loss, positive_pairs = loop()
     assert len(warned) == 1

@@ -60,12 +60,12 @@ def train(learner: PixelCL, steps: int = 3, side: int = 80) -> list[float]:
 
 def state(module: nn.Module) -> dict[str, Tensor]:
     """A copy of its weights and buffers."""
-    return {name: held.clone() for name, held in module.state_dict().items()}
+    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
 
 
-def same_state(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
+def same_state(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
     """Whether names and numbers are equal, bit for bit."""
-    return ours.keys() == theirs.keys() and all(map(torch.equal, ours.values(), theirs.values()))
+    return one.keys() == two.keys() and all(map(torch.equal, one.values(), two.values()))
 
 
 settings_of_both = pytest.mark.parametrize("settings", [{}, {"use_pixpro": False}], ids=str)
@@ -78,9 +78,9 @@ def hooks(net: nn.Module) -> dict[str, list[Any]]:
     """Every hook of every kind on every module, and everything else that a module has."""
     found = {}
     for name, module in net.named_modules():
-        for attribute, held in vars(module).items():
-            hooked = "hook" in attribute and isinstance(held, (dict, OrderedDict))
-            found[f"{name}.{attribute}"] = list(held.items()) if hooked else None
+        for attribute, value in vars(module).items():
+            hooked = "hook" in attribute and isinstance(value, (dict, OrderedDict))
+            found[f"{name}.{attribute}"] = list(value.items()) if hooked else None
     return found
 
 
@@ -97,17 +97,17 @@ def test_building_leaves_weights_modes_and_hooks_as_they_were() -> None:
     net.stem.register_forward_pre_hook(note)
     net.pool.register_full_backward_hook(note)
     before = state(net), hooks(net), [module.training for module in net.modules()]
-    assert sum(bool(held) for held in before[1].values()) == 3
-    tensors = [id(held) for held in (*net.parameters(), *net.buffers())]
-    grads = [(own.requires_grad, own.grad) for own in net.parameters()]
+    assert sum(bool(value) for value in before[1].values()) == 3
+    tensors = [id(tensor) for tensor in (*net.parameters(), *net.buffers())]
+    grads = [(parameter.requires_grad, parameter.grad) for parameter in net.parameters()]
 
     learner = learner_of(net)
     assert learner.net is net
     assert same_state(state(net), before[0])
     assert hooks(net) == before[1]
     assert [module.training for module in net.modules()] == before[2]
-    assert [id(held) for held in (*net.parameters(), *net.buffers())] == tensors
-    assert [(own.requires_grad, own.grad) for own in net.parameters()] == grads
+    assert [id(tensor) for tensor in (*net.parameters(), *net.buffers())] == tensors
+    assert [(parameter.requires_grad, parameter.grad) for parameter in net.parameters()] == grads
 
 
 def test_building_draws_for_the_heads_alone() -> None:
@@ -220,7 +220,7 @@ def test_one_seed_fixes_a_run_bit_for_bit(settings) -> None:
 def test_images_of_any_size_and_channels_are_learned_from(channels, size) -> None:
     learner = small_learner(channels)
     learner(torch.rand(2, channels, *size)).backward()
-    assert all(own.grad.isfinite().all() for own in learner.net.stem.parameters())
+    assert all(parameter.grad.isfinite().all() for parameter in learner.net.stem.parameters())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
@@ -271,7 +271,7 @@ def test_flat_images_stay_finite(value, settings) -> None:
         opt.step()
         learner.update_moving_average()
         assert all(term.isfinite() for term in terms)
-    assert all(held.isfinite().all() for held in state(learner).values())
+    assert all(tensor.isfinite().all() for tensor in state(learner).values())
 
 
 @settings_of_both
@@ -286,7 +286,10 @@ def test_features_of_zero_stay_finite(mode, settings) -> None:
     loss = learner(overlapping_views())
     loss.backward()
     assert loss.isfinite()
-    assert all(own.grad is None or own.grad.isfinite().all() for own in learner.parameters())
+    assert all(
+        parameter.grad is None or parameter.grad.isfinite().all()
+        for parameter in learner.parameters()
+    )
 
 
 @settings_of_both
@@ -371,8 +374,8 @@ def test_hooks_survive_what_is_done_to_the_backbone_later(change, layer) -> None
             loss = learner(pair)
             loss.backward()
             learner.update_moving_average(0.5)
-        trainable = [own for own in learner.parameters() if own.requires_grad]
-        runs.append((loss, [own.grad for own in trainable], list(learner.target_encoder.buffers())))
+        grads = [weight.grad for weight in learner.parameters() if weight.requires_grad]
+        runs.append((loss, grads, list(learner.target_encoder.buffers())))
     torch.testing.assert_close(*runs)
 
 
@@ -441,7 +444,7 @@ def test_nothing_reads_what_is_on_the_device(settings, ready) -> None:
     learner = small_learner(**settings).to("meta")
     images: Any = torch.rand(4, 3, 500, 90, device="meta")
     if ready:
-        images = tuple(View(*(held.to("meta") for held in view)) for view in overlapping_views())
+        images = tuple(View(*(part.to("meta") for part in view)) for view in overlapping_views())
     opt = torch.optim.SGD(learner.parameters(), lr=0.1)
     for _ in range(2):
         terms = learner(images, return_terms=True)

@@ -126,8 +126,8 @@ def test_a_crop_may_lie_anywhere_in_its_image_and_nowhere_else(placement) -> Non
     assert (place.mean(dim=0) - 0.5).abs().max() < 5 / math.sqrt(12 * 2000)
     # Place, turn and size are drawn for themselves.
     turned, size = torch.atan2(maps[:, 1, 0], maps[:, 0, 0]), maps[:, :, 0].norm(dim=1)
-    told = torch.stack((*place.T, size, turned))[: 4 if placement.max_rotation else 3]
-    assert (torch.corrcoef(told) - torch.eye(len(told))).abs().max() < 5 / math.sqrt(2000)
+    figures = torch.stack((*place.T, size, turned))[: 4 if placement.max_rotation else 3]
+    assert (torch.corrcoef(figures) - torch.eye(len(figures))).abs().max() < 5 / math.sqrt(2000)
 
 
 def test_a_crop_may_be_a_share_of_the_area_of_any_aspect() -> None:
@@ -182,8 +182,8 @@ def test_the_two_flips_hang_together_with_nothing() -> None:
     maps = draw_maps(4000, IMAGE, Placement((0.6, 0.8), prob_hflip=0.5, prob_vflip=0.5))
     extent = maps[:, [0, 1], [0, 1]]
     places = cell_centres(maps, (1, 1))[:, 0]  # the middle of a crop does not tell its flips
-    told = torch.cat((extent.sign(), extent[:, :1].abs(), places), dim=1)
-    assert (torch.corrcoef(told.T) - torch.eye(5)).abs().max() < 5 / math.sqrt(4000)
+    figures = torch.cat((extent.sign(), extent[:, :1].abs(), places), dim=1)
+    assert (torch.corrcoef(figures.T) - torch.eye(5)).abs().max() < 5 / math.sqrt(4000)
 
 
 @pytest.mark.parametrize("image", [(480, 360), (61, 97), (200, 1000)])
