@@ -60,8 +60,8 @@ class Repeated:
             self.graph.optimizer.zero_grad()
             results = self.step(*self.fixed)
         self.graph.results = self.graph.results or results
-        for own, new in zip(self.graph.results, results, strict=True):
-            own.copy_(new)
+        for result, new in zip(self.graph.results, results, strict=True):
+            result.copy_(new)
 
 
 @pytest.fixture

@@ -58,8 +58,8 @@ def learn(learner: PixelCL, forward: nn.Module, batch: tuple[View, View]) -> dic
         loss.backward()
         opt.step()
         learner.update_moving_average(0.9)
-    named = ((name, own) for name, own in learner.named_parameters() if own.requires_grad)
-    return {"loss": loss.detach(), "gradients": {name: own.grad for name, own in named}}
+    named = ((name, weight) for name, weight in learner.named_parameters() if weight.requires_grad)
+    return {"loss": loss.detach(), "gradients": {name: weight.grad for name, weight in named}}
 
 
 def work(rank: int, folder: Path) -> None:
@@ -114,8 +114,8 @@ def test_processes_learn_what_one_learns_on_the_joined_batch(folder, loss, witho
         assert sorted(idle) == learner.unreached_parameters()
         assert {"online_encoder.net.fc.weight", "online_encoder.net.fc.bias"} <= set(idle)
         for name, gradient in expected["gradients"].items():
-            own = result["gradients"][name]
-            torch.testing.assert_close(own, gradient, rtol=1e-7, atol=1e-12, msg=name)
+            measured = result["gradients"][name]
+            torch.testing.assert_close(measured, gradient, rtol=1e-7, atol=1e-12, msg=name)
     mean = torch.stack([result["loss"] for result in results]).mean()
     torch.testing.assert_close(mean, expected["loss"])
 

@@ -65,8 +65,8 @@ def test_loss_and_gradients_are_those_of_the_cpu(settings) -> None:
         learner = small_learner(**settings).to(device)
         terms = learner(views(device), return_terms=True)
         terms.loss.backward()
-        found = (*terms, *(own.grad for own in learner.parameters() if own.grad is not None))
-        runs.append([tensor.detach().cpu() for tensor in found])
+        grads = [weight.grad for weight in learner.parameters() if weight.grad is not None]
+        runs.append([tensor.detach().cpu() for tensor in (*terms, *grads)])
     # Biases before a batch norm have no gradient but rounding, beside others of about 1.
     torch.testing.assert_close(*runs, rtol=1e-3, atol=1e-4)
 
@@ -101,7 +101,7 @@ def test_autocast_gives_a_float32_loss_near_that_of_float32(dtype) -> None:
     assert loss.dtype == torch.float32
     off = 4 * torch.finfo(dtype).eps  # cosines are rounded by eps / 2, in layers before and in them
     torch.testing.assert_close(loss, expected, rtol=0, atol=off)
-    grads = [own.grad for own in learner.parameters() if own.grad is not None]
+    grads = [parameter.grad for parameter in learner.parameters() if parameter.grad is not None]
     assert all(grad.isfinite().all() for grad in grads)
 
 
@@ -177,7 +177,7 @@ def test_fifty_captured_steps_do_what_fifty_steps_do(settings, dtype) -> None:
 
     def trained(*, by_graph: bool) -> tuple[PixelCL, list[float]]:
         learner = small_learner(**settings).cuda()
-        weights = [own for own in learner.parameters() if own.requires_grad]
+        weights = [parameter for parameter in learner.parameters() if parameter.requires_grad]
         opt = torch.optim.SGD(weights, lr=0.01, momentum=0.9, fused=True)
         step, losses = CapturedStep(learner, opt, dtype), []
         if not by_graph:
@@ -191,8 +191,8 @@ def test_fifty_captured_steps_do_what_fifty_steps_do(settings, dtype) -> None:
 
     (one, expected), (two, losses) = trained(by_graph=False), trained(by_graph=True)
     assert losses == pytest.approx(expected, rel=0.02, abs=0.02)
-    for name, own in one.state_dict().items():
-        torch.testing.assert_close(two.state_dict()[name], own, rtol=0.1, atol=0.02, msg=name)
+    for name, tensor in one.state_dict().items():
+        torch.testing.assert_close(two.state_dict()[name], tensor, rtol=0.1, atol=0.02, msg=name)
 
 
 def test_a_replayed_step_never_waits_and_follows_the_learning_rate(no_waiting) -> None:

@@ -39,7 +39,7 @@ def parts(dropout: float = 0.0, **settings: Any) -> tuple[PixelCL, torch.optim.O
     net = SmallNet()
     net.deep = nn.Sequential(net.deep, nn.Dropout(dropout))
     learner = PixelCL(net, 64, **small, **settings)
-    trained = [own for own in learner.parameters() if own.requires_grad]
+    trained = [parameter for parameter in learner.parameters() if parameter.requires_grad]
     return learner, torch.optim.SGD(trained, lr=RATE, momentum=0.9, fused=True)
 
 
@@ -79,8 +79,10 @@ def captured(step: CapturedStep, opt: torch.optim.Optimizer) -> list[float]:
 
 
 def same_weights(one: PixelCL, two: PixelCL) -> None:
-    for (name, own), other in zip(one.state_dict().items(), two.state_dict().values(), strict=True):
-        torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-5, msg=name)
+    for (name, tensor), other in zip(
+        one.state_dict().items(), two.state_dict().values(), strict=True
+    ):
+        torch.testing.assert_close(tensor, other, rtol=1e-4, atol=1e-5, msg=name)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
@@ -118,12 +120,12 @@ def keep_the_first_rate(graph: StepGraph) -> None:
 
 
 def see_another_batch(graph: StepGraph) -> None:
-    graph.fixed = each_tensor(graph.fixed, lambda own: own.square() if own.ndim == 4 else own)
+    graph.fixed = each_tensor(graph.fixed, lambda x: x.square() if x.ndim == 4 else x)
 
 
 def give_another_loss(graph: StepGraph) -> None:
     step = graph.step
-    graph.step = lambda *batch: tuple(own * 1.1 for own in step(*batch))
+    graph.step = lambda *batch: tuple(result * 1.1 for result in step(*batch))
 
 
 def fail(_: StepGraph) -> None:
@@ -311,8 +313,8 @@ def test_settings_that_cannot_be_are_refused() -> None:
 
 def test_an_optimiser_that_reads_its_rate_on_the_host_is_named() -> None:
     weights, gpu = [nn.Parameter(torch.zeros(3))], torch.device("cuda")
-    told = "SGD reads its learning rate on the host"
-    assert why_not(torch.optim.SGD(weights, lr=0.1), gpu) == told
+    message = "SGD reads its learning rate on the host"
+    assert why_not(torch.optim.SGD(weights, lr=0.1), gpu) == message
     assert why_not(torch.optim.SGD(weights, lr=0.1, fused=True), gpu) is None
     assert why_not(torch.optim.AdamW(weights), gpu) is None
 
@@ -332,19 +334,19 @@ def test_images_are_taken_as_the_learner_takes_them() -> None:
 # Nothing on a device is read.
 
 
-def without_values(held: Any, device: str) -> Any:
+def without_values(nested: Any, device: str) -> Any:
     """The same tensors or module, on a device, without values."""
-    if not isinstance(held, nn.Module):
-        return each_tensor(held, lambda own: torch.empty(own.shape, dtype=own.dtype, device=device))
-    for module in held.modules():
-        for name, own in module._parameters.items():
-            if own is not None:
-                empty = torch.empty(own.shape, dtype=own.dtype, device=device)
-                module._parameters[name] = nn.Parameter(empty, own.requires_grad)
-        for name, own in module._buffers.items():
-            if own is not None:
-                module._buffers[name] = torch.empty(own.shape, dtype=own.dtype, device=device)
-    return held
+    if not isinstance(nested, nn.Module):
+        return each_tensor(nested, lambda x: torch.empty(x.shape, dtype=x.dtype, device=device))
+    for module in nested.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                empty = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+                module._parameters[name] = nn.Parameter(empty, parameter.requires_grad)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
+    return nested
 
 
 @pytest.fixture
@@ -372,7 +374,7 @@ def test_a_step_reads_no_value(device, settings, monkeypatch) -> None:
             assert learner(without_values(views, device)).device.type == "cuda"
             learner.update_moving_average(torch.zeros((), device=device))
             return
-        trained = [own for own in learner.parameters() if own.requires_grad]
+        trained = [parameter for parameter in learner.parameters() if parameter.requires_grad]
         step.graph.optimizer = torch.optim.AdamW(trained, fused=True)
         step.graph.optimizer.param_groups[0]["lr"] = torch.zeros(())
         [loss] = step.step(*without_values(views, device), torch.zeros(()))
@@ -384,7 +386,7 @@ def test_colour_is_changed_by_factors_that_are_never_read() -> None:
     factors = VIEW_ONE.draw(6), VIEW_TWO.draw(6)
     pixels = torch.rand(6, 3, 40, 30)
     with FakeTensorMode():
-        one, two = (without_values(own, "cuda") for own in factors)
+        one, two = (without_values(drawn, "cuda") for drawn in factors)
         given = without_values((pixels, pixels), "cuda")
         changed, _ = change_both(given, (Factors(*one), Factors(*two)))
     assert (changed.shape, changed.device.type) == (pixels.shape, "cuda")
@@ -398,15 +400,15 @@ def test_colour_by_masks_is_colour_sample_by_sample(monkeypatch) -> None:
     monkeypatch.setattr(augment, "READ_AT_ONCE", ())
     found = change_both(tuple(pixels), factors)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
-    assert all(len(set(own.tolist())) > 2 for own in factors[0][:2])
+    assert all(len(set(factor.tolist())) > 2 for factor in factors[0][:2])
     assert 0 < factors[1].solarise.sum() < 32
     assert 0 < (factors[1].sigma > 0).sum() < 32
 
 
 def test_tensors_of_nested_tuples() -> None:
     one, two = torch.zeros(1), torch.ones(2)
-    held = (View(one, two), (two, [one]))
-    assert [len(own) for own in tensors_in(held)] == [1, 2, 2, 1]
-    changed = each_tensor(held, lambda own: own + 1)
+    nested = (View(one, two), (two, [one]))
+    assert [len(tensor) for tensor in tensors_in(nested)] == [1, 2, 2, 1]
+    changed = each_tensor(nested, lambda tensor: tensor + 1)
     assert isinstance(changed[0], View)
     assert changed[1][1][0].item() == 1
