@@ -76,10 +76,10 @@ class WritingApi(huggingface_hub.HfApi):
         (self.root / repo_id).mkdir(parents=True, exist_ok=True)
 
     def create_commit(self, repo_id: str, operations: list, *, commit_message: str) -> None:
-        for own in operations:
-            path = self.root / repo_id / own.path_in_repo
+        for operation in operations:
+            path = self.root / repo_id / operation.path_in_repo
             path.parent.mkdir(parents=True, exist_ok=True)
-            with own.as_file() as file:
+            with operation.as_file() as file:
                 path.write_bytes(file.read())
 
 

@@ -28,7 +28,7 @@ def run(code: str) -> str:
 
 def test_no_file_is_longer_than_a_reader_can_hold() -> None:
     lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in FILES}
-    assert {name: own for name, own in lengths.items() if own > LONGEST} == {}
+    assert {name: length for name, length in lengths.items() if length > LONGEST} == {}
 
 
 def test_every_file_has_a_noun_for_a_name() -> None:

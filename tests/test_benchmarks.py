@@ -118,9 +118,9 @@ def test_blocks_and_plain_form_do_the_same_work() -> None:
 
 def test_ratios_are_medians_of_rounds() -> None:
     measure = load("measure")
-    ours = [{"seconds": s} for s in (2.0, 3.0, 40.0)]
+    measured = [{"seconds": s} for s in (2.0, 3.0, 40.0)]
     base = [{"seconds": s} for s in (1.0, 1.0, 10.0)]
-    assert measure.ratio(ours, base) == 3
+    assert measure.ratio(measured, base) == 3
 
 
 def test_contenders_take_turns_after_a_round_that_is_forgotten() -> None:
@@ -219,7 +219,7 @@ def test_a_setting_is_what_differs_from_the_base_of_its_start() -> None:
 def test_gains_are_over_the_same_start_with_the_rate_that_val_chose() -> None:
     def cell(changes: dict[str, int], slow: list[float], fast: list[float]) -> dict[str, object]:
         tuned = {
-            rate: {"val": val, "test": [1 - own for own in val]}
+            rate: {"val": val, "test": [1 - score for score in val]}
             for rate, val in (("0.0003", slow), ("0.001", fast))
         }
         linear = {"val": [0.0, val := slow[0] / 2], "test": [0.0, val]}

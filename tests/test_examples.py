@@ -91,9 +91,9 @@ def said(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
 
     def answer(*words: object) -> str:
         status = cli.main([str(word) for word in words])
-        told = capsys.readouterr()
-        assert status == 0, told.err
-        return told.out
+        output = capsys.readouterr()
+        assert status == 0, output.err
+        return output.out
 
     return answer
 
@@ -150,7 +150,7 @@ def test_the_loop_takes_real_photographs(streets: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:unclosed file")  # a picture that a notebook shows
-@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda own: own.stem)
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs_from_top_to_bottom(notebook: Path, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
@@ -292,8 +292,8 @@ def test_average_precision_by_hand() -> None:
     truth = {"boxes": torch.tensor([[0.0, 0, 10, 10], [20, 20, 30, 30]])}
     guesses = [[0.0, 0, 10, 10], [1.0, 0, 10, 10], [20, 21, 30, 30]]
     found = {"boxes": torch.tensor(guesses), "scores": torch.tensor([0.9, 0.8, 0.7])}
-    for own in (truth, found):
-        own["labels"] = torch.ones(len(own["boxes"]), dtype=torch.int64)
+    for boxes in (truth, found):
+        boxes["labels"] = torch.ones(len(boxes["boxes"]), dtype=torch.int64)
     measure = detection()["average_precision"]
     assert measure([found], [truth]) == pytest.approx((1 + 2 / 3) / 2)
     other = found | {"labels": torch.full((3,), 2)}
@@ -306,7 +306,7 @@ def test_average_precision_by_hand() -> None:
 def anchors(page: Path) -> set[str]:
     """The anchors that GitHub gives to a page's headings."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", own.lower()).replace(" ", "-") for own in headings}
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -335,10 +335,10 @@ def test_a_run_opens_no_connection(scenes: Path, tmp_path: Path) -> None:
     """The README says that nothing is sent or downloaded."""
     code = (
         "import sys\n"
-        "told = ('socket.connect', 'socket.getaddrinfo', 'urllib.Request')\n"
+        "events = ('socket.connect', 'socket.getaddrinfo', 'urllib.Request')\n"
         "def audit(event, arguments):\n"
         "    downloads = event == 'subprocess.Popen' and arguments[0] == 'curl'\n"
-        "    if downloads or event in told: print('connects:', arguments, flush=True)\n"
+        "    if downloads or event in events: print('connects:', arguments, flush=True)\n"
         "sys.addaudithook(audit)\n"
         "from pixel_level_contrastive_learning.cli import main\n"
         "sys.exit(main(sys.argv[1:]))"

@@ -10,14 +10,14 @@ from pixel_level_contrastive_learning.files import CannotWriteError, check_writa
 
 
 @pytest.mark.parametrize(
-    ("number", "told"),
+    ("number", "message"),
     [
         (errno.ENOSPC, r"the disk is full \(\d+ MiB free\); .* lost: make room or choose another"),
         (errno.EDQUOT, r"Disk quota exceeded \(\d+ MiB free\); .* lost: make room or choose"),
         (errno.EIO, "Input/output error; nothing that existed is lost: choose another place, and"),
     ],
 )
-def test_a_file_is_replaced_only_when_it_is_whole(tmp_path, monkeypatch, number, told) -> None:
+def test_a_file_is_replaced_only_when_it_is_whole(tmp_path, monkeypatch, number, message) -> None:
     path = tmp_path / "deep" / "file.txt"
     write_whole(path, b"old")
 
@@ -25,7 +25,7 @@ def test_a_file_is_replaced_only_when_it_is_whole(tmp_path, monkeypatch, number,
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(os, "fsync", broken)
-    with pytest.raises(CannotWriteError, match=f"file.txt could not be written: {told}"):
+    with pytest.raises(CannotWriteError, match=f"file.txt could not be written: {message}"):
         write_whole(path, b"new, and longer")
     assert path.read_bytes() == b"old"
     assert os.listdir(path.parent) == ["file.txt"]

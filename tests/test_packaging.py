@@ -20,7 +20,7 @@ BUILD = "from setuptools import build_meta; print(build_meta.build_{}({!r}))"
 
 
 def said(*command: object, cwd: Path) -> str:
-    environment = {name: own for name, own in os.environ.items() if name != "PYTHONPATH"}
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     words = [str(word) for word in command]
     done = subprocess.run(words, cwd=cwd, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -62,10 +62,10 @@ def installed(wheel: Path) -> Path:
 
 def test_every_file_of_the_package_is_in_the_wheel(wheel: Path) -> None:
     files = (path for path in (ROOT / PACKAGE).rglob("*") if path.is_file())
-    ours = {path.relative_to(ROOT).as_posix() for path in files if path.suffix != ".pyc"}
-    assert f"{PACKAGE}/visualization/report.html" in ours
+    packaged = {path.relative_to(ROOT).as_posix() for path in files if path.suffix != ".pyc"}
+    assert f"{PACKAGE}/visualization/report.html" in packaged
     with ZipFile(wheel) as opened:
-        assert {name for name in opened.namelist() if ".dist-info/" not in name} == ours
+        assert {name for name in opened.namelist() if ".dist-info/" not in name} == packaged
 
 
 def test_the_source_archive_has_no_tests_without_what_they_need(wheel: Path) -> None:
@@ -77,7 +77,7 @@ def test_the_source_archive_has_no_tests_without_what_they_need(wheel: Path) -> 
 def test_the_metadata_are_valid_and_the_newest_change_is_this_version(wheel: Path) -> None:
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     with ZipFile(wheel) as opened:
-        [name] = [own for own in opened.namelist() if own.endswith("/METADATA")]
+        [name] = [member for member in opened.namelist() if member.endswith("/METADATA")]
         metadata = Metadata.from_email(opened.read(name), validate=True)
     assert str(metadata.version) == version
     assert metadata.description_content_type == "text/markdown"
@@ -88,8 +88,8 @@ def test_the_metadata_are_valid_and_the_newest_change_is_this_version(wheel: Pat
 
 @pytest.mark.slow
 def test_the_installed_wheel_works_without_the_repository(installed: Path, tmp_path) -> None:
-    import_it = f"import {PACKAGE} as own; from {PACKAGE}.visualization.report import visualize; "
-    found = said(installed / "python", "-c", f"{import_it} print(own.__file__)", cwd=tmp_path)
+    import_it = f"import {PACKAGE} as lib; from {PACKAGE}.visualization.report import visualize; "
+    found = said(installed / "python", "-c", f"{import_it} print(lib.__file__)", cwd=tmp_path)
     assert Path(found.strip()).is_relative_to(installed.parent)
     assert "--steps" in said(installed / "pixelcl", "demo", "--help", cwd=tmp_path)
     listed = said(installed / "pixelcl", "layers", "torchvision/resnet18", cwd=tmp_path)
