@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from io import BytesIO
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from .arrays import NamedArray
 from .decoding import NPY, TIFF, Content, ending_of, not_empty
+from .folders import find_files
 from .image import ImageError, known_errors
 from .mask_coding import IGNORED, PLAIN, Colour, MaskCoding
 from .orientation import ORIENTATION_TAG, PNG, orientation_of, split_png, turn_array
@@ -85,6 +87,22 @@ def find_masks(folder: Path, images: Sequence[Path]) -> list[Path | None]:
         name = next((there[place][name] for name in names if name in there[place]), None)
         found.append(None if name is None else place / name)
     return found
+
+
+def masks_without_image(folder: Path, images: Sequence[Path]) -> list[str]:
+    """The masks in a folder whose names begin with that of no image, which are relative paths.
+
+    What is called as an image with a word after it (``a_color.png``) is of that image.
+    """
+    own = {image.with_name(stem_of(image.name)) for image in images}
+    lost = []
+    for path in find_files(folder, frozenset(MASK_SUFFIXES))[0]:
+        mask = Path(path).relative_to(folder)
+        stem = stem_of(mask.name)
+        ends = (len(stem), *(cut.start() for cut in re.finditer(r"[-_. ](?=.*[A-Za-z])", stem)))
+        if not any(stem[:end] and mask.with_name(stem[:end]) in own for end in ends):
+            lost.append(mask.as_posix())
+    return lost
 
 
 def stem_of(name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -25,11 +26,14 @@ from .masks import (
     Palette,
     Palettes,
     find_masks,
+    masks_without_image,
     read_coded,
     stem_of,
 )
 from .pages import settle_pages
 from .sources import FileSource, NodataSource, Source
+
+log = logging.getLogger(__name__)
 
 OBJECTS_FROM = 10
 """Largest id from which on ids without a gap in every mask are taken for numbers of objects."""
@@ -185,6 +189,9 @@ def open_labelled(
     names = names or named
     paired = [find_split(folder, split) for split in splits]
     raise_together(*(missing_masks(folder, *split) for split in zip(splits, paired, strict=True)))
+    for split, (paths, _) in zip(splits, paired, strict=True):
+        if told := missing_images(folder, split, paths):
+            log.warning("%s", told)
     found_files = [(FileSource(paths), FileSource(list(map(str, own)))) for paths, own in paired]
     settle_pages([files for files, _ in found_files], pages)
     opened = [
@@ -252,11 +259,26 @@ def missing_masks(
     place = missing[0].relative_to(folder / IMAGES / split).with_name(f"{stem}.png")
     first = folder / MASKS / split / place
     near = sorted(path.name for path in first.parent.glob(f"*{glob.escape(stem)}*"))
+    others = missing_images(folder, split, paired[0])
     return (
         f"{first} is not there{f' (there is {near[0]})' if near else ''}; {len(missing)} of "
         f"{len(paired[0])} images have no mask: masks have the names of their images, perhaps with "
         f"_mask after it, and end in {', '.join(MASK_SUFFIXES)}, so write them, or remove those "
-        "images"
+        f"images{f'. And {others}' if others else ''}"
+    )
+
+
+def missing_images(folder: Path, split: str, paths: Sequence[str]) -> str:
+    """What is said of the masks of a split that belong to no image; an empty text for none."""
+    images, masks = folder / IMAGES / split, folder / MASKS / split
+    lost = masks_without_image(masks, [Path(path).relative_to(images) for path in paths])
+    if not lost:
+        return ""
+    shown = ", ".join(lost[:SHOWN_PROBLEMS]) + ", ..." * (len(lost) > SHOWN_PROBLEMS)
+    most = ", more than have one" if len(lost) > len(paths) else ""
+    return (
+        f"{len(lost)} masks in {masks} have no image{most}, and are not used: {shown}; see whether "
+        f"{images} is whole, and its images have the names of their masks and endings that are read"
     )
 
 
@@ -302,10 +324,11 @@ def read_classes(path: Path) -> tuple[str, ...] | None:
 
 def number_classes(folder: Path, masks: Sequence[set[int]]) -> tuple[str, ...]:
     """Names for the classes of masks, refusing ids like grays of colours or numbers of objects."""
-    ids = set().union(*masks) - {IGNORED}
+    known = [mask - {IGNORED} for mask in masks if mask != {IGNORED}]
+    ids = set().union(*known)
     largest = max(ids)
-    ends = set(map(max, masks))
-    if largest >= OBJECTS_FROM and len(ends) > 2 and all(len(m | {0}) == max(m) + 1 for m in masks):
+    ends = set(map(max, known))
+    if largest >= OBJECTS_FROM and len(ends) > 2 and all(len(m | {0}) == max(m) + 1 for m in known):
         raise ValueError(
             f"the masks in {folder / MASKS} hold ids without a gap, up to {min(ends)} in "
             f"one and to {largest} in another, like numbers of objects; write 1 for all, or "
@@ -315,7 +338,7 @@ def number_classes(folder: Path, masks: Sequence[set[int]]) -> tuple[str, ...]:
         some = sorted(ids)[:3]
         pairs = ",".join(f"{value}:{label}" for label, value in enumerate(some))
         raise ValueError(
-            f"the masks in {folder / 'masks'} hold only {len(ids)} of the ids up to {largest}, "
+            f"the masks in {folder / MASKS} hold only {len(ids)} of the ids up to {largest}, "
             f"such as {', '.join(map(str, some))}, like colours turned to gray; number the classes "
             f'0, 1, 2 and so on (--ids "{pairs}" does so), or name all {largest + 1} in '
             f"{folder / 'classes.txt'} if these are their ids"

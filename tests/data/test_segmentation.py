@@ -165,10 +165,13 @@ def test_classes_that_are_missing_are_not_refused(labelled) -> None:
     assert len(opened(labelled)[0].classes) == 150
 
 
-def test_numbers_of_objects_are_no_classes(labelled) -> None:
+@pytest.mark.parametrize("border", [0, 255])
+def test_numbers_of_objects_are_no_classes(labelled, border) -> None:
     masks = sorted((labelled / "masks").rglob("*.png"))
     for number, path in enumerate(masks):
-        write(path, np.resize(np.arange(8 + number % 4, dtype=np.uint8), (32, 48)))
+        mask = np.resize(np.arange(8 + number % 4, dtype=np.uint8), (32, 48))
+        mask[:2] = border
+        write(path, mask)
     names = labelled / "classes.txt"
     names.unlink()
     assert refusal(labelled) == (
@@ -261,6 +264,32 @@ def test_a_missing_mask_is_named(labelled, name, stem) -> None:
         "no mask: masks have the names of their images, perhaps with _mask after it, and end in "
         ".png, .tif, .tiff, .bmp, .gif, .npy, .npz, .nii, .nii.gz, so write them, or remove those "
         "images"
+    )
+
+
+def test_masks_without_an_image_are_told(labelled, caplog) -> None:
+    masks = labelled / "masks/train"
+    for name in ("0_color", ".hidden", "1-instance ids"):  # each of an image, or nobody's
+        shutil.copy(masks / "0.png", masks / f"{name}.png")
+    opened(labelled)
+    assert not caplog.records
+    for name in ("7_1.png", "day/3_mask.png", "10.tif"):
+        (masks / name).parent.mkdir(exist_ok=True)
+        shutil.copy(masks / "0.png", masks / name)
+    assert [len(split) for split in opened(labelled)] == [10, 4]
+    images = labelled / "images/train"
+    told = (
+        f"masks in {masks} have no image, and are not used: 10.tif, 7_1.png, day/3_mask.png; see "
+        f"whether {images} is whole, and its images have the names of their masks and endings that "
+        "are read"
+    )
+    assert [record.getMessage() for record in caplog.records] == [f"3 {told}"]
+    for path in sorted(images.iterdir()):
+        path.rename(path.with_name(f"photo{path.name}"))
+    assert refusal(labelled).endswith(
+        f"so write them, or remove those images. And 15 masks in {masks} have no image, more than "
+        "have one, and are not used: 0.png, 0_color.png, 1-instance ids.png, 1.png, 10.tif, ...; "
+        + told.partition("; ")[2]
     )
 
 
