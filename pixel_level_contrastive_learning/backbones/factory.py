@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -17,8 +16,8 @@ from ..augment import IMAGENET_MEAN, IMAGENET_STD
 from ..checks import check_limits, import_extra, raise_together
 from ..modules.feature_info import FeatureInfo
 from .custom import custom_net
-from .hub import HUB, fetch, fetch_weights, files_of, hub_config, is_card, on_hub, place_of
-from .state_dict import load_matching, read_state_dict, tell
+from .hub import HUB, fetch, fetch_weights, hub_config, is_card, on_hub, place_of, preprocessor
+from .state_dict import load_matching, read_state_dict, take_rgb, tell
 from .stem import adapt_channels
 
 Size = tuple[int, int]
@@ -26,8 +25,6 @@ Config = dict[str, Any]
 LIBRARIES = ("torchvision", "timm")
 FINER_STRIDE = 8
 """Smallest stride of a second layer that is read by default."""
-PREPROCESSOR = "preprocessor_config.json"
-"""How images are prepared for a network of transformers."""
 
 
 def build_backbone(
@@ -137,10 +134,10 @@ def default_statistics(model: str, channels: int) -> tuple[tuple[float, ...], tu
         cfg = timm().get_pretrained_cfg(name)
         mean, std = cfg.mean, cfg.std
     elif library == "hub":
-        config, place = hub_config(name), place_of(name)
+        config = hub_config(name)
         given = config.get("pretrained_cfg", config)
-        if "model_type" in config and PREPROCESSOR in files_of(place):
-            settings = json.loads(fetch(place, PREPROCESSOR).read_text(encoding="utf-8"))
+        settings = preprocessor(place_of(name)) if "model_type" in config else None
+        if settings is not None:
             given = {key.removeprefix("image_"): value for key, value in settings.items()}
             if not settings.get("do_normalize", "mean" in given):
                 mean, std, given = (0.0,) * 3, (1.0,) * 3, {}
@@ -254,7 +251,9 @@ def hub_net(
             state = given.state_dict()
         else:
             state = read_state_dict(file)
-        tell(load_matching(net, state, f"the weights of {model}"), f"the file {file}", model)
+        report = load_matching(net, state, f"the weights of {model}")
+        tell(report, f"the file {file}", model)
+        take_rgb(net, model, report)
     return net
 
 

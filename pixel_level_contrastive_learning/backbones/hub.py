@@ -19,6 +19,8 @@ HUB = "hf://"
 """What the name of a repository begins with."""
 CONFIG = "config.json"
 """What describes a network of timm or transformers in its repository."""
+PREPROCESSOR = "preprocessor_config.json"
+"""How images are prepared for a network of transformers."""
 LIBRARY_KEYS = {"architecture", "model_type"}
 """Of these timm's has the first, that of transformers the second."""
 SUFFIXES = ((".safetensors",), (".bin", ".ckpt", ".pt", ".pth"))
@@ -195,6 +197,14 @@ def hub_config(name: str) -> dict[str, Any]:
         f"{CONFIG} of timm or transformers; build the network by --model and give its weights as "
         f"--weights {place}"
     )
+
+
+def preprocessor(place: Repository) -> dict[str, Any] | None:
+    """How images are prepared for a network of transformers; None where that is not said."""
+    if PREPROCESSOR not in files_of(place):
+        return None
+    held: dict[str, Any] = json.loads(fetch(place, PREPROCESSOR).read_text(encoding="utf-8"))
+    return held
 
 
 def is_card(config: dict[str, Any]) -> bool:

@@ -24,7 +24,7 @@ from torchvision.models.vision_transformer import interpolate_embeddings
 from ..files import read_settings_if_any
 from ..modules.hooks import plain_name, token_grid
 from ..run_layout import CHECKPOINTS, CONFIG, LAST, WEIGHTS
-from .hub import fetch_weights, on_hub
+from .hub import fetch_weights, on_hub, place_of, preprocessor
 from .stem import adapt_input_conv, find_stem
 
 Shape = tuple[int, ...]
@@ -118,7 +118,25 @@ def load_weights(net: nn.Module, source: str | Path) -> KeyReport:
             f"and the rest stays as it was; is it of another model? {report}",
             stacklevel=2,
         )
+    if on_hub(source):
+        take_rgb(net, str(source), report)
     return report
+
+
+def take_rgb(net: nn.Module, source: str, report: KeyReport) -> None:
+    """Turn a stem around whose weights came from a repository that feeds it blue, green and red."""
+    fed, stem = preprocessor(place_of(source)) or {}, find_stem(net)
+    if not fed.get("do_flip_channel_order") or stem is None or stem[1].in_channels != 3:
+        return
+    name, conv = stem
+    if f"{plain_name(name)}.weight" in report.matched:
+        conv.weight.data = conv.weight.data.flip(1)
+        log.info(
+            "the weights of %s are for blue, green, red; those of %s were turned around, so that "
+            "the network takes red, green, blue, as does what is trained or exported from it",
+            source,
+            name,
+        )
 
 
 def find_weights(source: str | Path, more: str = "") -> Path:

@@ -347,6 +347,29 @@ def test_images_are_normalised_as_the_repository_says(hub, fed, statistics) -> N
         assert stats == tuple((value,) * channels for value in statistics)
 
 
+@pytest.mark.parametrize("flips", [True, False])
+def test_a_network_for_blue_green_red_takes_red_green_blue(hub, flips, tmp_path) -> None:
+    small = {"hidden_sizes": [16, 16, 16], "neck_hidden_sizes": [8] * 7}
+    library = of_transformers(hub, "mobilevit", **small).mobilevit.conv_stem.convolution
+    fed = {"do_rescale": True, "do_flip_channel_order": flips}
+    (hub / "me/transformers/preprocessor_config.json").write_text(json.dumps(fed))
+    images = torch.rand(1, 3, 64, 64)
+    expected = library(images.flip(1) if flips else images)
+
+    name = "hf://me/transformers"
+    loaded = read_backbone(name).net
+    by_weights = build_backbone(name)
+    load_weights(by_weights, name)
+    exported = export(name, "transformers", tmp_path / "exported")
+    assert "red green blue" in exported.how_to
+    for net in (loaded, by_weights, AutoModel.from_pretrained(exported.path)):
+        torch.testing.assert_close(net.conv_stem.convolution(images), expected)
+    gray = build_backbone(name, channels=1)
+    load_weights(gray, name)
+    stem = gray.conv_stem.convolution.weight
+    torch.testing.assert_close(stem, library.weight.sum(1, keepdim=True))
+
+
 def test_a_config_of_transformers_that_names_a_model_is_no_card_of_ours(hub) -> None:
     net = of_transformers(hub)
     path = hub / "me/transformers/config.json"
