@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from itertools import islice
@@ -29,18 +29,16 @@ from .hooks import (
     tensor_in,
 )
 from .layer import (
+    CORNER,
     SAME_STRIDE,
     Layer,
     check_patches,
     default_maps,
     graph,
-    inside_blocks,
-    is_pooler,
-    narrows,
-    number_of_weights,
+    lie_in_place,
+    set_kinds,
     warn_of_unread,
     weights_in,
-    width,
 )
 
 
@@ -127,30 +125,29 @@ class FeatureInfo:
         finally:
             for handle in handles:
                 handle.remove()
-        used_ids = set(map(id, used))
-        strides = {name: (layer.input_stride, layer.stride) for name, layer in layers.items()}
-        total = number_of_weights(self.net)
-        small = {n for n, layer in layers.items() if 2 * number_of_weights(layer.module) < total}
-        inside = inside_blocks(strides, small)
-        narrowed = {id(layer.output) for layer in layers.values() if narrows(layer.module)}
-        narrowed -= used_ids
-        classes = getattr(self.net, "num_classes", None) or -1  # timm, torchvision
-        scores = {id(layer.output) for layer in layers.values() if width(layer.module) == classes}
-        scores -= used_ids
-        poolers = tuple(f"{name}." for name, layer in layers.items() if is_pooler(layer.module))
-        scores |= {id(layer.output) for n, layer in layers.items() if f"{n}.".startswith(poolers)}
-        for given, gave in passed:
-            scores |= {id(gave)} if id(given) in scores else set()
-        for name, layer in layers.items():
-            layer.is_scores = id(layer.output) in scores
-            is_answer = id(layer.output) in scores | narrowed
-            layer.is_default = not (name in inside or is_answer or layer.is_gate)
+        self.find_places(layers.values())
+        set_kinds(layers, self.net, used, passed)
+        for layer in layers.values():
             if isinstance(layer.output, Tensor):
                 layer.overwritten |= layer.output._version != layer.version
                 if not layer.overwritten:  # re-entrant checkpointing sets its gradient afterwards
                     layer.root = layer.output.grad_fn
                     layer.carries_gradient = layer.output.requires_grad
         return list(layers.values())
+
+    def find_places(self, layers: Iterable[Layer]) -> None:
+        """Find the layers whose tokens lie in their place, by an image with another corner."""
+        tokens = {layer.name: layer for layer in layers if layer.has_tokens}
+        if not tokens:
+            return
+        images, (h, w) = self.images.clone(), self.size
+        corner = images[1, :, h - h // CORNER :, w - w // CORNER :]
+        corner.copy_(1 - corner)
+        hooks = [FeatureHook(t.name, t.layout) for t in tokens.values() if t.layout]
+        with self.isolated(), torch.no_grad():
+            outputs = FeatureHooks(*hooks).run(self.net, images)
+        for hook in hooks:
+            tokens[hook.name].has_place = lie_in_place(outputs[hook.name], hook.layout)
 
     def sees_image(self, inputs: tuple[object, ...]) -> bool:
         """Whether a layer is given images of the full size, unpadded."""
@@ -253,7 +250,7 @@ class FeatureInfo:
             ValueError: There is none, or there are not so many strides.
         """
         found = list(islice(self.levels(), levels))
-        read = [layer for layer in self.layers if layer.is_map and not layer.is_shuffled]
+        read = [layer for layer in self.layers if layer.is_map and not layer.is_unread]
         unread = [layer for layer in self.layers if layer.is_unread]
         if read and unread:
             warn_of_unread(self.net_type, self.deepest(read), self.deepest(unread))

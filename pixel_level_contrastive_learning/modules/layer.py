@@ -18,6 +18,10 @@ ONE_BLOCK = 3.0
 """A layer that multiplies the stride by more than this is a row of blocks, not one block."""
 SHUFFLED = 0.5
 """Tokens of equal images that differ by more than this, relative to neighbours, have no place."""
+CORNER = 4
+"""How often the corner of an image that is another one fits along each side."""
+LOCAL = 1.2
+"""Tokens of that corner that differ no more than so many times what others do lie elsewhere."""
 
 
 @dataclass(eq=False)
@@ -35,6 +39,7 @@ class Layer:
     carries_gradient: bool
     overwritten: bool = False  # whether a later layer changes the output, be it in training alone
     is_default: bool = True  # neither the inside of a block, nor class scores, nor a gate
+    has_place: bool = True  # what it gives for a place of the image lies there, see `lie_in_place`
     is_scores: bool = False  # what a classifier gives for each class or cell, or a BERT-like pooler
 
     @property
@@ -43,33 +48,39 @@ class Layer:
         return type(self.module).__name__
 
     @property
+    def channels(self) -> int:
+        """How many it gives; 0 without a layout."""
+        return 0 if self.layout is None else self.layout.channels
+
+    @property
     def is_map(self) -> bool:
         """Whether it has more than one cell, so that there is something to compare."""
         return self.layout is not None and max(self.layout.grid) > 1
 
     @property
+    def has_tokens(self) -> bool:
+        """Whether its cells are tokens."""
+        return self.layout is not None and "n" in self.layout.axes and self.is_map
+
+    @property
     def is_shuffled(self) -> bool:
         """Whether the tokens of two equal images differ as much as a token and its neighbour do."""
-        if (
-            self.layout is None
-            or self.layout.axes != "b n c"
-            or not isinstance(self.output, Tensor)
-        ):
+        if self.layout is None or not self.has_tokens or not isinstance(self.output, Tensor):
             return False
-        one, two = self.output.detach().float()[:2, self.layout.prefix :]
+        one, two = tokens_in(self.output, self.layout)
         difference = (one - one.roll(1, dims=0)).abs().mean()
         return bool((one - two).abs().mean() > SHUFFLED * difference)
 
     @property
     def is_gate(self) -> bool:
         """Whether it gives one number a cell, such as a gate or a score."""
-        return self.layout is not None and self.layout.channels == 1
+        return self.channels == 1
 
     @property
     def is_unread(self) -> bool:
         """Whether it gives tokens that are no map."""
         is_tokens = isinstance(self.output, Tensor) and self.output.ndim == 3
-        return is_tokens and (self.layout is None or self.is_shuffled)
+        return is_tokens and (self.layout is None or self.is_shuffled or not self.has_place)
 
     @property
     def shape(self) -> str:
@@ -87,7 +98,10 @@ class Layer:
 
 
 def default_maps(layers: Sequence[Layer]) -> list[Layer]:
-    """The maps that may be used unnamed; those that are no default only where there is no other."""
+    """The maps that may be used unnamed; those that are no default only where there is no other.
+
+    Of these those whose cells lie elsewhere come last.
+    """
     maps = [
         layer
         for layer in layers
@@ -96,7 +110,75 @@ def default_maps(layers: Sequence[Layer]) -> list[Layer]:
         and layer.layout.is_square
         and not layer.type_name.startswith(("Dropout", "Softmax"))
     ]
-    return [layer for layer in maps if layer.is_default] or maps
+    placed = [layer for layer in maps if layer.has_place]
+    return [layer for layer in placed if layer.is_default] or placed or maps
+
+
+def set_kinds(
+    layers: Mapping[str, Layer],
+    net: nn.Module,
+    used: Iterable[object],
+    passed: Iterable[tuple[object, object]],
+) -> None:
+    """Find the layers that are scores, and which of the others are defaults.
+
+    Args:
+        layers: By name.
+        net: The network.
+        used: What layers with weights were given.
+        passed: What layers without weights were given, and gave.
+    """
+    used_ids = set(map(id, used))
+    strides = {name: (layer.input_stride, layer.stride) for name, layer in layers.items()}
+    total = number_of_weights(net)
+    small = {n for n, layer in layers.items() if 2 * number_of_weights(layer.module) < total}
+    inside = inside_blocks(strides, small)
+    narrowed = {id(layer.output) for layer in layers.values() if narrows(layer.module)} - used_ids
+    classes = getattr(net, "num_classes", None) or -1  # timm, torchvision
+    scores = {id(layer.output) for layer in layers.values() if width(layer.module) == classes}
+    scores -= used_ids
+    poolers = tuple(f"{name}." for name, layer in layers.items() if is_pooler(layer.module))
+    scores |= {id(layer.output) for name, layer in layers.items() if f"{name}.".startswith(poolers)}
+    for given, gave in passed:
+        scores |= {id(gave)} if id(given) in scores else set()
+    answers = scores | narrowed
+    read = {layer.channels for layer in layers.values() if id(layer.output) in used_ids}
+    heads = [layer for layer in layers.values() if id(layer.output) in answers]
+    heads = [
+        layer for layer in heads if layer.channels not in read
+    ]  # else it may be added to features
+    answers |= {id(layer.output) for layer in layers.values() if adds_up(layer, heads)} - used_ids
+    unplaced = tuple(f"{name}." for name, layer in layers.items() if not layer.has_place)
+    for name, layer in layers.items():
+        layer.is_scores = id(layer.output) in scores
+        no_feature = id(layer.output) in answers or layer.is_gate
+        layer.is_default = not (no_feature or name in inside or name.startswith(unplaced))
+
+
+def tokens_in(output: Tensor, layout: Layout) -> Tensor:
+    """The tokens ``(b, n, c)`` of the cells, float."""
+    tokens = output if layout.axes == "b n c" else output.mT
+    return tokens.detach().float()[:, layout.prefix :]
+
+
+def lie_in_place(output: Tensor, layout: Layout) -> bool:
+    """Whether another corner of an image, which the second one has, changes the tokens there most.
+
+    Queries lie nowhere; and tokens behind those of the cells are taken for cells.
+    """
+    one, two = tokens_in(output, layout)
+    changed = (one - two).abs().mean(dim=1).view(layout.grid)
+    rows, columns = (max(1, cells // CORNER) for cells in layout.grid)
+    there = changed[-rows:, -columns:].mean()
+    changed[-rows:, -columns:] = 0
+    elsewhere = changed.sum() / (changed.numel() - rows * columns)
+    return bool(there > LOCAL * elsewhere)
+
+
+def adds_up(layer: Layer, heads: Iterable[Layer]) -> bool:
+    """Whether a layer may give the sum of several heads inside it: it has as many channels."""
+    inside = (head for head in heads if head.name.startswith(f"{layer.name}."))
+    return sum(head.channels == layer.channels for head in inside) > 1
 
 
 def inside_blocks(strides: Mapping[str, tuple[float, float]], small: Collection[str]) -> set[str]:

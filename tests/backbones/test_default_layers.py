@@ -82,6 +82,15 @@ TOKENS = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2} |
 STAGES = {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1]}
 WINDOWS = {"embed_dim": 8, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2], "image_size": 128}
 PYRAMID = STAGES | {"num_attention_heads": [1, 1, 2, 2], "image_size": 128}
+QUERIES = {
+    "backbone_config": STAGES | {"model_type": "resnet", "embedding_size": 8},
+    "d_model": 32,
+    "num_queries": 16,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_ffn_dim": 32,
+    "decoder_ffn_dim": 32,
+}
 # Networks of transformers, made small: pixel layer, instance layer, what builds them.
 TRANSFORMERS = {
     "resnet": ("encoder", "pooler", STAGES | {"embedding_size": 8}),
@@ -114,6 +123,8 @@ TRANSFORMERS = {
     "dinov3_vit": ("norm", "norm", TOKENS),
     "clip_vision_model": ("encoder", "post_layernorm", TOKENS),
     "siglip_vision_model": ("post_layernorm", "head", TOKENS),
+    "yolos": (*["embeddings.patch_embeddings"] * 2, TOKENS | {"image_size": [128, 128]}),
+    "detr": ("encoder", "encoder", QUERIES),
     "vitdet": ("encoder", "encoder", TOKENS | {"pretrain_image_size": 112}),
 }
 
@@ -121,7 +132,10 @@ TRANSFORMERS = {
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("family", TRANSFORMERS)
 def test_what_transformers_calls_the_last_hidden_state_is_read(family) -> None:
-    """The pooled vector, too, but of no pooler with a dense layer: few checkpoints have one."""
+    """The pooled vector, too, but of no pooler with a dense layer: few checkpoints have one.
+
+    Tokens of a detector that lie in no place are not: those behind the cells of YOLOS, and queries.
+    """
     pixel, instance, settings = TRANSFORMERS[family]
     net = AutoModel.from_config(AutoConfig.for_model(family, **settings))
     side = 112 if settings.get("image_size") == 112 else 128

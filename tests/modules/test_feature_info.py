@@ -8,6 +8,7 @@ import segmentation_models_pytorch as smp
 import torch
 from small_nets import Calls, SmallNet, chain
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from torchvision import models
 
@@ -364,6 +365,59 @@ def test_tokens_in_the_order_of_chance_are_refused_and_a_little_noise_is_not() -
     info = FeatureInfo(Masked(shuffled=True), 3, (64, 64))
     with pytest.raises(ValueError, match=r"'norm' gives other tokens each time.*masked autoenc"):
         info.hook("norm", pixel=True)
+
+
+class Queried(nn.Module):
+    """Cells with tokens behind them as of YOLOS, and queries that ask them as of DETR."""
+
+    def __init__(self, behind: int, queries: int, width: int) -> None:
+        super().__init__()
+        self.patches, self.behind = nn.Conv2d(3, 16, 8, 8), nn.Parameter(torch.rand(1, behind, 16))
+        self.encoder = nn.TransformerEncoderLayer(16, 2, 64, 0, batch_first=True)
+        self.queries = nn.Parameter(torch.rand(1, queries, 16))
+        self.decoder = nn.TransformerDecoderLayer(16, 2, width, 0, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        cells = self.patches(x).flatten(2).mT
+        cells = self.encoder(torch.cat([cells, self.behind.expand(len(x), -1, -1)], dim=1))
+        return self.decoder(self.queries.expand(len(x), -1, -1), cells)
+
+
+@pytest.mark.parametrize("queries", [16, 64, 100])
+def test_queries_are_no_cells(queries) -> None:
+    info = FeatureInfo(Queried(behind=0, queries=queries, width=8), 3, (64, 64))
+    assert info.get("decoder").is_map
+    assert info.default_pixels() == ["encoder"]
+    assert "decoder" not in info.advice(pixel=True)
+    assert info.hook("decoder", pixel=True)  # by its name
+
+
+@pytest.mark.parametrize("behind", [10, 100])
+def test_tokens_behind_those_of_the_cells_are_told(behind) -> None:
+    info = FeatureInfo(Queried(behind, queries=16, width=999), 3, (64, 64))
+    with pytest.warns(UserWarning, match=r"Queried gives .* in 'decoder', which cannot be read"):
+        assert info.default_pixels() == ["patches"]
+
+
+class Heads(nn.Module):
+    """Class scores of two depths, enlarged and added up, as of LR-ASPP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.deep, self.early = nn.Conv2d(16, 7, 1), nn.Conv2d(8, 7, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        deep, early = x
+        return self.early(early) + functional.interpolate(self.deep(deep), early.shape[2:])
+
+
+def test_the_sum_of_heads_is_no_feature() -> None:
+    def forward(own: nn.Module, x: Tensor) -> Tensor:
+        early = own.stem(x)
+        return own.heads((own.block(early), early))
+
+    net = Calls(forward, stem=nn.Conv2d(3, 8, 4, 4), block=nn.Conv2d(8, 16, 2, 2), heads=Heads())
+    assert FeatureInfo(net, 3, (64, 64)).default_pixels(2) == ["block", "stem"]
 
 
 def test_most_of_a_network_is_not_left_out_without_a_word() -> None:
