@@ -198,6 +198,9 @@ WHOLE_IMAGE = 1.4
 scale at which training saw it, on average, for views are crops. (Of area 0.08 to 1 a crop has 0.69
 of the image's side in the mean.) Features judged at twice that scale are not those that were
 trained: on street scenes random weights gain more from larger images than trained ones do."""
+LONGEST = 16
+"""Longer side over shorter side up to which an image is fed with the shorter side asked for; longer
+ones are fed with as many pixels as that has, for memory grows with them."""
 
 
 @dataclass(frozen=True)
@@ -206,7 +209,8 @@ class Preparation:
 
     Attributes:
         statistics: The form its values take, and their mean and standard deviation.
-        size: The shorter side in pixels, aspect kept; or exactly ``(height, width)``.
+        size: The shorter side in pixels, aspect kept, less for strips (see `LONGEST`); or exactly
+            ``(height, width)``.
     """
 
     statistics: Statistics
@@ -261,8 +265,9 @@ class Preparation:
         """The ``(height, width)`` at which an image of ``size`` is fed."""
         if isinstance(self.size, tuple):
             return self.size
-        shorter = min(size)
-        h, w = (round(side * self.size / shorter) for side in size)
+        shorter, longer = sorted(size)
+        factor = self.size / shorter * min(1, (LONGEST * shorter / longer) ** 0.5)
+        h, w = (max(1, round(side * factor)) for side in size)
         return h, w
 
     @property

@@ -114,6 +114,14 @@ def test_whole_images_are_fed_at_the_scale_of_the_views() -> None:
     assert prepare.fitted((560, 280)) == (280, 140)
 
 
+def test_strips_are_fed_with_no_more_pixels_than_an_image_of_sixteen_to_one() -> None:
+    prepare = Preparation.of(card(), 320)
+    assert prepare.fitted((40, 640)) == (320, 5120)
+    assert prepare.fitted((40, 4000)) == (128, 12800)  # as many pixels
+    assert prepare.fitted((4000, 40)) == (12800, 128)
+    assert prepare.fitted((1, 10**7))[0] == 1
+
+
 @pytest.mark.parametrize(("size", "fed"), [(50, (50, 75)), ((48, 32), (48, 32))])
 def test_a_size_is_the_shorter_side_or_both(size, fed) -> None:
     prepare = Preparation.of(card(), size)
