@@ -196,7 +196,8 @@ def without_value(image: LazyImage, value: float) -> LazyImage:
         gone = pixels == torch.tensor(value, dtype=pixels.dtype)  # rounded as they are
         if pixels.is_floating_point():
             return decoded._replace(pixels=pixels.masked_fill(gone, torch.nan))
-        return decoded._replace(pixels=pixels, known=~gone)
+        known = ~gone if decoded.known is None else decoded.known & ~gone
+        return decoded._replace(pixels=pixels, known=known)
 
     return replace(image, load=load)
 

@@ -137,6 +137,8 @@ def read_coded(
         return torch.from_numpy(ids_of_colours(path, stored, coding)), {}
     if values.ndim != 2:
         raise ValueError(colours_message(path, stored.mode, values))
+    if values.dtype == np.bool_:
+        values = values.astype(np.uint8)
     if values.dtype.kind == "f":
         if not (values == np.round(values)).all():
             raise ValueError(

@@ -133,15 +133,16 @@ def suffix_of(name: str, content: bytes) -> str:
 def read_smaller(image: LazyImage, max_side: int) -> Tensor:
     """Upright pixels ``(c, h, w)`` of a longer side of ``max_side`` at most, without aliasing.
 
-    They are NaN where less than half of what they stand for was measured (or, if that is so
+    Raw values are NaN where less than half of what they stand for was measured (or, if that is so
     everywhere, less than anywhere else).
     """
     longer = max(image.size)
     max_side = min(max_side, longer)
     size = tuple(max(1, round(side * max_side / longer)) for side in image.size)
     decoded = image.decode(largest_scale(min(longer / max_side, *image.size)))
-    pixels, known = to_tensor(decoded.pixels), decoded.known
-    whole_numbers = pixels.dtype != torch.uint8 and bool((pixels == pixels.round()).all())
+    pixels = to_tensor(decoded.pixels)
+    known = decoded.known if pixels.is_floating_point() else None
+    whole_numbers = pixels.is_floating_point() and bool((pixels == pixels.round()).all())
     resize = partial(interpolate, size=size, mode="bilinear", antialias=True)
     smaller: Tensor = resize((pixels if known is None else pixels * known)[None])[0]
     if known is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import NamedTuple
@@ -180,6 +181,8 @@ def measure(
         values = [(values, deep) for values, deep in measured if values is not None]
         if channels is None and wanted == 4 and all(is_mask(bands) for bands, _ in values):
             wanted = 3
+        elif channels is None and wanted == 3:
+            warn_of_fourth([bands for bands, _ in values])
         values = [
             (convert_channels(bands, wanted), deep)
             for bands, deep in values
@@ -225,6 +228,17 @@ def is_mask(values: Tensor) -> bool:
     """Whether the last of four bands of values ``(c, n)`` holds only its two extremes."""
     low, high = (0, 255) if values.dtype == torch.uint8 else (0, 65535)
     return len(values) == 4 and bool(((values[-1] == low) | (values[-1] == high)).all())
+
+
+def warn_of_fourth(values: Sequence[Tensor]) -> None:
+    """Warn of four bands ``(4, n)`` that become three since other images have three."""
+    if count := sum(len(bands) == 4 and not is_mask(bands) for bands in values):
+        log.warning(
+            "%d of %d images have a fourth channel that is no mask and is left out, since others "
+            "have 3; keep images of one kind in a folder, or give --channels 4",
+            count,
+            len(values),
+        )
 
 
 def channel_statistics(values: list[tuple[Tensor, bool]]) -> Scaling:

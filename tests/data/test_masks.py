@@ -132,6 +132,8 @@ def test_the_id_of_each_value_can_be_named(tmp_path) -> None:
         "pixels"
     )
     path.write_bytes(tiff(IDS > 0))  # which tifffile marks so that white is 0
+    with pytest.raises(ValueError, match="has 1, which --ids does not name; add 1:ID to it"):
+        read_mask(path, MaskCoding(ids={0: 0, 255: 1}))
     named = read_mask(path, MaskCoding(ids={0: 0, 1: 1}))
     assert named.tolist() == (IDS > 0).astype(int).tolist()
     path.write_bytes(npy(np.array([[-1, 0, 7]])))

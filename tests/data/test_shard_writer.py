@@ -16,6 +16,7 @@ from PIL import Image
 from tifffile import imread, imwrite
 
 from pixel_level_contrastive_learning.data import shard_writer
+from pixel_level_contrastive_learning.data.arrays import NODATA_TAG
 from pixel_level_contrastive_learning.data.dataset import TooManyBrokenError
 from pixel_level_contrastive_learning.data.decoding import open_image
 from pixel_level_contrastive_learning.data.loader import in_order
@@ -257,6 +258,15 @@ def test_what_was_not_measured_is_not_blended_with_what_was(tmp_path) -> None:
         assert torch.allclose(pixels[:, -10:, :measured], torch.tensor(7.5))
         with pytest.raises(ValueError, match=r"holds shards of another call .nodata -9999 and now"):
             write_shards(tmp_path / "a.npy", out, max_side=max_side)
+
+
+def test_eight_bit_images_keep_their_nodata_when_they_are_made_smaller(tmp_path) -> None:
+    pixels = np.full((40, 60), 200, np.uint8)
+    pixels[:, 30:] = 7
+    imwrite(tmp_path / "a.tif", pixels, extratags=[(NODATA_TAG, "s", 0, "7", True)])
+    write_shards(tmp_path / "a.tif", tmp_path / "out", max_side=30)
+    left, right = open_source(tmp_path / "out").open(0).read()[0, 10, [2, -3]].tolist()
+    assert (left, right) == pytest.approx((200, 7), abs=3)
 
 
 def test_what_was_rarely_measured_is_kept_where_it_was_most(tmp_path) -> None:

@@ -90,6 +90,13 @@ def test_nodata_of_a_geotiff_does_not_count(tmp_path) -> None:
     assert found.mean == pytest.approx((0.5,), abs=0.02)
 
 
+def test_nodata_that_is_named_stands_beside_that_of_a_geotiff(tmp_path) -> None:
+    rows = np.arange(60, dtype=np.uint8)[:, None].repeat(90, 1)
+    tifffile.imwrite(tmp_path / "a.tif", rows, extratags=[(NODATA_TAG, 2, 0, "7", True)])
+    known = open_source(tmp_path, nodata=3).open(0).decode().known
+    assert (~known[0, :, 0]).nonzero().flatten().tolist() == [3, 7]
+
+
 def filled(values: torch.Tensor, value: float, rows: int = 5) -> torch.Tensor:
     """Values of which some rows are another one."""
     values = values.clone()
@@ -184,6 +191,21 @@ def test_a_fourth_band_of_two_values_is_a_mask() -> None:
     image[3, 0] = 0
     assert measure(open_source([image])).channels == 3
     assert measure(open_source([image]), channels=4).channels == 4
+
+
+def test_a_fourth_band_that_is_left_out_for_others_is_told(caplog) -> None:
+    near = [torch.randint(0, 256, (4, 8, 8), dtype=torch.uint8) for _ in range(5)]
+    colour, masked = near[0][:3], near[0].clone()
+    masked[3] = 255
+    assert measure(open_source([*near, masked])).channels == 4
+    assert not caplog.records
+    assert measure(open_source([*near, masked, colour])).channels == 3
+    assert [record.getMessage() for record in caplog.records] == [
+        "5 of 7 images have a fourth channel that is no mask and is left out, since others have 3; "
+        "keep images of one kind in a folder, or give --channels 4"
+    ]
+    measure(open_source([*near, colour]), channels=3)  # as asked for
+    assert len(caplog.records) == 1
 
 
 @pytest.mark.parametrize(
