@@ -1,4 +1,4 @@
-"""What the user says of the values or colours of masks: which class each is."""
+"""What the user says of the values or colours of masks: which class each is, and the classes."""
 
 from __future__ import annotations
 
@@ -29,6 +29,46 @@ class MaskCoding:
 
 
 PLAIN = MaskCoding()
+
+
+def read_classes(path: Path) -> tuple[str, ...] | None:
+    """The names in ``classes.txt``, or None where there is no such file."""
+    if not path.is_file():
+        return None
+    content = path.read_bytes()
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{path} is not UTF-8 (line {line}); save it as UTF-8") from error
+    lines = [line.strip() for line in text.rstrip().splitlines()]
+    if not 1 <= len(lines) <= IGNORED:
+        raise ValueError(
+            f"{path} names {len(lines)} classes; it must name 1 to {IGNORED}, one a line in the "
+            "order of ids"
+        )
+    if "" in lines:
+        blank = lines.index("")
+        raise ValueError(
+            f"{path} has nothing in line {blank + 1}, where the class of id {blank} must stand; "
+            "name it, or remove the line if the next name is that class"
+        )
+    parts = [line.split(maxsplit=1) for line in lines]
+    if all(len(part) == 2 and part[0].isdecimal() for part in parts):
+        for label, (number, _) in enumerate(parts):
+            if int(number) != label:
+                raise ValueError(
+                    f"{path} has id {number} in line {label + 1}, where {label} must stand: one "
+                    "class a line in the order of ids, from 0"
+                )
+        lines = [name for _, name in parts]
+    for label, name in enumerate(lines):
+        if name in lines[:label]:
+            raise ValueError(
+                f"{path} names two classes {name!r} (ids {lines.index(name)} and {label}); scores "
+                "are listed by name, so give each class its own"
+            )
+    return tuple(lines)
 
 
 def read_coding(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -14,11 +15,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import Pages, raise_together
+from ..checks import Pages, counted, raise_together
 from .folders import IMAGES, MASKS, find_files, no_image_message
 from .image import ImageError, LazyImage
 from .mask_coding import IGNORED as IGNORED
-from .mask_coding import PLAIN, MaskCoding, read_coding
+from .mask_coding import PLAIN, MaskCoding, read_classes, read_coding
 from .masks import (
     MASK_SUFFIXES,
     ONLY,
@@ -245,7 +246,16 @@ def find_split(folder: Path, split: str) -> tuple[list[str], list[Path | None]]:
     paths, others = find_files(images)
     if not paths:
         raise ValueError(no_image_message(images, others))
-    return paths, find_masks(masks, [Path(path).relative_to(images) for path in paths])
+    own = find_masks(masks, [Path(path).relative_to(images) for path in paths])
+    if shared := [mask.name for mask, count in Counter(filter(None, own)).items() if count > 1]:
+        log.warning(
+            "%s of several images in %s, such as %s: images whose names differ in their endings "
+            "alone; keep one of them, unless all are the same",
+            counted(len(shared), "mask"),
+            masks,
+            shared[0],
+        )
+    return paths, own
 
 
 def missing_masks(
@@ -275,51 +285,12 @@ def missing_images(folder: Path, split: str, paths: Sequence[str]) -> str:
     if not lost:
         return ""
     shown = ", ".join(lost[:SHOWN_PROBLEMS]) + ", ..." * (len(lost) > SHOWN_PROBLEMS)
-    most = ", more than have one" if len(lost) > len(paths) else ""
+    most = ", more than with one" if len(lost) > len(paths) else ""
     return (
-        f"{len(lost)} masks in {masks} have no image{most}, and are not used: {shown}; see whether "
-        f"{images} is whole, and its images have the names of their masks and endings that are read"
+        f"{counted(len(lost), 'mask')} without an image in {masks}{most}, not used: {shown}; see "
+        f"whether {images} is whole, and its images have the names of their masks and endings that "
+        "are read"
     )
-
-
-def read_classes(path: Path) -> tuple[str, ...] | None:
-    """The names in ``classes.txt``, or None where there is no such file."""
-    if not path.is_file():
-        return None
-    content = path.read_bytes()
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{path} is not UTF-8 (line {line}); save it as UTF-8") from error
-    lines = [line.strip() for line in text.rstrip().splitlines()]
-    if not 1 <= len(lines) <= IGNORED:
-        raise ValueError(
-            f"{path} names {len(lines)} classes; it must name 1 to {IGNORED}, one a line in the "
-            "order of ids"
-        )
-    if "" in lines:
-        blank = lines.index("")
-        raise ValueError(
-            f"{path} has nothing in line {blank + 1}, where the class of id {blank} must stand; "
-            "name it, or remove the line if the next name is that class"
-        )
-    parts = [line.split(maxsplit=1) for line in lines]
-    if all(len(part) == 2 and part[0].isdecimal() for part in parts):
-        for label, (number, _) in enumerate(parts):
-            if int(number) != label:
-                raise ValueError(
-                    f"{path} has id {number} in line {label + 1}, where {label} must stand: one "
-                    "class a line in the order of ids, from 0"
-                )
-        lines = [name for _, name in parts]
-    for label, name in enumerate(lines):
-        if name in lines[:label]:
-            raise ValueError(
-                f"{path} names two classes {name!r} (ids {lines.index(name)} and {label}); scores "
-                "are listed by name, so give each class its own"
-            )
-    return tuple(lines)
 
 
 def number_classes(folder: Path, masks: Sequence[set[int]]) -> tuple[str, ...]:

@@ -113,6 +113,11 @@ class ItemSource:
 def item_pixels(item: object) -> Tensor:
     """The pixels ``(c, h, w)`` of an item: uint8, or float32 raw values."""
     if isinstance(item, Tensor):
+        if item.ndim == 3 and item.shape[-1] in (1, 3, 4) and min(item.shape[:2]) >= 16:
+            raise ImageError(
+                f"an item is a tensor of shape {tuple(item.shape)}; it must be (c, h, w), so give "
+                "item.permute(2, 0, 1) if it is (h, w, c)"
+            )
         pixels = item.detach().cpu()
         pixels = pixels.float() if pixels.dtype == torch.bfloat16 else pixels  # NumPy has none
         return array_to_pixels(pixels.numpy(), "CYX"[-item.ndim :])

@@ -8,11 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from pixel_level_contrastive_learning.data.segmentation import (
-    SegmentationDataset,
-    open_labelled,
-    read_classes,
-)
+from pixel_level_contrastive_learning.data.mask_coding import read_classes
+from pixel_level_contrastive_learning.data.segmentation import SegmentationDataset, open_labelled
 from pixel_level_contrastive_learning.data.sources import FileSource
 
 
@@ -267,6 +264,16 @@ def test_a_missing_mask_is_named(labelled, name, stem) -> None:
     )
 
 
+def test_a_mask_of_several_images_is_told(labelled, caplog) -> None:
+    images = labelled / "images/train"
+    shutil.copy(images / "4.png", images / "3.webp")
+    assert len(opened(labelled)[0]) == 11
+    assert [record.getMessage() for record in caplog.records] == [
+        f"1 mask of several images in {labelled / 'masks/train'}, such as 3.png: images whose "
+        "names differ in their endings alone; keep one of them, unless all are the same"
+    ]
+
+
 def test_masks_without_an_image_are_told(labelled, caplog) -> None:
     masks = labelled / "masks/train"
     for name in ("0_color", ".hidden", "1-instance ids"):  # each of an image, or nobody's
@@ -279,7 +286,7 @@ def test_masks_without_an_image_are_told(labelled, caplog) -> None:
     assert [len(split) for split in opened(labelled)] == [10, 4]
     images = labelled / "images/train"
     told = (
-        f"masks in {masks} have no image, and are not used: 10.tif, 7_1.png, day/3_mask.png; see "
+        f"masks without an image in {masks}, not used: 10.tif, 7_1.png, day/3_mask.png; see "
         f"whether {images} is whole, and its images have the names of their masks and endings that "
         "are read"
     )
@@ -287,8 +294,8 @@ def test_masks_without_an_image_are_told(labelled, caplog) -> None:
     for path in sorted(images.iterdir()):
         path.rename(path.with_name(f"photo{path.name}"))
     assert refusal(labelled).endswith(
-        f"so write them, or remove those images. And 15 masks in {masks} have no image, more than "
-        "have one, and are not used: 0.png, 0_color.png, 1-instance ids.png, 1.png, 10.tif, ...; "
+        f"so write them, or remove those images. And 15 masks without an image in {masks}, more "
+        "than with one, not used: 0.png, 0_color.png, 1-instance ids.png, 1.png, 10.tif, ...; "
         + told.partition("; ")[2]
     )
 

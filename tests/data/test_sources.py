@@ -205,6 +205,10 @@ def test_a_source_of_your_own_stays_as_it_is() -> None:
 
 def test_the_channels_of_a_tensor_stand_first_whatever_the_sides() -> None:
     assert open_source([torch.zeros(9, 4, 5)]).open(0).channels == 9
+    with pytest.raises(
+        ImageError, match=r"shape \(16, 20, 3\); .* so give item.permute\(2, 0, 1\)"
+    ):
+        open_source([torch.zeros(16, 20, 3)]).open(0)
 
 
 def test_items_that_cannot_be_used_say_why() -> None:
