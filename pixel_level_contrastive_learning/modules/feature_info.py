@@ -35,7 +35,6 @@ from .layer import (
     check_patches,
     default_maps,
     graph,
-    lie_in_place,
     set_kinds,
     warn_of_unread,
     weights_in,
@@ -137,17 +136,19 @@ class FeatureInfo:
 
     def find_places(self, layers: Iterable[Layer]) -> None:
         """Find the layers whose tokens lie in their place, by an image with another corner."""
-        tokens = {layer.name: layer for layer in layers if layer.has_tokens}
+        tokens = [layer for layer in layers if layer.has_tokens]
         if not tokens:
             return
         images, (h, w) = self.images.clone(), self.size
         corner = images[1, :, h - h // CORNER :, w - w // CORNER :]
         corner.copy_(1 - corner)
-        hooks = [FeatureHook(t.name, t.layout) for t in tokens.values() if t.layout]
-        with self.isolated(), torch.no_grad():
-            outputs = FeatureHooks(*hooks).run(self.net, images)
-        for hook in hooks:
-            tokens[hook.name].has_place = lie_in_place(outputs[hook.name], hook.layout)
+        handles = [layer.module.register_forward_hook(layer.find_place) for layer in tokens]
+        try:
+            with self.isolated(), torch.no_grad():
+                self.net(images)
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def sees_image(self, inputs: tuple[object, ...]) -> bool:
         """Whether a layer is given images of the full size, unpadded."""

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .hooks import Layout
+from .hooks import Layout, tensor_in
 
 SAME_STRIDE = 1.5
 """Strides within this factor are equal: borders make a map a cell larger or smaller."""
@@ -39,7 +39,7 @@ class Layer:
     carries_gradient: bool
     overwritten: bool = False  # whether a later layer changes the output, be it in training alone
     is_default: bool = True  # neither the inside of a block, nor class scores, nor a gate
-    has_place: bool = True  # what it gives for a place of the image lies there, see `lie_in_place`
+    has_place: bool = True  # what it gives for a place of the image lies there, see `find_place`
     is_scores: bool = False  # what a classifier gives for each class or cell, or a BERT-like pooler
 
     @property
@@ -70,6 +70,23 @@ class Layer:
         one, two = tokens_in(self.output, self.layout)
         difference = (one - one.roll(1, dims=0)).abs().mean()
         return bool((one - two).abs().mean() > SHUFFLED * difference)
+
+    def find_place(self, _: nn.Module, __: object, output: object) -> None:
+        """Find out whether another corner of an image, as the second has, changes what lies there.
+
+        Queries lie nowhere; and tokens behind those of the cells are taken for cells.
+        """
+        output = tensor_in(output)
+        shape = getattr(self.output, "shape", None)  # a layer may run with others before
+        if self.layout is None or not isinstance(output, Tensor) or output.shape != shape:
+            return
+        one, two = tokens_in(output, self.layout)
+        changed = (one - two).abs().mean(dim=1).view(self.layout.grid)
+        rows, columns = (max(1, cells // CORNER) for cells in self.layout.grid)
+        there = changed[-rows:, -columns:].mean()
+        changed[-rows:, -columns:] = 0
+        elsewhere = changed.sum() / (changed.numel() - rows * columns)
+        self.has_place = bool(there > LOCAL * elsewhere)
 
     @property
     def is_gate(self) -> bool:
@@ -144,9 +161,8 @@ def set_kinds(
     answers = scores | narrowed
     read = {layer.channels for layer in layers.values() if id(layer.output) in used_ids}
     heads = [layer for layer in layers.values() if id(layer.output) in answers]
-    heads = [
-        layer for layer in heads if layer.channels not in read
-    ]  # else it may be added to features
+    # What has the channels of features may be added to them.
+    heads = [layer for layer in heads if layer.channels not in read]
     answers |= {id(layer.output) for layer in layers.values() if adds_up(layer, heads)} - used_ids
     unplaced = tuple(f"{name}." for name, layer in layers.items() if not layer.has_place)
     for name, layer in layers.items():
@@ -159,20 +175,6 @@ def tokens_in(output: Tensor, layout: Layout) -> Tensor:
     """The tokens ``(b, n, c)`` of the cells, float."""
     tokens = output if layout.axes == "b n c" else output.mT
     return tokens.detach().float()[:, layout.prefix :]
-
-
-def lie_in_place(output: Tensor, layout: Layout) -> bool:
-    """Whether another corner of an image, which the second one has, changes the tokens there most.
-
-    Queries lie nowhere; and tokens behind those of the cells are taken for cells.
-    """
-    one, two = tokens_in(output, layout)
-    changed = (one - two).abs().mean(dim=1).view(layout.grid)
-    rows, columns = (max(1, cells // CORNER) for cells in layout.grid)
-    there = changed[-rows:, -columns:].mean()
-    changed[-rows:, -columns:] = 0
-    elsewhere = changed.sum() / (changed.numel() - rows * columns)
-    return bool(there > LOCAL * elsewhere)
 
 
 def adds_up(layer: Layer, heads: Iterable[Layer]) -> bool:
