@@ -20,7 +20,7 @@ SHUFFLED = 0.5
 """Tokens of equal images that differ by more than this, relative to neighbours, have no place."""
 CORNER = 4
 """How often the corner of an image that is another one fits along each side."""
-LOCAL = 1.2
+LOCAL = 1.5
 """Tokens of that corner that differ no more than so many times what others do lie elsewhere."""
 
 
