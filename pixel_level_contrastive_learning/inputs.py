@@ -129,9 +129,9 @@ class ValueWatch:
 
     def judge(self, extremes: Tensor) -> None:
         """Refuse or warn, given the lowest and highest value ``(2, b)`` of each image."""
-        lowest, highest = extremes.double()
-        worst = torch.maximum(lowest.abs(), highest.abs()).nan_to_num(nan=torch.inf)
-        image = int(worst.argmax())
+        lowest, highest = extremes
+        worst = torch.maximum(lowest.abs(), highest.abs())
+        image = int(worst.argmax())  # NaN counts as the largest
         low, high = float(lowest[image]), float(highest[image])
         if not worst[image] <= LARGEST:
             found = f"values from {low:.4g} to {high:.4g}" if low - low == 0 == high - high else ""

@@ -34,7 +34,7 @@ PAIR = "or a pair of View(pixels, to_image) cut elsewhere"
 FLOATS = "they must be floats in [0, 1]: pass images.float()"
 WHITE = "whichever is white in the files"
 FORM = "they must be (b, 3, height, width), none of them 0"
-MORE = "PixelCL(..., channels=4) a network for as many"
+MORE = "PixelCL(..., channels={}) a network for as many"
 BUILT = "this learner was built for 3: pass"
 
 
@@ -53,7 +53,8 @@ BUILT = "this learner was built for 3: pass"
         ((1, 2, 3, 8, 8), f"shape (1, 2, 3, 8, 8); {FORM}"),
         ((0, 3, 8, 8), f"shape (0, 3, 8, 8); {FORM}"),
         ((2, 3, 8, 0), f"shape (2, 3, 8, 0); {FORM}"),
-        ((2, 4, 8, 8), f"4 channels (shape (2, 4, 8, 8)); {BUILT} {MORE}"),
+        ((2, 4, 8, 8), f"4 channels (shape (2, 4, 8, 8)); {BUILT} {MORE.format(4)}"),
+        ((2, 2, 8, 8), f"2 channels (shape (2, 2, 8, 8)); {BUILT} {MORE.format(2)}"),
         ((2, 1, 8, 8), f"1 channels (shape (2, 1, 8, 8)); {BUILT} images.expand(-1, 3, -1, -1)"),
         ((2, 8, 9, 3), f"8 channels (shape (2, 8, 9, 3)); {BUILT} images.permute(0, 3, 1, 2)"),
     ],
@@ -87,7 +88,7 @@ def test_images_smaller_than_the_stride_are_refused(size) -> None:
 
 @pytest.mark.parametrize("container", [tuple, list])
 def test_two_views_pass_with_their_tensors_untouched(container) -> None:
-    one, two = view(), View(torch.ones(2, 3, 4, 6), torch.ones(2, 2, 3))
+    one, two = view(), View(torch.ones(2, 3, 4, 6), torch.ones(2, 2, 3).double())
     for given in ((one, two), (tuple(one), two)):  # plain pairs of tensors become views
         checked = check_views(container(given), 3)
         assert [type(some) for some in checked] == [View, View]

@@ -26,7 +26,7 @@ from ..evaluation.health import COLLAPSED_RANK, COLLAPSED_SPREAD, effective_rank
 from ..files import cannot_write, write_whole
 from .auto import RunPlan
 from .logging import LOG, ProgressBar, metrics_line
-from .training_step import METRIC_NAMES, NotFiniteError, StepResult, not_finite
+from .training_step import METRIC_NAMES, StepResult
 
 SMOOTHING = 0.98
 """Share of the running means that stays at each step."""
@@ -38,6 +38,10 @@ WRITE_EVERY = 2.0
 """Seconds that lines of metrics are held before they are written."""
 PRINT_EVERY = 30.0
 """Seconds between lines of metrics in the log."""
+
+
+class NotFiniteError(RuntimeError):
+    """The loss or its gradient is NaN or infinite: the run cannot go on."""
 
 
 class HealthMonitor:
@@ -242,7 +246,13 @@ class MetricsWriter:
         self.last = {"step": result.step, **values, **sent.measured, **schedules}
         if not all(map(isfinite, values.values())):
             self.batch = sent.batch
-            raise NotFiniteError(not_finite(result.step, list(values.values())))
+            shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+            raise NotFiniteError(
+                f"step {result.step} gave a loss or gradient that is NaN or infinite ({shown}); "
+                "the last good checkpoint, if there was one, is kept: go on from it with --resume "
+                "(without one start again with --overwrite) and a smaller --lr, a longer "
+                "--warmup-epochs, --clip-grad 1 or --precision float32"
+            )
         if self.folder is None:
             return
         self.lines.append(self.last)

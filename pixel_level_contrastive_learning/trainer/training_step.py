@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
@@ -61,10 +61,6 @@ class StepResult(NamedTuple):
     features: Tensor | None  # (n, c) float32 of the first view, where they were asked for
 
 
-class NotFiniteError(RuntimeError):
-    """The loss or its gradient is NaN or infinite: the run cannot go on."""
-
-
 class TrainingStep:
     """Trains a learner, a batch a call; holds the step count and what a checkpoint needs.
 
@@ -97,12 +93,7 @@ class TrainingStep:
         self.parts_before: tuple[int, ...] = ()
 
     def __call__(self, batch: TwoViewBatch, *, keep_features: bool = False) -> StepResult:
-        """Take one step of the optimiser, and update the target.
-
-        Raises:
-            NotFiniteError: On a CPU, before the step is taken; elsewhere the metrics tell it when
-                they have arrived.
-        """
+        """Take one step of the optimiser, and update the target."""
         step, schedule = self.step, self.plan.schedule
         torch.manual_seed(step_seed(self.plan.seed, step, self.fabric.global_rank))
         lr, momentum = schedule.lr(step), schedule.momentum(step)
@@ -125,8 +116,6 @@ class TrainingStep:
         """Change weights and target by a batch; its metrics, and features where asked for."""
         features: list[Tensor] = []
         metrics = self.backward(batch, features if keep_features else None)
-        if metrics.device.type == "cpu" and not metrics.isfinite().all():
-            raise NotFiniteError(not_finite(self.step + 1, metrics.tolist()))
         self.optimizer_step()
         if self.plan.sharded:  # without a backward pass the target would stay whole
             self.learner.target_encoder.reshard()  # type: ignore[operator]  # fully_shard gave it
@@ -157,7 +146,7 @@ class TrainingStep:
             share = len(part.one) / len(batch.one)
             waits = self.fabric.world_size > 1 and number < len(parts)  # for the last part
             with self.fabric.no_backward_sync(self.model, enabled=waits):
-                with features_of(self.learner, features if number == 1 else None):
+                with features_of(self.learner, features):
                     views = make_views(part, self.normalise, self.plan)
                     terms: Terms = self.model(views, return_terms=True)
                 self.fabric.backward(terms.loss * share)
@@ -296,14 +285,3 @@ def as_metrics(terms: Terms, images: int) -> Tensor:
     )
     values = torch.stack([value.detach().float() for value in terms])
     return functional.pad(values, (0, 1))  # the gradient's norm is that of the whole batch
-
-
-def not_finite(step: int, metrics: Sequence[float]) -> str:
-    """The message about a step whose metrics are NaN or infinite."""
-    shown = ", ".join(f"{n} {value:.4g}" for n, value in zip(METRIC_NAMES, metrics, strict=True))
-    return (
-        f"step {step} gave a loss or gradient that is NaN or infinite ({shown}); the last good "
-        "checkpoint, if there was one, is kept: go on from it with --resume (without one start "
-        "again with --overwrite) and a smaller --lr, a longer --warmup-epochs, --clip-grad 1 or "
-        "--precision float32"
-    )

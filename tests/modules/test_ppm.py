@@ -78,6 +78,7 @@ def test_convention_the_transform_sees_one_pixel_at_a_time(num_layers, layers) -
     assert [type(leaf) for leaf in leaves] == layers
     convolutions = [leaf for leaf in leaves if isinstance(leaf, nn.Conv2d)]
     assert all(conv.kernel_size == (1, 1) for conv in convolutions)
+    assert all(conv.bias is not None for conv in convolutions)  # as in the authors' code
 
 
 def test_convention_one_layer_and_gamma_two_are_the_defaults() -> None:

@@ -20,8 +20,11 @@ from pixel_level_contrastive_learning.trainer.memory import (
     saved_bytes,
     unchanged,
 )
-from pixel_level_contrastive_learning.trainer.metrics import HealthMonitor, MetricsWriter
-from pixel_level_contrastive_learning.trainer.training_step import NotFiniteError
+from pixel_level_contrastive_learning.trainer.metrics import (
+    HealthMonitor,
+    MetricsWriter,
+    NotFiniteError,
+)
 
 HEALTHY = {
     "loss": 4.0,

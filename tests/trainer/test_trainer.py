@@ -38,11 +38,8 @@ from pixel_level_contrastive_learning.trainer import setup, trainer
 from pixel_level_contrastive_learning.trainer.auto import Schedule
 from pixel_level_contrastive_learning.trainer.build import build_optimizer
 from pixel_level_contrastive_learning.trainer.config import PretrainConfig
-from pixel_level_contrastive_learning.trainer.training_step import (
-    BACKBONE,
-    NotFiniteError,
-    TrainingStep,
-)
+from pixel_level_contrastive_learning.trainer.metrics import NotFiniteError
+from pixel_level_contrastive_learning.trainer.training_step import BACKBONE, TrainingStep
 
 FIGURES = [
     *("step", "loss", "pixel_loss", "instance_loss", "pixel_cosine", "instance_cosine"),

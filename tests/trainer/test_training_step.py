@@ -116,6 +116,11 @@ def test_features_are_those_of_many_cells_and_images(images, monkeypatch) -> Non
     assert (found[0] >= 15, found[1]) == (True, images)
 
 
+DONE = 5
+"""Steps that were taken before the one below."""
+SCHEDULE = Schedule(10, 1, 0, 0.5, 0.0, 0.9)
+
+
 def one_step(**changed: float) -> tuple[dict[str, Tensor], PixelCL, PixelCL]:
     """The metrics of a step on 7 images, of which one has no pairs; the learner after and before.
 
@@ -125,11 +130,10 @@ def one_step(**changed: float) -> tuple[dict[str, Tensor], PixelCL, PixelCL]:
     torch.manual_seed(0)
     heads = {"projection_size": 8, "projection_hidden_size": 8}
     learner = PixelCL(SmallNet(), 64, pixel_levels=2, **heads).eval()
-    schedule = Schedule(10, 1, 0, 0.5, 0.0, 0.99)
     usual = {"accumulate": 1, "clip_grad": 0, "weight_decay": 0, "seed": 0, "sharded": False}
     photometry = (Photometry(sigma=(0.1, 2.0)),) * 2
     plan = SimpleNamespace(
-        schedule=schedule, optimizer="momentum", photometry=photometry, **usual | changed
+        schedule=SCHEDULE, optimizer="momentum", photometry=photometry, **usual | changed
     )
     (one, map_one), (two, map_two) = overlapping_views(images)
     map_two = map_two.clone()
@@ -139,7 +143,11 @@ def one_step(**changed: float) -> tuple[dict[str, Tensor], PixelCL, PixelCL]:
     before = copy.deepcopy(learner)
     fabric = Fabric(accelerator="cpu", devices=1)
     step = TrainingStep(fabric, learner, plan, Normalise((0.5,), (0.2,)))
-    return dict(zip(METRIC_NAMES, step(made).metrics, strict=True)), learner, before
+    step.step = DONE
+    result = step(made, keep_features=True)
+    assert not result.metrics.requires_grad  # else the whole graph stays in memory
+    assert not result.features.requires_grad
+    return dict(zip(METRIC_NAMES, result.metrics, strict=True)), learner, before
 
 
 @pytest.mark.parametrize("parts", [2, 3])
@@ -156,7 +164,19 @@ def test_taking_a_batch_in_parts_changes_nothing(parts) -> None:
 def test_a_gradient_is_clipped_to_the_norm_asked_for() -> None:
     metrics, learner, before = one_step(clip_grad=0.01)
     assert metrics["grad_norm"] > 0.1  # before it was clipped
-    assert distance(learner, before) == pytest.approx(0.5 * 0.01, rel=1e-3)
+    assert distance(learner, before) == pytest.approx(SCHEDULE.lr(DONE) * 0.01, rel=1e-3)
+
+
+def test_the_target_follows_by_the_momentum_of_the_step() -> None:
+    _, learner, before = one_step()
+    moved, went = (
+        [now - was for now, was in zip(own(learner), own(before), strict=True)]
+        for own in (
+            lambda some: list(some.target_encoder.parameters()),
+            lambda some: [p.detach() for p in some.online_encoder.parameters()],
+        )
+    )
+    torch.testing.assert_close(moved, [(1 - SCHEDULE.momentum(DONE)) * own for own in went])
 
 
 def distance(one: PixelCL, other: PixelCL) -> float:
@@ -170,7 +190,11 @@ def online(learner: PixelCL) -> list[Tensor]:
     return [own.detach() for name, own in named if not name.startswith("target_encoder")]
 
 
-def test_each_step_of_each_process_has_a_seed_of_its_own() -> None:
+@pytest.mark.parametrize("rank", [0, 1])
+def test_each_step_of_each_process_has_a_seed_of_its_own(rank, monkeypatch) -> None:
+    monkeypatch.setattr(Fabric, "global_rank", rank)
+    one_step()
+    assert torch.initial_seed() == step_seed(0, DONE, rank)
     numbers = [(0, 2, 3), (1, 2, 3), (0, 3, 3), (0, 2, 4)]
     assert len({step_seed(*some) for some in numbers}) == len(numbers)
 
