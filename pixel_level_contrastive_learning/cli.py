@@ -37,13 +37,14 @@ def pretrain(config: PretrainConfig, *, json: bool = False) -> None:
     from .trainer.trainer import run
 
     result = run(config)
-    if json and (config.dry_run or result.backbone is not None):
+    writes = bool(result.metrics) if config.dry_run else result.backbone is not None
+    if json and writes:
         figures = {name: own if isfinite(own) else None for name, own in result.metrics.items()}
         print_json({"run": None if config.dry_run else result.run_dir, "metrics": figures})
     elif config.dry_run:
         for name, value in result.metrics.items():
             print(f"{name}: {value:.4g}")
-    elif result.backbone is not None:  # on the process that writes
+    elif writes:
         run_dir = quote(str(result.run_dir))
         print(f"run: {result.run_dir}")
         print(f"next: pixelcl visualize {run_dir}")

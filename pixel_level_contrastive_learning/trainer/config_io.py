@@ -37,6 +37,7 @@ CHOSEN_BY: dict[str, tuple[str, ...]] = {
     "pixel_layer": ("model", "image_size", "pixel_levels"),
     "instance_layer": ("model", "image_size"),
     "lr": ("model", "weights", "optimizer"),
+    "accumulate": ("model", "image_size", "pixel_layer", "precision", "devices", "num_nodes"),
     **dict.fromkeys(OF_LENGTH, BY_LENGTH),
 }
 """Settings that a run chooses by others: where one of these is changed, they are chosen anew."""
@@ -101,7 +102,7 @@ def settings_of(given: Mapping[str, Any]) -> dict[str, Any]:
     folder = later.get("out") if later.get("resume") else None
     if folder is not None:
         path = Path(folder).expanduser() / run_layout.CONFIG
-        run = settings_in(path.parent)
+        run = resumed_settings(path.parent)
         by_length = set(chosen_in(path, run)).intersection(OF_LENGTH)
         anew |= chosen_anew(run, by_length, later)
     sources = run, *recipe_of(file), file, *recipe_of(given), given
@@ -202,6 +203,16 @@ def settings_in(folder: Path) -> dict[str, Any]:
     """The settings of the run in a folder; none where it has no `config.yaml`."""
     path = folder / run_layout.CONFIG
     return read_settings(path) if path.is_file() else {}
+
+
+def resumed_settings(folder: Path) -> dict[str, Any]:
+    """The settings that the run in a folder goes on with: its checkpoint tells what memory allows.
+
+    None where it has no `config.yaml`.
+    """
+    settings = settings_in(folder)
+    by_memory = {"accumulate"}.intersection(chosen_in(folder / run_layout.CONFIG, settings))
+    return settings | dict.fromkeys(by_memory, "auto")
 
 
 def as_yaml(config: PretrainConfig, chosen: Iterable[str] = ()) -> str:

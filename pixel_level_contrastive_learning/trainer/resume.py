@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,14 +65,22 @@ def prepare(setup: Setup, run_dir: RunDir, begin: ResumePoint) -> None:
     run_dir.discard_after(begin.number)
     if begin.path is not None and begin.step != begin.number:
         run_dir.renumber(begin.path, begin.number, begin.step)
-    config, plan = run_dir.path / run_layout.CONFIG, setup.plan
-    earlier = () if setup.before is None else chosen_in(config, asdict(plan.settings))
-    write_whole(config, as_yaml(plan.settings, plan.chosen + earlier))
+    write_config(setup, run_dir, None if begin.held is None else begin.held["parts"][0])
     build.save_statistics(setup.data, run_dir.path)
     # Now, not at the end: with it the checkpoints can be evaluated while the run goes on.
     card = build.build_card(setup.plan, setup.data.statistics)
     resumed = begin.path is not None
     begin_card(run_dir.path / run_layout.WEIGHTS, setup.learner.net, card, resumed)
+
+
+def write_config(setup: Setup, run_dir: RunDir, accumulate: int | None) -> None:
+    """Write the settings, and which of them the run chose; once it is known ``accumulate``, too."""
+    settings, chosen = setup.plan.settings, setup.plan.chosen
+    if accumulate is not None and settings.accumulate == "auto":
+        settings, chosen = replace(settings, accumulate=accumulate), (*chosen, "accumulate")
+    path = run_dir.path / run_layout.CONFIG
+    earlier = chosen_in(path, asdict(settings))
+    write_whole(path, as_yaml(settings, (*chosen, *earlier)))
 
 
 def check_statistics(setup: Setup, run_dir: RunDir, held: Mapping[str, Any]) -> None:

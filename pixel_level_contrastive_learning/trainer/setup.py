@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from math import ceil
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,13 +23,13 @@ from ..pixel_cl import PixelCL
 from . import build
 from .auto import RunPlan, resolve, view_size
 from .config import PretrainConfig
-from .config_io import as_yaml, resume_changes, settings_in, start_weights
+from .config_io import as_yaml, resume_changes, resumed_settings, start_weights
 from .logging import LOG
 from .memory import MIB, estimate
 from .metrics import check_loggers, few_pairs
 from .run_dir import RunDir
 from .system import Devices, describe, find_devices, free_memory, is_writer
-from .training_step import make_views, slice_batch
+from .training_step import make_views
 from .validation import draw_batch
 
 FEW_IMAGES = 10
@@ -101,7 +102,7 @@ def set_up(config: PretrainConfig, objects: Any, run_dir: RunDir) -> Setup:
     devices = find_devices(config)
     check_loggers(config.loggers)
     LOG.info("%s", describe(devices))
-    before = settings_in(run_dir.path) if config.resume else {}
+    before = resumed_settings(run_dir.path) if config.resume else {}
     resume_changes(config, before)  # refuses another model before it is built
     resumed = run_dir.path if config.resume else None
     data = build.open_data(objects if objects is not None else config.data, config, resumed)
@@ -142,17 +143,28 @@ def log_setup(setup: Setup, *, dry_run: bool) -> None:
     kept = f"; up to {ceil(plan.cache_bytes / MIB)} MiB of decoded images stay in memory"
     kept = kept if plan.cache_bytes else ""
     layers = ", ".join(map(str, setup.learner.online_encoder.pixel_hooks))
+    pixel = f"pixel loss on {layers}" if plan.compares_pixels else "no pixel loss"
+    instance = f"instance loss on {plan.settings.instance_layer}"
+    instance = instance if plan.settings.instance_weight else "no instance loss"
     LOG.info(
         f"{counted(schedule.steps, 'step')} of {counted(plan.batch_size, 'image')} "
         f"({schedule.steps_per_epoch} an epoch, {schedule.warmup_steps} of warm-up), "
         f"learning rate up to {schedule.peak_lr:.3g}, {plan.precision}, "
-        f"views of {plan.view_size[0]} x {plan.view_size[1]} pixels, pixel loss "
-        f"on {layers}, instance loss on {plan.settings.instance_layer}; "
+        f"views of {plan.view_size[0]} x {plan.view_size[1]} pixels, {pixel}, {instance}; "
         f"loader workers: {plan.workers}{kept}"
     )
-    if min(plan.view_size) > LARGE_VIEW * max(h, w):
+    log_remarks(setup)
+    level = logging.INFO if dry_run else logging.DEBUG
+    LOG.log(level, "settings:\n%s", as_yaml(plan.settings, plan.chosen))
+
+
+def log_remarks(setup: Setup) -> None:
+    """Log what this run should know of, and warn of what looks like a mistake."""
+    plan, schedule, images = setup.plan, setup.plan.schedule, len(setup.data.train)
+    longer = max(setup.data.statistics.median_size)
+    if min(plan.view_size) > LARGE_VIEW * longer:
         LOG.warning(
-            f"views are {min(plan.view_size) / max(h, w):.2g} times as large as the images, which "
+            f"views are {min(plan.view_size) / longer:.2g} times as large as the images, which "
             "costs time and shows nothing more; lower image_size, the size of the views"
         )
     if schedule.warmup_steps == schedule.steps:
@@ -193,10 +205,8 @@ def log_setup(setup: Setup, *, dry_run: bool) -> None:
             "find their spot in another view is not measured; `pixelcl evaluate RUN --images DIR` "
             "measures it"
         )
-    if plan.sharded and setup.probe_splits:
+    if plan.sharded and (plan.picture_every or setup.probe_splits):
         LOG.warning("with fsdp no process has the whole network: nothing is probed or drawn")
-    level = logging.INFO if dry_run else logging.DEBUG
-    LOG.log(level, "settings:\n%s", as_yaml(plan.settings, plan.chosen))
 
 
 def rounded(values: Sequence[float] | None) -> str:
@@ -211,8 +221,9 @@ def dry_run(setup: Setup, run_dir: RunDir) -> dict[str, float]:
     LOG.info(
         f"{needed.describe(plan.images_per_process)}; {free:.0f} MiB are free on {plan.device}"
     )
-    loader = build.build_train_loader(plan, setup.data, 0, None)
-    batch = slice_batch(next(iter(loader)), slice(DRY_RUN_IMAGES))
+    count = min(DRY_RUN_IMAGES, plan.images_per_process)
+    small = replace(plan, batch_size=count, processes=1, workers=0, cache_bytes=0)
+    batch = next(iter(build.build_train_loader(small, setup.data, 0, None)))
     with torch.no_grad():
         terms = learner(make_views(batch, setup.normalise, plan), return_terms=True)
     images, without = len(batch.one), int(terms.images_without_pairs)

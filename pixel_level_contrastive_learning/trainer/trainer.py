@@ -29,7 +29,7 @@ from .config_io import settings_of, to_config
 from .logging import LOG, logging_to, quiet_lightning
 from .memory import TRIED_ON, choose_accumulate, estimate
 from .metrics import MetricsWriter, build_loggers
-from .resume import find_resume_point, prepare
+from .resume import find_resume_point, prepare, write_config
 from .run_dir import RunDir
 from .setup import Setup, check_places, dry_run, set_up
 from .signals import Interrupted, StopSignal
@@ -306,6 +306,8 @@ def train(setup: Setup, run_dir: RunDir, stop: StopSignal) -> PretrainResult:
         weights, metrics = begin.held["state_dict"], run_dir.last_metrics()
     else:
         step = build_step(setup, begin.held, stop)
+        if is_writer():
+            write_config(setup, run_dir, step.accumulate)
         metrics = fit(setup, step, run_dir, stop, (begin.held or {}).get("colours"))
         weights = step.weights()
     backbone = export_backbone(setup, run_dir, weights) if is_writer() else None
@@ -338,17 +340,14 @@ def build_step(setup: Setup, resumed: Mapping[str, Any] | None, stop: StopSignal
 def time_steps(setup: Setup, stop: StopSignal) -> dict[str, float]:
     """The seconds of a step with its data, by a few steps that are taken and thrown away."""
     plan, steps = setup.plan, setup.plan.schedule.steps
-    if plan.processes > 1:
-        LOG.info("how long a step takes is not measured with several processes")
-        return {}
     step = build_step(setup, None, stop)
-    loader = build.build_train_loader(plan, setup.data, 0, None)
+    loader = build.build_train_loader(plan, setup.data, step.fabric.global_rank, None)
     ends = [time.perf_counter()]
     with ending(loader):
         for batch in take(loader, min(TIMED_STEPS, steps), stop):
             step(batch).metrics.tolist()  # waits for the device
             ends.append(time.perf_counter())
-            if ends[-1] - ends[0] > TIMED_FOR:
+            if step.fabric.broadcast(ends[-1] - ends[0] > TIMED_FOR):  # no process waits for one
                 break
     stop.exit_if_received()
     first, *later = (end - begin for begin, end in pairwise(ends))
@@ -357,7 +356,7 @@ def time_steps(setup: Setup, stop: StopSignal) -> dict[str, float]:
         f"a step takes about {seconds:.2g} s, the run about {duration(seconds * steps)}, without "
         "pictures and probes"
     )
-    return {"seconds_per_step": seconds}
+    return {"seconds_per_step": seconds} if is_writer() else {}
 
 
 def export_backbone(setup: Setup, run_dir: RunDir, weights: Mapping[str, Tensor]) -> nn.Module:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from rich.console import Console
 from rich.logging import RichHandler
-from run_folders import checkpoint, log
+from run_folders import checkpoint, config, log
 
 from pixel_level_contrastive_learning import PixelCL, pretrain
 from pixel_level_contrastive_learning.trainer import logging as progress
@@ -104,6 +104,12 @@ def test_a_batch_too_large_for_memory_is_taken_in_parts(run, settings, monkeypat
         pretrain(out=run, resume=True, steps=8)  # keeps its parts: 8 would fit now
     assert "2 at a time (accumulate 4)" in caplog.text
     assert checkpoint(run)["parts"] == [4, 8]
+    assert (config(run)["accumulate"], config(run)["chosen"]["accumulate"]) == (4, 4)
+    assert "changed: accumulate" not in caplog.text
+    again = {"config": run / "config.yaml", "out": run.with_name("again")}
+    for changed, parts in (({}, [4, 8]), ({"batch_size": 4}, [1, 4])):
+        done = pretrain(**again, **changed, overwrite=True)
+        assert checkpoint(done.run_dir)["parts"] == parts  # what batch norm sees together
 
 
 @pytest.mark.parametrize(("batch", "room", "least"), [(4, 0, 2), (5, 2, 3)])

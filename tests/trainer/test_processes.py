@@ -72,13 +72,14 @@ def until_saved(process: subprocess.Popen[str], run: Path) -> None:
 def test_two_processes_do_what_one_does(tmp_path, flags, strategy, levels) -> None:
     model = flags()[flags().index("--model") + 1].replace(":tiny", ":frozen")
     # The projectors have batch norm, and each process its own statistics: one process that takes
-    # its batch in two parts sees the same halves.
+    # its batch in four parts sees the same quarters as two that take theirs in two.
     kept = {"model": model, "steps": 10, "checkpoint_every": 10, "accelerator": "cpu"}
     # Batch norm of two samples magnifies what rounding did, and so does Adam where a gradient is 0.
-    kept |= {"batch_size": 12, "optimizer": "sgd", "pixel_levels": levels}
+    kept |= {"batch_size": 24, "optimizer": "sgd", "pixel_levels": levels}
     kept |= {"crop_area": (0.1, 0.3)}  # so that some images have no pairs
-    done(flags(**kept, out=str(tmp_path / "one"), accumulate=2))
-    said = done(flags(**kept, out=str(tmp_path / "two"), devices=2, strategy=strategy))
+    done(flags(**kept, out=str(tmp_path / "one"), accumulate=4))
+    two_of = {"devices": 2, "accumulate": 2, "strategy": strategy}
+    said = done(flags(**kept, **two_of, out=str(tmp_path / "two")))
     assert said.count("run: ") == 1
     assert "2 x cpu" in said
     counted = "positive_pairs", "images_without_pairs"
@@ -89,11 +90,19 @@ def test_two_processes_do_what_one_does(tmp_path, flags, strategy, levels) -> No
         for name in ("loss", "pixel_cosine", "instance_cosine", *counted):
             assert theirs[name] == pytest.approx(mine[name], abs=1e-4), name
         assert theirs["grad_norm"] == pytest.approx(mine["grad_norm"], rel=1e-3)
-    ours, others = (checkpoint(tmp_path / run)["state_dict"] for run in ("one", "two"))
+    held = [checkpoint(tmp_path / run) for run in ("one", "two")]
+    assert [own["samples"] for own in held] == [240, 240]
+    ours, others = (own["state_dict"] for own in held)
     assert ours.keys() == others.keys()
     for name in ours:
         if "running" not in name and "tracked" not in name:  # what batch norm counts for itself
             assert torch.allclose(ours[name].float(), others[name].float(), atol=1e-4), name
+
+
+def test_a_dry_run_times_the_steps_of_several_processes_and_tells_once(flags) -> None:
+    said = done(flags(devices=2, accelerator="cpu", dry_run=True))
+    told = "\npositive_pairs: ", "\nmemory_mib: ", "\nseconds_per_step: ", "a step takes about "
+    assert [said.count(words) for words in told] == [1] * len(told)
 
 
 def test_the_death_of_one_process_ends_the_other_with_an_error(run, flags) -> None:
