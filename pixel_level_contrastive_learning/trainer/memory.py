@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from lightning.fabric import Fabric
 from torch import Tensor, nn
 
 from ..pixel_cl import PixelCL
@@ -116,9 +115,7 @@ def unchanged(learner: nn.Module) -> Iterator[None]:
         learner.zero_grad(set_to_none=True)
 
 
-def choose_accumulate(
-    fabric: Fabric, step: TrainingStep, plan: RunPlan, needed: Estimate | None
-) -> int:
+def choose_accumulate(step: TrainingStep, needed: Estimate | None) -> int:
     """Into how many parts each process splits its share of a batch, so that memory suffices.
 
     A resumed run keeps its parts, where a GPU has room for them. Without an estimate of what a step
@@ -127,10 +124,10 @@ def choose_accumulate(
     Raises:
         MemoryError: Not even the smallest part fits.
     """
-    images = plan.images_per_process
+    fabric, plan, images = step.fabric, step.plan, step.plan.images_per_process
     parts = step.parts_before[0] if step.parts_before[1:] == (images,) else 0
     if needed is None:
-        parts = try_parts(fabric, step.learner, plan, parts or 1)
+        parts = try_parts(step, parts or 1)
     elif not parts:
         sharing = fabric.world_size if fabric.device.type == "cpu" else 1
         free = free_memory(fabric.device) // sharing - plan.cache_bytes
@@ -148,19 +145,19 @@ def choose_accumulate(
     return parts
 
 
-def try_parts(fabric: Fabric, learner: PixelCL, plan: RunPlan, parts: int) -> int:
+def try_parts(step: TrainingStep, parts: int) -> int:
     """Parts, doubled while the forward and backward pass of one is out of memory."""
-    images = plan.images_per_process
-    with unchanged(learner):
+    images = step.plan.images_per_process
+    with unchanged(step.learner):
         while True:
             parts = possible_parts(images, parts)
             size = -(-images // parts)
             try:
-                try_size(fabric, learner, plan, size)
+                try_size(step, size)
                 return parts
             except torch.OutOfMemoryError:
                 pass  # what it held is free once it is forgotten
-            learner.zero_grad(set_to_none=True)
+            step.learner.zero_grad(set_to_none=True)
             torch.cuda.empty_cache()
             if parts >= images // 2:
                 raise MemoryError(
@@ -171,13 +168,15 @@ def try_parts(fabric: Fabric, learner: PixelCL, plan: RunPlan, parts: int) -> in
             parts *= 2
 
 
-def try_size(fabric: Fabric, learner: PixelCL, plan: RunPlan, images: int) -> None:
+def try_size(step: TrainingStep, images: int) -> None:
     """Take as much memory as a step of so many images."""
+    learner, plan = step.learner, step.plan
     trained = [p for p in learner.parameters() if p.requires_grad]
-    # What the optimiser keeps from its first step on.
-    ballast = [torch.empty_like(p) for p in trained for _ in range(optimizer_states(plan))]
-    with fabric.autocast():
-        loss = learner(blank_views(images, learner, plan.view_size, fabric.device))
+    # What the optimiser keeps from its first step on; that of a resumed run has it already.
+    states = 0 if step.optimizer.state else optimizer_states(plan)
+    ballast = [torch.empty_like(p) for p in trained for _ in range(states)]
+    with step.fabric.autocast():
+        loss = learner(blank_views(images, learner, plan.view_size, step.fabric.device))
     loss.backward()
     del ballast
 

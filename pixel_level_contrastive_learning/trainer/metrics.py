@@ -149,7 +149,7 @@ class MetricsWriter:
         self.lines: list[dict[str, float]] = []
         self.last: dict[str, float] = {}
         self.latest: dict[str, float] = {}
-        self.written_at = self.printed_at = self.step_ended = time.perf_counter()
+        self.written_at = self.printed_at = self.step_began = time.perf_counter()
         self.printed_step: float = 0
         self.first: tuple[float, int] | None = None  # when the first step was noted, and which
         self.waited_before = 0.0
@@ -158,7 +158,7 @@ class MetricsWriter:
     @contextmanager
     def recording(self, step: int) -> Iterator[None]:
         """A context that shows the bar, and writes what there is however it is left."""
-        self.step_ended, self.waited_before = time.perf_counter(), self.waited()
+        self.start_clock()
         self.bar.add_task("pretrain", total=self.steps, completed=step, metrics="")
         status = "failed"
         try:
@@ -175,6 +175,10 @@ class MetricsWriter:
         if self.folder is not None and self.last and self.last["step"] != self.printed_step:
             LOG.info("%s", metrics_line(self.last, self.steps))
 
+    def start_clock(self) -> None:
+        """Time a step from now on: what was done between steps is not part of one."""
+        self.step_began, self.waited_before = time.perf_counter(), self.waited()
+
     def begin_step(self, step: int, batch: TwoViewBatch) -> bool:
         """Note the batch; whether its features are to be kept, to measure health on."""
         due = self.batch is None or step % HEALTH_EVERY == 0
@@ -189,12 +193,11 @@ class MetricsWriter:
         """
         assert self.batch is not None
         now, waited = time.perf_counter(), self.waited()
-        seconds = max(now - self.step_ended, 1e-9)
+        seconds = max(now - self.step_began, 1e-9)
         measured = {
             "images_per_second": result.images / seconds,
             "waiting": min(1.0, (waited - self.waited_before) / seconds),
         }
-        self.step_ended, self.waited_before = now, waited
         if result.features is not None:
             features = result.features.cpu()
             self.latest |= {

@@ -108,6 +108,7 @@ def fit(
                 if probe:
                     probe.run(step)
                 fabric.barrier()
+            metrics.start_clock()
         metrics.settle()
         save()
         if stop.number is not None and step.step:
@@ -329,7 +330,7 @@ def build_step(setup: Setup, resumed: Mapping[str, Any] | None, stop: StopSignal
         step = TrainingStep(fabric, setup.learner, plan, setup.normalise)
         if resumed is not None:
             step.load_state_dict(resumed)
-        step.accumulate = plan.accumulate or choose_accumulate(fabric, step, plan, needed)
+        step.accumulate = plan.accumulate or choose_accumulate(step, needed)
         if plan.captured:
             step.capture()
     if stop.received_anywhere(fabric, 0):

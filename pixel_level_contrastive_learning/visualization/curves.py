@@ -37,6 +37,7 @@ class Chart(NamedTuple):
         limits: Ends of the vertical axis, as far as they are fixed.
         bound: A value that should not be fallen under, and its name.
         logarithmic: Whether the axis is.
+        noisy: Whether a running mean is drawn over the values.
     """
 
     title: str
@@ -46,6 +47,16 @@ class Chart(NamedTuple):
     limits: tuple[float | None, float | None] = (None, None)
     bound: tuple[float, str] | None = None
     logarithmic: bool = False
+    noisy: bool = True
+
+
+class Line(NamedTuple):
+    """A curve as it is drawn: its name for people, its points, and their running mean."""
+
+    label: str
+    steps: list[float]
+    values: list[float]
+    mean: list[float]
 
 
 CHARTS = (
@@ -117,6 +128,7 @@ CHARTS = (
         (("lr", "learning rate"),),
         "Warm-up, then a cosine down.",
         limits=(0, None),
+        noisy=False,
     ),
     Chart(
         "Speed",
@@ -128,10 +140,18 @@ CHARTS = (
 )
 
 
+OPTIONAL = ("pixel_cosine", "instance_cosine")
+"""Metrics that are 0 at all steps where their loss is off."""
+SELDOM = ("spread", "effective_rank", "hit1", "hit1_colours_kept", "probe_miou")
+"""Metrics that are repeated, step by step, until they are measured again."""
+MEASURED_AT = dict.fromkeys(("hit1", "hit1_colours_kept"), "hit_step")
+"""The metric that tells the step at which another was measured, where that is known."""
 MAX_POINTS = 240
 """Points a curve is drawn with, at most: runs have any number of steps."""
 WINDOW = 15
 """Points of the running mean, where there are many."""
+MARKED = 30
+"""Points up to which each is marked."""
 
 
 class Palette(NamedTuple):
@@ -215,19 +235,35 @@ def curves_figure(metrics: Metrics) -> Figure:
 
 def charts_of(metrics: Metrics) -> list[Chart]:
     """The charts for which there are metrics."""
-    return [chart for chart in CHARTS if any(curve(metrics, name)[1] for name, _ in chart.curves)]
+    return [chart for chart in CHARTS if lines_of(chart, metrics)]
+
+
+def lines_of(chart: Chart, metrics: Metrics) -> list[Line]:
+    """The curves of a chart for which there are metrics."""
+    lines = []
+    for name, label in chart.curves:
+        steps, values = curve(metrics, name)
+        if values:
+            mean = running_mean(values) if chart.noisy else values
+            lines.append(Line(label, steps, values, mean))
+    return lines
 
 
 def curve(metrics: Metrics, name: str) -> tuple[list[float], list[float]]:
     """The steps and values of a metric, as at most `MAX_POINTS` means of neighbours; no gaps."""
+    place = MEASURED_AT.get(name, "step")
+    place = place if place in metrics else "step"
     steps, values = (
-        torch.tensor(metrics.get(column, ()), dtype=torch.float64) for column in ("step", name)
+        torch.tensor(metrics.get(column, ()), dtype=torch.float64) for column in (place, name)
     )
     count = min(len(steps), len(values))
     points = torch.stack((steps[:count], values[:count]))
     points = points[:, points.isfinite().all(dim=0)]
-    if points.shape[1] == 0:
+    if points.shape[1] == 0 or (name in OPTIONAL and not points[1].any()):
         return [], []
+    if name in SELDOM:
+        told_by = points[1] if place == "step" else points[0]
+        points = points[:, told_by.diff(prepend=told_by[:1] - 1) != 0]
     parts: Sequence[Tensor] = points.tensor_split(min(points.shape[1], MAX_POINTS), dim=1)
     means = torch.stack([part.mean(dim=1) for part in parts], dim=1)
     return means[0].tolist(), means[1].tolist()
@@ -247,13 +283,13 @@ def draw_chart(axes: Axes, chart: Chart, metrics: Metrics, palette: Palette) -> 
     """Draw one chart: each curve thin as it was and strong as its running mean."""
     from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-    for (name, label), colour in zip(chart.curves, palette.curves, strict=False):
-        steps, values = curve(metrics, name)
-        if not values:
-            continue
+    for line, colour in zip(lines_of(chart, metrics), palette.curves, strict=False):
         style: dict[str, Any] = {"color": colour, "solid_capstyle": "round"}
-        axes.plot(steps, values, linewidth=1, alpha=0.35, **style)
-        axes.plot(steps, running_mean(values), linewidth=1.8, label=label, **style)
+        marker = "o" if len(line.values) <= MARKED else None
+        axes.plot(line.steps, line.values, linewidth=1, alpha=0.35, **style)
+        axes.plot(
+            line.steps, line.mean, linewidth=1.8, marker=marker, ms=3, label=line.label, **style
+        )
     if chart.logarithmic and axes.dataLim.ymax > 0:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=6))
@@ -275,7 +311,7 @@ def draw_chart(axes: Axes, chart: Chart, metrics: Metrics, palette: Palette) -> 
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(palette.grid)
     axes.margins(x=0.01)
-    if len(chart.curves) > 1:
+    if len(chart.curves) > 1 and axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, fontsize=8.5, labelcolor=palette.ink, loc="lower right", ncols=2)
 
 
@@ -302,14 +338,9 @@ def chart_svg(chart: Chart, metrics: Metrics) -> str:
 
 def chart_words(chart: Chart, metrics: Metrics) -> str:
     """A chart for those who do not see it: where each curve began, ended, and lay between."""
-    told = []
-    for name, label in chart.curves:
-        steps, values = curve(metrics, name)
-        if not values:
-            continue
-        line = running_mean(values)
-        told.append(
-            f"{label} from {line[0]:.3g} at step {steps[0]:.0f} to {line[-1]:.3g} at step "
-            f"{steps[-1]:.0f}, between {min(line):.3g} and {max(line):.3g}"
-        )
+    told = [
+        f"{label} from {mean[0]:.3g} at step {steps[0]:.0f} to {mean[-1]:.3g} at step "
+        f"{steps[-1]:.0f}, between {min(mean):.3g} and {max(mean):.3g}"
+        for label, steps, _, mean in lines_of(chart, metrics)
+    ]
     return f"{chart.title}, {chart.unit}: {'; '.join(told)}."

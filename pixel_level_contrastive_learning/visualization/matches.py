@@ -182,11 +182,16 @@ def draw_over(
     s = SUPERSAMPLING
     layer = Pillow.new("RGBA", (canvas.width * s, canvas.height * s), (0, 0, 0, 0))
     pen = ImageDraw.Draw(layer)
+    drawn = []
     for number, match in enumerate(matches):
         ends = [cell_position(box, cell, grid) for box, cell in zip(boxes, match, strict=True)]
         colour = tuple(round(255 * c) for c in hls_to_rgb(number / len(matches), 0.5, 0.85))
-        for width, radius, ink in ((4, 6.5, (255, 255, 255, 210)), (2, 4.5, (*colour, 255))):
+        drawn.append((ends, ((255, 255, 255, 210), (*colour, 255))))
+    for ends, inks in drawn:
+        for width, ink in zip((4, 2), inks, strict=True):
             pen.line([(x * s, y * s) for x, y in ends], ink, width * s)
+    for ends, inks in drawn:  # over all lines, which would hide them
+        for radius, ink in zip((6.5, 4.5), inks, strict=True):
             for x, y in ends:
                 pen.ellipse([(v + way * radius) * s for way in (-1, 1) for v in (x, y)], ink)
     font = ImageFont.load_default(19 * s)

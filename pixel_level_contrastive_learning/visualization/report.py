@@ -40,9 +40,8 @@ from .curves import (
     chart_svg,
     chart_words,
     charts_of,
-    curve,
+    lines_of,
     read_metrics,
-    running_mean,
 )
 from .explorer import (
     TRAINED,
@@ -91,12 +90,12 @@ class GalleryRow(NamedTuple):
 
 
 class DrawnChart(NamedTuple):
-    """A chart, itself in words and as SVG, and the last value of its first curve, if any."""
+    """A chart, itself in words and as SVG, and where its curves end."""
 
     chart: Chart
     words: str
     svg: str
-    ends_at: float | None
+    ends: str
 
 
 @dataclass(frozen=True)
@@ -334,9 +333,9 @@ def draw_charts(metrics: Metrics) -> list[DrawnChart]:
     """The charts of a run; none where it has no metrics."""
     drawn = []
     for chart in charts_of(metrics):
-        line = running_mean(curve(metrics, chart.curves[0][0])[1])
+        ends = " and ".join(f"{line.mean[-1]:.3g}" for line in lines_of(chart, metrics))
         words, svg = chart_words(chart, metrics), chart_svg(chart, metrics)
-        drawn.append(DrawnChart(chart, words, svg, line[-1] if line else None))
+        drawn.append(DrawnChart(chart, words, svg, ends))
     return drawn
 
 

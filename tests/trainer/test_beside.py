@@ -3,12 +3,14 @@
 import io
 import logging
 import re
+import time
 
 import pytest
 import torch
 from rich.console import Console
 from rich.logging import RichHandler
 from run_folders import checkpoint, config, log
+from run_folders import metrics as figures_of
 
 from pixel_level_contrastive_learning import PixelCL, pretrain
 from pixel_level_contrastive_learning.trainer import logging as progress
@@ -57,6 +59,15 @@ def test_lines_of_the_log_say_how_far_the_run_is_and_how_long_it_takes(
     assert "matched" not in log(run)  # which reads as if something were loaded
     assert "step': 6" in repr(result)
     assert repr(result).count("\n") == 0
+
+
+def test_the_speed_is_that_of_the_steps_and_not_of_what_is_done_between(
+    run, settings, monkeypatch
+) -> None:
+    save = trainer.save_checkpoint
+    monkeypatch.setattr(trainer, "save_checkpoint", lambda *own: (time.sleep(3), save(*own)))
+    pretrain(**settings(steps=3, checkpoint_every=1))
+    assert all(line["images_per_second"] > 4 / 3 for line in figures_of(run)[1:])
 
 
 @pytest.mark.parametrize(

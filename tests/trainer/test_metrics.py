@@ -1,6 +1,6 @@
 """Signs that a run goes wrong, memory, signals: the parts beside the steps."""
 
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +18,7 @@ from pixel_level_contrastive_learning.trainer.memory import (
     estimate,
     parts_by,
     saved_bytes,
+    try_size,
     unchanged,
 )
 from pixel_level_contrastive_learning.trainer.metrics import (
@@ -140,6 +141,22 @@ def test_a_trial_leaves_the_learner_and_the_dice_as_they_were() -> None:
     assert all(torch.equal(before[n], b) for n, b in learner.named_buffers())
     assert all(p.grad is None for p in learner.parameters())
     assert torch.equal(dice, torch.get_rng_state())
+
+
+@pytest.mark.parametrize(("state", "tensors"), [({}, 2), ({"a weight": "its moments"}, 0)])
+def test_a_trial_makes_room_for_the_optimiser_unless_it_is_there(state, tensors, monkeypatch):
+    learner, made, empty_like = PixelCL(net(), 32), [], torch.empty_like
+    monkeypatch.setattr(torch, "empty_like", lambda own: made.append(own) or empty_like(own))
+    step = SimpleNamespace(
+        learner=learner,
+        fabric=SimpleNamespace(device=torch.device("cpu"), autocast=nullcontext),
+        plan=SimpleNamespace(optimizer="adamw", view_size=(32, 32)),
+        optimizer=SimpleNamespace(state=state),
+    )
+    try_size(step, 2)
+    trained = [own for own in learner.parameters() if own.requires_grad]
+    assert [sum(own is other for other in made) for own in trained] == [tensors] * len(trained)
+    assert any(own.grad is not None for own in trained)
 
 
 class Arriving:

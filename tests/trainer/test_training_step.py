@@ -121,8 +121,8 @@ DONE = 5
 SCHEDULE = Schedule(10, 1, 0, 0.5, 0.0, 0.9)
 
 
-def one_step(**changed: float) -> tuple[dict[str, Tensor], PixelCL, PixelCL]:
-    """The metrics of a step on 7 images, of which one has no pairs; the learner after and before.
+def one_step(without: int = 1, **changed: float) -> tuple[dict[str, Tensor], PixelCL, PixelCL]:
+    """The metrics of a step on 7 images, some without pairs; the learner after and before.
 
     Batch norm uses its running statistics, so that an image does not hang on the others.
     """
@@ -137,24 +137,28 @@ def one_step(**changed: float) -> tuple[dict[str, Tensor], PixelCL, PixelCL]:
     )
     (one, map_one), (two, map_two) = overlapping_views(images)
     map_two = map_two.clone()
-    map_two[0, :, 2] += 1000
+    map_two[:without, :, 2] += 1000
     factors = VIEW_ONE.draw(images), VIEW_TWO.draw(images)
     made = TwoViewBatch(one, two, map_one, map_two, *factors, torch.arange(images))
     before = copy.deepcopy(learner)
     fabric = Fabric(accelerator="cpu", devices=1)
-    step = TrainingStep(fabric, learner, plan, Normalise((0.5,), (0.2,)))
+    normalise = Normalise((0.5,), (0.2,))
+    step = TrainingStep(fabric, learner, plan, normalise)
     step.step = DONE
     result = step(made, keep_features=True)
     assert not result.metrics.requires_grad  # else the whole graph stays in memory
     assert not result.features.requires_grad
+    terms = before(make_views(made, normalise, plan), return_terms=True)
+    expected = terms._replace(positive_pairs=terms.positive_pairs / images)
+    torch.testing.assert_close(result.metrics[:-1], torch.stack(expected).detach())
     return dict(zip(METRIC_NAMES, result.metrics, strict=True)), learner, before
 
 
-@pytest.mark.parametrize("parts", [2, 3])
-def test_taking_a_batch_in_parts_changes_nothing(parts) -> None:
-    whole, expected, before = one_step()
-    found, learner, _ = one_step(accumulate=parts)
-    assert whole["images_without_pairs"] == 1
+@pytest.mark.parametrize(("parts", "without"), [(2, 1), (3, 1), (2, 6), (3, 7)])
+def test_taking_a_batch_in_parts_changes_nothing(parts, without) -> None:
+    whole, expected, before = one_step(without)
+    found, learner, _ = one_step(without, accumulate=parts)
+    assert whole["images_without_pairs"] == without
     near = {"rtol": 1e-4, "atol": 1e-4}
     torch.testing.assert_close(found, whole, **near)
     torch.testing.assert_close(learner.state_dict(), expected.state_dict(), **near)

@@ -15,6 +15,7 @@ from pixel_level_contrastive_learning.visualization.curves import (
     charts_of,
     curve,
     curves_figure,
+    lines_of,
     read_metrics,
     running_mean,
 )
@@ -57,6 +58,27 @@ def test_long_runs_are_drawn_as_means_of_neighbours() -> None:
     assert len(x) == curves.MAX_POINTS
     assert x[:2] == [4.5, 14.5]
     assert y == [2 * place for place in x]
+
+
+def test_what_is_measured_seldom_is_drawn_where_it_was_measured() -> None:
+    held = {"step": [1, 2, 3, 4, 5], "probe_miou": [0.2, 0.2, 0.2, 0.4, 0.4]}
+    held |= {"hit1": [0.3, 0.3, 0.3, 0.3, 0.6], "hit_step": [nan, 0, 0, 3, 5]}
+    assert curve(held, "probe_miou") == ([1, 4], [0.2, 0.4])
+    assert curve(held, "hit1") == ([0, 3, 5], [0.3, 0.3, 0.6])
+    del held["hit_step"]  # by an older version
+    assert curve(held, "hit1") == ([1, 5], [0.3, 0.6])
+
+
+def test_what_no_loss_reads_is_not_drawn() -> None:
+    [line] = lines_of(COSINES, METRICS | {"instance_cosine": [0.0, 0.0, 0.0]})
+    assert line.label == "pixel"
+
+
+def test_a_schedule_is_drawn_as_it_is() -> None:
+    rates = [float(abs(place - 50)) for place in range(100)]
+    [chart] = [chart for chart in CHARTS if chart.title == "Learning rate"]
+    [line] = lines_of(chart, {"step": range(100), "lr": rates})
+    assert line.mean == line.values == rates
 
 
 @pytest.mark.parametrize(

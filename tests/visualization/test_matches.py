@@ -118,6 +118,15 @@ def test_lines_end_where_the_cells_are() -> None:
     assert bare.getpixel((matches.MARGIN + 20, row)) == drawn.getpixel((matches.MARGIN + 20, row))
 
 
+def test_no_line_hides_the_end_of_another() -> None:
+    black, same = torch.zeros(3, 64, 64), box(0, 0, 40, 40)[0]
+    picture = pairs_picture(black, black, same, same, (1, 2), 0.3, lines=2)
+    left = matches.MARGIN + matches.VIEW_SIDE + matches.GAP  # of view two, whose first cell is red
+    row = matches.MARGIN + matches.VIEW_SIDE // 2
+    red, _, blue, _ = picture.getpixel((left + matches.VIEW_SIDE // 4, row))
+    assert red > blue
+
+
 def test_anything_but_colour_images_is_refused() -> None:
     view, same = torch.zeros(3, 8, 8), box(0, 0, 9, 9)[0]
     with pytest.raises(ValueError) as error:
