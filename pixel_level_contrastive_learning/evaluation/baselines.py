@@ -106,7 +106,7 @@ def line_up(
             try:
                 start = start_of(card, f"start ({about})")
             except (ValueError, ConnectionError) as error:
-                notes.append(f"The weights it started from ({card.start}) are not at hand: {error}")
+                notes.append(f"The starting weights ({card.start}) are not available: {error}")
                 log.warning(notes[-1])
             else:
                 starts |= {origin: start} if start else {}
@@ -182,7 +182,7 @@ def reading_of(
         if len(by_value) > 1:
             told = ", ".join(f"{value} in {name}" for value, name in by_value.items())
             raise ValueError(
-                f"{key} is None, and the runs were trained with different ones ({told}); give "
+                f"{key} is None, and the runs were trained with different values ({told}); give "
                 f"{key} (--{key}), or evaluate them one by one"
             )
         reading[key] = next(iter(by_value), None)

@@ -13,7 +13,7 @@ CLUSTERING = "overclustering"
 PROTOCOLS = {
     "linear": "A linear probe",
     ALL_MAPS: "A linear probe on all maps",
-    "knn": "A vote of neighbours",
+    "knn": "A nearest-neighbour vote",
     "hummingbird": "Nearest-neighbour retrieval",
     CLUSTERING: "Clustering",
     FINETUNE: "Fine-tuning",
@@ -24,10 +24,7 @@ CLEAR = 1.05
 ONE_DRAW = 1.25
 """Times a single draw of random weights from which a gain is called one: on sixty drawn scenes
 another draw reached up to 1.17 times the first."""
-LUCK = (
-    "more than one draw of random weights, though another draw may reach as much. Repeat with "
-    "--seeds 3."
-)
+LUCK = "better than one draw of random weights, but another may do as well. Repeat with --seeds 3."
 
 
 def gain(ours: Row, other: Row, key: str) -> int:
@@ -68,11 +65,11 @@ def what_it_means(rows: Sequence[Row], protocol: str, split: str) -> str:
     reached, base = ours.scores[MIOU], random.scores[MIOU]
     figure = f"{PROTOCOLS[protocol]} reaches {reached:.3f} mIoU on {split}"
     if len(rows) == 1:
-        return f"{figure} with random weights: what other weights of this network have to beat."
+        return f"{figure} with random weights: the baseline for other weights of this network."
     beside = f"{figure}, {reached / max(base, 1e-9):.2f} times random weights ({base:.3f})"
     if len(rows) == 3:
         begun = start.scores[MIOU]
-        beside += f" and {reached / max(begun, 1e-9):.2f} times what it started from ({begun:.3f})"
+        beside += f" and {reached / max(begun, 1e-9):.2f} times the starting weights ({begun:.3f})"
     return f"{beside}: {verdict_of(ours, rival, random, start)}{saved_in_words(rows)}"
 
 
@@ -80,17 +77,16 @@ def verdict_of(ours: Row, rival: Row, random: Row, start: Row) -> str:
     """Whether there is a gain over the better of random weights and the start, in words."""
     if gain(ours, random, MIOU) < 0:
         return (
-            "worse than random. Look at the loss and at the features' health (evaluate with images "
-            "in place of data), and at whether other layers do better."
+            "worse than random. Check the loss and the features' health (evaluate with images "
+            "instead of data), and try other layers."
         )
     if gain(ours, start, MIOU) < 0:
-        return "training made them worse. Keep the others, or train with a lower lr."
+        return "worse than the start. Keep the starting weights, or train with a lower lr."
     if gain(ours, rival, MIOU) < 1:
-        return "no clear gain. Train for longer, on more images, or try other layers."
+        return "no clear gain. Train longer, use more images, or try other layers."
     if may_be_luck(ours, rival, MIOU):
         return LUCK
-    compared = "random ones" if rival is random else "those it started from"
-    return f"the weights know more of these classes than {compared} do."
+    return f"clearly better than {'random' if rival is random else 'the starting'} weights."
 
 
 def curve_shown(protocols: Collection[str]) -> str | None:

@@ -125,8 +125,8 @@ def measure_correspondence(
     *shares, cells = sums.tolist()
     if cells == 0:
         raise ValueError(
-            f"in {len(pairs.one)} images no cell of one view lies in the other; give more images, "
-            "or read a layer with more cells"
+            f"in {len(pairs.one)} images no cell of one view falls inside the other; use more "
+            "images, or read a layer with more cells"
         )
     hit1, hit_near, chance, chance_near = (share / cells for share in shares)
     return Correspondence(hit1, hit_near, chance, chance_near, int(cells))
@@ -282,8 +282,8 @@ def none_left(refused: Sequence[str], prepare: Preparation) -> str:
     """The error message about images none of which can be used."""
     form = prepare.statistics
     return (
-        f"none of {len(refused)} images can be used, the first because of {refused[0]}; give a "
-        "folder of images that open in a viewer and are as the network knows them: "
+        f"none of {len(refused)} images can be used; the first: {refused[0]}; give a "
+        "folder of images that open in a viewer and match the network's input: "
         f"{form.channels} channels{', 8-bit' if form.low is None else ''}"
     )
 
@@ -324,7 +324,7 @@ def correspondence_in_words(rows: Sequence[Row]) -> str:
     random, start, ours = rows[0].scores, rows[-2:][0], rows[-1].scores
     rival = max(start, rows[0], key=lambda row: row.scores[HIT])
     found = (
-        f"A cell finds its own spot in another view of its image in {ours[HIT]:.0%} of cases "
+        f"Cells find the same spot in another view of the image {ours[HIT]:.0%} of the time "
         f"({random[HIT]:.0%} with random weights, {ours[CHANCE]:.1%} by chance)"
     )
     health = str(verdict(ours["spread"], ours["effective rank"]))
@@ -332,23 +332,23 @@ def correspondence_in_words(rows: Sequence[Row]) -> str:
         return f"{found}. {health}"
     if ours[HIT] < min(BY_COLOUR * ours[KEPT], CLEAR * random[HIT]):
         health = (
-            f"It goes by colour: with colours left as they are it finds {ours[KEPT]:.0%}. Change "
-            f"colour more in training (--jitter, --prob-gray). {health}"
+            f"Matching relies on colour: {ours[KEPT]:.0%} with colours unchanged. Use stronger "
+            f"colour augmentation in training (--jitter, --prob-gray). {health}"
         )
     if len(rows) == 1:
         return f"{found}. {health}"
     begun = "random weights"
     if len(rows) == 3:
-        begun = "what it started from"
-        found += f"; {begun} finds it in {start.scores[HIT]:.0%}"
+        begun = "the starting weights"
+        found += f"; {start.scores[HIT]:.0%} with {begun}"
     gained = gain(rows[-1], start, HIT)
     if gained < 0:
-        return f"{found}: fewer than {begun}. {health}"
+        return f"{found}: less often than {begun}. {health}"
     if gained == 0:
         return f"{found}: no clear gain over {begun}. {health}"
-    better = f"{found}: the weights tell spots apart better than {begun}"
+    better = f"{found}: clearly better than {begun}"
     if gain(rows[-1], rows[0], HIT) < 1:
-        return f"{better}, but no better than random weights do. {health}"
+        return f"{better}, but not than random weights. {health}"
     if may_be_luck(rows[-1], rival, HIT):
         return f"{found}: {LUCK} {health}"
     return f"{better}. {health}"

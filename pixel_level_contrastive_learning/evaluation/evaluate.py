@@ -102,10 +102,10 @@ def evaluate(
         None if several else "weights is empty; give a run, a file or a name",
         *(one_of("protocol", own, PROTOCOLS) for own in protocols),
         *(share("fraction" if fractions is None else "fractions", own) for own in shares),
-        f"fractions is {fractions}, a single share; give it as fraction={fractions}"
+        f"fractions is {fractions}, a single number; give it as fraction={fractions}"
         if is_number(fractions)
         else None,
-        None if shares else "fractions is empty; give shares of the masks, such as 0.05 0.2 1",
+        None if shares else "fractions is empty; give fractions of the masks, such as 0.05 0.2 1",
         "both fraction and fractions are given; give one of them"
         if fraction != 1 and fractions is not None
         else None,
@@ -116,7 +116,7 @@ def evaluate(
         data_or_images(data, images),
         read_by_none(protocols, layers, steps) if data is not None else None,
         *(
-            f"{name} is {value!r}, which is about labels; give data, or leave it out with images"
+            f"{name} is {value!r}, which needs labels; give data instead of images, or leave it out"
             for name, value, usual in (
                 ("protocol", protocol, None),
                 ("fraction", fraction, 1.0),
@@ -132,8 +132,8 @@ def evaluate(
     for own in several:
         if isinstance(own, nn.Module):
             raise ValueError(
-                f"weights is a {type(own).__name__}; give the folder of its run (result.run_dir), "
-                "or a file of its weights with a card, see save_card"
+                f"weights is a {type(own).__name__}; give its run's folder (result.run_dir), "
+                "or a weights file with a card, see save_card"
             )
     if out is not None:
         check_writable("out", out)
@@ -157,9 +157,9 @@ def data_or_images(data: object, images: object) -> str | None:
     """The complaint about neither or both."""
     if (data is None) != (images is None):
         return None
-    given = "neither" if data is None else "both"
+    given = "neither data nor images is" if data is None else "both data and images are"
     return (
-        f"{given} of data and images given; give data (--data, a folder of images and masks) to "
+        f"{given} given; give data (--data, a folder of images and masks) to "
         "evaluate with labels, or images (--images) to evaluate without"
     )
 
@@ -168,9 +168,9 @@ def read_by_none(protocols: Sequence[str], layers: Sequence[str] | None, steps: 
     """The complaint about layers where only a map of each stride is read, or steps of none."""
     if layers is not None and set(protocols) <= {FINETUNE, ALL_MAPS}:
         return (
-            f"layers is {list(layers)}, but {' and '.join(protocols)} reads a map of each stride; "
-            "leave it out, or take protocol linear or knn"
+            f"layers is {list(layers)}, but {' and '.join(protocols)} reads a map at every stride; "
+            "leave it out, or use protocol linear or knn"
         )
     if FINETUNE not in protocols and steps != STEPS:
-        return f"steps is {steps}, which is about fine-tuning; take that protocol, or leave it out"
+        return f"steps is {steps}, which needs protocol {FINETUNE}; add it, or leave steps out"
     return None

@@ -111,8 +111,8 @@ def in_parts(read: Callable[[Tensor], Sequence[Tensor]], pixels: Tensor) -> Sequ
         if len(pixels) == 1:
             h, w = pixels.shape[-2:]
             raise torch.OutOfMemoryError(
-                f"the device has no room for an image fed at {h}x{w} pixels; give a smaller size "
-                "(--size), or the device cpu"
+                f"not enough memory on the device for an image at {h}x{w} pixels; give a smaller "
+                "size (--size), or use device cpu"
             ) from error
     halves = [in_parts(read, half) for half in pixels.chunk(2)]
     return [torch.cat(own) for own in zip(*halves, strict=True)]
@@ -129,8 +129,8 @@ def deepest_maps(net: nn.Module, channels: int, size: Size) -> list[str]:
     maps = default_maps(fit)
     if not maps:
         raise ValueError(
-            f"{info.net_type} has no map of a stride of {FINEST_STRIDE} or more that could be "
-            f"decoded; {info.advice(pixel=True)}"
+            f"{info.net_type} has no map to decode with a stride of {FINEST_STRIDE} or "
+            f"more; {info.advice(pixel=True)}"
         )
     return [own.name for own in info.pyramid(maps)]
 
@@ -156,7 +156,9 @@ def chosen_device(name: str | None) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # by how far torch comes with it
         here = ", ".join(["cpu", *(f"cuda:{number}" for number in range(gpus))])
-        raise ValueError(f"device is {name!r}, which is not here; here are {here}") from error
+        raise ValueError(
+            f"device is {name!r}, which is not available; choose from {here}"
+        ) from error
     return device
 
 
@@ -238,8 +240,8 @@ class Preparation:
             if size not in (None, card.fixed_size):
                 h, w = card.fixed_size
                 raise ValueError(
-                    f"size is {size!r}, but {card.model} was built for images of {h}x{w} and takes "
-                    f"no others; leave size out"
+                    f"size is {size!r}, but {card.model} was built for images of {h}x{w} only; "
+                    "leave size out"
                 )
             size = card.fixed_size
         elif size is None:
@@ -249,8 +251,8 @@ class Preparation:
         elif net is not None and not takes(net, card.channels, size):
             h, w = card.image_size
             raise ValueError(
-                f"size is {size!r}, which {card.model} refuses; give the {h} and {w} pixels of the "
-                "views it was trained on, or leave size out"
+                f"size is {size!r}, which {card.model} does not accept; give {h} {w}, the size "
+                "of the views it was trained on, or leave size out"
             )
         form = card.channels, card.mean, card.std, card.low, card.high
         return cls(Statistics(*form, card.image_size), size)

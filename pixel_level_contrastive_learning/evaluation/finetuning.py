@@ -123,8 +123,8 @@ def finetune(
         scores = predict(segmenter, pixels)
         if not scores.isfinite().all():
             raise DivergedError(
-                f"fine-tuned at the learning rate {rates} it gives class scores that are NaN or "
-                "infinite; take an earlier checkpoint"
+                f"fine-tuning at the learning rate {rates} gives NaN or infinite class scores; "
+                "use an earlier checkpoint"
             )
         return [scores]
 

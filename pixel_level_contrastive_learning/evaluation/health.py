@@ -112,24 +112,25 @@ class Verdict(NamedTuple):
 def verdict(spread: float, rank: float) -> Verdict:
     """Whether features have collapsed, in words, by the figures that `gauge` gives."""
     figures = f"spread {spread:.2f}, effective rank {rank:.1f}"
-    healthy = f"healthy are a spread of at least {COLLAPSED_SPREAD} and a rank of at least "
-    healthy += str(COLLAPSED_RANK)
+    healthy = f"healthy: spread at least {COLLAPSED_SPREAD}, rank at least {COLLAPSED_RANK}"
     if not (isfinite(spread) and isfinite(rank)):
         return Verdict(
             False,
             f"The features are not finite ({figures}): the network has diverged. Go back to an "
-            "earlier checkpoint and train on with a lower learning rate, or in float32.",
+            "earlier checkpoint and continue with a lower learning rate, or in float32.",
         )
     if spread < COLLAPSED_SPREAD:
         return Verdict(
             False,
-            f"The features have collapsed ({figures}; {healthy}): every cell gives nearly the same "
-            "answer. Lower the learning rate, raise the target's momentum, or use a larger batch.",
+            f"The features have collapsed ({figures}; {healthy}): they are nearly the same "
+            "in every cell. Lower the learning rate, raise the target's momentum, or use a larger "
+            "batch.",
         )
     if rank < COLLAPSED_RANK:
         return Verdict(
             False,
             f"The features have collapsed onto a line ({figures}; {healthy}): cells differ in one "
-            "respect only, often brightness. Lower the learning rate, or change colour more.",
+            "direction only, often brightness. Lower the learning rate, or use stronger colour "
+            "augmentation.",
         )
     return Verdict(True, f"The features have not collapsed ({figures}).")

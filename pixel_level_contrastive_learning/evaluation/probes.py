@@ -156,9 +156,8 @@ def finite_features(
     for layers, maps in zip(choices, reader.read(pixels, choices), strict=True):
         if not maps.isfinite().all():
             raise DivergedError(
-                f"{' and '.join(layers)} of this network give features that are NaN or infinite "
-                "for these images, by which nothing can be told apart: it has diverged; take an "
-                "earlier checkpoint, or a smaller learning rate"
+                f"{' and '.join(layers)} of this network give NaN or infinite features for these "
+                "images: it has diverged; use an earlier checkpoint, or a lower learning rate"
             )
         yield maps
 
@@ -329,7 +328,7 @@ def run_probes(
     try:
         return fit(device)
     except torch.OutOfMemoryError:
-        log.info("the GPU has no room for the cells of the training images: the CPU fits")
+        log.info("not enough GPU memory for the cells of the training images: fitting on the CPU")
     return fit(torch.device("cpu"))
 
 

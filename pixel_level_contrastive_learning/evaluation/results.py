@@ -149,16 +149,16 @@ def masks_saved(ours: Row, other: Row, protocol: str) -> str | None:
     apart = clearly_above(ahead, behind) and last[0].miou >= last[1].miou
     passed = needed <= most or clearly_above(point, best)
     if not (apart and passed and clearly_above(theirs[-1], theirs[0])):
-        return f"no clear saving beside {other.name}"
-    told = f"{counted(point.masks, 'mask')} take{'s' * (point.masks == 1)} {ours.name}"
+        return f"no clear saving over {other.name}"
+    masks = counted(point.masks, "mask")
     if not needed:
-        return f"{told} less far than {other.name}"
+        return f"{ours.name} with {masks} falls short of {other.name}"
     ratio = min(needed, most) / point.masks
     if needed > most:
-        told += f" further than {most} take {other.name}"
+        told = f"{ours.name} with {masks} beats {other.name} with {most}"
         return f"{told}: more than {ratio:.1f} times fewer" if ratio > 1 else told
     factor = f"{ratio:.1f} times fewer" if ratio >= 1 else f"{1 / ratio:.1f} times more"
-    return f"{told} as far as {needed:.0f} take {other.name}: {factor}"
+    return f"{ours.name} needs {masks} to match {other.name} with {needed:.0f}: {factor}"
 
 
 @dataclass(frozen=True, kw_only=True)

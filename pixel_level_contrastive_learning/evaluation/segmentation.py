@@ -114,7 +114,7 @@ def evaluate_labelled(
     shares = {len(train.share(own, 0)): own for own in plan.fractions}  # each number of masks once
     plan = plan._replace(fractions=list(shares.values()))
     if split == "train":
-        notes.append("Scored on the very images it learned from, and so too kindly.")
+        notes.append("Scored on the training images: the figures are too optimistic.")
     if FINETUNE in plan.protocols:
         estimate_finetuning(contenders, prepared, splits, plan)
     keep = [len(splits.scored) * i // PICTURES for i in range(PICTURES)] if out is not None else []
@@ -182,8 +182,8 @@ def estimate_finetuning(
     tries = len(RATES) * len(contenders) * several
     seconds = (fits + tries) * plan.steps * cost.step + fits * len(scored) * cost.image
     log.info(
-        "fine-tuning: %d fits of %d steps, and %d to choose learning rates: about %s; fewer "
-        "--seeds, --fractions or --steps take less",
+        "fine-tuning: %d fits of %d steps, and %d to choose learning rates: about %s; reduce "
+        "--seeds, --fractions or --steps to save time",
         fits,
         plan.steps,
         tries,

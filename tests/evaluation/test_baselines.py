@@ -116,9 +116,7 @@ def test_weights_that_are_gone_are_noted(labelled, model, tmp_path) -> None:
     contenders, notes = line_up_labelled(labelled, folder)
     assert [contender.name for contender in contenders] == ["random weights", str(folder)]
     (note,) = notes
-    assert note.startswith(
-        f"The weights it started from ({tmp_path / 'gone.pt'}) are not at hand: "
-    )
+    assert note.startswith(f"The starting weights ({tmp_path / 'gone.pt'}) are not available: ")
 
 
 def test_fresh_weights_scale_deep_values_by_what_is_found(tmp_path, model) -> None:
@@ -273,7 +271,7 @@ def test_images_are_read_as_the_runs_read_theirs(tmp_path) -> None:
     with pytest.raises(ValueError) as error:
         reading_of([one, two, other])
     assert str(error.value) == (
-        f"nodata is None, and the runs were trained with different ones (-9999.0 in {two}, 0 in "
+        f"nodata is None, and the runs were trained with different values (-9999.0 in {two}, 0 in "
         f"{other}); give nodata (--nodata), or evaluate them one by one"
     )
     assert reading_of([one, other], nodata=0.0)["nodata"] == 0

@@ -161,5 +161,5 @@ def test_views_without_a_common_cell_are_refused() -> None:
     images = [torch.rand(3, 64, 64)]
     views = draw_pairs(images, (32, 32), 0)
     apart = views._replace(map_one=maps((0, 0, 8, 8)), map_two=maps((40, 40, 48, 48)))
-    with pytest.raises(ValueError, match="no cell of one view lies in the other; give more images"):
+    with pytest.raises(ValueError, match="falls inside the other; use more images"):
         measure_correspondence(Reader(edges(), None, 3, (32, 32)), apart, MEAN, STD)

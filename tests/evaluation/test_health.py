@@ -101,7 +101,7 @@ def test_healthy_features_are_called_so() -> None:
 @pytest.mark.parametrize(
     ("figures", "words"),
     [
-        ((COLLAPSED_SPREAD * 0.9, 9.0), "every cell gives nearly the same answer"),
+        ((COLLAPSED_SPREAD * 0.9, 9.0), "nearly the same in every cell"),
         ((0.5, COLLAPSED_RANK * 0.9), "collapsed onto a line"),
         ((math.nan, 9.0), "the network has diverged"),
         ((0.5, math.inf), "the network has diverged"),

@@ -133,31 +133,28 @@ def test_masks_needed_are_read_off_a_curve() -> None:
 
 def test_masks_saved_are_told_at_the_fewest_masks() -> None:
     random, ours = with_curves().rows
-    told = "10 masks take runs/streets as far as 20 take random weights: 2.0 times fewer"
+    told = "runs/streets needs 10 masks to match random weights with 20: 2.0 times fewer"
     assert masks_saved(ours, random, "finetune") == told
     told = masks_saved(random, ours, "finetune")
-    assert told == "40 masks take random weights as far as 20 take runs/streets: 2.0 times more"
+    assert told == "random weights needs 40 masks to match runs/streets with 20: 2.0 times more"
     high, low = (replace(ours, curves={"finetune": curve((10, y), (40, y))}) for y in (0.6, 0.1))
     told = masks_saved(high, random, "finetune")
-    assert told.startswith("10 masks take runs/streets further than 160 take random weights: more ")
-    assert told.endswith("more than 16.0 times fewer")
-    assert (
-        masks_saved(low, random, "finetune")
-        == "10 masks take runs/streets less far than random weights"
-    )
+    beaten = "random weights with 160"
+    assert told == f"runs/streets with 10 masks beats {beaten}: more than 16.0 times fewer"
+    told = masks_saved(low, random, "finetune")
+    assert told == "runs/streets with 10 masks falls short of random weights"
     assert masks_saved(ours, random, "linear") is None
     single, few = (
         replace(row, curves={"finetune": curve((1, y), (10, 2 * y))})
         for row, y in ((ours, 0.5), (random, 0.2))
     )
-    assert masks_saved(single, few, "finetune").startswith("1 mask takes runs/streets further than")
+    assert masks_saved(single, few, "finetune").startswith("runs/streets with 1 mask beats random")
     crossing = replace(ours, curves={"finetune": curve((10, 0.1), (40, 0.6), (160, 0.7))})
     told = masks_saved(crossing, random, "finetune")
-    assert told.startswith("40 masks take runs/streets further than 160 take random weights: more ")
-    assert told.endswith("more than 4.0 times fewer")
+    assert told == f"runs/streets with 40 masks beats {beaten}: more than 4.0 times fewer"
     late = replace(ours, curves={"finetune": curve((10, 0.1), (160, 0.6))})
     told = masks_saved(late, random, "finetune")  # of which nothing is saved for certain
-    assert told == "160 masks take runs/streets further than 160 take random weights"
+    assert told == f"runs/streets with 160 masks beats {beaten}"
 
 
 @pytest.mark.parametrize(
@@ -183,7 +180,7 @@ def test_no_saving_is_told_out_of_noise(random, ours) -> None:
         for name, points in (("random weights", random), ("runs/slides", ours))
     )
     floor, row = rows
-    assert masks_saved(row, floor, "linear") == "no clear saving beside random weights"
+    assert masks_saved(row, floor, "linear") == "no clear saving over random weights"
 
 
 def test_curves_are_in_the_table_and_the_file() -> None:
