@@ -38,7 +38,7 @@ def gain(ours: Row, other: Row, key: str) -> int:
 
 def may_be_luck(ours: Row, other: Row, key: str) -> bool:
     """Whether a row is one draw of random weights, and another draw might reach what ours do."""
-    drawn_once = is_random(other.name) and sum(key in own for own in other.seeds) == 1
+    drawn_once = is_random(other.name) and sum(key in scores for scores in other.seeds) == 1
     return drawn_once and ours.scores[key] < ONE_DRAW * other.scores[key]
 
 
@@ -49,13 +49,13 @@ def in_words(rows: Sequence[Row], words: Callable[[list[Row]], str]) -> str:
     each has its own.
     """
     by_name = {row.name: row for row in rows}
-    told = {
-        row.name: words([*(by_name[own] for own in row.baselines), row])
-        for row in [own for own in rows if own.baselines] or rows
+    sentences = {
+        row.name: words([*(by_name[name] for name in row.baselines), row])
+        for row in [row for row in rows if row.baselines] or rows
     }
-    if len(told) > 1:
-        return "\n".join(f"{name}: {sentence}" for name, sentence in told.items())
-    return next(iter(told.values()))
+    if len(sentences) > 1:
+        return "\n".join(f"{name}: {sentence}" for name, sentence in sentences.items())
+    return next(iter(sentences.values()))
 
 
 def what_it_means(rows: Sequence[Row], protocol: str, split: str) -> str:
@@ -66,11 +66,11 @@ def what_it_means(rows: Sequence[Row], protocol: str, split: str) -> str:
     figure = f"{PROTOCOLS[protocol]} reaches {reached:.3f} mIoU on {split}"
     if len(rows) == 1:
         return f"{figure} with random weights: the baseline for other weights of this network."
-    beside = f"{figure}, {reached / max(base, 1e-9):.2f} times random weights ({base:.3f})"
+    text = f"{figure}, {reached / max(base, 1e-9):.2f} times random weights ({base:.3f})"
     if len(rows) == 3:
-        begun = start.scores[MIOU]
-        beside += f" and {reached / max(begun, 1e-9):.2f} times the starting weights ({begun:.3f})"
-    return f"{beside}: {verdict_of(ours, rival, random, start)}{saved_in_words(rows)}"
+        before = start.scores[MIOU]
+        text += f" and {reached / max(before, 1e-9):.2f} times the starting weights ({before:.3f})"
+    return f"{text}: {verdict_of(ours, rival, random, start)}{saved_in_words(rows)}"
 
 
 def verdict_of(ours: Row, rival: Row, random: Row, start: Row) -> str:
@@ -100,6 +100,6 @@ def saved_in_words(rows: Sequence[Row]) -> str:
     protocol = curve_shown(ours.curves)
     if protocol is None:
         return ""
-    told = [masks_saved(ours, other, protocol) for other in rows[:-1]]
-    known = "; ".join(own for own in told if own)
+    parts = [masks_saved(ours, other, protocol) for other in rows[:-1]]
+    known = "; ".join(part for part in parts if part)
     return f" Label curve ({PROTOCOLS[protocol].lower()}): {known}." if known else ""

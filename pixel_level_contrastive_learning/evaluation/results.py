@@ -74,19 +74,19 @@ class Row:
         curves: Mapping[str, Sequence[CurvePoint]] | None = None,
     ) -> Self:
         """Of the figures for each seed; one that only some seeds have is averaged over those."""
-        keys = dict.fromkeys(key for own in seeds for key in own)
-        figures = {key: [own[key] for own in seeds if key in own] for key in keys}
+        keys = dict.fromkeys(key for scores in seeds for key in scores)
+        figures = {key: [scores[key] for scores in seeds if key in scores] for key in keys}
         return cls(
             name,
             {key: fmean(values) for key, values in figures.items()},
             {key: deviation(values) for key, values in figures.items()},
             {
-                key: known_mean([own[key] for own in classes])
+                key: known_mean([iou[key] for iou in classes])
                 for key in (classes[0] if classes else ())
             },
-            tuple(dict(own) for own in seeds),
+            tuple(dict(scores) for scores in seeds),
             tuple(baselines),
-            {key: tuple(own) for key, own in (curves or {}).items()},
+            {key: tuple(points) for key, points in (curves or {}).items()},
         )
 
 
@@ -136,27 +136,29 @@ def masks_saved(ours: Row, other: Row, protocol: str) -> str | None:
     over the seeds, and where those ahead there are not behind with the most masks. Nothing is said
     to lie above a whole curve that does not lie above its best point by more than the spread.
     """
-    mine, theirs = (sorted(row.curves.get(protocol, ())) for row in (ours, other))
-    if len(mine) < 2 or not theirs:
+    curve, other_curve = (sorted(row.curves.get(protocol, ())) for row in (ours, other))
+    if len(curve) < 2 or not other_curve:
         return None
-    most, best = theirs[-1].masks, max(theirs, key=attrgetter("miou"))
-    needs = [(point, masks_needed(theirs, point.miou)) for point in mine]
-    read = [own for own in needs if 0 < own[1] < float("inf")] or [own for own in needs if own[1]]
+    most, best = other_curve[-1].masks, max(other_curve, key=attrgetter("miou"))
+    needs = [(point, masks_needed(other_curve, point.miou)) for point in curve]
+    read = [need for need in needs if 0 < need[1] < float("inf")] or [
+        need for need in needs if need[1]
+    ]
     point, needed = (read or needs)[0]
-    beside = next(own for own in theirs if own.masks == point.masks)
-    pairs = (point, beside), (mine[-1], theirs[-1])
-    (ahead, behind), last = pairs if needed >= point.masks else [own[::-1] for own in pairs]
-    apart = clearly_above(ahead, behind) and last[0].miou >= last[1].miou
+    other_point = next(candidate for candidate in other_curve if candidate.masks == point.masks)
+    pairs = (point, other_point), (curve[-1], other_curve[-1])
+    (ahead, behind), last = pairs if needed >= point.masks else [pair[::-1] for pair in pairs]
+    distinct = clearly_above(ahead, behind) and last[0].miou >= last[1].miou
     passed = needed <= most or clearly_above(point, best)
-    if not (apart and passed and clearly_above(theirs[-1], theirs[0])):
+    if not (distinct and passed and clearly_above(other_curve[-1], other_curve[0])):
         return f"no clear saving over {other.name}"
     masks = counted(point.masks, "mask")
     if not needed:
         return f"{ours.name} with {masks} falls short of {other.name}"
     ratio = min(needed, most) / point.masks
     if needed > most:
-        told = f"{ours.name} with {masks} beats {other.name} with {most}"
-        return f"{told}: more than {ratio:.1f} times fewer" if ratio > 1 else told
+        text = f"{ours.name} with {masks} beats {other.name} with {most}"
+        return f"{text}: more than {ratio:.1f} times fewer" if ratio > 1 else text
     factor = f"{ratio:.1f} times fewer" if ratio >= 1 else f"{1 / ratio:.1f} times more"
     return f"{ours.name} needs {masks} to match {other.name} with {needed:.0f}: {factor}"
 
@@ -201,7 +203,7 @@ class Evaluation:
 
     def base(self, row: Row) -> Row:
         """The row of random weights of the same network."""
-        return next((own for own in self.rows if own.name in row.baselines[:1]), self.rows[0])
+        return next((base for base in self.rows if base.name in row.baselines[:1]), self.rows[0])
 
     def table(self, width: int = TABLE_WIDTH) -> str:
         """The figures as text: a column for each network, a line for each figure.
@@ -220,16 +222,16 @@ class Evaluation:
             table.add_column(Text(row.name, overflow="fold"), justify="right")
         for key in self.ours.scores:
             figures = ((row.scores.get(key, nan), row.deviations.get(key, 0)) for row in self.rows)
-            table.add_row(key, *(shown(*own) for own in figures))
+            table.add_row(key, *(shown(*figure) for figure in figures))
         if all(self.base(row).scores.get(MIOU) for row in self.rows):
             ratios = (row.scores[MIOU] / self.base(row).scores[MIOU] for row in self.rows)
-            table.add_row("mIoU, times random", *(f"{own:.2f}" for own in ratios))
+            table.add_row("mIoU, times random", *(f"{ratio:.2f}" for ratio in ratios))
         for protocol in self.curves:
             table.add_section()
-            for at, point in enumerate(self.rows[0].curves[protocol]):
+            for at, first in enumerate(self.rows[0].curves[protocol]):
                 points = (row.curves[protocol][at] for row in self.rows)
-                cells = (shown(own.miou, own.deviation) for own in points)
-                table.add_row(f"{protocol}, {point.masks} masks", *cells)
+                cells = (shown(point.miou, point.deviation) for point in points)
+                table.add_row(f"{protocol}, {first.masks} masks", *cells)
         if self.ours.classes:
             table.add_section()
         for key in self.ours.classes:
@@ -249,33 +251,35 @@ class Evaluation:
 
     def to_json(self) -> str:
         """As JSON text; NaN becomes null."""
-        held = asdict(self)
-        for row, own in zip(held["rows"], self.rows, strict=True):
-            row["curves"] = {
-                key: [point._asdict() for point in points] for key, points in own.curves.items()
+        content = asdict(self)
+        for entry, row in zip(content["rows"], self.rows, strict=True):
+            entry["curves"] = {
+                key: [point._asdict() for point in points] for key, points in row.curves.items()
             }
-        return json.dumps(without_nan(held), indent=2, ensure_ascii=False) + "\n"
+        return json.dumps(without_nan(content), indent=2, ensure_ascii=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Self:
         """What `to_json` wrote, also of older versions."""
-        held = json.loads(text)
+        content = json.loads(text)
         rows = [
             Row(
                 name=row["name"],
                 scores=with_nan(row["scores"]),
                 deviations=with_nan(row["deviations"]),
                 classes=with_nan(row["classes"]),
-                seeds=tuple(with_nan(own) for own in row["seeds"]),
+                seeds=tuple(with_nan(scores) for scores in row["seeds"]),
                 baselines=tuple(row.get("baselines", ())),
                 curves={
-                    key: tuple(CurvePoint(**own | {"seeds": tuple(own["seeds"])}) for own in points)
+                    key: tuple(
+                        CurvePoint(**point | {"seeds": tuple(point["seeds"])}) for point in points
+                    )
                     for key, points in row.get("curves", {}).items()
                 },
             )
-            for row in held["rows"]
+            for row in content["rows"]
         ]
-        return cls(**held | {"rows": tuple(rows), "notes": tuple(held["notes"])})
+        return cls(**content | {"rows": tuple(rows), "notes": tuple(content["notes"])})
 
     @property
     def labelled(self) -> bool:
@@ -296,7 +300,7 @@ class Evaluation:
 def in_short(value: object) -> str:
     """A setting for people."""
     if isinstance(value, dict):
-        return ", ".join(f"{key}: {own}" for key, own in value.items())
+        return ", ".join(f"{key}: {item}" for key, item in value.items())
     return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
@@ -308,15 +312,15 @@ def shown(value: float, deviation: float) -> str:
     return f"{value:.{digits}f}" + (f" ± {deviation:.{digits}f}" if deviation else "")
 
 
-def without_nan(held: Any) -> Any:
+def without_nan(value: Any) -> Any:
     """The same with None for NaN, which JSON does not have."""
-    if isinstance(held, float) and isnan(held):
+    if isinstance(value, float) and isnan(value):
         return None
-    if isinstance(held, dict):
-        return {key: without_nan(own) for key, own in held.items()}
-    return [without_nan(own) for own in held] if isinstance(held, (list, tuple)) else held
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    return [without_nan(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def with_nan(held: Mapping[str, float | None]) -> dict[str, float]:
+def with_nan(scores: Mapping[str, float | None]) -> dict[str, float]:
     """The same with NaN for None."""
-    return {key: nan if own is None else own for key, own in held.items()}
+    return {key: nan if score is None else score for key, score in scores.items()}
