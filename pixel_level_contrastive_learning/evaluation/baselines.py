@@ -76,32 +76,32 @@ def line_up(
     Raises:
         ValueError: There are no such weights, or the same ones twice.
     """
-    names = [str(own) for own in weights]
+    names = [str(path) for path in weights]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise ValueError(f"weights names {twice} twice; name each once")
-    found = read_all(weights, source)
-    kinds = kinds_of(names, [own.card for own in found], layers)
-    began = {
-        (own.card.start, kind)
-        for name, own, kind in zip(names, found, kinds, strict=True)
+    networks = read_all(weights, source)
+    kinds = kinds_of(names, [network.card for network in networks], layers)
+    origins = {
+        (network.card.start, kind)
+        for name, network, kind in zip(names, networks, kinds, strict=True)
         if is_file(name)
     }
     randoms: dict[Kind, Contender] = {}
     starts: dict[tuple[str, Kind], Contender] = {}
     asked: list[Contender] = []
     notes: list[str] = []
-    for name, (net, card, _), kind in zip(names, found, kinds, strict=True):
+    for name, (net, card, _), kind in zip(names, networks, kinds, strict=True):
         if kind not in randoms:
-            about = ", ".join(apart(kind, kinds))
+            about = ", ".join(distinctions(kind, kinds))
             called = f"{RANDOM} ({about})" if about else RANDOM
             randoms[kind] = Contender(called, random_builder(card), card, by_seed=True)
         baselines: tuple[str, ...] = (randoms[kind].name,)
         origin = card.start, kind
         if is_file(name) and origin not in starts:
-            alike = [own for start, own in began if start == card.start]
+            alike = [other for start, other in origins if start == card.start]
             about = ", ".join(
-                [shortest(card.start, [own for own, _ in began]), *apart(kind, alike)]
+                [shortest(card.start, [start for start, _ in origins]), *distinctions(kind, alike)]
             )
             try:
                 start = start_of(card, f"start ({about})")
@@ -113,7 +113,7 @@ def line_up(
         if is_file(name) and origin in starts:
             baselines += (starts[origin].name,)
         if not name.startswith("random:"):
-            asked.append(Contender(name, holding(net), card, baselines=baselines))
+            asked.append(Contender(name, fixed_builder(net), card, baselines=baselines))
     return [*randoms.values(), *starts.values(), *asked], notes
 
 
@@ -136,35 +136,35 @@ def kinds_of(
     ]
 
 
-def apart(kind: Kind, kinds: Iterable[Kind]) -> list[str]:
+def distinctions(kind: Kind, kinds: Iterable[Kind]) -> list[str]:
     """The fewest words that tell one of some kinds from all others."""
-    kept, told = set(kinds), []
+    kept, words = set(kinds), []
     for at, word in enumerate(kind):
-        if len(kept) > 1 and len({own[at] for own in kept}) > 1:
-            told.append(word)
-            kept = {own for own in kept if own[at] == word}
-    return told
+        if len(kept) > 1 and len({other[at] for other in kept}) > 1:
+            words.append(word)
+            kept = {other for other in kept if other[at] == word}
+    return words
 
 
 def shortest(path: str, paths: Iterable[str]) -> str:
     """The last part of a path; all of it where another path ends in the same."""
     last = Path(path).name or path
-    return path if any(Path(own).name == last for own in {*paths} - {path}) else last
+    return path if any(Path(other).name == last for other in {*paths} - {path}) else last
 
 
 def read_all(weights: Sequence[str | Path], source: Source) -> list[Loaded]:
     """The networks of weights; those without a run are as the images are."""
-    found = []
+    networks = []
     statistics = None
     for name in weights:
         if is_file(name):
-            found.append(read_backbone(name))
+            networks.append(read_backbone(name))
             continue
         statistics = statistics or measure(source)
         loaded = read_backbone(name, channels=statistics.channels)
         card = replace(loaded.card, low=statistics.low, high=statistics.high)
-        found.append(loaded._replace(card=card))
-    return found
+        networks.append(loaded._replace(card=card))
+    return networks
 
 
 def reading_of(
@@ -175,14 +175,14 @@ def reading_of(
     Raises:
         ValueError: The runs among the weights have different ones.
     """
-    settings = {str(own): run_settings(own) for own in weights}
+    settings = {str(path): run_settings(path) for path in weights}
     reading: dict[str, Any] = {"pages": pages, "nodata": nodata}
     for key in [key for key, value in reading.items() if value is None]:
-        by_value = {own[key]: name for name, own in settings.items() if own.get(key) is not None}
+        by_value = {run[key]: name for name, run in settings.items() if run.get(key) is not None}
         if len(by_value) > 1:
-            told = ", ".join(f"{value} in {name}" for value, name in by_value.items())
+            text = ", ".join(f"{value} in {name}" for value, name in by_value.items())
             raise ValueError(
-                f"{key} is None, and the runs were trained with different values ({told}); give "
+                f"{key} is None, and the runs were trained with different values ({text}); give "
                 f"{key} (--{key}), or evaluate them one by one"
             )
         reading[key] = next(iter(by_value), None)
@@ -203,7 +203,9 @@ def is_random(name: str) -> bool:
 
 def sizing_contender(contenders: Sequence[Contender]) -> Contender:
     """The one that decides the size of images for all: the first run or file, else the last."""
-    files = (own for own in contenders if own.baselines and is_file(own.name))
+    files = (
+        contender for contender in contenders if contender.baselines and is_file(contender.name)
+    )
     return next(files, contenders[-1])
 
 
@@ -220,29 +222,30 @@ def prepare_all(
 
     sizing = sizing_contender(contenders)
     common = Preparation.of(sizing.card, size or usual(sizing.card), sizing.build(seed)).size
-    found = {}
+    prepared = {}
     for contender in contenders:
         card, net = contender.card, contender.build(seed)
         try:
-            found[contender.name] = Preparation.of(card, common, net)
+            prepared[contender.name] = Preparation.of(card, common, net)
         except ValueError:
             if size is not None:
                 raise
-            found[contender.name] = Preparation.of(card, usual(card), net)
-    return found
+            prepared[contender.name] = Preparation.of(card, usual(card), net)
+    return prepared
 
 
 def fed_at(prepared: Iterable[Preparation]) -> str:
     """At what sizes images are fed, in words."""
-    sizes = dict.fromkeys(own.size for own in prepared)
+    sizes = dict.fromkeys(prepare.size for prepare in prepared)
     return ", ".join(
-        "{}x{}".format(*own) if isinstance(own, tuple) else f"shorter side {own}" for own in sizes
+        "{}x{}".format(*size) if isinstance(size, tuple) else f"shorter side {size}"
+        for size in sizes
     )
 
 
 def layers_read(contenders: Sequence[Contender], layers: Sequence[str] | None) -> list[str]:
     """The layers that are read: those named, stacked, else those of the networks."""
-    return list(dict.fromkeys(read_of(own.card, layers) for own in contenders))
+    return list(dict.fromkeys(read_of(contender.card, layers) for contender in contenders))
 
 
 def read_of(card: BackboneCard, layers: Sequence[str] | None) -> str:
@@ -264,11 +267,11 @@ def start_of(card: BackboneCard, name: str) -> Contender | None:
     zero_init = card.start == ZERO_INIT
     if card.start == "random" or (zero_init and not zero_last_norms(random_net(card, 0))):
         return None
-    build = zero_init_builder(card) if zero_init else holding(start_net(card))
+    build = zero_init_builder(card) if zero_init else fixed_builder(start_net(card))
     return Contender(name, build, card, by_seed=zero_init)
 
 
-def holding(net: nn.Module) -> Callable[[int], nn.Module]:
+def fixed_builder(net: nn.Module) -> Callable[[int], nn.Module]:
     """A function of the seed that gives this network."""
     return lambda _: net
 

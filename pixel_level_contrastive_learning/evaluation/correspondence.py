@@ -82,13 +82,13 @@ def draw_pairs(
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # the CPU's alone
         channels = images[0].shape[0]
-        sizes = [(own.shape[-2], own.shape[-1]) for own in images]
-        maps = [torch.cat([draw_maps(1, own, PLACEMENT) for own in sizes]) for _ in range(2)]
+        sizes = [(image.shape[-2], image.shape[-1]) for image in images]
+        maps = [torch.cat([draw_maps(1, full, PLACEMENT) for full in sizes]) for _ in range(2)]
         views = []
         sharpness = blur_of(min(size))
         for at, authors in zip(maps, (VIEW_ONE, VIEW_TWO), strict=True):
             photometry = replace(authors, sigma=sharpness)
-            cuts = [cut_views(own[None], at[i : i + 1], size) for i, own in enumerate(images)]
+            cuts = [cut_views(image[None], at[i : i + 1], size) for i, image in enumerate(images)]
             cut = torch.cat(cuts)
             views.append(Colour(photometry, channels).forward(cut) if recoloured else cut)
     return ViewPairs(*views, *maps)
@@ -119,7 +119,7 @@ def measure_correspondence(
     """
     normalise = Normalise(mean, std)
     sums = torch.zeros(5, dtype=torch.float64)
-    for *views, map_one, map_two in zip(*(torch.split(own, batch) for own in pairs), strict=True):
+    for *views, map_one, map_two in zip(*(torch.split(each, batch) for each in pairs), strict=True):
         one, two = (reader(normalise(pixels)).cpu() for pixels in views)
         sums += hits(one, two, map_one, map_two)
     *shares, cells = sums.tolist()
@@ -152,11 +152,11 @@ def hits(one: Tensor, two: Tensor, map_one: Tensor, map_two: Tensor) -> Tensor:
     return sums
 
 
-def tally(found: Tensor, rules: Sequence[Positives], block: Block) -> Tensor:
-    """The same sums for one block; ``found`` is ``(images, rows)``, the match of each cell."""
+def tally(matches: Tensor, rules: Sequence[Positives], block: Block) -> Tensor:
+    """The same sums for one block; ``matches`` is ``(images, rows)``, the match of each cell."""
     right, near = (rule.block(block) for rule in rules)
     asked = right.any(dim=-1)
-    chosen = [table.gather(-1, found[..., None])[..., 0] for table in (right, near)]
+    chosen = [table.gather(-1, matches[..., None])[..., 0] for table in (right, near)]
     chances = [table.double().mean(dim=-1) for table in (right, near)]
     figures = torch.stack([*(hit.double() for hit in chosen), *chances, asked.double()])
     return (figures * asked).sum(dim=(1, 2))
@@ -182,41 +182,44 @@ def evaluate_unlabelled(
     contenders, notes = line_up(weights, source, layers)
     views = (size, size) if isinstance(size, int) else size
     prepared = prepare_all(contenders, views, seeds[0], views=True)
-    forms = {own.form: own for own in prepared.values()}
-    wanted = 2 * max(own.shortest for own in forms.values())
+    forms = {prepare.form: prepare for prepare in prepared.values()}
+    wanted = 2 * max(prepare.shortest for prepare in forms.values())
 
     def smaller(prepare: Preparation, pixels: Tensor) -> Tensor:
         shorter = min(2 * prepare.shortest, *pixels.shape[-2:])
         return replace(prepare, size=shorter).resized(pixels)
 
-    found, unused = some_images(source, list(forms.values()), MOST_IMAGES, wanted, smaller)
-    seen = dict(zip(forms, zip(*(each for _, each in found), strict=True), strict=True))
-    figures: dict[str, list[dict[str, float]]] = {own.name: [] for own in contenders}
+    used, unused = some_images(source, list(forms.values()), MOST_IMAGES, wanted, smaller)
+    seen = dict(zip(forms, zip(*(each for _, each in used), strict=True), strict=True))
+    figures: dict[str, list[dict[str, float]]] = {contender.name: [] for contender in contenders}
     for seed in seeds:
         pairs: dict[object, list[ViewPairs]] = {}
         for contender in contenders:
-            own, card = prepared[contender.name], contender.card
-            assert isinstance(own.size, tuple)
-            if own.form not in pairs:
-                pairs[own.form] = [
-                    draw_pairs(seen[own.form], own.size, seed, recoloured=new)
+            prepare, card = prepared[contender.name], contender.card
+            assert isinstance(prepare.size, tuple)
+            if prepare.form not in pairs:
+                pairs[prepare.form] = [
+                    draw_pairs(seen[prepare.form], prepare.size, seed, recoloured=new)
                     for new in (True, False)
                 ]
             names = list(layers or [card.shown_layer])
             net = contender.build(seed).to(device)
-            reader = Reader(net, names, card.channels, own.size, fast=True)
-            changed, plain = pairs[own.form]
-            reached = figures_of(reader, changed, plain, own)
+            reader = Reader(net, names, card.channels, prepare.size, fast=True)
+            changed, plain = pairs[prepare.form]
+            reached = figures_of(reader, changed, plain, prepare)
             figures[contender.name].append(reached)
             net.cpu()  # it is kept for other seeds, and needs no room on the device
             log.info("%s, seed %d: hit@1 %.3f", contender.name, seed, reached[HIT])
-    rows = [Row.of(own.name, figures[own.name], baselines=own.baselines) for own in contenders]
+    rows = [
+        Row.of(contender.name, figures[contender.name], baselines=contender.baselines)
+        for contender in contenders
+    ]
     return Evaluation(
         weights=", ".join(map(str, weights)),
         data=str(images),
         protocol="correspondence",
         settings={
-            "images": len(found),
+            "images": len(used),
             "layers": layers_read(contenders, layers),
             "views": fed_at(prepared.values()),
             "seeds": len(seeds),
@@ -242,27 +245,27 @@ def some_images(
     Raises:
         ValueError: None can be used.
     """
-    found: list[tuple[str, list[Tensor]]] = []
+    images: list[tuple[str, list[Tensor]]] = []
     refused: list[str] = []
     for index in evenly(len(source), count):
         name = source.name(index)
         try:
             image = source.open(index)
-            for own in forms:
-                own.statistics.check(image)
+            for prepare in forms:
+                prepare.statistics.check(image)
             read = image.read(shortest)
         except ImageError as error:
             refused.append(f"{name}: {error}")
             continue
-        found.append((name, [fit(own, own.in_range(read, name)) for own in forms]))
-        if len(found) == count:
+        images.append((name, [fit(prepare, prepare.in_range(read, name)) for prepare in forms]))
+        if len(images) == count:
             break
-    if not found:
+    if not images:
         raise ValueError(none_left(refused, forms[0]))
     notes = left_out(refused)
     for note in notes:
         log.warning(note)
-    return found, notes
+    return images, notes
 
 
 def evenly(length: int, count: int) -> list[int]:
@@ -275,7 +278,7 @@ def left_out(refused: Sequence[str]) -> list[str]:
     """What is to be said of images that cannot be used."""
     more = len(refused) - SHOWN
     rest = [f"left out {more} more images"] if more > 0 else []
-    return [*(f"left out {own}" for own in refused[:SHOWN]), *rest]
+    return [*(f"left out {reason}" for reason in refused[:SHOWN]), *rest]
 
 
 def none_left(refused: Sequence[str], prepare: Preparation) -> str:
@@ -293,15 +296,15 @@ def figures_of(
 ) -> dict[str, float]:
     """The figures of a network on views drawn before, with colours changed and with them kept."""
     form = prepare.statistics
-    found: Correspondence = measure_correspondence(reader, pairs, form.mean, form.std)
+    recoloured: Correspondence = measure_correspondence(reader, pairs, form.mean, form.std)
     kept = measure_correspondence(reader, plain, form.mean, form.std)
     health = health_of(reader, pairs.one, prepare)
     return {
-        HIT: found.hit1,
+        HIT: recoloured.hit1,
         KEPT: kept.hit1,
-        HIT_NEAR: found.hit_near,
-        CHANCE: found.chance,
-        NEAR_CHANCE: found.chance_near,
+        HIT_NEAR: recoloured.hit_near,
+        CHANCE: recoloured.chance,
+        NEAR_CHANCE: recoloured.chance_near,
         "spread": health.spread,
         "effective rank": health.effective_rank,
     }
@@ -323,32 +326,32 @@ def correspondence_in_words(rows: Sequence[Row]) -> str:
     """The figures of weights in words, in the last row, beside random ones and their start."""
     random, start, ours = rows[0].scores, rows[-2:][0], rows[-1].scores
     rival = max(start, rows[0], key=lambda row: row.scores[HIT])
-    found = (
+    text = (
         f"Cells find the same spot in another view of the image {ours[HIT]:.0%} of the time "
         f"({random[HIT]:.0%} with random weights, {ours[CHANCE]:.1%} by chance)"
     )
     health = str(verdict(ours["spread"], ours["effective rank"]))
     if not isfinite(ours["spread"]):
-        return f"{found}. {health}"
+        return f"{text}. {health}"
     if ours[HIT] < min(BY_COLOUR * ours[KEPT], CLEAR * random[HIT]):
         health = (
             f"Matching relies on colour: {ours[KEPT]:.0%} with colours unchanged. Use stronger "
             f"colour augmentation in training (--jitter, --prob-gray). {health}"
         )
     if len(rows) == 1:
-        return f"{found}. {health}"
-    begun = "random weights"
+        return f"{text}. {health}"
+    base = "random weights"
     if len(rows) == 3:
-        begun = "the starting weights"
-        found += f"; {start.scores[HIT]:.0%} with {begun}"
+        base = "the starting weights"
+        text += f"; {start.scores[HIT]:.0%} with {base}"
     gained = gain(rows[-1], start, HIT)
     if gained < 0:
-        return f"{found}: less often than {begun}. {health}"
+        return f"{text}: less often than {base}. {health}"
     if gained == 0:
-        return f"{found}: no clear gain over {begun}. {health}"
-    better = f"{found}: clearly better than {begun}"
+        return f"{text}: no clear gain over {base}. {health}"
+    better = f"{text}: clearly better than {base}"
     if gain(rows[-1], rows[0], HIT) < 1:
         return f"{better}, but not than random weights. {health}"
     if may_be_luck(rows[-1], rival, HIT):
-        return f"{found}: {LUCK} {health}"
+        return f"{text}: {LUCK} {health}"
     return f"{better}. {health}"
