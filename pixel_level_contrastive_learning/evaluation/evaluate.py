@@ -100,8 +100,8 @@ def evaluate(
     shares = [fraction] if fractions is None or is_number(fractions) else [*fractions]
     raise_together(
         None if several else "weights is empty; give a run, a file or a name",
-        *(one_of("protocol", own, PROTOCOLS) for own in protocols),
-        *(share("fraction" if fractions is None else "fractions", own) for own in shares),
+        *(one_of("protocol", name, PROTOCOLS) for name in protocols),
+        *(share("fraction" if fractions is None else "fractions", value) for value in shares),
         f"fractions is {fractions}, a single number; give it as fraction={fractions}"
         if is_number(fractions)
         else None,
@@ -129,10 +129,10 @@ def evaluate(
             if data is None and images is not None and value != usual
         ),
     )
-    for own in several:
-        if isinstance(own, nn.Module):
+    for item in several:
+        if isinstance(item, nn.Module):
             raise ValueError(
-                f"weights is a {type(own).__name__}; give its run's folder (result.run_dir), "
+                f"weights is a {type(item).__name__}; give its run's folder (result.run_dir), "
                 "or a weights file with a card, see save_card"
             )
     if out is not None:
@@ -143,14 +143,14 @@ def evaluate(
         if data is None:
             assert images is not None
             repeats = range(seed, seed + (seeds or 1))
-            found = evaluate_unlabelled(several, images, layers, size, repeats, place, reading)
+            evaluation = evaluate_unlabelled(several, images, layers, size, repeats, place, reading)
             if out is not None:
-                found.write(out)
+                evaluation.write(out)
         else:
             plan = Plan(protocols, layers, sorted(shares), seeds, seed, steps, place, bool(named))
             splits = open_labelled(data, ("train", split), ids=ids, colours=colours, **reading)
-            found = evaluate_labelled(several, data, split, splits, size, plan, out)
-    return found
+            evaluation = evaluate_labelled(several, data, split, splits, size, plan, out)
+    return evaluation
 
 
 def data_or_images(data: object, images: object) -> str | None:

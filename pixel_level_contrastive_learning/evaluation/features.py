@@ -95,8 +95,8 @@ class Reader:
             maps = dict(zip(self.layers, self.maps(pixels.to(device)), strict=True))
         for names in choices:
             chosen = [maps[name].float() for name in names]
-            finest = max((tuple(own.shape[-2:]) for own in chosen), key=prod)
-            yield torch.cat([resized(own, finest) for own in chosen], dim=1)
+            finest = max((tuple(layer_map.shape[-2:]) for layer_map in chosen), key=prod)
+            yield torch.cat([resized(layer_map, finest) for layer_map in chosen], dim=1)
 
 
 def in_parts(read: Callable[[Tensor], Sequence[Tensor]], pixels: Tensor) -> Sequence[Tensor]:
@@ -115,7 +115,7 @@ def in_parts(read: Callable[[Tensor], Sequence[Tensor]], pixels: Tensor) -> Sequ
                 "size (--size), or use device cpu"
             ) from error
     halves = [in_parts(read, half) for half in pixels.chunk(2)]
-    return [torch.cat(own) for own in zip(*halves, strict=True)]
+    return [torch.cat(parts) for parts in zip(*halves, strict=True)]
 
 
 def deepest_maps(net: nn.Module, channels: int, size: Size) -> list[str]:
@@ -125,14 +125,16 @@ def deepest_maps(net: nn.Module, channels: int, size: Size) -> list[str]:
         ValueError: There is none.
     """
     info = FeatureInfo(unfreeze(duplicate(net)), channels, size)
-    fit = [own for own in info.layers if own.carries_gradient and own.stride >= FINEST_STRIDE]
+    fit = [
+        layer for layer in info.layers if layer.carries_gradient and layer.stride >= FINEST_STRIDE
+    ]
     maps = default_maps(fit)
     if not maps:
         raise ValueError(
             f"{info.net_type} has no map to decode with a stride of {FINEST_STRIDE} or "
             f"more; {info.advice(pixel=True)}"
         )
-    return [own.name for own in info.pyramid(maps)]
+    return [layer.name for layer in info.pyramid(maps)]
 
 
 def resized(maps: Tensor, grid: tuple[int, ...], *, antialias: bool = False) -> Tensor:

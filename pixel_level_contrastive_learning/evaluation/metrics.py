@@ -91,14 +91,16 @@ class PreparedSplit:
         path = self.dataset.images[index]
         if path in self.cache:
             return self.cache[path]
-        own = self.preparation
-        read = self.dataset.read(index, self.detail * own.shortest)
-        unit, mask = own.in_range(read.pixels, str(path)), read.mask
+        prepare = self.preparation
+        read = self.dataset.read(index, self.detail * prepare.shortest)
+        unit, mask = prepare.in_range(read.pixels, str(path)), read.mask
         full = mask.shape[0], mask.shape[1]
         if self.detail == 1:
-            sample = PreparedSample(own.resized(unit, full), mask)
+            sample = PreparedSample(prepare.resized(unit, full), mask)
         else:
-            h, w = (min(a, self.detail * b) for a, b in zip(full, own.fitted(full), strict=True))
+            h, w = (
+                min(a, self.detail * b) for a, b in zip(full, prepare.fitted(full), strict=True)
+            )
             scaled = interpolate(mask[None, None], (h, w), mode="nearest-exact")
             sample = PreparedSample(resized(unit[None], (h, w), antialias=True)[0], scaled[0, 0])
         self.cache.keep(path, sample)
@@ -120,18 +122,20 @@ class Batch(NamedTuple):
 
 def batches(split: PreparedSplit, size: int = 16) -> Iterator[Batch]:
     """The images of a split in order, up to ``size`` of the same shape at a time."""
-    held: list[PreparedSample] = []
+    samples: list[PreparedSample] = []
     first = 0
 
     def batch() -> Batch:
-        pixels = split.preparation.normalised(torch.stack([own.pixels for own in held]))
-        return Batch(pixels, [own.mask for own in held], list(range(first, first + len(held))))
+        pixels = split.preparation.normalised(torch.stack([sample.pixels for sample in samples]))
+        return Batch(
+            pixels, [sample.mask for sample in samples], list(range(first, first + len(samples)))
+        )
 
     for sample in split.read(range(len(split))):
-        if held and (len(held) == size or held[0].pixels.shape != sample.pixels.shape):
+        if samples and (len(samples) == size or samples[0].pixels.shape != sample.pixels.shape):
             yield batch()
-            first, held = first + len(held), []
-        held.append(sample)
+            first, samples = first + len(samples), []
+        samples.append(sample)
     yield batch()
 
 
@@ -174,11 +178,11 @@ def score(
     tallies = [Tally(len(split.classes)) for _ in range(count)]
     for batch in batches(split):
         for tally, scores in zip(tallies, in_parts(predict, batch.pixels), strict=True):
-            for index, own, mask in zip(batch.indices, scores, batch.masks, strict=True):
-                found = likeliest(own, (mask.shape[0], mask.shape[1]))
-                tally.add(found, mask)
+            for index, image_scores, mask in zip(batch.indices, scores, batch.masks, strict=True):
+                labels = likeliest(image_scores, (mask.shape[0], mask.shape[1]))
+                tally.add(labels, mask)
                 if index in keep:
-                    tally.kept[index] = found.to(torch.uint8).cpu()
+                    tally.kept[index] = labels.to(torch.uint8).cpu()
     return [Scored(tally.scores(), tally.kept) for tally in tallies]
 
 
@@ -191,16 +195,16 @@ class Tally:
         )
         self.kept: dict[int, Tensor] = {}
 
-    def add(self, found: Tensor, mask: Tensor) -> None:
+    def add(self, predicted: Tensor, mask: Tensor) -> None:
         """Count the pixels of an image."""
-        truth = mask.to(found.device).long()
-        self.jaccard.to(found.device).update(found[None], truth[None])
+        truth = mask.to(predicted.device).long()
+        self.jaccard.to(predicted.device).update(predicted[None], truth[None])
 
     def scores(self) -> Scores:
         """The figures of all images so far."""
         confusion = self.jaccard.confmat
-        there = (confusion.sum(dim=0) + confusion.sum(dim=1)) > 0
-        iou = torch.where(there, self.jaccard.compute(), torch.nan)
+        present = (confusion.sum(dim=0) + confusion.sum(dim=1)) > 0
+        iou = torch.where(present, self.jaccard.compute(), torch.nan)
         right = confusion.diag().sum() / confusion.sum()
         return Scores(float(iou.nanmean()), float(right), tuple(iou.tolist()))
 
@@ -212,10 +216,10 @@ def likeliest(scores: Tensor, size: tuple[int, int]) -> Tensor:
     """
     some = max(1, UPSAMPLED_BYTES // (4 * size[0] * size[1]))
     highest = scores.new_full(size, -torch.inf)
-    found = torch.zeros(size, dtype=torch.int64, device=scores.device)
+    classes = torch.zeros(size, dtype=torch.int64, device=scores.device)
     for first in range(0, len(scores), some):
         large = interpolate(scores[None, first : first + some], size, mode="bilinear")[0]
         values, labels = large.max(dim=0)
-        found = torch.where(values > highest, labels + first, found)
+        classes = torch.where(values > highest, labels + first, classes)
         highest = torch.maximum(values, highest)
-    return found
+    return classes

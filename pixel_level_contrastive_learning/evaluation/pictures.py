@@ -77,7 +77,7 @@ def write_panels(
             pictures[name] = colours[kept[index].long()]
         seen = torch.unique(
             torch.cat(
-                [sample.mask.flatten(), *(own[index].flatten() for own in predictions.values())]
+                [sample.mask.flatten(), *(kept[index].flatten() for kept in predictions.values())]
             )
         )
         plain = re.sub(r"[^\w.-]+", "_", Path(split.dataset.name(index)).stem)[:60]
@@ -141,7 +141,7 @@ def draw_label_curve(path: Path, evaluation: Evaluation, protocol: str) -> None:
     for number, row in enumerate(evaluation.rows):
         points = sorted(row.curves[protocol])
         masks = [point.masks for point in points]
-        middle, spread = (np.array([own[k] for own in points]) for k in (1, 2))
+        middle, spread = (np.array([point[k] for point in points]) for k in (1, 2))
         place = (number - 1) % len(COLOURS)
         colour, marker = COLOURS[place], MARKERS[place]
         if number == 0 and not row.baselines:
@@ -149,7 +149,7 @@ def draw_label_curve(path: Path, evaluation: Evaluation, protocol: str) -> None:
         axes.plot(masks, middle, f"{marker}-", color=colour, markersize=4, label=row.name)
         axes.fill_between(masks, middle - spread, middle + spread, color=colour, alpha=0.15, lw=0)
     axes.set_xscale("log")
-    axes.set_xticks(masks, [str(own) for own in masks])
+    axes.set_xticks(masks, [str(count) for count in masks])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("masks used")
     axes.set_ylabel(f"mIoU on {evaluation.settings.get('split', 'val')} ({protocol})")
