@@ -33,12 +33,12 @@ def kmeans(cells: Tensor, count: int, seed: int = 0) -> Tensor:
     centres = cells[chosen].clone()
     before = None
     for _ in range(ITERATIONS):
-        found = nearest_centre(cells, centres)
-        if before is not None and torch.equal(found, before):
+        labels = nearest_centre(cells, centres)
+        if before is not None and torch.equal(labels, before):
             break
-        before = found
-        sizes = torch.bincount(found, minlength=count)
-        sums = torch.zeros_like(centres).index_add_(0, found, cells)
+        before = labels
+        sizes = torch.bincount(labels, minlength=count)
+        sums = torch.zeros_like(centres).index_add_(0, labels, cells)
         filled = sizes > 0  # a centre without cells stays where it is
         centres[filled] = sums[filled] / sizes[filled, None]
     return centres
@@ -48,7 +48,7 @@ def nearest_centre(cells: Tensor, centres: Tensor) -> Tensor:
     """The nearest centre of each cell ``(n, c)``, ``(n,)`` int64."""
     half = centres.square().sum(dim=1) / 2
     return torch.cat(
-        [(own @ centres.mT - half).argmax(dim=1) for own in torch.split(cells, BLOCK_CELLS)]
+        [(block @ centres.mT - half).argmax(dim=1) for block in torch.split(cells, BLOCK_CELLS)]
     )
 
 
@@ -90,5 +90,5 @@ class ClusterClassifier:
 
     def __call__(self, cells: Tensor) -> Tensor:
         """Scores ``(n, classes)`` of cells ``(n, c)``: 1 for the class of their cluster, else 0."""
-        found = nearest_centre(normalize(cells, dim=1), self.centres)
-        return one_hot(self.classes[found], self.count).float()
+        clusters = nearest_centre(normalize(cells, dim=1), self.centres)
+        return one_hot(self.classes[clusters], self.count).float()

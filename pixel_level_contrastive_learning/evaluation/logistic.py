@@ -89,11 +89,12 @@ def fit_logistic(
         loss = strength / 2 * now[:-1].square().sum()
         slope = strength * now
         slope[-1] = 0
-        for own, part in row_blocks(cells, shares):
-            logs = torch.log_softmax(affine(own, now), dim=1)
-            loss -= (part * logs).sum() / whole
-            error = (logs.exp() * part.sum(dim=1, keepdim=True) - part) / whole
-            slope[:-1] += (error.mT @ own).mT  # ten times as fast on a CPU as own.mT @ error
+        for cell_block, share_block in row_blocks(cells, shares):
+            logs = torch.log_softmax(affine(cell_block, now), dim=1)
+            loss -= (share_block * logs).sum() / whole
+            error = (logs.exp() * share_block.sum(dim=1, keepdim=True) - share_block) / whole
+            # Ten times as fast on a CPU as cell_block.mT @ error.
+            slope[:-1] += (error.mT @ cell_block).mT
             slope[-1] += error.sum(dim=0)
         even.grad = torch.cat([back @ slope[:-1], slope[-1:]])
         return float(loss)

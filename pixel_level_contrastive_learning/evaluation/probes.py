@@ -79,9 +79,9 @@ class FeatureBank(NamedTuple):
             return self
         generator = torch.Generator().manual_seed(seed)
         chosen = torch.randperm(len(self.cells), generator=generator)[:count].sort().values
-        held = int((chosen < self.first_held).sum())
+        first_held = int((chosen < self.first_held).sum())
         chosen = chosen.to(self.cells.device)
-        return type(self)(self.cells[chosen], self.shares[chosen], held)
+        return type(self)(self.cells[chosen], self.shares[chosen], first_held)
 
 
 def gather(
@@ -108,14 +108,14 @@ def gather(
         DivergedError: Features that are NaN or infinite.
     """
     classes = len(split.classes)
-    rows = [most_bytes // (4 * (reader.channels(own) + classes)) for own in choices]
+    rows = [most_bytes // (4 * (reader.channels(layers) + classes)) for layers in choices]
     count = min(len(split), *rows)
     order, first_held = held_out_last(count)
     chosen = split.of(split.dataset.subset([len(split) * i // count for i in order]))
     # The whole bound at once: pages that are never written take no memory, growing would copy.
     tables = [
-        (torch.empty(most, reader.channels(own)), torch.empty(most, classes))
-        for own, most in zip(choices, rows, strict=True)
+        (torch.empty(most, reader.channels(layers)), torch.empty(most, classes))
+        for layers, most in zip(choices, rows, strict=True)
     ]
     generators = [torch.Generator().manual_seed(seed) for _ in choices]
     ends = [[0] for _ in choices]
@@ -130,14 +130,14 @@ def gather(
         ):
             grid = maps.shape[-2], maps.shape[-1]
             images = rearrange(maps, "b c h w -> b (h w) c")
-            for own, mask in zip(images, batch.masks, strict=True):
+            for features, mask in zip(images, batch.masks, strict=True):
                 share = class_shares(mask, grid, classes)
                 known = share.sum(dim=1).nonzero().flatten()
                 if len(known) > most // count:
                     drawn = torch.randperm(len(known), generator=generator)
                     known = known[drawn[: most // count]]
                 place = slice(end[-1], end[-1] + len(known))
-                cells[place], shares[place] = own[known], share[known]
+                cells[place], shares[place] = features[known], share[known]
                 end.append(place.stop)
     return [
         FeatureBank(cells[: end[-1]], shares[: end[-1]], end[first_held])
@@ -174,10 +174,10 @@ def held_out_last(count: int) -> tuple[list[int], int]:
     or of larger parts where a quarter has fewer than five.
     """
     stretches = max(1, min(STRETCHES, count // 5))
-    held = [i for i in range(count) if 5 * (stretches * i % count) >= 4 * count]
-    held = held or list(range(count))[1:][-1:]
-    rest = sorted(set(range(count)) - set(held))
-    return rest + held, len(rest)
+    held_out = [i for i in range(count) if 5 * (stretches * i % count) >= 4 * count]
+    held_out = held_out or list(range(count))[1:][-1:]
+    rest = sorted(set(range(count)) - set(held_out))
+    return rest + held_out, len(rest)
 
 
 def linear_classifier(bank: FeatureBank) -> Classifier:
@@ -205,19 +205,19 @@ def linear_classifier(bank: FeatureBank) -> Classifier:
             )
             iou = cell_iou(weights, cells[cut:], bank.shares[cut:])
             tried.append((iou, one, weights))
-        _, strength, weights = max(tried, key=lambda own: own[:2])
+        _, strength, weights = max(tried, key=lambda trial: trial[:2])
     weights = fit_logistic(cells, bank.shares, strength, weights, curvature)
     # The standardisation is folded in, so that the classifier takes features as they are.
     weights = torch.cat([weights[:-1] / std[:, None], weights[-1:]])
     weights[-1] -= mean @ weights[:-1]
-    return lambda own: affine(own, weights)
+    return lambda features: affine(features, weights)
 
 
 def cell_iou(weights: Tensor, cells: Tensor, shares: Tensor) -> float:
     """Mean IoU of cells by their shares, over classes that are there or were given."""
     table = shares.new_zeros(shares.shape[1], shares.shape[1], dtype=torch.float64)
-    for own, part in row_blocks(cells, shares):
-        table.index_add_(0, affine(own, weights).argmax(dim=1), part.double())
+    for cell_block, share_block in row_blocks(cells, shares):
+        table.index_add_(0, affine(cell_block, weights).argmax(dim=1), share_block.double())
     both = table.sum(dim=0) + table.sum(dim=1) - table.diag()
     return float((table.diag() / both)[both > 0].mean())
 
@@ -249,8 +249,8 @@ def neighbour_classifier(bank: FeatureBank, voting: Voting = KNN, seed: int = 0)
     known = normalize(cells - mean, dim=1)
     count = min(voting.neighbours, len(known))
 
-    def classify(own: Tensor) -> Tensor:
-        asked = normalize(own - mean, dim=1)
+    def classify(features: Tensor) -> Tensor:
+        asked = normalize(features - mean, dim=1)
         votes = []
         rows = max(1, TABLE_ENTRIES // max(len(known), count * shares.shape[1]))
         for first in range(0, len(asked), rows):
@@ -305,16 +305,17 @@ def run_probes(
 
     def fit(device: torch.device) -> list[Scored]:
         classifiers: dict[int, Classifier] = {}
-        for train in {id(own.train.dataset): own.train for own in probes}.values():
-            same = [i for i, own in enumerate(probes) if own.train.dataset is train.dataset]
+        for train in {id(probe.train.dataset): probe.train for probe in probes}.values():
+            same = [i for i, probe in enumerate(probes) if probe.train.dataset is train.dataset]
             choices = list(dict.fromkeys(probes[i].layers for i in same))
             banks = dict(zip(choices, gather(reader, train, choices, seed=seed), strict=True))
             while banks:
                 layers, bank = banks.popitem()
                 bank = bank.to(device)
-                own = [i for i in same if probes[i].layers == layers]
+                indices = [i for i in same if probes[i].layers == layers]
                 fitted: dict[tuple[str, int], Classifier] = {}
-                for i in sorted(own, key=lambda i: probes[i].protocol == "linear"):  # those last
+                # Linear ones last.
+                for i in sorted(indices, key=lambda i: probes[i].protocol == "linear"):
                     kind = probes[i].protocol, probes[i].clusters
                     if kind not in fitted:  # the bank is another once a linear one was fitted
                         fitted[kind] = probes[i].fit(bank, seed)
@@ -341,13 +342,13 @@ def by_cells(
     choices = list(dict.fromkeys(tuple(layers) for layers, _ in classifiers))
 
     def predict(pixels: Tensor) -> list[Tensor]:
-        found: dict[int, Tensor] = {}
+        scores: dict[int, Tensor] = {}
         for layers, maps in zip(choices, finite_features(reader, pixels, choices), strict=True):
             cells = rearrange(maps.to(device), "b c h w -> (b h w) c")
             h, w = maps.shape[-2:]
             for i, (wanted, classify) in enumerate(classifiers):
                 if tuple(wanted) == layers:
-                    found[i] = rearrange(classify(cells), "(b h w) k -> b k h w", h=h, w=w)
-        return [found[i] for i in range(len(classifiers))]
+                    scores[i] = rearrange(classify(cells), "(b h w) k -> b k h w", h=h, w=w)
+        return [scores[i] for i in range(len(classifiers))]
 
     return predict
