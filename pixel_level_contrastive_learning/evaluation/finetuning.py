@@ -45,8 +45,8 @@ class LearningRates(NamedTuple):
     chosen: bool = True  # False where a single mask left nothing to choose by
 
     def __str__(self) -> str:
-        told = f"{self.backbone:g} (decoder {self.decoder:g})"
-        return told if self.chosen else f"{told.removesuffix(')')}; not chosen: one mask)"
+        text = f"{self.backbone:g} (decoder {self.decoder:g})"
+        return text if self.chosen else f"{text.removesuffix(')')}; not chosen: one mask)"
 
 
 RATES = (
@@ -128,8 +128,8 @@ def finetune(
             )
         return [scores]
 
-    (found,) = score(finite, scored, keep=keep)
-    return found
+    (result,) = score(finite, scored, keep=keep)
+    return result
 
 
 def predict(segmenter: Segmenter, pixels: Tensor) -> Tensor:
@@ -160,12 +160,12 @@ def fit_segmenter(
         torch.manual_seed(seed)
         side = crop_side(train)
         channels = train.preparation.statistics.channels
-        own = copy.deepcopy(net).float()  # in halves small updates would round away
-        segmenter = Segmenter(own, channels, side, len(train.classes)).to(device).train()
-        inner = {id(weight) for weight in own.parameters()}
+        backbone = copy.deepcopy(net).float()  # in halves small updates would round away
+        segmenter = Segmenter(backbone, channels, side, len(train.classes)).to(device).train()
+        inner = {id(weight) for weight in backbone.parameters()}
         decoder = [weight for weight in segmenter.parameters() if id(weight) not in inner]
         groups = [
-            {"params": list(own.parameters()), "lr": rates.backbone},
+            {"params": list(backbone.parameters()), "lr": rates.backbone},
             {"params": decoder, "lr": rates.decoder},
         ]
         optimizer = torch.optim.AdamW(groups, weight_decay=0.01, fused=True)
@@ -203,23 +203,23 @@ def choose_rates(
     """
     order, first = held_out_last(len(train))
     if first == len(order):
-        own = RATES[0]._replace(chosen=False)
-        log.info("learning rate %s", own)
-        return own
+        default = RATES[0]._replace(chosen=False)
+        log.info("learning rate %s", default)
+        return default
     learnt = train.of(train.dataset.subset(order[:first]))
-    held = whole.of(whole.dataset.subset(order[first:]))
+    held_out = whole.of(whole.dataset.subset(order[first:]))
     tried: dict[LearningRates, float] = {}
     for rates in RATES:
         tried[rates] = -inf
         with suppress(DivergedError):
-            found = finetune(net, learnt, held, rates=rates, steps=steps, seed=seed)
-            tried[rates] = found.scores.miou
+            result = finetune(net, learnt, held_out, rates=rates, steps=steps, seed=seed)
+            tried[rates] = result.scores.miou
     best = max(tried, key=lambda rates: tried[rates])
     log.info(
         "learning rate %s reaches %.3f on %d held-out masks (the others: %s)",
         best,
         tried[best],
-        len(held),
+        len(held_out),
         ", ".join(f"{rates} {miou:.3f}" for rates, miou in tried.items() if rates != best),
     )
     return best

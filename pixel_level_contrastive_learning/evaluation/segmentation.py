@@ -59,13 +59,13 @@ class Plan(NamedTuple):
         self, contenders: Sequence[Contender], prepared: Mapping[str, Preparation], splits: Splits
     ) -> tuple[Self, list[str]]:
         """Without usual protocols that one of the networks has no maps for, and a note on these."""
-        wanted = [own for own in self.protocols if own in (ALL_MAPS, FINETUNE)]
+        wanted = [protocol for protocol in self.protocols if protocol in (ALL_MAPS, FINETUNE)]
         for contender in contenders if wanted and not self.named else ():
             size = splits.prepared(True, prepared[contender.name]).size()
             try:
                 deepest_maps(contender.build(self.first_seed), contender.card.channels, size)
             except ValueError as error:
-                left = tuple(own for own in self.protocols if own not in wanted)
+                left = tuple(protocol for protocol in self.protocols if protocol not in wanted)
                 return self._replace(protocols=left), [f"Left out {' and '.join(wanted)}: {error}"]
         return self, []
 
@@ -105,13 +105,14 @@ def evaluate_labelled(
     """Evaluate all networks by masks, and write the figures and what they predict."""
     train, scored = opened
     splits = Splits(train, scored)
-    reads_layers = any(own not in (ALL_MAPS, FINETUNE) for own in plan.protocols)
+    reads_layers = any(protocol not in (ALL_MAPS, FINETUNE) for protocol in plan.protocols)
     read = plan.layers if reads_layers else ["a map of each stride"]
     contenders, notes = line_up(weights, train.source, read)
     prepared = prepare_all(contenders, size, plan.first_seed)
     plan, unfit = plan.fitting(contenders, prepared, splits)
     notes += unfit
-    shares = {len(train.share(own, 0)): own for own in plan.fractions}  # each number of masks once
+    # Each number of masks once.
+    shares = {len(train.share(fraction, 0)): fraction for fraction in plan.fractions}
     plan = plan._replace(fractions=list(shares.values()))
     if split == "train":
         notes.append("Scored on the training images: the figures are too optimistic.")
@@ -121,11 +122,11 @@ def evaluate_labelled(
     rows: list[Row] = []
     predictions: dict[str, dict[int, Tensor]] = {}
     rates: dict[str, str] = {}
-    asked = sum(bool(own.baselines) for own in contenders)
+    asked = sum(bool(contender.baselines) for contender in contenders)
     for contender in contenders:
-        own = Contest(contender, prepared[contender.name], splits, plan, keep)
+        contest = Contest(contender, prepared[contender.name], splits, plan, keep)
         try:
-            rows.append(own.row())
+            rows.append(contest.row())
         except DivergedError as error:
             asked -= 1
             if not contender.baselines or not asked:
@@ -133,9 +134,9 @@ def evaluate_labelled(
             notes.append(f"{contender.name} is left out: {error}")
             log.warning(notes[-1])
             continue
-        predictions[contender.name] = own.kept
-        if own.rates is not None:
-            rates[contender.name] = str(own.rates)
+        predictions[contender.name] = contest.kept
+        if contest.rates is not None:
+            rates[contender.name] = str(contest.rates)
     settings: dict[str, Any] = {"split": split, "images": len(scored), "masks": list(shares)}
     if reads_layers:
         settings["layers"] = layers_read(contenders, plan.layers)
@@ -143,7 +144,7 @@ def evaluate_labelled(
     settings["fed at"] = fed_at(prepared.values())
     if FINETUNE in plan.protocols:
         settings |= {"steps": plan.steps, "learning rates": rates}
-    found = Evaluation(
+    evaluation = Evaluation(
         weights=", ".join(map(str, weights)),
         data=str(data),
         protocol=", ".join(plan.protocols),
@@ -153,14 +154,14 @@ def evaluate_labelled(
         notes=tuple(notes),
     )
     if out is not None:
-        folder = found.write(out).parent
+        folder = evaluation.write(out).parent
         some = next(iter(prepared.values()))
         write_panels(folder / run_layout.PREDICTIONS, splits.prepared(True, some), predictions)
-        if (shown := curve_shown(found.curves)) is not None:
-            draw_label_curve(folder / run_layout.LABEL_CURVE, found, shown)
+        if (shown := curve_shown(evaluation.curves)) is not None:
+            draw_label_curve(folder / run_layout.LABEL_CURVE, evaluation, shown)
         else:
             (folder / run_layout.LABEL_CURVE).unlink(missing_ok=True)  # of an earlier evaluation
-    return found
+    return evaluation
 
 
 def estimate_finetuning(
@@ -176,7 +177,9 @@ def estimate_finetuning(
     least = train.of(splits.train.share(min(plan.fractions), plan.first_seed))
     cost = measure_cost(contender.build(plan.first_seed).to(plan.device), least, scored)
     fits = sum(
-        len(plan.seeds_of(FINETUNE, own, each)) for own in plan.fractions for each in contenders
+        len(plan.seeds_of(FINETUNE, fraction, each))
+        for fraction in plan.fractions
+        for each in contenders
     )
     several = len(splits.train.share(plan.middle, plan.first_seed)) > 1
     tries = len(RATES) * len(contenders) * several
@@ -217,7 +220,9 @@ class Contest:
         """Run everything: the network's row of the table."""
         plan, contender = self.plan, self.contender
         most = max(
-            len(self.seeds_of(own, part)) for own in plan.protocols for part in plan.fractions
+            len(self.seeds_of(protocol, fraction))
+            for protocol in plan.protocols
+            for fraction in plan.fractions
         )
         for seed in range(plan.first_seed, plan.first_seed + most):
             net = contender.build(seed).to(plan.device)
@@ -227,22 +232,23 @@ class Contest:
             net.cpu()  # it is kept for other seeds, and needs no room on the device
         first = plan.protocols[0]
         by_label: dict[str, dict[int, list[Figure]]] = {}
-        for one in self.figures:
-            by_label.setdefault(one.label, {}).setdefault(one.masks, []).append(one)
-        all_masks = {label: found[max(found)] for label, found in by_label.items()}
+        for figure in self.figures:
+            by_label.setdefault(figure.label, {}).setdefault(figure.masks, []).append(figure)
+        all_masks = {label: by_masks[max(by_masks)] for label, by_masks in by_label.items()}
         seeds: dict[int, dict[str, float]] = {}
         for label in sorted(all_masks, key=lambda label: label != first):  # whose keys come first
-            for one in all_masks[label]:
-                own = seeds.setdefault(one.seed, {})
-                own[MIOU if label == first else f"{label} {MIOU}"] = one.scores.miou
-                own |= {"pixel accuracy": one.scores.accuracy} if label == first else {}
+            for figure in all_masks[label]:
+                scores = seeds.setdefault(figure.seed, {})
+                scores[MIOU if label == first else f"{label} {MIOU}"] = figure.scores.miou
+                scores |= {"pixel accuracy": figure.scores.accuracy} if label == first else {}
         classes = [
-            dict(zip(self.train.classes, one.scores.iou, strict=True)) for one in all_masks[first]
+            dict(zip(self.train.classes, figure.scores.iou, strict=True))
+            for figure in all_masks[first]
         ]
         curves = {
             label: [
-                CurvePoint.of(masks, [one.scores.miou for one in found])
-                for masks, found in sorted(by_masks.items())
+                CurvePoint.of(masks, [figure.scores.miou for figure in figures])
+                for masks, figures in sorted(by_masks.items())
             ]
             for label, by_masks in by_label.items()
             if len(plan.fractions) > 1 and not label.startswith(CLUSTERING)
@@ -253,8 +259,8 @@ class Contest:
     def note(self, label: str, masks: int, seed: int, scored: Scored) -> None:
         """Keep a figure, and tell it."""
         self.figures.append(Figure(label, masks, seed, scored.scores))
-        told = self.contender.name, label, masks, seed, scored.scores.miou
-        log.info("%s, %s, %d masks, seed %d: mIoU %.3f", *told)
+        entry = self.contender.name, label, masks, seed, scored.scores.miou
+        log.info("%s, %s, %d masks, seed %d: mIoU %.3f", *entry)
         if label == self.plan.protocols[0] and scored.kept:
             self.kept = scored.kept
 
@@ -276,20 +282,20 @@ class Contest:
             for protocol in plan.protocols:
                 if protocol == FINETUNE or seed not in self.seeds_of(protocol, fraction):
                     continue
-                own = layers.get(protocol, usual)
+                chosen = layers.get(protocol, usual)
                 if protocol != CLUSTERING:
-                    probes[protocol] = ProbeTask(protocol.removesuffix("-all"), train, own)
+                    probes[protocol] = ProbeTask(protocol.removesuffix("-all"), train, chosen)
                 elif fraction == max(plan.fractions):
                     for count in (len(train.classes), MANY_CLUSTERS):
                         label = protocol if count < MANY_CLUSTERS else f"{protocol}, {count}"
-                        probes[label] = ProbeTask("clusters", self.scored, own, count)
+                        probes[label] = ProbeTask("clusters", self.scored, chosen, count)
             if not probes:
                 continue
-            names = list(dict.fromkeys(name for own in probes.values() for name in own.layers))
+            names = list(dict.fromkeys(name for probe in probes.values() for name in probe.layers))
             reader = Reader(net, names, *seen, fast=True)
             keep = self.keep_of(plan.protocols[0], fraction, seed)
-            found = run_probes(reader, list(probes.values()), self.scored, seed=seed, keep=keep)
-            for (label, probe), scored in zip(probes.items(), found, strict=True):
+            results = run_probes(reader, list(probes.values()), self.scored, seed=seed, keep=keep)
+            for (label, probe), scored in zip(probes.items(), results, strict=True):
                 self.note(label, len(probe.train), seed, scored)
 
     def seeds_of(self, protocol: str, fraction: float) -> range:
@@ -307,7 +313,7 @@ class Contest:
             if seed in self.seeds_of(FINETUNE, fraction):
                 train = self.crops.of(self.crops.dataset.share(fraction, seed))
                 keep = self.keep_of(FINETUNE, fraction, seed)
-                found = finetune(
+                result = finetune(
                     net,
                     train,
                     self.scored,
@@ -316,4 +322,4 @@ class Contest:
                     seed=seed,
                     keep=keep,
                 )
-                self.note(FINETUNE, len(train), seed, found)
+                self.note(FINETUNE, len(train), seed, result)
