@@ -39,7 +39,7 @@ def pretrain(config: PretrainConfig, *, json: bool = False) -> None:
     result = run(config)
     writes = bool(result.metrics) if config.dry_run else result.backbone is not None
     if json and writes:
-        figures = {name: own if isfinite(own) else None for name, own in result.metrics.items()}
+        figures = {n: value if isfinite(value) else None for n, value in result.metrics.items()}
         print_json({"run": None if config.dry_run else result.run_dir, "metrics": figures})
     elif config.dry_run:
         for name, value in result.metrics.items():
@@ -155,13 +155,13 @@ def features(
     from .visualization.feature_files import features as written
 
     with logging_to(terminal=True):
-        found = written(**given)
+        result = written(**given)
     if json:
-        print(found.to_json(), end="")
+        print(result.to_json(), end="")
         return
-    print(f"features: {found.folder} ({found})")
+    print(f"features: {result.folder} ({result})")
     if pca is not None:
-        print(f"pictures: {found.folder / run_layout.PICTURES}")
+        print(f"pictures: {result.folder / run_layout.PICTURES}")
 
 
 def visualize(
@@ -229,7 +229,7 @@ def export(
     """
     of_push: dict[str, Any] = {"private": private, "licence": licence, "dry_run": dry_run}
     unread = of_push if push is None else {"format": format, "out": out}
-    if given := ", ".join(f"--{name.replace('_', '-')}" for name, own in unread.items() if own):
+    if given := ", ".join(f"--{name.replace('_', '-')}" for name, value in unread.items() if value):
         raise ValueError(
             f"{given} needs --push OWNER/NAME; add it, or leave {given} out"
             if push is None
@@ -239,7 +239,7 @@ def export(
         from .backbones.push import push as pushed
 
         uploaded = pushed(run, push, **of_push)
-        sizes = {name: len(own) for name, own in uploaded.files.items()}
+        sizes = {name: len(content) for name, content in uploaded.files.items()}
         if json:
             print_json({**uploaded._asdict(), "files": sizes, "page": uploaded.page})
         else:
@@ -247,11 +247,11 @@ def export(
         return
     from .backbones.export import export as exported
 
-    found = exported(run, format, out)
+    result = exported(run, format, out)
     if json:
-        print_json({**found._asdict(), "report": str(found.report)})
+        print_json({**result._asdict(), "report": str(result.report)})
     else:
-        print(found)
+        print(result)
 
 
 def prepare(
@@ -320,7 +320,7 @@ def layers(
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
     net = build_backbone(model, channels=channels, image_size=size)
     info = FeatureInfo(net, channels, size)
-    found = list_layers(info)
+    listed = list_layers(info)
     pixel = instance = None
     try:
         pixel, instance = default_layers(info)
@@ -331,9 +331,9 @@ def layers(
         defaults = str(error)
     if json:
         rows = [
-            {"layer": own.name, "type": own.type_name, "stride": own.stride}
-            | {"channels": own.channels, "cells": own.grid}
-            for own in found
+            {"layer": layer.name, "type": layer.type_name, "stride": layer.stride}
+            | {"channels": layer.channels, "cells": layer.grid}
+            for layer in listed
         ]
         about = {"model": model, "image_size": size, "channels": channels, "layers": rows}
         print_json({**about, "pixel_layer": pixel, "instance_layer": instance})
@@ -342,9 +342,9 @@ def layers(
     from rich.table import Column, Table
 
     table = Table(Column("layer", overflow="fold"), "type", "stride", "channels", "cells")
-    for own in found:
-        cells = f"{own.grid[0]}x{own.grid[1]}"
-        table.add_row(own.name, own.type_name, f"{own.stride:g}", str(own.channels), cells)
+    for layer in listed:
+        cells = f"{layer.grid[0]}x{layer.grid[1]}"
+        table.add_row(layer.name, layer.type_name, f"{layer.stride:g}", str(layer.channels), cells)
     Console().print(table)
     print(f"by default: {defaults}")
 
