@@ -57,8 +57,8 @@ def test_a_run_from_random_weights_stands_beside_others(labelled, model, tmp_pat
     contenders, notes = line_up_labelled(labelled, folder)
     assert [contender.name for contender in contenders] == ["random weights", str(folder)]
     assert [contender.by_seed for contender in contenders] == [True, False]
-    random, ours = biases(contenders)
-    torch.testing.assert_close(ours, random + 1)
+    random, trained = biases(contenders)
+    torch.testing.assert_close(trained, random + 1)
     assert contenders[-1].card == small_card(model)
     assert notes == []
 
@@ -73,8 +73,8 @@ def test_what_a_loop_of_ones_own_has_saved_stands_beside_others(labelled, model,
     save_card(path, card_of(learner, model))
     contenders, _ = line_up_labelled(labelled, path)
     assert [contender.name for contender in contenders] == ["random weights", str(path)]
-    random, ours = biases(contenders)
-    torch.testing.assert_close(ours, random + 1)
+    random, trained = biases(contenders)
+    torch.testing.assert_close(trained, random + 1)
 
 
 def test_weights_that_a_run_started_from_stand_between(labelled, model, tmp_path) -> None:
@@ -83,9 +83,9 @@ def test_weights_that_a_run_started_from_stand_between(labelled, model, tmp_path
     contenders, _ = line_up_labelled(labelled, folder)
     names = [contender.name for contender in contenders]
     assert names == ["random weights", "start (backbone.safetensors)", str(folder)]
-    random, start, ours = biases(contenders)
+    random, start, trained = biases(contenders)
     torch.testing.assert_close(start, random + 1)
-    torch.testing.assert_close(ours, random + 2)
+    torch.testing.assert_close(trained, random + 2)
 
 
 def test_random_weights_that_began_shut_stand_between(labelled, tmp_path) -> None:
@@ -173,14 +173,14 @@ def test_several_weights_share_what_they_must_beat(labelled, model, tmp_path) ->
     save_backbone(other, random_net(resnet, 3), resnet)
     contenders, notes = line_up_labelled(labelled, one, other, two)
     random, resnets = f"random weights ({model})", "random weights (torchvision/resnet18)"
-    begun = "start (backbone.safetensors)"
-    assert {own.name: own.baselines for own in contenders} == {
+    start_name = "start (backbone.safetensors)"
+    assert {contender.name: contender.baselines for contender in contenders} == {
         random: (),
         resnets: (),
-        begun: (),
-        str(one): (random, begun),
+        start_name: (),
+        str(one): (random, start_name),
         str(other): (resnets,),
-        str(two): (random, begun),
+        str(two): (random, start_name),
     }
     assert notes == []
     assert sizing_contender(contenders).card == contenders[3].card
@@ -195,21 +195,23 @@ def test_runs_of_one_model_on_other_channels_are_told_apart(labelled, model, tmp
         for n in range(1, 5)
     ]
     contenders, _ = line_up_labelled(labelled, *runs)
-    names = [own.name for own in contenders]
-    told = ["1 channel", *(f"{n} channels" for n in (2, 3, 4))]
-    assert names[:4] == [f"random weights ({own})" for own in told]
-    assert names[4:8] == [f"start (backbone.safetensors, {own})" for own in told]
-    assert [own.build(0).stem.in_channels for own in contenders] == [1, 2, 3, 4] * 3
-    assert [own.baselines for own in contenders[8:]] == [(names[k], names[k + 4]) for k in range(4)]
+    names = [contender.name for contender in contenders]
+    words = ["1 channel", *(f"{n} channels" for n in (2, 3, 4))]
+    assert names[:4] == [f"random weights ({word})" for word in words]
+    assert names[4:8] == [f"start (backbone.safetensors, {word})" for word in words]
+    assert [contender.build(0).stem.in_channels for contender in contenders] == [1, 2, 3, 4] * 3
+    assert [contender.baselines for contender in contenders[8:]] == [
+        (names[k], names[k + 4]) for k in range(4)
+    ]
 
 
 def test_starts_of_one_file_name_are_told_apart(labelled, model, tmp_path) -> None:
     starts = [str(run(tmp_path / name, model, 1.0) / "backbone.safetensors") for name in "ab"]
-    runs = [run(tmp_path / f"{k}", model, 2.0, start=own) for k, own in enumerate(starts)]
+    runs = [run(tmp_path / f"{k}", model, 2.0, start=path) for k, path in enumerate(starts)]
     contenders, _ = line_up_labelled(labelled, *runs)
-    names = [own.name for own in contenders]
-    assert names[1:3] == [f"start ({own})" for own in starts]
-    assert [own.baselines[1] for own in contenders[3:]] == names[1:3]
+    names = [contender.name for contender in contenders]
+    assert names[1:3] == [f"start ({path})" for path in starts]
+    assert [contender.baselines[1] for contender in contenders[3:]] == names[1:3]
 
 
 def test_runs_that_are_read_or_fed_otherwise_have_their_own_random_weights(
@@ -224,24 +226,27 @@ def test_runs_that_are_read_or_fed_otherwise_have_their_own_random_weights(
         "bright": {"mean": (0.7,) * 3},
         "scaled": {"low": (0.0,) * 3, "high": (9.0,) * 3},
     }
-    runs = [run(tmp_path / name, model, 2.0, start=start, **own) for name, own in several.items()]
-    told = ["body, fed as deep", "stem", "body, fed as bright", "body, fed as scaled"]
+    runs = [
+        run(tmp_path / name, model, 2.0, start=start, **settings)
+        for name, settings in several.items()
+    ]
+    words = ["body, fed as deep", "stem", "body, fed as bright", "body, fed as scaled"]
     for order in (runs, runs[::-1]):
         contenders, _ = line_up_labelled(labelled, *order)
-        by_name = {own.name: own for own in contenders}
+        by_name = {contender.name: contender for contender in contenders}
         for path in runs:
-            ours = by_name[str(path)]
-            for name in ours.baselines:
-                assert replace(by_name[name].card, start=start) == ours.card
-            assert len(ours.baselines) == 2
+            contender = by_name[str(path)]
+            for name in contender.baselines:
+                assert replace(by_name[name].card, start=start) == contender.card
+            assert len(contender.baselines) == 2
         assert len(contenders) == 4 + 4 + 5
     contenders, _ = line_up_labelled(labelled, *runs)
-    assert [own.name for own in contenders[:8]] == [
-        *(f"random weights ({own})" for own in told),
-        *(f"start (backbone.safetensors, {own})" for own in told),
+    assert [contender.name for contender in contenders[:8]] == [
+        *(f"random weights ({word})" for word in words),
+        *(f"start (backbone.safetensors, {word})" for word in words),
     ]
     contenders, _ = line_up(runs[:3], open_source(str(labelled / "images")), ["act"])
-    assert [own.name for own in contenders[:2]] == [
+    assert [contender.name for contender in contenders[:2]] == [
         "random weights",
         "start (backbone.safetensors)",
     ]
@@ -251,8 +256,8 @@ def test_runs_that_are_read_or_fed_otherwise_have_their_own_random_weights(
 def test_networks_of_a_fixed_size_are_alike_only_at_that_size(name, kinds) -> None:
     card = small_card(f"timm/{name}", pixel_layer="norm")
     small, large = (replace(card, image_size=(side, side)) for side in (64, 96))
-    found = kinds_of(["a", "b", "c"], [small, large, small], None)
-    assert len(set(found)) == kinds
+    result = kinds_of(["a", "b", "c"], [small, large, small], None)
+    assert len(set(result)) == kinds
 
 
 def test_images_are_read_as_the_runs_read_theirs(tmp_path) -> None:

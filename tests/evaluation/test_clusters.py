@@ -23,10 +23,10 @@ def blobs(count: int = 60) -> tuple[torch.Tensor, torch.Tensor]:
 def test_clusters_are_found_and_their_centres_are_means() -> None:
     cells, shown = blobs()
     centres = kmeans(cells, 3)
-    found = nearest_centre(cells, centres)
+    clusters = nearest_centre(cells, centres)
     for label in range(3):
-        (own,) = set(found[shown == label].tolist())
-        torch.testing.assert_close(centres[own], cells[shown == label].mean(0))
+        (cluster,) = set(clusters[shown == label].tolist())
+        torch.testing.assert_close(centres[cluster], cells[shown == label].mean(0))
 
 
 def test_the_nearest_centre_is_that_of_the_slow_loop(monkeypatch) -> None:
@@ -71,15 +71,15 @@ def slow_classes(cells, shares, centres) -> list[int]:
     """
     count, kinds = len(centres), shares.shape[1]
     directions = [cell / cell.norm() for cell in cells]
-    found = [min(range(count), key=lambda k: (own - centres[k]).norm()) for own in directions]
-    held = [[0.0] * kinds for _ in range(count)]
-    for k, share in zip(found, shares.tolist(), strict=True):
-        held[k] = [a + b for a, b in zip(held[k], share, strict=True)]
+    clusters = [min(range(count), key=lambda k: (cell - centres[k]).norm()) for cell in directions]
+    table = [[0.0] * kinds for _ in range(count)]
+    for k, share in zip(clusters, shares.tolist(), strict=True):
+        table[k] = [a + b for a, b in zip(table[k], share, strict=True)]
     if count == kinds:
-        named = max(permutations(range(kinds)), key=lambda p: sum(map(getitem, held, p)))
+        named = max(permutations(range(kinds)), key=lambda p: sum(map(getitem, table, p)))
     else:
-        named = [max(range(kinds), key=own.__getitem__) for own in held]
-    return [named[k] for k in found]
+        named = [max(range(kinds), key=row.__getitem__) for row in table]
+    return [named[k] for k in clusters]
 
 
 @pytest.mark.parametrize("count", [4, 9])
@@ -87,8 +87,8 @@ def test_clusters_of_any_cells_are_settled_and_named_as_in_the_slow_loop(count) 
     cells, shares = torch.randn(200, 5) * torch.rand(200, 1), torch.rand(200, 4)
     classify = ClusterClassifier(cells, shares, count, seed=0)
     directions = cells / cells.norm(dim=1, keepdim=True)
-    found = torch.cdist(directions, classify.centres).argmin(dim=1)
-    means = torch.stack([directions[found == k].mean(dim=0) for k in range(count)])
+    clusters = torch.cdist(directions, classify.centres).argmin(dim=1)
+    means = torch.stack([directions[clusters == k].mean(dim=0) for k in range(count)])
     torch.testing.assert_close(classify.centres, means)
     slow = slow_classes(cells, shares, classify.centres)
     assert classify(cells).argmax(1).tolist() == slow

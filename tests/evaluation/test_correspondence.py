@@ -42,9 +42,9 @@ def slow_hits(one, two, map_one, map_two) -> list[float]:
             match = distances[likeness.index(max(likeness))]
             near = [distance < 1.5 for distance in distances]
             right = [distance < 0.7 for distance in distances]
-            found = [match < 0.7, match < 1.5, sum(right) / len(right)]
-            found += [sum(near) / len(near), 1]
-            sums = [total + value for total, value in zip(sums, found, strict=True)]
+            figures = [match < 0.7, match < 1.5, sum(right) / len(right)]
+            figures += [sum(near) / len(near), 1]
+            sums = [total + value for total, value in zip(sums, figures, strict=True)]
     return sums
 
 
@@ -52,9 +52,9 @@ def test_hits_equal_the_slow_loop() -> None:
     one, two = torch.randn(3, 5, 4, 6), torch.randn(3, 5, 3, 5)
     map_one = maps((0, 0, 60, 40), (5, 5, 50, 35), (0, 0, 20, 20))
     map_two = maps((10, 0, 60, 40), (0, 8, 40, 30), (40, 40, 60, 60))  # the last see nothing common
-    found = hits(one, two, map_one, map_two)
-    assert found.tolist() == pytest.approx(slow_hits(one, two, map_one, map_two))
-    assert found[4] > 0
+    sums = hits(one, two, map_one, map_two)
+    assert sums.tolist() == pytest.approx(slow_hits(one, two, map_one, map_two))
+    assert sums[4] > 0
 
 
 def test_hits_are_the_same_in_small_blocks(monkeypatch) -> None:
@@ -79,10 +79,10 @@ def test_one_view_twice_is_always_found() -> None:
 
 def test_a_match_across_the_view_is_no_hit() -> None:
     features = torch.eye(16).view(1, 16, 4, 4)
-    found = hits(features, features.flip(-1, -2), maps((0, 0, 8, 8)), maps((0, 0, 8, 8)))
+    sums = hits(features, features.flip(-1, -2), maps((0, 0, 8, 8)), maps((0, 0, 8, 8)))
     # Every cell is found at the opposite place: 1 or 3 cells off, each way. Only the four in the
     # middle, one cell off both ways, are near.
-    assert found[:2].tolist() == [0, 4]
+    assert sums[:2].tolist() == [0, 4]
 
 
 def test_views_are_the_same_for_the_same_seed_and_no_generator_moves() -> None:
@@ -146,20 +146,20 @@ def found_in(net: nn.Module, images, seed: int = 0, **settings) -> Correspondenc
 def test_a_network_is_judged_in_eval_mode_by_batches_of_any_size() -> None:
     images = [torch.rand(3, 8, 8).repeat_interleave(8, 1).repeat_interleave(8, 2) for _ in range(5)]
     net = edges()
-    found = found_in(net, images)
+    result = found_in(net, images)
     assert net.training
     # Blobs of colour: far more often found than by chance.
-    assert found.hit1 > 2.5 * found.chance
-    assert 0 < found.chance < found.chance_near < 1
-    assert found.hit1 <= found.hit_near <= 1
-    assert found.cells > 100
-    assert found_in(net, images, batch=2) == pytest.approx(found)
-    assert found_in(net, images, seed=1) != found
+    assert result.hit1 > 2.5 * result.chance
+    assert 0 < result.chance < result.chance_near < 1
+    assert result.hit1 <= result.hit_near <= 1
+    assert result.cells > 100
+    assert found_in(net, images, batch=2) == pytest.approx(result)
+    assert found_in(net, images, seed=1) != result
 
 
 def test_views_without_a_common_cell_are_refused() -> None:
     images = [torch.rand(3, 64, 64)]
     views = draw_pairs(images, (32, 32), 0)
-    apart = views._replace(map_one=maps((0, 0, 8, 8)), map_two=maps((40, 40, 48, 48)))
+    disjoint = views._replace(map_one=maps((0, 0, 8, 8)), map_two=maps((40, 40, 48, 48)))
     with pytest.raises(ValueError, match="falls inside the other; use more images"):
-        measure_correspondence(Reader(edges(), None, 3, (32, 32)), apart, MEAN, STD)
+        measure_correspondence(Reader(edges(), None, 3, (32, 32)), disjoint, MEAN, STD)
