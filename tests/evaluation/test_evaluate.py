@@ -48,17 +48,17 @@ def run(model, tmp_path):
 @pytest.mark.parametrize("protocol", ["linear", "knn"])
 def test_a_run_is_judged_beside_random_weights(run, labelled, tmp_path, protocol) -> None:
     out = tmp_path / "out"
-    found = evaluate(run, data=labelled, protocol=protocol, seeds=2, out=out)
-    assert [row.name for row in found.rows] == ["random weights", str(run)]
-    assert [len(row.seeds) for row in found.rows] == [2, 1]  # its own weights know no chance
-    assert set(found.ours.scores) == {"mIoU", "pixel accuracy"}
-    assert list(found.ours.classes) == ["red", "green", "blue"]
-    assert found.ours.scores["mIoU"] > 0.7
-    assert found.settings["fed at"] == "shorter side 34"
-    assert found.settings["layers"] == ["body"]
-    assert f"{found.ours.scores['mIoU']:.3f}" in found.table()
-    assert " mIoU on val, " in found.sentence
-    assert Evaluation.from_json((out / "evaluation.json").read_text()) == found
+    result = evaluate(run, data=labelled, protocol=protocol, seeds=2, out=out)
+    assert [row.name for row in result.rows] == ["random weights", str(run)]
+    assert [len(row.seeds) for row in result.rows] == [2, 1]  # its own weights know no chance
+    assert set(result.ours.scores) == {"mIoU", "pixel accuracy"}
+    assert list(result.ours.classes) == ["red", "green", "blue"]
+    assert result.ours.scores["mIoU"] > 0.7
+    assert result.settings["fed at"] == "shorter side 34"
+    assert result.settings["layers"] == ["body"]
+    assert f"{result.ours.scores['mIoU']:.3f}" in result.table()
+    assert " mIoU on val, " in result.sentence
+    assert Evaluation.from_json((out / "evaluation.json").read_text()) == result
     pictures = sorted(path.name for path in (out / "predictions").iterdir())
     assert pictures == [f"000{number}_{number}.png" for number in range(4)]
 
@@ -88,24 +88,24 @@ def test_the_same_weights_reach_the_same(run, labelled) -> None:
 
 def test_fine_tuning_takes_a_share_of_the_masks(run, labelled) -> None:
     settings = {"protocol": "finetune", "fraction": 0.3, "steps": 3}
-    found = evaluate(run, data=labelled, **settings)
-    assert [len(row.seeds) for row in found.rows] == [3, 3]
-    assert found.ours.deviations["mIoU"] > 0
-    assert found.settings["masks"] == [3]
-    assert found.settings["steps"] == 3
-    assert found.sentence.startswith("Fine-tuning reaches ")
+    result = evaluate(run, data=labelled, **settings)
+    assert [len(row.seeds) for row in result.rows] == [3, 3]
+    assert result.ours.deviations["mIoU"] > 0
+    assert result.settings["masks"] == [3]
+    assert result.settings["steps"] == 3
+    assert result.sentence.startswith("Fine-tuning reaches ")
 
 
 def test_a_share_of_the_masks_makes_a_probe_depend_on_the_seed(run, labelled) -> None:
-    found = evaluate(run, data=labelled, protocol="knn", fraction=0.2, seeds=2)
-    assert [len(row.seeds) for row in found.rows] == [2, 2]
-    assert found.ours.seeds[0] != found.ours.seeds[1]
+    result = evaluate(run, data=labelled, protocol="knn", fraction=0.2, seeds=2)
+    assert [len(row.seeds) for row in result.rows] == [2, 2]
+    assert result.ours.seeds[0] != result.ours.seeds[1]
 
 
 def test_layers_and_sizes_may_be_named(run, labelled) -> None:
-    found = evaluate(run, data=labelled, layers=("body", "act"), size=(32, 48))
-    assert found.settings["layers"] == ["body + act"]
-    assert found.settings["fed at"] == "32x48"
+    result = evaluate(run, data=labelled, layers=("body", "act"), size=(32, 48))
+    assert result.settings["layers"] == ["body + act"]
+    assert result.settings["fed at"] == "32x48"
     assert evaluate(run, data=labelled, layers="act").settings["layers"] == ["act"]
     with pytest.raises(ValueError, match=r"no layer 'bod'.*perhaps body"):
         evaluate(run, data=labelled, layers=("bod",))
@@ -113,28 +113,28 @@ def test_layers_and_sizes_may_be_named(run, labelled) -> None:
 
 def test_without_labels_views_and_health_are_looked_at(run, labelled, tmp_path) -> None:
     (labelled / "images/val/broken.png").write_text("no image")
-    found = evaluate(run, images=labelled / "images/val", seeds=2, out=tmp_path)
-    assert found.protocol == "correspondence"
-    assert [len(row.seeds) for row in found.rows] == [2, 2]
+    result = evaluate(run, images=labelled / "images/val", seeds=2, out=tmp_path)
+    assert result.protocol == "correspondence"
+    assert [len(row.seeds) for row in result.rows] == [2, 2]
     names = ["hit@1", "hit@1, colours kept", "hit within 2 cells"]
     chances = ["hit@1 by chance", "within 2 cells by chance"]
-    assert list(found.ours.scores) == [*names, *chances, "spread", "effective rank"]
-    assert 0 < found.ours.scores[chances[0]] < found.ours.scores[chances[1]] < 1
-    assert found.rows[0].scores["hit@1 by chance"] == found.ours.scores["hit@1 by chance"]
-    assert found.settings["images"] == 4
-    (note,) = found.notes
+    assert list(result.ours.scores) == [*names, *chances, "spread", "effective rank"]
+    assert 0 < result.ours.scores[chances[0]] < result.ours.scores[chances[1]] < 1
+    assert result.rows[0].scores["hit@1 by chance"] == result.ours.scores["hit@1 by chance"]
+    assert result.settings["images"] == 4
+    (note,) = result.notes
     assert note.startswith("left out ")
     assert "broken.png" in note
-    assert found.sentence.startswith("Cells find the same spot in another view of the image ")
-    assert json.loads((tmp_path / "correspondence.json").read_text())["sentence"] == found.sentence
+    assert result.sentence.startswith("Cells find the same spot in another view of the image ")
+    assert json.loads((tmp_path / "correspondence.json").read_text())["sentence"] == result.sentence
 
 
 def test_without_labels_the_size_is_that_of_the_views(run, labelled) -> None:
-    found = evaluate(run, images=labelled / "images/val", size=(48, 64))
-    assert found.settings["views"] == "48x64"
+    result = evaluate(run, images=labelled / "images/val", size=(48, 64))
+    assert result.settings["views"] == "48x64"
     assert evaluate(run, images=labelled / "images/val", size=48).settings["views"] == "48x48"
-    found = evaluate(run, images=labelled / "images/val", size=[48, 64])  # as in JSON
-    assert found.settings["views"] == "48x64"
+    result = evaluate(run, images=labelled / "images/val", size=[48, 64])  # as in JSON
+    assert result.settings["views"] == "48x64"
 
 
 def test_weights_without_a_run_are_scaled_without_nodata(labelled, model, monkeypatch) -> None:
@@ -192,9 +192,9 @@ def test_a_network_without_a_coarse_map_is_evaluated_without_a_map_of_each_strid
 ) -> None:
     (tmp_path / "fine.py").write_text(FINE)
     weights = f"random:{tmp_path / 'fine.py'}:fine", run
-    found = evaluate(weights, data=labelled, fractions=[0.2, 1], seeds=1)
-    assert found.protocol == "linear, knn"
-    (note,) = found.notes
+    result = evaluate(weights, data=labelled, fractions=[0.2, 1], seeds=1)
+    assert result.protocol == "linear, knn"
+    (note,) = result.notes
     assert note.startswith("Left out linear-all and finetune: Sequential has no map to decode")
     with pytest.raises(
         ValueError, match="Sequential has no map to decode with a stride of 3 or more"
@@ -216,24 +216,26 @@ def test_a_diverged_network_is_named_and_the_others_are_judged(
     run, labelled, model, tmp_path, caplog, capsys
 ) -> None:
     lost = diverged(tmp_path / "lost", model)
-    found = evaluate([run, lost], data=labelled, protocol="knn", out=tmp_path)
-    assert [row.name for row in found.rows] == ["random weights", str(run)]
-    (note,) = found.notes
+    result = evaluate([run, lost], data=labelled, protocol="knn", out=tmp_path)
+    assert [row.name for row in result.rows] == ["random weights", str(run)]
+    (note,) = result.notes
     assert note.startswith(f"{lost} is left out: body of this network give NaN or")
     assert note in caplog.messages
     words = "evaluate", str(lost), "--data", str(labelled), "--protocol", "knn"
     assert cli.main(words) == 1
     assert f"error: {lost}: body of this network give NaN" in capsys.readouterr().err
-    found = evaluate([run, lost], data=labelled, protocol="finetune", steps=1, seeds=1)
-    assert [row.name for row in found.rows] == ["random weights", str(run)]
-    assert found.notes[0].startswith(f"{lost} is left out: fine-tuning at the learning rate 0.0003")
+    result = evaluate([run, lost], data=labelled, protocol="finetune", steps=1, seeds=1)
+    assert [row.name for row in result.rows] == ["random weights", str(run)]
+    assert result.notes[0].startswith(
+        f"{lost} is left out: fine-tuning at the learning rate 0.0003"
+    )
 
 
 def test_fractions_of_as_many_masks_count_once(run, labelled) -> None:
     settings = {"protocol": "knn", "fractions": [0.1, 0.12, 0.5, 0.97, 1], "seeds": 2}
-    found = evaluate(run, data=labelled, **settings)
-    assert found.settings["masks"] == [1, 5, 10]
-    points = found.ours.curves["knn"]
+    result = evaluate(run, data=labelled, **settings)
+    assert result.settings["masks"] == [1, 5, 10]
+    points = result.ours.curves["knn"]
     assert [(point.masks, len(point.seeds)) for point in points] == [(1, 2), (5, 2), (10, 1)]
 
 
@@ -243,7 +245,7 @@ def test_classifiers_of_one_share_of_the_masks_are_held_at_a_time(
     run_probes, shares = segmentation.run_probes, []
 
     def noted(reader, probes, *given, **settings):
-        shares.append({len(own.train) for own in probes})
+        shares.append({len(probe.train) for probe in probes})
         return run_probes(reader, probes, *given, **settings)
 
     monkeypatch.setattr(segmentation, "run_probes", noted)
@@ -254,9 +256,9 @@ def test_classifiers_of_one_share_of_the_masks_are_held_at_a_time(
 def test_settings_about_labels_are_refused_without_any() -> None:
     with pytest.raises(ValueError) as error:
         evaluate("runs/a", images="b", protocol="knn", fraction=0.5, split="test", steps=9)
-    told = str(error.value).splitlines()
-    assert [line.split()[0] for line in told] == ["protocol", "fraction", "split", "steps"]
-    assert told[0] == (
+    lines = str(error.value).splitlines()
+    assert [line.split()[0] for line in lines] == ["protocol", "fraction", "split", "steps"]
+    assert lines[0] == (
         "protocol is 'knn', which needs labels; give data instead of images, or leave it out"
     )
 
@@ -292,9 +294,9 @@ def test_settings_that_contradict_each_other_are_refused(settings, words) -> Non
 def test_bytes_of_names_that_are_no_text_lose_no_figure(run, labelled, tmp_path, caplog) -> None:
     caplog.set_level(logging.ERROR)  # such a name cannot be told from one pytest process to another
     (labelled / "images/val" / os.fsdecode(b"M\xfcnchen.png")).write_text("no image")
-    found = evaluate(run, images=labelled / "images/val", out=tmp_path)
-    assert Evaluation.from_json((tmp_path / "correspondence.json").read_text()) == found
-    assert os.fsdecode(b"M\xfcnchen.png") in found.notes[0]
+    result = evaluate(run, images=labelled / "images/val", out=tmp_path)
+    assert Evaluation.from_json((tmp_path / "correspondence.json").read_text()) == result
+    assert os.fsdecode(b"M\xfcnchen.png") in result.notes[0]
 
 
 def test_large_images_are_looked_at_at_twice_the_views(run, tmp_path, monkeypatch) -> None:
@@ -326,7 +328,7 @@ def test_without_labels_each_network_sees_images_as_it_knows_them(model, tmp_pat
         runs.append(tmp_path / f"run{len(runs)}")
         save_backbone(runs[-1] / "backbone.safetensors", random_net(card, 1), card)
     *_, one, two, three = evaluate(runs, images=images).rows
-    assert [own.scores for own in (one, two, three)] == [
+    assert [row.scores for row in (one, two, three)] == [
         evaluate(run, images=images).ours.scores for run in runs
     ]
     assert one.scores != two.scores
@@ -334,10 +336,10 @@ def test_without_labels_each_network_sees_images_as_it_knows_them(model, tmp_pat
 
 def test_without_labels_a_network_of_one_size_stands_beside_others(run, labelled) -> None:
     images = labelled / "images/val"
-    found = evaluate([run, "random:timm/test_vit"], images=images)
-    assert found.settings["views"] == "24x24, 160x160"
+    result = evaluate([run, "random:timm/test_vit"], images=images)
+    assert result.settings["views"] == "24x24, 160x160"
     alone = evaluate("random:timm/test_vit", images=images).ours
-    assert [own.scores for own in found.rows if own.name.endswith("(timm/test_vit)")] == [
+    assert [row.scores for row in result.rows if row.name.endswith("(timm/test_vit)")] == [
         alone.scores
     ]
     with pytest.raises(ValueError, match="built for images of 160x160 only"):
@@ -349,19 +351,19 @@ def test_views_of_one_seed_are_held_at_a_time(run, labelled, monkeypatch) -> Non
     monkeypatch.setattr(
         correspondence,
         "draw_pairs",
-        lambda *own, **named: calls.append("draw") or draw(*own, **named),
+        lambda *given, **named: calls.append("draw") or draw(*given, **named),
     )
     monkeypatch.setattr(
-        correspondence, "figures_of", lambda *own: calls.append("read") or figures(*own)
+        correspondence, "figures_of", lambda *given: calls.append("read") or figures(*given)
     )
     evaluate(run, images=labelled / "images/val", seeds=2)
     assert calls == ["draw", "draw", "read", "read"] * 2
 
 
 def test_random_weights_are_what_others_have_to_beat(model, labelled) -> None:
-    found = evaluate(f"random:{model}", data=labelled, protocol="knn")
-    assert [row.name for row in found.rows] == ["random weights"]
-    assert found.sentence.endswith("the baseline for other weights of this network.")
+    result = evaluate(f"random:{model}", data=labelled, protocol="knn")
+    assert [row.name for row in result.rows] == ["random weights"]
+    assert result.sentence.endswith("the baseline for other weights of this network.")
 
 
 def test_all_that_is_wrong_is_said_at_once() -> None:
@@ -385,55 +387,55 @@ def test_several_weights_and_protocols_stand_side_by_side(run, labelled, model, 
     other.mkdir()
     for name in ("backbone.safetensors", "backbone.json"):
         (other / name).write_bytes((run / name).read_bytes())
-    found = evaluate([run, other, f"random:{model}"], data=labelled, protocol=protocols)
-    random = [f"random weights (fed as {own})" for own in ("run", Path(model).name)]
-    assert [row.name for row in found.rows] == [*random, str(run), str(other)]
-    assert found.rows[2].scores == found.rows[3].scores
+    result = evaluate([run, other, f"random:{model}"], data=labelled, protocol=protocols)
+    random = [f"random weights (fed as {name})" for name in ("run", Path(model).name)]
+    assert [row.name for row in result.rows] == [*random, str(run), str(other)]
+    assert result.rows[2].scores == result.rows[3].scores
     keys = ["mIoU", "pixel accuracy", "hummingbird mIoU", "overclustering mIoU"]
-    assert list(found.ours.scores) == [*keys, "overclustering, 500 mIoU", "linear-all mIoU"]
-    assert all(0.4 < value <= 1 for value in found.ours.scores.values())
-    assert found.sentence.count("A nearest-neighbour vote reaches") == 2
-    assert found.sentence.startswith(f"{run}: ")
+    assert list(result.ours.scores) == [*keys, "overclustering, 500 mIoU", "linear-all mIoU"]
+    assert all(0.4 < value <= 1 for value in result.ours.scores.values())
+    assert result.sentence.count("A nearest-neighbour vote reaches") == 2
+    assert result.sentence.startswith(f"{run}: ")
 
 
 @pytest.mark.parametrize(
-    ("protocol", "told"), [("knn", [" (body)", " (stem)"]), ("linear-all", [""])]
+    ("protocol", "labels"), [("knn", [" (body)", " (stem)"]), ("linear-all", [""])]
 )
 def test_runs_of_other_layers_have_other_random_weights_where_layers_are_read(
-    run, labelled, tmp_path, protocol, told
+    run, labelled, tmp_path, protocol, labels
 ) -> None:
     other = tmp_path / "other"
     other.mkdir()
     (other / "backbone.safetensors").write_bytes((run / "backbone.safetensors").read_bytes())
     card = (run / "backbone.json").read_text().replace('"body"', '"stem"')
     (other / "backbone.json").write_text(card)
-    found = evaluate([run, other], data=labelled, protocol=protocol)
-    random = [f"random weights{own}" for own in told]
-    assert [row.name for row in found.rows] == [*random, str(run), str(other)]
-    assert [row.baselines[0] for row in found.rows[-2:]] == [random[0], random[-1]]
+    result = evaluate([run, other], data=labelled, protocol=protocol)
+    random = [f"random weights{label}" for label in labels]
+    assert [row.name for row in result.rows] == [*random, str(run), str(other)]
+    assert [row.baselines[0] for row in result.rows[-2:]] == [random[0], random[-1]]
 
 
 def test_fractions_give_label_curves(run, labelled, tmp_path, caplog) -> None:
     caplog.set_level(logging.INFO)
     settings = {"fractions": [1, 0.2, 0.5], "steps": 2, "seeds": 2}
-    found = evaluate(run, data=labelled, protocol=["linear", "finetune"], out=tmp_path, **settings)
-    assert found.settings["masks"] == [2, 5, 10]
-    assert found.curves == ["linear", "finetune"]
-    for row in found.rows:
+    result = evaluate(run, data=labelled, protocol=["linear", "finetune"], out=tmp_path, **settings)
+    assert result.settings["masks"] == [2, 5, 10]
+    assert result.curves == ["linear", "finetune"]
+    for row in result.rows:
         assert [point.masks for point in row.curves["finetune"]] == [2, 5, 10]
         assert [len(point.seeds) for point in row.curves["finetune"]] == [2, 2, 2]
         assert row.scores["finetune mIoU"] == row.curves["finetune"][-1].miou
     # With all masks frozen features know no chance.
-    assert [len(point.seeds) for point in found.ours.curves["linear"]] == [2, 2, 1]
-    assert found.ours.scores["mIoU"] == found.ours.curves["linear"][-1].miou
-    assert " Label curve (fine-tuning): " in found.sentence
+    assert [len(point.seeds) for point in result.ours.curves["linear"]] == [2, 2, 1]
+    assert result.ours.scores["mIoU"] == result.ours.curves["linear"][-1].miou
+    assert " Label curve (fine-tuning): " in result.sentence
     assert (tmp_path / "label-curve.png").is_file()
     evaluate(run, data=labelled, protocol="knn", out=tmp_path)
     assert not (tmp_path / "label-curve.png").exists()
-    assert set(found.settings["learning rates"]) == {"random weights", str(run)}
-    assert set(found.settings["learning rates"].values()) <= set(map(str, RATES))
-    (told,) = (own for own in caplog.messages if own.startswith("fine-tuning: "))
-    assert told.startswith(
+    assert set(result.settings["learning rates"]) == {"random weights", str(run)}
+    assert set(result.settings["learning rates"].values()) <= set(map(str, RATES))
+    (message,) = (text for text in caplog.messages if text.startswith("fine-tuning: "))
+    assert message.startswith(
         "fine-tuning: 12 fits of 2 steps, and 8 to choose learning rates: about "
     )
 
@@ -441,18 +443,18 @@ def test_fractions_give_label_curves(run, labelled, tmp_path, caplog) -> None:
 def test_with_one_mask_no_learning_rate_is_chosen(run, labelled, caplog) -> None:
     caplog.set_level(logging.INFO)
     settings = {"fraction": 0.1, "steps": 1, "seeds": 1}
-    found = evaluate(run, data=labelled, protocol="finetune", **settings)
-    told = set(found.settings["learning rates"].values())
-    assert told == {"0.0003 (decoder 0.001; not chosen: one mask)"}
-    assert any("2 fits of 1 steps, and 0 to choose" in own for own in caplog.messages)
+    result = evaluate(run, data=labelled, protocol="finetune", **settings)
+    rates = set(result.settings["learning rates"].values())
+    assert rates == {"0.0003 (decoder 0.001; not chosen: one mask)"}
+    assert any("2 fits of 1 steps, and 0 to choose" in message for message in caplog.messages)
 
 
 def test_weights_of_a_library_are_fed_as_the_run_is(run, labelled) -> None:
     settings = {"data": labelled, "protocol": "knn"}
     alone = evaluate("random:torchvision/resnet18", **settings)
     assert alone.settings["fed at"] == "shorter side 314"
-    beside = evaluate(["random:torchvision/resnet18", run], **settings)
-    assert beside.settings["fed at"] == "shorter side 34"
+    together = evaluate(["random:torchvision/resnet18", run], **settings)
+    assert together.settings["fed at"] == "shorter side 34"
 
 
 # What it means.
@@ -573,8 +575,8 @@ def test_others_stand_in_for_images_that_are_not_for_this_network(tmp_path) -> N
         return pixels.mT[:, : prepare.shortest]
 
     wanted = preparation(24), preparation(32)
-    found, notes = some_images(open_source(tmp_path), wanted, 2, 48, fit)
-    assert [(name, [own.shape for own in each]) for name, each in found] == [
+    images, notes = some_images(open_source(tmp_path), wanted, 2, 48, fit)
+    assert [(name, [tensor.shape for tensor in each]) for name, each in images] == [
         (f"{tmp_path}/{number}.png", [(3, 24, 32), (3, 32, 32)]) for number in (1, 3)
     ]
     words = "it is 16-bit or float, where the images looked at were 8-bit"

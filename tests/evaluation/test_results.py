@@ -65,7 +65,7 @@ def test_the_table_has_a_column_for_each_network() -> None:
     lines = outcome().table().splitlines()
     assert lines[0].strip() == "linear on labelled: split val, layers a + b, stem"
     cells = {line[:22].strip(): line[22:].split("  ") for line in lines}
-    words = {key: [cell.strip() for cell in own if cell.strip()] for key, own in cells.items()}
+    words = {key: [cell.strip() for cell in row if cell.strip()] for key, row in cells.items()}
     assert words["mIoU"] == ["0.250 ± 0.071", "0.500"]
     assert words["mIoU, times random"] == ["1.00", "2.00"]
     assert words["IoU sky"] == ["0.500", "0.750"]
@@ -83,9 +83,9 @@ def test_an_outcome_is_written_and_read(tmp_path) -> None:
     path = outcome().write(tmp_path / "new" / "folder")
     assert path == tmp_path / "new" / "folder" / "evaluation.json"
     text = path.read_text()
-    held = json.loads(text)  # without NaN, which is no JSON
-    assert held["rows"][1]["scores"] == {"mIoU": 0.5}
-    assert held["rows"][1]["classes"]["[b]"] is None
+    content = json.loads(text)  # without NaN, which is no JSON
+    assert content["rows"][1]["scores"] == {"mIoU": 0.5}
+    assert content["rows"][1]["classes"]["[b]"] is None
     again = Evaluation.from_json(text)
     assert isnan(again.ours.classes["[b]"])
     assert again.to_json() == text
@@ -116,8 +116,8 @@ def with_curves() -> Evaluation:
     curves = curve((10, 0.2), (40, 0.4), (160, 0.5)), curve((10, 0.3), (40, 0.5), (160, 0.55))
     names = "random weights", "runs/streets"
     rows = [
-        Row.of(name, [{"mIoU": own[-1].miou}], baselines=names[:k], curves={"finetune": own})
-        for k, (name, own) in enumerate(zip(names, curves, strict=True))
+        Row.of(name, [{"mIoU": points[-1].miou}], baselines=names[:k], curves={"finetune": points})
+        for k, (name, points) in enumerate(zip(names, curves, strict=True))
     ]
     return outcome(rows=tuple(rows), notes=())
 
@@ -133,16 +133,16 @@ def test_masks_needed_are_read_off_a_curve() -> None:
 
 def test_masks_saved_are_told_at_the_fewest_masks() -> None:
     random, ours = with_curves().rows
-    told = "runs/streets needs 10 masks to match random weights with 20: 2.0 times fewer"
-    assert masks_saved(ours, random, "finetune") == told
-    told = masks_saved(random, ours, "finetune")
-    assert told == "random weights needs 40 masks to match runs/streets with 20: 2.0 times more"
+    sentence = "runs/streets needs 10 masks to match random weights with 20: 2.0 times fewer"
+    assert masks_saved(ours, random, "finetune") == sentence
+    sentence = masks_saved(random, ours, "finetune")
+    assert sentence == "random weights needs 40 masks to match runs/streets with 20: 2.0 times more"
     high, low = (replace(ours, curves={"finetune": curve((10, y), (40, y))}) for y in (0.6, 0.1))
-    told = masks_saved(high, random, "finetune")
+    sentence = masks_saved(high, random, "finetune")
     beaten = "random weights with 160"
-    assert told == f"runs/streets with 10 masks beats {beaten}: more than 16.0 times fewer"
-    told = masks_saved(low, random, "finetune")
-    assert told == "runs/streets with 10 masks falls short of random weights"
+    assert sentence == f"runs/streets with 10 masks beats {beaten}: more than 16.0 times fewer"
+    sentence = masks_saved(low, random, "finetune")
+    assert sentence == "runs/streets with 10 masks falls short of random weights"
     assert masks_saved(ours, random, "linear") is None
     single, few = (
         replace(row, curves={"finetune": curve((1, y), (10, 2 * y))})
@@ -150,11 +150,11 @@ def test_masks_saved_are_told_at_the_fewest_masks() -> None:
     )
     assert masks_saved(single, few, "finetune").startswith("runs/streets with 1 mask beats random")
     crossing = replace(ours, curves={"finetune": curve((10, 0.1), (40, 0.6), (160, 0.7))})
-    told = masks_saved(crossing, random, "finetune")
-    assert told == f"runs/streets with 40 masks beats {beaten}: more than 4.0 times fewer"
+    sentence = masks_saved(crossing, random, "finetune")
+    assert sentence == f"runs/streets with 40 masks beats {beaten}: more than 4.0 times fewer"
     late = replace(ours, curves={"finetune": curve((10, 0.1), (160, 0.6))})
-    told = masks_saved(late, random, "finetune")  # of which nothing is saved for certain
-    assert told == f"runs/streets with 160 masks beats {beaten}"
+    sentence = masks_saved(late, random, "finetune")  # of which nothing is saved for certain
+    assert sentence == f"runs/streets with 160 masks beats {beaten}"
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,9 @@ def test_masks_saved_are_told_at_the_fewest_masks() -> None:
 )
 def test_no_saving_is_told_out_of_noise(random, ours) -> None:
     rows = (
-        Row.of(name, [{"mIoU": 0.2}], curves={"linear": [CurvePoint(*own, ()) for own in points]})
+        Row.of(
+            name, [{"mIoU": 0.2}], curves={"linear": [CurvePoint(*point, ()) for point in points]}
+        )
         for name, points in (("random weights", random), ("runs/slides", ours))
     )
     floor, row = rows
@@ -184,27 +186,28 @@ def test_no_saving_is_told_out_of_noise(random, ours) -> None:
 
 
 def test_curves_are_in_the_table_and_the_file() -> None:
-    found = with_curves()
-    (line,) = (own for own in found.table().splitlines() if "finetune, 40 masks" in own)
+    evaluation = with_curves()
+    (line,) = (row for row in evaluation.table().splitlines() if "finetune, 40 masks" in row)
     assert line.split("masks")[1].split() == ["0.400", "±", "0.014", "0.500", "±", "0.014"]
-    assert Evaluation.from_json(found.to_json()) == found
-    old = json.loads(found.to_json())
+    assert Evaluation.from_json(evaluation.to_json()) == evaluation
+    old = json.loads(evaluation.to_json())
     for row in old["rows"]:  # as written before there were curves
         del row["curves"], row["baselines"]
-    assert Evaluation.from_json(json.dumps(old)).rows[0].scores == found.rows[0].scores
+    assert Evaluation.from_json(json.dumps(old)).rows[0].scores == evaluation.rows[0].scores
 
 
 def test_each_of_several_weights_has_its_sentence() -> None:
     random, ours = with_curves().rows
     other = replace(ours, name="runs/b")
-    told = in_words([random, ours, other], lambda rows: f"{rows[-1].name} over {rows[0].name}")
+    words = in_words([random, ours, other], lambda rows: f"{rows[-1].name} over {rows[0].name}")
     assert (
-        told == "runs/streets: runs/streets over random weights\nruns/b: runs/b over random weights"
+        words
+        == "runs/streets: runs/streets over random weights\nruns/b: runs/b over random weights"
     )
     assert in_words([random], lambda rows: rows[0].name) == "random weights"
     drawn = [random, replace(random, name="random weights (b)")]  # and none trained
-    told = in_words(drawn, lambda rows: f"{len(rows)} row")
-    assert told == "random weights: 1 row\nrandom weights (b): 1 row"
+    words = in_words(drawn, lambda rows: f"{len(rows)} row")
+    assert words == "random weights: 1 row\nrandom weights (b): 1 row"
 
 
 def test_a_label_curve_is_drawn(tmp_path) -> None:
