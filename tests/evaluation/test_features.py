@@ -45,10 +45,10 @@ def test_features_are_read_in_bfloat16_where_the_device_has_it(net, monkeypatch)
     exact = read(net, images, "two")
     for native in (True, False):
         monkeypatch.setattr(features, "native_bfloat16", lambda kind, native=native: native)
-        found = read(net, images, "two", fast=True)
-        assert found.dtype == torch.float32
-        torch.testing.assert_close(found, exact, atol=0.02, rtol=0.02)
-        assert torch.equal(found, exact) is not native
+        fast = read(net, images, "two", fast=True)
+        assert fast.dtype == torch.float32
+        torch.testing.assert_close(fast, exact, atol=0.02, rtol=0.02)
+        assert torch.equal(fast, exact) is not native
 
 
 def test_layers_are_resized_to_the_finest_and_stacked(net) -> None:
@@ -67,10 +67,10 @@ def test_choices_of_layers_are_read_in_one_forward(net) -> None:
     net.one.register_forward_hook(lambda *_: calls.append(1))
     reader = Reader(net, ["one", "two"], 3, (16, 24))
     calls.clear()
-    found = list(reader.read(images, [["two"], ["one", "two"]]))
+    maps = list(reader.read(images, [["two"], ["one", "two"]]))
     assert len(calls) == 1
-    torch.testing.assert_close(found[0], read(net, images, "two"))
-    torch.testing.assert_close(found[1], read(net, images, "one", "two"))
+    torch.testing.assert_close(maps[0], read(net, images, "two"))
+    torch.testing.assert_close(maps[1], read(net, images, "one", "two"))
 
 
 def test_the_network_stays_as_it_was(net) -> None:
@@ -161,19 +161,19 @@ class Picky(nn.Module):
 
 
 def test_networks_that_refuse_whole_images_get_them_at_the_size_of_the_views() -> None:
-    own = card(model="nets.py:picky", image_size=(96, 64))
+    picky = card(model="nets.py:picky", image_size=(96, 64))
     for net in (Picky((96, 64)), Picky(None)):
-        assert Preparation.of(own, net=net).size == (96, 64)
+        assert Preparation.of(picky, net=net).size == (96, 64)
         assert net.training
-    assert Preparation.of(own, net=nn.Identity()).size == round(1.4 * 64)
+    assert Preparation.of(picky, net=nn.Identity()).size == round(1.4 * 64)
 
 
 @pytest.mark.parametrize("size", [65, (64, 96)])
 def test_a_size_that_the_network_refuses_is_named(size) -> None:
-    own = card(model="nets.py:picky", image_size=(96, 64))
+    picky = card(model="nets.py:picky", image_size=(96, 64))
     with pytest.raises(ValueError, match=r"which nets.py:picky does not accept; give 96 64"):
-        Preparation.of(own, size, Picky((96, 64)))
-    assert Preparation.of(own, (96, 64), Picky((96, 64))).size == (96, 64)
+        Preparation.of(picky, size, Picky((96, 64)))
+    assert Preparation.of(picky, (96, 64), Picky((96, 64))).size == (96, 64)
 
 
 def test_a_size_of_nothing_is_refused() -> None:

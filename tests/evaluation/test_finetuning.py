@@ -87,7 +87,7 @@ def fcn() -> nn.Module:
 def test_the_decoder_is_given_what_stages_give(build, expected) -> None:
     net = build()
     layouts = Reader(net, deepest_maps(net, 3, (64, 96)), 3, (64, 96)).layouts
-    assert [(name, own.channels) for name, own in layouts.items()] == list(expected.items())
+    assert [(name, layout.channels) for name, layout in layouts.items()] == list(expected.items())
 
 
 @pytest.mark.parametrize(
@@ -168,10 +168,10 @@ def test_every_image_comes_once_before_any_comes_again(train, monkeypatch) -> No
 def test_the_learning_rates_that_serve_held_out_masks_best_are_chosen(train, monkeypatch) -> None:
     asked = []
 
-    def tried(net, learnt, held, *, rates, steps, seed):
-        asked.append((len(learnt), len(held), steps, rates))
-        assert not set(learnt.dataset.images) & set(held.dataset.images)
-        assert held.cache is images.cache  # as whole images they are kept once
+    def tried(net, learnt, held_out, *, rates, steps, seed):
+        asked.append((len(learnt), len(held_out), steps, rates))
+        assert not set(learnt.dataset.images) & set(held_out.dataset.images)
+        assert held_out.cache is images.cache  # as whole images they are kept once
         scores = Scores([0.3, 0.1, 0.4, 0.2][len(asked) - 1], 0.5, ())
         return Scored(scores, {})
 
@@ -187,10 +187,10 @@ def test_the_learning_rates_that_serve_held_out_masks_best_are_chosen(train, mon
 
 
 def test_a_learning_rate_that_diverges_is_not_chosen_and_told(train, val, monkeypatch) -> None:
-    def diverging(net, own, *, rates, **settings) -> nn.Module:
-        segmenter = fit_segmenter(net, own, rates=rates, **settings)
+    def diverging(net, train, *, rates, **settings) -> nn.Module:
+        segmenter = fit_segmenter(net, train, rates=rates, **settings)
         if rates != RATES[2]:
-            segmenter.head.register_forward_hook(lambda *own: own[-1] * torch.nan)
+            segmenter.head.register_forward_hook(lambda *arguments: arguments[-1] * torch.nan)
         return segmenter
 
     name = "pixel_level_contrastive_learning.evaluation.finetuning.fit_segmenter"
@@ -209,8 +209,8 @@ def test_images_are_decoded_once_while_they_fit(train, monkeypatch) -> None:
 
     monkeypatch.setattr(SegmentationDataset, "read", noted)
     split = for_crops(train)
-    first = [own.pixels for own in split.read(range(10))]
-    again = [own.pixels for own in split.of(train.subset([4, 2])).read([1, 0])]
+    first = [sample.pixels for sample in split.read(range(10))]
+    again = [sample.pixels for sample in split.of(train.subset([4, 2])).read([1, 0])]
     assert sorted(seen) == list(range(10))
     assert torch.equal(again[0], first[2])
     assert torch.equal(again[1], first[4])
@@ -239,10 +239,12 @@ def test_a_network_learns_and_the_one_given_stays_as_it_was(train, val) -> None:
 def test_backbone_and_decoder_have_rates_of_their_own_and_decay(train, rates) -> None:
     net = small()
     net.idle = nn.Parameter(torch.ones(1))  # whose gradient is 0, so that it decays alone
-    net.register_forward_pre_hook(lambda own, pixels: pixels[0] + 0 * own.idle)
+    net.register_forward_pre_hook(lambda module, pixels: pixels[0] + 0 * module.idle)
     still, fitted = (
-        dict(fit_segmenter(net, for_crops(train), rates=own, steps=3, batch=2).named_parameters())
-        for own in (LearningRates(0, 0), rates)
+        dict(
+            fit_segmenter(net, for_crops(train), rates=chosen, steps=3, batch=2).named_parameters()
+        )
+        for chosen in (LearningRates(0, 0), rates)
     )
     for name, weight in fitted.items():
         lr = rates.backbone if name.startswith("net.") else rates.decoder
@@ -257,10 +259,10 @@ def test_a_network_of_another_precision_is_trained_in_float32(train, kind) -> No
     net.table = nn.Parameter(torch.arange(4), requires_grad=False)  # which learns nothing
     net.to(kind)
     segmenter = fit_segmenter(net, for_crops(train), steps=1, batch=2)
-    kinds = {own.dtype for own in segmenter.parameters()}
+    kinds = {weight.dtype for weight in segmenter.parameters()}
     assert kinds == {torch.float32, torch.int64}
     assert segmenter.net.table.tolist() == [0, 1, 2, 3]
-    assert {own.dtype for own in net.parameters()} == {kind, torch.int64}
+    assert {weight.dtype for weight in net.parameters()} == {kind, torch.int64}
 
 
 def test_what_is_predicted_for_an_image_does_not_hang_on_the_others(train, val) -> None:

@@ -25,8 +25,8 @@ def split(folder, masks, classes) -> SegmentationDataset:
 
     images, paths = [], []
     for number, mask in enumerate(masks):
-        own = np.array(mask, np.uint8)
-        for kind, pixels in (("image", np.zeros((*own.shape, 3), np.uint8)), ("mask", own)):
+        ids = np.array(mask, np.uint8)
+        for kind, pixels in (("image", np.zeros((*ids.shape, 3), np.uint8)), ("mask", ids)):
             Image.fromarray(pixels).save(folder / f"{kind}{number}.png")
         images.append(f"{folder}/image{number}.png")
         paths.append(f"{folder}/mask{number}.png")
@@ -47,9 +47,9 @@ def always(answers) -> metrics.Predict:
 
 def test_figures_by_hand(tmp_path) -> None:
     masks = [[[0, 0, 1, 255], [0, 1, 1, 255]], [[1, 1, 1, 1], [0, 0, 0, 0]]]
-    found = [[[0, 1, 1, 0], [0, 1, 2, 1]], [[1, 1, 1, 1], [0, 0, 0, 0]]]
+    predicted = [[[0, 1, 1, 0], [0, 1, 2, 1]], [[1, 1, 1, 1], [0, 0, 0, 0]]]
     judged = split(tmp_path, masks, ("a", "b", "c", "d"))
-    (scored,) = score(always(found), PreparedSplit(judged, preparation((2, 4))), keep=[1])
+    (scored,) = score(always(predicted), PreparedSplit(judged, preparation((2, 4))), keep=[1])
     # Of 14 known pixels 12 are right. a: 6 both, 7 in either. b: 6 of 8. c: predicted, never there.
     # d: nowhere, so it does not count.
     assert scored.scores.accuracy == pytest.approx(12 / 14)
@@ -57,7 +57,7 @@ def test_figures_by_hand(tmp_path) -> None:
     assert math.isnan(scored.scores.iou[3])
     assert scored.scores.miou == pytest.approx((6 / 7 + 6 / 8 + 0) / 3)
     assert list(scored.kept) == [1]
-    assert scored.kept[1].tolist() == found[1]
+    assert scored.kept[1].tolist() == predicted[1]
 
 
 def test_masks_of_other_sizes_are_judged_pixel_by_pixel(tmp_path) -> None:
@@ -69,13 +69,13 @@ def test_masks_of_other_sizes_are_judged_pixel_by_pixel(tmp_path) -> None:
 
 def test_images_are_fed_by_size_in_order(val, tmp_path) -> None:
     fed = list(batches(PreparedSplit(val, preparation(16)), 3))
-    assert [own.indices for own in fed] == [[0, 1, 2], [3]]
+    assert [batch.indices for batch in fed] == [[0, 1, 2], [3]]
     assert fed[0].pixels.shape == (3, 3, 16, 24)
     assert fed[0].masks[0].shape == (32, 48)
     shapes = [(4, 8), (4, 8), (8, 4), (4, 8)]
     mixed = split(tmp_path, [np.zeros(shape) for shape in shapes], ("a", "b"))
     fed = list(batches(PreparedSplit(mixed, preparation(4))))
-    assert [own.indices for own in fed] == [[0, 1], [2], [3]]
+    assert [batch.indices for batch in fed] == [[0, 1], [2], [3]]
     assert fed[0].pixels.unique().tolist() == [-2]  # black
 
 

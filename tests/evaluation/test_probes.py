@@ -97,7 +97,7 @@ def test_all_cells_are_kept_with_what_they_show(reader, train) -> None:
 def own_cells(reader, split, order) -> list[torch.Tensor]:
     """All cells of each image, one image at a time."""
     ready = [preparation(32).normalised(split.read(i).pixels[None] / 255) for i in order]
-    return [reader(own)[0].flatten(1).T for own in ready]
+    return [reader(pixels)[0].flatten(1).T for pixels in ready]
 
 
 def test_cells_all_ignored_are_left_out(reader, train) -> None:
@@ -125,13 +125,13 @@ def test_memory_is_bounded_and_every_image_gives_its_share(reader, train, each) 
     assert torch.equal(banks[2].cells.argmax(1), banks[2].shares.argmax(1))
 
 
-@pytest.mark.parametrize(("most", "given", "held"), [(4, [0, 2, 5, 7], 1), (1, [0], 0)])
+@pytest.mark.parametrize(("most", "given", "held_out"), [(4, [0, 2, 5, 7], 1), (1, [0], 0)])
 def test_images_are_left_out_evenly_where_a_cell_of_each_is_too_many(
-    reader, train, most, given, held
+    reader, train, most, given, held_out
 ) -> None:
     bank = gather_one(reader, train, most_bytes=4 * (3 + 3) * most + 23)
     assert bank.cells.shape == bank.shares.shape == (most, 3)
-    assert bank.first_held == most - held
+    assert bank.first_held == most - held_out
     assert all(map(of_one, bank.cells.split(1), own_cells(reader, train, given)))
     assert linear_classifier(bank)(bank.cells).isfinite().all()
 
@@ -143,8 +143,8 @@ def peak(call, folder) -> int:
         call()
     watch.export_chrome_trace(str(folder / "trace.json"))
     events = json.loads((folder / "trace.json").read_text())["traceEvents"]
-    held = [own["args"] for own in events if own["name"] == "[memory]"]
-    return max(own["Total Allocated"] for own in held) - held[0]["Total Allocated"]
+    sizes = [event["args"] for event in events if event["name"] == "[memory]"]
+    return max(size["Total Allocated"] for size in sizes) - sizes[0]["Total Allocated"]
 
 
 class Wide:
@@ -224,7 +224,7 @@ def test_images_of_many_sizes_are_kept(labelled, reader) -> None:
 
 
 @pytest.mark.parametrize(
-    ("count", "held"),
+    ("count", "held_out"),
     [
         (40, [8, 9, 18, 19, 28, 29, 38, 39]),
         (20, [4, 9, 14, 19]),
@@ -234,9 +234,9 @@ def test_images_of_many_sizes_are_kept(labelled, reader) -> None:
         (1, []),
     ],
 )
-def test_whole_stretches_of_images_choose_the_strength(count, held) -> None:
+def test_whole_stretches_of_images_choose_the_strength(count, held_out) -> None:
     order, first = held_out_last(count)
-    assert order[first:] == held
+    assert order[first:] == held_out
     assert sorted(order) == list(range(count))
 
 
@@ -258,17 +258,17 @@ def coloured(count: int) -> FeatureBank:
 
 
 def test_a_linear_classifier_tells_classes_apart() -> None:
-    own = coloured(60)
+    bank = coloured(60)
     classify = linear_classifier(coloured(100))
-    assert torch.equal(classify(own.cells).argmax(1), own.shares.argmax(1))
+    assert torch.equal(classify(bank.cells).argmax(1), bank.shares.argmax(1))
 
 
 def test_a_channel_that_changes_only_later_has_no_say() -> None:
     """Off its mean by rounding alone, it would be blown up a million times."""
     dice = torch.Generator().manual_seed(0)
     classes = torch.arange(200) % 2
-    own = classes[:, None] + 0.1 * torch.randn(200, 4, generator=dice)
-    cells = torch.cat([own, 0.7 + 6e-8 * classes[:, None]], dim=1)  # one bit apart
+    features = classes[:, None] + 0.1 * torch.randn(200, 4, generator=dice)
+    cells = torch.cat([features, 0.7 + 6e-8 * classes[:, None]], dim=1)  # one bit apart
     classify = linear_classifier(FeatureBank(cells.clone(), one_hot(classes, 2).float(), 160))
     cells[:, 4] += 0.5
     assert torch.equal(classify(cells).argmax(1), classes)
@@ -311,10 +311,10 @@ def test_the_strength_that_serves_held_out_images_best_is_taken(monkeypatch, iou
 
 @pytest.mark.parametrize("first_held", [0, 100])
 def test_nothing_is_chosen_where_one_side_has_no_cells(monkeypatch, first_held) -> None:
-    fits, own = noted_fits(monkeypatch), coloured(60)
+    fits, bank = noted_fits(monkeypatch), coloured(60)
     classify = linear_classifier(coloured(100)._replace(first_held=first_held))
     assert fits == [(100, 1e-2)]
-    assert torch.equal(classify(own.cells).argmax(1), own.shares.argmax(1))
+    assert torch.equal(classify(bank.cells).argmax(1), bank.shares.argmax(1))
 
 
 def noted_fits(monkeypatch) -> list[tuple[int, float]]:
@@ -329,11 +329,11 @@ def noted_fits(monkeypatch) -> list[tuple[int, float]]:
     return fits
 
 
-def slow_votes(bank: FeatureBank, own: torch.Tensor, voting: Voting) -> torch.Tensor:
+def slow_votes(bank: FeatureBank, cells: torch.Tensor, voting: Voting) -> torch.Tensor:
     """Votes cell by cell."""
     mean = bank.cells.mean(0) if voting.centred else torch.zeros(bank.cells.shape[1])
     votes = []
-    for cell in own:
+    for cell in cells:
         cosines = cosine_similarity((cell - mean)[None], bank.cells - mean)
         nearest = cosines.argsort(descending=True)[: voting.neighbours]
         weights = (cosines[nearest] / voting.temperature).exp()
@@ -344,12 +344,12 @@ def slow_votes(bank: FeatureBank, own: torch.Tensor, voting: Voting) -> torch.Te
 @pytest.mark.parametrize("voting", [KNN, HUMMINGBIRD])
 def test_neighbours_vote_as_in_the_slow_loop(monkeypatch, voting) -> None:
     bank = FeatureBank(torch.randn(70, 5) + 1, torch.rand(70, 3), 70)
-    own = torch.randn(33, 5)
-    expected = slow_votes(bank, own, voting)
+    cells = torch.randn(33, 5)
+    expected = slow_votes(bank, cells, voting)
     classify = neighbour_classifier(bank, voting)
-    torch.testing.assert_close(classify(own), expected)
+    torch.testing.assert_close(classify(cells), expected)
     monkeypatch.setattr(probes, "TABLE_ENTRIES", 70 * 4)
-    torch.testing.assert_close(classify(own), expected)
+    torch.testing.assert_close(classify(cells), expected)
 
 
 def test_the_figures_of_the_papers() -> None:
@@ -364,8 +364,8 @@ def test_a_linear_fit_takes_a_bounded_part_of_the_cells(monkeypatch) -> None:
     classify = linear_classifier(bank)
     assert fits[-1][0] == 50
     assert 30 < fits[0][0] < 48  # four fifths were drawn, too
-    own = coloured(60)
-    assert torch.equal(classify(own.cells).argmax(1), own.shares.argmax(1))
+    fresh = coloured(60)
+    assert torch.equal(classify(fresh.cells).argmax(1), fresh.shares.argmax(1))
 
 
 def test_few_neighbours_are_enough() -> None:
@@ -375,11 +375,11 @@ def test_few_neighbours_are_enough() -> None:
 
 
 def test_neighbours_are_drawn_where_there_are_too_many() -> None:
-    bank, own, few = coloured(90), coloured(20), KNN._replace(most_cells=30)
-    first, again, other = (neighbour_classifier(bank, few, s)(own.cells) for s in (0, 0, 1))
+    bank, asked, few = coloured(90), coloured(20), KNN._replace(most_cells=30)
+    first, again, other = (neighbour_classifier(bank, few, s)(asked.cells) for s in (0, 0, 1))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
-    assert torch.equal(first.argmax(1), own.shares.argmax(1))
+    assert torch.equal(first.argmax(1), asked.shares.argmax(1))
 
 
 # All of it.
@@ -389,8 +389,8 @@ def test_scores_stand_where_their_cells_are(plain) -> None:
     reader = Reader(plain, ["patches"], 3, (16, 24))
     twice = ["patches"], lambda cells: 2 * cells
     pixels = torch.rand(2, 3, 16, 24)
-    (found,) = by_cells(reader, [twice], torch.device("cpu"))(pixels)
-    torch.testing.assert_close(found, 2 * plain(pixels).detach())
+    (scores,) = by_cells(reader, [twice], torch.device("cpu"))(pixels)
+    torch.testing.assert_close(scores, 2 * plain(pixels).detach())
 
 
 def test_where_a_gpu_has_no_room_the_cpu_fits(reader, train, val, monkeypatch, caplog) -> None:
@@ -485,17 +485,17 @@ def test_the_minimum_is_that_of_plain_newton_steps(strength) -> None:
     exact = torch.zeros(13, 3, dtype=torch.float64)
     for _ in range(30):
         values = (cells.double(), shares.double(), strength)
-        own = exact.clone().requires_grad_()
-        (slope,) = torch.autograd.grad(loss(*values, own), own)
+        weights = exact.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(loss(*values, weights), weights)
         table = torch.autograd.functional.hessian(lambda w, v=values: loss(*v, w), exact)
         # The classes' biases may shift together: hence the pseudo-inverse.
         step = torch.linalg.pinv(table.reshape(39, 39), hermitian=True) @ slope.flatten()
         exact = exact - step.view(13, 3)
-    found = fit_logistic(cells, shares, strength, torch.zeros(13, 3), Curvature.of(cells))
+    fitted = fit_logistic(cells, shares, strength, torch.zeros(13, 3), Curvature.of(cells))
     lowest = loss(cells.double(), shares.double(), strength, exact).item()
-    reached = loss(cells.double(), shares.double(), strength, found.double()).item()
+    reached = loss(cells.double(), shares.double(), strength, fitted.double()).item()
     assert lowest - 1e-7 < reached < lowest + 1e-4
-    chosen, best = (affine(cells.double(), w.double()).argmax(1) for w in (found, exact))
+    chosen, best = (affine(cells.double(), w.double()).argmax(1) for w in (fitted, exact))
     assert (chosen == best).float().mean() > 0.98
 
 
@@ -506,13 +506,13 @@ def test_where_a_fit_starts_does_not_matter_and_nothing_is_drawn() -> None:
     first, again, other = (fit_logistic(cells, shares, 1e-2, s, curvature) for s in starts)
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(first, again)
-    ends = [loss(cells, shares, 1e-2, found).item() for found in (first, other)]
+    ends = [loss(cells, shares, 1e-2, weights).item() for weights in (first, other)]
     assert ends[0] == pytest.approx(ends[1], abs=2e-4)
 
 
 @pytest.mark.parametrize("rows", [1, 70, 299])
 def test_a_fit_in_blocks_is_the_fit_at_once(monkeypatch, rows) -> None:
-    cells, shares = (own.double() for own in problem())
+    cells, shares = (table.double() for table in problem())
     curvature, start = Curvature.of(cells), torch.zeros(13, 3, dtype=torch.float64)
     at_once = fit_logistic(cells, shares, 1e-2, start, curvature)
     monkeypatch.setattr(logistic, "BLOCK_ENTRIES", 3 * rows + 2)
