@@ -58,9 +58,9 @@ def test_help_all_names_every_flag_in_groups(capsys) -> None:
     assert list(groups) == ["run", "data", "network", "views", "loss", "training", "machine"]
     for group, flag in (("data", "pages"), ("network", "model"), ("run", "probe"), ("run", "out")):
         assert f" --{flag} " in groups[group]
-    told = " ".join(text.split())
-    assert "--seed INT Random seed. (default: 0)" in told
-    assert "--nodata FLOAT Value that means" in told
+    line = " ".join(text.split())
+    assert "--seed INT Random seed. (default: 0)" in line
+    assert "--nodata FLOAT Value that means" in line
 
 
 def test_help_names_the_flags_that_matter_first(capsys) -> None:
@@ -168,7 +168,7 @@ def test_words_before_data_are_settings_where_they_can_be() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("given", "message"),
     [
         (
             "pretrain --pixel-layer layer3 DATA",
@@ -177,8 +177,8 @@ def test_words_before_data_are_settings_where_they_can_be() -> None:
         ("evaluate --layers layer4 RUN --data D", "left for WEIGHTS; put it first: RUN --layers"),
     ],
 )
-def test_a_flag_of_names_that_took_all_words_is_told(given, told, capsys) -> None:
-    assert told in refusal(*given.split(), capsys=capsys)
+def test_a_flag_of_names_that_took_all_words_is_told(given, message, capsys) -> None:
+    assert message in refusal(*given.split(), capsys=capsys)
 
 
 def test_flags_count_more_than_the_file_and_the_recipe(tmp_path) -> None:
@@ -225,8 +225,8 @@ def test_without_the_extras_the_error_says_how_to_install_them(code) -> None:
     done = subprocess.run(
         [sys.executable, "-c", block + code.format(PACKAGE)], capture_output=True, text=True
     )
-    told = done.stderr.splitlines()[-1]
-    assert told.endswith(
+    message = done.stderr.splitlines()[-1]
+    assert message.endswith(
         " is not installed; everything beside PixelCL itself needs the extra train: pip install "
         "'pixel-level-contrastive-learning[train]'"
     )
@@ -257,7 +257,7 @@ def refusal(*arguments: str, capsys: pytest.CaptureFixture[str]) -> str:
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("given", "message"),
     [
         (["--epohs", "3"], "--epochs"),
         (["--pixel-layr", "layer3"], "--pixel-layer"),
@@ -269,8 +269,8 @@ def refusal(*arguments: str, capsys: pytest.CaptureFixture[str]) -> str:
         (["--recipe", "pixpro-200ep"], "must be one of 'pixpro-100ep', 'pixpro-400ep' (perhaps"),
     ],
 )
-def test_mistakes_in_flags_are_refused_with_a_hint(given, told, capsys) -> None:
-    assert told in refusal("pretrain", "x", "--out", "y", *given, capsys=capsys)
+def test_mistakes_in_flags_are_refused_with_a_hint(given, message, capsys) -> None:
+    assert message in refusal("pretrain", "x", "--out", "y", *given, capsys=capsys)
 
 
 def test_both_mistakes_are_reported(capsys) -> None:
@@ -307,11 +307,11 @@ def test_out_and_data_are_asked_for(capsys) -> None:
 
 def test_every_format_of_export_can_be_asked_for() -> None:
     allowed = get_type_hints(cli.export)["format"]
-    assert [get_args(own) for own in get_args(allowed)] == [tuple(FORMATS), ()]
+    assert [get_args(option) for option in get_args(allowed)] == [tuple(FORMATS), ()]
 
 
 @pytest.mark.parametrize(
-    ("flags", "told"),
+    ("flags", "message"),
     [
         ("--dry-run", "--dry-run needs --push OWNER/NAME; add it, or leave --dry-run out"),
         ("--private --licence mit", "--private, --licence needs --push"),
@@ -319,8 +319,8 @@ def test_every_format_of_export_can_be_asked_for() -> None:
         ("--push me/net --out x.pth", "--out does not go with --push"),
     ],
 )
-def test_flags_of_export_that_would_not_be_read_are_refused(flags, told, capsys) -> None:
-    assert told in refusal("export", "run", *flags.split(), capsys=capsys)
+def test_flags_of_export_that_would_not_be_read_are_refused(flags, message, capsys) -> None:
+    assert message in refusal("export", "run", *flags.split(), capsys=capsys)
 
 
 @pytest.mark.parametrize("command", ["evaluate", "features"])
@@ -402,9 +402,9 @@ def test_layers_are_listed_of_one_look_at_the_network(capsys, monkeypatch) -> No
 
 def test_layers_are_listed_as_json(capsys) -> None:
     assert cli.main(["layers", "torchvision/resnet18", "--image-size", "64", "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert (told["pixel_layer"], told["instance_layer"]) == ("layer3", "avgpool")
-    [row] = [row for row in told["layers"] if row["layer"] == "layer3"]
+    listed = json.loads(capsys.readouterr().out)
+    assert (listed["pixel_layer"], listed["instance_layer"]) == ("layer3", "avgpool")
+    [row] = [row for row in listed["layers"] if row["layer"] == "layer3"]
     assert row == {
         "layer": "layer3",
         "type": "Sequential",
@@ -419,9 +419,9 @@ def test_dry_run_and_export_print_json_and_nothing_else(labelled, tmp_path, caps
     small = "--model", "torchvision/resnet18", "--image-size", "32", "--projection-hidden-size", "8"
     start = "pretrain", images, "--out", str(tmp_path / "run"), *small, "--batch-size", "4"
     assert cli.main([*start, "--json", "--dry-run"]) == 0
-    told = capsys.readouterr()
-    assert json.loads(told.out)["metrics"]["positive_pairs"] > 0
-    assert "a preview is in" in told.err
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["metrics"]["positive_pairs"] > 0
+    assert "a preview is in" in printed.err
     assert cli.main([*start, "--steps", "1", "--workers", "0", "--json"]) == 0
     done = json.loads(capsys.readouterr().out)
     assert (done["run"], done["metrics"]["step"]) == (str(tmp_path / "run"), 1)
@@ -462,19 +462,19 @@ def test_each_command_takes_what_the_one_before_it_left(labelled, tmp_path, caps
     assert "10 images in 1 shards" in said("prepare", images, "--out", shards)
     small = "--model", "torchvision/resnet18", "--image-size", 32, "--projection-hidden-size", 8
     short = "--steps", 2, "--batch-size", 4, "--workers", 0
-    told = said("pretrain", shards, "--out", run, *small, *short).splitlines()
+    lines = said("pretrain", shards, "--out", run, *small, *short).splitlines()
     after = f"next: pixelcl visualize {run}", f"      pixelcl evaluate {run} --data LABELLED"
-    assert told == [f"run: {run}", *after]
+    assert lines == [f"run: {run}", *after]
     table = said("evaluate", run, "--data", labelled, "--protocol", "knn", "--out", run)
     assert "random weights" in table
     assert "mIoU" in table
     assert (run / "evaluation.json").exists()
     assert "--out" not in table
-    held = json.loads(said("evaluate", run, "--data", labelled, "--protocol", "knn", "--json"))
-    assert held == json.loads((run / "evaluation.json").read_text())
+    content = json.loads(said("evaluate", run, "--data", labelled, "--protocol", "knn", "--json"))
+    assert content == json.loads((run / "evaluation.json").read_text())
     cut = tmp_path / "tiles"
-    told = said("prepare", images, "--out", cut, "--tile", 64, "--overlap", 8, "--keep-empty")
-    assert told.splitlines()[-1] == f"shards: {cut}"
+    text = said("prepare", images, "--out", cut, "--tile", 64, "--overlap", 8, "--keep-empty")
+    assert text.splitlines()[-1] == f"shards: {cut}"
     figures = said("evaluate", run, "--images", cut)
     assert "hit@1" in figures
     assert figures.splitlines()[-1].startswith(f"(--out {run} keeps this with the run")
@@ -491,7 +491,7 @@ def test_each_command_takes_what_the_one_before_it_left(labelled, tmp_path, caps
     net = models.get_model("resnet18", weights=None)
     net.load_state_dict(torch.load(weights, weights_only=True))
     trained = load_backbone(run).state_dict()
-    assert all(torch.equal(own, trained[name]) for name, own in net.state_dict().items())
+    assert all(torch.equal(weight, trained[name]) for name, weight in net.state_dict().items())
 
 
 def test_a_recipe_is_not_laid_over_a_run_or_file_that_it_made(tmp_path) -> None:
@@ -508,8 +508,8 @@ def test_a_flag_without_its_value_is_told_in_words(flags, capsys) -> None:
     with pytest.raises(SystemExit) as end:
         cli.main(["pretrain", *flags])
     assert end.value.code == 2
-    told = capsys.readouterr()
-    assert "Traceback" not in told.err + told.out
+    printed = capsys.readouterr()
+    assert "Traceback" not in printed.err + printed.out
 
 
 def test_commands_of_a_file_of_settings_run_only_where_the_command_line_says_so(
