@@ -588,9 +588,9 @@ def test_an_odd_image_is_named_and_the_others_are_judged(model, tmp_path, caplog
     for number in range(3):
         plain(tmp_path / "images" / f"{number}.png")
     tifffile.imwrite(tmp_path / "images" / "odd.tif", np.zeros((32, 40, 5), np.uint8))
-    found = evaluate(f"random:{model}", images=tmp_path / "images")
-    assert found.settings["images"] == 3
-    (note,) = found.notes
+    result = evaluate(f"random:{model}", images=tmp_path / "images")
+    assert result.settings["images"] == 3
+    (note,) = result.notes
     assert note.startswith(f"left out {tmp_path}/images/odd.tif: it has 5 channels where ")
     assert note in caplog.messages
 

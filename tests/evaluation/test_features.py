@@ -35,9 +35,9 @@ def read(net: nn.Module, images: Tensor, *layers: str, fast: bool = False) -> Te
 
 def test_a_layer_gives_what_it_gives_in_eval_mode(net) -> None:
     images = torch.rand(5, 3, 16, 24)
-    found = read(net, images, "two")
+    maps = read(net, images, "two")
     net.eval()
-    torch.testing.assert_close(found, net.two(net.norm(net.one(images))).detach())
+    torch.testing.assert_close(maps, net.two(net.norm(net.one(images))).detach())
 
 
 def test_features_are_read_in_bfloat16_where_the_device_has_it(net, monkeypatch) -> None:

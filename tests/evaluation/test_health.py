@@ -84,9 +84,9 @@ def test_half_precision_and_autocast_change_little_and_no_gradient_is_carried(fi
 
 def test_a_gauge_takes_the_rank_of_directions() -> None:
     features = torch.randn(50, 6) * torch.rand(50, 1).add(0.01).pow(4).mul(1e4)
-    found = gauge(features)
-    assert found.spread == pytest.approx(spread(features).item())
-    assert found.effective_rank == pytest.approx(
+    figures = gauge(features)
+    assert figures.spread == pytest.approx(spread(features).item())
+    assert figures.effective_rank == pytest.approx(
         effective_rank(normalize(features, dim=1)).item(), rel=1e-4
     )
 
