@@ -423,7 +423,9 @@ def test_a_batch_is_read_in_parts_where_the_gpu_has_no_room(
 
     monkeypatch.setattr(Reader, "maps", bounded)
     if room == 0:
-        with pytest.raises(torch.OutOfMemoryError, match="image fed at 32x48 pixels; give a small"):
+        with pytest.raises(
+            torch.OutOfMemoryError, match="for an image at 32x48 pixels; give a small"
+        ):
             probed(reader, train, val)
         return
     assert probed(reader, train, val) == undisturbed
