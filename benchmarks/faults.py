@@ -433,7 +433,7 @@ def damage(ground: Ground, folder: Path, name: str, how: str) -> str:
         return "told as changed settings" if told else "the same bits"
     named = re.escape(Path(name).name) if len(held) == 1 else "checkpoints"
     # Settings that are gone read as settings that were changed.
-    command.ends(1, 2, says=["error: ", f"{named}|cannot go on with other weights"])
+    command.ends(1, 2, says=["error: ", f"{named}|cannot resume with other weights"])
     for path, content in held.items():
         path.write_bytes(content)
     ground.finish(run)

@@ -230,9 +230,9 @@ class Augmentation(nn.Module):
         if not isinstance(changed, Tensor) or changed.shape != pixels.shape:
             into = tuple(changed.shape) if isinstance(changed, Tensor) else type(changed).__name__
             raise ValueError(
-                f"augment_fn turned views {tuple(pixels.shape)} into {into}; it "
-                "must keep the shape and the place of every pixel: change colour there, and set "
-                "geometry by cutout_ratio_range, prob_rand_hflip, prob_rand_vflip and max_rotation"
+                f"augment_fn turned views {tuple(pixels.shape)} into {into}; it must keep the "
+                "shape and the position of every pixel: change only colour there, and set geometry "
+                "with cutout_ratio_range, prob_rand_hflip, prob_rand_vflip and max_rotation"
             )
         return self.normalised(changed)
 

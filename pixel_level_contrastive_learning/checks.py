@@ -125,7 +125,7 @@ def weights_above_0(name: str, values: object) -> str | None:
     """Allow sequences of numbers above 0, empty ones as well."""
     listed = values if isinstance(values, (tuple, list)) else [None]
     allowed = all(is_number(value) and value > 0 for value in listed)
-    return unless(allowed, name, values, "a list of numbers above 0, one a pixel layer")
+    return unless(allowed, name, values, "a list of numbers above 0, one per pixel layer")
 
 
 def per_channel(name: str, values: Sequence[float] | None, channels: object) -> str | None:
@@ -134,7 +134,7 @@ def per_channel(name: str, values: Sequence[float] | None, channels: object) -> 
         return None
     sized = isinstance(values, Sized) and isinstance(values, Iterable)
     if not sized or len(values) != channels or not all(map(is_number, values)):
-        return f"{name} is {values!r}; it must be {channels} numbers, one a channel"
+        return f"{name} is {values!r}; it must be {channels} numbers, one per channel"
     if name == "std" and min(values) <= 0:
         return f"std is {values!r}; every value must be above 0"
     return None

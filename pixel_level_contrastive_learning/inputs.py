@@ -20,22 +20,22 @@ def check_images(images: object, channels: int, smallest: int = 1) -> Tensor:
     if not isinstance(images, Tensor):
         raise ValueError(
             f"images are a {type(images).__name__}; they must be a float tensor (b, {channels}, "
-            "height, width), or a pair of View(pixels, to_image) cut elsewhere"
+            "height, width), or a pair of View(pixels, to_image)"
         )
     if not images.is_floating_point():
-        over = DIVISORS.get(images.dtype, " / 255 or / 65535, whichever is white in the files")
+        over = DIVISORS.get(images.dtype, " / 255 or / 65535, the value of white in the files")
         raise ValueError(
             f"images have dtype {images.dtype}; they must be floats in [0, 1]: "
             f"pass images.float(){over}"
         )
     if images.ndim != 4 or 0 in images.shape:
-        hint = "; add the batch with images[None]" if images.ndim == 3 else ""
+        hint = "; add a batch dimension with images[None]" if images.ndim == 3 else ""
         raise ValueError(
             f"images have shape {tuple(images.shape)}; they must be (b, {channels}, height, "
-            f"width), none of them 0{hint}"
+            f"width), all above 0{hint}"
         )
     if images.shape[1] != channels:
-        hint = f"PixelCL(..., channels={images.shape[1]}) a network for as many"
+        hint = f"a network for {images.shape[1]} to PixelCL(..., channels={images.shape[1]})"
         if images.shape[3] == channels:
             hint = "images.permute(0, 3, 1, 2)"
         elif images.shape[1] == 1:
@@ -55,16 +55,16 @@ def check_images(images: object, channels: int, smallest: int = 1) -> Tensor:
 def check_views(views: Sequence[Any], channels: int) -> tuple[View, View]:
     """Two views of the same images, if shapes, dtypes and devices agree."""
     is_batch = len(views) > 0 and isinstance(views[0], Tensor) and views[0].ndim == 4
-    alone = "; pass the images alone, batch[0], of a batch that has more" if is_batch else ""
+    alone = "; if the batch holds more than images, pass only these: batch[0]" if is_batch else ""
     if len(views) > 0 and all(isinstance(view, Tensor) and view.ndim == 3 for view in views):
-        alone = "; where they are of one size, make a batch of them: torch.stack(images)"
+        alone = "; if they have one size, make a batch of them: torch.stack(images)"
     if len(views) != 2:
         raise ValueError(f"got {len(views)} views; the learner takes (view_one, view_two){alone}")
     for view in views:
         if not isinstance(view, tuple) or len(view) != 2:
             raise ValueError(
                 f"a view is a {type(view).__name__}; it must be View(pixels (b, c, h, w), to_image "
-                f"(b, 2, 3)), since a loss needs to know where its pixels came from{alone}"
+                f"(b, 2, 3)), since the loss needs the position of each pixel{alone}"
             )
         check_images(view[0], channels)
         pixels, to_image = view
@@ -80,14 +80,14 @@ def check_views(views: Sequence[Any], channels: int) -> tuple[View, View]:
         if found is not None:
             raise ValueError(
                 f"to_image of a view is {found}; it must be a tensor ({len(pixels)}, 2, 3) of "
-                "float32 or float64 where the pixels are, one map an image: make it with "
+                "float32 or float64 on the device of the pixels, one map per image: make it with "
                 "geometry.box_to_map"
             )
     one, two = (View(*view) for view in views)
     if len(one.pixels) != len(two.pixels):
         raise ValueError(
             f"view one holds {len(one.pixels)} images and view two {len(two.pixels)}; both must "
-            "show the same images in the same order"
+            "hold the same images in the same order"
         )
     return one, two
 
@@ -137,14 +137,14 @@ class ValueWatch:
             found = f"values from {low:.4g} to {high:.4g}" if low - low == 0 == high - high else ""
             raise ValueError(
                 f"image {image} of the batch has {found or 'NaN or infinite values'}; values must "
-                "lie in [0, 1]: divide by the largest value of the format (255, 65535), and look "
+                "be in [0, 1]: divide by the largest value of the format (255, 65535), and look "
                 "for broken files"
             )
         if not self.warned and (lowest.min() < -1e-3 or highest.max() > 1 + 1e-3):
             self.warned = True
             warnings.warn(
                 f"images have values from {float(lowest.min()):.4g} to {float(highest.max()):.4g}; "
-                "[0, 1] is expected, since colour is changed there and clipped: divide by the "
-                "largest value of the format and do not normalise (said once)",
+                "[0, 1] is expected, since colour augmentation clips to it: divide by the largest "
+                "value of the format and do not normalise (warned once)",
                 stacklevel=2,
             )

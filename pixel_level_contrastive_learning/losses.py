@@ -252,8 +252,8 @@ def as_positives(online: Tensor, target: Tensor, positives: Positives | Tensor) 
     """The positives, once their shape and those of the pixels agree."""
     if isinstance(positives, Tensor) and positives.dtype != torch.bool:
         raise ValueError(
-            f"the table of positives has dtype {positives.dtype}; it must be bool, since a pair "
-            "matches or does not: pass positives.bool()"
+            f"the table of positives has dtype {positives.dtype}; it must be bool: pass "
+            "positives.bool()"
         )
     expected = (online.shape[0], online.shape[-1], target.shape[-1])
     alike = online.ndim == 3 and online.shape[:2] == target.shape[:2]

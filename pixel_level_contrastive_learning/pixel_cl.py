@@ -138,7 +138,7 @@ class PixelCL(nn.Module):
         super().__init__()
         if coord_cutout_interpolate_mode is not None:
             warnings.warn(
-                "coord_cutout_interpolate_mode does nothing: coordinates are exact; leave it out",
+                "coord_cutout_interpolate_mode has no effect: coordinates are exact; leave it out",
                 DeprecationWarning,
                 stacklevel=2,
             )
@@ -198,8 +198,8 @@ class PixelCL(nn.Module):
         # nn.Module would register it as a submodule that the property hides.
         if name == "net":
             raise AttributeError(
-                "learner.net cannot be replaced: hooks, heads and target were made for this one; "
-                "build a new PixelCL with the other one, or change this one in place "
+                "learner.net cannot be replaced: hooks, heads and target belong to this network; "
+                "build a new PixelCL for another network, or change this one in place "
                 "(learner.net.compile() compiles it)"
             )
         super().__setattr__(name, value)
@@ -277,7 +277,7 @@ class PixelCL(nn.Module):
             if not self.net.training:
                 raise
             text = f"{type(self.net).__name__} runs in eval mode but not in train mode: {error}"
-            advice = "hand in the part without its losses, such as net.backbone"
+            advice = "pass the part without its losses, such as net.backbone"
             raise ValueError(f"{text}; {advice}") from error
 
     def predictions(self, pixels: Tensor, branches: Branches) -> Projections:
@@ -366,8 +366,8 @@ class PixelCL(nn.Module):
             return super().load_state_dict(*given, **how)
         except RuntimeError as error:
             raise RuntimeError(
-                "this is not the state of such a learner; build PixelCL as that one was built, or "
-                f"take its backbone alone: see docs/loop.md, or pixelcl pretrain --weights. {error}"
+                "this state does not fit the learner; build PixelCL with the same arguments, or "
+                f"load the backbone only: see docs/loop.md, or pixelcl pretrain --weights. {error}"
             ) from error
 
     @property
@@ -381,9 +381,9 @@ class PixelCL(nn.Module):
         pixel, instance = self.branches
         if pixel > self.shared_branches.pixel or instance > self.shared_branches.instance:
             raise ValueError(
-                f"alpha is {self.alpha:g} and instance_weight {self.instance_weight:g}, one of "
-                "them 0 when DistributedDataParallel was built, which leaves its heads out; build "
-                "it anew, or begin above 0, at 1e-8 for instance"
+                f"alpha is {self.alpha:g} and instance_weight {self.instance_weight:g}, but one "
+                "was 0 when DistributedDataParallel was built, which leaves its heads out; rebuild "
+                "it, or start above 0, for example at 1e-8"
             )
 
     def unreached_parameters(self) -> list[str]:
@@ -415,5 +415,5 @@ class PixelCL(nn.Module):
 
     def _replicate_for_data_parallel(self) -> NoReturn:
         """Called by ``DataParallel`` on several devices."""
-        words = "PixelCL does not run inside torch.nn.DataParallel, whose copies share hooks"
+        words = "PixelCL does not support torch.nn.DataParallel, whose replicas share hooks"
         raise RuntimeError(f"{words}; use torch.nn.parallel.DistributedDataParallel")

@@ -391,8 +391,8 @@ def test_augmenting_must_not_move_pixels(change, into) -> None:
         Augmentation(change, Normalise((0.5,), (0.5,)))(torch.ones(2, 1, 8, 8))
     assert str(error.value) == (
         f"augment_fn turned views (2, 1, 8, 8) into {into}; it must keep the shape and the "
-        "place of every pixel: change colour there, and set geometry by cutout_ratio_range, "
-        "prob_rand_hflip, prob_rand_vflip and max_rotation"
+        "position of every pixel: change only colour there, and set geometry with "
+        "cutout_ratio_range, prob_rand_hflip, prob_rand_vflip and max_rotation"
     )
 
 

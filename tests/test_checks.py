@@ -71,7 +71,7 @@ def test_real_numbers_are_numbers(value) -> None:
             LIMITS["level_weights"],
             [(), [1e-9], (2, 0.5)],
             [0, 1.5, None, [1, 0], [-1.0], ["1"], [True], [math.nan], "12"],
-            "a list of numbers above 0, one a pixel layer",
+            "a list of numbers above 0, one per pixel layer",
         ),
         (partial(one_of, allowed=(0, 1, 2)), [0, 1, 2], [3, 7, 1.0, True, None], "one of 0, 1, 2"),
         (
@@ -100,7 +100,7 @@ def test_real_numbers_are_numbers(value) -> None:
             partial(per_channel, channels=3),
             [None, (0.5, 0, -1)],
             [(0.5,), [0.5] * 4, (), (0.5, None, 0.5), "abc", (0.5, math.nan, 0.5), 0.5],
-            "3 numbers, one a channel",
+            "3 numbers, one per channel",
         ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

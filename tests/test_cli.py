@@ -421,7 +421,7 @@ def test_dry_run_and_export_print_json_and_nothing_else(labelled, tmp_path, caps
     assert cli.main([*start, "--json", "--dry-run"]) == 0
     printed = capsys.readouterr()
     assert json.loads(printed.out)["metrics"]["positive_pairs"] > 0
-    assert "a preview is in" in printed.err
+    assert "preview written to" in printed.err
     assert cli.main([*start, "--steps", "1", "--workers", "0", "--json"]) == 0
     done = json.loads(capsys.readouterr().out)
     assert (done["run"], done["metrics"]["step"]) == (str(tmp_path / "run"), 1)

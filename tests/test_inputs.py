@@ -30,11 +30,11 @@ def test_float_images_pass_as_they_are(channels, dtype) -> None:
     assert check_images(images, channels, smallest=5) is images
 
 
-PAIR = "or a pair of View(pixels, to_image) cut elsewhere"
+PAIR = "or a pair of View(pixels, to_image)"
 FLOATS = "they must be floats in [0, 1]: pass images.float()"
-WHITE = "whichever is white in the files"
-FORM = "they must be (b, 3, height, width), none of them 0"
-MORE = "PixelCL(..., channels={}) a network for as many"
+WHITE = "the value of white in the files"
+FORM = "they must be (b, 3, height, width), all above 0"
+MORE = "a network for {0} to PixelCL(..., channels={0})"
 BUILT = "this learner was built for 3: pass"
 
 
@@ -48,7 +48,7 @@ BUILT = "this learner was built for 3: pass"
         (torch.bool, f"dtype torch.bool; {FLOATS}"),
         (torch.int64, f"dtype torch.int64; {FLOATS} / 255 or / 65535, {WHITE}"),
         (torch.int16, f"dtype torch.int16; {FLOATS} / 255 or / 65535, {WHITE}"),
-        ((3, 8, 8), f"shape (3, 8, 8); {FORM}; add the batch with images[None]"),
+        ((3, 8, 8), f"shape (3, 8, 8); {FORM}; add a batch dimension with images[None]"),
         ((8, 8), f"shape (8, 8); {FORM}"),
         ((1, 2, 3, 8, 8), f"shape (1, 2, 3, 8, 8); {FORM}"),
         ((0, 3, 8, 8), f"shape (0, 3, 8, 8); {FORM}"),
@@ -98,12 +98,12 @@ def test_two_views_pass_with_their_tensors_untouched(container) -> None:
 
 
 NO_VIEW = (
-    "it must be View(pixels (b, c, h, w), to_image (b, 2, 3)), since a loss needs to know where "
-    "its pixels came from"
+    "it must be View(pixels (b, c, h, w), to_image (b, 2, 3)), since the loss needs the position "
+    "of each pixel"
 )
 MAPS = (
-    "it must be a tensor (2, 2, 3) of float32 or float64 where the pixels are, one map an image: "
-    "make it with geometry.box_to_map"
+    "it must be a tensor (2, 2, 3) of float32 or float64 on the device of the pixels, one map per "
+    "image: make it with geometry.box_to_map"
 )
 
 
@@ -149,7 +149,7 @@ def test_what_is_no_view_is_refused(wrong, text, place) -> None:
     ("views", "text"),
     [
         *(
-            ([torch.zeros(2, 3, 8, 8), *rest], "images alone, batch[0], of a batch that has more")
+            ([torch.zeros(2, 3, 8, 8), *rest], "images only: batch[0]")
             for rest in ([], [torch.zeros(2)], [torch.zeros(2), [1, 2]])
         ),
         *(
@@ -162,7 +162,7 @@ def test_what_is_no_view_is_refused(wrong, text, place) -> None:
         ),
         (
             [view(2), view(5)],
-            "view one holds 2 images and view two 5; both must show the same images in the same "
+            "view one holds 2 images and view two 5; both must hold the same images in the same "
             "order",
         ),
     ],
@@ -184,7 +184,7 @@ def with_value(value: float, image: int = 2) -> Tensor:
 
 
 ADVICE = (
-    "values must lie in [0, 1]: divide by the largest value of the format (255, 65535), and look "
+    "values must be in [0, 1]: divide by the largest value of the format (255, 65535), and look "
     "for broken files"
 )
 
@@ -232,7 +232,7 @@ def test_values_in_the_unit_range_pass_in_silence(value) -> None:
     assert watch.warned is False
 
 
-SAID_ONCE = r"\[0, 1\] is expected.*\(said once\)$"
+SAID_ONCE = r"\[0, 1\] is expected.*\(warned once\)$"
 
 
 def look_three_times(watch: ValueWatch, images: Tensor) -> None:
@@ -247,9 +247,9 @@ def test_values_beside_the_unit_range_are_one_warning(value) -> None:
     with pytest.warns(UserWarning, match=SAID_ONCE) as warned:
         look_three_times(ValueWatch(), with_value(value))
     assert [str(warning.message) for warning in warned] == [
-        f"images have values from {low:.4g} to {high:.4g}; [0, 1] is expected, since colour is "
-        "changed there and clipped: divide by the largest value of the format and do not "
-        "normalise (said once)"
+        f"images have values from {low:.4g} to {high:.4g}; [0, 1] is expected, since colour "
+        "augmentation clips to it: divide by the largest value of the format and do not normalise "
+        "(warned once)"
     ]
 
 

@@ -406,8 +406,8 @@ def test_convention_the_published_keywords_are_kept_and_new_ones_have_to_be_name
         ("cutout_ratio_range", ((0.8, 0.6), (0, 0.5), (0.5, 1.1), 0.7, (0.5,)), "0 < low <= high"),
         ("cutout_interpolate_mode", ("area", "linear", None), "bilinear"),
         ("channels", (0, 3.0, None), "whole number of at least 1"),
-        ("mean", ([0.5], [0.5] * 4, ["a"] * 3, 0.5), "3 numbers, one a channel"),
-        ("std", ([0.5], 0.5), "3 numbers, one a channel"),
+        ("mean", ([0.5], [0.5] * 4, ["a"] * 3, 0.5), "3 numbers, one per channel"),
+        ("std", ([0.5], 0.5), "3 numbers, one per channel"),
         ("std", ([0.2, 0.2, 0.0], [0.2, -0.2, 0.2]), "above 0"),
         ("augment_fn", ("blur",), "callable"),
         ("use_pixpro", ("pixcontrast", "no", None, 1), "one of True, False"),
@@ -416,7 +416,7 @@ def test_convention_the_published_keywords_are_kept_and_new_ones_have_to_be_name
         ("hidden_layer_pixel", (3.0, [], ["deep", 3], ("stem", "deep", "stem")), "name"),
         ("hidden_layer_instance", (3.0, ("stem", "deep")), "must be a name or an index"),
         ("pixel_levels", (0, 1.5, None), "whole number of at least 1"),
-        ("level_weights", ([0.0], [-1.0], 1.0, ["a"], [1.0, 2.0]), "above 0, one a pixel layer"),
+        ("level_weights", ([0.0], [-1.0], 1.0, ["a"], [1.0, 2.0]), "above 0, one per pixel layer"),
     ],
 )
 def test_a_value_out_of_range_is_refused_with_what_is_allowed(name, values, allowed) -> None:
@@ -593,7 +593,7 @@ def test_a_layer_that_lost_its_gradient_is_refused_with_a_later_one() -> None:
     learner = small_learner(hidden_layer_pixel="stem")
     learner.net.stem.requires_grad_(False)
     with pytest.raises(
-        ValueError, match=r"'stem' gives an output without gradient.* use norm \(8 chan"
+        ValueError, match=r"'stem' has an output without gradient.* use norm \(8 chan"
     ):
         learner(overlapping_views())
 
@@ -633,7 +633,7 @@ def test_a_network_that_fails_in_train_mode_alone_is_told_so() -> None:
         return net.stem(x)
 
     learner = PixelCL(Calls(forward, stem=nn.Conv2d(3, 8, 8, 8)), 64, instance_weight=0)
-    with pytest.raises(ValueError, match=r"Calls runs .* not in train mode: no targets; hand in"):
+    with pytest.raises(ValueError, match=r"Calls runs .* not in train mode: no targets; pass"):
         learner(overlapping_views())
     learner.net.train(False).register_forward_hook(lambda *_: 1 + "")
     with pytest.raises(TypeError, match="unsupported operand"):
@@ -649,7 +649,7 @@ def test_a_branch_that_processes_do_not_share_is_not_switched_on() -> None:
     learner.instance_weight = 0.5
     assert learner(views).isfinite()
     learner.alpha = 1.0
-    with pytest.raises(ValueError, match=r"alpha is 1 and .* build it anew, or begin above 0"):
+    with pytest.raises(ValueError, match=r"alpha is 1 and .* rebuild it, or start above 0"):
         learner(views)
     assert learner._ddp_params_and_buffers_to_ignore == small_learner().unreached_parameters()
     assert learner(views).isfinite()
@@ -664,10 +664,10 @@ def test_a_loss_that_lost_its_terms_is_refused() -> None:
 
 def test_a_state_of_another_learner_is_refused_with_what_to_do() -> None:
     state, learner = small_learner().state_dict(), small_learner(projection_size=4)
-    with pytest.raises(RuntimeError, match=r"(?s)build PixelCL as.*--weights.*size mismatch for"):
+    with pytest.raises(RuntimeError, match=r"(?s)build PixelCL with.*--weights.*size mismatch for"):
         learner.load_state_dict(state)
     published = {n.replace("projector.", "projector.net."): value for n, value in state.items()}
-    with pytest.raises(RuntimeError, match=r"(?s)take its backbone alone: see.*Missing key"):
+    with pytest.raises(RuntimeError, match=r"(?s)load the backbone only: see.*Missing key"):
         small_learner().load_state_dict(published)
     assert small_learner().load_state_dict(published, strict=False).missing_keys
 

@@ -159,10 +159,10 @@ def read_card(weights: Path, from_hub: bool = False) -> BackboneCard:
     """The card next to a weights file; for a checkpoint, that of its run."""
     path = card_path(weights)
     if not path.is_file():
-        tip = "put the card there, or load it into a network of your own: load_weights(net, path)"
+        tip = "put the card there, or load the file into your network: load_weights(net, path)"
         hint = GIVE_RUN if weights.suffix == ONNX or (weights.parent / CARD).is_file() else tip
         raise ValueError(
-            f"{weights} has no card {path.name} beside it, which says what network it is of; {hint}"
+            f"{weights} has no card {path.name} next to it to say which network it is of; {hint}"
         )
     try:
         card = BackboneCard.from_json(path.read_text(encoding="utf-8"))
@@ -220,9 +220,8 @@ def warn_of_other_code(net: nn.Module, card: BackboneCard, source: str) -> None:
     """Warn where a network does something else than when its card was written."""
     if card.fingerprint and differs(card.fingerprint, with_fingerprint(card, net).fingerprint):
         warnings.warn(
-            f"{source}: the model's code computes something else than when the run was made, with "
-            "the same weights; use the code (or the version of its library) as it was, or train "
-            "again",
+            f"{source}: the model's code gives different results than during the run, with the "
+            "same weights; use the code (or the library version) of the run, or train again",
             stacklevel=3,
         )
 
@@ -297,7 +296,7 @@ def clean_state_dict(net: nn.Module) -> dict[str, Tensor]:
     if wrong:
         raise ValueError(
             f"{', '.join(wrong[:3])} of {type(net).__name__} hold NaN or infinite values, so the "
-            f"backbone is not written ({len(wrong)} of {len(state)} tensors); take the last good "
+            f"backbone is not written ({len(wrong)} of {len(state)} tensors); use the last good "
             "checkpoint"
         )
     return {

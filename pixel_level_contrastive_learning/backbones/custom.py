@@ -87,7 +87,7 @@ def custom_net(
         function = custom_function(name)
         if pretrained and "pretrained" not in inspect.signature(function).parameters:
             raise ValueError(
-                f"{name} takes no pretrained=, so it has no weights to give; start from random "
+                f"{name} takes no pretrained=, so it has no pretrained weights; start from random "
                 "ones, or give a file"
             )
         kwargs = custom_kwargs(function, channels, image_size)
@@ -96,8 +96,8 @@ def custom_net(
             inspect.signature(function).bind(**given)
         except TypeError as error:
             raise ValueError(
-                f"{name} cannot be called: {error}; give it a default, or name a function that "
-                "gives it"
+                f"{name} cannot be called: {error}; give the argument a default, or name a "
+                "function that sets it"
             ) from error
         net = function(**given)
     if not isinstance(net, nn.Module):
@@ -111,8 +111,8 @@ def custom_net(
                 return adapt_channels(net, channels)
             if image_size is not None:  # else the size of the trial may be what it refuses
                 raise ValueError(
-                    f"{name} builds a network that was tried on an image: {error} (the function is "
-                    "given channels= and image_size= where its signature takes them)"
+                    f"{name} builds a network that fails on an image: {error} (the function gets "
+                    "channels= and image_size= if its signature takes them)"
                 ) from error
     return net
 

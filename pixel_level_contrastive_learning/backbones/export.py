@@ -77,7 +77,7 @@ class Exported(NamedTuple):
         of = "" if self.step is None else f" (a checkpoint, after {self.step} steps)"
         lines = [f"{self.path}{of}", str(self.report)]
         if self.format in HEADLESS and self.report.missing:
-            lines.append(f"(nothing is lost: the classifier, which {self.format} does not take)")
+            lines.append(f"(nothing is lost: {self.format} does not use the classifier)")
         return "\n".join([*lines, "", self.how_to.rstrip()])
 
 
@@ -115,7 +115,7 @@ def export(
     Traceback (most recent call last):
     ValueError: format is 'torchvison'; it must be one of ... (perhaps 'torchvision')
     """
-    nowhere = f"out is None, and {run} is no folder of a run; name a file for the export"
+    nowhere = f"out is None, and {run} is not a run's folder; name a file for the export"
     raise_together(
         None if format is None else one_of("format", format, FORMATS),
         nowhere if out is None and on_hub(run) else None,
@@ -141,7 +141,7 @@ def export(
     if loaded is not None and not state.keys().isdisjoint([*loaded.missing, *loaded.mismatched]):
         raise ValueError(
             f"{source} does not have all weights of its model, and random ones are not exported; "
-            f"use the model as it was trained, or train again.\n{loaded}"
+            f"use the model's code from training, or train again.\n{loaded}"
         )
     how = None
     if kind == "detectron2":
@@ -195,7 +195,7 @@ def named_in(card: BackboneCard, net: nn.Module, kind: str | None) -> tuple[str,
     chosen = kind or known[0]
     if chosen not in names:
         raise ValueError(
-            f"format is {chosen!r}, which has no {card.model}; for this model: {', '.join(known)}"
+            f"format is {chosen!r}, which does not fit {card.model}; choose from {', '.join(known)}"
         )
     card = replace(card, model=names[chosen], config=config)
     if library in LIBRARIES and not card.model.startswith(f"{library}/"):
@@ -222,8 +222,8 @@ def refuse_other_card(path: Path, card: BackboneCard) -> None:
     suffixes = {file.suffix for file in path.parent.iterdir() if file.stem == path.stem}
     old = card_in(place.parent, place.name)
     if old is None or (old != card and (suffixes - {path.suffix, ".json"} or place.name == CARD)):
-        what = "no card" if old is None else "the card of other weights"
-        raise ValueError(f"out is {str(path)!r}; {place} is there and is {what}: name another file")
+        what = "not a card" if old is None else "the card of other weights"
+        raise ValueError(f"out is {str(path)!r}; {place} exists and is {what}: name another file")
 
 
 def is_of_transformers(net: nn.Module) -> bool:

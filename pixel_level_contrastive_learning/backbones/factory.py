@@ -224,7 +224,7 @@ def refuse_code(model: str) -> None:
     """Refuse a network that is built by code, where a repository names it: it may do anything."""
     if parse_model_name(model)[0] == "custom":
         raise ValueError(
-            f"the repository has weights of {model}, whose code it does not have; get the code, "
+            f"the repository has weights of {model}, but not its code; get the code, "
             "and give it as --model (in Python as model=) and the repository as --weights"
         )
 
@@ -311,7 +311,7 @@ def explain_errors(
     except OSError as error:  # each library has its own for a connection that fails
         raise ConnectionError(
             f"the pretrained weights of {model} could not be downloaded: {error}; check the "
-            "connection and the room on the disk, or download them on another machine and give the "
+            "connection and the free disk space, or download them on another machine and give the "
             "file, or start from random weights"
         ) from error
     except Exception as error:  # libraries raise anything, assertions too

@@ -76,7 +76,7 @@ def explain_hub_errors(place: Repository) -> Iterator[None]:
         yield
     except errors.GatedRepoError as error:
         raise ValueError(
-            f"{place} is for those who agreed to its terms: agree on {page}, then log in with "
+            f"{place} requires agreeing to its terms: agree on {page}, then log in with "
             "`hf auth login` or set HF_TOKEN"
         ) from error
     except errors.RepositoryNotFoundError as error:
@@ -86,11 +86,11 @@ def explain_hub_errors(place: Repository) -> Iterator[None]:
         ) from error
     except errors.RevisionNotFoundError as error:
         raise ValueError(
-            f"there is no {place}; for the revisions see {page}/commits (in place of a branch with "
-            "a slash in its name give its commit)"
+            f"there is no {place}; for the revisions see {page}/commits (for a branch with a slash "
+            "in its name, give its commit)"
         ) from error
     except errors.HFValidationError as error:
-        raise ValueError(f"{place} cannot be the name of a repository: {error}") from error
+        raise ValueError(f"{place} is not a valid repository name: {error}") from error
     except (client.HTTPError, OSError) as error:
         # Where a file is not in the cache either, the cause holds what the Hub answered.
         status = status_of(error) or status_of(error.__cause__)
@@ -101,17 +101,17 @@ def explain_hub_errors(place: Repository) -> Iterator[None]:
         if status or isinstance(error, errors.LocalTokenNotFoundError):
             raise ValueError(
                 f"the Hub refuses {place}: {error}; log in with `hf auth login`, or set HF_TOKEN "
-                "to a token that may do this there"
+                "to a token with this permission"
             ) from error
         # A connection that fails has no errno, or is one of these two.
         if getattr(error, "errno", None) and not isinstance(error, (ConnectionError, TimeoutError)):
             raise CannotWriteError(
-                f"{place} could not be kept in the cache: {error}; make room, or set HF_HOME to a "
-                "folder that can be written"
+                f"{place} could not be cached: {error}; free disk space, or set HF_HOME to a "
+                "writable folder"
             ) from error
         raise ConnectionError(
             f"{place} could not be reached: {error}; check the connection and HF_HUB_OFFLINE, or "
-            "to read it get the files on another machine and give their path"
+            "download the files on another machine and give their path"
         ) from error
 
 
@@ -168,7 +168,9 @@ def only_weights(place: Repository, files: list[str]) -> str:
     kinds = ([file for file in files if file.endswith(suffixes)] for suffixes in SUFFIXES)
     found: list[str] = next(filter(None, kinds), [])
     if any(re.search(r"-\d{5}-of-\d{5}\.", file) for file in found):
-        raise ValueError(f"{place} has its weights in shards, which are not read; join them in one")
+        raise ValueError(
+            f"{place} has sharded weights, which are not supported; merge them into one"
+        )
     if len(found) == 1:
         return found[0]
     what = f"has several files of weights: {', '.join(found)}" if found else "has no weights"
@@ -194,7 +196,7 @@ def hub_config(name: str) -> dict[str, Any]:
                 return config
     raise ValueError(
         f"{place} describes no network: it has neither a {CARD} of `pixelcl export --push` nor a "
-        f"{CONFIG} of timm or transformers; build the network by --model and give its weights as "
+        f"{CONFIG} of timm or transformers; choose the network with --model and its weights with "
         f"--weights {place}"
     )
 

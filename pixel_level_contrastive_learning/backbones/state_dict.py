@@ -115,7 +115,7 @@ def load_weights(net: nn.Module, source: str | Path) -> KeyReport:
     if filled < every / 2:
         warnings.warn(
             f"{path} fills only {filled / every:.0%} of {type(net).__name__} (classifiers apart), "
-            f"and the rest stays as it was; is it of another model? {report}",
+            f"and the rest is unchanged; is it from another model? {report}",
             stacklevel=2,
         )
     if on_hub(source):
@@ -155,10 +155,10 @@ def find_weights(source: str | Path, more: str = "") -> Path:
             log.warning("%s has no %s yet: loading its last checkpoint", path, WEIGHTS)
             return last
         every = read_settings_if_any(path / CONFIG).get("checkpoint_every")
-        hint = f": its run trains or ended early, and saves first at step {every}" if every else ""
+        hint = f": its run trains or ended early, and first saves at step {every}" if every else ""
         raise ValueError(
             f"{path} has no {WEIGHTS} and no {CHECKPOINTS}/{LAST}{hint}; give the directory of a "
-            "run that has saved, or a file of weights"
+            "run that has saved, or a weights file"
         )
     if not path.is_file():
         raise ValueError(
@@ -229,7 +229,7 @@ def load_matching(net: nn.Module, tensors: Mapping[str, Tensor], source: str) ->
             f"nothing in {source} fits {type(net).__name__}: the file begins with "
             f"{', '.join(list(tensors)[:3]) or 'no tensor at all'}, the network with "
             f"{', '.join(list(wanted)[:3])}; give weights of this model, or build the model they "
-            "are of"
+            "belong to"
         )
     net.load_state_dict({name: given[name] for name in matched}, strict=False)
     return KeyReport(
@@ -260,12 +260,12 @@ def check_code(source: str, added: list[str], removed: list[str]) -> None:
     """Refuse a network whose code gained or lost weights since those of a run were written."""
     if added or removed:
         names = [f"{name} is missing" for name in added]
-        names += [f"{name} is left over" for name in removed]
+        names += [f"{name} is unexpected" for name in removed]
         more = f" (and {len(names) - 5} more)" * (len(names) > 5)
         raise ValueError(
             f"the model's code has changed since the run: of the weights in {source} "
-            f"{', '.join(names[:5])}{more}; use the model as it was trained, or give the file to a "
-            "new run as --weights, which takes what fits"
+            f"{', '.join(names[:5])}{more}; use the model's code from the run, or give the file to "
+            "a new run as --weights, which loads what fits"
         )
 
 

@@ -35,7 +35,7 @@ def run_demo(out: Path, *, steps: int, overwrite: bool = False) -> tuple[Evaluat
     mark = scenes / CLASSES_FILE
     if in_use and not (mark.is_file() and mark.read_bytes() == CLASSES_TEXT.encode()):
         raise ValueError(
-            f"out is {str(out)!r}, which holds no demo to replace; name another folder"
+            f"out is {str(out)!r}, which is not a demo to replace; name another folder"
         )
     shutil.rmtree(scenes, ignore_errors=True)  # an interrupted demo leaves them half drawn
     save_scenes(scenes, SCENES)

@@ -63,7 +63,7 @@ def relative_weights(weights: Sequence[float], levels: int) -> tuple[float, ...]
     """Weights that add up to 1, one for each level; by default the same for all."""
     if weights and len(weights) != levels:
         raise ValueError(
-            f"level_weights is {weights!r}; give {levels} numbers above 0, one a pixel layer"
+            f"level_weights is {weights!r}; give {levels} numbers above 0, one per pixel layer"
         )
     given = tuple(weights) or (1.0,) * levels
     return tuple(weight / sum(given) for weight in given)
@@ -147,7 +147,7 @@ def too_few_images(error: ValueError, images: int, branches: Branches) -> ValueE
     """The error for a batch of which batch norm has no statistics."""
     skip = ", or set instance_weight=0" if branches.instance else ""
     return ValueError(
-        f"batch norm in train mode has no statistics in a batch of {images} ({error}); pass at "
+        f"batch norm in train mode cannot use a batch of {images} ({error}); pass at "
         f"least 2 images (drop_last=True in a data loader){skip}, or put batch norm into eval mode"
     )
 
@@ -196,7 +196,7 @@ class TargetEncoder(Encoder):
         if any(is_lazy(parameter) for parameter in online.parameters()):
             raise ValueError(
                 f"{type(online.net).__name__} has lazy layers without weights yet: run it once on "
-                "an image before handing it in"
+                "an image before passing it"
             )
         super().__init__(
             copy.deepcopy(online.net),

@@ -170,13 +170,13 @@ class FeatureInfo:
         layer = self.get(name)
         if layer is None:
             raise ValueError(
-                f"the {kind} layer {name!r} did not run when {self.net_type} saw an image; "
+                f"the {kind} layer {name!r} did not run when {self.net_type} was given an image; "
                 f"{self.advice(pixel)}"
             )
         if layer.is_shuffled:
             raise ValueError(
-                f"the {kind} layer {name!r} gives other tokens each time it sees an image, as a "
-                "masked autoencoder does, and they tell no place; load the weights into the "
+                f"the {kind} layer {name!r} gives different tokens for the same image, as a masked "
+                "autoencoder does, so they have no position; load the weights into the "
                 "network without masks, such as transformers.ViTModel.from_pretrained(NAME)"
             )
         if layer.layout is None:
@@ -204,14 +204,14 @@ class FeatureInfo:
         hooks = [self.hook(name, pixel=True) for name in names]
         if len({hook.name for hook in hooks}) < max(1, len(hooks)):
             raise ValueError(
-                f"hidden_layer_pixel is {wanted!r}; name at least one layer, and none twice"
+                f"hidden_layer_pixel is {wanted!r}; name at least one layer, each only once"
             )
         for hook in hooks:
             check_patches(self.net_type, self.size, self.patch, hook.layout.grid)
         if levels not in (1, len(hooks)):
             raise ValueError(
-                f"pixel_levels is {levels}, but the pixel layers are named and are {len(hooks)}; "
-                "leave pixel_levels out, or name none and let it choose them"
+                f"pixel_levels is {levels}, but {len(hooks)} pixel layers are named; leave "
+                "pixel_levels out, or name no layers and let it choose them"
             )
         return hooks
 
@@ -280,7 +280,7 @@ class FeatureInfo:
         if not maps:
             if not self.names:
                 raise ValueError(
-                    f"{self.net_type} has no layers inside whose output could be read; hand in "
+                    f"{self.net_type} has no inner layers whose output can be read; pass "
                     "nn.Sequential(net)"
                 )
             h, w = self.size
@@ -346,7 +346,7 @@ class FeatureInfo:
         names = [str(layer) for _, layer in sorted(would_do.items())]
         pooled = self.default_instance(pixel="") if would_do and not pixel else ""
         names = [pooled, *names] if pooled else names
-        return f"layers that would do: {', '.join(names) or 'none at this image size'}"
+        return f"usable layers: {', '.join(names) or 'none at this image size'}"
 
     def unreached(self, hook: FeatureHook) -> list[str]:
         """The names of parameters, frozen ones too, that the hooked output does not depend on."""
@@ -373,12 +373,12 @@ def refusal(net_type: str, images: Tensor, error: Exception) -> ValueError:
         advice = "give larger images (image_size)"
     elif isinstance(error, (TypeError, AttributeError, LookupError)):
         advice = (
-            "it must run as net(images) on one tensor (b, c, h, w): hand in a module around it "
-            "whose forward does"
+            "it must run as net(images) on one tensor (b, c, h, w): wrap it in a module whose "
+            "forward does"
         )
     else:
         advice = (
-            "give PixelCL the image_size and channels that the network is built for, or build the "
+            "give PixelCL the image_size and channels that the network was built for, or build the "
             "network for these"
         )
     return ValueError(
@@ -404,10 +404,10 @@ def duplicate(net: nn.Module) -> nn.Module:
         return copy.deepcopy(net)
     except Exception as error:
         raise ValueError(
-            f"{type(net).__name__} cannot be copied, as the target must be: {error}; in place of "
+            f"{type(net).__name__} cannot be copied for the target: {error}; instead of "
             "torch.nn.utils.spectral_norm or weight_norm use torch.nn.utils.parametrizations, end "
-            "pruning by torch.nn.utils.prune.remove, and keep nothing in the network that "
-            "copy.deepcopy refuses"
+            "pruning with torch.nn.utils.prune.remove, and keep nothing in the network that "
+            "copy.deepcopy rejects"
         ) from error
 
 

@@ -266,8 +266,8 @@ def find_layer(net: nn.Module, name: str) -> nn.Module:
     if isinstance(net, nn.DataParallel) and len(net.device_ids) > 1:
         raise ValueError(
             f"the network is a DataParallel over {len(net.device_ids)} devices, whose copies "
-            "cannot be read by hooks; hand in the network itself and wrap DistributedDataParallel "
-            "around the learner"
+            "cannot be read by hooks; pass the network itself and wrap the learner in "
+            "DistributedDataParallel"
         )
     parallel = isinstance(net, (nn.DataParallel, nn.parallel.DistributedDataParallel))
     inner = cast(nn.Module, net.module) if parallel else net
@@ -279,8 +279,8 @@ def find_layer(net: nn.Module, name: str) -> nn.Module:
     if name in plain:
         return plain[name]
     raise ValueError(
-        f"{type(net).__name__} no longer has the layer {name!r}; build a new learner after taking "
-        "layers out of the network"
+        f"{type(net).__name__} no longer has the layer {name!r}; build a new learner after "
+        "removing layers from the network"
     )
 
 
@@ -288,10 +288,10 @@ class NoGradientError(ValueError):
     """A layer's output carries no gradient; ``instead`` is a later layer whose output does."""
 
     def __init__(self, kind: str, name: str, instead: object = None) -> None:
-        there = f"; use {instead} instead" if instead is not None else ""
+        there = f"use {instead} instead, " if instead is not None else ""
         super().__init__(
-            f"the {kind} layer {name!r} gives an output without gradient: it is frozen, or runs "
-            f"inside re-entrant activation checkpointing{there}, unfreeze it, or checkpoint with "
+            f"the {kind} layer {name!r} has an output without gradient: it is frozen, or runs "
+            f"inside re-entrant activation checkpointing; {there}unfreeze it, or checkpoint with "
             "use_reentrant=False"
         )
         self.kind, self.name = kind, name

@@ -104,7 +104,7 @@ class Layer:
         """The shape of its output, or the type where that is no tensor."""
         output = self.output
         if isinstance(output, (tuple, list)) and len(output) > 1:
-            return f"{len(output)} values, none of them the one map (name a layer inside it)"
+            return f"{len(output)} values rather than one map (name a layer inside it)"
         return str(tuple(output.shape)) if isinstance(output, Tensor) else type(output).__name__
 
     def __str__(self) -> str:
@@ -216,8 +216,8 @@ def check_patches(
     less = "x".join(str(side // edge * edge) for side, edge, _ in sides)
     more = "x".join(str(-(-side // edge) * edge) for side, edge, _ in sides)
     raise ValueError(
-        f"image_size is {size[0]}x{size[1]}, of which {net_type} takes patches of {patch[0]}x"
-        f"{patch[1]} pixels and drops the rest, so that cells lie elsewhere; give {less} or {more}"
+        f"image_size is {size[0]}x{size[1]}, which is not a multiple of {net_type}'s patches of "
+        f"{patch[0]}x{patch[1]} pixels, so that cells are misplaced; give {less} or {more}"
     )
 
 
@@ -227,9 +227,9 @@ def warn_of_unread(net_type: str, read: Layer, unread: Layer) -> None:
     if share < 0.5:
         warnings.warn(
             f"{net_type} gives {unread.shape} in {unread.name!r}, which cannot be read as a map; "
-            f"the maps before it have {share:.0%} of its weights, and no others would be trained. "
-            "Give tokens as (b, n, c), in order, n a grid of cells behind at most 16 others: hand "
-            "in a module around the network that does",
+            f"only the {share:.0%} of its weights before it would be trained. Wrap the network in "
+            "a module that gives tokens as (b, n, c), in order, n a grid of cells after at most "
+            "16 others",
             stacklevel=4,
         )
 

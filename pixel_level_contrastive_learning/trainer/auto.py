@@ -235,8 +235,8 @@ def learning_rate(config: PretrainConfig, batch_size: int, *, gentle: bool) -> t
         known = [begins for begins in BASE_LR if name.startswith(begins)]
         if not known:
             raise ValueError(
-                f"optimizer is {config.optimizer!r}, which has no default learning rate; give one "
-                "with lr, or take adamw, lamb, lars or sgd"
+                f"optimizer is {config.optimizer!r}, which has no default learning rate; set lr, "
+                "or use adamw, lamb, lars or sgd"
             )
         base = BASE_LR[known[0]]
         if known[0] == "adam" and gentle:
@@ -290,8 +290,8 @@ def check_batch(batch_size: int, processes: int, *, instance_weight: float) -> N
         )
     if instance_weight > 0 and batch_size < 2 * processes:
         raise ValueError(
-            f"batch_size is {batch_size} on {processes} devices, but batch norm has no statistics "
-            f"of one image; give {2 * processes} or more, or an instance_weight of 0"
+            f"batch_size is {batch_size} on {processes} devices, but batch norm needs more than "
+            f"one image; give {2 * processes} or more, or an instance_weight of 0"
         )
 
 

@@ -68,8 +68,8 @@ def open_data(data: Any, config: PretrainConfig, resumed: Path | None) -> Traini
         statistics, images = read_statistics(stored)
         if images not in (None, len(source)):
             LOG.warning(
-                "there are %d images, and there were %d when the run began: of those held out now "
-                "some may have been trained on",
+                "there are %d images, but the run began with %d: some of those held out now may "
+                "have been trained on",
                 len(source),
                 images,
             )
@@ -90,7 +90,7 @@ def read_statistics(path: Path) -> tuple[Statistics, int | None]:
         return Statistics(**plain), values.get("images")
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{path} cannot be read ({error}); restore it, or remove it and the images are "
+            f"{path} cannot be read ({error}); restore it, or delete it to have the images "
             "measured again"
         ) from error
 
@@ -249,7 +249,7 @@ def kept_decoded(source: Source, plan: RunPlan) -> Source:
     try:
         return DecodedCache(source, plan.cache_bytes)
     except OSError as error:
-        LOG.info("decoded images are not kept: there is no memory for them (%s)", error)
+        LOG.info("decoded images are not cached: not enough memory (%s)", error)
         return source
 
 
@@ -308,13 +308,13 @@ def build_optimizer(learner: nn.Module, plan: RunPlan, idle: set[str]) -> torch.
         names = [str(name) for name in list_optimizers()]
         near = get_close_matches(plan.optimizer, names, n=3) or ["adamw", "lars", "sgd", "lamb"]
         raise ValueError(
-            f"optimizer is {plan.optimizer!r}, which timm cannot make ({error}); perhaps "
+            f"optimizer is {plan.optimizer!r}, which timm cannot build ({error}); perhaps "
             f"{' or '.join(near)}"
         ) from error
     if getattr(optimizer, "is_second_order", False):  # as timm's own loop asks
         raise ValueError(
             f"optimizer is {plan.optimizer!r}, which needs second derivatives, and the losses have "
-            "none; take adamw, lars, sgd or lamb"
+            "none; use adamw, lars, sgd or lamb"
         )
     return optimizer
 

@@ -300,13 +300,13 @@ def resume_changes(config: PretrainConfig, before: Mapping[str, Any]) -> dict[st
     if wrong:
         listed = ", ".join(f"{n} from {changed[n][0]!r} to {changed[n][1]!r}" for n in wrong)
         raise ValueError(
-            f"a run cannot go on with other weights: {listed}; leave these as they were, or "
+            f"a run cannot resume with other weights: {listed}; leave these unchanged, or "
             "start a new run in another folder with --weights"
         )
     if "strategy" in changed and config.strategy == "fsdp":
         raise ValueError(
-            "strategy is 'fsdp', and the run began without: its optimiser's state is in one piece; "
-            "leave strategy as it was, or start a new run in another folder with --weights"
+            "strategy is 'fsdp', but the run began without it: its optimiser state is not sharded; "
+            "leave strategy unchanged, or start a new run in another folder with --weights"
         )
     return changed
 
@@ -318,9 +318,9 @@ def check_idle_changes(changed: Iterable[str], done: int, steps: int) -> None:
         return
     length = {"steps", "epochs"}.intersection(changed)
     names = ", ".join(n for n in changed if not length or n not in (*length, *OF_LENGTH))
-    idle = f": nothing is left to train with another {names}; leave that as it was, or"
+    idle = f": no steps are left to train with another {names}; leave that unchanged, or"
     raise ValueError(
         f"{done} steps are done and {steps} wanted{idle if names else ';'} give --steps or "
-        f"--epochs that come to more than {done}, or start a new run in another folder with "
+        f"--epochs for more than {done}, or start a new run in another folder with "
         "--weights"
     )

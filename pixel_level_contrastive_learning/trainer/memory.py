@@ -37,7 +37,7 @@ class Estimate:
     def describe(self, images: int) -> str:
         """The estimate in words."""
         return (
-            f"about {self.total(images) / MIB:.0f} MiB a step on each device: "
+            f"about {self.total(images) / MIB:.0f} MiB per step on each device: "
             f"{self.fixed / MIB:.0f} MiB for weights, target, gradients and optimiser, and "
             f"{self.per_image / MIB:.1f} MiB for each of {images} images"
         )
@@ -139,7 +139,7 @@ def choose_accumulate(step: TrainingStep, needed: Estimate | None) -> int:
     parts = possible_parts(images, parts)
     if fabric.is_global_zero:
         LOG.info(
-            f"each device takes {images} images a step, {-(-images // parts)} at a time "
+            f"each device processes {images} images per step, {-(-images // parts)} at a time "
             f"(accumulate {parts})"
         )
     return parts

@@ -75,23 +75,24 @@ class HealthMonitor:
             found["images_without_pairs"] = few
         if metrics.get("spread", 1) < COLLAPSED_SPREAD:
             found["spread"] = (
-                f"the features collapse: their spread is {metrics['spread']:.3g}, under "
-                f"{COLLAPSED_SPREAD} (1 is healthy, 0 means every pixel looks alike). {advice}"
+                f"the features are collapsing: their spread is {metrics['spread']:.3g}, below "
+                f"{COLLAPSED_SPREAD} (1 is healthy, 0 means all pixels look the same). {advice}"
             )
         if metrics.get("effective_rank", COLLAPSED_RANK) < COLLAPSED_RANK:
             found["effective_rank"] = (
-                f"the features collapse: their effective rank is {metrics['effective_rank']:.3g}, "
-                f"under {COLLAPSED_RANK}: they vary in hardly any direction. {advice}"
+                "the features are collapsing: their effective rank is "
+                f"{metrics['effective_rank']:.3g}, below {COLLAPSED_RANK}: they vary in hardly any "
+                f"direction. {advice}"
             )
         if settled and cosine <= 0:
             found["cosine"] = (
-                "the run diverges: the network predicts its target no better than chance "
+                "the run is diverging: the network predicts its target no better than chance "
                 "(mean cosines at most 0). Lower lr or lengthen the warm-up"
             )
         if settled and metrics["grad_norm"] > 1000 * usual > 0:
             found["grad_norm"] = (
-                f"the run diverges: the gradient's norm is {metrics['grad_norm']:.3g}, a thousand "
-                f"times its usual {usual:.3g}. Lower lr, or set clip_grad to 1"
+                f"the run is diverging: the gradient norm is {metrics['grad_norm']:.3g}, over a "
+                f"thousand times its usual {usual:.3g}. Lower lr, or set clip_grad to 1"
             )
         new = [warning for name, warning in found.items() if name not in self.active]
         self.active = set(found)
@@ -103,8 +104,8 @@ def few_pairs(without: float, images: int) -> str | None:
     if without <= images / 2 or not images:
         return None
     return (
-        f"{without:.3g} of {images} images have no matching pair, and nothing is learned of their "
-        "pixels. Raise crop_area or distance_thres"
+        f"{without:.3g} of {images} images have no matching pairs, so the pixel loss ignores them. "
+        "Raise crop_area or distance_thres"
     )
 
 
@@ -251,10 +252,10 @@ class MetricsWriter:
             self.batch = sent.batch
             shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
             raise NotFiniteError(
-                f"step {result.step} gave a loss or gradient that is NaN or infinite ({shown}); "
-                "the last good checkpoint, if there was one, is kept: go on from it with --resume "
-                "(without one start again with --overwrite) and a smaller --lr, a longer "
-                "--warmup-epochs, --clip-grad 1 or --precision float32"
+                f"step {result.step} gave a NaN or infinite loss or gradient ({shown}); the last "
+                "good checkpoint, if any, is kept: continue from it with --resume (without one, "
+                "start again with --overwrite) and a lower --lr, a longer --warmup-epochs, "
+                "--clip-grad 1 or --precision float32"
             )
         if self.folder is None:
             return
@@ -284,7 +285,7 @@ class MetricsWriter:
             held |= {f"{view}.{n}": own for n, own in getattr(batch, view)._asdict().items()}
         path = self.folder / run_layout.BAD_BATCH
         write_whole(path, lambda file: torch.save(held, file))
-        LOG.error("the batch of this step is kept in %s", path)
+        LOG.error("the batch of this step is saved in %s", path)
 
     def write(self) -> None:
         """Write the lines held to `metrics.jsonl`."""
@@ -337,8 +338,8 @@ def check_loggers(names: tuple[str, ...]) -> None:
     for name in ("wandb", "mlflow"):
         if name in names and find_spec(name) is None:
             raise ValueError(
-                f"loggers names {name!r}, which is not installed; pip install {name}, or take csv: "
-                "metrics.jsonl is written in any case"
+                f"loggers names {name!r}, which is not installed; pip install {name}, or use csv: "
+                "metrics.jsonl is always written"
             )
 
 

@@ -54,7 +54,7 @@ def find_resume_point(setup: Setup, run_dir: RunDir) -> ResumePoint:
     if plan.settings.steps is None:  # a run in epochs counts images
         step = int(held["samples"]) // plan.batch_size
     check_idle_changes(changed, step, plan.schedule.steps)
-    LOG.info("going on at step %d, from %s", step, path)
+    LOG.info("resuming at step %d, from %s", step, path)
     return ResumePoint(held | {"steps_done": step}, path, number, step)
 
 
@@ -88,8 +88,10 @@ def check_statistics(setup: Setup, run_dir: RunDir, held: Mapping[str, Any]) -> 
     statistics, file = asdict(setup.data.statistics), run_dir.path / run_layout.STATISTICS
     if held.get("statistics", statistics) != statistics:
         if file.exists():
-            raise ValueError(f"{file} is not the run's; remove it, and they are measured again")
-        LOG.warning("the statistics of the images are not those of the run")
+            raise ValueError(
+                f"{file} does not belong to this run; delete it to have it measured again"
+            )
+        LOG.warning("the image statistics differ from those of the run")
 
 
 def check_shapes(learner: PixelCL, held: Mapping[str, Any]) -> None:
@@ -101,8 +103,8 @@ def check_shapes(learner: PixelCL, held: Mapping[str, Any]) -> None:
         there = held.get(LEARNER + name)
         if there is not None and tuple(there.shape) != tuple(own.shape):
             raise ValueError(
-                f"a run cannot go on with other weights: {LEARNER}{name} has the shape "
+                f"a run cannot resume with other weights: {LEARNER}{name} has the shape "
                 f"{tuple(there.shape)} in the checkpoint and {tuple(own.shape)} now; leave "
-                "image_size and the model as they were, or start a new run in another folder with "
+                "image_size and the model unchanged, or start a new run in another folder with "
                 "--weights"
             )

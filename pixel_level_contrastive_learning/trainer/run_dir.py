@@ -42,27 +42,28 @@ class RunDir:
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"out is {self.path}, which is a file; name a folder")
         if str(self.path).encode(errors="ignore").decode() != str(self.path):
-            raise ValueError(f"out is {str(self.path)!r}, which is no UTF-8; name a folder that is")
+            raise ValueError(
+                f"out is {str(self.path)!r}, which is not UTF-8; give a folder whose name is"
+            )
         check_writable("out", self.path)
         if (resume or overwrite) and not self.holds_run():
             for name in run_layout.EVERYTHING:
                 dry_run = name == run_layout.PREVIEW and self.holds_dry_run()
                 if (self.path / name).exists() and not dry_run:
                     raise ValueError(
-                        f"out is {self.path}, which holds no run but has {name}, which a run would "
+                        f"out is {self.path}, which is not a run but has {name}, which a run would "
                         "replace; name another folder"
                     )
         if resume and (self.path / run_layout.WEIGHTS).exists() and not self.checkpoint_paths():
             raise ValueError(
-                f"out is {self.path}, whose run is done and of which no checkpoint is left to go "
-                f"on from; start one with --weights {self.path} in another folder, or replace it "
-                "(--overwrite)"
+                f"out is {self.path}, a finished run without checkpoints to resume from; start a "
+                f"new one with --weights {self.path} in another folder, or replace it (--overwrite)"
             )
         ours = (run_layout.PREVIEW, *run_layout.LOCK_FILES)  # left by a dry run, and by a kill
         used = self.path.is_dir() and any(own.name not in ours for own in self.path.iterdir())
         if used and not resume and not overwrite:
             raise ValueError(
-                f"out is {self.path}, which is not empty; go on with the run in it (--resume), "
+                f"out is {self.path}, which is not empty; resume the run in it (--resume), "
                 "replace it (--overwrite), or name another folder"
             )
 
@@ -88,7 +89,7 @@ class RunDir:
             for name in run_layout.EVERYTHING:
                 if path.is_relative_to(self.path / name):
                     raise ValueError(
-                        f"{place!r} lies in {self.path / name}, which --overwrite would remove; "
+                        f"{place!r} is inside {self.path / name}, which --overwrite would remove; "
                         "name another out"
                     )
 
@@ -109,8 +110,8 @@ class RunDir:
             (self.path / run_layout.LOCK_HOLDER).write_text(f"{os.getpid()} {socket.gethostname()}")
         except OSError as error:
             raise ValueError(
-                f"out is {self.path}, where nothing can be written ({error.strerror}); name a "
-                "folder that you may write to"
+                f"out is {self.path}, which is not writable ({error.strerror}); name a folder "
+                "that you may write to"
             ) from error
         try:
             yield
@@ -139,7 +140,7 @@ class RunDir:
                 if is_running(pid, host) or time.monotonic() > deadline:
                     raise ValueError(
                         f"out is {self.path}, where process {pid} on {host} is training; wait for "
-                        "its end, stop it, or name another folder"
+                        "it to end, stop it, or name another folder"
                     ) from None
                 time.sleep(0.2)
             else:
@@ -232,7 +233,7 @@ class RunDir:
                 ):
                     raise  # another time it may be read
                 LOG.warning(
-                    "the checkpoint %s cannot be read (%s: %s); taking the one before it",
+                    "the checkpoint %s cannot be read (%s: %s); using the one before it",
                     path,
                     type(error).__name__,
                     str(error).splitlines()[0] if str(error) else "",
@@ -242,7 +243,7 @@ class RunDir:
         if paths:
             raise ValueError(
                 f"none of the {len(paths)} checkpoints in {self.checkpoints} can be read; nothing "
-                "was removed: look at the disk, or start again with --overwrite"
+                "was deleted: check the disk, or start again with --overwrite"
             )
         return None
 

@@ -63,26 +63,26 @@ def check_places(config: PretrainConfig, objects: Any) -> RunDir:
         ValueError: No folder or no data is given, or the folder is in use.
     """
     if config.out is None:
-        raise ValueError("out is not given; name the folder of the run, such as --out runs/mine")
+        raise ValueError("out is not given; give the run's folder, such as --out runs/mine")
     run_dir = RunDir(Path(config.out).expanduser().absolute())
     if not config.data and objects is None:
         if config.resume and not (run_dir.path / run_layout.CONFIG).is_file():
             raise ValueError(
-                f"out is {config.out!r}, where there is no run to resume; name the folder of one, "
-                "or name images to start a new one"
+                f"out is {config.out!r}, which has no run to resume; give a run's folder, or give "
+                "images to start a new run"
             )
-        hint = "name a folder of images, before the flags"
+        hint = "give a folder of images, before the flags"
         if config.resume:
-            hint = "the run was given Python objects: pass the same to pretrain()"
+            hint = "the run used Python objects: pass the same ones to pretrain()"
         elif run_dir.holds_run():
             hint = (
-                f"{config.out!r} holds a run, which --resume goes on with. For a new one name a "
-                "folder of images"
+                f"{config.out!r} holds a run: use --resume to continue it, or give a folder of "
+                "images to start a new one"
             )
         raise ValueError(f"data is not given; {hint}")
     if run_dir.path.resolve() in [Path(place).expanduser().resolve() for place in config.data]:
         raise ValueError(
-            f"out is {config.out!r}, where the images are, too; give the run a folder of its own"
+            f"out is {config.out!r}, which is the images' folder; give the run another folder"
         )
     if is_writer():
         run_dir.check_not_training()
@@ -148,7 +148,7 @@ def log_setup(setup: Setup, *, dry_run: bool) -> None:
     instance = instance if plan.settings.instance_weight else "no instance loss"
     LOG.info(
         f"{counted(schedule.steps, 'step')} of {counted(plan.batch_size, 'image')} "
-        f"({schedule.steps_per_epoch} an epoch, {schedule.warmup_steps} of warm-up), "
+        f"({schedule.steps_per_epoch} per epoch, {schedule.warmup_steps} of warm-up), "
         f"learning rate up to {schedule.peak_lr:.3g}, {plan.precision}, "
         f"views of {plan.view_size[0]} x {plan.view_size[1]} pixels, {pixel}, {instance}; "
         f"loader workers: {plan.workers}{kept}"
@@ -165,22 +165,22 @@ def log_remarks(setup: Setup) -> None:
     if min(plan.view_size) > LARGE_VIEW * longer:
         LOG.warning(
             f"views are {min(plan.view_size) / longer:.2g} times as large as the images, which "
-            "costs time and shows nothing more; lower image_size, the size of the views"
+            "costs time and adds no detail; lower image_size, the size of the views"
         )
     if schedule.warmup_steps == schedule.steps:
         LOG.warning(
-            "the warm-up takes the whole run, and the learning rate does not reach its peak; lower "
+            "the warm-up takes the whole run, so the learning rate never reaches its peak; lower "
             "warmup_epochs, or train longer"
         )
     if build.has_given_weights(plan.settings):
         LOG.info(
-            "start weights are trained as a whole, with a learning rate of "
+            "all layers of the given weights are trained, with a learning rate of "
             f"{plan.settings.lr:.3g} for 256 images"
         )
     origin, _, name = plan.model.partition(":")
     if origin == OBJECT:
         LOG.info(
-            f"the run cannot build {name} again: pass it as model= to load_backbone, evaluate, "
+            f"the run cannot rebuild {name}: pass it as model= to load_backbone, evaluate, "
             "visualize and export, and to pretrain with resume=True"
         )
     for place in plan.settings.data:
@@ -188,25 +188,24 @@ def log_remarks(setup: Setup) -> None:
         labelled = folder.parent if folder.name == IMAGES else folder
         train, val = (labelled / IMAGES / split for split in ("train", "val"))
         if train.is_dir() and val.is_dir() and (labelled / MASKS).is_dir():
-            LOG.info(f"{train} and {val} are both trained on; to evaluate on val, name {train}")
+            LOG.info(f"training on both {train} and {val}; to evaluate on val, give {train} only")
     if images < FEW_IMAGES:
         LOG.warning(
             f"{counted(images, 'image')} to train on: far too few to learn from; check that data "
-            "names all of them, or take this run for a test of the settings alone"
+            "covers all of them, or treat this run as a test of the settings"
         )
     if images < plan.batch_size:
         LOG.warning(
-            f"there are fewer images ({images}) than a batch has ({plan.batch_size}): some come "
-            "twice in a batch"
+            f"fewer images ({images}) than the batch size ({plan.batch_size}): some appear twice "
+            "in a batch"
         )
     if not len(setup.data.held_out) and plan.picture_every:
         LOG.info(
-            f"fewer than {MIN_IMAGES_TO_HOLD_OUT} images: nothing is held out, and whether cells "
-            "find their spot in another view is not measured; `pixelcl evaluate RUN --images DIR` "
-            "measures it"
+            f"fewer than {MIN_IMAGES_TO_HOLD_OUT} images: none are held out, so whether cells find "
+            "the same spot in another view is not measured; use `pixelcl evaluate RUN --images DIR`"
         )
     if plan.sharded and (plan.picture_every or setup.probe_splits):
-        LOG.warning("with fsdp no process has the whole network: nothing is probed or drawn")
+        LOG.warning("with fsdp no process has the whole network: no probes and no pictures")
 
 
 def rounded(values: Sequence[float] | None) -> str:
@@ -229,12 +228,12 @@ def dry_run(setup: Setup, run_dir: RunDir) -> dict[str, float]:
     images, without = len(batch.one), int(terms.images_without_pairs)
     pairs = float(terms.positive_pairs) / images
     if plan.compares_pixels:
-        LOG.info(f"{pairs:.1f} matching pairs an image; {without} of {images} images have none")
+        LOG.info(f"{pairs:.1f} matching pairs per image; {without} of {images} images have none")
         if few := few_pairs(without, images):
             LOG.warning(few)
         [path] = draw_batch(batch, learner, setup.normalise, plan, run_dir.path, count=1)
-        LOG.info("a preview is in %s", path)
+        LOG.info("preview written to %s", path)
     else:
-        LOG.info("the pixel loss is off (alpha is 0): no pairs to count, and no preview to draw")
+        LOG.info("the pixel loss is off (alpha is 0): no pairs to count or preview")
     memory = needed.total(plan.images_per_process) / MIB
     return {"positive_pairs": pairs, "images_without_pairs": without, "memory_mib": memory}

@@ -70,7 +70,7 @@ class StopSignal:
         if self.at_rest and self.alone:
             LOG.warning("%s: stopping", name)
             self.exit_if_received()
-        LOG.warning("%s: the run saves and stops after this step; once more exits at once", name)
+        LOG.warning("%s: the run saves and stops after this step; repeat to exit at once", name)
 
     @contextmanager
     def resting(self) -> Iterator[None]:

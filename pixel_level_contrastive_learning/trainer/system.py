@@ -52,8 +52,8 @@ def find_devices(config: PretrainConfig) -> Devices:
     nodes = config.num_nodes
     if nodes > 1 and "MASTER_ADDR" not in os.environ and not SLURMEnvironment.detect():
         raise ValueError(
-            f"num_nodes is {nodes}, and no launcher started this process; start it on each machine "
-            f"by srun, or by torchrun --nnodes {nodes} --nproc-per-node DEVICES --rdzv-backend "
+            f"num_nodes is {nodes}, but no launcher started this process; start it on each machine "
+            f"with srun, or torchrun --nnodes {nodes} --nproc-per-node DEVICES --rdzv-backend "
             "c10d --rdzv-endpoint HOST:29500 -m pixel_level_contrastive_learning pretrain ..., or "
             "leave num_nodes at 1"
         )
@@ -69,7 +69,7 @@ def find_devices(config: PretrainConfig) -> Devices:
     there = available.get(kind, per_node)
     if there == 0:
         raise ValueError(
-            f"accelerator is {config.accelerator!r}, and there is none here; leave it out"
+            f"accelerator is {config.accelerator!r}, which this machine lacks; leave it out"
         )
     if per_node > there:
         raise ValueError(
@@ -85,7 +85,7 @@ def find_devices(config: PretrainConfig) -> Devices:
     if devices.processes == 1 and not is_writer():
         rank = next(name for name in RANKS if os.environ.get(name, "0") != "0")
         raise ValueError(
-            f"{rank} is {os.environ[rank]}, as in a run of several processes, and this run has "
+            f"{rank} is {os.environ[rank]}, as in a run with several processes, but this run has "
             f"one; give num_nodes and devices, or unset {rank}"
         )
     return devices

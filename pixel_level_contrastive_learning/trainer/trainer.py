@@ -113,7 +113,7 @@ def fit(
         save()
         if stop.number is not None and step.step:
             LOG.warning(
-                "stopped at step %d of %d as asked, and saved; --resume goes on", step.step, steps
+                "stopped at step %d of %d and saved; continue with --resume", step.step, steps
             )
         stop.exit_if_received()
         if pictures:
@@ -161,7 +161,7 @@ def take(loader: TwoViewLoader, steps: int, stop: StopSignal) -> Iterator[TwoVie
             if isinstance(error, RuntimeError) or getattr(error, "filename", None):
                 raise
             raise RuntimeError(
-                f"a loader worker was killed ({error!r}), perhaps since memory ran out; "
+                f"a loader worker was killed ({error!r}), perhaps because memory ran out; "
                 "resume the run (--resume), with fewer --workers if it happens again"
             ) from error
         yield batch
@@ -303,7 +303,7 @@ def train(setup: Setup, run_dir: RunDir, stop: StopSignal) -> PretrainResult:
     if is_writer():
         prepare(setup, run_dir, begin)
     if begin.held is not None and begin.step >= steps:
-        LOG.info("all %d steps are done already", steps)
+        LOG.info("all %d steps are already done", steps)
         weights, metrics = begin.held["state_dict"], run_dir.last_metrics()
     else:
         step = build_step(setup, begin.held, stop)
@@ -368,5 +368,5 @@ def export_backbone(setup: Setup, run_dir: RunDir, weights: Mapping[str, Tensor]
     net.load_state_dict(own)
     path = run_dir.path / run_layout.WEIGHTS
     save_backbone(path, net, card)
-    LOG.info("the backbone is in %s", path)
+    LOG.info("backbone written to %s", path)
     return net

@@ -49,8 +49,8 @@ a hundred cells goes up and down by chance."""
 PREVIEWS = 4
 """Images whose pairs of views are drawn."""
 NOT_FINITE = (
-    "in eval mode the network gives features that are NaN or infinite: it diverges; stop, and "
-    "train with a smaller lr"
+    "in eval mode the network gives NaN or infinite features: it is diverging; stop the run and "
+    "train with a lower lr"
 )
 
 
@@ -116,7 +116,7 @@ class FeaturePictures:
                 "hit_step": step.step,
             }
             LOG.info(
-                "step %d: %.1f %% of cells find their spot in another view (%.1f %% by chance)",
+                "step %d: %.1f %% of cells find the same spot in another view (%.1f %% by chance)",
                 step.step,
                 100 * changed.hit1,
                 100 * changed.chance,
@@ -165,13 +165,13 @@ class Probe:
                 reader, [ProbeTask(self.protocol, train, (card.shown_layer,))], val
             )
         except DivergedError:
-            LOG.warning("step %d: not probed: %s", step.step, NOT_FINITE)
+            LOG.warning("step %d: probe skipped: %s", step.step, NOT_FINITE)
             return
         miou = float(scored.scores.miou)
         note = best_note(self.scores(), miou) if step.step > 0 else ""
         append_lines(self.path, [{"step": step.step, "miou": miou}])
         self.latest |= {"probe_miou": miou}
-        LOG.info("step %d: mean IoU of the probe %.4f%s", step.step, miou, note)
+        LOG.info("step %d: probe reaches a mean IoU of %.4f%s", step.step, miou, note)
         if note:
             self.run_dir.mark_best(step.step)
 
@@ -182,7 +182,7 @@ class Probe:
             step = max(scores, key=scores.__getitem__)  # the first of those that are equal
             path = self.run_dir.checkpoints / run_layout.BEST
             LOG.info(
-                f"best by the probe: step {step}, mIoU {scores[step]:.4f}: {path} "
+                f"best step by the probe: {step}, mIoU {scores[step]:.4f}: {path} "
                 f"(pixelcl export {quote(str(path))})"
             )
 
@@ -199,7 +199,7 @@ def best_note(scores: Mapping[int, float], miou: float) -> str:
     if miou <= max((own for at, own in scores.items() if at > 0), default=-1.0):
         return ""
     start = scores.get(0, miou)
-    return " (best)" if start <= miou else f" (best so far, but below {start:.4f} of step 0)"
+    return " (best)" if start <= miou else f" (best so far, but below {start:.4f} at step 0)"
 
 
 def central_views(

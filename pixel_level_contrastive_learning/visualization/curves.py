@@ -61,40 +61,40 @@ class Line(NamedTuple):
 
 CHARTS = (
     Chart(
-        "Likeness of pairs",
+        "Similarity of pairs",
         "mean cosine, -1 to 1",
         (("pixel_cosine", "pixel"), ("instance_cosine", "instance")),
         "The figure to watch: it should rise towards 1. A dip after a quick start is normal, since "
-        "the target stops being trivially alike.",
+        "the target stops being trivially similar.",
         limits=(None, 1.02),
     ),
     Chart(
-        "Cells that find their spot",
+        "Correspondence",
         "share of cells, 0 to 1",
         (("hit1", "colours changed"), ("hit1_colours_kept", "colours kept")),
-        "In two views of images that were kept from training: how often a cell's most similar "
-        "cell in the other view sees the same spot. Far apart, the network goes by colour.",
+        "On held-out images: how often a cell's most similar cell in the other view sees the same "
+        "spot. A wide gap between the curves means that matching relies on colour.",
         limits=(0, None),
     ),
     Chart(
         "Probe",
         "mean IoU, 0 to 1",
         (("probe_miou", "probe"),),
-        "How well masks are told by a probe on the features. It should rise; where it falls again, "
-        "best.ckpt has the better weights.",
+        "How well a probe on the features predicts masks. It should rise; if it falls again, "
+        "best.ckpt has better weights.",
     ),
     Chart(
         "Loss",
         "weighted sum of both terms",
         (("loss", "loss"),),
-        "Falls as the cosines rise. On its own it does not tell a healthy run from a collapsed "
-        "one, whose loss is very low.",
+        "Falls as the cosines rise. On its own it does not show a collapse: a collapsed run has a "
+        "very low loss.",
     ),
     Chart(
         "Spread",
         "0 collapsed, 1 even",
         (("spread", "spread"),),
-        "How far the cells' features point in different directions.",
+        "How much the directions of the cells' features differ.",
         limits=(0, None),
         bound=(COLLAPSED_SPREAD, "collapsed below"),
     ),
@@ -102,8 +102,8 @@ CHARTS = (
         "Effective rank",
         "directions in use",
         (("effective_rank", "effective rank"),),
-        "Along how many directions features vary. It may fall at first, and should then hold or "
-        "rise.",
+        "The number of directions in which features vary. It may fall at first, then should hold "
+        "or rise.",
         limits=(0, None),
         bound=(COLLAPSED_RANK, "collapsed below"),
     ),
@@ -119,14 +119,14 @@ CHARTS = (
         "Gradient",
         "norm",
         (("grad_norm", "gradient norm"),),
-        "Sudden peaks say that the learning rate is at its limit.",
+        "Sudden peaks mean that the learning rate is close to too high.",
         logarithmic=True,
     ),
     Chart(
         "Learning rate",
         "learning rate",
         (("lr", "learning rate"),),
-        "Warm-up, then a cosine down.",
+        "Warm-up, then cosine decay.",
         limits=(0, None),
         noisy=False,
     ),
@@ -134,7 +134,7 @@ CHARTS = (
         "Speed",
         "images per second",
         (("images_per_second", "images/s"),),
-        "The first step is slow, since everything starts then.",
+        "The first step is slow because of start-up.",
         limits=(0, None),
     ),
 )
@@ -196,8 +196,8 @@ def read_metrics(path: str | Path) -> dict[str, list[float]]:
             if number == len(lines):
                 break
             raise ValueError(
-                f"{path}, line {number}, is {line[:60]!r}, which is no JSON object; the file was "
-                "changed after the run: mend the line or take it out"
+                f"{path}, line {number}, is {line[:60]!r}, which is not a JSON object; the file "
+                "was changed after the run: fix or delete the line"
             ) from error
     names = dict.fromkeys(name for row in rows for name in row)
     return {
@@ -223,7 +223,7 @@ def curves_figure(metrics: Metrics) -> Figure:
 
     charts = charts_of(metrics)
     if not charts:
-        raise ValueError("metrics hold no step yet; let the run take a few steps first")
+        raise ValueError("metrics hold no steps yet; let the run take a few steps first")
     rows = -(-len(charts) // 2)
     figure = Figure(figsize=(9.6, 2.7 * rows), layout="constrained")
     for number, chart in enumerate(charts):

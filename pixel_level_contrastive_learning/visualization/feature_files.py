@@ -163,19 +163,19 @@ class FeatureFolder:
                 index = json.loads(path.read_text(encoding="utf-8"))
             except ValueError as error:
                 raise ValueError(
-                    f"{path} is not what features writes ({error}); delete {folder}, or choose "
-                    "another folder"
+                    f"{path} is not a file of pixelcl features ({error}); delete {folder}, or "
+                    "choose another folder"
                 ) from error
             wanted = json.loads(json.dumps(settings))  # with lists in place of tuples
             if other := [name for name, value in wanted.items() if index.get(name) != value]:
                 raise ValueError(
-                    f"out is {str(folder)!r}, which holds features of another "
-                    f"{', '.join(other)}; choose another folder, or delete this one"
+                    f"out is {str(folder)!r}, which holds features with other settings "
+                    f"({', '.join(other)}); choose another folder, or delete this one"
                 )
             return cls(folder, index)
         if any(own.name != LOCK for own in folder.glob("*")):
             raise ValueError(
-                f"out is {str(folder)!r}, which holds something else; choose a new or empty folder"
+                f"out is {str(folder)!r}, which holds other files; choose a new or empty folder"
             )
         return cls(folder, {"weights": weights, **settings, "images": [], "left_out": []})
 
@@ -311,10 +311,10 @@ def write_maps(held: FeatureFolder, source: Source, prepare: Preparation, reader
         left = [index for own, index in places.items() if own not in kept]
         done = len(kept)
         if others := len(kept - places.keys()):
-            stand = f"the folder holds features of {others} images that are not among these"
+            stand = f"the folder holds features of {others} images that were not given"
             log.info("%s; adding %d", stand, len(left))
         elif done:
-            log.info("%d images are done, %d are left", done, len(left))
+            log.info("%d images done, %d left", done, len(left))
     numbers = held.free_numbers()
     refused: list[dict[str, str]] = []
     held.index["left_out"] = refused

@@ -194,11 +194,11 @@ def visualize(
             folder, "Mean IoU over the number of masks, as in the table", run_layout.LABEL_CURVE
         ),
         predictions=saved_pictures(
-            folder / run_layout.PREDICTIONS, "Image, truth, and what each network made of it"
+            folder / run_layout.PREDICTIONS, "Image, ground truth, and each network's prediction"
         ),
         pairs=pairs_pictures(folder, wholes, loaded.card, grid, threshold, seed),
         threshold=threshold,
-        steps=saved_pictures(folder / run_layout.PICTURES, "What the network saw"),
+        steps=saved_pictures(folder / run_layout.PICTURES, "Features as colours"),
         settings=without_places(settings),
         version=loaded.card.version,
     )
@@ -210,7 +210,7 @@ def visualize(
 def default_page(run: str | Path) -> Path:
     """Where the report of a run or of a file of weights goes."""
     if on_hub(run) or not is_file(run):
-        raise ValueError(f"out is None, and {run} is no folder of a run; name a file for the page")
+        raise ValueError(f"out is None, and {run} is not a run's folder; name a file for the page")
     path = Path(run).expanduser()
     name = Path(run_layout.REPORT)
     if path.is_dir():
@@ -255,9 +255,9 @@ def training_images(settings: Mapping[str, Any]) -> list[str]:
     places = [places] if isinstance(places, str) else [str(place) for place in places]
     gone = [own for own in places if not is_shards(own) and not Path(own).expanduser().exists()]
     if gone or not places:
-        why = f"saw {gone[0]!r}, which is not there" if gone else "does not say what it saw"
+        why = f"used {gone[0]!r}, which is missing" if gone else "does not record its images"
         raise ValueError(
-            f"images is None and the run {why}; give images, such as a folder of some that were "
+            f"images is None and the run {why}; give images, such as a folder of images that were "
             "not trained on"
         )
     return places
@@ -275,8 +275,8 @@ def read_evaluations(folder: Path) -> list[Evaluation]:
             evaluation = Evaluation.from_json(path.read_text(encoding="utf-8"))
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(
-                f"{path} is not what an evaluation writes ({error!r}); evaluate again with this "
-                "folder as out, or take the file away"
+                f"{path} is not a file of pixelcl evaluate ({error!r}); evaluate again with this "
+                "folder as out, or delete the file"
             ) from error
         if path.stat().st_mtime < written:
             evaluation = replace(evaluation, notes=(*evaluation.notes, OUTDATED))

@@ -72,15 +72,15 @@ def judge_learning(metrics: Metrics) -> tuple[bool, str]:
     grew = cosine is None or cosine.end > cosine.start
     if hit is not None:
         if goes_by_colour(metrics):
-            return False, "It goes by colour"
+            return False, "Matching relies on colour"
         chance = hit_deviation(metrics)
         if max(hit.end * CLEAR, hit.end + 2 * chance) < hit.start:
             return False, "Worse than at the start"
         grew = grew and hit.end >= max(hit.start * CLEAR, hit.start + chance)
     if not grew:
-        return True, "Sound features, little learned"
+        return True, "Healthy features, little learned"
     # Pairs also grow alike where nothing but colours is learned.
-    return True, "The features look sound" if hit is None else "The run looks healthy"
+    return True, "The features look healthy" if hit is None else "The run looks healthy"
 
 
 def judge_gain(evaluation: Evaluation) -> tuple[bool, str] | None:
@@ -92,9 +92,12 @@ def judge_gain(evaluation: Evaluation) -> tuple[bool, str] | None:
     for other in (row for row in evaluation.rows if row.name in ours.baselines):
         by = gain(ours, other, MIOU)
         if by < 0:
-            return False, f"Worse than {'random weights' if is_random(other.name) else 'its start'}"
+            return (
+                False,
+                f"Worse than {'random' if is_random(other.name) else 'the starting'} weights",
+            )
         gained = gained and by > 0 and not may_be_luck(ours, other, MIOU)
-    return None if gained else (True, "Sound features, no clear gain")
+    return None if gained else (True, "Healthy features, no clear gain")
 
 
 def hit_change(metrics: Metrics) -> Change | None:
@@ -150,39 +153,39 @@ def findings(metrics: Metrics) -> list[str]:
     if cosine is not None:
         alike = "cells that see the same spot" if has_pairs else "two views of an image"
         told.append(
-            f"The likeness of {alike} {'rose' if cosine.end > cosine.start else 'fell'} from "
+            f"The similarity of {alike} {'rose' if cosine.end > cosine.start else 'fell'} from "
             f"{cosine.start:z.2f} to {cosine.end:z.2f} (mean cosine; 1 is perfect)."
         )
     if hit is not None:
         told.append(
-            f"A cell finds its own spot in another view in {hit.end:.0%} of cases, "
+            f"Cells find the same spot in another view {hit.end:.0%} of the time, "
             f"{hit.start:.0%} before the first step."
         )
     elif cosine is not None:
         told.append(
-            "Whether cells find their spot in another view was not measured after training; that "
-            "they grow alike is no sign of it. pixelcl evaluate RUN --images DIR tells."
+            "Whether cells find the same spot in another view was not measured after training, and "
+            "a rising cosine does not show it. Run pixelcl evaluate RUN --images DIR."
         )
     if goes_by_colour(metrics):
         kept = known(metrics, "hit1_colours_kept")[-1]
         told.append(
-            f"With colours left as they are it finds {kept:.0%}: "
-            "change colour more in training (--jitter, --prob-gray)."
+            f"With colours unchanged, {kept:.0%} of the time: "
+            "use stronger colour augmentation in training (--jitter, --prob-gray)."
         )
     if scores := known(metrics, "probe_miou"):
         told.append(
             f"A probe reaches {scores[-1]:.3f} mIoU; {scores[0]:.3f} before the first step, "
-            f"{max(scores):.3f} at best. best.ckpt has the best weights that training came to."
+            f"{max(scores):.3f} at best. best.ckpt has the best weights of the run."
         )
     matched = latest(metrics, "positive_pairs")
     if matched is not None and not has_pairs:
         told.append("No cells were compared: alpha is 0, or no two views see the same spot.")
     elif matched is not None:
-        told.append(f"An image gives {matched:.0f} matching pairs of cells on average.")
+        told.append(f"Each image has {matched:.0f} matching pairs of cells on average.")
     waiting = latest(metrics, "waiting")
     if waiting is not None and waiting > SLOW:
         told.append(
-            f"{waiting:.0%} of the time goes by waiting for images: more workers, or the images in "
-            "shards, would make it faster."
+            f"{waiting:.0%} of the time is spent waiting for images: use more workers, or put the "
+            "images in shards."
         )
     return told

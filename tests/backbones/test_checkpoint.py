@@ -110,8 +110,8 @@ def test_a_missing_card_says_what_to_do(tmp_path) -> None:
     with pytest.raises(ValueError) as error:
         read_card(tmp_path / "net.pth")
     assert str(error.value) == (
-        f"{tmp_path / 'net.pth'} has no card net.json beside it, which says what network it is of; "
-        "put the card there, or load it into a network of your own: load_weights(net, path)"
+        f"{tmp_path / 'net.pth'} has no card net.json next to it to say which network it is of; "
+        "put the card there, or load the file into your network: load_weights(net, path)"
     )
 
 
@@ -213,7 +213,7 @@ def test_a_broken_backbone_is_not_written(net, tmp_path) -> None:
         save_backbone(path, net, replace(CARD, seed=5))
     assert str(error.value) == (
         "conv1.0.weight, fc.bias of ResNet hold NaN or infinite values, so the backbone is not "
-        f"written (2 of {len(net.state_dict())} tensors); take the last good checkpoint"
+        f"written (2 of {len(net.state_dict())} tensors); use the last good checkpoint"
     )
     assert path.read_bytes() == before
     assert json.loads(path.with_suffix(".json").read_text())["seed"] == 0

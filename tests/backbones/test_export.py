@@ -304,10 +304,10 @@ def test_an_export_to_the_other_library_names_its_layers(tmp_path, pixel) -> Non
 def test_an_export_replaces_no_card_of_other_weights(tmp_path) -> None:
     save(tmp_path, "timm/resnet18", 3, (64, 64))
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(ValueError, match=r"backbone\.json is there and is the card of other w"):
+    with pytest.raises(ValueError, match=r"backbone\.json exists and is the card of other w"):
         export(tmp_path, "torchvision", tmp_path / "backbone.pth")
     (tmp_path / "net.json").write_text('{"my": "notes"}')
-    with pytest.raises(ValueError, match=r"net\.json is there and is no card: name another"):
+    with pytest.raises(ValueError, match=r"net\.json exists and is not a card: name another"):
         export(tmp_path, "state-dict", tmp_path / "net.pth")
     assert (tmp_path / "net.json").read_text() == '{"my": "notes"}'
     assert all(path.read_bytes() == content for path, content in before.items())
@@ -358,7 +358,7 @@ def test_a_resnet_goes_to_detectron2(tmp_path) -> None:
     assert torch.equal(stem, net.conv1.weight)
     assert str(done).splitlines()[2:4] == [
         "missing 2: fc.weight, fc.bias",
-        "(nothing is lost: the classifier, which detectron2 does not take)",
+        "(nothing is lost: detectron2 does not use the classifier)",
     ]
     assert done.how_to == (
         "MODEL:\n"
@@ -403,7 +403,7 @@ def test_formats_that_do_not_know_the_model_are_refused(tmp_path) -> None:
     with pytest.raises(ValueError) as error:
         export(tmp_path, "torchvision")
     assert str(error.value) == (
-        "format is 'torchvision', which has no timm/test_vit; for this model: timm, safetensors, "
+        "format is 'torchvision', which does not fit timm/test_vit; choose from timm, safetensors, "
         "state-dict, onnx"
     )
     with pytest.raises(ValueError, match=r"it must be one of 'torchvision', .* \(perhaps 'timm'\)"):
@@ -448,7 +448,7 @@ def test_weights_that_the_model_no_longer_has_are_not_dropped(tmp_path) -> None:
     file.write_text(SOURCE.replace("nn.ReLU()", "nn.Conv2d(4, 4, 3)"))
     save(tmp_path, f"{file}:build", 3, (32, 32))
     file.write_text(SOURCE)
-    with pytest.raises(ValueError, match=r"changed since .* 1\.bias is left over, 1\.weight is"):
+    with pytest.raises(ValueError, match=r"changed since .* 1\.bias is unexpected, 1\.weight is"):
         export(tmp_path, "safetensors")
 
 

@@ -26,7 +26,7 @@ from pixel_level_contrastive_learning.backbones.fingerprint import (
 )
 
 SIZE = (48, 64)
-SAYS = "the model's code computes something else than when the run was made"
+SAYS = "the model's code gives different results than during the run"
 
 
 def convolutions(act: Callable[[], nn.Module] = nn.ReLU, residual: float = 1.0) -> nn.Module:

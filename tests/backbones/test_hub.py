@@ -144,7 +144,7 @@ def test_the_weights_of_torch_are_told_from_arguments_and_shards_are_refused(hub
     assert load_weights(build_backbone(MODEL, channels=2), "hf://me/net").complete
     save_file(net.state_dict(), hub / "me/net/a-00001-of-00002.safetensors")
     (hub / "me/net/pytorch_model.bin").unlink()
-    with pytest.raises(ValueError, match="hf://me/net has its weights in shards, which are not"):
+    with pytest.raises(ValueError, match="hf://me/net has sharded weights, which are not"):
         load_weights(net, "hf://me/net")
 
 
@@ -155,7 +155,7 @@ def test_the_weights_of_torch_are_told_from_arguments_and_shards_are_refused(hub
         ("hf://me/net@v9", "there is no hf://me/net@v9; for the revisions see https://hugging"),
         ("hf://me/net/a.pth", "hf://me/net has no file a.pth; it has README.md"),
         ("hf://me/net", "hf://me/net has no weights; name a file as weights: --weights hf"),
-        ("hf://m e/net", "hf://m e/net cannot be the name of a repository: "),
+        ("hf://m e/net", "hf://m e/net is not a valid repository name: "),
     ],
 )
 def test_what_is_not_on_the_hub_is_named(hub, name, complaint) -> None:
@@ -189,8 +189,8 @@ def not_kept(cause: Exception) -> Exception:
         (not_kept(httpx.ConnectError("oh")), ConnectionError, "could not be reached: oh; check"),
         (httpx.ConnectError("oh"), ConnectionError, "hf://me/net could not be reached: oh; check"),
         (ConnectionResetError(104, "oh"), ConnectionError, "hf://me/net could not be reached: "),
-        (OSError(28, "No space"), CannotWriteError, "hf://me/net could not be kept in the cache: "),
-        (PermissionError(13, "oh", "/x"), CannotWriteError, "set HF_HOME to a folder that can be "),
+        (OSError(28, "No space"), CannotWriteError, "hf://me/net could not be cached: "),
+        (PermissionError(13, "oh", "/x"), CannotWriteError, "set HF_HOME to a writable folder"),
     ],
 )
 def test_what_fails_is_told_from_what_is_refused(error, kind, message) -> None:
@@ -205,7 +205,7 @@ def test_a_cache_that_cannot_be_written_is_not_taken_for_the_connection(
     of_ours(hub)
     (tmp_path / "file").touch()
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "file"))
-    with pytest.raises(CannotWriteError, match="hf://me/ours could not be kept in the cache"):
+    with pytest.raises(CannotWriteError, match="hf://me/ours could not be cached"):
         load_backbone("hf://me/ours")
 
 
@@ -221,7 +221,7 @@ def test_offline_the_cache_is_read_and_what_it_lacks_is_said(hub, monkeypatch) -
             load_weights(net, name)
         said = str(error.value)
         assert said.startswith("hf://me/other could not be reached: ")
-        assert said.endswith("get the files on another machine and give their path")
+        assert said.endswith("download the files on another machine and give their path")
 
 
 def test_without_its_client_the_extra_is_named(monkeypatch) -> None:
@@ -270,7 +270,7 @@ def test_no_code_that_a_repository_names_is_run(hub, model) -> None:
         lambda: export("hf://me/ours", "safetensors", hub / "net.safetensors"),
         lambda: push("hf://me/ours", "me/other", dry_run=True),
     ):
-        with pytest.raises(ValueError, match=r"has weights of .*, whose code it does not have; g"):
+        with pytest.raises(ValueError, match=r"has weights of .*, but not its code; g"):
             use()
     given = load_backbone("hf://me/ours", model=lambda: build_backbone(MODEL, channels=2))
     assert same(given, net)
@@ -286,7 +286,9 @@ def test_no_code_is_run_that_the_configuration_in_a_card_names(hub, monkeypatch)
 
 def test_an_export_of_a_repository_is_not_written_into_its_cache(hub) -> None:
     net = of_ours(hub)
-    with pytest.raises(ValueError, match="out is None, and hf://me/ours is no folder of a run; na"):
+    with pytest.raises(
+        ValueError, match="out is None, and hf://me/ours is not a run's folder; name"
+    ):
         export("hf://me/ours", "state-dict")
     done = export("hf://me/ours", "state-dict", hub / "net.pth")
     assert same(load_backbone(done.path), net)
@@ -491,5 +493,7 @@ def test_a_network_of_the_hub_is_exported_with_what_builds_it(
         given = export(tmp_path / "run", form, tmp_path / "other", model=net)
         assert same(AutoModel.from_pretrained(given.path), net)
     elif repository != "transformers":
-        with pytest.raises(ValueError, match="format is 'transformers', which has no hf://me"):
+        with pytest.raises(
+            ValueError, match="format is 'transformers', which does not fit hf://me"
+        ):
             export(tmp_path / "run", "transformers")

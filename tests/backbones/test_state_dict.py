@@ -170,7 +170,7 @@ def test_nothing_that_fits_is_an_error_that_shows_both_sides(tmp_path) -> None:
     assert str(error.value) == (
         f"nothing in {path} fits Module: the file begins with trunk.conv.weight, "
         "stem.1.num_batches_tracked, the network with stem.0.weight, stem.0.bias, stem.1.weight; "
-        "give weights of this model, or build the model they are of"
+        "give weights of this model, or build the model they belong to"
     )
     assert same(net, before)
     torch.save({"epoch": 3}, path)
@@ -375,6 +375,6 @@ def test_where_there_is_nothing_is_said(tmp_path) -> None:
         load_weights(small(), tmp_path)
     (tmp_path / "config.yaml").write_text("checkpoint_every: 40\n")
     with pytest.raises(
-        ValueError, match=r"its run trains or ended early, and saves first at step 40"
+        ValueError, match=r"its run is training or ended early, and first saves at step 40"
     ):
         load_weights(small(), tmp_path)

@@ -44,7 +44,7 @@ def test_what_is_no_demo_is_not_replaced(tmp_path, capsys) -> None:
     (out / "scenes" / "classes.txt").write_text("0 road\n")
     (out / "report.html").write_text("mine")
     assert cli.main(["demo", "--out", str(out), "--steps", "1", "--overwrite"]) == 2
-    assert "holds no demo to replace; name another folder" in capsys.readouterr().err
+    assert "is not a demo to replace; name another folder" in capsys.readouterr().err
     assert (out / "scenes" / "classes.txt").read_text() == "0 road\n"
     assert (out / "report.html").read_text() == "mine"
 

@@ -137,10 +137,10 @@ def test_what_settings_come_to(info, given, what, comes_to) -> None:
 @pytest.mark.parametrize(
     ("processes", "given", "told"),
     [
-        (1, {"optimizer": "rprop"}, "which has no default learning rate; give one with lr"),
+        (1, {"optimizer": "rprop"}, "which has no default learning rate; set lr"),
         (1, {"lr": 0.1, "batch_size": 64, "final_lr": 0.06}, "0.06, above the peak .* 0.05"),
         (3, {"batch_size": 10}, "give a multiple of 3, such as 12"),
-        (2, {"batch_size": 2}, "batch norm has no statistics of one image; give 4 or"),
+        (2, {"batch_size": 2}, "batch norm needs more than one image; give 4 or"),
     ],
 )
 def test_what_comes_to_nothing_is_refused(processes, given, told) -> None:

@@ -22,7 +22,7 @@ def test_a_run_that_collapses_says_so_in_words(run, settings, monkeypatch) -> No
     pretrain(**settings())
     told = [line for line in log(run).splitlines() if "WARN" in line]
     assert len(told) == 1  # once, though it stays so
-    assert "step 1: the features collapse: their spread is 0.01, under 0.1" in told[0]
+    assert "step 1: the features are collapsing: their spread is 0.01, below 0.1" in told[0]
 
 
 def test_a_terminal_sees_a_bar_and_a_file_does_not(tmp_path, settings, monkeypatch) -> None:
@@ -84,7 +84,7 @@ def test_a_run_on_hardly_any_images_is_warned_of(run, settings, count, told) -> 
 def test_images_to_evaluate_on_are_not_trained_on_in_silence(run, settings, labelled, part) -> None:
     pretrain(**settings(data=(str(labelled / part),), steps=1))
     train, val = (labelled / "images" / split for split in ("train", "val"))
-    told = f"{train} and {val} are both trained on; to evaluate on val, name {train}"
+    told = f"training on both {train} and {val}; to evaluate on val, give {train} only"
     assert (told in log(run)) is (part != "images/train")
 
 
@@ -106,7 +106,7 @@ def test_a_batch_too_large_for_memory_is_taken_in_parts(run, settings, monkeypat
     with caplog.at_level(logging.INFO):
         pretrain(**settings(batch_size=8))
     assert "8 images at a time do not fit into memory: trying half" in caplog.text
-    assert "each device takes 8 images a step, 2 at a time (accumulate 4)" in caplog.text
+    assert "each device processes 8 images per step, 2 at a time (accumulate 4)" in caplog.text
     monkeypatch.undo()
     assert (run / "backbone.safetensors").exists()
     caplog.clear()

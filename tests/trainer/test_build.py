@@ -127,5 +127,5 @@ def test_views_are_cut_to_the_patches_of_the_network(tmp_path, run, settings) ->
     pretrain(**given)
     assert config(run)["image_size"] == 56
     assert config(run)["chosen"]["image_size"] == 56
-    with pytest.raises(ValueError, match=r"takes patches of 14x14 pixels .* give 56x56 or 70x70"):
+    with pytest.raises(ValueError, match=r"patches of 14x14 pixels, .* give 56x56 or 70x70"):
         pretrain(**given | {"image_size": 64, "overwrite": True})

@@ -34,11 +34,11 @@ def test_a_network_without_a_file_is_trained_resumed_and_read(
     before = copy.deepcopy(model)
     with caplog.at_level(logging.INFO):
         whole = pretrain(**settings(model=model))
-    said = f"the run cannot build {name} again: pass it as model= to load_backbone, evaluate"
+    said = f"the run cannot rebuild {name}: pass it as model= to load_backbone, evaluate"
     assert caplog.text.count(said) == 1
     run = whole.run_dir
     is_module = isinstance(model, nn.Module)
-    assert ("start weights are trained as a whole" in caplog.text) == is_module
+    assert ("all layers of the given weights are trained" in caplog.text) == is_module
     assert run_folders.config(run)["lr"] == (1e-3 if is_module else 2e-3)
     assert not is_module or equal(model, before)  # a copy learns
     assert not equal(whole.backbone, model if is_module else Net())
@@ -106,7 +106,7 @@ def test_code_that_computes_something_else_since_the_run_is_told(settings, image
         lambda: export(run, "safetensors", model=now),
         lambda: pretrain(out=run, data=images, resume=True, steps=8, model=now),
     ):
-        with pytest.warns(UserWarning, match="computes something else than when the run was made"):
+        with pytest.warns(UserWarning, match="gives different results than during the run"):
             use()
     load_backbone(run, model=now)  # it went on with this code
 

@@ -41,7 +41,7 @@ def test_a_run_of_two_levels_is_resumed_repeated_and_read(
     run = tmp_path / "run"
     forget(run, "step-00000003", "step-00000004", "step-00000006", "last")
     pretrain(out=run, resume=True)
-    assert "going on at step 2" in caplog.text
+    assert "resuming at step 2" in caplog.text
     held = config(run)
     assert (held["pixel_layer"], held["pixel_levels"], held["level_weights"]) == (["6", "2"], 2, [])
     ours, others = checkpoint(run)["state_dict"], checkpoint(whole.run_dir)["state_dict"]

@@ -56,7 +56,7 @@ def test_a_healthy_run_is_told_nothing() -> None:
 def test_collapse_is_told_at_once_and_once(figure, value) -> None:
     watch = HealthMonitor(10)
     [sentence] = told(watch, range(1, 4), **{figure: value})
-    assert "the features collapse" in sentence
+    assert "the features are collapsing" in sentence
     assert told(watch, range(4, 6)) == []  # it recovers,
     assert len(told(watch, range(6, 9), **{figure: value})) == 1  # and collapses again
 
@@ -71,7 +71,7 @@ def test_predictions_no_better_than_chance_are_told_after_the_warm_up() -> None:
 @pytest.mark.parametrize(("compared", "warnings"), [(8, 1), (16, 0), (0, 0)])
 def test_images_without_pairs_are_told_once_they_are_most(compared, warnings) -> None:
     found = told(HealthMonitor(10, compared), range(1, 100), images_without_pairs=8.0)
-    told_once = "8 of 8 images have no matching pair, and nothing is learned of their pixels. "
+    told_once = "8 of 8 images have no matching pairs, so the pixel loss ignores them. "
     assert found == [told_once + "Raise crop_area or distance_thres"][:warnings]
 
 
@@ -84,7 +84,7 @@ def test_a_gradient_of_a_thousand_times_its_running_mean_is_told() -> None:
     told(watch, range(1, 1000))
     assert told(watch, range(1000, 1001), grad_norm=101.0) == []  # the mean: 0.98 * 1 + 0.02 * 101
     [sentence] = told(watch, range(1001, 1002), grad_norm=3010.0)
-    assert "the gradient's norm is 3.01e+03, a thousand times its usual 3." in sentence
+    assert "the gradient norm is 3.01e+03, over a thousand times its usual 3." in sentence
 
 
 @pytest.mark.parametrize(("norm", "warnings"), [(990.0, 0), (1010.0, 1)])

@@ -34,12 +34,12 @@ def test_pictures_of_ones_own_are_not_replaced(tmp_path) -> None:
     (preview / "pairs-0.png").touch()
     directory.check(resume=False, overwrite=True)  # a dry run was here
     (preview / "mine.jpg").touch()
-    with pytest.raises(ValueError, match="holds no run but has preview, which a run would replace"):
+    with pytest.raises(ValueError, match="is not a run but has preview, which a run would replace"):
         directory.check(resume=False, overwrite=True)
 
 
 def test_a_name_that_is_no_text_is_refused(tmp_path) -> None:
-    with pytest.raises(ValueError, match="which is no UTF-8"):
+    with pytest.raises(ValueError, match="which is not UTF-8"):
         RunDir(tmp_path / os.fsdecode(b"\xe9")).check(resume=False, overwrite=False)
 
 

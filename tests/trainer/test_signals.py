@@ -33,7 +33,7 @@ def test_a_signal_ends_the_step_saves_and_leaves(
         pretrain(**settings(checkpoint_every=100))
     assert signal.getsignal(number) is before
     assert checkpoint(run)["steps_done"] == 3
-    assert "stopped at step 3 of 6 as asked" in log(run)
+    assert "stopped at step 3 of 6 and saved" in log(run)
     monkeypatch.undo()
     pretrain(out=run, resume=True)
     pretrain(**settings(out=str(tmp_path / "whole")))

@@ -27,7 +27,7 @@ def test_a_cpu_is_one_device_unless_more_are_asked_for() -> None:
 @pytest.mark.parametrize("launched", [{"MASTER_ADDR": "host"}, {"SLURM_NTASKS": "2"}])
 def test_several_machines_need_a_launcher(monkeypatch, launched) -> None:
     config = PretrainConfig(devices=1, num_nodes=2)
-    told = "num_nodes is 2, and .* by srun, or by torchrun --nnodes 2 "
+    told = "num_nodes is 2, but .* with srun, or torchrun --nnodes 2 "
     with pytest.raises(ValueError, match=told):
         find_devices(config)
     for name, value in launched.items():
@@ -38,7 +38,9 @@ def test_several_machines_need_a_launcher(monkeypatch, launched) -> None:
 @pytest.mark.parametrize("name", ["RANK", "NODE_RANK", "SLURM_PROCID"])
 def test_a_process_of_many_that_thinks_it_is_alone_is_refused(monkeypatch, name) -> None:
     monkeypatch.setenv(name, "1")
-    with pytest.raises(ValueError, match=f"{name} is 1, as in a run of several .* or unset {name}"):
+    with pytest.raises(
+        ValueError, match=f"{name} is 1, as in a run with several .* or unset {name}"
+    ):
         find_devices(PretrainConfig())
     monkeypatch.setenv("MASTER_ADDR", "host")
     assert find_devices(PretrainConfig(devices=1, num_nodes=2)).processes == 2
@@ -77,7 +79,7 @@ def test_a_notebook_takes_one_gpu_and_a_mac_its_cpu_unless_told(monkeypatch) -> 
 @pytest.mark.parametrize("kind", ["gpu", "mps"])
 def test_a_kind_of_device_that_is_not_there_is_refused(kind) -> None:
     with pytest.raises(
-        ValueError, match=f"accelerator is '{kind}', and .* none here; leave it out"
+        ValueError, match=f"accelerator is '{kind}', which this machine lacks; leave it out"
     ):
         find_devices(PretrainConfig(accelerator=kind))
 

@@ -107,7 +107,7 @@ def test_images_may_be_a_sequence_of_tensors(run, settings) -> None:
     objects = [torch.rand(1, 40, 50) for _ in range(5)]
     pretrain(**settings(data=objects, steps=3))
     assert (card(run)["channels"], config(run)["data"]) == (1, [])
-    with pytest.raises(ValueError, match="was given Python objects: pass the same to pretrain"):
+    with pytest.raises(ValueError, match="used Python objects: pass the same ones to pretrain"):
         pretrain(out=run, resume=True, steps=4)
     pretrain(objects, run, resume=True, steps=4)
 
@@ -143,7 +143,7 @@ def test_vectors_have_no_decay_and_the_target_no_optimiser(optimizer) -> None:
         ({"model": "torchvision/resnet19"}, "resnet18"),
         ({"batch_size": 1}, r"batch_size is 1 on 1 devices, but batch norm .* give 2 or more"),
         ({"optimizer": "adamww", "lr": 1.0}, "perhaps adamw"),
-        ({"optimizer": "adahessian", "lr": 1.0}, "adahessian.*second derivatives.*take adamw"),
+        ({"optimizer": "adahessian", "lr": 1.0}, "adahessian.*second derivatives.*use adamw"),
         ({"loggers": ("csv", "wandb")}, "'wandb', which is not installed; pip install wandb"),
         ({"weights": "other.pt"}, r"nothing in .*other.pt fits Sequential"),
         ({"probe": "labelled"}, "0.png is not there; 1 of 4 images have no mask"),
@@ -168,11 +168,11 @@ def test_without_instance_loss_a_batch_may_be_one_image(run, settings) -> None:
 
 
 def test_where_no_run_or_no_data_is_there_it_is_said(tmp_path, run) -> None:
-    with pytest.raises(ValueError, match=r"out is .*nowhere', where there is no run to resume"):
+    with pytest.raises(ValueError, match=r"out is .*nowhere', which has no run to resume"):
         pretrain(out=tmp_path / "nowhere", resume=True)
     (run / "checkpoints").mkdir(parents=True)
     with pytest.raises(
-        ValueError, match=r"holds a run, which --resume goes on with\. For a new one name a folder"
+        ValueError, match=r"holds a run: use --resume to continue it, or give a folder"
     ):
         pretrain(out=run)
 
@@ -193,7 +193,7 @@ def test_no_run_takes_the_place_of_images(tmp_path, settings, images) -> None:
     given = settings(data=(str(mine / "pictures"),), out=str(mine))
     for how in ("overwrite", "resume"):
         with pytest.raises(
-            ValueError, match="holds no run but has pictures, which a run would replace"
+            ValueError, match="is not a run but has pictures, which a run would replace"
         ):
             pretrain(**given, **{how: True})
     (mine / "config.yaml").write_text("steps: 3")
@@ -208,7 +208,7 @@ def test_a_run_among_its_images_sees_none_of_its_own_pictures(settings, images) 
     assert (run / "preview" / "pairs-0.png").exists()
     pretrain(**settings(steps=1, out=str(run)))
     assert "12 images to train on" in log(run)
-    with pytest.raises(ValueError, match="where the images are, too; give the run a folder of its"):
+    with pytest.raises(ValueError, match="the images' folder; give the run another folder"):
         pretrain(**settings(steps=1, out=str(images), overwrite=True))
 
 
@@ -260,7 +260,7 @@ def test_views_far_larger_than_the_images_are_told(settings, caplog, size, warne
     [
         ({}, "0 of 4 images have none"),
         ({"crop_area": (0.001, 0.002)}, "Raise crop_area or distance_thres"),
-        ({"alpha": 0.0}, "the pixel loss is off (alpha is 0): no pairs to count, and no preview"),
+        ({"alpha": 0.0}, "the pixel loss is off (alpha is 0): no pairs to count or preview"),
     ],
 )
 def test_pairs_are_told_and_drawn_where_there_is_a_pixel_loss(run, settings, caplog, given, told):
@@ -293,7 +293,7 @@ def test_a_truncated_checkpoint_is_passed_over_with_a_warning(run, settings) -> 
     last = run / "checkpoints" / "last.ckpt"
     last.write_bytes(last.read_bytes()[:1000])  # and with it the newest, the same file
     pretrain(out=run, resume=True)
-    for told in ("WARNING the checkpoint", "06.ckpt cannot be read", "going on at step 4"):
+    for told in ("WARNING the checkpoint", "06.ckpt cannot be read", "resuming at step 4"):
         assert told in log(run)
     assert equal(whole, weights(run))
 
@@ -349,12 +349,14 @@ def test_statistics_that_changed_are_refused_by_name(run, settings) -> None:
     file = run / "statistics.json"
     values = json.loads(file.read_text())
     file.write_text(json.dumps(values | {"std": [0.5, 0.5, 0.5]}))
-    with pytest.raises(ValueError, match=r"statistics\.json is not the run's; remove it, and they"):
+    with pytest.raises(
+        ValueError, match=r"statistics\.json does not belong to this run; delete it"
+    ):
         pretrain(out=run, resume=True, steps=8)
     file.unlink()
     pretrain(out=run, resume=True, steps=8)
     assert json.loads(file.read_text()) == values
-    assert "statistics of the images are not those of the run" not in log(run)
+    assert "image statistics differ from those of the run" not in log(run)
 
 
 @pytest.mark.parametrize(
@@ -373,7 +375,7 @@ def test_another_batch_goes_on_after_as_many_images(run, settings) -> None:
     del given["steps"]
     pretrain(**given)  # 6 steps of 4
     pretrain(out=run, resume=True, batch_size=2, epochs=3)
-    assert "going on at step 12" in log(run)
+    assert "resuming at step 12" in log(run)
     assert steps_of(run)[-1] == 18
 
 
@@ -382,7 +384,7 @@ def test_a_larger_batch_counts_its_steps_anew_and_loses_nothing(run, settings) -
     del given["steps"]
     pretrain(**given)  # 12 steps of 2
     pretrain(out=run, resume=True, batch_size=4, epochs=3)  # 6 steps of 4 are done, of 9
-    assert "going on at step 6" in log(run)
+    assert "resuming at step 6" in log(run)
     assert steps_of(run) == list(range(1, 10))
     names = sorted(path.stem for path in (run / "checkpoints").iterdir())
     assert names == ["last", "step-00000006", "step-00000008", "step-00000009"]
@@ -393,9 +395,9 @@ def test_a_larger_batch_counts_its_steps_anew_and_loses_nothing(run, settings) -
 def test_a_run_that_is_done_takes_no_other_settings_and_exports_anew(run, settings) -> None:
     whole = pretrain(**settings()).backbone.state_dict()
     before = files(run)
-    shorter = "^6 steps are done and {} wanted; give --steps or --epochs that come to more than 6"
+    shorter = "^6 steps are done and {} wanted; give --steps or --epochs for more than 6"
     idle = (
-        "^6 steps are done and {} wanted: nothing is left to train with another lr; leave that as"
+        "^6 steps are done and {} wanted: no steps are left to train with another lr; leave that un"
     )
     for change, steps, told in (
         ({"lr": 0.1}, 6, idle),
@@ -431,7 +433,7 @@ def test_a_run_that_goes_on_is_read_at_its_last_checkpoint(run, settings, monkey
 
 def test_a_run_without_shards_does_not_go_on_in_shards(run, settings) -> None:
     pretrain(**settings())
-    with pytest.raises(ValueError, match="strategy is 'fsdp', and the run began without"):
+    with pytest.raises(ValueError, match="strategy is 'fsdp', but the run began without it"):
         pretrain(out=run, resume=True, steps=8, strategy="fsdp")
 
 
@@ -440,18 +442,18 @@ def test_objects_are_asked_for_again_whatever_a_file_names(run, settings, tmp_pa
     given = settings(config=str(tmp_path / "mine.yaml"))
     given.pop("data")
     pretrain([torch.rand(3, 48, 48) for _ in range(8)], **given)
-    with pytest.raises(ValueError, match="the run was given Python objects"):
+    with pytest.raises(ValueError, match="the run used Python objects"):
         pretrain(out=run, resume=True, steps=8)
 
 
 def test_images_that_came_since_are_told(run, settings, images) -> None:
     pretrain(**settings(steps=1))
     pretrain(out=run, resume=True, steps=2)
-    assert "when the run began" not in log(run)
+    assert "but the run began with" not in log(run)
     (images / "new.png").write_bytes((images / "00.png").read_bytes())
     for count in (1, 2):  # and not, the second time, that there were 13
         pretrain(out=run, resume=True, steps=2 + count)
-        told = "there are 13 images, and there were 12 when the run began"
+        told = "there are 13 images, but the run began with 12"
         assert log(run).count(told) == count
 
 
@@ -469,7 +471,7 @@ def test_images_that_came_since_are_told(run, settings, images) -> None:
 )
 def test_a_run_goes_on_only_with_what_it_trained(run, settings, change, told) -> None:
     pretrain(**settings(steps=1))
-    with pytest.raises(ValueError, match=f"a run cannot go on with other weights: {told}"):
+    with pytest.raises(ValueError, match=f"a run cannot resume with other weights: {told}"):
         pretrain(out=run, resume=True, steps=2, **change)
     pretrain(out=run, resume=True, steps=2, alpha=0.5, pixel_layer="auto")  # decided as before
     assert steps_of(run) == [1, 2]

@@ -47,8 +47,8 @@ def test_any_other_broken_line_is_named(tmp_path) -> None:
     with pytest.raises(ValueError) as error:
         read_metrics(file)
     assert str(error.value) == (
-        f"{file}, line 2, is 'nonsense', which is no JSON object; the file was changed after the "
-        "run: mend the line or take it out"
+        f"{file}, line 2, is 'nonsense', which is not a JSON object; the file was changed after "
+        "the run: fix or delete the line"
     )
 
 
@@ -100,7 +100,7 @@ def test_a_running_mean_keeps_a_line_and_its_length() -> None:
 
 def test_only_figures_that_are_there_are_drawn() -> None:
     titles = [chart.title for chart in charts_of(METRICS)]
-    assert titles == ["Likeness of pairs", "Spread"]
+    assert titles == ["Similarity of pairs", "Spread"]
     figure = curves_figure(METRICS)
     assert isinstance(figure, Figure)
     assert [axes.get_title(loc="left") for axes in figure.axes] == titles
@@ -114,7 +114,7 @@ def test_only_figures_that_are_there_are_drawn() -> None:
 def test_a_run_without_steps_is_refused() -> None:
     with pytest.raises(ValueError) as error:
         curves_figure({})
-    assert str(error.value) == ("metrics hold no step yet; let the run take a few steps first")
+    assert str(error.value) == ("metrics hold no steps yet; let the run take a few steps first")
 
 
 @pytest.mark.parametrize("chart", CHARTS, ids=lambda chart: chart.title)
@@ -144,6 +144,6 @@ def test_no_figures_upset_a_chart(chart, values) -> None:
 
 def test_a_chart_is_told_chart_words() -> None:
     assert chart_words(COSINES, METRICS) == (
-        "Likeness of pairs, mean cosine, -1 to 1: pixel from 0.1 at step 1 to 0.6 at step 3, "
+        "Similarity of pairs, mean cosine, -1 to 1: pixel from 0.1 at step 1 to 0.6 at step 3, "
         "between 0.1 and 0.6."
     )

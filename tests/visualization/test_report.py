@@ -113,13 +113,13 @@ def test_every_picture_has_words_and_every_control_a_label(read) -> None:
 def test_all_parts_are_there(read) -> None:
     headings = [words.strip() for words in read.texts["h2"] if words.strip()]
     assert headings == [
-        "The features look sound",
+        "The features look healthy",
         "Point at a pixel",
         "What the network sees",
         "The run",
         "How good the features are",
         "Matching cells",
-        "While it learned",
+        "Features during training",
         "Configuration",
     ]
 
@@ -135,7 +135,7 @@ def test_the_run_is_judged_in_words(read) -> None:
     told = "".join(read.texts["li"])
     assert "rose from" in told
     assert "40 matching pairs" in told
-    assert "40% of the time goes by waiting for images" in told
+    assert "40% of the time is spent waiting for images" in told
 
 
 def test_a_collapsed_run_is_called_one(run_maker, tmp_path) -> None:
@@ -188,7 +188,7 @@ def test_a_report_stands_by_default_beside_its_weights(run_maker, monkeypatch, t
     assert not list(tmp_path.glob("*.html"))
     checkpoint = one / "checkpoints" / "best.ckpt"
     assert default_page(checkpoint) == one / "report-best.html"
-    with pytest.raises(ValueError, match="random:torchvision/resnet18 is no folder of a run; name"):
+    with pytest.raises(ValueError, match="random:torchvision/resnet18 is not a run's folder; name"):
         visualize("random:torchvision/resnet18", images=tmp_path / "images")
 
 
@@ -227,9 +227,9 @@ def test_images_are_read_as_those_of_the_run(run_maker, tmp_path, monkeypatch, g
 @pytest.mark.parametrize(
     ("data", "why"),
     [
-        ([], "does not say what it saw"),
-        (["gone/images"], "saw 'gone/images', which is not there"),
-        ("gone", "saw 'gone', which is not there"),
+        ([], "does not record its images"),
+        (["gone/images"], "used 'gone/images', which is missing"),
+        ("gone", "used 'gone', which is missing"),
     ],
 )
 def test_a_run_whose_images_are_not_there_asks_for_some(run_maker, tmp_path, data, why) -> None:
@@ -237,7 +237,7 @@ def test_a_run_whose_images_are_not_there_asks_for_some(run_maker, tmp_path, dat
     with pytest.raises(ValueError) as error:
         visualize(run, out=tmp_path / "page.html")
     assert str(error.value) == (
-        f"images is None and the run {why}; give images, such as a folder of some that were not "
+        f"images is None and the run {why}; give images, such as a folder of images that were not "
         "trained on"
     )
     assert not (tmp_path / "page.html").exists()
@@ -347,8 +347,8 @@ def test_a_broken_evaluation_is_named(run_maker, tmp_path) -> None:
     with pytest.raises(ValueError) as error:
         visualize(run, out=tmp_path / "page.html")
     assert str(error.value) == (
-        f"{run / 'evaluation.json'} is not what an evaluation writes (KeyError('rows')); evaluate "
-        "again with this folder as out, or take the file away"
+        f"{run / 'evaluation.json'} is not a file of pixelcl evaluate (KeyError('rows')); evaluate "
+        "again with this folder as out, or delete the file"
     )
 
 

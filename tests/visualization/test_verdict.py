@@ -10,13 +10,13 @@ from pixel_level_contrastive_learning.visualization.verdict import findings, jud
 
 @pytest.mark.parametrize(
     ("end", "heading"),
-    [(0.9, "The features look sound"), (0.1, "Sound features, little learned")],
+    [(0.9, "The features look healthy"), (0.1, "Healthy features, little learned")],
 )
 def test_a_run_that_learned_nothing_is_not_called_healthy(end, heading) -> None:
     held = {"step": [1, 2], "pixel_cosine": [0.2, end], "spread": [0.8], "effective_rank": [9]}
     assert judge_run(held, []).heading == heading
     del held["pixel_cosine"]
-    assert judge_run(held, []).heading == "The features look sound"
+    assert judge_run(held, []).heading == "The features look healthy"
 
 
 def test_a_quick_loader_is_not_worth_a_word() -> None:
@@ -41,12 +41,12 @@ def run(cosine: float, rank: float, spread: float, kept: float, hit1: float) -> 
         # The runs of docs/healthy-run.md.
         (run(0.75, 11, 0.75, 0.63, 0.59), True, "The run looks healthy"),
         (run(0.76, 1.6, 0.56, 0.48, 0.36), False, "The features are collapsing"),
-        (run(0.80, 17, 0.65, 0.60, 0.45), False, "It goes by colour"),
+        (run(0.80, 17, 0.65, 0.60, 0.45), False, "Matching relies on colour"),
         # Variations.
         (run(0.80, 17, 0.65, 0.90, 0.60), True, "The run looks healthy"),  # not alone
-        (run(0.82, 21, 0.78, 0.50, 0.49), True, "Sound features, little learned"),
+        (run(0.82, 21, 0.78, 0.50, 0.49), True, "Healthy features, little learned"),
         (run(0.87, 2.5, 0.46, 0.50, 0.43), False, "Worse than at the start"),
-        (run(0.05, 21, 0.78, 0.58, 0.54), True, "Sound features, little learned"),
+        (run(0.05, 21, 0.78, 0.58, 0.54), True, "Healthy features, little learned"),
         (run(0.87, 1.1, 0.46, 0.58, 0.54), False, "Something is wrong with this run"),
     ],
 )
@@ -58,9 +58,9 @@ def test_what_a_run_is_called(figures, well, heading) -> None:
 @pytest.mark.parametrize(
     ("hit1", "cells", "heading"),
     [
-        (0.43, 50, "Sound features, little learned"),  # a deviation is 0.07
+        (0.43, 50, "Healthy features, little learned"),  # a deviation is 0.07
         (0.43, 5000, "Worse than at the start"),
-        (0.54, 50, "Sound features, little learned"),
+        (0.54, 50, "Healthy features, little learned"),
         (0.54, 5000, "The run looks healthy"),
         (0.335, 50, "Worse than at the start"),
     ],
@@ -72,11 +72,11 @@ def test_chance_is_not_taken_for_learning(hit1, cells, heading) -> None:
 
 def test_correspondence_counts_once_it_was_measured_after_training() -> None:
     figures = run(0.8, 9, 0.7, 0.5, 0.475)  # what was found before the first step, repeated
-    assert judge_run(figures, []).heading == "The features look sound"
+    assert judge_run(figures, []).heading == "The features look healthy"
     assert "was not measured after training" in " ".join(findings(figures))
     again = figures | {"hit_step": [0, 2]}  # measured, and found to be the same
-    assert judge_run(again, []).heading == "Sound features, little learned"
-    assert "in 48% of cases, 48% before" in " ".join(findings(again))
+    assert judge_run(again, []).heading == "Healthy features, little learned"
+    assert "48% of the time, 48% before" in " ".join(findings(again))
     late = {
         name: values[:1] * 99 + values[1:] for name, values in run(0.8, 9, 0.7, 0.6, 0.54).items()
     }
@@ -86,11 +86,11 @@ def test_correspondence_counts_once_it_was_measured_after_training() -> None:
 def test_what_is_said_of_correspondence() -> None:
     good, colour = run(0.8, 9, 0.7, 0.58, 0.54), run(0.8, 21, 0.7, 0.63, 0.41)
     assert (
-        "A cell finds its own spot in another view in 54% of cases, 48% before the first step."
+        "Cells find the same spot in another view 54% of the time, 48% before the first step."
         in findings(good)
     )
-    assert not any("change colour more" in told for told in findings(good))
-    assert any("left as they are it finds 63%: change colour more" in t for t in findings(colour))
+    assert not any("colour augmentation" in told for told in findings(good))
+    assert any("unchanged, 63% of the time: use stronger colour" in t for t in findings(colour))
 
 
 def test_steps_without_a_rank_hide_no_collapse() -> None:
@@ -101,16 +101,16 @@ def test_steps_without_a_rank_hide_no_collapse() -> None:
 
 def test_a_run_that_was_never_looked_at_is_judged_by_its_features() -> None:
     held = {"step": [1, 2], "spread": [0.8], "effective_rank": [9], "hit1": [float("nan")]}
-    assert judge_run(held, []).heading == "The features look sound"
+    assert judge_run(held, []).heading == "The features look healthy"
 
 
 def test_the_likeness_of_pairs_alone_makes_no_run_healthy() -> None:
     held = {"step": [1, 2], "spread": [0.8] * 2, "effective_rank": [9] * 2}
     found = judge_run(held | {"pixel_cosine": [0.2, 0.8]}, [])
-    assert found.heading == "The features look sound"
+    assert found.heading == "The features look healthy"
     assert "was not measured" in "".join(found.findings)
     found = judge_run(held | {"pixel_cosine": [0.8, 0.2]}, [])
-    assert found.heading == "Sound features, little learned"
+    assert found.heading == "Healthy features, little learned"
 
 
 def test_a_run_of_the_instance_loss_alone_is_judged_by_what_it_has() -> None:
@@ -118,12 +118,14 @@ def test_a_run_of_the_instance_loss_alone_is_judged_by_what_it_has() -> None:
     figures |= {"pixel_cosine": [0.0, 0.0], "positive_pairs": [0, 0], "instance_cosine": [0.1, 0.6]}
     assert judge_run(figures, []).heading == "The run looks healthy"
     told = findings(figures)
-    assert told[0].startswith("The likeness of two views of an image rose from 0.10 to 0.60")
+    assert told[0].startswith("The similarity of two views of an image rose from 0.10 to 0.60")
     assert any("alpha is 0, or no two views see the same spot" in own for own in told)
     figures |= {"pixel_cosine": [0.1, 0.3], "positive_pairs": [9, 9]}
     told = findings(figures)
-    assert told[0].startswith("The likeness of cells that see the same spot rose from 0.10 to 0.30")
-    assert "An image gives 9 matching pairs of cells on average." in told
+    assert told[0].startswith(
+        "The similarity of cells that see the same spot rose from 0.10 to 0.30"
+    )
+    assert "Each image has 9 matching pairs of cells on average." in told
 
 
 def test_a_probe_is_told_of() -> None:
@@ -139,9 +141,9 @@ def test_a_probe_is_told_of() -> None:
     ("miou", "well", "heading"),
     [
         ((0.2, 0.22, 0.3), True, "The run looks healthy"),
-        ((0.2, 0.22, 0.24), True, "Sound features, no clear gain"),  # another draw may reach it
-        ((0.2, 0.3, 0.3), True, "Sound features, no clear gain"),
-        ((0.2, 0.3, 0.28), False, "Worse than its start"),
+        ((0.2, 0.22, 0.24), True, "Healthy features, no clear gain"),  # another draw may reach it
+        ((0.2, 0.3, 0.3), True, "Healthy features, no clear gain"),
+        ((0.2, 0.3, 0.28), False, "Worse than the starting weights"),
         ((0.2, 0.22, 0.18), False, "Worse than random weights"),
     ],
 )
