@@ -147,14 +147,14 @@ def ids_of_labels(
     ignored, limit = str(IGNORED), f"ids from 0 to {IGNORED - 1}, or {IGNORED} to ignore a colour"
     parts = {label: label.partition(" ") for label in labels if label != ignored}
     if all(number.isdecimal() and name for number, _, name in parts.values()):
-        told = {int(number): name for number, _, name in parts.values()}
-        if max(told, default=0) > IGNORED or len({*told.values()}) < len(parts):
+        by_id = {int(number): name for number, _, name in parts.values()}
+        if max(by_id, default=0) > IGNORED or len({*by_id.values()}) < len(parts):
             raise ValueError(
                 f"{path} has ids with names; it must have {limit}, each with one name of its own"
             )
-        told.pop(IGNORED, None)
-        names = tuple(told.get(i, f"class {i}") for i in range(max(told, default=-1) + 1))
-        for label, name in told.items():
+        by_id.pop(IGNORED, None)
+        names = tuple(by_id.get(i, f"class {i}") for i in range(max(by_id, default=-1) + 1))
+        for label, name in by_id.items():
             if classes and [*classes[label : label + 1]] != [name]:
                 raise ValueError(
                     f"{path} names id {label} {name!r}, which is not so in {', '.join(classes)}; "
@@ -167,16 +167,16 @@ def ids_of_labels(
             f"{path} names {len(known)} classes and numbers {len(parts) - len(known)}; it must "
             f"name all, {IGNORED} at most, or number all, with {limit}"
         )
-    found = tuple(classes or known)
-    return {label: class_id(path, label, found) for label in labels}, found if known else None
+    listed = tuple(classes or known)
+    return {label: class_id(path, label, listed) for label in labels}, listed if known else None
 
 
 def colour_and_label(fields: Sequence[str]) -> tuple[Colour | None, str]:
     """The colour and the class in a line: ``red green blue class``, or the class first."""
     for start in (0, len(fields) - 3):
-        three = [int(f) if f.isdecimal() else -1 for f in fields[start : start + 3]]
-        if len(three) == 3 and all(0 <= value <= 255 for value in three):
-            red, green, blue = three
+        rgb = [int(f) if f.isdecimal() else -1 for f in fields[start : start + 3]]
+        if len(rgb) == 3 and all(0 <= value <= 255 for value in rgb):
+            red, green, blue = rgb
             return (red, green, blue), " ".join((*fields[:start], *fields[start + 3 :]))
     return None, ""
 

@@ -73,20 +73,22 @@ def find_masks(folder: Path, images: Sequence[Path]) -> list[Path | None]:
 
     What has the name of another image is the mask of that one alone.
     """
-    own = {image.with_name(stem_of(image.name)) for image in images}
-    there: dict[Path, dict[str, str]] = {}
-    found: list[Path | None] = []
+    stems = {image.with_name(stem_of(image.name)) for image in images}
+    listings: dict[Path, dict[str, str]] = {}
+    masks: list[Path | None] = []
     for image in images:
         place = folder / image.parent
-        if place not in there:
+        if place not in listings:
             files = sorted(place.iterdir(), reverse=True) if place.is_dir() else []
-            there[place] = {stem_of(file.name) + ending_of(file.name): file.name for file in files}
+            listings[place] = {
+                stem_of(file.name) + ending_of(file.name): file.name for file in files
+            }
         stem = stem_of(image.name)
-        ends = [end for end in MASK_ENDINGS if not end or image.with_name(stem + end) not in own]
+        ends = [end for end in MASK_ENDINGS if not end or image.with_name(stem + end) not in stems]
         names = [stem + end + suffix for end in ends for suffix in MASK_SUFFIXES]
-        name = next((there[place][name] for name in names if name in there[place]), None)
-        found.append(None if name is None else place / name)
-    return found
+        name = next((listings[place][name] for name in names if name in listings[place]), None)
+        masks.append(None if name is None else place / name)
+    return masks
 
 
 def masks_without_image(folder: Path, images: Sequence[Path]) -> list[str]:
@@ -276,17 +278,17 @@ def ids_of_colours(path: Path, stored: Stored, coding: MaskCoding) -> np.ndarray
         (-n, c) for c, n in zip(colours, counts.tolist(), strict=True) if c not in coding.colours
     ]
     if unknown:
-        some = "; ".join(
+        shown = "; ".join(
             f"{' '.join(map(str, colour))} ({-count / packed.size:.1%} of it)"
             for count, colour in sorted(unknown)[:SHOWN_COLOURS]
         )
         raise ValueError(
-            f"{path} has {len(unknown)} colours that {coding.file} does not name: {some}; add "
+            f"{path} has {len(unknown)} colours that {coding.file} does not name: {shown}; add "
             f"them there, with {IGNORED} as the class to ignore them"
         )
     ids = np.array([coding.colours[colour] for colour in colours], np.uint8)
-    found: np.ndarray[Any, Any] = ids[np.searchsorted(used, packed)]
-    return found
+    result: np.ndarray[Any, Any] = ids[np.searchsorted(used, packed)]
+    return result
 
 
 def colours_message(path: Path, mode: str, colours: np.ndarray[Any, Any]) -> str:
@@ -295,24 +297,24 @@ def colours_message(path: Path, mode: str, colours: np.ndarray[Any, Any]) -> str
         return f"{path} has the shape {colours.shape}; a mask is (height, width)"
     count = len(np.unique(colours.reshape(-1, colours.shape[-1]), axis=0))
     last = colours.shape[-1] - 1
-    varies = [bool((colours[..., own] != colours[0, 0, own]).any()) for own in range(last + 1)]
+    varies = [bool((colours[..., band] != colours[0, 0, band]).any()) for band in range(last + 1)]
     if last in (1, 3) and varies == [False] * last + [True]:
-        way = (
+        advice = (
             "all but its alpha is of one colour: write that alone, Image.open(path).getchannel('A')"
         )
     elif (colours[..., 0] == colours[..., min(1, last - 1)]).all():  # gray
-        way = (
+        advice = (
             "if its gray values are the ids, write one channel, Image.open(path).getchannel(0); or "
             "name the class of each in a file (--colours FILE, lines such as '255 255 255 1')"
         )
     else:
-        way = (
+        advice = (
             "name the class of each colour in a file (--colours FILE, lines such as '128 0 0 1'), "
             "or write one channel that holds the number of each pixel's class"
         )
     return (
         f"{path} is coded in colours ({mode}, {count} different ones), where masks hold class ids: "
-        f"{way}"
+        f"{advice}"
     )
 
 
