@@ -65,15 +65,15 @@ class ShardsReport(NamedTuple):
     empty: Mapping[str, int]
 
     def __str__(self) -> str:
-        again = f" ({self.kept} were there already)" if self.kept else ""
-        lost = f"; {self.skipped} could not be read, see {SKIPPED}" if self.skipped else ""
+        kept = f" ({self.kept} were there already)" if self.kept else ""
+        skipped = f"; {self.skipped} could not be read, see {SKIPPED}" if self.skipped else ""
         if self.empty:
             kinds = ", ".join(f"{count} of {kind}" for kind, count in self.empty.items())
-            lost += f"; left out: {kinds} (--keep-empty keeps them)"
+            skipped += f"; left out: {kinds} (--keep-empty keeps them)"
         before, after = (size / 2**20 for size in (self.bytes_before, self.bytes_after))
         return (
-            f"{self.images} images in {self.shards} shards{again}, {after:.1f} MiB where they took "
-            f"{before:.1f}{lost}\nshards: {self.folder}"
+            f"{self.images} images in {self.shards} shards{kept}, {after:.1f} MiB where they took "
+            f"{before:.1f}{skipped}\nshards: {self.folder}"
         )
 
 
@@ -155,7 +155,7 @@ def write_shards(
     each = images_each
     if tile is not None:
         each = min(each, max(1, SHARD_BYTES // max(1, tiling.tile_bytes)))
-        refused = {files[i]: BrokenImage(files[i], why) for i, why in tiling.refused.items()}
+        refused = {files[i]: BrokenImage(files[i], reason) for i, reason in tiling.refused.items()}
         check_broken(refused, len(files), max_broken)
     settings = {
         "images": len(files),
@@ -195,7 +195,7 @@ def write_shards(
         write_whole(folder / SKIPPED, lines.encode("utf-8", "surrogateescape"))
     records = list(index.shards.values())
     images, before, after = (
-        sum(record[what] for record in records) for what in ("images", "bytes_before", "bytes")
+        sum(record[key] for record in records) for key in ("images", "bytes_before", "bytes")
     )
     if broken and not images:
         name, reason = next(iter(broken.values()))
@@ -223,8 +223,8 @@ def without_tiles(tile: int | None, **settings: float | None) -> str | None:
 @contextmanager
 def locked_index(folder: Path, settings: Mapping[str, Any]) -> Iterator[ShardIndex]:
     """The record of the shards in a folder, which is new or of an earlier call; no other writes."""
-    held = {path.name for path in folder.iterdir()} if folder.is_dir() else set[str]()
-    if (held - {LOCK} and INDEX not in held) or folder.is_file():
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set[str]()
+    if (names - {LOCK} and INDEX not in names) or folder.is_file():
         raise ValueError(NOT_OURS.format(str(folder)))
     with sole_writer(folder / LOCK):
         yield ShardIndex(folder, settings)
@@ -241,13 +241,13 @@ class ShardIndex:
             return
         try:
             stored = json.loads(self.path.read_text(encoding="utf-8"))
-            before, self.shards = dict(stored["plan"]), dict(stored["shards"])
+            plan, self.shards = dict(stored["plan"]), dict(stored["shards"])
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(NOT_OURS.format(str(folder))) from error
-        changed = [n for n in {**before, **settings} if before.get(n) != settings.get(n)]
+        changed = [n for n in {**plan, **settings} if plan.get(n) != settings.get(n)]
         if changed:
             differences = ", ".join(
-                "other images" if n == "names" else f"{n} {before.get(n)} and now {settings.get(n)}"
+                "other images" if n == "names" else f"{n} {plan.get(n)} and now {settings.get(n)}"
                 for n in changed
             )
             raise ValueError(
@@ -282,9 +282,9 @@ def is_mended(
     make_each: Callable[[list[int]], Iterable[tuple[int, Entry]]],
 ) -> bool:
     """Whether more of a shard's images can be read now than when it was written."""
-    skipped = {called for called, _ in record["skipped"]}
-    again = [index for index in indices if skipped and name(index) in skipped]
-    broken = sum(isinstance(entry, ImageError) for _, entry in make_each(again))
+    skipped = {image for image, _ in record["skipped"]}
+    retried = [index for index in indices if skipped and name(index) in skipped]
+    broken = sum(isinstance(entry, ImageError) for _, entry in make_each(retried))
     return broken < len(record["skipped"])
 
 
@@ -316,9 +316,9 @@ def write_shard(
     record: dict[str, Any] = {"images": 0, "skipped": [], "bytes": 0, "sha256": ""}
     record["bytes_before"] = 0
     empty = Counter[str]()
-    beside = path.with_name(f"{path.name}.part")
+    unfinished = path.with_name(f"{path.name}.part")
     try:
-        with beside.open("wb") as file:
+        with unfinished.open("wb") as file:
             hashed = HashedFile(file)
             with TarWriter(hashed, mtime=0) as writer:
                 for index, entry in entries:
@@ -330,8 +330,8 @@ def write_shard(
                         continue
                     record["images"] += 1
                     record["bytes_before"] += entry.original_bytes
-                    called = os.path.relpath(name(index), shared) if shared else name(index)
-                    text = Path(os.fsencode(called).decode(errors="replace")).as_posix()
+                    original = os.path.relpath(name(index), shared) if shared else name(index)
+                    text = Path(os.fsencode(original).decode(errors="replace")).as_posix()
                     about = json.dumps({"name": text, **entry.about})
                     parts = {entry.suffix: entry.content, "json": about}
                     writer.write({"__key__": f"{index:09d}", **parts})
@@ -340,15 +340,15 @@ def write_shard(
         raise cannot_write(path, error) from error
     record |= {"empty": empty} if empty else {}
     if not record["images"]:
-        beside.unlink()
+        unfinished.unlink()
         return record
-    record |= {"bytes": beside.stat().st_size, "sha256": digest(beside)}
+    record |= {"bytes": unfinished.stat().st_size, "sha256": digest(unfinished)}
     if record["sha256"] != hashed.sha.hexdigest():
         raise OSError(
-            f"{beside} differs from what was written when it is read back; check the disk, and "
+            f"{unfinished} differs from what was written when it is read back; check the disk, and "
             "call again to go on"
         )
-    rename(beside, path)
+    rename(unfinished, path)
     return record
 
 

@@ -127,28 +127,28 @@ def images_in(path: str, whole: bool = False) -> list[tuple[int, int, bytes]]:
         path: The file.
         whole: Refuse a file that is damaged or cut off, instead of a warning.
     """
-    found: list[tuple[int, int, bytes]] = []
+    images: list[tuple[int, int, bytes]] = []
     links: list[tuple[bytes, bytes]] = []
     try:
         with in_time(partial(tarfile.open, path, "r:"), path) as tar:
             members = headers(tar)
 
-            def some() -> list[tuple[tarfile.TarInfo, bool]]:
-                read = []
+            def batch() -> list[tuple[tarfile.TarInfo, bool]]:
+                entries = []
                 for member in islice(members, HEADERS):
                     tar.members = []  # type: ignore[attr-defined]  # else every header is kept
                     taken = member.isfile() or member.islnk()
-                    read.append((member, taken and is_image(tar, member)))
-                return read
+                    entries.append((member, taken and is_image(tar, member)))
+                return entries
 
             with suppress(tarfile.ReadError):  # told below
-                for member, taken in chain.from_iterable(iter(lambda: in_time(some, path), [])):
+                for member, taken in chain.from_iterable(iter(lambda: in_time(batch, path), [])):
                     name = os.fsencode(member.name)
                     if taken and member.islnk():
                         links.append((os.fsencode(member.linkname), name))
                     elif taken:
-                        found.append((member.offset_data, member.size, name))
-            wrong = in_time(partial(damage, tar), path)
+                        images.append((member.offset_data, member.size, name))
+            problem = in_time(partial(damage, tar), path)
     except ImageError as error:
         raise ValueError(f"{path!r} cannot be read: {error}") from error
     except tarfile.ReadError as error:
@@ -156,16 +156,16 @@ def images_in(path: str, whole: bool = False) -> list[tuple[int, int, bytes]]:
             f"{path!r} is not a tar file that can be read ({error}); shards must be whole and not "
             "compressed"
         ) from error
-    places = {name: (offset, size) for offset, size, name in found} if links else {}
-    found += [(*places[target], name) for target, name in links if target in places]
-    if lost := sum(target not in places for target, _ in links):
-        log.warning("%s: %d hard links lead to no image before them: left out", path, lost)
-    if wrong:
-        said = f"{wrong} after {len(found)} images; what follows is not read: write it anew"
+    places = {name: (offset, size) for offset, size, name in images} if links else {}
+    images += [(*places[target], name) for target, name in links if target in places]
+    if missing := sum(target not in places for target, _ in links):
+        log.warning("%s: %d hard links lead to no image before them: left out", path, missing)
+    if problem:
+        message = f"{problem} after {len(images)} images; what follows is not read: write it anew"
         if whole:
-            raise ValueError(said)
-        log.warning("%s %s", path, said)
-    return found
+            raise ValueError(message)
+        log.warning("%s %s", path, message)
+    return images
 
 
 def without_masks(images: Sequence[tuple[int, int, bytes]]) -> list[tuple[int, int, bytes]]:
