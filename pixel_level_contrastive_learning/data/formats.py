@@ -59,18 +59,20 @@ def dicom_scaling(file: Any) -> list[tuple[float, float]]:
     """Rescale slope and intercept: of each frame where these have their own, else of all."""
     holders = [file]
     for groups in ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"):
-        found = [group.get("PixelValueTransformationSequence") for group in file.get(groups) or ()]
-        holders = [sequence[0] for sequence in found if sequence] or holders
+        sequences = [
+            group.get("PixelValueTransformationSequence") for group in file.get(groups) or ()
+        ]
+        holders = [sequence[0] for sequence in sequences if sequence] or holders
     return [
-        (number_in(own, "RescaleSlope", 1), number_in(own, "RescaleIntercept", 0))
-        for own in holders
+        (number_in(holder, "RescaleSlope", 1), number_in(holder, "RescaleIntercept", 0))
+        for holder in holders
     ]
 
 
 def number_in(file: Any, name: str, default: float) -> float:
     """A number in a DICOM file, where its element may be empty."""
-    found = file.get(name)
-    return default if found is None else float(found)
+    value = file.get(name)
+    return default if value is None else float(value)
 
 
 def dicom_values(file: Any, shape: tuple[int, ...]) -> Any:
@@ -136,10 +138,10 @@ def read_nifti(content: bytes) -> Named:
     def values() -> Any:
         if not plain:
             return np.flip(image.get_fdata(caching="unchanged", dtype=np.float32), flipped)
-        found = scaled.get_unscaled()
+        stored = scaled.get_unscaled()
         if dtype.names:  # colours
-            found = np.ascontiguousarray(found).view("u1").reshape(*shape, len(dtype.names))
-        return np.flip(found, flipped)
+            stored = np.ascontiguousarray(stored).view("u1").reshape(*shape, len(dtype.names))
+        return np.flip(stored, flipped)
 
     if dtype.names:
         return Deferred((*shape, len(dtype.names)), "u1", values), f"{axes}S"
@@ -161,11 +163,11 @@ def read_heic(content: bytes) -> Named:
     dtype = np.dtype("u2" if ";" in file.mode else "u1")
 
     def values() -> Any:
-        found = np.stack([np.asarray(image) for image in same])
+        pixels = np.stack([np.asarray(image) for image in same])
         if alpha:
-            share = found[..., -1:] / np.iinfo(dtype).max
-            found = (found[..., :-1] * share).round().astype(dtype)
-        return found.reshape(len(same), *file.size[::-1], *colours)
+            share = pixels[..., -1:] / np.iinfo(dtype).max
+            pixels = (pixels[..., :-1] * share).round().astype(dtype)
+        return pixels.reshape(len(same), *file.size[::-1], *colours)
 
     shape = (len(same), *file.size[::-1], *colours)
     return Deferred(shape, dtype, values), "ZYX" + "S" * len(colours)
@@ -188,25 +190,25 @@ def read_zarr(path: str) -> Any:
     """The array in a Zarr folder, of an OME-Zarr the one of full size; read when it is indexed."""
     import zarr
 
-    found = zarr.open(path, mode="r")
-    if isinstance(found, zarr.Group):
-        about = dict(found.attrs)
-        if scales := about.get("ome", about).get("multiscales"):
+    node = zarr.open(path, mode="r")
+    if isinstance(node, zarr.Group):
+        attributes = dict(node.attrs)
+        if scales := attributes.get("ome", attributes).get("multiscales"):
             axes = scales[0].get("axes", "tczyx")
             names = [axis["name"] if isinstance(axis, dict) else axis for axis in axes]
-            return found[scales[0]["datasets"][0]["path"]], letters(names)
-        arrays = dict(found.arrays())
+            return node[scales[0]["datasets"][0]["path"]], letters(names)
+        arrays = dict(node.arrays())
         if len(arrays) != 1:
-            if not (held := sorted(found)):
+            if not (keys := sorted(node)):
                 raise ImageError("it holds no array")
             raise ImageError(
-                f"it holds {', '.join(held)}; make a link to the one of images that ends in .zarr, "
-                f"and name it as data: ln -s {os.path.abspath(path)}/{held[0]} images.zarr"
+                f"it holds {', '.join(keys)}; make a link to the one of images that ends in .zarr, "
+                f"and name it as data: ln -s {os.path.abspath(path)}/{keys[0]} images.zarr"
             )
-        [found] = arrays.values()
-    told = getattr(found.metadata, "dimension_names", None)
-    told = told or found.attrs.get("_ARRAY_DIMENSIONS")
-    return (found, letters(told)) if told and {"x", "y"} <= set(told) else found
+        [node] = arrays.values()
+    dimensions = getattr(node.metadata, "dimension_names", None)
+    dimensions = dimensions or node.attrs.get("_ARRAY_DIMENSIONS")
+    return (node, letters(dimensions)) if dimensions and {"x", "y"} <= set(dimensions) else node
 
 
 def letters(names: list[str]) -> str:

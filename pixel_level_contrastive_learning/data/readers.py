@@ -34,17 +34,17 @@ FORMATS = {
 @cache
 def all_readers() -> dict[str, EntryPoint]:
     """The readers by ending, in lower case; one that is installed comes before ours."""
-    ours = {
+    builtin = {
         ending: EntryPoint(ending, f"{__package__}.formats:{function}", GROUP)
         for function, endings in FORMATS.items()
         for ending in endings
     }
-    theirs = {entry.name.lower(): entry for entry in entry_points(group=GROUP)}
-    for name, entry in theirs.items():
+    installed = {entry.name.lower(): entry for entry in entry_points(group=GROUP)}
+    for name, entry in installed.items():
         if not name.startswith("."):
             value = entry.value
             log.warning("%s reads no file: its entry point is %r, not '.%s'", value, name, name)
-    return ours | theirs
+    return builtin | installed
 
 
 def call_reader(ending: str, content: bytes | str) -> NamedArray:
@@ -61,8 +61,10 @@ def call_reader(ending: str, content: bytes | str) -> NamedArray:
     except (Exception, SystemExit) as error:  # a reader may raise anything at all
         if isinstance(error, ModuleNotFoundError) and error.name in EXTRAS:
             raise ImageError(not_installed(error.name)) from error
-        ours = entry.module.startswith(f"{__package__}.")
-        why = " ".join(f"{type(error).__name__}: {error}".split())
-        if ours or isinstance(error, ImageError):
-            why = str(error) if isinstance(error, ImageError) else decoder_message(error)
-        raise ImageError(why if ours else f"its reader, {entry.value}, failed: {why}") from error
+        builtin = entry.module.startswith(f"{__package__}.")
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        if builtin or isinstance(error, ImageError):
+            reason = str(error) if isinstance(error, ImageError) else decoder_message(error)
+        raise ImageError(
+            reason if builtin else f"its reader, {entry.value}, failed: {reason}"
+        ) from error

@@ -118,8 +118,8 @@ class Kept:
     def opened(self, key: Hashable, open_it: Callable[[], Any]) -> Iterator[Any]:
         """One that was kept under a key, or else one that is opened now; kept unless it fails."""
         with self.lock:
-            there = next((i for i, (own, _) in enumerate(self.files) if own == key), None)
-            file = None if there is None else self.files.pop(there)[1]
+            index = next((i for i, (other, _) in enumerate(self.files) if other == key), None)
+            file = None if index is None else self.files.pop(index)[1]
         file = open_it() if file is None else file
         try:
             yield file
@@ -135,8 +135,8 @@ class Kept:
 
 def version_of(path: str) -> Hashable:
     """What changes when a file is written anew."""
-    about = os.stat(path)
-    return path, about.st_ino, about.st_size, about.st_mtime_ns
+    status = os.stat(path)
+    return path, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def open_regular(path: str) -> IO[bytes]:
