@@ -159,8 +159,8 @@ def open_deep_pnm(content: bytes, header: re.Match[bytes]) -> LazyImage:
         if kind in (2, 3):
             values = np.array(content[start:].split()[:count], np.float32)
         else:
-            there = min(count, (len(content) - start) // 2)
-            values = np.frombuffer(content, ">u2", there, start).astype(np.float32)
+            available = min(count, (len(content) - start) // 2)
+            values = np.frombuffer(content, ">u2", available, start).astype(np.float32)
         if len(values) < count:
             raise ImageError(f"damaged: {len(values)} of {count} values are there")
         return DecodedImage(

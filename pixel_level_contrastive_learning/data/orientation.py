@@ -48,7 +48,7 @@ def split_png(content: bytes) -> tuple[bytes, int]:
     """A PNG without its metadata, and the orientation that these tell."""
     start, last = len(PNG), 0
     kept: list[bytes] = []
-    told: list[bytes] = []
+    chunks: list[bytes] = []
     while start + 12 <= len(content):
         length, kind = unpack_from(">I4s", content, start)
         end = start + 12 + length
@@ -58,12 +58,12 @@ def split_png(content: bytes) -> tuple[bytes, int]:
             kept.append(content[last:start])
             last = end
             if kind in ORIENTATION_CHUNKS:
-                told.append(content[start:end])
+                chunks.append(content[start:end])
         start = end
     if not kept:
         return content, 1
-    told.sort(key=lambda chunk: ORIENTATION_CHUNKS.index(chunk[4:8]))
-    orientations = (png_orientation(content[:IHDR_END], chunk) for chunk in told)
+    chunks.sort(key=lambda chunk: ORIENTATION_CHUNKS.index(chunk[4:8]))
+    orientations = (png_orientation(content[:IHDR_END], chunk) for chunk in chunks)
     return b"".join((*kept, content[last:])), next((o for o in orientations if o != 1), 1)
 
 
@@ -122,8 +122,8 @@ def turn_picture(image: Image.Image, orientation: int | None = None) -> Image.Im
     from PIL import Image
 
     image.load()
-    told = orientation_of(image) if orientation is None else orientation
-    turn = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}.get(told)
+    tag = orientation_of(image) if orientation is None else orientation
+    turn = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}.get(tag)
     return image if turn is None else image.transpose(Image.Transpose(turn))
 
 

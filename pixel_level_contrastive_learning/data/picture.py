@@ -134,11 +134,15 @@ def open_picture(content: bytes, frame: int = 0) -> LazyImage:
 
 def transparent_colour(image: Image.Image, png: bytes) -> Tensor | None:
     """The value, or values, of a PNG's pixels that are transparent; None for another kind of it."""
-    told = image.info.get("transparency")
-    if told is None or isinstance(told, bytes) or image.mode not in ("1", "L", "RGB", "I", "I;16"):
+    transparency = image.info.get("transparency")
+    if (
+        transparency is None
+        or isinstance(transparency, bytes)
+        or image.mode not in ("1", "L", "RGB", "I", "I;16")
+    ):
         return None
     white = 2 ** png[24] - 1  # bits per channel
-    colour: Tensor = torch.tensor(told).reshape(-1, 1, 1) & white
+    colour: Tensor = torch.tensor(transparency).reshape(-1, 1, 1) & white
     return colour * (255 // white) if white < 255 else colour
 
 

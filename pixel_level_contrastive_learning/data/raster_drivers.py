@@ -60,7 +60,7 @@ def gdal_raster(places: Sequence[str], driver: str, orientation: int = 1) -> Ras
         if bits == 1 and (table == table[:, :1]).all():
             table = table[:, :1]
         nodata = None
-    how = Resampling.nearest if palette else Resampling.average
+    resampling = Resampling.nearest if palette else Resampling.average
 
     def read(box: Box, size: tuple[int, int]) -> Window:
         x0, y0, x1, y1 = stored_box(box, stored, orientation)
@@ -68,7 +68,7 @@ def gdal_raster(places: Sequence[str], driver: str, orientation: int = 1) -> Ras
         part = Part(x0, y0, x1 - x0, y1 - y0)
         with LOCK, rasterio.Env(**settings):
             bands = [
-                file.read(window=part, out_shape=(file.count, h, w), resampling=how)
+                file.read(window=part, out_shape=(file.count, h, w), resampling=resampling)
                 for file in files
             ]
             mask = first.read_masks(1, window=part, out_shape=(h, w)) if masked else np.ones((h, w))

@@ -274,12 +274,12 @@ def open_tiff(content: bytes | str, image: int | None = None) -> LazyImage:
         tag = page.tags.get(ORIENTATION_TAG)
         orientation, missing = int(tag.value) if tag else 1, nodata(page)
         file_bytes = file.filehandle.size
-    shapes = {own.array.shape for own in layouts}
+    shapes = {named.array.shape for named in layouts}
     if len(shapes) > 1:
         raise ImageError(pages_differ(shapes))
-    found, (height, width) = layouts[0].channels, layouts[0].size
+    per_plane, (height, width) = layouts[0].channels, layouts[0].size
     rows = planes[0].number == ROWS
-    channels = (found if rows else samples.channels or found) * len(planes)
+    channels = (per_plane if rows else samples.channels or per_plane) * len(planes)
     check_memory(height, width, channels * (dtype.itemsize + 4 * samples.deep), file_bytes)
 
     def load(scale: int) -> DecodedImage:
