@@ -290,10 +290,10 @@ def report_unless_hung_up(
 def cores() -> int:
     """Cores that this process may use, within the limits of a container."""
     affine = hasattr(os, "sched_getaffinity")
-    there = len(os.sched_getaffinity(0)) if affine else os.cpu_count() or 1
+    available = len(os.sched_getaffinity(0)) if affine else os.cpu_count() or 1
     limit = CGROUP / "cpu.max"
     quota, _, period = limit.read_text().partition(" ") if limit.exists() else ("max", "", "")
-    return there if quota == "max" else min(there, max(1, ceil(int(quota) / int(period))))
+    return available if quota == "max" else min(available, max(1, ceil(int(quota) / int(period))))
 
 
 def in_order(

@@ -261,10 +261,10 @@ class PagedFiles:
         """What files hold, by their number, where it is more than one image."""
         often = [file for file, chance in enumerate(self.chances) if chance == OFTEN]
         seldom = [file for file, chance in enumerate(self.chances) if chance == SELDOM]
-        some = seldom[:: -(-len(seldom) // LOOKED_AT) or 1]
-        found = self.looked_through([*often, *some])
-        if len(some) < len(seldom) and any(file in found for file in some):
-            found |= self.looked_through(sorted({*seldom} - {*some}))
+        sample = seldom[:: -(-len(seldom) // LOOKED_AT) or 1]
+        found = self.looked_through([*often, *sample])
+        if len(sample) < len(seldom) and any(file in found for file in sample):
+            found |= self.looked_through(sorted({*seldom} - {*sample}))
         return found
 
     def looked_through(self, files: Iterable[int]) -> dict[int, Stack]:
@@ -280,8 +280,8 @@ class PagedFiles:
     def stack(self, file: int) -> Stack:
         """What a file holds."""
         place, ending = self.place(file), ending_at(self.file_name(file))
-        looked = partial(may_hold_several, *place[:2])
-        if ending and ending not in all_readers() and not in_time(looked, place.path):
+        check = partial(may_hold_several, *place[:2])
+        if ending and ending not in all_readers() and not in_time(check, place.path):
             return Stack(1)
         if ending in SHAPE_FIRST:
             with suppress(ImageError):  # if so much does not do, all of it is read
@@ -324,10 +324,10 @@ def settle_pages(parts: Sequence[PagedFiles], pages: Pages | None) -> None:
             several = {file: stack._replace(joinable=False) for file, stack in several.items()}
         part.settle(several, pages)
     for joinable, kind in ((True, GRAY_PAGES), (False, "pages")):
-        kin = [stack for stack in stacks if stack.joinable == joinable]
-        if kin:
-            split = is_split(kin[0]._replace(joinable=joinable and alike), pages)
-            log.info("%s", pages_message([stack.images for stack in kin], kind, split, pages))
+        same_kind = [stack for stack in stacks if stack.joinable == joinable]
+        if same_kind:
+            split = is_split(same_kind[0]._replace(joinable=joinable and alike), pages)
+            log.info("%s", pages_message([stack.images for stack in same_kind], kind, split, pages))
     copies = sum(stack.reduced > 0 for part in found for stack in part.values())
     if copies:
         log.info("smaller copies or masks in %d files are left out", copies)

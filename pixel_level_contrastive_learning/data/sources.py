@@ -285,22 +285,22 @@ def open_source(
 
 def joined(parts: Iterable[PagedFiles]) -> list[PagedFiles]:
     """Sources of which neighbours that are files of their own have become one, each file once."""
-    found: list[PagedFiles] = []
+    sources: list[PagedFiles] = []
     seen: set[str] = set()
     for _, group in groupby(parts, type):
         neighbours = [*group]
         paths = [*chain(*(part.paths for part in neighbours if isinstance(part, FileSource)))]
         if not paths:
-            found += neighbours
+            sources += neighbours
         elif new := not_seen(paths, seen):
-            found.append(FileSource(new))
-    return found
+            sources.append(FileSource(new))
+    return sources
 
 
 def not_seen(paths: Sequence[str], seen: set[str]) -> list[str]:
     """Those paths that name other files than any before, however their folders are linked."""
     folders: dict[str, str] = {}
-    found = []
+    new = []
     for path in paths:
         folder, name = os.path.split(path)
         if folder not in folders:
@@ -309,10 +309,10 @@ def not_seen(paths: Sequence[str], seen: set[str]) -> list[str]:
                 folders[folder] = in_time(partial(os.path.realpath, folder), path)
         if (real := os.path.join(folders[folder], name)) not in seen:
             seen.add(real)
-            found.append(path)
-    if twice := len(paths) - len(found):
-        log.info("%d files are named more than once, and read once", twice)
-    return found
+            new.append(path)
+    if duplicates := len(paths) - len(new):
+        log.info("%d files are named more than once, and read once", duplicates)
+    return new
 
 
 def open_path(
