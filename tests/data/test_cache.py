@@ -37,16 +37,18 @@ def batches(source: Source, **settings: object) -> list[torch.Tensor]:
     loader = build_loader(
         source, measure(source), image_size=(24, 24), batch_size=4, max_rotation=20, **settings
     )
-    found = [batch for _ in range(3) for batch in loader]
-    return [own for batch in found for own in (batch.one, batch.two, batch.map_one, batch.index)]
+    loaded = [batch for _ in range(3) for batch in loader]
+    return [
+        tensor for batch in loaded for tensor in (batch.one, batch.two, batch.map_one, batch.index)
+    ]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_samples_are_the_same_bit_for_bit(folder, workers) -> None:
     source = open_source(str(folder))
     kept = DecodedCache(source, ROOM)
-    expected, found = batches(source), batches(kept, workers=workers)
-    assert all(map(torch.equal, found, expected))
+    expected, actual = batches(source), batches(kept, workers=workers)
+    assert all(map(torch.equal, actual, expected))
     assert kept.used > 40 * 60 * 3 + 64 * 64 * 3
     scales = [{int(place) for place in places if place} for places in kept.places]
     assert max(map(len, scales)) > 1
@@ -98,9 +100,9 @@ def test_scale_and_origin_of_a_turned_jpeg_come_back(tmp_path) -> None:
     for scale in SCALES:
         expected = source.open(0).decode(scale)
         for _ in range(2):
-            found = kept.open(0).decode(scale)
-            assert (found.scale, found.origin) == (expected.scale, expected.origin)
-            assert torch.equal(to_tensor(found.pixels), to_tensor(expected.pixels))
+            decoded = kept.open(0).decode(scale)
+            assert (decoded.scale, decoded.origin) == (expected.scale, expected.origin)
+            assert torch.equal(to_tensor(decoded.pixels), to_tensor(expected.pixels))
 
 
 def test_a_small_image_comes_in_full_at_any_scale_and_is_kept_once(folder) -> None:

@@ -44,10 +44,10 @@ PLAIN = Photometry(prob_jitter=0, prob_gray=0, prob_blur=0)
 HALF_A_PIXEL = 0.5
 
 
-def loader(source: Source, **how: object) -> TwoViewLoader:
+def loader(source: Source, **settings: object) -> TwoViewLoader:
     """A loader of small views, with some settings of its own."""
     usual: dict = {"image_size": (24, 32), "batch_size": 4, "seed": 0, "max_broken": 1.0}
-    return build_loader(source, measure(source), **(usual | how))
+    return build_loader(source, measure(source), **(usual | settings))
 
 
 def flat(pairs: TwoViewBatch) -> list[Tensor]:
@@ -160,21 +160,21 @@ def test_a_sample_is_the_same_alone_and_in_any_batch(pictures) -> None:
 
 
 def test_what_a_sample_goes_through_does_not_hang_on_its_position(pictures) -> None:
-    ours = loader(pictures)
-    key = ours.sampler.key(5)
-    one, two = (ours.loader.dataset[[own]].batch for own in (key, key._replace(position=7)))
+    view_loader = loader(pictures)
+    key = view_loader.sampler.key(5)
+    one, two = (view_loader.loader.dataset[[k]].batch for k in (key, key._replace(position=7)))
     assert same(one, two)
 
 
 def test_an_image_is_changed_anew_each_epoch_and_by_each_seed(pictures) -> None:
-    ours = loader(pictures, batch_size=12)
-    first, second = next(iter(ours)), next(iter(ours))
+    view_loader = loader(pictures, batch_size=12)
+    first, second = next(iter(view_loader)), next(iter(view_loader))
     other = next(iter(loader(pictures, batch_size=12, seed=1)))
     for batch in (second, other):
         assert sorted(batch.index.tolist()) == list(range(12))
-        mine, theirs = first.index.argsort(), batch.index.argsort()
-        assert (first.map_one[mine] != batch.map_one[theirs]).flatten(1).any(dim=1).all()
-        assert (first.factors_one.sigma[mine] != batch.factors_one.sigma[theirs]).all()
+        first_order, order = first.index.argsort(), batch.index.argsort()
+        assert (first.map_one[first_order] != batch.map_one[order]).flatten(1).any(dim=1).all()
+        assert (first.factors_one.sigma[first_order] != batch.factors_one.sigma[order]).all()
 
 
 def test_no_other_generator_is_drawn_from(pictures) -> None:
@@ -215,8 +215,8 @@ def test_a_large_jpeg_is_decoded_as_small_as_its_views_allow(area, scale, tmp_pa
         return opened.load(wanted)
 
     source.open = lambda index: replace(opened, load=load)
-    how: dict = {"crop_area": (area, area), "aspect_ratio": (1, 1)}
-    views = loader(source, image_size=(130, 130), batch_size=1, **how)
+    settings: dict = {"crop_area": (area, area), "aspect_ratio": (1, 1)}
+    views = loader(source, image_size=(130, 130), batch_size=1, **settings)
     asked.clear()  # of what was looked at for the statistics
     next(iter(views))
     assert asked == [scale]  # one decode for both views
@@ -236,37 +236,37 @@ def test_a_loader_goes_on_where_it_stood(folder, workers) -> None:
     source = open_source(folder)
     whole = loader(source, batch_size=3)
     expected = [batch for _ in range(2) for batch in whole]
-    ours = loader(source, batch_size=3, workers=workers)
-    assert len(ours) == 4
+    view_loader = loader(source, batch_size=3, workers=workers)
+    assert len(view_loader) == 4
     seen = []
-    for batch in ours:
+    for batch in view_loader:
         seen.append(batch)
         if len(seen) == 2:
             break
-    assert ours.sampler.samples == 6  # not what workers have loaded ahead
+    assert view_loader.sampler.samples == 6  # not what workers have loaded ahead
     resumed = loader(source, batch_size=3, workers=workers)
     resumed.start_at(6)
     seen += [batch for _ in range(2) for batch in resumed]
     assert all(same(one, two) for one, two in zip(seen, expected, strict=True))
-    ours.start_at(0)
-    assert same(next(iter(ours)), expected[0])
+    view_loader.start_at(0)
+    assert same(next(iter(view_loader)), expected[0])
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_are_made_ahead_over_the_ends_of_epochs(folder, workers) -> None:
     alone = loader(open_source(folder), batch_size=1)
-    ours = loader(open_source(folder), batch_size=12, workers=workers)
-    first = list(ours)
-    assert (ahead := ours.ahead) is not None
+    view_loader = loader(open_source(folder), batch_size=12, workers=workers)
+    first = list(view_loader)
+    assert (ahead := view_loader.ahead) is not None
     for epoch in range(1, 4):  # of one batch each
-        assert ours.sampler.samples == 12 * epoch
-        first += list(ours)
-        assert ours.ahead is ahead
+        assert view_loader.sampler.samples == 12 * epoch
+        first += list(view_loader)
+        assert view_loader.ahead is ahead
     assert [batch.index.tolist() for batch in first] == [
         [batch.index.item() for batch in alone] for _ in range(4)
     ]
-    ours.start_at(12)
-    assert same(next(iter(ours)), first[1])
+    view_loader.start_at(12)
+    assert same(next(iter(view_loader)), first[1])
 
 
 # Broken files.
@@ -284,8 +284,10 @@ def test_the_next_readable_image_takes_the_place_of_a_broken_one(folder, tmp_pat
     order = before.index.tolist()
     spoil(folder, order[2], order[3], order[11])
     skipped = tmp_path / "skipped.txt"
-    ours = loader(source, batch_size=12, workers=workers, skipped_file=skipped, max_broken=0.25)
-    batch = next(iter(ours))
+    view_loader = loader(
+        source, batch_size=12, workers=workers, skipped_file=skipped, max_broken=0.25
+    )
+    batch = next(iter(view_loader))
     expected = list(order)
     expected[2] = expected[3] = order[4]
     expected[11] = order[0]  # the order goes round
@@ -294,21 +296,21 @@ def test_the_next_readable_image_takes_the_place_of_a_broken_one(folder, tmp_pat
     assert torch.equal(batch.map_one, before.map_one)
     assert batch.one[2].unique().tolist() == [20 * order[4]]
     lines = skipped.read_text().splitlines()
-    assert len(lines) == len(ours.broken) == 3
+    assert len(lines) == len(view_loader.broken) == 3
     assert all(line.split("\t")[0].endswith(".png") for line in lines)
     assert all("not an image" in line or "0 bytes" in line for line in lines)
-    list(ours)
-    list(ours)
+    list(view_loader)
+    list(view_loader)
     assert skipped.read_text().splitlines() == lines  # told once
-    again = loader(source, batch_size=12, skipped_file=skipped)
-    list(again)
+    resumed = loader(source, batch_size=12, skipped_file=skipped)
+    list(resumed)
     assert skipped.read_text().splitlines() == lines  # in a resumed run too
 
 
 @pytest.mark.parametrize("damage", ["truncated", "vanished", "deep", "folder"])
 def test_no_damage_is_fatal(folder, damage) -> None:
     source = open_source(folder)
-    ours = loader(source, batch_size=12)
+    view_loader = loader(source, batch_size=12)
     path = folder / "05.png"
     if damage == "truncated":
         Image.effect_noise((60, 50), 90).convert("RGB").save(path)
@@ -319,22 +321,22 @@ def test_no_damage_is_fatal(folder, damage) -> None:
         path.unlink()
     if damage == "folder":
         path.mkdir()
-    batch = next(iter(ours))
+    batch = next(iter(view_loader))
     assert 5 not in batch.index
-    assert list(ours.broken) == [str(path)]
+    assert list(view_loader.broken) == [str(path)]
 
 
 def test_one_broken_file_of_a_few_does_not_stop_the_run(folder, tmp_path) -> None:
     source = open_source(folder)
     form = measure(source)
     spoil(folder, 5)
-    how: dict = {"image_size": (8, 8), "batch_size": 3, "seed": 0, "workers": 0}
-    assert len(list(build_loader(source, form, **how))) == 4
+    settings: dict = {"image_size": (8, 8), "batch_size": 3, "seed": 0, "workers": 0}
+    assert len(list(build_loader(source, form, **settings))) == 4
     spoil(folder, 6)
     with pytest.raises(
         TooManyBrokenError, match=r"^2 of 12 images cannot be used, more than the 1\.00%"
     ):
-        list(build_loader(source, form, **how))
+        list(build_loader(source, form, **settings))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -345,17 +347,17 @@ def test_too_many_broken_files_stop_the_run(folder, tmp_path, workers) -> None:
     skipped = tmp_path / "skipped.txt"
 
     def run(max_broken: float) -> None:
-        how: dict = {"image_size": (8, 8), "batch_size": 3, "seed": 0, "workers": workers}
-        list(build_loader(source, form, max_broken=max_broken, skipped_file=skipped, **how))
+        settings: dict = {"image_size": (8, 8), "batch_size": 3, "seed": 0, "workers": workers}
+        list(build_loader(source, form, max_broken=max_broken, skipped_file=skipped, **settings))
 
     run(0.25)  # 3 of 12 are not more than a quarter
     assert len(skipped.read_text().splitlines()) == 3
     with pytest.raises(TooManyBrokenError) as error:
         run(0.2)
-    told = str(error.value)
-    assert "3 of 12 images cannot be used, more than the 20.00% that max_broken allows" in told
-    assert "mend or remove them, or go on with a larger max_broken" in told
-    assert "not an image that can be read" in told
+    message = str(error.value)
+    assert "3 of 12 images cannot be used, more than the 20.00% that max_broken allows" in message
+    assert "mend or remove them, or go on with a larger max_broken" in message
+    assert "not an image that can be read" in message
     skipped.unlink()
     with pytest.raises(TooManyBrokenError, match=r"^1 of 12 images cannot be used") as error:
         run(0.0)  # already the worker finds too many
@@ -370,9 +372,9 @@ def test_too_many_broken_files_stop_the_run(folder, tmp_path, workers) -> None:
 def test_a_name_cannot_break_the_list(tmp_path) -> None:
     for name in ("a\nb\tc.png", "d.png"):
         Image.new("L", (9, 9)).save(tmp_path / name)
-    ours = loader(open_source(tmp_path), batch_size=2, skipped_file=tmp_path / "skipped.txt")
+    view_loader = loader(open_source(tmp_path), batch_size=2, skipped_file=tmp_path / "skipped.txt")
     (tmp_path / "a\nb\tc.png").write_bytes(b"")
-    list(ours)
+    list(view_loader)
     (line,) = (tmp_path / "skipped.txt").read_text().splitlines()
     assert line.split("\t")[0].endswith("a\\nb\\tc.png")
 
@@ -392,15 +394,15 @@ def test_a_name_that_is_no_text_is_listed_once_by_its_bytes(tmp_path, capsys, mo
         for _ in range(2):  # and once more by a run that goes on
             list(build_loader(source, form, image_size=(8, 8), batch_size=2, skipped_file=skipped))
     assert skipped.read_bytes() == name + b"\tthe file is empty (0 bytes)\n"
-    for told in ((tmp_path / "train.log").read_text(encoding="utf-8"), capsys.readouterr().err):
-        assert "/\\udcff\x85.png: the file is empty (0 bytes)" in told
+    for text in ((tmp_path / "train.log").read_text(encoding="utf-8"), capsys.readouterr().err):
+        assert "/\\udcff\x85.png: the file is empty (0 bytes)" in text
 
 
 def test_a_worker_lives_through_ctrl_c(folder) -> None:
-    ours = loader(open_source(folder), workers=1, prefetch=1)
-    batches = iter(ours)
+    view_loader = loader(open_source(folder), workers=1, prefetch=1)
+    batches = iter(view_loader)
     next(batches)
-    for worker in ours.loader._iterator._workers:
+    for worker in view_loader.loader._iterator._workers:
         os.kill(worker.pid, signal.SIGINT)
     assert len(list(batches)) == 2
 
@@ -431,18 +433,18 @@ raise ValueError("of the worker itself")
 def test_settings_out_of_range_are_refused_together(pictures) -> None:
     with pytest.raises(ValueError) as error:
         loader(pictures, crop_area=(0.5, 0.2), workers=-1, prob_hflip=2, max_broken=-1, prefetch=0)
-    told = [line.split(" is ")[0] for line in str(error.value).splitlines()]
-    assert told == ["crop_area", "prob_hflip", "max_broken", "workers", "prefetch"]
+    names = [line.split(" is ")[0] for line in str(error.value).splitlines()]
+    assert names == ["crop_area", "prob_hflip", "max_broken", "workers", "prefetch"]
 
 
 def test_few_images_are_held_out_and_none_of_a_small_set() -> None:
-    for count, few in ((1, 0), (199, 0), (200, 4), (999, 19), (100_000, 256)):
+    for count, expected in ((1, 0), (199, 0), (200, 4), (999, 19), (100_000, 256)):
         source = Subset(open_source([0]), torch.zeros(count, dtype=torch.int64))
-        training, held = (part.indices for part in split_held_out(source))
-        assert len(held) == few
-        assert torch.equal(torch.cat((training, held)).sort().values, torch.arange(count))
+        training, held_out = (part.indices for part in split_held_out(source))
+        assert len(held_out) == expected
+        assert torch.equal(torch.cat((training, held_out)).sort().values, torch.arange(count))
         torch.manual_seed(count)
-        assert torch.equal(split_held_out(source)[1].indices, held)
+        assert torch.equal(split_held_out(source)[1].indices, held_out)
 
 
 def test_the_loader_loads_neither_kornia_nor_a_decoder() -> None:
@@ -482,8 +484,8 @@ def test_real_folders_need_nothing_but_their_name(streets, name, channels, deep,
     form = measure(source, sample=50)
     assert form.channels == channels
     assert (form.low is not None) == deep
-    ours = build_loader(source, form, image_size=(64, 64), batch_size=16, max_broken=0.0)
-    batch = next(iter(ours))
+    view_loader = build_loader(source, form, image_size=(64, 64), batch_size=16, max_broken=0.0)
+    batch = next(iter(view_loader))
     pixels = batch.one if deep else batch.one / 255
     assert pixels.shape == (16, channels, 64, 64)
     assert 0 <= pixels.min() < pixels.max() <= 1
@@ -492,21 +494,21 @@ def test_real_folders_need_nothing_but_their_name(streets, name, channels, deep,
 
 def stream(order: StreamSampler, passes: int = 1) -> list[SampleKey]:
     """The samples of some passes, the clock moved as a loader moves it."""
-    found = []
+    samples = []
     for _ in range(passes):
         for batch in islice(order, order.batches_left):
-            found += batch
+            samples += batch
             order.start_at(order.samples + order.samples_per_step)
-    return found
+    return samples
 
 
 def test_every_image_comes_once_an_epoch() -> None:
-    found = stream(StreamSampler(10, 4, seed=0), passes=5)  # two batches a pass: 40 samples
-    assert [place.epoch for place in found] == [0] * 10 + [1] * 10 + [2] * 10 + [3] * 10
-    assert [place.position for place in found] == list(range(10)) * 4
+    samples = stream(StreamSampler(10, 4, seed=0), passes=5)  # two batches a pass: 40 samples
+    assert [place.epoch for place in samples] == [0] * 10 + [1] * 10 + [2] * 10 + [3] * 10
+    assert [place.position for place in samples] == list(range(10)) * 4
     for start in range(0, 40, 10):
-        assert sorted(place.index for place in found[start : start + 10]) == list(range(10))
-    assert found[:10] != found[10:20]
+        assert sorted(place.index for place in samples[start : start + 10]) == list(range(10))
+    assert samples[:10] != samples[10:20]
 
 
 def test_the_order_is_a_function_of_seed_and_epoch() -> None:
@@ -536,7 +538,7 @@ def test_generators_differ_with_every_number() -> None:
         return torch.rand(2, generator=seeded_generator(*numbers)).sum().item()
 
     numbers = [(0, 0, 1), (0, 1, 0), (1, 0, 0), (0, 0, 0), (0, 0), (1, 1, 11), (1, 11, 1)]
-    assert len({draw(*some) for some in numbers}) == len(numbers)
+    assert len({draw(*key) for key in numbers}) == len(numbers)
     assert draw(1, 2) == draw(1, 2)
 
 
