@@ -73,10 +73,12 @@ OWN |= {f".{name}": name for name in ("leaves", "hangs", "gives_words", "misname
 @pytest.fixture(autouse=True)
 def own_readers(monkeypatch):
     """Readers of one's own, as an installed package brings them."""
-    found = [EntryPoint(ending, f"{__name__}:{name}", GROUP) for ending, name in OWN.items()]
-    found.append(EntryPoint(".far", "no_such_package:read", GROUP))
+    entry_points = [EntryPoint(ending, f"{__name__}:{name}", GROUP) for ending, name in OWN.items()]
+    entry_points.append(EntryPoint(".far", "no_such_package:read", GROUP))
     monkeypatch.setitem(sys.modules, __name__, sys.modules.get(__name__) or this_module())
-    monkeypatch.setattr(readers, "entry_points", lambda group: found if group == GROUP else ())
+    monkeypatch.setattr(
+        readers, "entry_points", lambda group: entry_points if group == GROUP else ()
+    )
     forget()
     yield
     forget()
@@ -106,9 +108,9 @@ def test_a_reader_of_ones_own_is_used_wherever_images_are(tmp_path, name, worker
     (tmp_path / name).write_bytes(VALUES[0].tobytes())
     source = open_source(tmp_path)
     assert [source.name(i) for i in range(3)] == [f"{tmp_path}/{name}[{i}]" for i in range(3)]
-    for found, expected in zip(pixels(source), VALUES[0], strict=True):
-        assert found.dtype == np.uint8
-        assert (found == expected).all()
+    for image, expected in zip(pixels(source), VALUES[0], strict=True):
+        assert image.dtype == np.uint8
+        assert (image == expected).all()
     assert source.open(0).channels == 1
     measured = measure(source)
     assert measured.mean[0] == pytest.approx((VALUES[0] / 255).mean(), abs=0.01)
@@ -120,8 +122,8 @@ def test_a_reader_of_ones_own_is_used_wherever_images_are(tmp_path, name, worker
     assert (pixels(joined)[0] == VALUES[0]).all()
     report = write_shards(tmp_path, tmp_path / "out")
     assert report.images == 3
-    for found, expected in zip(pixels(open_source(tmp_path / "out")), VALUES[0], strict=True):
-        assert (found[0] == expected).all()
+    for image, expected in zip(pixels(open_source(tmp_path / "out")), VALUES[0], strict=True):
+        assert (image[0] == expected).all()
     with TarWriter(str(tmp_path / "a.tar")) as writer:
         writer.write({"__key__": "b", "raw": VALUES[0].tobytes()})
     assert (pixels(open_source(f"{tmp_path}/a.tar"))[2] == VALUES[0, 2]).all()
@@ -144,10 +146,10 @@ def test_a_reader_may_take_folders(tmp_path, ending, in_file) -> None:
     np.save(folder / "values.npy", VALUES)
     (tmp_path / f"c.{ending}").write_bytes(VALUES[0].tobytes())
     for place, others in ((tmp_path, in_file), (folder, 0)):
-        found = pixels(open_source(place))
-        assert len(found) == 2 + others
-        assert (np.stack(found[:2]) == VALUES).all()
-        assert all((a == b).all() for a, b in zip(found[2:], VALUES[0, :others], strict=True))
+        images = pixels(open_source(place))
+        assert len(images) == 2 + others
+        assert (np.stack(images[:2]) == VALUES).all()
+        assert all((a == b).all() for a, b in zip(images[2:], VALUES[0, :others], strict=True))
 
 
 @pytest.mark.parametrize(
@@ -261,9 +263,9 @@ RGB = np.ascontiguousarray(VALUES[0].transpose(1, 2, 0))
 def test_a_ct_keeps_its_negative_values(tmp_path) -> None:
     dicom(tmp_path / "a.dcm", CT, RescaleSlope=2, RescaleIntercept=-1000)
     source = open_source(tmp_path)
-    [found] = pixels(source)
-    assert found.dtype == np.float32
-    assert (found[0] == 2.0 * CT - 1000).all()
+    [image] = pixels(source)
+    assert image.dtype == np.float32
+    assert (image[0] == 2.0 * CT - 1000).all()
     opened = source.open(0)
     assert (opened.size, opened.channels, opened.high_depth) == ((24, 32), 1, True)
     measured = measure(source)
@@ -273,11 +275,11 @@ def test_a_ct_keeps_its_negative_values(tmp_path) -> None:
     )
     write_shards(tmp_path, tmp_path / "out")
     written = open_source(tmp_path / "out")
-    assert (pixels(written)[0] == found).all()
+    assert (pixels(written)[0] == image).all()
     assert np.load(io.BytesIO(written.content(0))).dtype == np.int16
     write_shards(tmp_path, tmp_path / "tiles", tile=16)
     assert len(open_source(tmp_path / "tiles")) == 4
-    assert (pixels(open_source(tmp_path / "tiles"))[0] == found[:, :16, :16]).all()
+    assert (pixels(open_source(tmp_path / "tiles"))[0] == image[:, :16, :16]).all()
 
 
 @pytest.mark.parametrize(
@@ -302,9 +304,9 @@ def test_a_ct_keeps_its_negative_values(tmp_path) -> None:
 )
 def test_gray_values_of_dicom(tmp_path, array, tags, expected) -> None:
     dicom(tmp_path / "a.dcm", array, **tags)
-    [found] = pixels(open_source(tmp_path))
-    assert found.dtype == (np.uint8 if expected.dtype == np.uint8 else np.float32)
-    assert (found[0] == expected).all()
+    [image] = pixels(open_source(tmp_path))
+    assert image.dtype == (np.uint8 if expected.dtype == np.uint8 else np.float32)
+    assert (image[0] == expected).all()
 
 
 @pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
@@ -316,9 +318,9 @@ def test_a_table_of_dicom_holds_for_stored_values(tmp_path, photometric) -> None
     squares = (np.arange(16) ** 2).tolist()
     table.add_new("LUTData", "US", squares)
     dicom(tmp_path / "a.dcm", GRAY // 16, photometric, ModalityLUTSequence=[table])
-    [found] = pixels(open_source(tmp_path))
+    [image] = pixels(open_source(tmp_path))
     expected = (GRAY // 16).astype(np.float32) ** 2
-    assert (found[0] == (expected if photometric == "MONOCHROME2" else 65535 - expected)).all()
+    assert (image[0] == (expected if photometric == "MONOCHROME2" else 65535 - expected)).all()
 
 
 def test_frames_of_dicom_are_converted_one_by_one(tmp_path) -> None:
@@ -342,14 +344,14 @@ def test_colours_of_dicom(tmp_path) -> None:
     assert np.abs(ybr.astype(int) - near).max() <= 2
     table = np.arange(256, dtype=np.uint8)
     palettes = {
-        f"{colour}PaletteColorLookupTable{what}": value
+        f"{colour}PaletteColorLookupTable{field}": value
         for colour, entries in (("Red", table), ("Green", table[::-1]), ("Blue", table // 2))
-        for what, value in (("Descriptor", [256, 0, 8]), ("Data", entries.tobytes()))
+        for field, value in (("Descriptor", [256, 0, 8]), ("Data", entries.tobytes()))
     }
     path = dicom(tmp_path / "palette.dcm", GRAY, "PALETTE COLOR", **palettes)
-    [found] = pixels(open_source(path))
-    assert found.dtype == np.uint8
-    assert (found == np.stack([GRAY, 255 - GRAY, GRAY // 2])).all()
+    [image] = pixels(open_source(path))
+    assert image.dtype == np.uint8
+    assert (image == np.stack([GRAY, 255 - GRAY, GRAY // 2])).all()
 
 
 @pytest.mark.parametrize("ends", [(-2000,), (-2000, -1990), (-1990, -2000)])
@@ -377,10 +379,10 @@ def test_frames_of_dicom_are_images_each_with_its_scale(tmp_path, caplog) -> Non
 
     each = [scaled(slope) for slope in (1, 2, 4)]
     dicom(tmp_path / "pet", frames, PerFrameFunctionalGroupsSequence=each)
-    found = pixels(open_source(tmp_path))
+    images = pixels(open_source(tmp_path))
     assert "1 file of 3 pages: read as 3 images" in caplog.text
-    for one, frame, slope in zip(found, frames, (1, 2, 4), strict=True):
-        assert (one[0] == slope * frame.astype(np.float32) + 1).all()
+    for image, frame, slope in zip(images, frames, (1, 2, 4), strict=True):
+        assert (image[0] == slope * frame.astype(np.float32) + 1).all()
     dicom(tmp_path / "pet", frames, SharedFunctionalGroupsSequence=[scaled(3)])
     assert (pixels(open_source(tmp_path, pages="channels"))[0] == 3.0 * frames + 1).all()
 
@@ -408,28 +410,28 @@ def test_dicom_is_found_without_an_ending(tmp_path, name) -> None:
     (tmp_path / "DICOMDIR").write_bytes(bytes(128) + b"DICM")
     (tmp_path / "README").write_text("words" * 99)
     for place in (tmp_path, tmp_path / name):
-        [found] = pixels(open_source(place))
-        assert (found[0] == CT).all()
+        [image] = pixels(open_source(place))
+        assert (image[0] == CT).all()
     if "CT" not in name:
         (tmp_path / "tar").mkdir()
         with tarfile.open(tmp_path / "tar" / "a.tar", "w") as tar:
             tar.add(tmp_path / name, "series/IM1")
             tar.add(tmp_path / "README", "README")
-        [found] = pixels(open_source(tmp_path / "tar"))
-        assert (found[0] == CT).all()
+        [image] = pixels(open_source(tmp_path / "tar"))
+        assert (image[0] == CT).all()
 
 
 def test_of_an_unknown_ending_a_few_files_are_looked_at(tmp_path, monkeypatch) -> None:
-    looked_at = []
-    found = folders.is_dicom
-    monkeypatch.setattr(folders, "is_dicom", lambda path: looked_at.append(path) or found(path))
+    paths = []
+    is_dicom = folders.is_dicom
+    monkeypatch.setattr(folders, "is_dicom", lambda path: paths.append(path) or is_dicom(path))
     Image.new("L", (4, 4)).save(tmp_path / "a.png")
     for number in range(30):
         (tmp_path / f"{number}.xml").write_text("<>")
         (tmp_path / f"x.{number}").write_text("<>")
     assert len(open_source(tmp_path)) == 1
-    assert len([path for path in looked_at if path.endswith(".xml")]) == folders.UNLIKE
-    assert len(looked_at) == folders.UNLIKE + 30
+    assert len([path for path in paths if path.endswith(".xml")]) == folders.UNLIKE
+    assert len(paths) == folders.UNLIKE + 30
 
 
 @pytest.mark.parametrize(
@@ -480,9 +482,9 @@ def test_slices_of_nifti_are_upright(tmp_path, codes, turned, ending) -> None:
     source = open_source(nifti(tmp_path / f"a{ending}", VOLUME, codes))
     assert len(source) == 4
     assert source.name(3) == f"{tmp_path}/a{ending}[3]"
-    for number, found in enumerate(pixels(source)):
-        assert found.dtype == np.float32
-        assert (found[0] == turned(VOLUME[..., number])).all()
+    for number, image in enumerate(pixels(source)):
+        assert image.dtype == np.float32
+        assert (image[0] == turned(VOLUME[..., number])).all()
 
 
 def test_nifti_is_scaled_and_bytes_stay_bytes(tmp_path) -> None:
@@ -492,9 +494,9 @@ def test_nifti_is_scaled_and_bytes_stay_bytes(tmp_path) -> None:
     small = VOLUME[..., 0].astype(np.uint8)
     nifti(tmp_path / "b" / "b.nii.gz", small)
     assert (pixels(open_source(tmp_path / "a.nii"))[1][0] == scaled[..., 1].T).all()
-    [found] = pixels(open_source(tmp_path / "b"))
-    assert found.dtype == np.uint8
-    assert (found[0] == small.T).all()
+    [unscaled] = pixels(open_source(tmp_path / "b"))
+    assert unscaled.dtype == np.uint8
+    assert (unscaled[0] == small.T).all()
     import nibabel
 
     image = nibabel.Nifti1Image(VOLUME, np.diag((-1, -1, 1, 1)))
@@ -507,9 +509,9 @@ def test_nifti_is_scaled_and_bytes_stay_bytes(tmp_path) -> None:
 def test_colours_of_nifti(tmp_path) -> None:
     colours = np.ascontiguousarray(VALUES.transpose(3, 2, 0, 1))  # x y z c
     stored = colours.view([(name, "u1") for name in "RGB"])[..., 0]
-    found = pixels(open_source(nifti(tmp_path / "a.nii.gz", stored)))
-    assert found[0].dtype == np.uint8
-    assert (np.stack(found) == VALUES).all()
+    images = pixels(open_source(nifti(tmp_path / "a.nii.gz", stored)))
+    assert images[0].dtype == np.uint8
+    assert (np.stack(images) == VALUES).all()
 
 
 def test_the_slices_of_a_volume_are_counted_by_its_header(tmp_path) -> None:
@@ -545,9 +547,9 @@ def test_a_volume_is_read_once_for_its_slices_by_any_number_of_threads(
             cut = threads.map(lambda n: tiling.cut(*tiling.locate(n)), range(len(tiling)))
             assert len({one.about["page"] for one in cut}) == 4
         else:
-            found = list(threads.map(lambda n: source.open(n).read(), range(4)))
-            assert not found[0].equal(found[1])
-            assert source.open(2).read().equal(found[2])
+            images = list(threads.map(lambda n: source.open(n).read(), range(4)))
+            assert not images[0].equal(images[1])
+            assert source.open(2).read().equal(images[2])
     assert (len(read), len(unpacked)) == (1, 1)
 
 
@@ -619,9 +621,9 @@ def test_arrays_in_npz(tmp_path) -> None:
     np.savez_compressed(tmp_path / "a.npz", anything=CT)
     np.savez(tmp_path / "b.npz", labels=np.arange(2), images=VALUES)
     source = open_source(tmp_path)
-    found = pixels(source)
-    assert (found[0][0] == CT).all()
-    assert (np.stack(found[1:]) == VALUES).all()
+    images = pixels(source)
+    assert (images[0][0] == CT).all()
+    assert (np.stack(images[1:]) == VALUES).all()
     np.savez(tmp_path / "b.npz", one=CT, two=CT)
     with pytest.raises(ImageError, match="it holds the arrays one, two; call the one of images"):
         open_source(tmp_path / "b.npz").open(0)
@@ -679,7 +681,7 @@ def test_one_of_several_arrays_of_zarr_is_read_by_a_link(tmp_path, monkeypatch) 
     ],
 )
 def test_what_is_not_installed_is_named(tmp_path, monkeypatch, name, extra, library) -> None:
-    for module in [own for own in sys.modules if own.split(".")[0] == library]:
+    for module in [name for name in sys.modules if name.split(".")[0] == library]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, library, None)
     if extra == "zarr":
@@ -688,7 +690,7 @@ def test_what_is_not_installed_is_named(tmp_path, monkeypatch, name, extra, libr
         (tmp_path / name).write_bytes(b"content")
     with pytest.raises(ValueError) as error:
         measure(open_source(tmp_path))
-    told = f"{library} is not installed; reading "
-    assert told in str(error.value)
+    message = f"{library} is not installed; reading "
+    assert message in str(error.value)
     assert f"pip install 'pixel-level-contrastive-learning[{extra}]'" in str(error.value)
     assert os.path.join(tmp_path, name) in str(error.value)

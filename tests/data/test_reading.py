@@ -123,8 +123,8 @@ def test_a_folder_that_hangs_is_told_and_left_out(tmp_path, hangs, caplog) -> No
     photos(tmp_path / "linked", 1)
     hangs("scandir", "far")
     assert len(open_source(tmp_path)) == 3
-    told = f"a folder cannot be read and is left out: {tmp_path / 'far'}: no answer within 0.3 s"
-    assert told in caplog.text
+    message = f"a folder cannot be read and is left out: {tmp_path / 'far'}: no answer within 0.3 s"
+    assert message in caplog.text
 
 
 def test_a_place_that_hangs_is_refused(tmp_path, hangs) -> None:
