@@ -54,9 +54,9 @@ def test_large_images_are_made_smaller_and_small_ones_keep_their_bytes(images, t
     assert packed.bytes_after == sum(p.stat().st_size for p in (tmp_path / "out").glob("*.tar"))
     source = open_source(tmp_path / "out")
     assert [source.open(i).size for i in range(5)] == [(100, 150)] * 3 + [(40, 50), (150, 100)]
-    held = members(tmp_path / "out" / "shards-000001.tar")
-    assert held["000000003.png"] == (images / "süb" / "small.png").read_bytes()
-    assert json.loads(held["000000004.json"]) == {
+    contents = members(tmp_path / "out" / "shards-000001.tar")
+    assert contents["000000003.png"] == (images / "süb" / "small.png").read_bytes()
+    assert json.loads(contents["000000004.json"]) == {
         "name": "süb/turned.jpg",
         "height": 300,
         "width": 200,
@@ -85,12 +85,12 @@ def test_work_that_was_cut_off_goes_on_and_ends_the_same(
     write_shards(images, tmp_path / "whole", max_side=150, images_each=2)
     real, calls = shard_writer.write_shard, []
 
-    def failing(path, *given):
+    def failing(path, *args):
         calls.append(path.name)
         if len(calls) == shard + 1:
             path.with_name(f"{path.name}.part").write_bytes(b"half")
             raise OSError("No space left on device")
-        return real(path, *given)
+        return real(path, *args)
 
     monkeypatch.setattr(shard_writer, "write_shard", failing)
     with pytest.raises(OSError, match="No space left"):
@@ -100,8 +100,8 @@ def test_work_that_was_cut_off_goes_on_and_ends_the_same(
     assert packed.kept == shard
     assert calls == [*(f"shards-00000{k}.tar" for k in sorted([0, 1, 2, shard]))]
     for name in ("shards-000000.tar", "shards-000001.tar", "shards-000002.tar", "shards.json"):
-        ours, theirs = (tmp_path / folder / name for folder in ("whole", "out"))
-        assert ours.read_bytes() == theirs.read_bytes()
+        whole, resumed = (tmp_path / folder / name for folder in ("whole", "out"))
+        assert whole.read_bytes() == resumed.read_bytes()
     assert not list((tmp_path / "out").glob("*.part"))
 
 
@@ -125,13 +125,13 @@ def test_a_write_that_fails_names_the_file_and_leaves_nothing_behind_that_ends_b
 def test_two_calls_do_not_write_into_one_folder(images, tmp_path, monkeypatch) -> None:
     real = shard_writer.write_shard
 
-    def beside(*given):
+    def call_another(*args):
         monkeypatch.setattr(shard_writer, "write_shard", real)
         with ThreadPoolExecutor(1) as other, pytest.raises(ValueError, match="another call is wri"):
             other.submit(write_shards, images, tmp_path / "out").result()
-        return real(*given)
+        return real(*args)
 
-    monkeypatch.setattr(shard_writer, "write_shard", beside)
+    monkeypatch.setattr(shard_writer, "write_shard", call_another)
     assert write_shards(images, tmp_path / "out").images == 5
     assert write_shards(images, tmp_path / "out").kept == 1
 
@@ -222,8 +222,8 @@ def test_a_file_without_a_known_suffix_takes_it_from_its_content(tmp_path, kind,
     (tmp_path / "list.txt").write_text(name)
     assert write_shards(tmp_path / "list.txt", tmp_path / "out").images == 1
     suffix = {"JPEG": "jpg", "TIFF": "tif", "PPM": "jpg"}.get(kind, kind.lower())
-    held = members(tmp_path / "out" / "shards-000000.tar")[f"000000000.{suffix}"]
-    assert (held == stream.getvalue()) == (kind != "PPM")  # not told apart, and written anew
+    content = members(tmp_path / "out" / "shards-000000.tar")[f"000000000.{suffix}"]
+    assert (content == stream.getvalue()) == (kind != "PPM")  # not told apart, and written anew
     assert open_source(tmp_path / "out").open(0).size == (3, 4)
 
 
@@ -291,8 +291,8 @@ def scenes(tmp_path: Path) -> Path:
     bands[:, :, :70] = 0
     bands[:, 192:, 192:] = 777
     nodata = [(42113, "s", 0, "0", True)]
-    how = {"photometric": "minisblack", "planarconfig": "separate", "extratags": nodata}
-    imwrite(folder / "a map.tif", bands, **how)
+    options = {"photometric": "minisblack", "planarconfig": "separate", "extratags": nodata}
+    imwrite(folder / "a map.tif", bands, **options)
     Image.fromarray(rng.integers(0, 255, (70, 90, 3), dtype=np.uint8)).save(folder / "photo.jpg")
     Image.fromarray(rng.integers(0, 255, (40, 64), dtype=np.uint8)).save(folder / "small.png")
     return folder
@@ -303,25 +303,25 @@ def test_large_images_are_cut_and_small_ones_stay_whole(scenes, tmp_path) -> Non
     assert (packed.images, packed.shards, packed.skipped) == (20 - 4 - 2 + 4 + 1, 1, 0)
     assert packed.empty == {"nodata": 4, "background": 2}
     assert packed.bytes_before == sum(path.stat().st_size for path in scenes.iterdir())
-    told = "; left out: 4 of nodata, 2 of background (--keep-empty keeps them)\nshards: "
-    assert told in str(packed)
-    held = members(tmp_path / "out" / "shards-000000.tar")
-    assert held["000000024.png"] == (scenes / "small.png").read_bytes()
-    assert json.loads(held["000000023.json"]) == {
+    message = "; left out: 4 of nodata, 2 of background (--keep-empty keeps them)\nshards: "
+    assert message in str(packed)
+    contents = members(tmp_path / "out" / "shards-000000.tar")
+    assert contents["000000024.png"] == (scenes / "small.png").read_bytes()
+    assert json.loads(contents["000000023.json"]) == {
         "name": "photo.jpg", "height": 70, "width": 90, "box": [26, 6, 90, 70],
     }  # fmt: skip
-    assert json.loads(held["000000007.json"]) == {
+    assert json.loads(contents["000000007.json"]) == {
         "name": "a map.tif", "height": 256, "width": 320, "box": [128, 64, 192, 128],
     }  # fmt: skip
     array = imread(scenes / "a map.tif")
-    stored = np.load(io.BytesIO(held["000000007.npy"]))
+    stored = np.load(io.BytesIO(contents["000000007.npy"]))
     assert stored.dtype == np.uint16
     assert (stored == array[:, 64:128, 128:192]).all()
     # With nodata it is a TIFF that says so, and what was not measured is known to be so.
-    stored = imread(io.BytesIO(held["000000006.tif"]))
+    stored = imread(io.BytesIO(contents["000000006.tif"]))
     assert stored.dtype == np.uint16
     assert (stored == array[:, 64:128, 64:128]).all()
-    image = open_image(held["000000006.tif"])
+    image = open_image(contents["000000006.tif"])
     assert image.decode().known[:, 0, :8].tolist() == [[False] * 6 + [True] * 2] * 2
     kept = write_shards(scenes, tmp_path / "all", tile=64, keep_empty=True)
     assert (kept.images, kept.empty) == (25, {})
@@ -362,23 +362,23 @@ def test_cutting_that_was_killed_goes_on_and_ends_the_same(scenes, tmp_path, mon
     assert whole.shards == 5
     real = shard_writer.write_shard
 
-    def killed(path, *given):
+    def killed(path, *args):
         if path.name.endswith("2.tar"):
             path.with_name(f"{path.name}.part").write_bytes(b"half")
             raise KeyboardInterrupt
-        return real(path, *given)
+        return real(path, *args)
 
     monkeypatch.setattr(shard_writer, "write_shard", killed)
     with pytest.raises(KeyboardInterrupt):
         write_shards(scenes, tmp_path / "out", tile=64)
     monkeypatch.setattr(shard_writer, "write_shard", real)
-    again = write_shards(scenes, tmp_path / "out", tile=64)
-    assert again == whole._replace(folder=tmp_path / "out", kept=2)
+    report = write_shards(scenes, tmp_path / "out", tile=64)
+    assert report == whole._replace(folder=tmp_path / "out", kept=2)
     files = {path.name for path in (tmp_path / "whole").iterdir()}
     assert files == {path.name for path in (tmp_path / "out").iterdir()}
     for name in files:
-        ours, theirs = (tmp_path / folder / name for folder in ("whole", "out"))
-        assert ours.read_bytes() == theirs.read_bytes()
+        expected, resumed = (tmp_path / folder / name for folder in ("whole", "out"))
+        assert expected.read_bytes() == resumed.read_bytes()
     for changed in ({"tile": 32}, {"tile": 64, "overlap": 8}, {"tile": 64, "keep_empty": True}, {}):
         with pytest.raises(ValueError, match="which holds shards of another call"):
             write_shards(scenes, tmp_path / "out", **changed)

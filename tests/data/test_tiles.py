@@ -44,7 +44,7 @@ def test_tiles_cover_an_image_and_hold_its_values_where_they_say(tmp_path) -> No
     array = np.random.default_rng(0).integers(0, 60000, (150, 100, 3)).astype(np.uint16)
     imwrite(tmp_path / "a.tif", array, photometric="rgb")
     tiling = Tiling([str(tmp_path / "a.tif")], 64, overlap=16)
-    seen = np.zeros((150, 100), int)
+    counts = np.zeros((150, 100), int)
     for index in range(len(tiling)):
         tile = tiling.cut(*tiling.locate(index))
         x0, y0, x1, y1 = tile.about["box"]
@@ -52,9 +52,9 @@ def test_tiles_cover_an_image_and_hold_its_values_where_they_say(tmp_path) -> No
         assert (tile.pixels == array[y0:y1, x0:x1].transpose(2, 0, 1)).all()
         assert tile.pixels.shape == (3, 64, 64)
         assert tile.pixels.dtype == np.uint16
-        seen[y0:y1, x0:x1] += 1
+        counts[y0:y1, x0:x1] += 1
     assert len(tiling) == 6
-    assert seen.min() == 1
+    assert counts.min() == 1
 
 
 def test_images_are_numbered_one_after_the_other(tmp_path, caplog) -> None:
@@ -66,13 +66,13 @@ def test_images_are_numbered_one_after_the_other(tmp_path, caplog) -> None:
     tiling = Tiling([str(tmp_path / name) for name in ("a.npy", "b.npy", "c.npy", "d.tif")], 64)
     message = "1 file of 2 pages: read as 2 images; `--pages channels` makes one image of each file"
     assert caplog.messages == [message]
-    found = [tiling.locate(index) for index in range(len(tiling))]
-    assert [(grid.file, grid.page, number) for grid, number in found] == [
+    places = [tiling.locate(index) for index in range(len(tiling))]
+    assert [(grid.file, grid.page, number) for grid, number in places] == [
         (0, None, 0), (1, None, 0), (1, None, 1), *((2, None, k) for k in range(4)),
         *((3, page, k) for page in range(2) for k in range(2)),
     ]  # fmt: skip
-    assert [bool(grid.xs) for grid, _ in found] == [False] + [True] * 10  # a.npy is left whole
-    assert tiling.cut(*found[-1]).about == {
+    assert [bool(grid.xs) for grid, _ in places] == [False] + [True] * 10  # a.npy is left whole
+    assert tiling.cut(*places[-1]).about == {
         "height": 70, "width": 64, "box": (0, 6, 64, 70), "page": 1,
     }  # fmt: skip
 
@@ -84,8 +84,8 @@ def test_levels_and_resolutions_are_cut_at_their_scale(tmp_path) -> None:
         for k in range(2):
             file.write(slope[:: 4**k, :: 4**k], tile=(32, 32), metadata=None, subfiletype=k,
                        resolution=(20000, 20000), resolutionunit=3)  # fmt: skip
-    for asked, scale, count in (({}, 1, 64), ({"level": 1}, 4, 4), ({"mpp": 1.0}, 2, 16)):
-        tiling = Tiling([path], 32, **asked)
+    for settings, scale, count in (({}, 1, 64), ({"level": 1}, 4, 4), ({"mpp": 1.0}, 2, 16)):
+        tiling = Tiling([path], 32, **settings)
         assert len(tiling) == count
         tile = tiling.cut(*tiling.locate(len(tiling) - 1))
         assert tile.about["box"] == (256 - 32 * scale, 256 - 32 * scale, 256, 256)
@@ -93,12 +93,12 @@ def test_levels_and_resolutions_are_cut_at_their_scale(tmp_path) -> None:
         columns = slope[0, -32 * scale :].reshape(32, scale)
         middle = columns[:, 0] if scale == 4 else columns.mean(axis=1)  # that level was thinned out
         assert np.abs(tile.pixels[0, 9] - middle).max() <= 1
-    for wrong, message in {
+    for setting, message in {
         ("level", 2): r"level is 2, but the last one of .*a\.tif' is 1; give another, or mpp",
         ("mpp", 0.25): r"mpp is 0\.25, but the pixels of .*a\.tif' are 0\.5; give that or a larger",
     }.items():
         with pytest.raises(ValueError, match=message):
-            Tiling([path], 32, **dict([wrong]))
+            Tiling([path], 32, **dict([setting]))
     np.save(tmp_path / "b.npy", slope)
     with pytest.raises(ValueError, match=r"mpp is 1, but .* does not say its own; give a level"):
         Tiling([str(tmp_path / "b.npy")], 32, mpp=1)
@@ -190,8 +190,8 @@ def test_a_named_value_is_nodata_beside_the_tag(tmp_path, tag) -> None:
     array[:, :, 64:90] = -9999
     array[0, :, 128:140] = -1
     tags = [] if tag is None else [(42113, "s", 0, f"{tag}", True)]
-    how = {"photometric": "minisblack", "planarconfig": "separate", "extratags": tags}
-    imwrite(tmp_path / "a.tif", array, **how)
+    options = {"photometric": "minisblack", "planarconfig": "separate", "extratags": tags}
+    imwrite(tmp_path / "a.tif", array, **options)
     tiling = Tiling([str(tmp_path / "a.tif")], 64, nodata=-9999.0)
     cut = [tiling.cut(*tiling.locate(index)) for index in range(4)]
     kept = -9999 if tag is None else tag
@@ -213,14 +213,14 @@ def test_pages_of_files_follow_one_rule_for_all_of_them(tmp_path) -> None:
         imwrite(tmp_path / name, stack, photometric="minisblack")
     paths = [str(tmp_path / name) for name in ("a.tif", "b.tif")]
 
-    def found(paths: list[str], **how: str) -> list[tuple[int, int | None]]:
-        return [(grid.file, grid.page) for grid in Tiling(paths, 64, **how).grids]
+    def grids(paths: list[str], **options: str) -> list[tuple[int, int | None]]:
+        return [(grid.file, grid.page) for grid in Tiling(paths, 64, **options).grids]
 
-    assert found(paths) == [*((0, k) for k in range(4)), *((1, k) for k in range(3))]
-    assert found(paths[:1]) == [(0, None)]
-    assert found(paths[:1], pages="images") == [(0, k) for k in range(4)]
+    assert grids(paths) == [*((0, k) for k in range(4)), *((1, k) for k in range(3))]
+    assert grids(paths[:1]) == [(0, None)]
+    assert grids(paths[:1], pages="images") == [(0, k) for k in range(4)]
     for pages in ("channels", "first"):
-        assert found(paths, pages=pages) == [(0, None), (1, None)]
+        assert grids(paths, pages=pages) == [(0, None), (1, None)]
 
 
 def test_a_damaged_tile_is_told_with_its_place(tmp_path) -> None:
@@ -232,14 +232,14 @@ def test_a_damaged_tile_is_told_with_its_place(tmp_path) -> None:
     content[start : start + 64] = bytes(64)
     (tmp_path / "a.tif").write_bytes(content)
     tiling = Tiling([str(tmp_path / "a.tif")], 64)
-    bad = []
+    messages = []
     for index in range(16):
         try:
             tiling.cut(*tiling.locate(index))
         except ImageError as error:
-            bad.append(str(error))
-    assert len(bad) == 1
-    assert re.fullmatch(r"damaged: .*IReadBlock failed.* \(tile at x 128, y 64\)", bad[0])
+            messages.append(str(error))
+    assert len(messages) == 1
+    assert re.fullmatch(r"damaged: .*IReadBlock failed.* \(tile at x 128, y 64\)", messages[0])
 
 
 def test_only_two_images_stay_open(tmp_path, monkeypatch) -> None:
@@ -259,8 +259,8 @@ def test_two_images_are_opened_at_once(tmp_path, monkeypatch) -> None:
     for number in range(2):
         np.save(tmp_path / f"{number}.npy", np.eye(80))
     tiling = Tiling([str(tmp_path / f"{number}.npy") for number in range(2)], 64)
-    both, real = Barrier(2, timeout=10), tiles.background_contrast
-    monkeypatch.setattr(tiles, "background_contrast", lambda r: both.wait() >= 0 and real(r))
+    barrier, real = Barrier(2, timeout=10), tiles.background_contrast
+    monkeypatch.setattr(tiles, "background_contrast", lambda r: barrier.wait() >= 0 and real(r))
     with ThreadPoolExecutor(8) as threads:
         cut = threads.map(lambda n: tiling.cut(*tiling.locate(n)), range(8))
         assert all(tile.pixels.shape == (1, 64, 64) for tile in cut)  # none waited in vain
@@ -273,12 +273,12 @@ def test_slides_and_rasters_of_folders_and_lists_are_found(tmp_path) -> None:
     (tmp_path / "d.txt").write_text("c.png\n")
     Image.new("L", (3, 4)).save(tmp_path / "c.png")
 
-    def found(*names: str) -> list[str]:
+    def find(*names: str) -> list[str]:
         paths = find_rasters([tmp_path / name for name in names])
         return [path.removeprefix(f"{tmp_path}/") for path in paths]
 
-    assert found(".") == ["a.svs", "below/b.JP2", "c.png"]
-    assert found("d.txt", "a.svs", "c.png") == ["c.png", "a.svs"]
+    assert find(".") == ["a.svs", "below/b.JP2", "c.png"]
+    assert find("d.txt", "a.svs", "c.png") == ["c.png", "a.svs"]
     (tmp_path / "none").mkdir()
     with pytest.raises(ValueError, match=r"no image in .*none"):
         find_rasters([tmp_path / "none"])
