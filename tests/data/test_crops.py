@@ -50,10 +50,10 @@ def misread(
     """How far, in source pixels, views of `coordinates` lie from where their maps say they look."""
     worst = 0.0
     for to_image in maps:
-        pixels, found = cut_view(image, size, to_image, view)
+        pixels, adjusted = cut_view(image, size, to_image, view)
         assert pixels.shape[1:] == view
-        assert found.dtype == torch.float32
-        expected = cell_centres(found[None].double(), view)[0]
+        assert adjusted.dtype == torch.float32
+        expected = cell_centres(adjusted[None].double(), view)[0]
         seen = rearrange(pixels.double(), "xy h w -> (h w) xy")
         worst = max(worst, (seen - expected).abs().max().item())
     return worst
@@ -88,9 +88,9 @@ def test_a_turned_view_is_moved_out_of_the_last_pixels_that_stand_for_fewer() ->
     for orientation, corner, moved in ((1, (25.0, 5.0), -1), (3, (20.0, 0.0), 1)):
         image = decoded(coordinates((45, 45)), 4, orientation)
         to_image = torch.tensor([[20.0, -20, corner[0]], [20, 20, corner[1]]])
-        found = cut_view(image, (45, 45), to_image, (5, 5)).to_image
-        assert torch.equal(found[:, :2], to_image[:, :2])
-        assert (found - to_image)[:, 2].tolist() == [moved, moved]
+        adjusted = cut_view(image, (45, 45), to_image, (5, 5)).to_image
+        assert torch.equal(adjusted[:, :2], to_image[:, :2])
+        assert (adjusted - to_image)[:, 2].tolist() == [moved, moved]
 
 
 def test_a_small_image_is_enlarged() -> None:
@@ -125,8 +125,8 @@ def test_a_scaled_jpeg_reads_the_places_its_map_names(tag, scale) -> None:
         assert raster.scale == scale
         for start in (311.2, 314.9):
             to_image = torch.tensor([[224.7, 0, start], [0, -225.3, start + 225.3]])
-            pixels, found = cut_view(raster, opened.size, to_image, (28, 27))
-            expected = cell_centres(found[None].double(), (28, 27))[0, :, axis].view(28, 27)
+            pixels, adjusted = cut_view(raster, opened.size, to_image, (28, 27))
+            expected = cell_centres(adjusted[None].double(), (28, 27))[0, :, axis].view(28, 27)
             error = pixels[0].double() / 0.9 + 300.5 - expected
             # Pillow rounds halves up: half a step more where eight pixels are averaged at once.
             assert error.mean().abs() < HALF_A_PIXEL + 0.5 / 0.9
@@ -148,12 +148,12 @@ def test_the_map_moves_by_less_than_a_pixel_of_the_view() -> None:
         for to_image in draw_maps(100, size, ANYWHERE):
             if best_scale(to_image[None], (8, 12)) < scale:
                 continue
-            found = cut_view(image, size, to_image, (8, 12)).to_image
+            adjusted = cut_view(image, size, to_image, (8, 12)).to_image
             pixel = to_image[:, :2].abs().sum(dim=1) / torch.tensor([12, 8])
             corners = torch.tensor([[0.0, 1, 0, 1], [0, 0, 1, 1], [1, 1, 1, 1]])
-            moved = ((found - to_image) @ corners).abs().amax(dim=1)
+            moved = ((adjusted - to_image) @ corners).abs().amax(dim=1)
             assert (moved <= pixel.clamp(min=1) + 1e-3).all()
-            x, y = found @ corners
+            x, y = adjusted @ corners
             assert min(x.min(), y.min()) >= 0
             assert x.max() <= size[1]
             assert y.max() <= size[0]
@@ -199,10 +199,10 @@ def test_rasters_of_every_kind_agree_with_the_learners_own_views(channels) -> No
         for to_image in draw_maps(6, size, placement):
             cuts = [cut_view(raster, size, to_image, view) for raster in rasters]
             expected = cut_views(image[None].float(), cuts[0].to_image[None], view)[0]
-            for raster, (pixels, found) in zip(rasters, cuts, strict=True):
+            for raster, (pixels, adjusted) in zip(rasters, cuts, strict=True):
                 deep = isinstance(raster.pixels, Tensor) and raster.pixels.is_floating_point()
                 assert pixels.dtype == (torch.float32 if deep else torch.uint8)
-                assert torch.equal(found, cuts[0].to_image)
+                assert torch.equal(adjusted, cuts[0].to_image)
                 assert (pixels - expected).abs().mean() < 3  # steps of 255
 
 
@@ -223,6 +223,6 @@ def test_a_view_of_whole_pixels_is_those_pixels() -> None:
         (torch.tensor([[-10.0, 0, 15], [0, 8, 2]]), image[:, 2:10, 5:15].flip(2)),
         (torch.tensor([[10.0, 0, 5], [0, -8, 10]]), image[:, 2:10, 5:15].flip(1)),
     ):
-        pixels, found = cut_view(DecodedImage(image), (30, 40), to_image, (8, 10))
+        pixels, adjusted = cut_view(DecodedImage(image), (30, 40), to_image, (8, 10))
         assert torch.equal(pixels, expected)
-        assert torch.equal(found, to_image)
+        assert torch.equal(adjusted, to_image)

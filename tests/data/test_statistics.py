@@ -23,8 +23,8 @@ def gray(value: int) -> torch.Tensor:
 
 def test_eight_bit_colour_takes_imagenets_figures() -> None:
     images = [torch.zeros(3, h, w, dtype=torch.uint8) for h, w in ((4, 9), (6, 5), (8, 7))]
-    found = measure(open_source(images))
-    assert found == Statistics(3, IMAGENET_MEAN, IMAGENET_STD, None, None, (6, 7))
+    statistics = measure(open_source(images))
+    assert statistics == Statistics(3, IMAGENET_MEAN, IMAGENET_STD, None, None, (6, 7))
 
 
 def test_the_pixels_of_eight_bit_colour_are_not_decoded(tmp_path) -> None:
@@ -35,30 +35,30 @@ def test_the_pixels_of_eight_bit_colour_are_not_decoded(tmp_path) -> None:
 
 
 def test_gray_images_are_measured() -> None:
-    found = measure(open_source([gray(51), gray(153)]))
-    assert found.channels == 1
-    assert found.mean == pytest.approx((0.4,))
-    assert found.std == pytest.approx((0.2,))
-    assert found.low is None
+    statistics = measure(open_source([gray(51), gray(153)]))
+    assert statistics.channels == 1
+    assert statistics.mean == pytest.approx((0.4,))
+    assert statistics.std == pytest.approx((0.2,))
+    assert statistics.low is None
     assert measure(open_source([gray(51)])).std == pytest.approx((1 / 255,))  # never 0
 
 
 def test_gray_among_colour_becomes_colour() -> None:
-    found = measure(open_source([gray(255), torch.zeros(3, 8, 8, dtype=torch.uint8)]))
-    assert found.channels == 3
-    assert found.mean == pytest.approx((0.5,) * 3)
-    assert found.std == pytest.approx((0.5,) * 3)
+    statistics = measure(open_source([gray(255), torch.zeros(3, 8, 8, dtype=torch.uint8)]))
+    assert statistics.channels == 3
+    assert statistics.mean == pytest.approx((0.5,) * 3)
+    assert statistics.std == pytest.approx((0.5,) * 3)
 
 
 def test_deep_data_is_scaled_by_its_percentiles() -> None:
     values = torch.arange(10_001, dtype=torch.float32).view(1, 73, 137)
     both = torch.cat((values, -3 * values + 7))
-    found = measure(open_source([both]))
-    assert found.low == pytest.approx((10, 7 - 3 * 9990), rel=1e-3, abs=4)
-    assert found.high == pytest.approx((9990, 7 - 30), rel=1e-3, abs=4)
-    assert found.mean == pytest.approx((0.5, 0.5), abs=1e-3)
-    assert found.std == pytest.approx((12**-0.5,) * 2, rel=0.01)  # of what is even on [0, 1]
-    form = found.convert(torch.tensor([[[10.0, 5000, 9990, 0, 20000]]]).repeat(2, 1, 1))
+    statistics = measure(open_source([both]))
+    assert statistics.low == pytest.approx((10, 7 - 3 * 9990), rel=1e-3, abs=4)
+    assert statistics.high == pytest.approx((9990, 7 - 30), rel=1e-3, abs=4)
+    assert statistics.mean == pytest.approx((0.5, 0.5), abs=1e-3)
+    assert statistics.std == pytest.approx((12**-0.5,) * 2, rel=0.01)  # of what is even on [0, 1]
+    form = statistics.convert(torch.tensor([[[10.0, 5000, 9990, 0, 20000]]]).repeat(2, 1, 1))
     assert form[0, 0].tolist() == pytest.approx([0, 0.5, 1, 0, 1], abs=1e-3)
     constant = measure(open_source([torch.full((1, 4, 4), 5.0)]))
     assert constant.high[0] - constant.low[0] == 1
@@ -71,11 +71,11 @@ def test_what_was_not_measured_does_not_count() -> None:
     holes[:, :, ::8] = torch.nan
     holes[:, :, 1::16] = torch.inf
     holes[2] = torch.nan  # a band without any number
-    expected, found = measure(open_source([whole])), measure(open_source([holes]))
+    expected, statistics = measure(open_source([whole])), measure(open_source([holes]))
     for name in ("low", "high", "mean", "std"):
         near = pytest.approx(getattr(expected, name)[:2], rel=0.03, abs=0.003)
-        assert getattr(found, name)[:2] == near, name
-    assert (found.low[2], found.high[2], found.mean[2]) == (0, 1, 0)
+        assert getattr(statistics, name)[:2] == near, name
+    assert (statistics.low[2], statistics.high[2], statistics.mean[2]) == (0, 1, 0)
     with pytest.raises(ValueError, match="not one of its values is a finite number"):
         measure(open_source([torch.full((1, 4, 4), torch.nan)]))
 
@@ -85,9 +85,9 @@ def test_nodata_of_a_geotiff_does_not_count(tmp_path) -> None:
     heights[:5] = -9999  # 6 % of it
     tag = (NODATA_TAG, 2, 0, "-9999", True)
     tifffile.imwrite(tmp_path / "a.tif", heights, extratags=[tag])
-    found = measure(open_source(tmp_path))
-    assert found.low == pytest.approx((280,), abs=0.1)
-    assert found.mean == pytest.approx((0.5,), abs=0.02)
+    statistics = measure(open_source(tmp_path))
+    assert statistics.low == pytest.approx((280,), abs=0.1)
+    assert statistics.mean == pytest.approx((0.5,), abs=0.02)
 
 
 def test_nodata_that_is_named_stands_beside_that_of_a_geotiff(tmp_path) -> None:
@@ -122,9 +122,11 @@ def test_a_value_far_from_all_others_is_left_out_and_told(kind, caplog) -> None:
     values, value = NODATA[kind]
     expected = measure(open_source([values, values]))
     assert caplog.text == ""
-    found = measure(open_source([values, filled(values, value)]))
+    statistics = measure(open_source([values, filled(values, value)]))
     for name in ("low", "high", "mean", "std"):
-        assert getattr(found, name) == pytest.approx(getattr(expected, name), rel=0.05, abs=0.05)
+        assert getattr(statistics, name) == pytest.approx(
+            getattr(expected, name), rel=0.05, abs=0.05
+        )
     [record] = caplog.records
     assert record.levelname == "WARNING"
     assert record.message == (
@@ -132,9 +134,9 @@ def test_a_value_far_from_all_others_is_left_out_and_told(kind, caplog) -> None:
         f"without it. Give --nodata {value:g} if it stands where nothing was measured"
     )
     caplog.clear()
-    told = measure(open_source([values, filled(values, value)], nodata=value))
+    named = measure(open_source([values, filled(values, value)], nodata=value))
     assert caplog.text == ""
-    assert told.low == pytest.approx(found.low, abs=1e-6)
+    assert named.low == pytest.approx(statistics.low, abs=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -150,19 +152,19 @@ def test_a_value_far_from_all_others_is_left_out_and_told(kind, caplog) -> None:
     ],
 )
 def test_values_that_may_be_measured_stay_in_the_range(values, value, caplog) -> None:
-    found = measure(open_source([values, filled(values, value)]))
+    statistics = measure(open_source([values, filled(values, value)]))
     assert ("see whether they are masks" in caplog.text) is (len(values.unique()) <= 2)
     assert "lies far" not in caplog.text
     low, high = min(values.min().item(), value), max(values.max().item(), value)
-    assert found.low == pytest.approx((low,), abs=0.01 * (high - low))
-    assert found.high == pytest.approx((high,), abs=0.01 * (high - low))
+    assert statistics.low == pytest.approx((low,), abs=0.01 * (high - low))
+    assert statistics.high == pytest.approx((high,), abs=0.01 * (high - low))
 
 
 def test_both_ends_may_be_no_values(caplog) -> None:
     values = filled(filled(4000 * RAMP, 65535, 10), -9999)
-    found = measure(open_source([values]))
+    statistics = measure(open_source([values]))
     assert len(caplog.records) == 2
-    assert -1 < found.low[0] < found.high[0] < 4001
+    assert -1 < statistics.low[0] < statistics.high[0] < 4001
 
 
 def test_some_pixels_that_move_no_percentile_are_not_told(caplog) -> None:
@@ -214,16 +216,16 @@ def test_a_fourth_band_that_is_left_out_for_others_is_told(caplog) -> None:
 )
 def test_convention_which_channels_a_mixture_has(kinds, channels) -> None:
     images = [torch.randint(0, 256, (c, 8, 8), dtype=torch.uint8) for c in kinds]
-    found = measure(open_source(images))
-    assert found.channels == channels
-    assert len(found.mean) == len(found.std) == channels
+    statistics = measure(open_source(images))
+    assert statistics.channels == channels
+    assert len(statistics.mean) == len(statistics.std) == channels
 
 
 def test_channels_may_be_asked_for() -> None:
     colour = torch.stack([torch.full((8, 8), value, dtype=torch.uint8) for value in (255, 0, 0)])
-    found = measure(open_source([colour]), channels=1)
-    assert found.channels == 1
-    assert found.mean == pytest.approx((0.299,), abs=0.002)
+    statistics = measure(open_source([colour]), channels=1)
+    assert statistics.channels == 1
+    assert statistics.mean == pytest.approx((0.299,), abs=0.002)
     assert measure(open_source([gray(255)]), channels=3).mean == pytest.approx((1, 1, 1))
     with pytest.raises(ValueError, match=r"^channels is 5, but the images have 3; leave it out"):
         measure(open_source([colour, "no image", colour]), channels=5)
@@ -255,11 +257,11 @@ def test_four_band_tiffs_are_measured(tmp_path) -> None:
         tifffile.imwrite(tmp_path / f"{i}.tif", bands, photometric="rgb")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = measure(open_source(tmp_path))
-    assert found.channels == 4
-    assert all(low < 20 for low in found.low)
-    assert all(3980 < high < 4000 for high in found.high)
-    assert found.median_size == (20, 30)
+        statistics = measure(open_source(tmp_path))
+    assert statistics.channels == 4
+    assert all(low < 20 for low in statistics.low)
+    assert all(3980 < high < 4000 for high in statistics.high)
+    assert statistics.median_size == (20, 30)
 
 
 # Bringing images to one form.
