@@ -112,8 +112,8 @@ def test_what_is_no_mask_of_ids_is_refused(tmp_path, reason) -> None:
     (tmp_path / "a.png").write_bytes(REFUSED[reason])
     with pytest.raises(ValueError) as error:
         read_mask(tmp_path / "a.png")
-    said = str(error.value)
-    assert reason in said or (reason == "not an image" and "cannot be read as a mask" in said)
+    message = str(error.value)
+    assert reason in message or (reason == "not an image" and "cannot be read as a mask" in message)
 
 
 # Values and colours.
@@ -303,7 +303,7 @@ def test_masks_are_found_by_other_endings(labelled, ending) -> None:
 
 
 @pytest.mark.parametrize(
-    ("masks", "images", "found"),
+    ("masks", "images", "expected"),
     [
         ("x_seg.png", "x.png x_seg.png", [None, "x_seg.png"]),
         ("x_seg.png x_seg_mask.png", "x.png x_seg.png", [None, "x_seg.png"]),
@@ -314,11 +314,11 @@ def test_masks_are_found_by_other_endings(labelled, ending) -> None:
         ("b.PNG", "b.xyz", ["b.PNG"]),
     ],
 )
-def test_a_mask_belongs_to_one_image(tmp_path, masks, images, found) -> None:
+def test_a_mask_belongs_to_one_image(tmp_path, masks, images, expected) -> None:
     for name in masks.split():
         (tmp_path / name).touch()
-    there = find_masks(tmp_path, list(map(Path, images.split())))
-    assert there == [name and tmp_path / name for name in found]
+    paths = find_masks(tmp_path, list(map(Path, images.split())))
+    assert paths == [name and tmp_path / name for name in expected]
 
 
 def test_names_in_a_file_of_colours_name_the_classes(labelled, tmp_path) -> None:

@@ -229,10 +229,10 @@ ALPHA = "write that alone, Image.open(path).getchannel('A')"
 def test_a_mask_that_is_wrong_is_refused(labelled, mask, reason) -> None:
     path = labelled / "masks/train/4.png"
     write(path, mask)
-    told = refusal(labelled)
+    message = refusal(labelled)
     of_gray = reason in (GRAY, ALPHA)
-    assert told.startswith(f"{path} is coded in colours" if of_gray else f"{path} {reason}")
-    assert told.endswith(reason)
+    assert message.startswith(f"{path} is coded in colours" if of_gray else f"{path} {reason}")
+    assert message.endswith(reason)
 
 
 def test_a_mask_of_another_size_is_refused_when_it_is_read(labelled) -> None:
@@ -250,13 +250,13 @@ def test_a_missing_mask_is_named(labelled, name, stem) -> None:
     image.write_bytes(bytes(128) + b"DICM")
     image.rename(image.with_name(name))
     path.rename(path.with_name(f"{stem}.webp"))
-    held = labelled / "masks/val/2.png"
-    held.rename(held.with_name("mask_2.png"))
-    told, of_val = refusal(labelled).splitlines()
+    mask = labelled / "masks/val/2.png"
+    mask.rename(mask.with_name("mask_2.png"))
+    of_train, of_val = refusal(labelled).splitlines()
     assert of_val.startswith(
-        f"{held} is not there (there is mask_2.png); 1 of 4 images have no mask"
+        f"{mask} is not there (there is mask_2.png); 1 of 4 images have no mask"
     )
-    assert told == (
+    assert of_train == (
         f"{path.with_name(f'{stem}.png')} is not there (there is {stem}.webp); 1 of 10 images have "
         "no mask: masks have the names of their images, perhaps with _mask after it, and end in "
         ".png, .tif, .tiff, .bmp, .gif, .npy, .npz, .nii, .nii.gz, so write them, or remove those "
@@ -367,16 +367,16 @@ def test_a_single_class_is_refused(labelled) -> None:
 def test_a_folder_that_is_none_is_refused(labelled, monkeypatch) -> None:
     monkeypatch.chdir(labelled)
     assert refusal("").startswith("data is '', which is no folder; it must hold images/train")
-    said = refusal(labelled / "nowhere")
-    assert "which is no folder; it must hold images/train, images/val, masks/train" in said
+    message = refusal(labelled / "nowhere")
+    assert "which is no folder; it must hold images/train, images/val, masks/train" in message
 
 
 def test_a_split_that_is_not_there_is_refused_with_those_that_are(labelled) -> None:
-    said = refusal(labelled, "train", "vla")
-    assert said.startswith(
+    message = refusal(labelled, "train", "vla")
+    assert message.startswith(
         f"{labelled / 'images/vla'} is not there (there is train, val); perhaps "
     )
-    assert "'val' is meant" in said
+    assert "'val' is meant" in message
 
 
 def test_a_split_without_images_is_refused(labelled) -> None:

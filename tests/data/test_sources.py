@@ -197,8 +197,8 @@ def test_a_source_of_your_own_stays_as_it_is() -> None:
         def open(self, index: int) -> LazyImage:
             return open_image(self.content(index))
 
-    own = Own()
-    assert open_source(own) is own
+    source = Own()
+    assert open_source(source) is source
     nothing = open_source(open_source([torch.tensor([[7.0, 8.0]])]), nodata=7)
     assert nothing.open(0).decode().known.tolist() == [[[False, True]]]
 
