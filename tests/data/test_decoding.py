@@ -55,8 +55,8 @@ def test_a_jpeg_gives_what_pillow_gives(mode, progressive) -> None:
     ],
 )
 def test_two_equal_sides_of_an_array_or_else_the_longer_ones_are_the_image(shape, channels) -> None:
-    found = open_image(npy(np.zeros(shape)))
-    assert (found.channels, found.size[0] * found.size[1]) == (channels, prod(shape) / channels)
+    opened = open_image(npy(np.zeros(shape)))
+    assert (opened.channels, opened.size[0] * opened.size[1]) == (channels, prod(shape) / channels)
 
 
 def test_what_is_no_number_becomes_the_lowest() -> None:
@@ -91,8 +91,8 @@ def test_what_is_no_number_becomes_the_lowest_of_its_channel() -> None:
 def test_what_a_geotiff_says_was_not_measured_is_filled(dtype, text, value, compression) -> None:
     bands = np.arange(7, 31).reshape(2, 3, 4).astype(dtype)
     bands[:, 1] = value
-    how = {"photometric": "minisblack", "planarconfig": "separate", "compression": compression}
-    content = tiff(bands, extratags=[(NODATA_TAG, 2, 0, text, True)], **how)
+    options = {"photometric": "minisblack", "planarconfig": "separate", "compression": compression}
+    content = tiff(bands, extratags=[(NODATA_TAG, 2, 0, text, True)], **options)
     raster = open_image(content).decode()
     assert raster.known.all(dim=2).tolist() == [[True, False, True]] * 2
     bands[0, 1], bands[1, 1] = 7, 19

@@ -25,35 +25,35 @@ SIZE = (24, 32)
 COLOURS = [(250, 20, 20), (20, 250, 20), (20, 20, 250), (250, 250, 20), (20, 250, 250)]
 
 
-def gray(path: Path, count: int, first: int = 0, **how: object) -> Path:
+def gray(path: Path, count: int, first: int = 0, **options: object) -> Path:
     """A TIFF of gray pages of one value each: first, first + 1, ..."""
     values = np.arange(first, first + count, dtype=np.uint8)
     pages = np.broadcast_to(values[:, None, None], (count, *SIZE)).copy()
-    tifffile.imwrite(path, pages if count > 1 else pages[0], photometric="minisblack", **how)
+    tifffile.imwrite(path, pages if count > 1 else pages[0], photometric="minisblack", **options)
     return path
 
 
-def frames(kind: str, count: int = 3, **how: object) -> bytes:
+def frames(kind: str, count: int = 3, **options: object) -> bytes:
     """An animation or a file of several pictures, each of one colour."""
     first, *others = (Image.new("RGB", SIZE[::-1], colour) for colour in COLOURS[:count])
     stream = io.BytesIO()
     lossless = {"lossless": True} if kind == "WEBP" else {}
-    first.save(stream, kind, save_all=True, append_images=others, **lossless, **how)
+    first.save(stream, kind, save_all=True, append_images=others, **lossless, **options)
     return stream.getvalue()
 
 
 def values(source: Source) -> list[list[int]]:
     """For each image the first value of each of its channels, which is true of all its pixels."""
-    found = []
+    numbers = []
     for index in range(len(source)):
         pixels = source.open(index).read()
         assert source.open(index).channels == len(pixels)
         assert (pixels == pixels[:, :1, :1]).all()
-        found.append(pixels[:, 0, 0].int().tolist())
-    return found
+        numbers.append(pixels[:, 0, 0].int().tolist())
+    return numbers
 
 
-SAID = {
+MESSAGES = {
     None: "2 files of 3 gray pages: read as 3 channels; `--pages images` makes 6 images",
     "images": "2 files of 3 gray pages: read as 6 images; `--pages channels` makes one image of",
     "channels": "2 files of 3 gray pages: read as 3 channels; `--pages images` makes 6 images",
@@ -61,8 +61,8 @@ SAID = {
 }
 
 
-@pytest.mark.parametrize("how", SAID)
-def test_gray_pages_are_read_as_they_are_asked_for(tmp_path, caplog, how) -> None:
+@pytest.mark.parametrize("mode", MESSAGES)
+def test_gray_pages_are_read_as_they_are_asked_for(tmp_path, caplog, mode) -> None:
     caplog.set_level("INFO")
     gray(tmp_path / "a.tif", 3, 10)
     gray(tmp_path / "b.tif", 3, 20)
@@ -72,13 +72,13 @@ def test_gray_pages_are_read_as_they_are_asked_for(tmp_path, caplog, how) -> Non
         "channels": [[10, 11, 12], [20, 21, 22]],
         "first": [[10], [20]],
     }
-    source = open_source(tmp_path, pages=how)
-    assert values(source) == expected[how]
+    source = open_source(tmp_path, pages=mode)
+    assert values(source) == expected[mode]
     [record] = caplog.records
-    assert record.message.startswith(SAID[how])
+    assert record.message.startswith(MESSAGES[mode])
     names = [source.name(index) for index in range(len(source))]
     numbered = [f"{tmp_path}/{name}.tif[{i}]" for name in "ab" for i in range(3)]
-    assert names == (numbered if how == "images" else [f"{tmp_path}/{n}.tif" for n in "ab"])
+    assert names == (numbered if mode == "images" else [f"{tmp_path}/{n}.tif" for n in "ab"])
 
 
 @pytest.mark.parametrize(
@@ -174,16 +174,16 @@ def test_a_broken_list_of_pictures_costs_no_pixels(tmp_path) -> None:
 def test_of_many_photos_some_are_looked_at_and_all_where_one_holds_several(
     tmp_path, monkeypatch
 ) -> None:
-    looked_at = []
+    paths = []
     holds = module.may_hold_several
     monkeypatch.setattr(module, "LOOKED_AT", 3)
     monkeypatch.setattr(
-        module, "may_hold_several", lambda path, start: looked_at.append(path) or holds(path, start)
+        module, "may_hold_several", lambda path, start: paths.append(path) or holds(path, start)
     )
     for number in range(9):
         Image.new("RGB", (8, 8)).save(tmp_path / f"{number}.jpg")
     assert len(open_source(tmp_path)) == 9
-    assert len(looked_at) == 3
+    assert len(paths) == 3
     (tmp_path / "3.jpg").write_bytes(frames("MPO"))
     (tmp_path / "4.jpg").write_bytes(frames("MPO", 2))
     assert len(open_source(tmp_path)) == 12
@@ -200,19 +200,19 @@ def test_what_cannot_be_read_is_one_image_that_is_broken(tmp_path) -> None:
             source.open(index).read()
 
 
-@pytest.mark.parametrize("how", ["images", "channels", "first"])
-def test_pages_in_shards_are_found_and_written(tmp_path, how) -> None:
+@pytest.mark.parametrize("mode", ["images", "channels", "first"])
+def test_pages_in_shards_are_found_and_written(tmp_path, mode) -> None:
     gray(tmp_path / "a.tif", 3, 10)
     with TarWriter(str(tmp_path / "part-0.tar")) as writer:
         writer.write({"__key__": "a", "tif": (tmp_path / "a.tif").read_bytes()})
-    expected = {"images": [[10], [11], [12]], "channels": [[10, 11, 12]], "first": [[10]]}[how]
-    assert values(open_source(str(tmp_path / "part-0.tar"), pages=how)) == expected
+    expected = {"images": [[10], [11], [12]], "channels": [[10, 11, 12]], "first": [[10]]}[mode]
+    assert values(open_source(str(tmp_path / "part-0.tar"), pages=mode)) == expected
     for max_side in (640, 16):
         out = tmp_path / f"shards-{max_side}"
-        report = write_shards(tmp_path / "a.tif", out, pages=how, max_side=max_side)
+        report = write_shards(tmp_path / "a.tif", out, pages=mode, max_side=max_side)
         assert report.images == len(expected)
-        got = values(open_source(out))
-        assert np.abs(np.array(got) - np.array(expected)).max() <= 1  # JPEG
+        written = values(open_source(out))
+        assert np.abs(np.array(written) - np.array(expected)).max() <= 1  # JPEG
         with pytest.raises(ValueError, match="holds shards of another call"):
             write_shards(tmp_path / "a.tif", out, max_side=max_side)
 
@@ -220,7 +220,9 @@ def test_pages_in_shards_are_found_and_written(tmp_path, how) -> None:
 def counted(monkeypatch, owner: type, method: str) -> list[None]:
     """A list that grows with each call of a method."""
     calls, real = [], getattr(owner, method)
-    monkeypatch.setattr(owner, method, lambda *a, **how: calls.append(None) or real(*a, **how))
+    monkeypatch.setattr(
+        owner, method, lambda *args, **kwargs: calls.append(None) or real(*args, **kwargs)
+    )
     return calls
 
 
@@ -229,14 +231,14 @@ def counted(monkeypatch, owner: type, method: str) -> list[None]:
 )
 def test_the_pages_of_a_stack_are_looked_for_once(tmp_path, monkeypatch, dtype, owner) -> None:
     stack = np.arange(100, dtype=dtype)[:, None, None].repeat(9, 1).repeat(9, 2)
-    how = {"compression": "zlib", "photometric": "minisblack"}
-    tifffile.imwrite(tmp_path / "a.tif", stack, **how)
+    options = {"compression": "zlib", "photometric": "minisblack"}
+    tifffile.imwrite(tmp_path / "a.tif", stack, **options)
     source, opened = open_source(tmp_path), counted(monkeypatch, owner, "__init__")
     with ThreadPoolExecutor(4) as threads:
-        found = [*threads.map(lambda i: int(source.open(i).read()[0, 0, 0]), range(99, -1, -1))]
-    assert found == [*range(99, -1, -1)]
+        numbers = [*threads.map(lambda i: int(source.open(i).read()[0, 0, 0]), range(99, -1, -1))]
+    assert numbers == [*range(99, -1, -1)]
     assert len(opened) <= 4
-    tifffile.imwrite(tmp_path / "a.tif", stack + 7, **how)
+    tifffile.imwrite(tmp_path / "a.tif", stack + 7, **options)
     assert source.open(3).read()[0, 0, 0] == 10
 
 
@@ -244,8 +246,8 @@ def test_frames_are_read_one_after_the_other(tmp_path, monkeypatch) -> None:
     first, *others = [Image.new("L", (9, 9), value) for value in range(100)]
     first.save(tmp_path / "a.gif", save_all=True, append_images=others)
     source, seeks = open_source(tmp_path), counted(monkeypatch, GifImageFile, "_seek")
-    found = [source.open(i).read() for i in range(100)]
-    assert [int(pixels[0, 0, 0]) for pixels in found] == [*range(100)]
+    images = [source.open(i).read() for i in range(100)]
+    assert [int(pixels[0, 0, 0]) for pixels in images] == [*range(100)]
     assert len(seeks) < 300
 
 

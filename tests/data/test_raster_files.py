@@ -36,12 +36,16 @@ def picture(path: Path, mode: str, **options: object) -> None:
     image.save(path, **options)
 
 
-def by_gdal(path: Path, array: np.ndarray, mask: np.ndarray | None = None, **how: object) -> None:
+def by_gdal(
+    path: Path, array: np.ndarray, mask: np.ndarray | None = None, **options: object
+) -> None:
     shape = dict(zip(("count", "height", "width"), array.shape, strict=True))
     with (
         warnings.catch_warnings(action="ignore"),
         rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True),
-        rasterio.open(path, "w", driver="GTiff", dtype=array.dtype.name, **shape, **how) as file,
+        rasterio.open(
+            path, "w", driver="GTiff", dtype=array.dtype.name, **shape, **options
+        ) as file,
     ):
         file.write(array)
         if mask is not None:
@@ -99,8 +103,8 @@ FILES: dict[str, Callable[[Path], object]] = {
     "deep.png": lambda p: Image.fromarray(values((90, 110))).save(p),
     "lossless.webp": lambda p: picture(p, "RGB", lossless=True),
 } | {
-    f"{name}.tif": lambda p, array=array, how=how: imwrite(p, array, **how)
-    for name, (array, how) in TIFFS.items()
+    f"{name}.tif": lambda p, array=array, options=options: imwrite(p, array, **options)
+    for name, (array, options) in TIFFS.items()
 }
 GIANTS = [name for name in FILES if Path(name).suffix in (".jpg", ".png")]
 
@@ -120,8 +124,8 @@ def test_a_window_holds_what_the_whole_image_holds(tmp_path, monkeypatch, name, 
     expected = whole.read()[:, y0:y1, x0:x1].numpy()
     assert pixels.shape == expected.shape
     # Another decoder interpolates the chroma of a JPEG and rounds what lies over black otherwise.
-    off = np.abs(pixels.astype(np.float64) - expected).max()
-    assert off <= {"smooth": 3, "clear": 1, "gray": 1}.get(Path(name).stem, 0)
+    difference = np.abs(pixels.astype(np.float64) - expected).max()
+    assert difference <= {"smooth": 3, "clear": 1, "gray": 1}.get(Path(name).stem, 0)
     clear = giant and name in ("clear.png", "gray.png")
     assert known.all() != clear
     assert (pixels.dtype == np.uint8) == (not whole.high_depth)
@@ -143,9 +147,9 @@ def test_levels_and_the_size_of_a_pixel_are_read(tmp_path) -> None:
     from rasterio.transform import from_origin
 
     ramp = np.arange(256, dtype=np.uint16).repeat(256).reshape(1, 256, 256) * 16
-    how = {"driver": "GTiff", "height": 256, "width": 256, "count": 1, "dtype": "uint16"}
+    profile = {"driver": "GTiff", "height": 256, "width": 256, "count": 1, "dtype": "uint16"}
     place = {"crs": "EPSG:32633", "transform": from_origin(5e5, 5e6, 10, 10)}
-    with rasterio.open(tmp_path / "map.tif", "w", **how, **place) as file:
+    with rasterio.open(tmp_path / "map.tif", "w", **profile, **place) as file:
         file.write(ramp)
         file.build_overviews([2, 4])
     [raster] = open_rasters(str(tmp_path / "map.tif"))
@@ -171,8 +175,8 @@ def test_what_was_not_measured_is_known(tmp_path) -> None:
 
 def test_nodata_of_values_that_begin_with_white_is_turned_with_them(tmp_path) -> None:
     ramp = np.arange(2000, dtype=np.uint16).reshape(40, 50)
-    how = {"photometric": "miniswhite", "compression": "zlib"}
-    imwrite(tmp_path / "a.tif", ramp, extratags=[(42113, "s", 0, "7", True)], **how)
+    options = {"photometric": "miniswhite", "compression": "zlib"}
+    imwrite(tmp_path / "a.tif", ramp, extratags=[(42113, "s", 0, "7", True)], **options)
     [raster] = open_rasters(str(tmp_path / "a.tif"))
     pixels, known = raster.read((0, 0, 50, 40), (40, 50))
     assert (pixels == 65535 - ramp).all()
@@ -197,9 +201,9 @@ def two_series(path: Path) -> None:
     imwrite(path, values((30, 45)), append=True)
 
 
-def stack(*shape: int, axes: str = "", **how: object) -> Callable[[Path], None]:
+def stack(*shape: int, axes: str = "", **options: object) -> Callable[[Path], None]:
     named = {"metadata": {"axes": axes}} if axes else {}
-    return lambda path: imwrite(path, values((*shape, 40, 50)), **named, **how)
+    return lambda path: imwrite(path, values((*shape, 40, 50)), **named, **options)
 
 
 GRAY = {"photometric": "minisblack"}
@@ -334,14 +338,14 @@ def test_a_png_with_a_long_text_is_cut(tmp_path) -> None:
 
 def test_pretraining_on_what_is_too_large_names_the_way_out(tmp_path, monkeypatch) -> None:
     (tmp_path / "a.svs").write_bytes(b"II*\0")
-    way = "`pixelcl prepare IMAGES --tile 512 --out SHARDS`, and pretrain on SHARDS"
+    advice = "`pixelcl prepare IMAGES --tile 512 --out SHARDS`, and pretrain on SHARDS"
     for place, start in {
         tmp_path: "slides: cut them by ",
         tmp_path / "a.svs": "; cut it by ",
     }.items():
         with pytest.raises(ValueError) as error:
             open_source(place)
-        assert str(error.value).endswith(start + way)
+        assert str(error.value).endswith(start + advice)
     stream = io.BytesIO()
     Image.new("L", (40, 50)).save(stream, "BMP")
     (tmp_path / "a.bmp").write_bytes(stream.getvalue())

@@ -20,11 +20,11 @@ def pages(*shape: int, dtype: str = "uint8") -> np.ndarray:
     return RANDOM.integers(0, 256, shape).astype(dtype)
 
 
-def by_pillow(array: np.ndarray, **how: object) -> bytes:
+def by_pillow(array: np.ndarray, **options: object) -> bytes:
     """Pages as Pillow writes them."""
     first, *others = map(Image.fromarray, array)
     stream = io.BytesIO()
-    first.save(stream, "TIFF", save_all=True, append_images=others, **how)
+    first.save(stream, "TIFF", save_all=True, append_images=others, **options)
     return stream.getvalue()
 
 
