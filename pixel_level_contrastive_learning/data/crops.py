@@ -143,9 +143,9 @@ def cut_rotated(
     inside = to_pixels - torch.tensor([[0, 0, box[0]], [0, 0, box[1]]])
     view = cut_views(pixels[None].float(), inside[None], size)[0]
     view = view.round().to(torch.uint8) if pixels.dtype == torch.uint8 else view
-    found = to_pixels * scale
-    found[:, 2] += origin
-    return CroppedView(view, found)
+    adjusted = to_pixels * scale
+    adjusted[:, 2] += origin
+    return CroppedView(view, adjusted)
 
 
 def divisible(start: int, stop: int, side: int, power: int) -> tuple[int, int]:

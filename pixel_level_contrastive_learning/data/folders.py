@@ -43,7 +43,7 @@ def find_files(
     Raises:
         ValueError: The folder that is left out is the folder itself.
     """
-    found: list[str] = []
+    paths: list[str] = []
     others: Counter[str] = Counter()
     known = image_suffixes() if suffixes is None else suffixes
     sniffed = may_be_dicom if DICOM in known else lambda *_: False
@@ -77,17 +77,17 @@ def find_files(
         for name in reversed(folders):
             if not name.startswith("."):
                 is_item = ending_of(name, known, folder=True)
-                (found if is_item else waiting).append(os.path.join(place, name))
+                (paths if is_item else waiting).append(os.path.join(place, name))
         for name in files:
             path, suffix = os.path.join(place, name), os.path.splitext(name)[1].lower()
             hidden = name.startswith(".")
             if not hidden and (
                 ending_of(name, known) or (sniffed(name, others) and is_dicom(path))
             ):
-                found.append(path)
+                paths.append(path)
             else:
                 others[suffix] += 1
-    return sorted(found), others
+    return sorted(paths), others
 
 
 def may_be_dicom(name: str, others: Mapping[str, int]) -> bool:
@@ -122,8 +122,8 @@ def listed(folder: str) -> tuple[list[str], list[str]]:
         return "file"  # a link to nowhere is a broken image
 
     def entries() -> list[tuple[os.DirEntry[str], str]]:
-        with os.scandir(folder) as found:
-            return [(e, "link" if e.is_symlink() else kind_of(e)) for e in found]
+        with os.scandir(folder) as scan:
+            return [(e, "link" if e.is_symlink() else kind_of(e)) for e in scan]
 
     names: dict[str, list[str]] = {"folder": [], "file": []}
     for entry, kind in in_time(entries, folder):
@@ -139,10 +139,10 @@ def listed(folder: str) -> tuple[list[str], list[str]]:
 
 def no_image_message(folder: Path, others: Counter[str]) -> str:
     """The message about a folder without images."""
-    found = count_by_ending(others) if others else "no file at all"
+    contents = count_by_ending(others) if others else "no file at all"
     return (
         f"no image in {str(folder)!r}: looked in it and below for files that end in "
-        f"{', '.join(sorted(image_suffixes()))}, and for shards (.tar); found {found}"
+        f"{', '.join(sorted(image_suffixes()))}, and for shards (.tar); found {contents}"
     )
 
 

@@ -97,13 +97,13 @@ def parse_ids(text: str) -> dict[int, int]:
     """Values and their ids, from a text such as ``0:0,255:1``."""
     parts = [part.strip() for part in text.split(",")]
     pairs = [re.fullmatch(r"(-?\d+)\s*:\s*(\d+)", part) for part in parts]
-    found = {int(pair[1]): int(pair[2]) for pair in pairs if pair}
-    if len(found) != len(parts) or max(found.values()) > IGNORED:
+    mapping = {int(pair[1]): int(pair[2]) for pair in pairs if pair}
+    if len(mapping) != len(parts) or max(mapping.values()) > IGNORED:
         raise ValueError(
             f"ids is {text!r}; it must be VALUE:ID pairs such as 0:0,255:1, each value once, ids "
             f"from 0 to {IGNORED - 1}, or {IGNORED} for pixels to ignore"
         )
-    return found
+    return mapping
 
 
 def read_colours(

@@ -199,10 +199,10 @@ def read_stored(content: Content, page: Page) -> Stored:
     return read(content, page)
 
 
-def check_pages(found: int, page: Page) -> None:
+def check_pages(pages: int, page: Page) -> None:
     """Refuse a mask that has not as many pages as its image."""
-    if found != page.count:
-        raise ImageError(f"it has {found} pages, and its image {page.count}")
+    if pages != page.count:
+        raise ImageError(f"it has {pages} pages, and its image {page.count}")
 
 
 def read_tiff_mask(content: bytes | str, wanted: Page) -> Stored:

@@ -337,12 +337,12 @@ def pages_message(counts: Sequence[int], kind: str, split: bool, pages: Pages | 
     """What was found in files of several images, and the flag that reads them otherwise."""
     low, high = min(counts), max(counts)
     number = f"{low}" if low == high else f"{low} to {high}"
-    found = f"{counted(len(counts), 'file')} of {number} {kind}: "
+    start = f"{counted(len(counts), 'file')} of {number} {kind}: "
     if split:
         return (
-            f"{found}read as {sum(counts)} images; `--pages channels` makes one image of each file"
+            f"{start}read as {sum(counts)} images; `--pages channels` makes one image of each file"
         )
     other = f"`--pages images` makes {sum(counts)} images"
     if pages == "first":
-        return f"{found}only the first of each file is read; {other}"
-    return f"{found}read as {f'{number} ' * (kind == GRAY_PAGES)}channels; {other}"
+        return f"{start}only the first of each file is read; {other}"
+    return f"{start}read as {f'{number} ' * (kind == GRAY_PAGES)}channels; {other}"
