@@ -96,13 +96,13 @@ def masks_without_image(folder: Path, images: Sequence[Path]) -> list[str]:
 
     What is called as an image with a word after it (``a_color.png``) is of that image.
     """
-    own = {image.with_name(stem_of(image.name)) for image in images}
+    stems = {image.with_name(stem_of(image.name)) for image in images}
     lost = []
     for path in find_files(folder, frozenset(MASK_SUFFIXES))[0]:
         mask = Path(path).relative_to(folder)
         stem = stem_of(mask.name)
         ends = (len(stem), *(cut.start() for cut in re.finditer(r"[-_. ](?=.*[A-Za-z])", stem)))
-        if not any(stem[:end] and mask.with_name(stem[:end]) in own for end in ends):
+        if not any(stem[:end] and mask.with_name(stem[:end]) in stems for end in ends):
             lost.append(mask.as_posix())
     return lost
 

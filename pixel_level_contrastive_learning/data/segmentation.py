@@ -191,9 +191,11 @@ def open_labelled(
     paired = [find_split(folder, split) for split in splits]
     raise_together(*(missing_masks(folder, *split) for split in zip(splits, paired, strict=True)))
     for split, (paths, _) in zip(splits, paired, strict=True):
-        if told := missing_images(folder, split, paths):
-            log.warning("%s", told)
-    found_files = [(FileSource(paths), FileSource(list(map(str, own)))) for paths, own in paired]
+        if message := missing_images(folder, split, paths):
+            log.warning("%s", message)
+    found_files = [
+        (FileSource(paths), FileSource(list(map(str, masks)))) for paths, masks in paired
+    ]
     settle_pages([files for files, _ in found_files], pages)
     opened = [
         SegmentationDataset(
@@ -238,16 +240,18 @@ def find_split(folder: Path, split: str) -> tuple[list[str], list[Path | None]]:
     images, masks = folder / IMAGES / split, folder / MASKS / split
     for place in (images, masks):
         if not place.is_dir():
-            there = sorted(path.name for path in place.parent.glob("*") if path.is_dir())
-            near = get_close_matches(split, there, n=1)
-            perhaps = f"; perhaps {near[0]!r} is meant" if near else ""
-            found = f" (there is {', '.join(there)})" if there else ""
-            raise ValueError(f"{place} is not there{found}{perhaps}; {LAYOUT}")
+            splits = sorted(path.name for path in place.parent.glob("*") if path.is_dir())
+            near = get_close_matches(split, splits, n=1)
+            hint = f"; perhaps {near[0]!r} is meant" if near else ""
+            existing = f" (there is {', '.join(splits)})" if splits else ""
+            raise ValueError(f"{place} is not there{existing}{hint}; {LAYOUT}")
     paths, others = find_files(images)
     if not paths:
         raise ValueError(no_image_message(images, others))
-    own = find_masks(masks, [Path(path).relative_to(images) for path in paths])
-    if shared := [mask.name for mask, count in Counter(filter(None, own)).items() if count > 1]:
+    mask_paths = find_masks(masks, [Path(path).relative_to(images) for path in paths])
+    if shared := [
+        mask.name for mask, count in Counter(filter(None, mask_paths)).items() if count > 1
+    ]:
         log.warning(
             "%s of several images in %s, such as %s: images whose names differ in their endings "
             "alone; keep one of them, unless all are the same",
@@ -255,7 +259,7 @@ def find_split(folder: Path, split: str) -> tuple[list[str], list[Path | None]]:
             masks,
             shared[0],
         )
-    return paths, own
+    return paths, mask_paths
 
 
 def missing_masks(

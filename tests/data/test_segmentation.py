@@ -285,18 +285,18 @@ def test_masks_without_an_image_are_told(labelled, caplog) -> None:
         shutil.copy(masks / "0.png", masks / name)
     assert [len(split) for split in opened(labelled)] == [10, 4]
     images = labelled / "images/train"
-    told = (
+    message = (
         f"masks without an image in {masks}, not used: 10.tif, 7_1.png, day/3_mask.png; see "
         f"whether {images} is whole, and its images have the names of their masks and endings that "
         "are read"
     )
-    assert [record.getMessage() for record in caplog.records] == [f"3 {told}"]
+    assert [record.getMessage() for record in caplog.records] == [f"3 {message}"]
     for path in sorted(images.iterdir()):
         path.rename(path.with_name(f"photo{path.name}"))
     assert refusal(labelled).endswith(
         f"so write them, or remove those images. And 15 masks without an image in {masks}, more "
         "than with one, not used: 0.png, 0_color.png, 1-instance ids.png, 1.png, 10.tif, ...; "
-        + told.partition("; ")[2]
+        + message.partition("; ")[2]
     )
 
 
