@@ -149,7 +149,7 @@ def test_what_is_no_view_is_refused(wrong, text, place) -> None:
     ("views", "text"),
     [
         *(
-            ([torch.zeros(2, 3, 8, 8), *rest], "images only: batch[0]")
+            ([torch.zeros(2, 3, 8, 8), *rest], "pass only these: batch[0]")
             for rest in ([], [torch.zeros(2)], [torch.zeros(2), [1, 2]])
         ),
         *(

@@ -494,7 +494,7 @@ def test_levels_are_named_or_so_many_are_chosen() -> None:
     assert learner.views.smallest == 16  # what the coarser of the two can show
     assert PixelCL(SmallNet(), (64, 96)).views.smallest == 16
     assert small_learner(**LEVELS, pixel_levels=2).online_encoder.pixel_layer == ("deep", "stem")
-    with pytest.raises(ValueError, match="pixel_levels is 3, but the pixel layers are named and"):
+    with pytest.raises(ValueError, match="pixel_levels is 3, but 2 pixel layers are named; leave"):
         small_learner(**LEVELS, pixel_levels=3)
     with pytest.raises(ValueError, match=r"is 3, but SmallNet has maps of 2 strides at 64x64"):
         small_learner(pixel_levels=3)

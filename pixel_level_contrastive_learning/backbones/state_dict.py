@@ -155,7 +155,11 @@ def find_weights(source: str | Path, more: str = "") -> Path:
             log.warning("%s has no %s yet: loading its last checkpoint", path, WEIGHTS)
             return last
         every = read_settings_if_any(path / CONFIG).get("checkpoint_every")
-        hint = f": its run trains or ended early, and first saves at step {every}" if every else ""
+        hint = (
+            f": its run is training or ended early, and first saves at step {every}"
+            if every
+            else ""
+        )
         raise ValueError(
             f"{path} has no {WEIGHTS} and no {CHECKPOINTS}/{LAST}{hint}; give the directory of a "
             "run that has saved, or a weights file"

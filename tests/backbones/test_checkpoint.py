@@ -84,7 +84,7 @@ def test_one_side_is_a_square() -> None:
     ("text", "complaint"),
     [
         (json.dumps(FIELDS | {"channels": 0}), "channels is 0; it must be a whole number of at"),
-        (json.dumps(FIELDS | {"mean": [0.1]}), "mean is (0.1,); it must be 2 numbers, one a"),
+        (json.dumps(FIELDS | {"mean": [0.1]}), "mean is (0.1,); it must be 2 numbers, one per"),
         (json.dumps(FIELDS | {"std": [0.1, 0]}), "std is (0.1, 0); every value must be above 0"),
         (json.dumps(FIELDS | {"image_size": [0, 3]}), "image_size is (0, 3)"),
         (json.dumps(FIELDS | {"sede": 3}), "field is 'sede'; it must be one of 'model', "),
@@ -118,7 +118,7 @@ def test_a_missing_card_says_what_to_do(tmp_path) -> None:
 def test_files_that_an_export_wrote_into_a_run_name_the_run(net, tmp_path) -> None:
     save_backbone(tmp_path / "backbone.safetensors", net, CARD)
     for name in ("backbone-smp.pth", "backbone-onnx.onnx"):
-        with pytest.raises(ValueError, match=r"what network it is of; give the folder of the run"):
+        with pytest.raises(ValueError, match=r"which network it is of; give the folder of the run"):
             read_card(tmp_path / name)
     (tmp_path / "alone.onnx").touch()
     with pytest.raises(ValueError, match=r"alone.onnx holds a computation, .* folder of the run"):

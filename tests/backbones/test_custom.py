@@ -173,7 +173,7 @@ def test_an_argument_that_nothing_gives_is_named(file, function) -> None:
         "class Needs(nn.Module):\n    def __init__(self, depth):\n        super().__init__()"
     )
     with pytest.raises(
-        ValueError, match=rf"{function} .*missing .* 'depth'; give it a default, or"
+        ValueError, match=rf"{function} .*missing .* 'depth'; give the argument a default, or"
     ):
         build_backbone(f"{file}:{function}")
 

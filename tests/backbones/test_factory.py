@@ -244,7 +244,7 @@ def test_a_failed_download_says_what_to_do(model, monkeypatch) -> None:
         build_backbone(model, pretrained=True)
     assert str(error.value) == (
         f"the pretrained weights of {model} could not be downloaded: <urlopen error Name or "
-        "service not known>; check the connection and the room on the disk, or download them on "
+        "service not known>; check the connection and the free disk space, or download them on "
         "another machine and give the file, or start from random weights"
     )
 

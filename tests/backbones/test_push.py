@@ -176,7 +176,7 @@ def test_a_run_on_code_of_ones_own_is_pushed_without_it(hub, tmp_path) -> None:
     pushed = push(folder, "me/own")
     assert b"secret" not in pushed.files["README.md"] + pushed.files["backbone.json"]
     shutil.rmtree(folder)
-    with pytest.raises(ValueError, match=r"has weights of mine\.py:build, whose code it does not"):
+    with pytest.raises(ValueError, match=r"has weights of mine\.py:build, but not its code; get"):
         load_backbone("hf://me/own")
     assert same(load_backbone("hf://me/own", model=net), net)
 

@@ -660,7 +660,7 @@ def test_class_scores_are_told_by_what_they_are_and_not_by_where_they_lie() -> N
 def test_images_whose_border_no_patch_covers_are_refused() -> None:
     net = nn.Sequential(nn.Conv2d(3, 8, 14, 14), nn.ReLU())
     assert FeatureInfo(net, 3, (70, 71)).pixel_hooks(None, 1)[0].layout.grid == (5, 5)
-    with pytest.raises(ValueError, match=r"patches of 14x14 pixels .* give 70x56 or 70x70"):
+    with pytest.raises(ValueError, match=r"patches of 14x14 pixels, .* give 70x56 or 70x70"):
         FeatureInfo(net, 3, (70, 64)).pixel_hooks(None, 1)
     padded = nn.Sequential(nn.ZeroPad2d((0, 6, 0, 0)), net)
     assert FeatureInfo(padded, 3, (70, 64)).pixel_hooks(None, 1)[0].layout.grid == (5, 5)

@@ -93,7 +93,7 @@ def test_of_several_maps_none_stands_for_their_layer(several, count) -> None:
     net = Calls(lambda net, x: net.encoder(x)[-1].mean(), encoder=encoder)
     info = FeatureInfo(net, 3, (64, 64))
     assert info.default_pixels() == ["encoder.deep"]
-    text = rf"'encoder' gives {count} values, .* \(name a layer inside it\).*: .*encoder\.deep \("
+    text = rf"'encoder' gives {count} values .* \(name a layer inside it\).*: .*encoder\.deep \("
     with pytest.raises(ValueError, match=text):
         info.hook("encoder", pixel=True)
 

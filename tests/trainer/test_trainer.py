@@ -246,7 +246,7 @@ def test_a_dry_run_takes_a_few_images_of_a_large_batch(settings, monkeypatch, ca
 @pytest.mark.parametrize(("epochs", "warned"), [(100, True), (1, False)])
 def test_a_warm_up_that_takes_the_whole_run_is_told(settings, caplog, epochs, warned) -> None:
     pretrain(**settings(dry_run=True, warmup_epochs=epochs))  # an epoch has three steps of six
-    assert ("the learning rate does not reach its peak" in caplog.text) is warned
+    assert ("the learning rate never reaches its peak" in caplog.text) is warned
 
 
 @pytest.mark.parametrize(("size", "warned"), [(80, False), (120, True)])
@@ -318,7 +318,9 @@ def test_a_run_without_its_checkpoints_is_kept(run, settings) -> None:
     pretrain(**settings())
     shutil.rmtree(run / "checkpoints")
     held = files(run)
-    with pytest.raises(ValueError, match=f"no checkpoint is left .* with --weights {run} in an"):
+    with pytest.raises(
+        ValueError, match=f"without checkpoints to resume .* with --weights {run} in an"
+    ):
         pretrain(out=run, resume=True, steps=9)
     assert files(run) == held
 
@@ -341,7 +343,7 @@ def test_more_steps_may_be_asked_for_and_the_difference_is_told(run, settings) -
 def test_a_warm_up_that_was_chosen_follows_the_length(run, settings, given, steps) -> None:
     pretrain(**settings(steps=2, **given))
     pretrain(out=run, resume=True, steps=20)
-    assert f"20 steps of 4 images (3 an epoch, {steps} of warm-up)" in log(run)
+    assert f"20 steps of 4 images (3 per epoch, {steps} of warm-up)" in log(run)
 
 
 def test_statistics_that_changed_are_refused_by_name(run, settings) -> None:
@@ -463,7 +465,7 @@ def test_images_that_came_since_are_told(run, settings, images) -> None:
         ({"alpha": 0.0}, "alpha from"),
         ({"instance_weight": 0.0}, "instance_weight from"),
         ({"loss": "pixcontrast"}, "loss from"),
-        ({"projection_size": 32}, "projection_size from 16 to 32; leave these as they were"),
+        ({"projection_size": 32}, "projection_size from 16 to 32; leave these unchanged"),
         ({"model": "torchvision/resnet18"}, r"model from '.*nets.py:tiny' to 'torchvision/resnet"),
         ({"weights": "/second.pt"}, "weights from None to '/second.pt'"),
     ],
@@ -628,7 +630,7 @@ def test_a_nan_stops_the_run_and_keeps_what_was_good(run, settings, monkeypatch)
 
     monkeypatch.setattr(TrainingStep, "backward", poisoned)
     with pytest.raises(
-        NotFiniteError, match=r"step 5 .* the last good checkpoint, if there was one, is kept"
+        NotFiniteError, match=r"step 5 .* the last good checkpoint, if any, is kept"
     ):
         pretrain(**settings())
     assert not (run / "backbone.safetensors").exists()

@@ -98,7 +98,7 @@ def test_a_probe_is_noted_keeps_the_best_checkpoint_and_changes_no_weight(
     assert f"step 0: probe reaches a mean IoU of {first:.4f}\n" in log(run)
     assert f"step 3: probe reaches a mean IoU of {middle:.4f} (best" in log(run)
     path = run / "checkpoints" / "best.ckpt"
-    told = f"step {best['step']}, mIoU {best['miou']:.4f}: {path} (pixelcl export {path})\n"
+    told = f"{best['step']}, mIoU {best['miou']:.4f}: {path} (pixelcl export {path})\n"
     assert f"best step by the probe: {told}" in log(run)
     assert "fewer than 200 images: none are held out" not in log(run)  # nor drawn
 
@@ -108,7 +108,7 @@ def test_a_probe_is_noted_keeps_the_best_checkpoint_and_changes_no_weight(
     [
         ({}, " (best)"),
         ({0: 0.1}, " (best)"),
-        ({0: 0.9}, " (best so far, but below 0.9000 of step 0)"),
+        ({0: 0.9}, " (best so far, but below 0.9000 at step 0)"),
         ({0: 0.1, 1: 0.8}, ""),
     ],
 )

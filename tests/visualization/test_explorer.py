@@ -203,9 +203,9 @@ def test_a_folder_of_nothing_but_broken_images_is_refused(tmp_path) -> None:
     with pytest.raises(ValueError) as error:
         read_samples(tmp_path, preparation(48), 2)
     assert str(error.value) == (
-        f"none of 1 images can be used, the first because of {tmp_path}/a.png: the file is empty "
-        "(0 bytes); give a folder of images that open in a viewer and are as the network knows "
-        "them: 3 channels, 8-bit"
+        f"none of 1 images can be used; the first: {tmp_path}/a.png: the file is empty "
+        "(0 bytes); give a folder of images that open in a viewer and match the network's input: "
+        "3 channels, 8-bit"
     )
 
 

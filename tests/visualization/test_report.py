@@ -184,7 +184,7 @@ def test_a_report_stands_by_default_beside_its_weights(run_maker, monkeypatch, t
     given = shutil.copy(one / "backbone.safetensors", one / "given.safetensors")
     page = visualize(given, count=1)  # of the images and with the settings of its run
     assert page == one / "report-given.html"
-    assert "whose centres lie closer than 0.5 cell diagonals" in page.read_text()
+    assert "whose centres are closer than 0.5 cell diagonals" in page.read_text()
     assert not list(tmp_path.glob("*.html"))
     checkpoint = one / "checkpoints" / "best.ckpt"
     assert default_page(checkpoint) == one / "report-best.html"
@@ -289,7 +289,7 @@ def test_figures_with_labels_and_without_are_both_shown(run_maker, tmp_path) -> 
     places = [text.index(words) for words in told]
     assert places == sorted(places)
     assert text.count('id="how-good-the-features-are"') == 1
-    assert text.count('id="whether-spots-are-found-again"') == 1
+    assert text.count('id="how-well-cells-match-between-views"') == 1
 
 
 def test_a_label_curve_stands_before_the_predictions(run_maker, tmp_path) -> None:
