@@ -226,16 +226,17 @@ def curves_figure(metrics: Metrics) -> Figure:
         raise ValueError("metrics hold no steps yet; let the run take a few steps first")
     rows = -(-len(charts) // 2)
     figure = Figure(figsize=(9.6, 2.7 * rows), layout="constrained")
-    for number, chart in enumerate(charts):
+    for number, (chart, lines) in enumerate(charts):
         axes = figure.add_subplot(rows, 2, number + 1)
         axes.set_title(chart.title, loc="left", fontsize=11, fontweight="bold")
-        draw_chart(axes, chart, metrics, Palette())
+        draw_chart(axes, chart, lines, Palette())
     return figure
 
 
-def charts_of(metrics: Metrics) -> list[Chart]:
-    """The charts for which there are metrics."""
-    return [chart for chart in CHARTS if lines_of(chart, metrics)]
+def charts_of(metrics: Metrics) -> list[tuple[Chart, list[Line]]]:
+    """The charts for which there are metrics, with their curves."""
+    drawn = [(chart, lines_of(chart, metrics)) for chart in CHARTS]
+    return [(chart, lines) for chart, lines in drawn if lines]
 
 
 def lines_of(chart: Chart, metrics: Metrics) -> list[Line]:
@@ -262,8 +263,8 @@ def curve(metrics: Metrics, name: str) -> tuple[list[float], list[float]]:
     if points.shape[1] == 0 or (name in OPTIONAL and not points[1].any()):
         return [], []
     if name in SELDOM:
-        told_by = points[1] if place == "step" else points[0]
-        points = points[:, told_by.diff(prepend=told_by[:1] - 1) != 0]
+        repeated = points[1] if place == "step" else points[0]
+        points = points[:, repeated.diff(prepend=repeated[:1] - 1) != 0]
     parts: Sequence[Tensor] = points.tensor_split(min(points.shape[1], MAX_POINTS), dim=1)
     means = torch.stack([part.mean(dim=1) for part in parts], dim=1)
     return means[0].tolist(), means[1].tolist()
@@ -279,11 +280,11 @@ def running_mean(values: Sequence[float]) -> list[float]:
     return avg_pool1d(pad(line, (edges, edges), mode="replicate"), width, 1)[0, 0].tolist()
 
 
-def draw_chart(axes: Axes, chart: Chart, metrics: Metrics, palette: Palette) -> None:
+def draw_chart(axes: Axes, chart: Chart, lines: Sequence[Line], palette: Palette) -> None:
     """Draw one chart: each curve thin as it was and strong as its running mean."""
     from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-    for line, colour in zip(lines_of(chart, metrics), palette.curves, strict=False):
+    for line, colour in zip(lines, palette.curves, strict=False):
         style: dict[str, Any] = {"color": colour, "solid_capstyle": "round"}
         marker = "o" if len(line.values) <= MARKED else None
         axes.plot(line.steps, line.values, linewidth=1, alpha=0.35, **style)
@@ -315,7 +316,7 @@ def draw_chart(axes: Axes, chart: Chart, metrics: Metrics, palette: Palette) -> 
         axes.legend(frameon=False, fontsize=8.5, labelcolor=palette.ink, loc="lower right", ncols=2)
 
 
-def chart_svg(chart: Chart, metrics: Metrics) -> str:
+def chart_svg(chart: Chart, lines: Sequence[Line]) -> str:
     """One chart as an ``<svg>`` element for a page, in the page's colours and fonts."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -324,7 +325,7 @@ def chart_svg(chart: Chart, metrics: Metrics) -> str:
     # Words stay words, and equal charts give equal text.
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": chart.title}):
         figure = Figure(figsize=(3.5, 2.1), layout="constrained")
-        draw_chart(figure.add_subplot(), chart, metrics, PLACEHOLDERS)
+        draw_chart(figure.add_subplot(), chart, lines, PLACEHOLDERS)
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(file, format="svg", transparent=True, metadata=nothing)
     text = file.getvalue()
@@ -336,11 +337,11 @@ def chart_svg(chart: Chart, metrics: Metrics) -> str:
     return text.replace("<svg ", '<svg aria-hidden="true" ', 1)
 
 
-def chart_words(chart: Chart, metrics: Metrics) -> str:
+def chart_words(chart: Chart, lines: Sequence[Line]) -> str:
     """A chart for those who do not see it: where each curve began, ended, and lay between."""
-    told = [
+    parts = [
         f"{label} from {mean[0]:.3g} at step {steps[0]:.0f} to {mean[-1]:.3g} at step "
         f"{steps[-1]:.0f}, between {min(mean):.3g} and {max(mean):.3g}"
-        for label, steps, _, mean in lines_of(chart, metrics)
+        for label, steps, _, mean in lines
     ]
-    return f"{chart.title}, {chart.unit}: {'; '.join(told)}."
+    return f"{chart.title}, {chart.unit}: {'; '.join(parts)}."

@@ -40,7 +40,6 @@ from .curves import (
     chart_svg,
     chart_words,
     charts_of,
-    lines_of,
     read_metrics,
 )
 from .explorer import (
@@ -332,9 +331,9 @@ def draw_gallery(samples: Sequence[Sample], maps: Maps) -> list[GalleryRow]:
 def draw_charts(metrics: Metrics) -> list[DrawnChart]:
     """The charts of a run; none where it has no metrics."""
     drawn = []
-    for chart in charts_of(metrics):
-        ends = " and ".join(f"{line.mean[-1]:.3g}" for line in lines_of(chart, metrics))
-        words, svg = chart_words(chart, metrics), chart_svg(chart, metrics)
+    for chart, lines in charts_of(metrics):
+        ends = " and ".join(f"{line.mean[-1]:.3g}" for line in lines)
+        words, svg = chart_words(chart, lines), chart_svg(chart, lines)
         drawn.append(DrawnChart(chart, words, svg, ends))
     return drawn
 

@@ -99,7 +99,7 @@ def test_a_running_mean_keeps_a_line_and_its_length() -> None:
 
 
 def test_only_figures_that_are_there_are_drawn() -> None:
-    titles = [chart.title for chart in charts_of(METRICS)]
+    titles = [chart.title for chart, _ in charts_of(METRICS)]
     assert titles == ["Similarity of pairs", "Spread"]
     figure = curves_figure(METRICS)
     assert isinstance(figure, Figure)
@@ -121,7 +121,7 @@ def test_a_run_without_steps_is_refused() -> None:
 def test_a_chart_on_a_page_wears_the_colours_of_the_page(chart) -> None:
     names = [name for name, _ in chart.curves]
     held = {"step": [1.0, 2, 3]} | {name: [0.5, 30.0, 2.0] for name in names}
-    text = chart_svg(chart, held)
+    text = chart_svg(chart, lines_of(chart, held))
     assert text.startswith("<svg ")
     assert "var(--one)" in text
     assert ("var(--two)" in text) == (len(names) > 1)
@@ -129,7 +129,7 @@ def test_a_chart_on_a_page_wears_the_colours_of_the_page(chart) -> None:
     assert not re.search("#0[1-5]0[1-5]0[1-5]", text)
     for forbidden in ("<style", "<metadata", "<script", "http://www.w3.org/1999/02"):
         assert forbidden not in text
-    assert chart_svg(chart, held) == text
+    assert chart_svg(chart, lines_of(chart, held)) == text
     assert ">step<" in text
     assert f">{chart.unit}<" in text
 
@@ -139,11 +139,11 @@ def test_a_chart_on_a_page_wears_the_colours_of_the_page(chart) -> None:
 def test_no_figures_upset_a_chart(chart, values) -> None:
     steps = [float(step) for step in range(len(values))]
     held = {"step": steps} | {name: values for name, _ in chart.curves}
-    assert "<svg" in chart_svg(chart, held)  # warnings are errors
+    assert "<svg" in chart_svg(chart, lines_of(chart, held))  # warnings are errors
 
 
 def test_a_chart_is_told_chart_words() -> None:
-    assert chart_words(COSINES, METRICS) == (
+    assert chart_words(COSINES, lines_of(COSINES, METRICS)) == (
         "Similarity of pairs, mean cosine, -1 to 1: pixel from 0.1 at step 1 to 0.6 at step 3, "
         "between 0.1 and 0.6."
     )
