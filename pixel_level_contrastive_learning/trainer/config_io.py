@@ -199,20 +199,16 @@ def read_settings(path: Path) -> dict[str, Any]:
     return settings
 
 
-def settings_in(folder: Path) -> dict[str, Any]:
-    """The settings of the run in a folder; none where it has no `config.yaml`."""
-    path = folder / run_layout.CONFIG
-    return read_settings(path) if path.is_file() else {}
-
-
 def resumed_settings(folder: Path) -> dict[str, Any]:
-    """The settings that the run in a folder goes on with: its checkpoint tells what memory allows.
+    """The settings that the run in a folder resumes with; empty if it has no `config.yaml`.
 
-    None where it has no `config.yaml`.
+    Micro-batches that the run chose stay `auto`: its checkpoint has their number.
     """
-    settings = settings_in(folder)
-    by_memory = {"accumulate"}.intersection(chosen_in(folder / run_layout.CONFIG, settings))
-    return settings | dict.fromkeys(by_memory, "auto")
+    path = folder / run_layout.CONFIG
+    settings = read_settings(path) if path.is_file() else {}
+    if "accumulate" in chosen_in(path, settings):
+        settings["accumulate"] = "auto"
+    return settings
 
 
 def as_yaml(config: PretrainConfig, chosen: Iterable[str] = ()) -> str:
