@@ -191,7 +191,7 @@ def hub_config(name: str) -> dict[str, Any]:
     files = files_of(place)
     for file in (CARD, CONFIG):
         if file in files:
-            config = json.loads(fetch(place, file).read_text(encoding="utf-8"))
+            config = read_json(place, file)
             if isinstance(config, dict) and (is_card(config) or LIBRARY_KEYS & config.keys()):
                 return config
     raise ValueError(
@@ -203,10 +203,12 @@ def hub_config(name: str) -> dict[str, Any]:
 
 def preprocessor(place: Repository) -> dict[str, Any] | None:
     """How images are prepared for a network of transformers; None where that is not said."""
-    if PREPROCESSOR not in files_of(place):
-        return None
-    held: dict[str, Any] = json.loads(fetch(place, PREPROCESSOR).read_text(encoding="utf-8"))
-    return held
+    return read_json(place, PREPROCESSOR) if PREPROCESSOR in files_of(place) else None
+
+
+def read_json(place: Repository, file: str) -> Any:
+    """What a JSON file of a repository holds."""
+    return json.loads(fetch(place, file).read_text(encoding="utf-8"))
 
 
 def is_card(config: dict[str, Any]) -> bool:
