@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from difflib import get_close_matches
 from itertools import islice
 from typing import Any
@@ -142,13 +142,10 @@ class FeatureInfo:
         images, (h, w) = self.images.clone(), self.size
         corner = images[1, :, h - h // CORNER :, w - w // CORNER :]
         corner.copy_(1 - corner)
-        handles = [layer.module.register_forward_hook(layer.find_place) for layer in tokens]
-        try:
-            with self.isolated(), torch.no_grad():
-                self.net(images)
-        finally:
-            for handle in handles:
-                handle.remove()
+        with ExitStack() as attached, self.isolated(), torch.no_grad():
+            for layer in tokens:
+                attached.enter_context(layer.module.register_forward_hook(layer.find_place))
+            self.net(images)
 
     def sees_image(self, inputs: tuple[object, ...]) -> bool:
         """Whether a layer is given images of the full size, unpadded."""
