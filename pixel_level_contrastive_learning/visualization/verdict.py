@@ -92,10 +92,8 @@ def judge_gain(evaluation: Evaluation) -> tuple[bool, str] | None:
     for other in (row for row in evaluation.rows if row.name in ours.baselines):
         by = gain(ours, other, MIOU)
         if by < 0:
-            return (
-                False,
-                f"Worse than {'random' if is_random(other.name) else 'the starting'} weights",
-            )
+            weights = "random weights" if is_random(other.name) else "the starting weights"
+            return False, f"Worse than {weights}"
         gained = gained and by > 0 and not may_be_luck(ours, other, MIOU)
     return None if gained else (True, "Healthy features, no clear gain")
 
