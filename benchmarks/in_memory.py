@@ -75,6 +75,25 @@ class Drift:
         return torch.as_tensor(found)
 
 
+def learning_shares(
+    net: nn.Module, layers: list[str], rates: list[float]
+) -> Iterator[tuple[nn.Parameter, float]]:
+    """Each of the network's weights with its share of the learning rate, by the map it leads to.
+
+    Weights of a stage with a share of 0 are frozen; those behind the last map have its share.
+    """
+    left = list(zip(layers, rates, strict=True))
+    inside = False
+    for name, weight in net.named_parameters():
+        here = name.startswith(f"{left[0][0]}.")
+        if inside and not here and len(left) > 1:
+            del left[0]
+            here = name.startswith(f"{left[0][0]}.")
+        inside = here
+        weight.requires_grad_(left[0][1] > 0)
+        yield weight, left[0][1]
+
+
 def pretrain(
     net: nn.Module,
     layers: list[str],
@@ -109,17 +128,20 @@ def pretrain(
     )
     learner = learner.to(DEVICE, memory_format=torch.channels_last).train()
     drift = Drift(net, layers[-1]) if config["distill"] else None
-    inner = {id(own) for own in net.parameters()}
+    shares = {id(weight): share for weight, share in learning_shares(net, layers, config["rates"])}
     groups = [
         {
             "params": [
-                own
-                for own in learner.parameters()
-                if own.requires_grad and (id(own) in inner) == of_net and (own.ndim > 1) == matrices
+                weight
+                for weight in learner.parameters()
+                if weight.requires_grad
+                and shares.get(id(weight)) == share
+                and (weight.ndim > 1) == matrices
             ],
             "weight_decay": 1e-4 if matrices else 0.0,
+            "share": share,
         }
-        for of_net in (True, False)
+        for share in (*dict.fromkeys(config["rates"]), None)
         for matrices in (True, False)
     ]
     optimiser = torch.optim.AdamW(groups, fused=DEVICE == "cuda")
@@ -133,9 +155,9 @@ def pretrain(
     curve = []
     for now, views in zip(range(steps), batches(images, normalise, config, seed), strict=False):
         slow = rate(now - alone, steps - alone) if now >= alone else 0.0
-        rates = slow, slow, rate(now, steps), rate(now, steps)
-        for group, lr in zip(optimiser.param_groups, rates, strict=True):
-            group["lr"] = lr
+        for group in optimiser.param_groups:
+            share = group["share"]
+            group["lr"] = rate(now, steps) if share is None else share * slow
         optimiser.zero_grad()
         with torch.autocast(DEVICE, torch.bfloat16, enabled=native_bfloat16(DEVICE)):
             terms = learner(views, return_terms=True)
@@ -149,4 +171,5 @@ def pretrain(
             curve.append([round(float(part), 3) for part in parts])
     for handle in drift.handles if drift else []:
         handle.remove()
+    net.requires_grad_()  # fine-tuning trains all of it
     return curve

@@ -9,8 +9,9 @@ one change from the base, or several with commas between: ``steps``, ``batch``, 
 ``lr`` (for 256 images), ``levels`` (maps of the pixel loss: 1 to 4 are strides 4 to 32),
 ``instance`` (weight of the instance loss), ``jitter``, ``loss`` (pixpro or pixcontrast),
 ``distill`` (weight of staying near the start's features), ``head_steps`` (steps in which only the
-heads learn), ``norm`` (data or imagenet) and ``momentum``. ``steps 0`` is the start itself, which
-is always measured.
+heads learn), ``norm`` (data or imagenet), ``momentum`` and ``rates`` (the share of the learning
+rate for the weights up to each of the maps 1 to 4; 0 freezes them). ``steps 0`` is the start
+itself, which is always measured.
 
 A cell is one start, setting, domain and seed: pretrain on ``train``, fit a linear layer to frozen
 features (the deepest map; all four), fine-tune on a share of the masks with each learning rate and
@@ -63,6 +64,7 @@ BASE: dict[str, Any] = {
     "head_steps": 0,
     "norm": "data",
     "momentum": 0.99,
+    "rates": [1.0, 1.0, 1.0, 1.0],
 }
 CHOICES = {"loss": ["pixpro", "pixcontrast"], "norm": ["data", "imagenet"]}
 
@@ -95,14 +97,19 @@ def parsed(text: str, start: str) -> dict[str, Any]:
             sys.exit(f"{text!r} is no setting; write KEY VALUE, keys being {', '.join(base)}")
         if values[0] not in (named := CHOICES.get(key, values)):
             sys.exit(f"{text!r} is no setting; {key} is one of {', '.join(named)}")
-        kind = type(base[key])
-        changes[key] = [int(value) for value in values] if kind is list else kind(values[0])
+        if isinstance(base[key], list):
+            changes[key] = [type(base[key][0])(value) for value in values]
+        else:
+            changes[key] = type(base[key])(values[0])
     return {key: changes[key] for key in base if changes.get(key, base[key]) != base[key]}
 
 
 def label(changes: dict[str, Any]) -> str:
     """The changes in words, as `parsed` reads them."""
-    texts = (f"{k} {' '.join(map(str, v)) if k == 'levels' else v}" for k, v in changes.items())
+    texts = (
+        f"{key} {' '.join(map(str, value)) if isinstance(value, list) else value}"
+        for key, value in changes.items()
+    )
     return ", ".join(texts) or "base"
 
 

@@ -264,3 +264,30 @@ def test_pretraining_on_two_levels_moves_the_backbone_when_its_turn_comes(
         after = net.layer1.parameters()
         moved.append(any((a != b).any() for a, b in zip(before, after, strict=True)))
     assert moved == [False, True]
+
+
+def test_stages_learn_at_their_share_of_the_rate_and_are_trainable_afterwards(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    in_memory, settings = load("in_memory"), load("settings")
+    monkeypatch.setattr(in_memory, "DEVICE", "cpu")
+    net, layers = resnet18(), settings.STARTS["random"].layers
+    names = {id(weight): name.partition(".")[0] for name, weight in net.named_parameters()}
+    shares = in_memory.learning_shares(net, layers, [0.0, 0.0, 0.5, 1.0])
+    by_stage = {(names[id(weight)], share, weight.requires_grad) for weight, share in shares}
+    still, half, whole = ("conv1", "bn1", "layer1", "layer2"), ("layer3",), ("layer4", "fc")
+    expected = {(name, 0.0, False) for name in still} | {(name, 0.5, True) for name in half}
+    assert by_stage == expected | {(name, 1.0, True) for name in whole}
+
+    before = {name: weight.detach().clone() for name, weight in net.named_parameters()}
+    small = {"steps": 2, "batch": 2, "view": 64, "rates": [0.0, 0.0, 0.5, 1.0]}
+    images = torch.randint(256, (3, 3, 64, 80), dtype=torch.uint8)
+    given = net, layers, images, torch.nn.Identity(), settings.BASE | small, 0
+    in_memory.pretrain(*given, projection_hidden_size=8)
+    moved = {
+        name.partition(".")[0]
+        for name, weight in net.named_parameters()
+        if (weight != before[name]).any()
+    }
+    assert moved == {"layer3", "layer4"}
+    assert all(weight.requires_grad for weight in net.parameters())
