@@ -159,7 +159,6 @@ class MetricsWriter:
     @contextmanager
     def recording(self, step: int) -> Iterator[None]:
         """A context that shows the bar, and writes what there is however it is left."""
-        self.start_clock()
         self.bar.add_task("pretrain", total=self.steps, completed=step, metrics="")
         status = "failed"
         try:

@@ -91,12 +91,13 @@ def fit(
                 if probe and step.step not in probe.scores():  # else the run was killed in between
                     probe.run(step)
                 fabric.barrier()
+        metrics.start_clock()
         for batch in take(loader, steps - step.step, stop):
-            first = metrics.batch is None
-            if folder and plan.compares_pixels and (first or due(plan.picture_every, step.step)):
-                draw_batch(batch, step.learner, step.normalise, plan, folder)
+            drawn = metrics.batch is None or due(plan.picture_every, step.step)
             keep_features = metrics.begin_step(step.step, batch)
             metrics.end_step(step(batch, keep_features=keep_features))
+            if folder and plan.compares_pixels and drawn:
+                draw_batch(batch, step.learner, step.normalise, plan, folder)
             if due(plan.checkpoint_every, step.step):
                 save()
             if stop.received_anywhere(fabric, step.step):
