@@ -283,17 +283,17 @@ def open_source(
     )
 
 
-def joined(parts: Iterable[PagedFiles]) -> list[PagedFiles]:
+def joined(parts: Iterable[FileSource | ShardSource]) -> list[PagedFiles]:
     """Sources of which neighbours that are files of their own have become one, each file once."""
     sources: list[PagedFiles] = []
     seen: set[str] = set()
-    for _, group in groupby(parts, type):
+    for kind, group in groupby(parts, type):
         neighbours = [*group]
-        paths = [*chain(*(part.paths for part in neighbours if isinstance(part, FileSource)))]
-        if not paths:
-            sources += neighbours
-        elif new := not_seen(paths, seen):
-            sources.append(FileSource(new))
+        for same in [neighbours] if kind is FileSource else [[shards] for shards in neighbours]:
+            paths = [*chain(*(part.paths for part in same))]
+            if new := not_seen(paths, seen):
+                whole = len(same) == 1 and len(new) == len(paths)
+                sources.append(same[0] if whole else kind(new))
     return sources
 
 
@@ -317,7 +317,7 @@ def not_seen(paths: Sequence[str], seen: set[str]) -> list[str]:
 
 def open_path(
     place: str, leave_out: str | Path | None = None, *, slides: bool = False
-) -> PagedFiles:
+) -> FileSource | ShardSource:
     """The images of a folder, a file or a pattern of shards, slides among them or refused."""
     if not place:
         raise ValueError(

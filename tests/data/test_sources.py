@@ -315,6 +315,15 @@ def test_a_folder_of_shards_needs_no_pattern(folder) -> None:
     assert values(open_source(folder)) == [0, 1, 2, 3, 4, 5]
 
 
+def test_a_shard_is_read_once_however_often_it_is_named(folder, tmp_path, caplog) -> None:
+    first = folder / "part-00.tar"
+    (folder / "link").symlink_to(folder)
+    for data in ([first, folder], [folder, folder / "link" / first.name], [folder, folder]):
+        assert sorted(values(open_source(data))) == [0, 1, 2, 3, 4, 5]
+    assert values(open_source(f"{first}::{first}")) == [0, 1]
+    assert values(open_source([first, paint(tmp_path / "own.png", 9), first])) == [0, 1, 9]
+
+
 def test_a_shard_of_labels_among_those_of_images_is_left_out(folder, caplog) -> None:
     with TarWriter(str(folder / "labels.tar")) as writer:
         writer.write({"__key__": "0", "cls": b"3"})
