@@ -81,17 +81,19 @@ class RunDir:
     def check_outside(self, places: Sequence[str]) -> None:
         """Refuse to overwrite a run that is needed: for its images, masks, weights or settings."""
         for place in places:
-            path = Path(place).expanduser().absolute()
-            if path == self.path.absolute():
-                raise ValueError(
-                    f"{place!r} is the run that --overwrite would remove; name another out"
-                )
-            for name in run_layout.EVERYTHING:
-                if path.is_relative_to(self.path / name):
+            path = Path(place).expanduser()
+            as_named = path.absolute(), self.path.absolute()
+            for needed, run in (as_named, (path.resolve(), self.path.resolve())):
+                if needed == run:
                     raise ValueError(
-                        f"{place!r} is inside {self.path / name}, which --overwrite would remove; "
-                        "name another out"
+                        f"{place!r} is the run that --overwrite would remove; name another out"
                     )
+                for name in run_layout.EVERYTHING:
+                    if needed.is_relative_to(run / name):
+                        raise ValueError(
+                            f"{place!r} is inside {self.path / name}, which --overwrite would "
+                            "remove; name another out"
+                        )
 
     @contextmanager
     def locked(self) -> Iterator[None]:

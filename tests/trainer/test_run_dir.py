@@ -38,6 +38,19 @@ def test_pictures_of_ones_own_are_not_replaced(tmp_path) -> None:
         directory.check(resume=False, overwrite=True)
 
 
+@pytest.mark.parametrize("linked", ["run", "weights"])
+def test_what_is_needed_is_not_removed_through_a_link(tmp_path, linked) -> None:
+    run, link = tmp_path / "run", tmp_path / "link"
+    run.mkdir()
+    link.symlink_to(run)
+    out, needed = (link, run) if linked == "run" else (run, link)
+    with pytest.raises(ValueError, match="is the run that --overwrite would remove"):
+        RunDir(out).check_outside([str(needed)])
+    with pytest.raises(ValueError, match="checkpoints, which --overwrite would remove"):
+        RunDir(out).check_outside([str(needed / "checkpoints" / "last.ckpt")])
+    RunDir(out).check_outside([str(needed / "mine.pt")])
+
+
 def test_a_name_that_is_no_text_is_refused(tmp_path) -> None:
     with pytest.raises(ValueError, match="which is not UTF-8"):
         RunDir(tmp_path / os.fsdecode(b"\xe9")).check(resume=False, overwrite=False)
