@@ -130,7 +130,7 @@ def network_config(config: PretrainConfig) -> dict[str, Any] | None:
     """What describes a network on the Hub; a resumed run has it. None for other networks."""
     if not on_hub(config.model):
         return None
-    card = card_in(Path(config.out)) if config.resume and config.out else None
+    card = card_in(Path(config.out).expanduser()) if config.resume and config.out else None
     return hub_config(config.model) if card is None else card.config
 
 

@@ -32,7 +32,8 @@ def test_a_run_needs_the_hub_only_to_start(
         assert torch.equal(load_backbone(whole.run_dir).state_dict()[stem], learned)
         (whole.run_dir / "checkpoints/step-00000004.ckpt").unlink()
         (whole.run_dir / "checkpoints/last.ckpt").unlink()
-        resumed = pretrain(out=whole.run_dir, data=images, resume=True).backbone
+        monkeypatch.setenv("HOME", str(tmp_path))
+        resumed = pretrain(out="~/run", data=images, resume=True).backbone
         assert torch.equal(resumed.state_dict()[stem], learned)
         rows = evaluate(whole.run_dir, images=images).rows
     assert [row.name for row in rows] == ["random weights", str(whole.run_dir)]
