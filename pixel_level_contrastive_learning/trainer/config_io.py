@@ -87,16 +87,13 @@ def settings_of(given: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: An unknown name, with the nearest right ones; a file that cannot be read;
             settings of a probe without one; two lengths of a run.
     """
-    steps, epochs = given.get("steps"), given.get("epochs")
-    both = None
-    if steps is not None and epochs not in (None, "auto"):
-        both = f"steps is {steps} and epochs is {epochs}; give one of them"
-    raise_together(*unknown_names(given, "settings"), both)
+    raise_together(*unknown_names(given, "settings"), two_lengths(given))
     run, file, anew = dict[str, Any](), dict[str, Any](), dict[str, Any]()
     later = ChainMap(dict(given), *map(dict, recipe_of(given)))
     if given.get("config") is not None:
         path = Path(given["config"]).expanduser()
         file = read_settings(path)
+        raise_together(two_lengths(file, f"{path}: "))
         anew = chosen_anew(file, chosen_in(path, file), later)
         later = ChainMap(*later.maps, file, *map(dict, recipe_of(file)))
     folder = later.get("out") if later.get("resume") else None
@@ -124,6 +121,14 @@ def settings_of(given: Mapping[str, Any]) -> dict[str, Any]:
             )
         )
     return merged
+
+
+def two_lengths(source: Mapping[str, Any], where: str = "") -> str | None:
+    """The error message about a source that gives the length of a run twice."""
+    steps, epochs = source.get("steps"), source.get("epochs")
+    if steps is None or epochs in (None, "auto"):
+        return None
+    return f"{where}steps is {steps} and epochs is {epochs}; give one of them"
 
 
 def chosen_in(path: Path, settings: Mapping[str, Any]) -> tuple[str, ...]:

@@ -105,6 +105,10 @@ def test_a_run_has_one_length(tmp_path) -> None:
     with pytest.raises(ValueError, match="steps is 9 and epochs is 2; give one of them"):
         to_config(settings_of({"steps": 9, "epochs": 2, "recipe": "pixpro-100ep"}))
     assert to_config(settings_of({"steps": 9, "recipe": "pixpro-100ep"})).epochs == "auto"
+    path = tmp_path / "two.yaml"
+    path.write_text("steps: 9\nepochs: 2\n")
+    with pytest.raises(ValueError, match=r"two\.yaml: steps is 9 and epochs is 2"):
+        settings_of({"config": str(path)})
 
 
 def test_an_unknown_setting_names_the_nearest() -> None:
