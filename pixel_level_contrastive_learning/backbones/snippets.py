@@ -65,11 +65,14 @@ def loading(kind: str, net: nn.Module, card: BackboneCard, path: Path) -> str:
             ")  # the run trained no classifier: add num_classes=N, or features_only=True for maps",
         ]
         return "\n".join([*lines, ""])
+    state = f"torch.load({file!r}, weights_only=True)"
     if path.suffix == ".safetensors":
         lines.insert(0, "from safetensors.torch import load_file")
-        lines.append(f"net.load_state_dict(load_file({file!r}))")
-    else:
-        lines.append(f"net.load_state_dict(torch.load({file!r}, weights_only=True))")
+        state = f"load_file({file!r})"
+    if name.startswith("mnasnet"):  # which asks for the version of its code, see `load_state`
+        lines += ["state = net.state_dict()", f"state.update({state})"]
+        state = "state"
+    lines.append(f"net.load_state_dict({state})")
     if card.model.startswith("torchvision/"):
         classifier = list(net.state_dict())[-1].rpartition(".")[0]
         lines.append(f"# The run trained no classifier: replace {classifier} after loading.")

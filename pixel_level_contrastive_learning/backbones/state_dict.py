@@ -213,6 +213,17 @@ def tensors_of(net: nn.Module) -> dict[str, Tensor]:
     return {name: value for name, value in net.state_dict().items() if isinstance(value, Tensor)}
 
 
+def load_state(net: nn.Module, tensors: Mapping[str, Any], *, strict: bool = True) -> None:
+    """Load a state dict without the versions of its modules' code, as written by the present one.
+
+    Torch keeps them beside the tensors, files do not, and torchvision's MNASNet loads none without.
+    """
+    state = net.state_dict()
+    state.clear()
+    state.update(tensors)
+    net.load_state_dict(state, strict=strict)
+
+
 def load_matching(net: nn.Module, tensors: Mapping[str, Tensor], source: str) -> KeyReport:
     """`load_weights` from tensors by name; ``source`` says in the error where they come from."""
     wanted = tensors_of(net)
@@ -235,7 +246,7 @@ def load_matching(net: nn.Module, tensors: Mapping[str, Tensor], source: str) ->
             f"{', '.join(list(wanted)[:3])}; give weights of this model, or build the model they "
             "belong to"
         )
-    net.load_state_dict({name: given[name] for name in matched}, strict=False)
+    load_state(net, {name: given[name] for name in matched}, strict=False)
     return KeyReport(
         matched=matched,
         missing=[name for name in wanted if name not in given],

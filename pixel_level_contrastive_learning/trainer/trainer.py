@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from .. import run_layout
 from ..backbones.checkpoint import save_backbone
 from ..backbones.custom import handing_over
+from ..backbones.state_dict import load_state
 from ..checks import duration
 from ..data.dataset import TwoViewBatch
 from ..data.loader import TwoViewLoader
@@ -366,7 +367,7 @@ def export_backbone(setup: Setup, run_dir: RunDir, weights: Mapping[str, Tensor]
     card = build.build_card(setup.plan, setup.data.statistics)
     net = card.build()
     own = {n.removeprefix(BACKBONE): t for n, t in weights.items() if n.startswith(BACKBONE)}
-    net.load_state_dict(own)
+    load_state(net, own)
     path = run_dir.path / run_layout.WEIGHTS
     save_backbone(path, net, card)
     LOG.info("backbone written to %s", path)

@@ -21,6 +21,7 @@ from torch.nn import functional
 from torch.optim import Optimizer
 
 from ..augment import Normalise, change_both
+from ..backbones.state_dict import load_state
 from ..blocks import full_precision
 from ..data.dataset import TwoViewBatch
 from ..losses import Terms
@@ -196,7 +197,7 @@ class TrainingStep:
             set_model_state_dict(self.learner, state, options=FULL_STATE)
             set_optimizer_state_dict(self.learner, self.optimizer, optimizer, options=FULL_STATE)
         else:
-            self.learner.load_state_dict(state)
+            load_state(self.learner, state)
             self.optimizer.load_state_dict(optimizer)
         for group, decay in zip(self.optimizer.param_groups, decays, strict=True):
             group["weight_decay"] = decay  # the settings' own, which may have changed

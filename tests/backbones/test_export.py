@@ -43,6 +43,8 @@ CASES = [
     ("torchvision/resnet18", "timm", 5, (64, 64)),
     ("torchvision/resnet18", "smp", 2, (64, 64)),
     ("torchvision/mobilenet_v3_small", "safetensors", 1, (64, 64)),
+    ("torchvision/mnasnet0_5", "torchvision", 3, (64, 64)),
+    ("torchvision/mnasnet0_5", "safetensors", 2, (64, 64)),
     ("torchvision/googlenet", "state-dict", 3, (64, 64)),
     ("timm/test_resnet", "timm", 3, (64, 64)),
     ("timm/test_resnet", "smp", 5, (64, 64)),

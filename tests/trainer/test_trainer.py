@@ -575,6 +575,8 @@ from torch import nn
 
 
 class Odd(nn.Module):
+    _version = 2
+
     def __init__(self, channels):
         super().__init__()
         self.table = nn.Parameter(torch.arange(5), requires_grad=False)
@@ -590,6 +592,10 @@ class Odd(nn.Module):
     def set_extra_state(self, state):
         assert state == {"version": 3}
 
+    def _load_from_state_dict(self, state, prefix, metadata, *others):
+        assert metadata.get("version") == 2  # as torchvision's MNASNet does
+        super()._load_from_state_dict(state, prefix, metadata, *others)
+
     def forward(self, x):
         if not self.cached:
             self.stem.register_buffer("grid", torch.ones(1), persistent=False)
@@ -600,7 +606,8 @@ class Odd(nn.Module):
 def odd(channels=3):
     return Odd(channels).to(torch.KIND)
 """
-"""A table of indices, a mask of infinity, extra state, and a buffer that is made on the way."""
+"""A table of indices, a mask of infinity, extra state, a version that is asked for, and a buffer
+that is made on the way."""
 
 
 @pytest.mark.parametrize("kind", ["float32", "float64"])
