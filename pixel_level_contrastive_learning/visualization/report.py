@@ -293,7 +293,7 @@ def run_facts(card: BackboneCard, metrics: Metrics) -> dict[str, str]:
         "layer shown": card.shown_layer,
         "start": card.start,
         **steps,
-        "views": f"{w} x {h} px",
+        "views": f"{h} x {w} px",
         "channels": str(card.channels),
         "seed": f"{card.seed}",
     }

@@ -12,6 +12,7 @@ import pytest
 import torch
 from evil_run import EVIL, NAMES, diverge, make_images
 from PIL import Image
+from small_cards import small_card
 
 from pixel_level_contrastive_learning.evaluation.results import CurvePoint, Evaluation, Row
 from pixel_level_contrastive_learning.visualization import report as report_module
@@ -21,6 +22,7 @@ from pixel_level_contrastive_learning.visualization.report import (
     default_page,
     embed,
     render,
+    run_facts,
     setting_text,
     visualize,
     without_places,
@@ -350,6 +352,11 @@ def test_a_broken_evaluation_is_named(run_maker, tmp_path) -> None:
         f"{run / 'evaluation.json'} is not a file of pixelcl evaluate (KeyError('rows')); evaluate "
         "again with this folder as out, or delete the file"
     )
+
+
+def test_the_size_of_the_views_is_height_and_width_as_in_the_log() -> None:
+    facts = run_facts(small_card("timm/test_resnet", image_size=(32, 48)), {"step": [4.0]})
+    assert (facts["views"], facts["steps"]) == ("32 x 48 px", "4")
 
 
 def bare(**given: object) -> Report:
