@@ -26,6 +26,8 @@ Scaling = tuple[PerChannel, PerChannel, PerChannel | None, PerChannel | None]
 
 PERCENTILES = (0.1, 99.9)
 """Which values of 16-bit and float data become 0 and 1; what lies beyond is clipped."""
+LEAST_RANGE = 2.0**-20
+"""Range of a constant band, at least 1, as a share of its value: float32 tells both ends apart."""
 VALUES_PER_IMAGE = 2**15
 """Values of one image that are measured, at most."""
 CONVERTIBLE = {(1, 3), (3, 1), (4, 3)}
@@ -251,7 +253,8 @@ def channel_statistics(values: list[tuple[Tensor, bool]]) -> Scaling:
         warn_of_nodata(raw, leave_out_far(raw))
         both = [percentile(measured_only(channel).numpy(), PERCENTILES) for channel in raw]
         ends = torch.stack(list(map(torch.from_numpy, both)), dim=1)
-        ends[1] = torch.where(ends[1] > ends[0], ends[1], ends[0] + 1)  # constant: no range
+        least = ends[0] + (ends[0].abs() * LEAST_RANGE).clamp(min=1)
+        ends[1] = torch.where(ends[1].float() > ends[0].float(), ends[1], least)  # constant
         low, high = (tuple(end.tolist()) for end in ends)
         start, stop = rearrange(ends, "end c -> end c 1")
         unit.append(((raw - start) / (stop - start)).clamp(0, 1))

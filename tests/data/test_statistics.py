@@ -64,6 +64,14 @@ def test_deep_data_is_scaled_by_its_percentiles() -> None:
     assert constant.high[0] - constant.low[0] == 1
 
 
+@pytest.mark.parametrize("value", [0.0, -7e4, 2.0**25, -3.4028234e38])
+def test_a_constant_band_of_any_value_becomes_0(value) -> None:
+    pixels = torch.full((1, 25, 40), value)
+    assert not measure(open_source([pixels])).convert(pixels).any()
+    pixels[0, 0, 0] += 4  # beyond the percentiles: their ends differ by less than float32 tells
+    assert not measure(open_source([pixels])).convert(pixels)[:, 1:].any()
+
+
 def test_what_was_not_measured_does_not_count() -> None:
     ramp = torch.linspace(0, 1, 100 * 99).view(100, 99)
     whole = torch.stack((ramp, 280 + 20 * ramp, 5 * ramp))
