@@ -36,7 +36,7 @@ from .setup import Setup, check_places, dry_run, set_up
 from .signals import Interrupted, StopSignal
 from .system import is_writer
 from .training_step import BACKBONE, TrainingStep
-from .validation import FeaturePictures, Probe, draw_batch
+from .validation import FeaturePictures, Probe, draw_batch, probe_scores
 
 TIMED_STEPS, TIMED_FOR = 8, 20.0
 """Steps that a dry run takes, and the seconds after which it takes no more."""
@@ -81,6 +81,8 @@ def fit(
     loader.start_at(step.samples)
     loggers = build_loggers(plan.loggers, folder, step.step) if folder else []
     metrics = MetricsWriter(fabric, folder, plan, lambda: loader.waited, loggers)
+    if folder and step.step == steps:
+        metrics.last = run_dir.last_metrics()
     pictures, probe = build_validation(setup, run_dir, colours, metrics)
     save = partial(save_checkpoint, step, run_dir, setup, metrics, pictures)
 
@@ -88,7 +90,7 @@ def fit(
         with stop.resting():
             if pictures:
                 pictures.draw(step)
-            if plan.probe_every and step.step % plan.probe_every == 0:
+            if plan.probe_every and (step.step % plan.probe_every == 0 or step.step == steps):
                 if probe and step.step not in probe.scores():  # else the run was killed in between
                     probe.run(step)
                 fabric.barrier()
@@ -304,7 +306,8 @@ def train(setup: Setup, run_dir: RunDir, stop: StopSignal) -> PretrainResult:
     begin, steps = find_resume_point(setup, run_dir), setup.plan.schedule.steps
     if is_writer():
         prepare(setup, run_dir, begin)
-    if begin.held is not None and begin.step >= steps:
+    lacking = begin.step == steps and lacks_probe(setup, run_dir)
+    if begin.held is not None and begin.step >= steps and not lacking:
         LOG.info("all %d steps are already done", steps)
         weights, metrics = begin.held["state_dict"], run_dir.last_metrics()
     else:
@@ -316,6 +319,12 @@ def train(setup: Setup, run_dir: RunDir, stop: StopSignal) -> PretrainResult:
     backbone = export_backbone(setup, run_dir, weights) if is_writer() else None
     stop.exit_if_received()
     return PretrainResult(backbone, metrics, run_dir.path)
+
+
+def lacks_probe(setup: Setup, run_dir: RunDir) -> bool:
+    """Whether the last step is still to be probed: a run may end after its last checkpoint."""
+    plan, path = setup.plan, run_dir.path / run_layout.PROBE
+    return plan.probe_every > 0 and plan.schedule.steps not in probe_scores(path)
 
 
 def build_step(setup: Setup, resumed: Mapping[str, Any] | None, stop: StopSignal) -> TrainingStep:

@@ -188,10 +188,15 @@ class Probe:
 
     def scores(self) -> dict[int, float]:
         """Mean IoU of the probes so far, by step."""
-        if not self.path.exists():
-            return {}
-        lines = [json.loads(line) for line in self.path.read_text().splitlines()]
-        return {line["step"]: line["miou"] for line in lines}
+        return probe_scores(self.path)
+
+
+def probe_scores(path: Path) -> dict[int, float]:
+    """The mean IoU of each probe in a file, by step; none where there is no file."""
+    if not path.exists():
+        return {}
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return {line["step"]: line["miou"] for line in lines}
 
 
 def best_note(scores: Mapping[int, float], miou: float) -> str:

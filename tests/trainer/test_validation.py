@@ -1,5 +1,6 @@
 """Looking at the network while it learns: what is drawn and measured, and that it harms nothing."""
 
+import json
 import os
 
 import pytest
@@ -131,6 +132,24 @@ def test_a_run_that_was_killed_in_a_probe_makes_up_for_it(run, settings, labelle
     assert probe.read_bytes() == whole[probe]
     is_first = lines(probe)[1]["miou"] >= lines(probe)[2]["miou"]
     assert (best.stat().st_ino == first.stat().st_ino) is is_first
+
+
+def test_a_run_that_was_killed_before_its_last_probe_is_probed(run, settings, labelled) -> None:
+    given = settings(probe=str(labelled), probe_every=1, steps=5, picture_every=3)
+    pretrain(**given)
+    whole, probe, figures = files(run), run / "probe.jsonl", run / "metrics.jsonl"
+    probe.write_text("".join(probe.read_text().splitlines(keepends=True)[:-1]))
+    *before, last = metrics(run)
+    killed = [*before, last | {"probe_miou": before[-1]["probe_miou"]}]
+    figures.write_text("".join(json.dumps(line) + "\n" for line in killed))
+    (run / "pictures" / "step-00000005.png").unlink()
+    again = pretrain(**given | {"resume": True})
+    assert probe.read_bytes() == whole[probe]
+    assert metrics(run) == [*before, last]
+    assert again.metrics == last
+    assert (run / "pictures" / "step-00000005.png").exists()
+    assert pretrain(**given | {"resume": True}).metrics == last
+    assert "all 5 steps are already done" in log(run)
 
 
 def test_a_run_shorter_than_an_epoch_is_probed_at_both_ends(run, settings, labelled) -> None:
