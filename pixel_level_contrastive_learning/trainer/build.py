@@ -63,20 +63,21 @@ class TrainingData(NamedTuple):
 def open_data(data: Any, config: PretrainConfig, resumed: Path | None) -> TrainingData:
     """Open the images and measure their statistics; those in the folder of a resumed run stay."""
     source = open_source(data, leave_out=config.out, pages=config.pages, nodata=config.nodata)
+    train, held_out = split_held_out(source)
     stored = resumed / run_layout.STATISTICS if resumed is not None else None
     if stored is not None and stored.exists():
         statistics, images = read_statistics(stored)
         if images not in (None, len(source)):
             LOG.warning(
-                "there are %d images, but the run began with %d: some of those held out now may "
-                "have been trained on",
+                "there are %d images, but the run began with %d%s",
                 len(source),
                 images,
+                ": some of those held out now may have been trained on" * (len(held_out) > 0),
             )
     else:
         channels = None if config.channels == "auto" else config.channels
         statistics = measure(source, channels=channels, seed=config.seed)
-    return TrainingData(*split_held_out(source), statistics)
+    return TrainingData(train, held_out, statistics)
 
 
 def read_statistics(path: Path) -> tuple[Statistics, int | None]:

@@ -457,6 +457,15 @@ def test_images_that_came_since_are_told(run, settings, images) -> None:
         pretrain(out=run, resume=True, steps=2 + count)
         told = "there are 13 images, but the run began with 12"
         assert log(run).count(told) == count
+    assert "held out now" not in log(run)  # of so few images none are
+
+
+def test_images_held_out_anew_may_have_been_trained_on(run, settings) -> None:
+    given = settings(data=[torch.rand(3, 40, 40)] * 199)
+    pretrain(**given | {"steps": 1})
+    pretrain(**given | {"data": [*given["data"]] * 2, "resume": True, "steps": 2})
+    told = "there are 398 images, but the run began with 199: some of those held out now may have"
+    assert told in log(run)
 
 
 @pytest.mark.parametrize(
