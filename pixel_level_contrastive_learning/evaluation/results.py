@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from io import StringIO
-from math import exp, isnan, log, nan
+from math import exp, isfinite, isnan, log, nan
 from operator import attrgetter
 from pathlib import Path
 from statistics import fmean, stdev
@@ -91,8 +91,10 @@ class Row:
 
 
 def deviation(values: Sequence[float]) -> float:
-    """The standard deviation of some values; 0 of a single one."""
-    return stdev(values) if len(values) > 1 else 0.0
+    """The standard deviation of some values; 0 of a single one, NaN where one is not finite."""
+    if len(values) < 2:
+        return 0.0
+    return stdev(values) if all(map(isfinite, values)) else nan
 
 
 def known_mean(values: Sequence[float]) -> float:

@@ -99,6 +99,14 @@ def test_whole_figures_are_shown_with_one_digit() -> None:
     assert "23.5 ± 0.7" in outcome(rows=(row,)).table()
 
 
+def test_figures_of_a_diverged_network_have_no_spread_over_the_seeds() -> None:
+    row = Row.of("a", [{"hit@1": 0.2, "spread": nan}, {"hit@1": 0.4, "spread": 0.5}])
+    assert isnan(row.deviations["spread"])
+    assert row.deviations["hit@1"] == pytest.approx(0.2 / 2**0.5)
+    cells = [line.split() for line in outcome(rows=(row,)).table().splitlines()]
+    assert ["spread", "-"] in cells
+
+
 def test_figures_without_labels_leave_those_with_labels_where_they_are(tmp_path) -> None:
     first = outcome().write(tmp_path)
     second = outcome(protocol="correspondence").write(tmp_path)
