@@ -203,9 +203,18 @@ class Evaluation:
         """The protocols that have label curves."""
         return list(self.rows[0].curves)
 
-    def base(self, row: Row) -> Row:
-        """The row of random weights of the same network."""
-        return next((base for base in self.rows if base.name in row.baselines[:1]), self.rows[0])
+    def base(self, row: Row) -> Row | None:
+        """The row of random weights of the same network; None if no weights of it were asked for.
+
+        Rows of random and of starting weights name no baselines: theirs are those of the weights
+        that they stand beside.
+        """
+        names = {
+            own.baselines[0]
+            for own in self.rows
+            if own.baselines and row.name in (own.name, *own.baselines)
+        }
+        return next((base for base in self.rows if base.name in names), None)
 
     def table(self, width: int = TABLE_WIDTH) -> str:
         """The figures as text: a column for each network, a line for each figure.
@@ -225,9 +234,13 @@ class Evaluation:
         for key in self.ours.scores:
             figures = ((row.scores.get(key, nan), row.deviations.get(key, 0)) for row in self.rows)
             table.add_row(key, *(shown(*figure) for figure in figures))
-        if all(self.base(row).scores.get(MIOU) for row in self.rows):
-            ratios = (row.scores[MIOU] / self.base(row).scores[MIOU] for row in self.rows)
-            table.add_row("mIoU, times random", *(f"{ratio:.2f}" for ratio in ratios))
+        bases = [self.base(row) for row in self.rows]
+        if any(bases) and all(base is None or base.scores.get(MIOU) for base in bases):
+            ratios = (
+                f"{row.scores[MIOU] / base.scores[MIOU]:.2f}" if base else "-"
+                for row, base in zip(self.rows, bases, strict=True)
+            )
+            table.add_row("mIoU, times random", *ratios)
         for protocol in self.curves:
             table.add_section()
             for at, first in enumerate(self.rows[0].curves[protocol]):

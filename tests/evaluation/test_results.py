@@ -30,7 +30,7 @@ from pixel_level_contrastive_learning.evaluation.results import (
 def outcome(**settings) -> Evaluation:
     rows = (
         Row.of("random weights", [{"mIoU": 0.2}, {"mIoU": 0.3}], [{"sky": 0.5, "[b]": nan}] * 2),
-        Row.of("runs/streets", [{"mIoU": 0.5}], [{"sky": 0.75, "[b]": nan}]),
+        Row.of("runs/streets", [{"mIoU": 0.5}], [{"sky": 0.75, "[b]": nan}], ("random weights",)),
     )
     plain = {
         "weights": "runs/streets",
@@ -71,6 +71,18 @@ def test_the_table_has_a_column_for_each_network() -> None:
     assert words["IoU sky"] == ["0.500", "0.750"]
     assert words["IoU [b]"] == ["-", "-"]
     assert lines[-1] == "One thing more."
+
+
+def test_networks_are_compared_with_random_weights_of_their_own() -> None:
+    given = {"r (a)": (), "r (b)": (), "r (c)": (), "start": (), "a": ("r (a)",)}
+    given["b"] = ("r (b)", "start")
+    figures = zip(given.items(), (0.2, 0.4, 0.9, 0.6, 0.3, 0.8), strict=True)
+    rows = [
+        Row.of(name, [{"mIoU": miou}], baselines=baselines) for (name, baselines), miou in figures
+    ]
+    (line,) = (s for s in outcome(rows=tuple(rows)).table().splitlines() if "times random" in s)
+    assert line.split()[3:] == ["1.00", "1.00", "-", "1.50", "1.50", "2.00"]
+    assert "times random" not in outcome(rows=tuple(rows[:3])).table()
 
 
 def test_a_table_keeps_to_its_width() -> None:
