@@ -136,11 +136,14 @@ def masks_saved(ours: Row, other: Row, protocol: str) -> str | None:
     The point is that of the fewest masks where the other curve can be read. A number is told only
     where the other curve rises and the two lie apart at this point, both by more than the spread
     over the seeds, and where those ahead there are not behind with the most masks. Nothing is said
-    to lie above a whole curve that does not lie above its best point by more than the spread.
+    to lie above a whole curve that does not lie above its best point by more than the spread. One
+    seed has no spread, and tells nothing.
     """
     curve, other_curve = (sorted(row.curves.get(protocol, ())) for row in (ours, other))
     if len(curve) < 2 or not other_curve:
         return None
+    if all(len(point.seeds) == 1 for point in (*curve, *other_curve)):
+        return f"no saving over {other.name} can be told from one seed; repeat with --seeds 3"
     most, best = other_curve[-1].masks, max(other_curve, key=attrgetter("miou"))
     needs = [(point, masks_needed(other_curve, point.miou)) for point in curve]
     read = [need for need in needs if 0 < need[1] < float("inf")] or [

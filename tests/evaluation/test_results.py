@@ -205,6 +205,21 @@ def test_no_saving_is_told_out_of_noise(random, ours) -> None:
     assert masks_saved(row, floor, "linear") == "no clear saving over random weights"
 
 
+def test_no_saving_is_told_from_one_seed() -> None:
+    points = [(4, 0.2), (20, 0.4)], [(4, 0.3), (20, 0.5)]
+    random, ours = (
+        replace(row, curves={"finetune": tuple(CurvePoint.of(n, [miou]) for n, miou in line)})
+        for row, line in zip(with_curves().rows, points, strict=True)
+    )
+    told = masks_saved(ours, random, "finetune")
+    assert told == (
+        "no saving over random weights can be told from one seed; repeat with --seeds 3"
+    )
+    few, most = (CurvePoint.of(n, [miou] * 3) for n, miou in points[0])
+    several = replace(random, curves={"finetune": (few, most)})  # others may know no chance
+    assert "needs 4 masks" in masks_saved(ours, several, "finetune")
+
+
 def test_curves_are_in_the_table_and_the_file() -> None:
     evaluation = with_curves()
     (line,) = (row for row in evaluation.table().splitlines() if "finetune, 40 masks" in row)
