@@ -18,6 +18,8 @@ from ..files import write_whole
 
 TABLE_WIDTH = 110
 """Columns of text that a table takes, at most."""
+LEAST_FACTOR = 1.05
+"""Times fewer masks, or more, from which they are told; what is less would be shown as 1.0."""
 MIOU = "mIoU"
 
 
@@ -155,7 +157,8 @@ def masks_saved(ours: Row, other: Row, protocol: str) -> str | None:
     (ahead, behind), last = pairs if needed >= point.masks else [pair[::-1] for pair in pairs]
     distinct = clearly_above(ahead, behind) and last[0].miou >= last[1].miou
     passed = needed <= most or clearly_above(point, best)
-    if not (distinct and passed and clearly_above(other_curve[-1], other_curve[0])):
+    far = not 1 / LEAST_FACTOR < needed / point.masks < LEAST_FACTOR
+    if not (far and distinct and passed and clearly_above(other_curve[-1], other_curve[0])):
         return f"no clear saving over {other.name}"
     masks = counted(point.masks, "mask")
     if not needed:
@@ -165,7 +168,8 @@ def masks_saved(ours: Row, other: Row, protocol: str) -> str | None:
         text = f"{ours.name} with {masks} beats {other.name} with {most}"
         return f"{text}: more than {ratio:.1f} times fewer" if ratio > 1 else text
     factor = f"{ratio:.1f} times fewer" if ratio >= 1 else f"{1 / ratio:.1f} times more"
-    return f"{ours.name} needs {masks} to match {other.name} with {needed:.0f}: {factor}"
+    number = f"{needed:.2g}" if needed < 10 else f"{needed:.0f}"
+    return f"{ours.name} needs {masks} to match {other.name} with {number}: {factor}"
 
 
 @dataclass(frozen=True, kw_only=True)

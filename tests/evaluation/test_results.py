@@ -205,6 +205,26 @@ def test_no_saving_is_told_out_of_noise(random, ours) -> None:
     assert masks_saved(row, floor, "linear") == "no clear saving over random weights"
 
 
+@pytest.mark.parametrize(
+    ("masks", "miou", "told"),
+    [
+        (2, 0.25, "needs 2 masks to match random weights with 2.8: 1.4 times fewer"),
+        (20, 0.225, "needs 20 masks to match random weights with 24: 1.2 times fewer"),
+        (200, 0.205, "no clear saving over random weights"),  # with 207
+        (200, 0.195, "no clear saving over random weights"),
+    ],
+)
+def test_masks_saved_are_told_as_a_number_that_differs(masks, miou, told) -> None:
+    random, ours = (
+        Row(name, {}, curves={"linear": tuple(CurvePoint(*point, 0.001, ()) for point in points)})
+        for name, points in (
+            ("random weights", [(masks // 2, 0.1), (masks, 0.2), (4 * masks, 0.4)]),
+            ("ours", [(masks, miou), (4 * masks, 2 * miou)]),
+        )
+    )
+    assert masks_saved(ours, random, "linear").removeprefix("ours ") == told
+
+
 def test_no_saving_is_told_from_one_seed() -> None:
     points = [(4, 0.2), (20, 0.4)], [(4, 0.3), (20, 0.5)]
     random, ours = (
