@@ -74,7 +74,8 @@ def line_up(
         layers: The layers that are read of each; default: the trained or deepest one.
 
     Raises:
-        ValueError: There are no such weights, or the same ones twice.
+        ValueError: There are no such weights, the same ones twice, or some that are called as a row
+            of others is.
     """
     names = [str(path) for path in weights]
     twice = next((name for name in names if names.count(name) > 1), None)
@@ -114,7 +115,14 @@ def line_up(
             baselines += (starts[origin].name,)
         if not name.startswith("random:"):
             asked.append(Contender(name, fixed_builder(net), card, baselines=baselines))
-    return [*randoms.values(), *starts.values(), *asked], notes
+    compared = [*randoms.values(), *starts.values()]
+    taken = next((name for name in names if name in {row.name for row in compared}), None)
+    if taken is not None:
+        raise ValueError(
+            f"weights names {taken}, which is what a row to compare with is called; rename it, or "
+            f"give it as {Path(taken).absolute()}"
+        )
+    return [*compared, *asked], notes
 
 
 def kinds_of(

@@ -285,3 +285,16 @@ def test_images_are_read_as_the_runs_read_theirs(tmp_path) -> None:
 def test_weights_named_twice_are_refused(labelled, model) -> None:
     with pytest.raises(ValueError, match=r"weights names random:.* twice; name each once"):
         line_up_labelled(labelled, f"random:{model}", f"random:{model}")
+
+
+def test_weights_called_as_a_row_beside_them_are_refused(
+    labelled, model, tmp_path, monkeypatch
+) -> None:
+    folder = run(tmp_path / "random weights", model, 1.0)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError) as error:
+        line_up_labelled(labelled, "random weights")
+    assert str(error.value).startswith("weights names random weights, which is what a row to")
+    assert str(error.value).endswith(f"give it as {folder}")
+    contenders, _ = line_up_labelled(labelled, str(folder))
+    assert [contender.name for contender in contenders] == ["random weights", str(folder)]
