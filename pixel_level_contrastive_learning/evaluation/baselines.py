@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from math import isnan
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -180,13 +181,15 @@ def reading_of(
 ) -> dict[str, Any]:
     """The ``pages`` and ``nodata`` that images are opened with: those given, else of the runs.
 
+    NaN as ``nodata`` is no value beside it, and so None: it means "not measured" in any case.
+
     Raises:
         ValueError: The runs among the weights have different ones.
     """
     settings = {str(path): run_settings(path) for path in weights}
     reading: dict[str, Any] = {"pages": pages, "nodata": nodata}
     for key in [key for key, value in reading.items() if value is None]:
-        by_value = {run[key]: name for name, run in settings.items() if run.get(key) is not None}
+        by_value = {run[key]: name for name, run in settings.items() if is_set(run.get(key))}
         if len(by_value) > 1:
             text = ", ".join(f"{value} in {name}" for value, name in by_value.items())
             raise ValueError(
@@ -194,7 +197,12 @@ def reading_of(
                 f"{key} (--{key}), or evaluate them one by one"
             )
         reading[key] = next(iter(by_value), None)
-    return reading
+    return {key: value if is_set(value) else None for key, value in reading.items()}
+
+
+def is_set(value: object) -> bool:
+    """Whether a setting says anything: NaN, which differs from itself, does not."""
+    return value is not None and not (isinstance(value, float) and isnan(value))
 
 
 def run_settings(weights: str | Path) -> dict[str, Any]:

@@ -282,6 +282,17 @@ def test_images_are_read_as_the_runs_read_theirs(tmp_path) -> None:
     assert reading_of([one, other], nodata=0.0)["nodata"] == 0
 
 
+def test_nan_is_no_value_beside_what_was_not_measured(tmp_path) -> None:
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text("nodata: .nan")
+    both = str(tmp_path / "a"), str(tmp_path / "b")
+    assert reading_of(both)["nodata"] is None
+    (tmp_path / "b" / "config.yaml").write_text("nodata: 7.0")
+    assert reading_of(both)["nodata"] == 7
+    assert reading_of(both, nodata=float("nan"))["nodata"] is None  # not that of a run
+
+
 def test_weights_named_twice_are_refused(labelled, model) -> None:
     with pytest.raises(ValueError, match=r"weights names random:.* twice; name each once"):
         line_up_labelled(labelled, f"random:{model}", f"random:{model}")
