@@ -91,7 +91,9 @@ class Reader:
     def read(self, pixels: Tensor, choices: Iterable[Sequence[str]]) -> Iterator[Tensor]:
         """The features of some choices of the layers, one after the other, of a single forward."""
         device = device_of(self.net)
-        with evaluating(self.net), autocast(device, enabled=self.fast):
+        # Batch norms whose weights are in halves refuse what autocast makes of their input.
+        fast = self.fast and first_weight(self.net, pixels).dtype == torch.float32
+        with evaluating(self.net), autocast(device, enabled=fast):
             maps = dict(zip(self.layers, self.maps(pixels.to(device)), strict=True))
         for names in choices:
             chosen = [maps[name].float() for name in names]

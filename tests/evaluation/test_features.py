@@ -51,6 +51,15 @@ def test_features_are_read_in_bfloat16_where_the_device_has_it(net, monkeypatch)
         assert torch.equal(fast, exact) is not native
 
 
+def test_a_network_in_halves_is_read_in_halves(net, monkeypatch) -> None:
+    monkeypatch.setattr(features, "native_bfloat16", lambda _: True)
+    images = torch.rand(2, 3, 16, 24)
+    exact = read(net, images, "two")
+    torch.testing.assert_close(
+        read(net.half(), images, "two", fast=True), exact, atol=0.01, rtol=0.01
+    )
+
+
 def test_layers_are_resized_to_the_finest_and_stacked(net) -> None:
     images = torch.rand(2, 3, 16, 24)
     both = read(net, images, "two", "one")
