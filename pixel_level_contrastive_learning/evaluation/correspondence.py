@@ -333,13 +333,13 @@ def correspondence_in_words(rows: Sequence[Row]) -> str:
     health = str(verdict(ours["spread"], ours["effective rank"]))
     if not isfinite(ours["spread"]):
         return f"{text}. {health}"
+    if len(rows) == 1:
+        return f"{text}. {health}"
     if ours[HIT] < min(BY_COLOUR * ours[KEPT], CLEAR * random[HIT]):
         health = (
             f"Matching relies on colour: {ours[KEPT]:.0%} with colours unchanged. Use stronger "
             f"colour augmentation in training (--jitter, --prob-gray). {health}"
         )
-    if len(rows) == 1:
-        return f"{text}. {health}"
     base = "random weights"
     if len(rows) == 3:
         base = "the starting weights"

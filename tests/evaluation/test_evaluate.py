@@ -551,6 +551,7 @@ def test_a_network_that_goes_by_colour_is_told_so() -> None:
     assert "Matching relies on colour: 60% with colours unchanged. Use" in said
     assert "relies on colour" not in without([seen(0.5), seen(0.5, kept=0.6)])
     assert "relies on colour" not in without([seen(0.2), seen(0.3, kept=0.6)])  # not on it alone
+    assert "relies on colour" not in without([seen(0.3, kept=0.6)])  # nothing was trained
 
 
 def plain(path: Path) -> None:
