@@ -66,11 +66,16 @@ def what_it_means(rows: Sequence[Row], protocol: str, split: str) -> str:
     figure = f"{PROTOCOLS[protocol]} reaches {reached:.3f} mIoU on {split}"
     if len(rows) == 1:
         return f"{figure} with random weights: the baseline for other weights of this network."
-    text = f"{figure}, {reached / max(base, 1e-9):.2f} times random weights ({base:.3f})"
+    text = f"{figure}, {times(reached, base, 'random weights')}"
     if len(rows) == 3:
-        before = start.scores[MIOU]
-        text += f" and {reached / max(before, 1e-9):.2f} times the starting weights ({before:.3f})"
+        text += f" and {times(reached, start.scores[MIOU], 'the starting weights')}"
     return f"{text}: {verdict_of(ours, rival, random, start)}{saved_in_words(rows)}"
+
+
+def times(reached: float, base: float, name: str) -> str:
+    """How many times another figure is reached; the other alone where it is shown as 0."""
+    shown = f"{base:.3f}"
+    return f"{reached / base:.2f} times {name} ({shown})" if float(shown) else f"{name} {shown}"
 
 
 def verdict_of(ours: Row, rival: Row, random: Row, start: Row) -> str:

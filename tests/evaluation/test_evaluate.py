@@ -479,6 +479,8 @@ def rows(*figures: float, deviation: float = 0.0) -> list[Row]:
         ((0.2, 0.1, 0.2), 0.0, "no clear gain"),
         ((0.2, 0.1, 0.3), 0.0, "clearly better than random weights."),
         ((0.0, 0.0), 0.0, "no clear gain"),
+        ((0.0, 0.3), 0.0, "on val, random weights 0.000: clearly better than"),
+        ((0.0, 0.2, 0.3), 0.0, ", random weights 0.000 and 1.50 times the starting weights (0.2"),
     ],
 )
 def test_figures_are_put_into_words(figures, deviation, words) -> None:
