@@ -170,11 +170,7 @@ def findings(metrics: Metrics) -> list[str]:
             f"With colours unchanged, {kept:.0%} of the time: "
             "use stronger colour augmentation in training (--jitter, --prob-gray)."
         )
-    if scores := known(metrics, "probe_miou"):
-        told.append(
-            f"A probe reaches {scores[-1]:.3f} mIoU; {scores[0]:.3f} before the first step, "
-            f"{max(scores):.3f} at best. best.ckpt has the best weights of the run."
-        )
+    told += probe_findings(metrics)
     matched = latest(metrics, "positive_pairs")
     if matched is not None and not has_pairs:
         told.append("No cells were compared: alpha is 0, or no two views see the same spot.")
@@ -187,3 +183,16 @@ def findings(metrics: Metrics) -> list[str]:
             "images in shards."
         )
     return told
+
+
+def probe_findings(metrics: Metrics) -> list[str]:
+    """What the probes of a run tell: their last score, their first, and their best."""
+    scores = known(metrics, "probe_miou")  # steps without a probe repeat the one before
+    if not scores:
+        return []
+    text, best = f"A probe reaches {scores[-1]:.3f} mIoU", max(scores)
+    if isfinite(metrics["probe_miou"][0]):  # else probes began when the run was resumed
+        text += f"; {scores[0]:.3f} before the first step"
+        if best == scores[0]:  # which has no checkpoint
+            return [f"{text}, and no probe after it was better."]
+    return [f"{text}, {best:.3f} at best. best.ckpt has the best weights that were probed."]

@@ -137,6 +137,21 @@ def test_a_probe_is_told_of() -> None:
     )
 
 
+def test_a_probe_that_was_best_before_the_first_step_has_no_checkpoint() -> None:
+    (told,) = findings({"step": [1, 2, 3], "probe_miou": [0.4, 0.3, 0.35]})
+    assert told == (
+        "A probe reaches 0.350 mIoU; 0.400 before the first step, and no probe after it was better."
+    )
+
+
+def test_probes_that_began_late_tell_nothing_of_the_start() -> None:
+    (told,) = findings({"step": [1, 2, 3], "probe_miou": [float("nan"), 0.4, 0.35]})
+    assert told == (
+        "A probe reaches 0.350 mIoU, 0.400 at best. best.ckpt has the best weights that were "
+        "probed."
+    )
+
+
 @pytest.mark.parametrize(
     ("miou", "well", "heading"),
     [
