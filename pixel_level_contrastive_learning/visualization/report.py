@@ -370,7 +370,8 @@ def saved_pictures(folder: Path, alt: str, pattern: str = "*.png") -> list[Pictu
     for path in paths:
         for image in opened(path, "RGB"):
             image.thumbnail((MAX_SIDE, MAX_SIDE))
-            name = re.sub(r"-0*(?=\d)", " ", printable(path.stem))  # step-00000100 is step 100
+            step = re.fullmatch(f"{run_layout.STEP}0*(\\d+)", path.stem)
+            name = f"step {step[1]}" if step else printable(path.stem)
             pictures.append(embed(image, f"{alt}: {name}", name))
     return pictures
 

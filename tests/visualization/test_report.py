@@ -23,6 +23,7 @@ from pixel_level_contrastive_learning.visualization.report import (
     embed,
     render,
     run_facts,
+    saved_pictures,
     setting_text,
     visualize,
     without_places,
@@ -131,6 +132,13 @@ def test_of_many_pictures_some_are_shown_the_first_and_the_last_included(read) -
     assert steps[0] == "step 0"
     assert steps[-1] == "step 800"
     assert len(steps) == 6
+
+
+def test_pictures_are_called_as_their_images_are(tmp_path) -> None:
+    for name in ("0002_2024-01-05", "step-00000100"):
+        Image.new("RGB", (8, 4)).save(tmp_path / f"{name}.png")
+    captions = [own.caption for own in saved_pictures(tmp_path, "Prediction")]
+    assert captions == ["0002_2024-01-05", "step 100"]
 
 
 def test_the_run_is_judged_in_words(read) -> None:
