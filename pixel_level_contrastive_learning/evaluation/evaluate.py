@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from ..backbones.custom import Model, handing_over
-from ..checks import Pages, is_number, one_of, raise_together, share, size_pair, whole
+from ..checks import Pages, check_limits, is_number, one_of, raise_together, share, size_pair, whole
 from ..data.segmentation import open_labelled
 from ..files import check_writable
 from .baselines import reading_of
@@ -110,7 +110,7 @@ def evaluate(
         if fraction != 1 and fractions is not None
         else None,
         None if seeds is None else whole("seeds", seeds, 1),
-        whole("seed", seed, 0),
+        *check_limits({"seed": seed}),
         None if size is None else size_pair("size", size),
         whole("steps", steps, 1),
         data_or_images(data, images),

@@ -25,7 +25,7 @@ from .. import run_layout
 from ..backbones.checkpoint import BackboneCard, is_file, read_backbone
 from ..backbones.custom import Model, handing_over
 from ..backbones.hub import on_hub
-from ..checks import Pages, raise_together, whole
+from ..checks import Pages, check_limits, raise_together, whole
 from ..data.image import to_rgb
 from ..data.shards import is_shards
 from ..data.sources import open_source
@@ -154,7 +154,7 @@ def visualize(
             ``out`` for weights that are in no folder.
     """
     place = chosen_device(device)
-    raise_together(whole("count", count, 1), whole("seed", seed, 0))
+    raise_together(whole("count", count, 1), *check_limits({"seed": seed}))
     path = default_page(run) if out is None else Path(out).expanduser()
     if path.is_dir():
         raise ValueError(f"out is {str(out)!r}, a folder; name a file, such as report.html")

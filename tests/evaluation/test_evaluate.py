@@ -278,6 +278,7 @@ def test_settings_about_labels_are_refused_without_any() -> None:
         ({"steps": 9}, "steps is 9, which needs protocol finetune; add it, or leave steps out"),
         ({"fractions": 0.5}, "fractions is 0.5, a single number; give it as fraction=0.5"),
         ({"fractions": []}, "fractions is empty; give fractions of the masks, such as"),
+        ({"seed": 2**64}, f"seed is {2**64}; it must be a whole number of at most {2**63 - 1}"),
         ({"weights": []}, "weights is empty; give a run, a file or a name"),
         ({"images": "b"}, "both data and images are given"),
         (

@@ -260,6 +260,8 @@ def test_values_out_of_range_are_refused_at_once(tmp_path) -> None:
         "count is 0; it must be a whole number of at least 1\n"
         "seed is -1; it must be a whole number of at least 0"
     )
+    with pytest.raises(ValueError, match=f"^seed is {2**64}; it must be a whole number of at most"):
+        visualize(tmp_path, seed=2**64)
 
 
 def test_a_folder_is_no_page(run_maker, tmp_path) -> None:
