@@ -90,7 +90,7 @@ def line_up(
         if is_file(name)
     }
     randoms: dict[Kind, Contender] = {}
-    starts: dict[tuple[str, Kind], Contender] = {}
+    starts: dict[tuple[str, Kind], Contender | None] = {}  # None where there is nothing to compare
     asked: list[Contender] = []
     notes: list[str] = []
     for name, (net, card, _), kind in zip(names, networks, kinds, strict=True):
@@ -105,18 +105,18 @@ def line_up(
             about = ", ".join(
                 [shortest(card.start, [start for start, _ in origins]), *distinctions(kind, alike)]
             )
+            starts[origin] = None
             try:
-                start = start_of(card, f"start ({about})")
+                starts[origin] = start_of(card, f"start ({about})")
             except (ValueError, ConnectionError) as error:
                 notes.append(f"The starting weights ({card.start}) are not available: {error}")
                 log.warning(notes[-1])
-            else:
-                starts |= {origin: start} if start else {}
-        if is_file(name) and origin in starts:
-            baselines += (starts[origin].name,)
+        start = starts.get(origin) if is_file(name) else None
+        if start is not None:
+            baselines += (start.name,)
         if not name.startswith("random:"):
             asked.append(Contender(name, fixed_builder(net), card, baselines=baselines))
-    compared = [*randoms.values(), *starts.values()]
+    compared = [*randoms.values(), *filter(None, starts.values())]
     taken = next((name for name in names if name in {row.name for row in compared}), None)
     if taken is not None:
         raise ValueError(

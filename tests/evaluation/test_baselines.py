@@ -112,10 +112,11 @@ def test_where_nothing_can_begin_shut_random_weights_are_the_start(
 
 
 def test_weights_that_are_gone_are_noted(labelled, model, tmp_path) -> None:
-    folder = run(tmp_path / "run", model, 2.0, start=str(tmp_path / "gone.pt"))
-    contenders, notes = line_up_labelled(labelled, folder)
-    assert [contender.name for contender in contenders] == ["random weights", str(folder)]
-    (note,) = notes
+    gone = str(tmp_path / "gone.pt")
+    runs = [str(run(tmp_path / name, model, 2.0, start=gone)) for name in ("run", "other")]
+    contenders, notes = line_up_labelled(labelled, *runs)
+    assert [contender.name for contender in contenders] == ["random weights", *runs]
+    (note,) = notes  # once
     assert note.startswith(f"The starting weights ({tmp_path / 'gone.pt'}) are not available: ")
 
 
