@@ -282,7 +282,11 @@ class Evaluation:
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """What `to_json` wrote, also of older versions."""
+        """What `to_json` wrote, also of older versions.
+
+        Raises:
+            ValueError: There is no row; of text that is something else also errors of other kinds.
+        """
         content = json.loads(text)
         rows = [
             Row(
@@ -301,6 +305,8 @@ class Evaluation:
             )
             for row in content["rows"]
         ]
+        if not rows:
+            raise ValueError("rows is empty; it must hold a row for each network")
         return cls(**content | {"rows": tuple(rows), "notes": tuple(content["notes"])})
 
     @property

@@ -272,7 +272,7 @@ def read_evaluations(folder: Path) -> list[Evaluation]:
             continue
         try:
             evaluation = Evaluation.from_json(path.read_text(encoding="utf-8"))
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(
                 f"{path} is not a file of pixelcl evaluate ({error!r}); evaluate again with this "
                 "folder as out, or delete the file"

@@ -21,6 +21,7 @@ from pixel_level_contrastive_learning.visualization.report import (
     Report,
     default_page,
     embed,
+    read_evaluations,
     render,
     run_facts,
     saved_pictures,
@@ -353,15 +354,29 @@ def test_figures_of_earlier_weights_are_said_to_be_old(run_maker, tmp_path) -> N
     assert "older than the run&#39;s weights" in text
 
 
-def test_a_broken_evaluation_is_named(run_maker, tmp_path) -> None:
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{}", "KeyError('rows')"),
+        ('{"rows": []}', "ValueError('rows is empty; it must hold a row for each network')"),
+        ('{"rows": [{"name": "a", "scores": []}]}', "AttributeError("),
+    ],
+)
+def test_a_broken_evaluation_is_named(run_maker, text, words) -> None:
     run = run_maker("odd")
-    (run / "evaluation.json").write_text("{}")
+    (run / "evaluation.json").write_text(text)
     with pytest.raises(ValueError) as error:
-        visualize(run, out=tmp_path / "page.html")
-    assert str(error.value) == (
-        f"{run / 'evaluation.json'} is not a file of pixelcl evaluate (KeyError('rows')); evaluate "
-        "again with this folder as out, or delete the file"
-    )
+        read_evaluations(run)
+    told = str(error.value)
+    assert told.startswith(f"{run / 'evaluation.json'} is not a file of pixelcl evaluate ({words}")
+    assert told.endswith("; evaluate again with this folder as out, or delete the file")
+
+
+def test_a_figure_that_one_network_lacks_is_a_dash() -> None:
+    random, ours = Row("random", {"mIoU": 0.125}), Row("a", {"mIoU": 0.25, "knn mIoU": 0.5})
+    found = replace(scores("linear", ""), rows=(random, replace(ours, classes={"sky": 0.75})))
+    cells = re.findall(r"<td>([^<]+)</td>", render(bare(evaluations=[found]), None))
+    assert cells == ["0.125", "-", "0.250", "0.500", "-", "0.750"]
 
 
 def test_the_size_of_the_views_is_height_and_width_as_in_the_log() -> None:
