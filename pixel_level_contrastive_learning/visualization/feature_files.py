@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -105,24 +105,33 @@ class FeatureFolder:
         """Where the picture of an image's features is, if it was drawn."""
         return self.folder / PICTURES / f"{Path(self.index['images'][number]['file']).stem}.png"
 
-    def forget(self, states: Mapping[str, str]) -> None:
+    def forget(self, states: Mapping[str, str]) -> dict[str, int]:
         """Drop what is not whole from the index: maps that are gone, and those of other images.
 
         Args:
             states: The state that images have now, by their path.
-        """
-        self.index["images"] = [
-            own
-            for own in self.index["images"]
-            if "state" in own  # not in an index of an older version
-            and states.get(own["path"], own["state"]) == own["state"]
-            and (self.folder / own["file"]).exists()
-        ]
 
-    def free_numbers(self) -> Iterator[int]:
-        """Numbers that no map's file begins with, in order."""
-        taken = {int(Path(own["file"]).name.split("_")[0]) for own in self.index["images"]}
-        return (number for number in count() if number not in taken)
+        Returns:
+            The numbers of maps to write anew, by the path of their image, so that no old one stays.
+        """
+        kept: list[dict[str, Any]] = []
+        anew: dict[str, int] = {}
+        for own in self.index["images"]:
+            if (
+                "state" in own  # not in an index of an older version
+                and states.get(own["path"], own["state"]) == own["state"]
+                and (self.folder / own["file"]).exists()
+            ):
+                kept.append(own)
+            elif own.get("path") in states:
+                anew[own["path"]] = number_of(own)
+        self.index["images"] = kept
+        return anew
+
+    def free_numbers(self, taken: Collection[int]) -> Iterator[int]:
+        """Numbers that no map's file begins with, nor are otherwise taken, in order."""
+        used = {*taken, *map(number_of, self.index["images"])}
+        return (number for number in count() if number not in used)
 
     def write(self, number: int, name: str, features: Tensor, image: Prepared) -> None:
         """Write the features ``(channels, h, w)`` of an image, and note them in the index."""
@@ -268,6 +277,11 @@ def features(
     return held
 
 
+def number_of(entry: Mapping[str, Any]) -> int:
+    """The number that the file of an entry's map begins with."""
+    return int(Path(entry["file"]).name.split("_")[0])
+
+
 def weights_digest(net: nn.Module) -> str:
     """A short text that other weights do not have."""
     found = blake2b(digest_size=8)
@@ -302,11 +316,12 @@ def write_maps(held: FeatureFolder, source: Source, prepare: Preparation, reader
         DivergedError: Features that are NaN or infinite.
     """
     left: Sequence[int] = range(len(source))
+    anew: dict[str, int] = {}
     if done := len(held):  # else each image is read but once, which tells them apart
         with ThreadPoolExecutor(THREADS) as pool:
             found = in_order(partial(identity_of, source), left, THREADS, pool)
             places = {identity: index for index, identity in found}
-        held.forget({own.path: own.state for own in places})
+        anew = held.forget({own.path: own.state for own in places})
         kept = {Identity(entry["path"], entry["state"]) for entry in held.index["images"]}
         left = [index for own, index in places.items() if own not in kept]
         done = len(kept)
@@ -315,7 +330,7 @@ def write_maps(held: FeatureFolder, source: Source, prepare: Preparation, reader
             log.info("%s; adding %d", stand, len(left))
         elif done:
             log.info("%d images done, %d left", done, len(left))
-    numbers = held.free_numbers()
+    numbers = held.free_numbers(anew.values())
     refused: list[dict[str, str]] = []
     held.index["left_out"] = refused
     save_at, told = -inf, monotonic()
@@ -327,7 +342,9 @@ def write_maps(held: FeatureFolder, source: Source, prepare: Preparation, reader
                 held.save_index()
                 save_at = monotonic() + max(SAVED_EVERY, TIMES_SAVING * (monotonic() - began))
             for (index, image), own in zip(batch.items(), maps, strict=True):
-                held.write(next(numbers), source.name(index), own, image)
+                number = anew.pop(image.identity.path, None)
+                number = next(numbers) if number is None else number
+                held.write(number, source.name(index), own, image)
             if monotonic() - told > TOLD_EVERY:
                 log.info("%d of %d images", len(held) - done, len(left))
                 told = monotonic()

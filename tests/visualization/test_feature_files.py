@@ -177,8 +177,12 @@ def test_other_images_of_the_same_names_are_done_again(tmp_path, monkeypatch) ->
     assert not torch.equal(held.map(0), held.map(1))
 
     Image.new("RGB", (96, 64), "red").save("here/a.png")
+    Image.new("RGB", (64, 64), "blue").save("here/0.png")  # which comes before it
     held = features(NET, "here", out=tmp_path / "files", **settings)
-    assert [entry["size"] for entry in held.index["images"]] == [[64, 64], [64, 96]]
+    sizes = {entry["file"]: entry["size"] for entry in held.index["images"]}
+    assert sorted(sizes.values()) == [[64, 64], [64, 64], [64, 96]]
+    # None is left of the image as it was.
+    assert {f"maps/{path.name}" for path in (held.folder / "maps").iterdir()} == set(sizes)
 
 
 @pytest.mark.parametrize("settings", [{}, {"nodata": 7.0}])
