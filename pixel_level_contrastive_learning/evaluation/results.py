@@ -139,13 +139,13 @@ def masks_saved(ours: Row, other: Row, protocol: str) -> str | None:
     where the other curve rises and the two lie apart at this point, both by more than the spread
     over the seeds, and where those ahead there are not behind with the most masks. Nothing is said
     to lie above a whole curve that does not lie above its best point by more than the spread. One
-    seed has no spread, and tells nothing.
+    seed has no spread, and the sentence says so.
     """
     curve, other_curve = (sorted(row.curves.get(protocol, ())) for row in (ours, other))
     if len(curve) < 2 or not other_curve:
         return None
-    if all(len(point.seeds) == 1 for point in (*curve, *other_curve)):
-        return f"no saving over {other.name} can be told from one seed; repeat with --seeds 3"
+    alone = all(len(point.seeds) == 1 for point in (*curve, *other_curve))
+    chance = " (one seed: it may be chance)" * alone
     most, best = other_curve[-1].masks, max(other_curve, key=attrgetter("miou"))
     needs = [(point, masks_needed(other_curve, point.miou)) for point in curve]
     read = [need for need in needs if 0 < need[1] < float("inf")] or [
@@ -162,14 +162,14 @@ def masks_saved(ours: Row, other: Row, protocol: str) -> str | None:
         return f"no clear saving over {other.name}"
     masks = counted(point.masks, "mask")
     if not needed:
-        return f"{ours.name} with {masks} falls short of {other.name}"
+        return f"{ours.name} with {masks} falls short of {other.name}{chance}"
     ratio = min(needed, most) / point.masks
     if needed > most:
         text = f"{ours.name} with {masks} beats {other.name} with {most}"
-        return f"{text}: more than {ratio:.1f} times fewer" if ratio > 1 else text
+        return text + f": more than {ratio:.1f} times fewer" * (ratio > 1) + chance
     factor = f"{ratio:.1f} times fewer" if ratio >= 1 else f"{1 / ratio:.1f} times more"
     number = f"{needed:.2g}" if needed < 10 else f"{needed:.0f}"
-    return f"{ours.name} needs {masks} to match {other.name} with {number}: {factor}"
+    return f"{ours.name} needs {masks} to match {other.name} with {number}: {factor}{chance}"
 
 
 @dataclass(frozen=True, kw_only=True)
