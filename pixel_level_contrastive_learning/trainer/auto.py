@@ -232,14 +232,14 @@ def learning_rate(config: PretrainConfig, batch_size: int, *, gentle: bool) -> t
     if config.lr != "auto":
         base = config.lr
     else:
-        known = [begins for begins in BASE_LR if name.startswith(begins)]
-        if not known:
+        prefixes = [prefix for prefix in BASE_LR if name.startswith(prefix)]
+        if not prefixes:
             raise ValueError(
                 f"optimizer is {config.optimizer!r}, which has no default learning rate; set lr, "
                 "or use adamw, lamb, lars or sgd"
             )
-        base = BASE_LR[known[0]]
-        if known[0] == "adam" and gentle:
+        base = BASE_LR[prefixes[0]]
+        if prefixes[0] == "adam" and gentle:
             base = GENTLE_ADAM_LR
     share = batch_size / 256
     return base, base * (sqrt(share) if is_adaptive(name) else share)

@@ -143,8 +143,8 @@ def build_learner(
     Raises:
         ValueError: A layer that cannot be used.
     """
-    own: dict[str, Any] = {name: getattr(config, name) for name in LEARNER_SETTINGS}
-    own["pixel_levels"] = pixel_levels(config, net, size, channels)
+    settings: dict[str, Any] = {name: getattr(config, name) for name in LEARNER_SETTINGS}
+    settings["pixel_levels"] = pixel_levels(config, net, size, channels)
     learner = PixelCL(
         net,
         size,
@@ -153,7 +153,7 @@ def build_learner(
         moving_average_decay=config.target_momentum,
         use_pixpro=config.loss == "pixpro",
         channels=channels,
-        **own,
+        **settings,
     )
     return learner.to(memory_format=torch.channels_last)
 

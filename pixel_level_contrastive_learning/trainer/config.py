@@ -286,11 +286,11 @@ class PretrainConfig:
 
     def __post_init__(self) -> None:
         values = {name: getattr(self, name) for name in NAMES}
-        both = None
+        conflict = None
         if self.resume is True and self.overwrite is True:
-            both = "resume and overwrite are both given; keep the run (--resume) or replace it"
-        nothing = something_to_learn(self.alpha, self.instance_weight)
-        raise_together(*check_limits(values, CONFIG_LIMITS), both, nothing)
+            conflict = "resume and overwrite are both given; keep the run (--resume) or replace it"
+        no_loss = something_to_learn(self.alpha, self.instance_weight)
+        raise_together(*check_limits(values, CONFIG_LIMITS), conflict, no_loss)
 
 
 HOW_TO_START = ("config", "resume", "overwrite", "dry_run")
@@ -307,8 +307,8 @@ def texts(name: str, value: object, allowed: tuple[str, ...] | None = None) -> s
     """The error message about anything but a sequence of texts, each among those allowed."""
     if not isinstance(value, (tuple, list)) or any(plain_text(name, one) for one in value):
         return f"{name} is {value!r}; it must be a list of texts"
-    wrong = (one_of(name, one, allowed) for one in value) if allowed else ()
-    return next((message for message in wrong if message), None)
+    messages = (one_of(name, one, allowed) for one in value) if allowed else ()
+    return next((message for message in messages if message), None)
 
 
 def number(name: str, value: object) -> str | None:
@@ -319,8 +319,8 @@ def number(name: str, value: object) -> str | None:
 def text_or_texts(name: str, value: object) -> str | None:
     """The error message about anything but a text, or at least one in a sequence."""
     several = isinstance(value, (tuple, list)) and value
-    wrong = (texts if several else plain_text)(name, value)
-    return wrong and f"{name} is {value!r}; it must be a text or a list of texts"
+    message = (texts if several else plain_text)(name, value)
+    return message and f"{name} is {value!r}; it must be a text or a list of texts"
 
 
 def numbers(name: str, value: object, count: int) -> str | None:

@@ -88,28 +88,28 @@ def settings_of(given: Mapping[str, Any]) -> dict[str, Any]:
             settings of a probe without one; two lengths of a run.
     """
     raise_together(*unknown_names(given, "settings"), two_lengths(given))
-    run, file, anew = dict[str, Any](), dict[str, Any](), dict[str, Any]()
-    later = ChainMap(dict(given), *map(dict, recipe_of(given)))
+    run, file, rechosen = dict[str, Any](), dict[str, Any](), dict[str, Any]()
+    overrides = ChainMap(dict(given), *map(dict, recipe_of(given)))
     if given.get("config") is not None:
         path = Path(given["config"]).expanduser()
         file = read_settings(path)
         raise_together(two_lengths(file, f"{path}: "))
-        anew = chosen_anew(file, chosen_in(path, file), later)
-        later = ChainMap(*later.maps, file, *map(dict, recipe_of(file)))
-    folder = later.get("out") if later.get("resume") else None
+        rechosen = chosen_anew(file, chosen_in(path, file), overrides)
+        overrides = ChainMap(*overrides.maps, file, *map(dict, recipe_of(file)))
+    folder = overrides.get("out") if overrides.get("resume") else None
     if folder is not None:
         path = Path(folder).expanduser() / run_layout.CONFIG
         run = resumed_settings(path.parent)
         by_length = set(chosen_in(path, run)).intersection(OF_LENGTH)
-        anew |= chosen_anew(run, by_length, later)
+        rechosen |= chosen_anew(run, by_length, overrides)
     sources = run, *recipe_of(file), file, *recipe_of(given), given
     merged: dict[str, Any] = {}
     for source in sources:
-        for name, left in REPLACES.items():
+        for name, unset in REPLACES.items():
             if source.get(name) is not None:
-                merged |= {other: value for other, value in left.items() if other not in source}
+                merged |= {other: value for other, value in unset.items() if other not in source}
         merged |= source
-    merged |= anew
+    merged |= rechosen
     if merged.get("probe") is None:  # a run writes the probe_every that it would have had
         idle = {name: merged.get(name) for name in ("ids", "colours")}
         idle |= {"probe_every": given.get("probe_every")}
@@ -133,8 +133,8 @@ def two_lengths(source: Mapping[str, Any], where: str = "") -> str | None:
 
 def chosen_in(path: Path, settings: Mapping[str, Any]) -> tuple[str, ...]:
     """The settings that a run chose, by its `config.yaml`, and that are still what it chose."""
-    held = read_settings_if_any(path).get(CHOSEN)
-    chosen = held.items() if isinstance(held, dict) else ()
+    record = read_settings_if_any(path).get(CHOSEN)
+    chosen = record.items() if isinstance(record, dict) else ()
     return tuple(name for name, value in chosen if plain(settings.get(name)) == plain(value))
 
 
@@ -143,12 +143,12 @@ def chosen_anew(
 ) -> dict[str, Any]:
     """`auto` for what the run of a file chose by settings that are now given other values."""
     changed = {name for name, value in given.items() if plain(value) != file.get(name)}
-    anew: dict[str, Any] = {}
-    for name, others in CHOSEN_BY.items():
-        if name in chosen and name not in given and changed.intersection(others):
-            anew[name] = "auto"
+    rechosen: dict[str, Any] = {}
+    for name, influences in CHOSEN_BY.items():
+        if name in chosen and name not in given and changed.intersection(influences):
+            rechosen[name] = "auto"
             changed.add(name)
-    return anew
+    return rechosen
 
 
 def recipe_of(source: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
@@ -194,13 +194,13 @@ def read_settings(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: There is no such file, it holds no mapping, or a name in it is unknown.
     """
-    read = read_settings_file(path)
-    read.pop(CHOSEN, None)
-    settings = {name: plain(value) for name, value in read.items()}
+    content = read_settings_file(path)
+    content.pop(CHOSEN, None)
+    settings = {name: plain(value) for name, value in content.items()}
     if isinstance(settings.get("data"), str):
         settings["data"] = (settings["data"],)
-    wrong = (f"{path}: {message}" for message in check_limits(settings, CONFIG_LIMITS))
-    raise_together(*unknown_names(read, str(path)), *wrong)
+    messages = (f"{path}: {message}" for message in check_limits(settings, CONFIG_LIMITS))
+    raise_together(*unknown_names(content, str(path)), *messages)
     return settings
 
 
@@ -263,8 +263,8 @@ def absolute(place: str) -> str:
 def absolute_model(model: str) -> str:
     """A model's name; one in a file has the file's absolute path."""
     file, colon, function = model.rpartition(":")
-    found = colon and file.endswith(".py") and Path(file).expanduser().is_file()
-    return f"{Path(file).expanduser().absolute()}:{function}" if found else model
+    is_file = colon and file.endswith(".py") and Path(file).expanduser().is_file()
+    return f"{Path(file).expanduser().absolute()}:{function}" if is_file else model
 
 
 def differences(old: Mapping[str, Any], new: PretrainConfig) -> dict[str, tuple[Any, Any]]:
@@ -272,13 +272,13 @@ def differences(old: Mapping[str, Any], new: PretrainConfig) -> dict[str, tuple[
 
     A run's folder may have moved, and with it the file of a model of one's own.
     """
-    now = absolute_settings(new)
+    current = absolute_settings(new)
     if without_folder(str(old.get("model"))) == without_folder(new.model):
-        now["model"] = old["model"]
+        current["model"] = old["model"]
     return {
-        name: (old[name], now[name])
+        name: (old[name], current[name])
         for name in NAMES
-        if name in old and name not in (*HOW_TO_START, "out") and old[name] != now[name]
+        if name in old and name not in (*HOW_TO_START, "out") and old[name] != current[name]
     }
 
 
@@ -295,13 +295,13 @@ def resume_changes(config: PretrainConfig, before: Mapping[str, Any]) -> dict[st
         ValueError: Its weights depend on one of them.
     """
     changed = differences(before, config)
-    wrong = [name for name in FIXED if name in changed and changed[name][1] != "auto"]
+    fixed = [name for name in FIXED if name in changed and changed[name][1] != "auto"]
     # What has no weight is not trained, and the optimiser does not know it.
-    wrong += [n for n in ("alpha", "instance_weight") if n in changed and 0 in changed[n]]
-    if wrong:
-        listed = ", ".join(f"{n} from {changed[n][0]!r} to {changed[n][1]!r}" for n in wrong)
+    fixed += [n for n in ("alpha", "instance_weight") if n in changed and 0 in changed[n]]
+    if fixed:
+        changes = ", ".join(f"{n} from {changed[n][0]!r} to {changed[n][1]!r}" for n in fixed)
         raise ValueError(
-            f"a run cannot resume with other weights: {listed}; leave these unchanged, or "
+            f"a run cannot resume with other weights: {changes}; leave these unchanged, or "
             "start a new run in another folder with --weights"
         )
     if "strategy" in changed and config.strategy == "fsdp":

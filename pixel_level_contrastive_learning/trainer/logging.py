@@ -111,14 +111,14 @@ def quiet_lightning() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def metrics_line(metrics: dict[str, float], steps: int, left: float | None = None) -> str:
+def metrics_line(metrics: dict[str, float], steps: int, seconds_left: float | None = None) -> str:
     """The metrics of one of some steps as a line of the log, with the seconds left if known."""
-    chosen = ("loss", "pixel_cosine", "instance_cosine", "positive_pairs", "spread", "grad_norm")
-    shown = ", ".join(f"{name} {metrics[name]:.4g}" for name in chosen if name in metrics)
+    names = ("loss", "pixel_cosine", "instance_cosine", "positive_pairs", "spread", "grad_norm")
+    listed = ", ".join(f"{name} {metrics[name]:.4g}" for name in names if name in metrics)
     return (
-        f"step {metrics['step']:.0f}/{steps}: {shown}, lr {metrics['lr']:.3g}, "
+        f"step {metrics['step']:.0f}/{steps}: {listed}, lr {metrics['lr']:.3g}, "
         f"{metrics['images_per_second']:.4g} images/s, {metrics['waiting']:.0%} waiting for data"
-        f"{'' if left is None else f', {duration(left)} left'}"
+        f"{'' if seconds_left is None else f', {duration(seconds_left)} left'}"
     )
 
 

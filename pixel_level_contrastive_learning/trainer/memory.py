@@ -46,13 +46,13 @@ class Estimate:
 def estimate(learner: PixelCL, plan: RunPlan) -> Estimate:
     """The memory of a step, from the forward pass of two images; leaves everything as it was."""
     trained = sum(p.nbytes for p in learner.parameters() if p.requires_grad)
-    held = sum(t.nbytes for t in (*learner.parameters(), *learner.buffers()))
+    resident = sum(t.nbytes for t in (*learner.parameters(), *learner.buffers()))
     device = next(learner.parameters()).device
     half = plan.precision == "bfloat16"
     with unchanged(learner), torch.autocast(device.type, torch.bfloat16, enabled=half):
         views = blank_views(2, learner, plan.view_size, device)
-        kept = saved_bytes(lambda: learner(views), learner)
-    return Estimate(held + trained * (1 + optimizer_states(plan)), kept // 2)
+        saved = saved_bytes(lambda: learner(views), learner)
+    return Estimate(resident + trained * (1 + optimizer_states(plan)), saved // 2)
 
 
 def optimizer_states(plan: RunPlan) -> int:
@@ -63,18 +63,18 @@ def optimizer_states(plan: RunPlan) -> int:
 def saved_bytes(forward: Callable[[], object], learner: PixelCL) -> int:
     """Bytes that a forward pass keeps for its backward pass, weights left out."""
     weights = {p.untyped_storage().data_ptr() for p in learner.parameters()}
-    kept: dict[int, int] = {}
+    sizes: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
+            sizes[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         result = forward()
     del result
-    return sum(kept.values())
+    return sum(sizes.values())
 
 
 def blank_views(
@@ -82,11 +82,11 @@ def blank_views(
 ) -> tuple[View, View]:
     """Two views of noise, which overlap."""
     shape = count, learner.views.channels, *size
-    whole = torch.tensor([[size[1], 0.0, 0.0], [0.0, size[0], 0.0]], device=device)
+    to_image = torch.tensor([[size[1], 0.0, 0.0], [0.0, size[0], 0.0]], device=device)
 
     def view() -> View:
         pixels = torch.randn(shape, device=device).contiguous(memory_format=torch.channels_last)
-        return View(pixels, whole.expand(count, -1, -1).contiguous())
+        return View(pixels, to_image.expand(count, -1, -1).contiguous())
 
     return view(), view()
 
@@ -109,9 +109,9 @@ def unchanged(learner: nn.Module) -> Iterator[None]:
     finally:
         for module in synced:
             module.training = True
-        for name, now in learner.named_buffers():
-            if name in buffers and now.shape == buffers[name].shape:  # else made for these views
-                now.copy_(buffers[name])
+        for name, buffer in learner.named_buffers():
+            if name in buffers and buffer.shape == buffers[name].shape:  # else made for these views
+                buffer.copy_(buffers[name])
         learner.zero_grad(set_to_none=True)
 
 

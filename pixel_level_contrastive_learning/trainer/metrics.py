@@ -62,49 +62,49 @@ class HealthMonitor:
     def __call__(self, metrics: dict[str, float]) -> list[str]:
         """The warnings about a step that were not given for the step before."""
         usual = self.means.get("grad_norm", metrics["grad_norm"])
-        kept = SMOOTHING * (1 - SMOOTHING**self.seen) / (1 - SMOOTHING ** (self.seen + 1))
+        decay = SMOOTHING * (1 - SMOOTHING**self.seen) / (1 - SMOOTHING ** (self.seen + 1))
         for name in ("pixel_cosine", "instance_cosine", "grad_norm", "images_without_pairs"):
             before = self.means.get(name, metrics[name])
-            self.means[name] = kept * before + (1 - kept) * metrics[name]
+            self.means[name] = decay * before + (1 - decay) * metrics[name]
         self.seen += 1
         settled = metrics["step"] > self.warmup_steps and self.seen > 1 / (1 - SMOOTHING)
         cosine = max(self.means["pixel_cosine"], self.means["instance_cosine"])
         advice = "Lower lr, lengthen the warm-up, or raise target_momentum"
-        found: dict[str, str] = {}
-        if few := few_pairs(self.means["images_without_pairs"], self.images):
-            found["images_without_pairs"] = few
+        warnings: dict[str, str] = {}
+        if warning := few_pairs(self.means["images_without_pairs"], self.images):
+            warnings["images_without_pairs"] = warning
         if metrics.get("spread", 1) < COLLAPSED_SPREAD:
-            found["spread"] = (
+            warnings["spread"] = (
                 f"the features are collapsing: their spread is {metrics['spread']:.3g}, below "
                 f"{COLLAPSED_SPREAD} (1 is healthy, 0 means all pixels look the same). {advice}"
             )
         if metrics.get("effective_rank", COLLAPSED_RANK) < COLLAPSED_RANK:
-            found["effective_rank"] = (
+            warnings["effective_rank"] = (
                 "the features are collapsing: their effective rank is "
                 f"{metrics['effective_rank']:.3g}, below {COLLAPSED_RANK}: they vary in hardly any "
                 f"direction. {advice}"
             )
         if settled and cosine <= 0:
-            found["cosine"] = (
+            warnings["cosine"] = (
                 "the run is diverging: the network predicts its target no better than chance "
                 "(mean cosines at most 0). Lower lr or lengthen the warm-up"
             )
         if settled and metrics["grad_norm"] > 1000 * usual > 0:
-            found["grad_norm"] = (
+            warnings["grad_norm"] = (
                 f"the run is diverging: the gradient norm is {metrics['grad_norm']:.3g}, over a "
                 f"thousand times its usual {usual:.3g}. Lower lr, or set clip_grad to 1"
             )
-        new = [warning for name, warning in found.items() if name not in self.active]
-        self.active = set(found)
+        new = [warning for name, warning in warnings.items() if name not in self.active]
+        self.active = set(warnings)
         return new
 
 
-def few_pairs(without: float, images: int) -> str | None:
+def few_pairs(count: float, images: int) -> str | None:
     """The warning about images of which more than half have no matching pair."""
-    if without <= images / 2 or not images:
+    if count <= images / 2 or not images:
         return None
     return (
-        f"{without:.3g} of {images} images have no matching pairs, so the pixel loss ignores them. "
+        f"{count:.3g} of {images} images have no matching pairs, so the pixel loss ignores them. "
         "Raise crop_area or distance_thres"
     )
 
@@ -206,11 +206,11 @@ class MetricsWriter:
             }
         event = None
         if result.metrics.device.type == "cuda":
-            arriving = torch.empty_like(result.metrics, device="cpu", pin_memory=True)
-            arriving.copy_(result.metrics, non_blocking=True)
+            host_metrics = torch.empty_like(result.metrics, device="cpu", pin_memory=True)
+            host_metrics.copy_(result.metrics, non_blocking=True)
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]  # untyped in torch
             event.record()
-            result = result._replace(metrics=arriving)
+            result = result._replace(metrics=host_metrics)
         self.sent.append(Sent(result, event, self.batch, measured | self.latest))
         self.note_arrived()
         if now - self.written_at > WRITE_EVERY:
@@ -249,9 +249,9 @@ class MetricsWriter:
         self.last = {"step": result.step, **values, **sent.measured, **schedules}
         if not all(map(isfinite, values.values())):
             self.batch = sent.batch
-            shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+            terms = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
             raise NotFiniteError(
-                f"step {result.step} gave a NaN or infinite loss or gradient ({shown}); the last "
+                f"step {result.step} gave a NaN or infinite loss or gradient ({terms}); the last "
                 "good checkpoint, if any, is kept: continue from it with --resume (without one, "
                 "start again with --overwrite) and a lower --lr, a longer --warmup-epochs, "
                 "--clip-grad 1 or --precision float32"
@@ -269,21 +269,23 @@ class MetricsWriter:
         if now - self.printed_at > PRINT_EVERY or result.step == 1:
             self.printed_at, self.printed_step = now, result.step
             done = result.step - step  # without the first step, which takes longer
-            left = (now - began) / done * (self.steps - result.step) if done else None
-            LOG.info("%s", metrics_line(self.last, self.steps, left))
+            seconds_left = (now - began) / done * (self.steps - result.step) if done else None
+            LOG.info("%s", metrics_line(self.last, self.steps, seconds_left))
 
     def save_bad_batch(self) -> None:
         """Keep the batch that broke the run, to be looked at."""
         batch = self.batch
         if self.folder is None or batch is None:
             return
-        held = {
+        contents = {
             name: getattr(batch, name) for name in ("one", "two", "map_one", "map_two", "index")
         }
         for view in ("factors_one", "factors_two"):
-            held |= {f"{view}.{n}": own for n, own in getattr(batch, view)._asdict().items()}
+            contents |= {
+                f"{view}.{name}": factor for name, factor in getattr(batch, view)._asdict().items()
+            }
         path = self.folder / run_layout.BAD_BATCH
-        write_whole(path, lambda file: torch.save(held, file))
+        write_whole(path, lambda file: torch.save(contents, file))
         LOG.error("the batch of this step is saved in %s", path)
 
     def write(self) -> None:

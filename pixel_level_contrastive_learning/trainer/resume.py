@@ -23,8 +23,8 @@ from .training_step import BACKBONE, LEARNER
 class ResumePoint(NamedTuple):
     """Where a run begins."""
 
-    held: Mapping[str, Any] | None  # the checkpoint's contents; None for a start at step 0
-    path: Path | None  # the checkpoint
+    checkpoint: Mapping[str, Any] | None  # its contents; None for a start at step 0
+    path: Path | None  # its file
     number: int  # the step by which the checkpoint goes, with batches of its own size
     step: int  # steps done, of batches of the present size
 
@@ -36,26 +36,26 @@ def find_resume_point(setup: Setup, run_dir: RunDir) -> ResumePoint:
         ValueError: A checkpoint that does not fit, or changes that nothing is trained with.
     """
     plan = setup.plan
-    found = None if setup.before is None else run_dir.newest_checkpoint()
+    newest = None if setup.before is None else run_dir.newest_checkpoint()
     # The checkpoint's own: config.yaml may have been changed by hand, or by damage.
-    before = found[1].get("settings", setup.before) if found is not None else setup.before
+    before = newest[1].get("settings", setup.before) if newest is not None else setup.before
     changed = resume_changes(plan.settings, before or {})
     for name, (old, new) in changed.items():
         LOG.warning("changed: %s was %r and is now %r", name, old, new)
-    if found is None:
+    if newest is None:
         if setup.before is not None:
             LOG.warning("no checkpoint in %s: starting at step 0", run_dir.checkpoints)
         return ResumePoint(None, None, 0, 0)
-    path, held = found
-    check_shapes(setup.learner, held["state_dict"])
-    check_statistics(setup, run_dir, held)
-    step = int(held["steps_done"])
+    path, checkpoint = newest
+    check_shapes(setup.learner, checkpoint["state_dict"])
+    check_statistics(setup, run_dir, checkpoint)
+    step = int(checkpoint["steps_done"])
     number = step_of(path) if step_of(path) >= 0 else step
     if plan.settings.steps is None:  # a run in epochs counts images
-        step = int(held["samples"]) // plan.batch_size
+        step = int(checkpoint["samples"]) // plan.batch_size
     check_idle_changes(changed, step, plan.schedule.steps)
     LOG.info("resuming at step %d, from %s", step, path)
-    return ResumePoint(held | {"steps_done": step}, path, number, step)
+    return ResumePoint(checkpoint | {"steps_done": step}, path, number, step)
 
 
 def prepare(setup: Setup, run_dir: RunDir, begin: ResumePoint) -> None:
@@ -65,7 +65,7 @@ def prepare(setup: Setup, run_dir: RunDir, begin: ResumePoint) -> None:
     run_dir.discard_after(begin.number)
     if begin.path is not None and begin.step != begin.number:
         run_dir.renumber(begin.path, begin.number, begin.step)
-    write_config(setup, run_dir, None if begin.held is None else begin.held["parts"][0])
+    write_config(setup, run_dir, None if begin.checkpoint is None else begin.checkpoint["parts"][0])
     build.save_statistics(setup.data, run_dir.path)
     # Now, not at the end: with it the checkpoints can be evaluated while the run goes on.
     card = build.build_card(setup.plan, setup.data.statistics)
@@ -83,10 +83,10 @@ def write_config(setup: Setup, run_dir: RunDir, accumulate: int | None) -> None:
     write_whole(path, as_yaml(settings, (*chosen, *earlier)))
 
 
-def check_statistics(setup: Setup, run_dir: RunDir, held: Mapping[str, Any]) -> None:
+def check_statistics(setup: Setup, run_dir: RunDir, checkpoint: Mapping[str, Any]) -> None:
     """Refuse a file of statistics other than those of a checkpoint; warn where there is no file."""
     statistics, file = asdict(setup.data.statistics), run_dir.path / run_layout.STATISTICS
-    if held.get("statistics", statistics) != statistics:
+    if checkpoint.get("statistics", statistics) != statistics:
         if file.exists():
             raise ValueError(
                 f"{file} does not belong to this run; delete it to have it measured again"
@@ -94,17 +94,17 @@ def check_statistics(setup: Setup, run_dir: RunDir, held: Mapping[str, Any]) -> 
         LOG.warning("the image statistics differ from those of the run")
 
 
-def check_shapes(learner: PixelCL, held: Mapping[str, Any]) -> None:
+def check_shapes(learner: PixelCL, weights: Mapping[str, Any]) -> None:
     """Refuse a checkpoint whose weights do not fit, before anything of the run is changed."""
-    now = {BACKBONE + name for name in learner.net.state_dict()}
-    then = {name for name in held if name.startswith(BACKBONE)}
-    check_code("the checkpoint", sorted(now - then), sorted(then - now))
-    for name, own in tensors_of(learner).items():
-        there = held.get(LEARNER + name)
-        if there is not None and tuple(there.shape) != tuple(own.shape):
+    expected = {BACKBONE + name for name in learner.net.state_dict()}
+    stored = {name for name in weights if name.startswith(BACKBONE)}
+    check_code("the checkpoint", sorted(expected - stored), sorted(stored - expected))
+    for name, tensor in tensors_of(learner).items():
+        saved = weights.get(LEARNER + name)
+        if saved is not None and tuple(saved.shape) != tuple(tensor.shape):
             raise ValueError(
                 f"a run cannot resume with other weights: {LEARNER}{name} has the shape "
-                f"{tuple(there.shape)} in the checkpoint and {tuple(own.shape)} now; leave "
+                f"{tuple(saved.shape)} in the checkpoint and {tuple(tensor.shape)} now; leave "
                 "image_size and the model unchanged, or start a new run in another folder with "
                 "--weights"
             )

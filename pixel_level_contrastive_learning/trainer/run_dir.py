@@ -59,8 +59,10 @@ class RunDir:
                 f"out is {self.path}, a finished run without checkpoints to resume from; start a "
                 f"new one with --weights {self.path} in another folder, or replace it (--overwrite)"
             )
-        ours = (run_layout.PREVIEW, *run_layout.LOCK_FILES)  # left by a dry run, and by a kill
-        used = self.path.is_dir() and any(own.name not in ours for own in self.path.iterdir())
+        leftovers = (run_layout.PREVIEW, *run_layout.LOCK_FILES)  # left by a dry run, and by a kill
+        used = self.path.is_dir() and any(
+            path.name not in leftovers for path in self.path.iterdir()
+        )
         if used and not resume and not overwrite:
             raise ValueError(
                 f"out is {self.path}, which is not empty; resume the run in it (--resume), "
@@ -225,8 +227,8 @@ class RunDir:
         paths = self.checkpoint_paths()
         for path in paths:
             try:
-                held = read_checkpoint(path)
-                int(held["steps_done"])
+                checkpoint = read_checkpoint(path)
+                int(checkpoint["steps_done"])
             except FileNotFoundError:  # renumbered by another process
                 continue
             except Exception as error:  # whatever a broken file makes the reader raise
@@ -241,7 +243,7 @@ class RunDir:
                     str(error).splitlines()[0] if str(error) else "",
                 )
             else:
-                return path, held
+                return path, checkpoint
         if paths:
             raise ValueError(
                 f"none of the {len(paths)} checkpoints in {self.checkpoints} can be read; nothing "
@@ -249,10 +251,10 @@ class RunDir:
             )
         return None
 
-    def save_checkpoint(self, held: dict[str, Any], step: int, keep: int) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Any], step: int, keep: int) -> None:
         """Write a step's checkpoint whole, name it the last, and remove all but ``keep``."""
         path = self.checkpoint_path(step)
-        write_whole(path, lambda file: torch.save(held, file))
+        write_whole(path, lambda file: torch.save(checkpoint, file))
         self.link(path, run_layout.LAST)
         for old in self.numbered()[keep:]:
             old.unlink()
@@ -277,25 +279,25 @@ class RunDir:
         except OSError as error:
             raise cannot_write(self.checkpoints / name, error) from error
 
-    def renumber(self, checkpoint: Path, step: int, now: int) -> None:
+    def renumber(self, checkpoint: Path, step: int, new_step: int) -> None:
         """Count the step of a checkpoint as another, since batches have another size from it on.
 
         Lines of metrics and the checkpoint, which becomes the last, get the new numbers, all at
         once wherever the run is killed; other checkpoints go.
         """
         for path in self.records():
-            held = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+            entries = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
             # Rounded up, so that the first step stays one; of equals the last stays.
-            lines = {-(-line["step"] * now // step): line for line in held}
+            lines = {-(-line["step"] * new_step // step): line for line in entries}
             text = "".join(json.dumps(lines[n] | {"step": n}) + "\n" for n in lines)
-            write_whole(renumbered(path, now), text)
-        moved = self.checkpoint_path(now)
+            write_whole(renumbered(path, new_step), text)
+        moved = self.checkpoint_path(new_step)
         for name in (run_layout.LAST, moved.name):
             self.link(checkpoint, name)
         for path in reversed(self.numbered()):  # the newest last: then its new number counts
             if path != moved:
                 path.unlink()
-        self.truncate(now)
+        self.truncate(new_step)
 
     def discard_after(self, step: int) -> None:
         """Rename checkpoints of later steps, which cannot be read; remove unfinished files."""
@@ -349,5 +351,5 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         damaged = parts.testzip()
     if damaged is not None:
         raise ValueError(f"its part {damaged} is damaged")
-    held: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    return held
+    checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    return checkpoint

@@ -108,8 +108,8 @@ def set_up(config: PretrainConfig, objects: Any, run_dir: RunDir) -> Setup:
     data = build.open_data(objects if objects is not None else config.data, config, resumed)
     probe_splits: Sequence[SegmentationDataset] = ()
     if config.probe is not None:
-        how = {name: getattr(config, name) for name in ("ids", "colours", "pages", "nodata")}
-        probe_splits = open_labelled(config.probe, **how)
+        options = {name: getattr(config, name) for name in ("ids", "colours", "pages", "nodata")}
+        probe_splits = open_labelled(config.probe, **options)
     size, channels = view_size(config, data.statistics.median_size), data.statistics.channels
     torch.manual_seed(config.seed)
     load = not (config.resume and run_dir.checkpoint_paths())
@@ -140,8 +140,8 @@ def log_setup(setup: Setup, *, dry_run: bool) -> None:
         f"typically {h} x {w} with {counted(statistics.channels, 'channel')}; "
         f"mean {rounded(statistics.mean)}, std {rounded(statistics.std)}{scaled}"
     )
-    kept = f"; up to {ceil(plan.cache_bytes / MIB)} MiB of decoded images stay in memory"
-    kept = kept if plan.cache_bytes else ""
+    cache = f"; up to {ceil(plan.cache_bytes / MIB)} MiB of decoded images stay in memory"
+    cache = cache if plan.cache_bytes else ""
     layers = ", ".join(map(str, setup.learner.online_encoder.pixel_hooks))
     pixel = f"pixel loss on {layers}" if plan.compares_pixels else "no pixel loss"
     instance = f"instance loss on {plan.settings.instance_layer}"
@@ -151,7 +151,7 @@ def log_setup(setup: Setup, *, dry_run: bool) -> None:
         f"({schedule.steps_per_epoch} per epoch, {schedule.warmup_steps} of warm-up), "
         f"learning rate up to {schedule.peak_lr:.3g}, {plan.precision}, "
         f"views of {plan.view_size[0]} x {plan.view_size[1]} pixels, {pixel}, {instance}; "
-        f"loader workers: {plan.workers}{kept}"
+        f"loader workers: {plan.workers}{cache}"
     )
     log_remarks(setup)
     level = logging.INFO if dry_run else logging.DEBUG
@@ -225,15 +225,15 @@ def dry_run(setup: Setup, run_dir: RunDir) -> dict[str, float]:
     batch = next(iter(build.build_train_loader(small, setup.data, 0, None)))
     with torch.no_grad():
         terms = learner(make_views(batch, setup.normalise, plan), return_terms=True)
-    images, without = len(batch.one), int(terms.images_without_pairs)
+    images, unpaired = len(batch.one), int(terms.images_without_pairs)
     pairs = float(terms.positive_pairs) / images
     if plan.compares_pixels:
-        LOG.info(f"{pairs:.1f} matching pairs per image; {without} of {images} images have none")
-        if few := few_pairs(without, images):
-            LOG.warning(few)
+        LOG.info(f"{pairs:.1f} matching pairs per image; {unpaired} of {images} images have none")
+        if warning := few_pairs(unpaired, images):
+            LOG.warning(warning)
         [path] = draw_batch(batch, learner, setup.normalise, plan, run_dir.path, count=1)
         LOG.info("preview written to %s", path)
     else:
         LOG.info("the pixel loss is off (alpha is 0): no pairs to count or preview")
     memory = needed.total(plan.images_per_process) / MIB
-    return {"positive_pairs": pairs, "images_without_pairs": without, "memory_mib": memory}
+    return {"positive_pairs": pairs, "images_without_pairs": unpaired, "memory_mib": memory}

@@ -66,15 +66,15 @@ def find_devices(config: PretrainConfig) -> Devices:
             per_node = min(per_node, 1)
     else:
         per_node = config.devices
-    there = available.get(kind, per_node)
-    if there == 0:
+    device_count = available.get(kind, per_node)
+    if device_count == 0:
         raise ValueError(
             f"accelerator is {config.accelerator!r}, which this machine lacks; leave it out"
         )
-    if per_node > there:
+    if per_node > device_count:
         raise ValueError(
             f"devices is {config.devices!r} with accelerator {config.accelerator!r}; there are "
-            f"{there} of kind {kind}: give fewer, or accelerator cpu"
+            f"{device_count} of kind {kind}: give fewer, or accelerator cpu"
         )
     if kind == "cpu" and config.devices != "auto" and per_node > cores():
         raise ValueError(

@@ -62,9 +62,9 @@ class PretrainResult:
 
     def __repr__(self) -> str:
         """In a line: of the backbone its class, of the metrics the step and the loss."""
-        shown = {name: self.metrics[name] for name in ("step", "loss") if name in self.metrics}
+        metrics = {name: self.metrics[name] for name in ("step", "loss") if name in self.metrics}
         kind = type(self.backbone).__name__
-        return f"PretrainResult(backbone={kind}, metrics={shown}, run_dir={str(self.run_dir)!r})"
+        return f"PretrainResult(backbone={kind}, metrics={metrics}, run_dir={str(self.run_dir)!r})"
 
 
 def fit(
@@ -128,9 +128,9 @@ def fit(
     return metrics.last
 
 
-def due(every: int, step: int) -> bool:
+def due(interval: int, step: int) -> bool:
     """Whether something happens after a step; 0 is never."""
-    return every > 0 and step % every == 0
+    return interval > 0 and step % interval == 0
 
 
 @contextmanager
@@ -144,7 +144,7 @@ def ending(loader: TwoViewLoader) -> Iterator[None]:
     finally:
         batches: Any = loader.loader._iterator
         if hasattr(batches, "_shutdown_workers"):
-            timer = Timer(WORKERS_END, lambda: [own.terminate() for own in batches._workers])
+            timer = Timer(WORKERS_END, lambda: [worker.terminate() for worker in batches._workers])
             timer.start()
             batches._shutdown_workers()
             timer.cancel()
@@ -182,12 +182,12 @@ def save_checkpoint(
     if step.saved_at == step.step:
         return
     metrics.settle()
-    held = step.state_dict() | {
+    checkpoint = step.state_dict() | {
         "statistics": asdict(setup.data.statistics),
         "colours": pictures.colours if pictures else None,
     }
     if step.fabric.is_global_zero:
-        run_dir.save_checkpoint(held, step.step, setup.plan.keep_checkpoints)
+        run_dir.save_checkpoint(checkpoint, step.step, setup.plan.keep_checkpoints)
         (run_dir.path / run_layout.WEIGHTS).unlink(missing_ok=True)  # of an earlier end
     step.saved_at = step.step
 
@@ -231,19 +231,19 @@ def pretrain(data: Any = None, out: str | Path | None = None, **settings: Any) -
     """
     places, objects = split_data(data)
     paths = {name: str(value) for name, value in settings.items() if isinstance(value, Path)}
-    with handing_over(settings.get("model")) as handed:
-        model = {} if handed is None else {"model": handed}
+    with handing_over(settings.get("model")) as model_name:
+        model = {} if model_name is None else {"model": model_name}
         given = settings | paths | places | model | ({} if out is None else {"out": str(out)})
         return run(to_config(settings_of(given)), objects)
 
 
 def signature() -> Signature:
     """The signature of `pretrain`, for editors and `help`: the settings are its keywords."""
-    own = [field for field in fields(PretrainConfig) if field.name not in ("data", "out")]
+    settings = [field for field in fields(PretrainConfig) if field.name not in ("data", "out")]
     kinds = Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY
-    first = [Parameter(name, kinds[0], default=None) for name in ("data", "out")]
-    rest = [Parameter(f.name, kinds[1], default=f.default, annotation=f.type) for f in own]
-    return Signature([*first, *rest], return_annotation=PretrainResult)
+    positional = [Parameter(name, kinds[0], default=None) for name in ("data", "out")]
+    keywords = [Parameter(f.name, kinds[1], default=f.default, annotation=f.type) for f in settings]
+    return Signature([*positional, *keywords], return_annotation=PretrainResult)
 
 
 setattr(pretrain, "__signature__", signature())  # noqa: B010  # functions have no such field
@@ -274,9 +274,9 @@ def run(config: PretrainConfig, objects: Any = None) -> PretrainResult:
             with stop.resting():
                 setup = set_up(config, objects, run_dir)
                 if config.dry_run:
-                    tried = dry_run(setup, run_dir) if is_writer() else {}
+                    results = dry_run(setup, run_dir) if is_writer() else {}
             if config.dry_run:
-                return PretrainResult(None, tried | time_steps(setup, stop), run_dir.path)
+                return PretrainResult(None, results | time_steps(setup, stop), run_dir.path)
             if not is_writer():
                 return train(setup, run_dir, stop)
             with run_dir.locked():  # only now: what was refused leaves no trace
@@ -307,14 +307,14 @@ def train(setup: Setup, run_dir: RunDir, stop: StopSignal) -> PretrainResult:
     if is_writer():
         prepare(setup, run_dir, begin)
     lacking = begin.step == steps and lacks_probe(setup, run_dir)
-    if begin.held is not None and begin.step >= steps and not lacking:
+    if begin.checkpoint is not None and begin.step >= steps and not lacking:
         LOG.info("all %d steps are already done", steps)
-        weights, metrics = begin.held["state_dict"], run_dir.last_metrics()
+        weights, metrics = begin.checkpoint["state_dict"], run_dir.last_metrics()
     else:
-        step = build_step(setup, begin.held, stop)
+        step = build_step(setup, begin.checkpoint, stop)
         if is_writer():
             write_config(setup, run_dir, step.accumulate)
-        metrics = fit(setup, step, run_dir, stop, (begin.held or {}).get("colours"))
+        metrics = fit(setup, step, run_dir, stop, (begin.checkpoint or {}).get("colours"))
         weights = step.weights()
     backbone = export_backbone(setup, run_dir, weights) if is_writer() else None
     stop.exit_if_received()
@@ -330,10 +330,10 @@ def lacks_probe(setup: Setup, run_dir: RunDir) -> bool:
 def build_step(setup: Setup, resumed: Mapping[str, Any] | None, stop: StopSignal) -> TrainingStep:
     """The step on the devices, with the state that a resumed run goes on with."""
     plan = setup.plan
-    tried = plan.device in TRIED_ON and not plan.sharded
+    by_trial = plan.device in TRIED_ON and not plan.sharded
     stop.alone = plan.processes == 1
     with stop.resting():
-        needed = None if tried or plan.accumulate else estimate(setup.learner, plan)
+        needed = None if by_trial or plan.accumulate else estimate(setup.learner, plan)
         fabric = build.build_fabric(plan, setup.devices)
         with stop.killing(setup.devices.nodes > 1):
             fabric.launch()
@@ -375,8 +375,8 @@ def export_backbone(setup: Setup, run_dir: RunDir, weights: Mapping[str, Tensor]
     """Write the backbone of a checkpoint's weights; it on the CPU, as its library builds it."""
     card = build.build_card(setup.plan, setup.data.statistics)
     net = card.build()
-    own = {n.removeprefix(BACKBONE): t for n, t in weights.items() if n.startswith(BACKBONE)}
-    load_state(net, own)
+    state = {n.removeprefix(BACKBONE): t for n, t in weights.items() if n.startswith(BACKBONE)}
+    load_state(net, state)
     path = run_dir.path / run_layout.WEIGHTS
     save_backbone(path, net, card)
     LOG.info("backbone written to %s", path)

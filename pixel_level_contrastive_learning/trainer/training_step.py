@@ -188,10 +188,12 @@ class TrainingStep:
             "settings": absolute_settings(self.plan.settings),
         }
 
-    def load_state_dict(self, held: Mapping[str, Any]) -> None:
+    def load_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Go on from a checkpoint."""
-        state = {name.removeprefix(LEARNER): own for name, own in held["state_dict"].items()}
-        [optimizer] = held["optimizer_states"]
+        state = {
+            name.removeprefix(LEARNER): tensor for name, tensor in checkpoint["state_dict"].items()
+        }
+        [optimizer] = checkpoint["optimizer_states"]
         decays = [group["weight_decay"] for group in self.optimizer.param_groups]
         if self.plan.sharded:
             set_model_state_dict(self.learner, state, options=FULL_STATE)
@@ -201,9 +203,9 @@ class TrainingStep:
             self.optimizer.load_state_dict(optimizer)
         for group, decay in zip(self.optimizer.param_groups, decays, strict=True):
             group["weight_decay"] = decay  # the settings' own, which may have changed
-        self.step = self.saved_at = held["steps_done"]
-        self.samples = int(held["samples"])
-        self.parts_before = tuple(held["parts"])
+        self.step = self.saved_at = checkpoint["steps_done"]
+        self.samples = int(checkpoint["samples"])
+        self.parts_before = tuple(checkpoint["parts"])
 
 
 def move_batch(batch: TwoViewBatch, device: torch.device) -> TwoViewBatch:
@@ -218,12 +220,14 @@ def make_views(batch: TwoViewBatch, normalise: Normalise, plan: RunPlan) -> tupl
     """The two views ``(b, c, h, w)`` of a batch, changed in colour and normalised on its device."""
     with full_precision(batch.one):
         pixels = (
-            own.float() / 255 if own.dtype == torch.uint8 else own.float()
-            for own in (batch.one, batch.two)
+            view.float() / 255 if view.dtype == torch.uint8 else view.float()
+            for view in (batch.one, batch.two)
         )
         factors = batch.factors_one, batch.factors_two
         changed = change_both((next(pixels), next(pixels)), factors, plan.photometry[0].sigma[1])
-        one, two = (normalise(own).contiguous(memory_format=torch.channels_last) for own in changed)
+        one, two = (
+            normalise(view).contiguous(memory_format=torch.channels_last) for view in changed
+        )
         return View(one, batch.map_one), View(two, batch.map_two)
 
 
@@ -273,16 +277,16 @@ def split_batch(batch: TwoViewBatch, parts: int) -> Iterator[TwoViewBatch]:
 
 def slice_batch(batch: Any, part: slice) -> Any:
     """Some samples of a batch: the slice of each tensor in it."""
-    return each_tensor(batch, lambda own: own[part])
+    return each_tensor(batch, lambda tensor: tensor[part])
 
 
 def as_metrics(terms: Terms, images: int) -> Tensor:
     """The terms of some images in the order of `METRIC_NAMES`, a mean over all of them each."""
-    pairs, without = terms.positive_pairs / images, terms.images_without_pairs / images
+    pairs, unpaired = terms.positive_pairs / images, terms.images_without_pairs / images
     terms = terms._replace(
-        pixel_cosine=terms.pixel_cosine * (1 - without),  # a mean over the images with pairs
+        pixel_cosine=terms.pixel_cosine * (1 - unpaired),  # a mean over the images with pairs
         positive_pairs=pairs,
-        images_without_pairs=without,
+        images_without_pairs=unpaired,
     )
     values = torch.stack([value.detach().float() for value in terms])
     return functional.pad(values, (0, 1))  # the gradient's norm is that of the whole batch

@@ -159,15 +159,16 @@ class Probe:
         prepare = Preparation.of(card, net=net)
         try:
             train, val = (  # each image is read once: none is worth keeping
-                PreparedSplit(own, prepare, cache=SampleCache(0)) for own in (self.train, self.val)
+                PreparedSplit(split, prepare, cache=SampleCache(0))
+                for split in (self.train, self.val)
             )
-            (scored,) = run_probes(
+            (result,) = run_probes(
                 reader, [ProbeTask(self.protocol, train, (card.shown_layer,))], val
             )
         except DivergedError:
             LOG.warning("step %d: probe skipped: %s", step.step, NOT_FINITE)
             return
-        miou = float(scored.scores.miou)
+        miou = float(result.scores.miou)
         note = best_note(self.scores(), miou) if step.step > 0 else ""
         append_lines(self.path, [{"step": step.step, "miou": miou}])
         self.latest |= {"probe_miou": miou}
@@ -201,7 +202,7 @@ def probe_scores(path: Path) -> dict[int, float]:
 
 def best_note(scores: Mapping[int, float], miou: float) -> str:
     """What stands beside a mean IoU above all before it, by step; nothing beside another."""
-    if miou <= max((own for at, own in scores.items() if at > 0), default=-1.0):
+    if miou <= max((score for step, score in scores.items() if step > 0), default=-1.0):
         return ""
     start = scores.get(0, miou)
     return " (best)" if start <= miou else f" (best so far, but below {start:.4f} at step 0)"
@@ -215,20 +216,20 @@ def central_views(
     Those that cannot be read are left out.
     """
     h, w = size
-    found: list[Tensor] = []
+    views: list[Tensor] = []
     for index in range(len(source)):
-        if len(found) == count:
+        if len(views) == count:
             break
         with suppress(ImageError):
-            formed = statistics.convert(read_image(source, index, statistics, size))
-            pixels = formed.float() / 255 if formed.dtype == torch.uint8 else formed
+            image = statistics.convert(read_image(source, index, statistics, size))
+            pixels = image.float() / 255 if image.dtype == torch.uint8 else image
             height, width = pixels.shape[-2:]
             zoom = min(height / h, width / w)
             left, top = (width - w * zoom) / 2, (height - h * zoom) / 2
             box = torch.tensor([[left, top, left + w * zoom, top + h * zoom]])
             to_image = box_to_map(box, torch.tensor([False]))
-            found.append(cut_views(pixels[None], to_image, size)[0])
-    return torch.stack(found) if found else torch.empty(0, statistics.channels, h, w)
+            views.append(cut_views(pixels[None], to_image, size)[0])
+    return torch.stack(views) if views else torch.empty(0, statistics.channels, h, w)
 
 
 def draw_batch(
@@ -240,17 +241,17 @@ def draw_batch(
     count: int = PREVIEWS,
 ) -> list[Path]:
     """Draw what the loss compares: two views of each image side by side, matched cells joined."""
-    some: TwoViewBatch = slice_batch(batch, slice(0, count))
+    samples: TwoViewBatch = slice_batch(batch, slice(0, count))
     device = normalise.mean.device
     views = [
         to_rgb(view.pixels * normalise.std + normalise.mean).clamp(0, 1).cpu()
-        for view in make_views(move_batch(some, device), normalise, plan)
+        for view in make_views(move_batch(samples, device), normalise, plan)
     ]
     grid = learner.online_encoder.pixel_hooks[0].layout.grid
     previews = folder / run_layout.PREVIEW
     paths = []
     for number, (one, two) in enumerate(zip(*views, strict=True)):
-        maps = some.map_one[number], some.map_two[number]
+        maps = samples.map_one[number], samples.map_two[number]
         paths.append(previews / f"{run_layout.PAIRS}{number}.png")
         picture = pairs_picture(one, two, *maps, grid, plan.distance_thres)
         write_whole(paths[-1], partial(picture.save, format="PNG"))
