@@ -235,8 +235,8 @@ def curves_figure(metrics: Metrics) -> Figure:
 
 def charts_of(metrics: Metrics) -> list[tuple[Chart, list[Line]]]:
     """The charts for which there are metrics, with their curves."""
-    drawn = [(chart, lines_of(chart, metrics)) for chart in CHARTS]
-    return [(chart, lines) for chart, lines in drawn if lines]
+    charts = [(chart, lines_of(chart, metrics)) for chart in CHARTS]
+    return [(chart, lines) for chart, lines in charts if lines]
 
 
 def lines_of(chart: Chart, metrics: Metrics) -> list[Line]:
@@ -300,10 +300,10 @@ def draw_chart(axes: Axes, chart: Chart, lines: Sequence[Line], palette: Palette
     top = max(axes.get_ylim()[1], 2 * chart.bound[0] if chart.bound else 0)
     axes.set_ylim(bottom=low, top=1.06 * top if low == 0 and high is None else high)
     if chart.bound is not None:
-        value, words = chart.bound
+        value, meaning = chart.bound
         axes.axhline(value, color=palette.bound, linewidth=1, linestyle=(0, (4, 3)))
         place: Any = (1, value), (0, 3), ("axes fraction", "data"), "offset points"
-        axes.annotate(f"{words} {value:g}", *place, color=palette.bound, fontsize=8, ha="right")
+        axes.annotate(f"{meaning} {value:g}", *place, color=palette.bound, fontsize=8, ha="right")
     axes.set_xlabel("step", color=palette.ink, fontsize=8.5)
     axes.set_ylabel(chart.unit, color=palette.ink, fontsize=8.5)
     axes.tick_params(labelsize=8.5, labelcolor=palette.ink, length=0, which="both")

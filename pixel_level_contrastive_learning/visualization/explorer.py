@@ -70,9 +70,9 @@ def read_samples(images: Any, prepare: Preparation, count: int) -> list[Sample]:
         size = fit_size(middle.shape[-2:], SHOWN_SIDE)
         return resized(middle[None], size, antialias=True)[0].clamp(0, 1)
 
-    found, _ = some_images(open_source(images), [prepare], count, SHOWN_SIDE, fit)
-    names = relative_names([name for name, _ in found])
-    return [Sample(name, found[k][1][0], k, WHOLE) for k, name in enumerate(names)]
+    items, _ = some_images(open_source(images), [prepare], count, SHOWN_SIDE, fit)
+    names = relative_names([name for name, _ in items])
+    return [Sample(name, items[k][1][0], k, WHOLE) for k, name in enumerate(names)]
 
 
 def crop_to_aspect(pixels: Tensor) -> Tensor:
@@ -104,11 +104,11 @@ def other_view(sample: Sample, seed: int) -> Sample:
     """Another view of an image: cut out, mirrored, changed in colour. Moves no generator."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        drawn = draw_maps(1, sample.size, OTHER_VIEW)
-        cut = cut_views(sample.pixels[None], drawn, sample.size)
+        to_image = draw_maps(1, sample.size, OTHER_VIEW)
+        cut = cut_views(sample.pixels[None], to_image, sample.size)
         changed = Colour(OTHER_COLOUR, len(sample.pixels))(cut)[0]
     height, width = sample.size
-    to_source = drawn[0] / torch.tensor([[width], [height]])
+    to_source = to_image[0] / torch.tensor([[width], [height]])
     return Sample(f"another view of {sample.name}", changed, sample.source, to_source)
 
 
@@ -135,15 +135,15 @@ def stride_of(reader: Reader, card: BackboneCard) -> int | None:
 
     # Height over rows is only near it where the last row sticks out or leaves a rest: make the
     # view so much higher that a row more or less does not matter.
-    seen = rows(height)
-    near = round(height / seen)
-    more = 4 * near**2
-    gained = rows(height + more) - seen
+    count = rows(height)
+    estimate = round(height / count)
+    extra = 4 * estimate**2
+    gained = rows(height + extra) - count
     if gained == 0:
         return None
-    stride = round(more / gained)
+    stride = round(extra / gained)
     # Where nothing is padded, rows are missing, and a border of larger cells makes up for them.
-    return stride if rows(stride * (seen + 1)) == seen + 1 else near
+    return stride if rows(stride * (count + 1)) == count + 1 else estimate
 
 
 def fine_map(reader: Reader, pixels: Tensor, stride: int | None, cells: int = 24) -> Tensor:
@@ -163,19 +163,19 @@ def fine_map(reader: Reader, pixels: Tensor, stride: int | None, cells: int = 24
         h, w = maps.shape[-2:]
         return maps[..., border : h - border, border : w - border]
 
-    plain = read(mirrored(pixels, margin, margin)[None])[0]
-    _, h, w = plain.shape
-    finer = min(MAX_SHIFTS, ceil(cells / max(h, w)))
-    if finer == 1:
+    unshifted = read(mirrored(pixels, margin, margin)[None])[0]
+    _, h, w = unshifted.shape
+    shifts = min(MAX_SHIFTS, ceil(cells / max(h, w)))
+    if shifts == 1:
         size = fit_size((h, w), min(MAX_CELLS, max(h, w)))
-        return interpolate(plain[None], size, mode="area")[0]
+        return interpolate(unshifted[None], size, mode="area")[0]
     down, across = (
-        [round(((k + 0.5) / finer - 0.5) * side / own) for k in range(finer)]
-        for side, own in ((height, h), (width, w))
+        [round(((k + 0.5) / shifts - 0.5) * side / cell_count) for k in range(shifts)]
+        for side, cell_count in ((height, h), (width, w))
     )
     y, x = max(map(abs, down)), max(map(abs, across))
-    around = mirrored(pixels, margin + y, margin + x)
-    windows = around.unfold(1, height + 2 * margin, 1).unfold(2, width + 2 * margin, 1)
+    padded = mirrored(pixels, margin + y, margin + x)
+    windows = padded.unfold(1, height + 2 * margin, 1).unfold(2, width + 2 * margin, 1)
     rows = (torch.stack([windows[:, y + dy, x + dx] for dx in across]) for dy in down)
     maps = torch.stack([read(row) for row in rows])
     return rearrange(maps, "down across c h w -> c (h down) (w across)")
@@ -183,31 +183,33 @@ def fine_map(reader: Reader, pixels: Tensor, stride: int | None, cells: int = 24
 
 def mirrored(pixels: Tensor, rows: int, columns: int) -> Tensor:
     """Pixels ``(c, h, w)`` with their mirror image around them, over and over where it is wide."""
-    around = (0, 0), (rows, rows), (columns, columns)
-    return torch.from_numpy(np.pad(pixels.numpy(), around, mode="symmetric"))  # not in torch
+    widths = (0, 0), (rows, rows), (columns, columns)
+    return torch.from_numpy(np.pad(pixels.numpy(), widths, mode="symmetric"))  # not in torch
 
 
 def quantized(maps: Sequence[Tensor], dimensions: int = DIMENSIONS) -> list[dict[str, Any]]:
     """Maps ``(c, h, w)`` of one layer as int8 principal components of their cells, in base64."""
     # A page that takes the mean of any two maps from both has what `centred` gives for them.
     directions = centred(*maps)
-    cells = cat([rearrange(own, "c h w -> (h w) c") for own in directions])
+    cells = cat([rearrange(direction, "c h w -> (h w) c") for direction in directions])
     axes = principal_components(cells, min(dimensions, cells.shape[1]))
     units = ((cells @ axes).abs().amax(dim=0) / 127).clamp(min=torch.finfo(torch.float32).tiny)
-    short = [float(f"{unit:.4g}") for unit in units.tolist()]
-    held = []
-    for own in directions:
-        numbers = (einsum(own, axes, "c h w, c d -> h w d") / units).round().to(torch.int8)
+    rounded = [float(f"{unit:.4g}") for unit in units.tolist()]
+    entries = []
+    for direction in directions:
+        numbers = (einsum(direction, axes, "c h w, c d -> h w d") / units).round().to(torch.int8)
         data = b64encode(numbers.numpy().tobytes()).decode("ascii")
-        held.append({"h": numbers.shape[0], "w": numbers.shape[1], "units": short, "data": data})
-    return held
+        entries.append(
+            {"h": numbers.shape[0], "w": numbers.shape[1], "units": rounded, "data": data}
+        )
+    return entries
 
 
 def explorer_data(
     samples: Sequence[Sample], pictures: Sequence[str], networks: Mapping[str, Sequence[Tensor]]
 ) -> dict[str, Any]:
     """What the page's script needs: the samples, their data URIs, their maps by each network."""
-    maps = zip(*(quantized(own) for own in networks.values()), strict=True)
+    maps = zip(*(quantized(network_maps) for network_maps in networks.values()), strict=True)
     return {
         "networks": list(networks),
         "images": [
@@ -219,8 +221,8 @@ def explorer_data(
                 "width": sample.size[1],
                 "height": sample.size[0],
                 "src": picture,
-                "maps": list(own),
+                "maps": list(image_maps),
             }
-            for sample, picture, own in zip(samples, pictures, maps, strict=True)
+            for sample, picture, image_maps in zip(samples, pictures, maps, strict=True)
         ],
     }

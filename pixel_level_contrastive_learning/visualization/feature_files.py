@@ -50,7 +50,7 @@ SAVED_EVERY, TIMES_SAVING = 10, 10
 """Seconds after which the index is written again, and times what writing it took, which a long one
 needs: a killed process loses no more work."""
 THREADS = cores()
-TOLD_EVERY = 30
+PROGRESS_EVERY = 30
 """Seconds from one line about the progress to the next."""
 MAPS_OF_BASIS, CELLS_OF_BASIS = 64, 1024
 """Maps that the colours of all are found from, and cells of each of them."""
@@ -115,18 +115,18 @@ class FeatureFolder:
             The numbers of maps to write anew, by the path of their image, so that no old one stays.
         """
         kept: list[dict[str, Any]] = []
-        anew: dict[str, int] = {}
-        for own in self.index["images"]:
+        rewritten: dict[str, int] = {}
+        for entry in self.index["images"]:
             if (
-                "state" in own  # not in an index of an older version
-                and states.get(own["path"], own["state"]) == own["state"]
-                and (self.folder / own["file"]).exists()
+                "state" in entry  # not in an index of an older version
+                and states.get(entry["path"], entry["state"]) == entry["state"]
+                and (self.folder / entry["file"]).exists()
             ):
-                kept.append(own)
-            elif own.get("path") in states:
-                anew[own["path"]] = number_of(own)
+                kept.append(entry)
+            elif entry.get("path") in states:
+                rewritten[entry["path"]] = number_of(entry)
         self.index["images"] = kept
-        return anew
+        return rewritten
 
     def free_numbers(self, taken: Collection[int]) -> Iterator[int]:
         """Numbers that no map's file begins with, nor are otherwise taken, in order."""
@@ -136,14 +136,14 @@ class FeatureFolder:
     def write(self, number: int, name: str, features: Tensor, image: Prepared) -> None:
         """Write the features ``(channels, h, w)`` of an image, and note them in the index."""
         kind = self.index["format"]
-        called = f"{number:06d}_{''.join(c if c.isalnum() else '_' for c in Path(name).stem)[:60]}"
+        stem = f"{number:06d}_{''.join(c if c.isalnum() else '_' for c in Path(name).stem)[:60]}"
         array = features.cpu().contiguous()
-        file = f"{ZARR_MAPS}/{called}" if kind == "zarr" else f"{MAPS}/{called}.{kind}"
+        file = f"{ZARR_MAPS}/{stem}" if kind == "zarr" else f"{MAPS}/{stem}.{kind}"
         if kind == "zarr":
             group = import_extra("zarr").open_group(self.folder / ZARR_MAPS, mode="a")
-            group.create_array(called, data=array.numpy(), overwrite=True)
+            group.create_array(stem, data=array.numpy(), overwrite=True)
         elif kind == "npy":
-            write_whole(self.folder / file, lambda to: np.save(to, array.numpy()))
+            write_whole(self.folder / file, lambda stream: np.save(stream, array.numpy()))
         else:
             write_whole(self.folder / file, save({"features": array}))
         size, fed, grid = map(list, (image.size, image.pixels.shape[-2:], array.shape[-2:]))
@@ -175,14 +175,14 @@ class FeatureFolder:
                     f"{path} is not a file of pixelcl features ({error}); delete {folder}, or "
                     "choose another folder"
                 ) from error
-            wanted = json.loads(json.dumps(settings))  # with lists in place of tuples
-            if other := [name for name, value in wanted.items() if index.get(name) != value]:
+            expected = json.loads(json.dumps(settings))  # with lists in place of tuples
+            if different := [name for name, value in expected.items() if index.get(name) != value]:
                 raise ValueError(
                     f"out is {str(folder)!r}, which holds features with other settings "
-                    f"({', '.join(other)}); choose another folder, or delete this one"
+                    f"({', '.join(different)}); choose another folder, or delete this one"
                 )
             return cls(folder, index)
-        if any(own.name != LOCK for own in folder.glob("*")):
+        if any(path.name != LOCK for path in folder.glob("*")):
             raise ValueError(
                 f"out is {str(folder)!r}, which holds other files; choose a new or empty folder"
             )
@@ -267,14 +267,18 @@ def features(
     }
     folder = Path(out).expanduser()
     with sole_writer(folder / LOCK):
-        held = FeatureFolder.opened(folder, str(weights), settings | fixed)
-        kept = held.index.setdefault("normalisation", normalisation)  # images that are new share it
-        kept = {name: tuple(own) if isinstance(own, list) else own for name, own in kept.items()}
-        prepare = replace(prepare, statistics=replace(prepare.statistics, **kept))
-        write_maps(held, source, prepare, reader)
+        feature_folder = FeatureFolder.opened(folder, str(weights), settings | fixed)
+        # New images share the normalisation of the earlier ones.
+        statistics = feature_folder.index.setdefault("normalisation", normalisation)
+        statistics = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in statistics.items()
+        }
+        prepare = replace(prepare, statistics=replace(prepare.statistics, **statistics))
+        write_maps(feature_folder, source, prepare, reader)
         if pca is not None:
-            draw_pictures(held)
-    return held
+            draw_pictures(feature_folder)
+    return feature_folder
 
 
 def number_of(entry: Mapping[str, Any]) -> int:
@@ -284,75 +288,77 @@ def number_of(entry: Mapping[str, Any]) -> int:
 
 def weights_digest(net: nn.Module) -> str:
     """A short text that other weights do not have."""
-    found = blake2b(digest_size=8)
+    digest = blake2b(digest_size=8)
     for name, value in sorted(tensors_of(net).items()):
-        found.update(name.encode())
-        found.update(value.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def identity_of(source: Source, index: int, image: LazyImage | None = None) -> Identity:
     """The absolute path of an image, and size and time of its file; in memory a digest of it."""
-    whole, place, name = source, index, source.name(index)
+    outer_source, outer_index, name = source, index, source.name(index)
     while isinstance(source, IndexedSource):
         source, index = source.locate(index)
     with suppress(OSError, ImageError):  # which is told where the image is read
         if isinstance(source, PagedFiles):
             file = source.place(source.locate(index)[0]).path
-            about = in_time(partial(os.stat, file), file)
-            state = f"{about.st_size} bytes, {about.st_mtime_ns} ns"
+            status = in_time(partial(os.stat, file), file)
+            state = f"{status.st_size} bytes, {status.st_mtime_ns} ns"
             return Identity(os.path.abspath(name), state)
-        pixels = (image or whole.open(place)).read()
+        pixels = (image or outer_source.open(outer_index)).read()
         content = repr(pixels.shape).encode() + pixels.numpy().tobytes()
         return Identity(name, blake2b(content, digest_size=8).hexdigest())
     return Identity(os.path.abspath(name), "")
 
 
-def write_maps(held: FeatureFolder, source: Source, prepare: Preparation, reader: Reader) -> None:
+def write_maps(folder: FeatureFolder, source: Source, prepare: Preparation, reader: Reader) -> None:
     """Write the features of the images that a folder lacks.
 
     Raises:
         ValueError: None of the images can be used.
         DivergedError: Features that are NaN or infinite.
     """
-    left: Sequence[int] = range(len(source))
-    anew: dict[str, int] = {}
-    if done := len(held):  # else each image is read but once, which tells them apart
+    remaining: Sequence[int] = range(len(source))
+    rewritten: dict[str, int] = {}
+    if done := len(folder):  # else each image is read but once, which tells them apart
         with ThreadPoolExecutor(THREADS) as pool:
-            found = in_order(partial(identity_of, source), left, THREADS, pool)
-            places = {identity: index for index, identity in found}
-        anew = held.forget({own.path: own.state for own in places})
-        kept = {Identity(entry["path"], entry["state"]) for entry in held.index["images"]}
-        left = [index for own, index in places.items() if own not in kept]
-        done = len(kept)
-        if others := len(kept - places.keys()):
-            stand = f"the folder holds features of {others} images that were not given"
-            log.info("%s; adding %d", stand, len(left))
+            identities = in_order(partial(identity_of, source), remaining, THREADS, pool)
+            places = {identity: index for index, identity in identities}
+        rewritten = folder.forget({identity.path: identity.state for identity in places})
+        written = {Identity(entry["path"], entry["state"]) for entry in folder.index["images"]}
+        remaining = [index for identity, index in places.items() if identity not in written]
+        done = len(written)
+        if others := len(written - places.keys()):
+            message = f"the folder holds features of {others} images that were not given"
+            log.info("%s; adding %d", message, len(remaining))
         elif done:
-            log.info("%d images done, %d left", done, len(left))
-    numbers = held.free_numbers(anew.values())
+            log.info("%d images done, %d left", done, len(remaining))
+    numbers = folder.free_numbers(rewritten.values())
     refused: list[dict[str, str]] = []
-    held.index["left_out"] = refused
-    save_at, told = -inf, monotonic()
+    folder.index["left_out"] = refused
+    save_at, logged_at = -inf, monotonic()
     try:
-        for batch in same_sized(source, left, prepare, refused):
+        for batch in same_sized(source, remaining, prepare, refused):
             pixels = torch.stack([image.pixels for image in batch.values()])
-            (maps,) = in_parts(lambda own: [*finite_features(reader, own, [reader.layers])], pixels)
+            (maps,) = in_parts(
+                lambda part: [*finite_features(reader, part, [reader.layers])], pixels
+            )
             if (began := monotonic()) > save_at:  # before the first map, which tells whose it is
-                held.save_index()
+                folder.save_index()
                 save_at = monotonic() + max(SAVED_EVERY, TIMES_SAVING * (monotonic() - began))
-            for (index, image), own in zip(batch.items(), maps, strict=True):
-                number = anew.pop(image.identity.path, None)
+            for (index, image), features in zip(batch.items(), maps, strict=True):
+                number = rewritten.pop(image.identity.path, None)
                 number = next(numbers) if number is None else number
-                held.write(number, source.name(index), own, image)
-            if monotonic() - told > TOLD_EVERY:
-                log.info("%d of %d images", len(held) - done, len(left))
-                told = monotonic()
+                folder.write(number, source.name(index), features, image)
+            if monotonic() - logged_at > PROGRESS_EVERY:
+                log.info("%d of %d images", len(folder) - done, len(remaining))
+                logged_at = monotonic()
     finally:
-        if len(held):
-            held.save_index()
-    reasons = [f"{own['name']}: {own['reason']}" for own in refused]
-    if not len(held):
+        if len(folder):
+            folder.save_index()
+    reasons = [f"{entry['name']}: {entry['reason']}" for entry in refused]
+    if not len(folder):
         raise ValueError(none_left(reasons, prepare))
     for note in left_out(reasons):
         log.warning(note)
@@ -389,20 +395,20 @@ def same_sized(
         yield batch
 
 
-def draw_pictures(held: FeatureFolder) -> None:
+def draw_pictures(folder: FeatureFolder) -> None:
     """Draw the maps of a folder as colours that mean the same in all of them."""
-    basis = common_basis(held)
-    for number, entry in enumerate(held.index["images"]):
-        colours, _ = pca_colours(held.map(number)[None], basis)
+    basis = common_basis(folder)
+    for number, entry in enumerate(folder.index["images"]):
+        colours, _ = pca_colours(folder.map(number)[None], basis)
         picture = to_pil(interpolate(colours, entry["fed"], mode="bilinear")[0])
-        write_whole(held.picture(number), partial(picture.save, format="PNG"))
+        write_whole(folder.picture(number), partial(picture.save, format="PNG"))
 
 
-def common_basis(held: FeatureFolder) -> Basis:
+def common_basis(folder: FeatureFolder) -> Basis:
     """The components that colours are made of, from cells of maps spread over all."""
     cells = []
-    for number in islice(evenly(len(held), MAPS_OF_BASIS), MAPS_OF_BASIS):
-        own = held.map(number).flatten(1)
-        cells.append(own[:, :: -(-own.shape[1] // CELLS_OF_BASIS)])
+    for number in islice(evenly(len(folder), MAPS_OF_BASIS), MAPS_OF_BASIS):
+        features = folder.map(number).flatten(1)
+        cells.append(features[:, :: -(-features.shape[1] // CELLS_OF_BASIS)])
     _, basis = pca_colours(torch.cat(cells, dim=1)[None, :, :, None])
     return basis

@@ -81,21 +81,26 @@ def pairs_picture(
     raise_together(
         check_view("view_one", view_one), check_view("view_two", view_two), whole("lines", lines, 0)
     )
-    one, two = (own.detach().to("cpu", torch.float32)[None] for own in (map_one, map_two))
+    one, two = (to_image.detach().to("cpu", torch.float32)[None] for to_image in (map_one, map_two))
     matches = positive_mask(one, two, grid, grid, threshold)[0]
     matched = matches.any(dim=1), matches.any(dim=0)
-    shown = [draw_view(*own, grid) for own in zip((view_one, view_two), matched, strict=True)]
-    canvas, boxes = side_by_side(shown)
-    chosen = spread_matches(matches, one, two, grid, lines)
-    return draw_over(canvas, boxes, chosen, grid, count_words(matches))
+    drawn = [
+        draw_view(*view_and_mask, grid)
+        for view_and_mask in zip((view_one, view_two), matched, strict=True)
+    ]
+    canvas, boxes = side_by_side(drawn)
+    selected = spread_matches(matches, one, two, grid, lines)
+    return draw_over(canvas, boxes, selected, grid, count_words(matches))
 
 
 def check_view(name: str, view: object) -> str | None:
     """Allow RGB images alone."""
     if isinstance(view, Tensor) and view.ndim == 3 and view.shape[0] == 3:
         return None
-    found = tuple(view.shape) if isinstance(view, Tensor) else type(view).__name__
-    return f"{name} is {found}; it must be a tensor (3, h, w), RGB in [0, 1]: choose three channels"
+    received = tuple(view.shape) if isinstance(view, Tensor) else type(view).__name__
+    return (
+        f"{name} is {received}; it must be a tensor (3, h, w), RGB in [0, 1]: choose three channels"
+    )
 
 
 def count_words(matches: Tensor) -> str:
@@ -113,22 +118,22 @@ def spread_matches(
     cells = matches.any(dim=1).nonzero().squeeze(1)
     if len(cells) == 0 or count == 0:
         return []
-    centres_one, centres_two = (cell_centres(own, grid)[0] for own in (one, two))
+    centres_one, centres_two = (cell_centres(to_image, grid)[0] for to_image in (one, two))
     distance = torch.cdist(centres_one[cells], centres_two)
     nearest = distance.where(matches[cells], torch.inf).argmin(dim=1)  # of several, the nearest
     places = centres_one[cells]
     chosen = [int((places - places.mean(dim=0)).norm(dim=1).argmin())]
-    away = torch.cdist(places, places[chosen]).squeeze(1)
+    distances = torch.cdist(places, places[chosen]).squeeze(1)
     while len(chosen) < min(count, len(cells)):
-        chosen.append(int(away.argmax()))
-        away = torch.minimum(away, (places - places[chosen[-1]]).norm(dim=1))
+        chosen.append(int(distances.argmax()))
+        distances = torch.minimum(distances, (places - places[chosen[-1]]).norm(dim=1))
     order = sorted(chosen, key=lambda index: places[index].tolist())  # colours follow the places
     return [Match(int(cells[index]), int(nearest[index])) for index in order]
 
 
 def fit_size(size: Sequence[int], side: int) -> tuple[int, int]:
     """The size ``(height, width)`` whose longer side is ``side``, its aspect kept."""
-    height, width = (max(1, round(own * side / max(size))) for own in size)
+    height, width = (max(1, round(length * side / max(size))) for length in size)
     return height, width
 
 
@@ -145,16 +150,16 @@ def draw_view(view: Tensor, matched: Tensor, grid: tuple[int, int]) -> Image:
     bright = to_pil(view).resize(size[::-1], Pillow.Resampling.BICUBIC)
     table = rearrange(matched, "(h w) -> h w", h=h).to(torch.uint8) * 255
     mask = Pillow.fromarray(table.cpu().numpy()).resize(bright.size, Pillow.Resampling.NEAREST)
-    shown = Pillow.composite(bright, bright.point(lambda value: value * DIMMED), mask)
+    dimmed = Pillow.composite(bright, bright.point(lambda value: value * DIMMED), mask)
     if min(width / w, height / h) < MIN_CELL:
-        return shown
-    edged = shown.copy()
+        return dimmed
+    edged = dimmed.copy()
     pen = ImageDraw.Draw(edged)
     for x in (column * width / w for column in range(1, w)):
         pen.line([(x, 0), (x, height)], "white")
     for y in (row * height / h for row in range(1, h)):
         pen.line([(0, y), (width, y)], "white")
-    return Pillow.blend(shown, edged, 0.22)
+    return Pillow.blend(dimmed, edged, 0.22)
 
 
 def side_by_side(images: Sequence[Image]) -> tuple[Image, list[Box]]:
@@ -176,30 +181,30 @@ def side_by_side(images: Sequence[Image]) -> tuple[Image, list[Box]]:
 
 
 def draw_over(
-    canvas: Image, boxes: list[Box], matches: list[Match], grid: tuple[int, int], words: str
+    canvas: Image, boxes: list[Box], matches: list[Match], grid: tuple[int, int], caption: str
 ) -> Image:
-    """The canvas with a line for each match, dots at its ends, and words below on a label."""
+    """The canvas with a line for each match, dots at its ends, and the caption below on a label."""
     s = SUPERSAMPLING
     layer = Pillow.new("RGBA", (canvas.width * s, canvas.height * s), (0, 0, 0, 0))
     pen = ImageDraw.Draw(layer)
-    drawn = []
+    lines = []
     for number, match in enumerate(matches):
         ends = [cell_position(box, cell, grid) for box, cell in zip(boxes, match, strict=True)]
         colour = tuple(round(255 * c) for c in hls_to_rgb(number / len(matches), 0.5, 0.85))
-        drawn.append((ends, ((255, 255, 255, 210), (*colour, 255))))
-    for ends, inks in drawn:
+        lines.append((ends, ((255, 255, 255, 210), (*colour, 255))))
+    for ends, inks in lines:
         for width, ink in zip((4, 2), inks, strict=True):
             pen.line([(x * s, y * s) for x, y in ends], ink, width * s)
-    for ends, inks in drawn:  # over all lines, which would hide them
+    for ends, inks in lines:  # over all lines, which would hide them
         for radius, ink in zip((6.5, 4.5), inks, strict=True):
             for x, y in ends:
-                pen.ellipse([(v + way * radius) * s for way in (-1, 1) for v in (x, y)], ink)
+                pen.ellipse([(v + sign * radius) * s for sign in (-1, 1) for v in (x, y)], ink)
     font = ImageFont.load_default(19 * s)
-    foot = layer.width / 2, layer.height - 20 * s
-    left, top, right, bottom = pen.textbbox(foot, words, font, anchor="mm")
+    anchor = layer.width / 2, layer.height - 20 * s
+    left, top, right, bottom = pen.textbbox(anchor, caption, font, anchor="mm")
     label = [left - 12 * s, top - 8 * s, right + 12 * s, bottom + 8 * s]
     pen.rounded_rectangle(label, 8 * s, fill=(16, 20, 28, 215))
-    pen.text(foot, words, (255, 255, 255, 255), font, anchor="mm")
+    pen.text(anchor, caption, (255, 255, 255, 255), font, anchor="mm")
     return Pillow.alpha_composite(canvas, layer.resize(canvas.size, Pillow.Resampling.BOX))
 
 

@@ -100,11 +100,11 @@ def aligned_colours(features: Tensor, previous: Tensor) -> tuple[Tensor, Basis]:
     # Components come in any order and sign, and features drift: colours would jump from step to
     # step. So the components are rotated as a whole: orthogonal Procrustes (Schoenemann, 1966);
     # stretched first, else the strongest alone would decide the rotation.
-    own = fit_basis(cells, cells.mean(dim=0), principal_components(cells, 3), MIN_REACH)
-    wanted = rearrange(previous.detach().to("cpu", torch.float32), "n rgb h w -> (n h w) rgb") - 0.5
-    left, _, right = torch.linalg.svd(own.project(cells).mT @ wanted)
+    unaligned = fit_basis(cells, cells.mean(dim=0), principal_components(cells, 3), MIN_REACH)
+    target = rearrange(previous.detach().to("cpu", torch.float32), "n rgb h w -> (n h w) rgb") - 0.5
+    left, _, right = torch.linalg.svd(unaligned.project(cells).mT @ target)
     # A rotated cube sticks out of the cube of colours: make it smaller, but never stretch again.
-    basis = fit_basis(cells, own.mean, own.axes @ (left @ right), 0.5)
+    basis = fit_basis(cells, unaligned.mean, unaligned.axes @ (left @ right), 0.5)
     return basis.colours(cells, features.shape), basis
 
 
@@ -112,8 +112,8 @@ def check_maps(features: object) -> str | None:
     """Allow feature maps alone."""
     if isinstance(features, Tensor) and features.ndim == 4 and features.numel() > 0:
         return None
-    found = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
-    return f"features is {found}; it must be maps (n, c, h, w), such as the outputs of a layer"
+    received = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+    return f"features is {received}; it must be maps (n, c, h, w), such as the outputs of a layer"
 
 
 def unit_cells(features: Tensor) -> Tensor:
@@ -151,26 +151,26 @@ def likeness(features: Tensor, cell: tuple[int, int], other: Tensor | None = Non
     (row, column), (_, h, w) = cell, features.shape
     if not (-h <= row < h and -w <= column < w):
         raise ValueError(f"cell is {cell}; it must be (row, column) on a map of {h}x{w} cells")
-    chosen = normalize(features[:, row, column].float(), dim=0)
-    return einsum(chosen, normalize(other.float(), dim=0), "c, c h w -> h w").clamp(-1, 1)
+    direction = normalize(features[:, row, column].float(), dim=0)
+    return einsum(direction, normalize(other.float(), dim=0), "c, c h w -> h w").clamp(-1, 1)
 
 
 def centred(*maps: Tensor) -> list[Tensor]:
     """Maps ``(c, h, w)`` of length 1 in each cell, less the mean over the cells of all of them."""
-    directions = [normalize(own.detach().to("cpu", torch.float32), dim=0) for own in maps]
-    total = sum(own.sum(dim=(1, 2)) for own in directions)
-    mean = total / sum(own[0].numel() for own in directions)
-    return [own - rearrange(mean, "c -> c 1 1") for own in directions]
+    directions = [normalize(features.detach().to("cpu", torch.float32), dim=0) for features in maps]
+    total = sum(direction.sum(dim=(1, 2)) for direction in directions)
+    mean = total / sum(direction[0].numel() for direction in directions)
+    return [direction - rearrange(mean, "c -> c 1 1") for direction in directions]
 
 
 def colours_picture(images: Tensor, *colours: Tensor, side: int = 160) -> Image:
     """Images ``(n, 3, h, w)`` in [0, 1] in a row, and their `pca_colours` in rows below."""
     size = fit_size(images.shape[-2:], side)
     rows = [interpolate(images.cpu().float(), size, mode="bilinear", antialias=True)]
-    rows += [interpolate(own.cpu().float(), size, mode="bilinear") for own in colours]
+    rows += [interpolate(maps.cpu().float(), size, mode="bilinear") for maps in colours]
     framed = pad(torch.stack(rows), (0, GAP, 0, GAP), value=1.0)
-    whole = rearrange(framed, "row n rgb h w -> rgb (row h) (n w)")
-    return to_pil(whole[:, :-GAP, :-GAP])
+    mosaic = rearrange(framed, "row n rgb h w -> rgb (row h) (n w)")
+    return to_pil(mosaic[:, :-GAP, :-GAP])
 
 
 def likeness_picture(
@@ -194,14 +194,14 @@ def likeness_picture(
     >>> likeness_picture(torch.rand(2, 3, 64, 64), torch.rand(2, 16, 7, 7), (3, 3)).size
     (648, 320)
     """
-    drawn = []
-    for image, own in zip(images, features, strict=True):
+    pictures = []
+    for image, feature_map in zip(images, features, strict=True):
         size = fit_size(image.shape[-2:], side)
-        alike = likeness(features[0], cell, own).clamp(min=0).cpu()
-        shown = interpolate(image[None].cpu().float(), size, mode="bilinear", antialias=True)
-        light = interpolate(alike[None, None], size, mode="bilinear")
-        drawn.append(to_pil((shown * (0.12 + 0.88 * light))[0]))
-    one, two = drawn
+        similarity = likeness(features[0], cell, feature_map).clamp(min=0).cpu()
+        resized = interpolate(image[None].cpu().float(), size, mode="bilinear", antialias=True)
+        light = interpolate(similarity[None, None], size, mode="bilinear")
+        pictures.append(to_pil((resized * (0.12 + 0.88 * light))[0]))
+    one, two = pictures
     (row, column), (_, h, w) = cell, features[0].shape
     x, y = (column % w + 0.5) * one.width / w, (row % h + 0.5) * one.height / h
     pen = ImageDraw.Draw(one)

@@ -175,11 +175,14 @@ def visualize(
     with handing_over(model):
         maps, grid = extract_maps(loaded, inputs, place, fixed=isinstance(prepare.size, tuple))
 
-    current = (own for own in evaluations if own.labelled and OUTDATED not in own.notes)
+    current = (result for result in evaluations if result.labelled and OUTDATED not in result.notes)
     verdict = judge_run(metrics, maps[TRAINED], next(current, None))
     log.info("%s. %s", verdict.heading, verdict.sentence)
     # Of a network that diverged there is nothing to see, but the page shows all else.
-    maps = {name: [own.nan_to_num(0, 0, 0) for own in each] for name, each in maps.items()}
+    maps = {
+        name: [layer_map.nan_to_num(0, 0, 0) for layer_map in network_maps]
+        for name, network_maps in maps.items()
+    }
     threshold = float(settings.get("distance_thres", 0.7))
     report = Report(
         name=folder.resolve().name or str(run),
@@ -252,9 +255,11 @@ def training_images(settings: Mapping[str, Any]) -> list[str]:
     """The places that the run's images came from; an error where one is unknown or gone."""
     places = settings.get("data") or []
     places = [places] if isinstance(places, str) else [str(place) for place in places]
-    gone = [own for own in places if not is_shards(own) and not Path(own).expanduser().exists()]
-    if gone or not places:
-        why = f"used {gone[0]!r}, which is missing" if gone else "does not record its images"
+    missing = [
+        place for place in places if not is_shards(place) and not Path(place).expanduser().exists()
+    ]
+    if missing or not places:
+        why = f"used {missing[0]!r}, which is missing" if missing else "does not record its images"
         raise ValueError(
             f"images is None and the run {why}; give images, such as a folder of images that were "
             "not trained on"
@@ -265,8 +270,8 @@ def training_images(settings: Mapping[str, Any]) -> list[str]:
 def read_evaluations(folder: Path) -> list[Evaluation]:
     """The evaluations in the run's folder, with labels and without."""
     weights = [*folder.glob(run_layout.WEIGHTS), *folder.glob(f"{run_layout.CHECKPOINTS}/*.ckpt")]
-    written = max((path.stat().st_mtime for path in weights), default=0.0)
-    found = []
+    trained_at = max((path.stat().st_mtime for path in weights), default=0.0)
+    evaluations = []
     for path in (folder / run_layout.EVALUATION, folder / run_layout.CORRESPONDENCE):
         if not path.is_file():
             continue
@@ -277,10 +282,10 @@ def read_evaluations(folder: Path) -> list[Evaluation]:
                 f"{path} is not a file of pixelcl evaluate ({error!r}); evaluate again with this "
                 "folder as out, or delete the file"
             ) from error
-        if path.stat().st_mtime < written:
+        if path.stat().st_mtime < trained_at:
             evaluation = replace(evaluation, notes=(*evaluation.notes, OUTDATED))
-        found.append(evaluation)
-    return found
+        evaluations.append(evaluation)
+    return evaluations
 
 
 def run_facts(card: BackboneCard, metrics: Metrics) -> dict[str, str]:
@@ -302,8 +307,8 @@ def run_facts(card: BackboneCard, metrics: Metrics) -> dict[str, str]:
 def draw_gallery(samples: Sequence[Sample], maps: Maps) -> list[GalleryRow]:
     """Each image beside its colours by each network, by components of all images and its own."""
     bases = {}
-    for name, own in maps.items():
-        cells = [rearrange(one, "c h w -> c (h w)") for one in own[: len(samples)]]
+    for name, network_maps in maps.items():
+        cells = [rearrange(one, "c h w -> c (h w)") for one in network_maps[: len(samples)]]
         _, bases[name] = pca_colours(rearrange(cat(cells, dim=1), "c n -> 1 c 1 n"))
 
     def half_size(pixels: Tensor, sample: Sample, alt: str) -> Picture:
@@ -313,10 +318,10 @@ def draw_gallery(samples: Sequence[Sample], maps: Maps) -> list[GalleryRow]:
     rows = []
     for number, sample in enumerate(samples):
         colours = {}
-        for name, own in maps.items():
+        for name, network_maps in maps.items():
             shared, alone = (
                 half_size(
-                    pca_colours(own[number][None], basis)[0][0],
+                    pca_colours(network_maps[number][None], basis)[0][0],
                     sample,
                     f"{sample.name} as {scope} principal components, {name.lower()}",
                 )
@@ -330,12 +335,12 @@ def draw_gallery(samples: Sequence[Sample], maps: Maps) -> list[GalleryRow]:
 
 def draw_charts(metrics: Metrics) -> list[DrawnChart]:
     """The charts of a run; none where it has no metrics."""
-    drawn = []
+    charts = []
     for chart, lines in charts_of(metrics):
         ends = " and ".join(f"{line.mean[-1]:.3g}" for line in lines)
         words, svg = chart_words(chart, lines), chart_svg(chart, lines)
-        drawn.append(DrawnChart(chart, words, svg, ends))
-    return drawn
+        charts.append(DrawnChart(chart, words, svg, ends))
+    return charts
 
 
 def pairs_pictures(
@@ -347,17 +352,17 @@ def pairs_pictures(
     seed: int,
 ) -> list[Picture]:
     """Pictures of matching cells: those the run drew, or new ones."""
-    drawn = []
+    pictures = []
     for path in sorted((folder / run_layout.PREVIEW).glob("pairs*.png"))[:MAX_PICTURES]:
-        drawn += opened(path, "RGBA")
-    if not drawn:
-        views = draw_pairs([own.pixels for own in samples[:2]], card.image_size, seed)
-        drawn = [
+        pictures += opened(path, "RGBA")
+    if not pictures:
+        views = draw_pairs([sample.pixels for sample in samples[:2]], card.image_size, seed)
+        pictures = [
             pairs_picture(to_rgb(one), to_rgb(two), map_one, map_two, grid, threshold)
             for one, two, map_one, map_two in zip(*views, strict=True)
         ]
     alt = "Two views of one image, with lines between cells that see the same spot"
-    return [embed(own, alt) for own in drawn]
+    return [embed(picture, alt) for picture in pictures]
 
 
 def saved_pictures(folder: Path, alt: str, pattern: str = "*.png") -> list[Picture]:
@@ -391,7 +396,7 @@ def without_places(settings: Mapping[str, Any]) -> dict[str, Any]:
 
     def named(value: Any) -> Any:
         if isinstance(value, (list, tuple)):
-            return [named(own) for own in value]
+            return [named(item) for item in value]
         local = isinstance(value, str) and "://" not in value
         return Path(value).name if local and os.path.isabs(os.path.expanduser(value)) else value
 

@@ -49,8 +49,8 @@ def judge_run(
     What an evaluation of the run with labels found overrules that it did well.
     """
     health = [latest(metrics, name) for name in ("spread", "effective_rank")]
-    if None in health or not all(own.isfinite().all() for own in maps):
-        health = list(gauge(cat([rearrange(own, "c h w -> (h w) c") for own in maps])))
+    if None in health or not all(layer_map.isfinite().all() for layer_map in maps):
+        health = list(gauge(cat([rearrange(layer_map, "c h w -> (h w) c") for layer_map in maps])))
     features = verdict(*(figure for figure in health if figure is not None))
     healthy, heading = False, "Something is wrong with this run"
     if features.healthy:
@@ -85,32 +85,35 @@ def judge_learning(metrics: Metrics) -> tuple[bool, str]:
 
 def judge_gain(evaluation: Evaluation) -> tuple[bool, str] | None:
     """The same of figures with labels; None where these show a gain, or are of several weights."""
-    judged = [row for row in evaluation.rows if row.baselines and MIOU in row.scores]
-    if len(judged) != 1:
+    rows = [row for row in evaluation.rows if row.baselines and MIOU in row.scores]
+    if len(rows) != 1:
         return None
-    ours, gained = judged[0], True
-    for other in (row for row in evaluation.rows if row.name in ours.baselines):
-        by = gain(ours, other, MIOU)
-        if by < 0:
-            weights = "random weights" if is_random(other.name) else "the starting weights"
+    result, gained = rows[0], True
+    for baseline in (row for row in evaluation.rows if row.name in result.baselines):
+        difference = gain(result, baseline, MIOU)
+        if difference < 0:
+            weights = "random weights" if is_random(baseline.name) else "the starting weights"
             return False, f"Worse than {weights}"
-        gained = gained and by > 0 and not may_be_luck(ours, other, MIOU)
+        gained = gained and difference > 0 and not may_be_luck(result, baseline, MIOU)
     return None if gained else (True, "Healthy features, no clear gain")
 
 
 def hit_change(metrics: Metrics) -> Change | None:
     """How often cells found their spot before the first step and at the end, if it was measured."""
     values = known(metrics, "hit1")  # steps without a measurement repeat the one before
-    found = [set(known(metrics, name)) for name in ("hit_step", "hit1")]  # older runs note no step
-    return Change(values[0], values[-1]) if max(map(len, found)) > 1 else None
+    # Older runs note no step.
+    distinct = [set(known(metrics, name)) for name in ("hit_step", "hit1")]
+    return Change(values[0], values[-1]) if max(map(len, distinct)) > 1 else None
 
 
 def goes_by_colour(metrics: Metrics) -> bool:
     """Whether cells find their spot by colour alone: once it is changed no better than before."""
-    hit, kept = hit_change(metrics), known(metrics, "hit1_colours_kept")
-    if hit is None or not kept:
+    hit, unchanged = hit_change(metrics), known(metrics, "hit1_colours_kept")
+    if hit is None or not unchanged:
         return False
-    return hit.end < CLEAR * hit.start and hit.end + hit_deviation(metrics) < BY_COLOUR * kept[-1]
+    return (
+        hit.end < CLEAR * hit.start and hit.end + hit_deviation(metrics) < BY_COLOUR * unchanged[-1]
+    )
 
 
 def hit_deviation(metrics: Metrics) -> float:
@@ -139,50 +142,50 @@ def known(metrics: Metrics, name: str) -> list[float]:
 def latest(metrics: Metrics, name: str) -> float | None:
     """The mean of a metric over the last steps that have it."""
     values = known(metrics, name)
-    last = values[-max(1, len(values) // LATEST) :]
-    return sum(last) / len(last) if last else None
+    recent = values[-max(1, len(values) // LATEST) :]
+    return sum(recent) / len(recent) if recent else None
 
 
 def findings(metrics: Metrics) -> list[str]:
     """What else the metrics of a run tell, in sentences."""
-    told = []
+    sentences = []
     has_pairs = compares_pixels(metrics)
     cosine, hit = cosine_change(metrics), hit_change(metrics)
     if cosine is not None:
-        alike = "cells that see the same spot" if has_pairs else "two views of an image"
-        told.append(
-            f"The similarity of {alike} {'rose' if cosine.end > cosine.start else 'fell'} from "
+        subject = "cells that see the same spot" if has_pairs else "two views of an image"
+        sentences.append(
+            f"The similarity of {subject} {'rose' if cosine.end > cosine.start else 'fell'} from "
             f"{cosine.start:z.2f} to {cosine.end:z.2f} (mean cosine; 1 is perfect)."
         )
     if hit is not None:
-        told.append(
+        sentences.append(
             f"Cells find the same spot in another view {hit.end:.0%} of the time, "
             f"{hit.start:.0%} before the first step."
         )
     elif cosine is not None:
-        told.append(
+        sentences.append(
             "Whether cells find the same spot in another view was not measured after training, and "
             "a rising cosine does not show it. Run pixelcl evaluate RUN --images DIR."
         )
     if goes_by_colour(metrics):
-        kept = known(metrics, "hit1_colours_kept")[-1]
-        told.append(
-            f"With colours unchanged, {kept:.0%} of the time: "
+        unchanged = known(metrics, "hit1_colours_kept")[-1]
+        sentences.append(
+            f"With colours unchanged, {unchanged:.0%} of the time: "
             "use stronger colour augmentation in training (--jitter, --prob-gray)."
         )
-    told += probe_findings(metrics)
-    matched = latest(metrics, "positive_pairs")
-    if matched is not None and not has_pairs:
-        told.append("No cells were compared: alpha is 0, or no two views see the same spot.")
-    elif matched is not None:
-        told.append(f"Each image has {matched:.0f} matching pairs of cells on average.")
+    sentences += probe_findings(metrics)
+    pairs = latest(metrics, "positive_pairs")
+    if pairs is not None and not has_pairs:
+        sentences.append("No cells were compared: alpha is 0, or no two views see the same spot.")
+    elif pairs is not None:
+        sentences.append(f"Each image has {pairs:.0f} matching pairs of cells on average.")
     waiting = latest(metrics, "waiting")
     if waiting is not None and waiting > SLOW:
-        told.append(
+        sentences.append(
             f"{waiting:.0%} of the time is spent waiting for images: use more workers, or put the "
             "images in shards."
         )
-    return told
+    return sentences
 
 
 def probe_findings(metrics: Metrics) -> list[str]:
