@@ -76,11 +76,11 @@ def forms(side: int, batch: int, channels: int) -> dict[str, dict[str, Callable[
     }
 
 
-def timed(work: Callable[[], None], least: float = 0.2) -> Figures:
+def timed(call: Callable[[], None], least: float = 0.2) -> Figures:
     """Seconds a call, over as many calls as take ``least`` seconds."""
     start, calls = time.perf_counter(), 0
     while calls == 0 or time.perf_counter() - start < least:
-        work()
+        call()
         calls += 1
     return {"seconds": (time.perf_counter() - start) / calls}
 
@@ -100,12 +100,12 @@ def main() -> None:
     ratios, details = {}, {}
     print("| cells | part | blocks, ms | plain, ms |\n|---|---|---|---|")
     for side in args.sides:
-        for part, both in forms(side, args.batch, args.channels).items():
-            works = {name: partial(timed, work) for name, work in both.items()}
-            found = in_turns(works, args.rounds)
+        for part, calls in forms(side, args.batch, args.channels).items():
+            contenders = {name: partial(timed, call) for name, call in calls.items()}
+            results = in_turns(contenders, args.rounds)
             name = f"blocks / plain, {part}, {side} x {side}"
-            ratios[name] = ratio(found["blocks"], found["plain"])
-            ms = {form: 1000 * median(figures, "seconds") for form, figures in found.items()}
+            ratios[name] = ratio(results["blocks"], results["plain"])
+            ms = {form: 1000 * median(figures, "seconds") for form, figures in results.items()}
             details[name] = ms
             print(f"| {side} x {side} | {part} | {ms['blocks']:.2f} | {ms['plain']:.2f} |")
     setting = f"batch {args.batch}, {args.channels} channels, float32"

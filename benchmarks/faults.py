@@ -102,17 +102,17 @@ class Command:
     """A command of the package, running in a session of its own."""
 
     def __init__(
-        self, *words: object, prefix: Sequence[str] = (), environment: Mapping[str, object] = {}
+        self, *arguments: object, prefix: Sequence[str] = (), environment: Mapping[str, object] = {}
     ) -> None:
         self.output = tempfile.TemporaryFile()  # noqa: SIM115  # read until the case is judged
         inherited = {name: value for name, value in os.environ.items() if "RANK" not in name}
-        given = {"OMP_NUM_THREADS": "1", "PYTHONPATH": ROOT} | dict(environment)
+        variables = {"OMP_NUM_THREADS": "1", "PYTHONPATH": ROOT} | dict(environment)
         package = "pixel_level_contrastive_learning"
         self.process = subprocess.Popen(
-            [*prefix, sys.executable, "-m", package, *map(str, words)],
+            [*prefix, sys.executable, "-m", package, *map(str, arguments)],
             stdout=self.output,
             stderr=subprocess.STDOUT,
-            env=inherited | {name: str(value) for name, value in given.items()},
+            env=inherited | {name: str(value) for name, value in variables.items()},
             start_new_session=True,
         )
 
@@ -155,19 +155,19 @@ class Command:
 
     def ends(self, *codes: int, says: Sequence[str] = (), traceback: bool = False) -> str:
         """Hold the command to its exit code and message; the message."""
-        code, said = self.code(), self.said()
-        missing = [text for text in says if not re.search(text, said)]
+        code, output = self.code(), self.said()
+        missing = [text for text in says if not re.search(text, output)]
         if code not in codes:
             raise FaultError(
-                f"exit code {code}, not {' or '.join(map(str, codes))}: {last_line(said)}"
+                f"exit code {code}, not {' or '.join(map(str, codes))}: {last_line(output)}"
             )
         if missing:
             raise FaultError(
-                f"exit code {code}, but says nothing of {missing[0]!r}: {last_line(said)}"
+                f"exit code {code}, but says nothing of {missing[0]!r}: {last_line(output)}"
             )
-        if not traceback and re.search("Traceback|Logging error|Exception ignored", said):
-            raise FaultError(f"exit code {code} with a traceback: {last_line(said)}")
-        return said
+        if not traceback and re.search("Traceback|Logging error|Exception ignored", output):
+            raise FaultError(f"exit code {code} with a traceback: {last_line(output)}")
+        return output
 
 
 class Ground:
@@ -196,19 +196,21 @@ class Ground:
         **environment: object,
     ) -> Command:
         """Start a run, or resume the one that is there; PAUSE, PASS and SIGNAL are NETS'."""
-        small = f"--image-size 32 --batch-size 4 --steps {STEPS} --checkpoint-every {EVERY}"
-        small += " --keep-checkpoints 99 --workers 0 --projection-size 16 --picture-every 0"
-        small += " --projection-hidden-size 16 --precision float32 --loggers csv --accelerator cpu"
-        words = [images or self.images, "--out", run, "--model", f"{self.folder}/nets.py:tiny"]
-        words += [*small.split(), *flags]
+        options = f"--image-size 32 --batch-size 4 --steps {STEPS} --checkpoint-every {EVERY}"
+        options += " --keep-checkpoints 99 --workers 0 --projection-size 16 --picture-every 0"
+        options += (
+            " --projection-hidden-size 16 --precision float32 --loggers csv --accelerator cpu"
+        )
+        arguments = [images or self.images, "--out", run, "--model", f"{self.folder}/nets.py:tiny"]
+        arguments += [*options.split(), *flags]
         if (run / "config.yaml").exists() and "--overwrite" not in flags:
-            words = ["--out", run, "--resume"]  # all else stands in the file
-        return Command("pretrain", *words, prefix=prefix, environment=environment)
+            arguments = ["--out", run, "--resume"]  # all else stands in the file
+        return Command("pretrain", *arguments, prefix=prefix, environment=environment)
 
     def whole(self, *flags: object, images: Path | None = None) -> Path:
         """The run of these settings that nothing befell."""
-        others = [images.parent.name] if images is not None else []
-        name = re.sub(r"\W+", "-", " ".join(map(str, ["whole", *others, *flags])))
+        folders = [images.parent.name] if images is not None else []
+        name = re.sub(r"\W+", "-", " ".join(map(str, ["whole", *folders, *flags])))
         return self.once(name, lambda run: self.start(run, *flags, images=images).ends(0))
 
     def half(self) -> Path:
@@ -225,9 +227,9 @@ class Ground:
         self, run: Path, *flags: object, images: Path | None = None, bits: bool = True
     ) -> None:
         """Hold a finished run to the bits of the one that nothing befell, and to a clean folder."""
-        whole = self.whole(*flags, images=images)
+        expected = self.whole(*flags, images=images)
         for name in ("backbone.safetensors", "backbone.json") if bits else ():
-            if (run / name).read_bytes() != (whole / name).read_bytes():
+            if (run / name).read_bytes() != (expected / name).read_bytes():
                 raise FaultError(f"resumes to another {name}, and says nothing")
         try:
             steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").open()]
@@ -250,27 +252,27 @@ def draw_images(folder: Path, count: int = 16, scale: int = 1) -> Path:
     return folder
 
 
-def last_line(said: str) -> str:
+def last_line(output: str) -> str:
     """The end of what a command said."""
-    return said.strip().rpartition("\n")[2][:200] or "(silence)"
+    return output.strip().rpartition("\n")[2][:200] or "(silence)"
 
 
 def session(leader: int) -> list[int]:
     """The processes of a session that live."""
-    found = []
+    pids = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):
             state, _, _, its_session = stat.read_text().rpartition(")")[2].split()[:4]
             if int(its_session) == leader and state != "Z":
-                found.append(int(stat.parent.name))
-    return found
+                pids.append(int(stat.parent.name))
+    return pids
 
 
 def workers(command: Command) -> list[int]:
     """The loader's worker processes: forks of the command."""
     children = Path(f"/proc/{command.pid}/task/{command.pid}/children").read_text().split()
-    own = Path(f"/proc/{command.pid}/cmdline").read_bytes()
-    return [int(p) for p in children if Path(f"/proc/{p}/cmdline").read_bytes() == own]
+    command_line = Path(f"/proc/{command.pid}/cmdline").read_bytes()
+    return [int(p) for p in children if Path(f"/proc/{p}/cmdline").read_bytes() == command_line]
 
 
 def saved(run: Path) -> int:
@@ -295,14 +297,14 @@ def kills(ground: Ground, folder: Path, variant: str, seed: int, planned: Sequen
         number = signal.Signals[f"SIG{name}"]
         inside = {"PASS": dice.randint(8, 24), "SIGNAL": int(number)} if when == "in step" else {}
         command = ground.start(run, *flags, "--resume", PAUSE=0.01, **inside)
-        began = strike(command, run, number, when, dice)
+        has_begun = strike(command, run, number, when, dice)
         length = int(flags[flags.index("--steps") + 1]) if "--steps" in flags else STEPS
         unheard = saved(run) < length // 2 and when != "in step"
         codes = {signal.SIGKILL: -signal.SIGKILL}.get(number, 128 + number)
         # Before the package is loaded, Python itself answers the signal.
-        early = () if began else (-number,)
+        early = () if has_begun else (-number,)
         try:
-            command.ends(codes, *early, 0, traceback=not began)
+            command.ends(codes, *early, 0, traceback=not has_begun)
         except FaultError as fault:
             raise FaultError(f"{plan}, kill {survived + 1}: {fault}") from None
         if command.process.returncode == 0 and unheard:
@@ -321,17 +323,17 @@ def strike(command: Command, run: Path, number: int, when: str, dice: random.Ran
     if when == "start":
         time.sleep(dice.uniform(0.1, 3))
     elif when == "saving":
-        old = set(run.glob("checkpoints/*.part"))  # of a kill before
-        command.until(lambda: saved(run) > before or {*run.glob("checkpoints/*.part")} - old)
+        leftovers = set(run.glob("checkpoints/*.part"))  # of a kill before
+        command.until(lambda: saved(run) > before or {*run.glob("checkpoints/*.part")} - leftovers)
     elif when == "later":
         command.until(lambda: saved(run) > before)
         time.sleep(dice.uniform(0, 0.7))
-    began = bool(command.said())
+    has_begun = bool(command.said())
     if when == "in step":
         return True
     if command.running:
         os.kill(command.pid, number)
-    return began
+    return has_begun
 
 
 def worker_killed(ground: Ground, folder: Path, seed: int) -> str:
@@ -366,10 +368,10 @@ def reader_hangs(ground: Ground, folder: Path, count: int, file: int) -> str:
     command = ground.start(run, *flags, HANG=file)
     command.until(lambda: command.said().count("asleep") == max(count, 1))
     time.sleep(1)  # steps of the batches that are there
-    told = time.monotonic()
+    stopped_at = time.monotonic()
     os.kill(command.pid, signal.SIGTERM)
     command.ends(143, says=["SIGTERM"])
-    if (seconds := time.monotonic() - told) > 10:  # torch waits 5 s for each worker
+    if (seconds := time.monotonic() - stopped_at) > 10:  # torch waits 5 s for each worker
         raise FaultError(f"ends only after {seconds:.0f} s")
     if run.exists() != (file > 1):
         raise FaultError("leaves a folder behind" if run.exists() else "saves nothing")
@@ -412,29 +414,31 @@ def damaged(content: bytes, how: str) -> bytes:
     """Bytes cut at a share of them or after the line there, or with one bit flipped."""
     verb, _, place = how.partition(" ")
     if re.fullmatch(r"[\d.]+", place):
-        at = int(float(place) * (len(content) - 1))
+        position = int(float(place) * (len(content) - 1))
     else:  # right after a text
-        at = content.index(place.encode()) + len(place)
+        position = content.index(place.encode()) + len(place)
     if verb == "lines":
-        at = content.index(b"\n", at) + 1
-    return content[:at] + (b"" if verb != "flip" else bytes([content[at] ^ 1]) + content[at + 1 :])
+        position = content.index(b"\n", position) + 1
+    return content[:position] + (
+        b"" if verb != "flip" else bytes([content[position] ^ 1]) + content[position + 1 :]
+    )
 
 
 def damage(ground: Ground, folder: Path, name: str, how: str) -> str:
     """A file of a killed run is damaged: it resumes to the same bits, or is refused by name."""
     run = half_of(ground, folder)
-    held = {path: path.read_bytes() for path in sorted(run.glob(name))}
-    for path, content in held.items():
+    contents = {path: path.read_bytes() for path in sorted(run.glob(name))}
+    for path, content in contents.items():
         path.write_bytes(damaged(content, how))
     command = ground.start(run)
     if command.code() == 0:
-        told = "changed: " in command.ends(0)  # other settings, as a user may give them
-        ground.compare(run, bits=not told)
-        return "told as changed settings" if told else "the same bits"
-    named = re.escape(Path(name).name) if len(held) == 1 else "checkpoints"
+        is_warned = "changed: " in command.ends(0)  # other settings, as a user may give them
+        ground.compare(run, bits=not is_warned)
+        return "told as changed settings" if is_warned else "the same bits"
+    pattern = re.escape(Path(name).name) if len(contents) == 1 else "checkpoints"
     # Settings that are gone read as settings that were changed.
-    command.ends(1, 2, says=["error: ", f"{named}|cannot resume with other weights"])
-    for path, content in held.items():
+    command.ends(1, 2, says=["error: ", f"{pattern}|cannot resume with other weights"])
+    for path, content in contents.items():
         path.write_bytes(content)
     ground.finish(run)
     return f"exit {command.process.returncode}, and once mended the same bits"
@@ -520,12 +524,12 @@ def permission(ground: Ground, folder: Path, place: str) -> str:
     mode = path.stat().st_mode
     path.chmod(0o500 if path.is_dir() else 0)
     try:
-        refused = ground.start(run, prefix=prefix)
-        refused.ends(1, 2, says=["error: ", path.name])
+        command = ground.start(run, prefix=prefix)
+        command.ends(1, 2, says=["error: ", path.name])
     finally:
         path.chmod(mode)
     ground.finish(run)
-    return f"exit {refused.process.returncode}, and given back the same bits"
+    return f"exit {command.process.returncode}, and given back the same bits"
 
 
 def permission_of_out(ground: Ground, folder: Path) -> str:
@@ -600,11 +604,11 @@ def full_large_disk(ground: Ground, folder: Path) -> str:
 def two_at_once(ground: Ground, folder: Path, resume: bool) -> str:
     """Of two processes with one folder the second is refused, and told who holds it."""
     run = half_of(ground, folder) if resume else folder / "run"
-    both = [ground.start(run, PAUSE=0.01) for _ in "12"]
-    codes = [command.code() for command in both]
+    commands = [ground.start(run, PAUSE=0.01) for _ in "12"]
+    codes = [command.code() for command in commands]
     if sorted(codes) != [0, 2]:
         raise FaultError(f"exit codes {codes[0]} and {codes[1]}, not 0 and 2")
-    first, second = sorted(both, key=lambda command: command.code())
+    first, second = sorted(commands, key=lambda command: command.code())
     second.ends(2, says=["error: ", rf"\b{first.pid}\b", re.escape(socket.gethostname())])
     first.ends(0)
     ground.compare(run)
@@ -616,10 +620,10 @@ def second_comes_later(ground: Ground, folder: Path) -> str:
     run = folder / "run"
     first = ground.start(run, PAUSE=0.5)
     first.until(partial(saved, run))
-    who = ["error: ", rf"\b{first.pid}\b", re.escape(socket.gethostname())]
+    messages = ["error: ", rf"\b{first.pid}\b", re.escape(socket.gethostname())]
     try:
-        ground.start(run).ends(2, says=who)
-        ground.start(run, "--overwrite").ends(2, says=who)
+        ground.start(run).ends(2, says=messages)
+        ground.start(run, "--overwrite").ends(2, says=messages)
     finally:
         os.kill(first.pid, signal.SIGKILL)
     first.code()
@@ -646,8 +650,8 @@ def campaign() -> dict[str, Case]:
     """Every case by its name."""
     cases: dict[str, Case] = {}
 
-    def add(name: str, case: Callable[..., str], /, **given: object) -> None:
-        cases[name] = partial(case, **given)
+    def add(name: str, case: Callable[..., str], /, **settings: object) -> None:
+        cases[name] = partial(case, **settings)
 
     soon = ["KILL saving", "TERM in step"]
     add("kills: short", kills, variant="two workers", seed=99, planned=soon)
@@ -700,7 +704,7 @@ def campaign() -> dict[str, Case]:
 
 def tried(ground: Ground, name: str, case: Case) -> dict[str, object]:
     """What came out of a case."""
-    begun = time.monotonic()
+    start = time.monotonic()
     folder = ground.folder / re.sub(r"\W+", "-", name)
     folder.mkdir()
     try:
@@ -711,7 +715,7 @@ def tried(ground: Ground, name: str, case: Case) -> dict[str, object]:
         passed, outcome = False, str(fault)
     except Exception as error:  # ours: the other cases are still tried
         passed, outcome = False, f"cannot be judged, {type(error).__name__}: {error}"
-    seconds = round(time.monotonic() - begun, 1)
+    seconds = round(time.monotonic() - start, 1)
     print(f"| {name} | {'' if passed else '**FAULT** '}{outcome} | {seconds} |", flush=True)
     return {"case": name, "passed": passed, "outcome": outcome, "seconds": seconds}
 
@@ -729,19 +733,19 @@ def main() -> int:
     # A shell's background job ignores SIGINT, and would hand that on to the runs.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     cases = campaign()
-    chosen = SHORT if args.short else [name for name in cases if name != "kills: short"]
-    chosen = [name for name in chosen if any(word in name for word in args.only)]
-    begun = time.monotonic()
+    names = SHORT if args.short else [name for name in cases if name != "kills: short"]
+    names = [name for name in names if any(word in name for word in args.only)]
+    start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(args.jobs) as pool:
         ground = Ground(Path(folder))
         print("| case | outcome | seconds |\n|---|---|---|", flush=True)
-        table = list(pool.map(lambda name: tried(ground, name, cases[name]), chosen))
+        table = list(pool.map(lambda name: tried(ground, name, cases[name]), names))
     failed = sum(not row["passed"] for row in table)
     summary = f"{len(table)} cases, {ground.kills} kills, {failed} faults"
-    print(f"\n{summary}, in {time.monotonic() - begun:.0f} s")
+    print(f"\n{summary}, in {time.monotonic() - start:.0f} s")
     if args.save:
-        told = {"machine": machine(), "date": date.today().isoformat(), "summary": summary}
-        (RESULTS / "faults.json").write_text(json.dumps(told | {"cases": table}, indent=1) + "\n")
+        record = {"machine": machine(), "date": date.today().isoformat(), "summary": summary}
+        (RESULTS / "faults.json").write_text(json.dumps(record | {"cases": table}, indent=1) + "\n")
     return 1 if failed else 0
 
 

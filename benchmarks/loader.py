@@ -81,10 +81,10 @@ def ours(folder: Path | list[Path], size: int, *, kept: bool = False) -> Iterato
 
 def rate(batches: Iterator[int], images: int) -> float:
     """Images per second of processor time."""
-    start, done = time.process_time(), 0
-    while done < images:
-        done += next(batches)
-    return done / (time.process_time() - start)
+    start, count = time.process_time(), 0
+    while count < images:
+        count += next(batches)
+    return count / (time.process_time() - start)
 
 
 def parts(paths: list[Path], size: int) -> dict[str, float]:
@@ -92,9 +92,9 @@ def parts(paths: list[Path], size: int) -> dict[str, float]:
     crop = v2.RandomResizedCrop(size, AREA, antialias=True)
     spent: dict[str, list[float]] = {}
 
-    def timed(name: str, work: Callable[[], object]) -> object:
+    def timed(name: str, call: Callable[[], object]) -> object:
         start = time.process_time()
-        result = work()
+        result = call()
         spent.setdefault(name, []).append(1000 * (time.process_time() - start))
         return result
 
@@ -117,11 +117,11 @@ def compare(name: str, folder: Path, shards: Path, size: int, images: int, round
     for contender in contenders:
         next(contender)  # imports, caches
     rates = [[rate(contender, images) for contender in contenders] for _ in range(rounds)]
-    theirs, *found = (statistics.median(column) for column in zip(*rates, strict=True))
+    plain_rate, *others = (statistics.median(column) for column in zip(*rates, strict=True))
     ratios = [statistics.median(turn[k] / turn[0] for turn in rates) for k in (1, 2, 3)]
-    columns = " | ".join(f"{a:.0f} | {b:.2f}" for a, b in zip(found, ratios, strict=True))
+    columns = " | ".join(f"{a:.0f} | {b:.2f}" for a, b in zip(others, ratios, strict=True))
     where = ", ".join(f"{part} {ms:.1f}" for part, ms in parts(paths[:32], size).items())
-    print(f"| {name} | {size} | {theirs:.0f} | {columns} | {where} |")
+    print(f"| {name} | {size} | {plain_rate:.0f} | {columns} | {where} |")
 
 
 def main() -> None:
@@ -135,8 +135,8 @@ def main() -> None:
     torch.manual_seed(0)
     heads = " | ".join(f"{way} | x plain" for way in ("ours", "shards", "kept"))
     print(f"| images | view | plain, images/s | {heads} | plain, ms |\n|{'---|' * 10}")
-    with tempfile.TemporaryDirectory() as made:
-        large, streets, small = (Path(made) / name for name in ("large", "streets", "small"))
+    with tempfile.TemporaryDirectory() as folder:
+        large, streets, small = (Path(folder) / name for name in ("large", "streets", "small"))
         large.mkdir()
         for seed, path in enumerate(sorted(args.streets.rglob("*.jpg"))[::20][:16]):
             grainy(path, large, seed)

@@ -81,18 +81,18 @@ def in_turns(
 
     One round more goes before them and is forgotten: some are still loading while others measure.
     """
-    found: dict[str, list[Figures]] = {name: [] for name in contenders}
+    results: dict[str, list[Figures]] = {name: [] for name in contenders}
     for measure in contenders.values():
         measure()
     for _ in range(rounds):
         for name, measure in contenders.items():
-            found[name].append(measure())
-    return found
+            results[name].append(measure())
+    return results
 
 
-def median(found: Sequence[Figures], figure: str) -> float:
+def median(results: Sequence[Figures], figure: str) -> float:
     """The median of one figure over the rounds."""
-    return statistics.median(figures[figure] for figures in found)
+    return statistics.median(figures[figure] for figures in results)
 
 
 def ratio(ours: Sequence[Figures], base: Sequence[Figures], figure: str = "seconds") -> float:
@@ -136,15 +136,15 @@ def machine(device: str = "cpu") -> str:
 def records(benchmark: str) -> list[Figures]:
     """All that was ever saved of a benchmark, one entry for each setting and machine."""
     file = RESULTS / f"{benchmark}.json"
-    held: list[Figures] = json.loads(file.read_text()) if file.exists() else []
-    return held
+    entries: list[Figures] = json.loads(file.read_text()) if file.exists() else []
+    return entries
 
 
 def recorded(benchmark: str, setting: str, where: str) -> Figures | None:
     """The last entry of this setting; one of this machine before any other."""
     entries = [entry for entry in records(benchmark) if entry["setting"] == setting]
-    here = [entry for entry in entries if entry["machine"] == where]
-    return max(here or entries, key=lambda entry: str(entry["date"]), default=None)
+    same_machine = [entry for entry in entries if entry["machine"] == where]
+    return max(same_machine or entries, key=lambda entry: str(entry["date"]), default=None)
 
 
 def report(
@@ -160,17 +160,19 @@ def report(
         where: The machine in words, as `machine` says it.
         save: Whether to replace this machine's entry for this setting.
     """
-    before = recorded(benchmark, setting, where)
+    last = recorded(benchmark, setting, where)
     print(f"\n{setting}, on {where}\n\n| ratio | now | recorded |\n|---|---|---|")
     for name, value in ratios.items():
-        old = None if before is None else before["ratios"].get(name)
-        print(f"| {name} | {value:.3f} | {'never' if old is None else format(old, '.3f')} |")
-    if before is not None:
-        print(f"\nRecorded {before['date']} on {before['machine']}.")
+        past = None if last is None else last["ratios"].get(name)
+        print(f"| {name} | {value:.3f} | {'never' if past is None else format(past, '.3f')} |")
+    if last is not None:
+        print(f"\nRecorded {last['date']} on {last['machine']}.")
     if save:
         entry = {"setting": setting, "machine": where, "date": date.today().isoformat()}
-        kept = [e for e in records(benchmark) if (e["setting"], e["machine"]) != (setting, where)]
-        kept.append(entry | {"ratios": ratios, "details": details})
+        entries = [
+            e for e in records(benchmark) if (e["setting"], e["machine"]) != (setting, where)
+        ]
+        entries.append(entry | {"ratios": ratios, "details": details})
         RESULTS.mkdir(exist_ok=True)
-        text = json.dumps(sorted(kept, key=lambda e: str(e["setting"])), indent=1)
+        text = json.dumps(sorted(entries, key=lambda e: str(e["setting"])), indent=1)
         (RESULTS / f"{benchmark}.json").write_text(text + "\n")

@@ -87,14 +87,14 @@ def point(python: str, part: str, side: int, args: argparse.Namespace) -> float 
     command = [python, __file__, "--child"]
     command += [text for name, value in flags.items() for text in (f"--{name}", str(value))]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=args.timeout)
+        process = subprocess.run(command, capture_output=True, text=True, timeout=args.timeout)
     except subprocess.TimeoutExpired:
         return LATE
-    if done.returncode:
-        short = any(word in done.stderr for word in ("alloc", "MemoryError"))
-        killed = done.returncode < 0  # by the system, which was out of memory before the limit
-        return OVER if short or killed else done.stderr.strip().splitlines()[-1]
-    return float(json.loads(done.stdout.splitlines()[-1])["mib"])
+    if process.returncode:
+        out_of_memory = any(word in process.stderr for word in ("alloc", "MemoryError"))
+        killed = process.returncode < 0  # by the system, which was out of memory before the limit
+        return OVER if out_of_memory or killed else process.stderr.strip().splitlines()[-1]
+    return float(json.loads(process.stdout.splitlines()[-1])["mib"])
 
 
 def slope(peaks: dict[int, float], sides: list[int]) -> float | None:
@@ -102,8 +102,8 @@ def slope(peaks: dict[int, float], sides: list[int]) -> float | None:
     pairs = [(side // 2, side) for side in sides if side // 2 in peaks and side in peaks]
     if not pairs:
         return None
-    half, whole = pairs[-1]
-    return log(peaks[whole] / peaks[half]) / log((whole / half) ** 2)
+    small, large = pairs[-1]
+    return log(peaks[large] / peaks[small]) / log((large / small) ** 2)
 
 
 def sweep(part: str, args: argparse.Namespace) -> None:
@@ -111,33 +111,33 @@ def sweep(part: str, args: argparse.Namespace) -> None:
     pythons = {"this package": sys.executable}
     pythons |= {"published package": args.peer} if args.peer else {}
     print(f"\n| cells, {part} | {' | '.join(pythons)} |\n{'|---' * (1 + len(pythons))}|")
-    found: dict[str, dict[int, float | str]] = {name: {} for name in pythons}
+    results: dict[str, dict[int, float | str]] = {name: {} for name in pythons}
     for side in args.sides:
         row = []
         for name, python in pythons.items():
-            failed = any(peak in (OVER, LATE) for peak in found[name].values())
+            failed = any(peak in (OVER, LATE) for peak in results[name].values())
             # A larger map would not fit either, and would take ever longer to say so.
             peak = "not tried" if failed else point(python, part, side, args)
-            found[name][side] = peak
+            results[name][side] = peak
             row.append(f"{peak:.0f} MiB" if isinstance(peak, float) else peak)
         print(f"| {side} x {side} | {' | '.join(row)} |", flush=True)
     peaks = {
         side: peak  # none at all where the tiny run took as much
-        for side, peak in found["this package"].items()
+        for side, peak in results["this package"].items()
         if isinstance(peak, float) and peak > 0
     }
     ratios: Figures = {f"GiB at {side} x {side}": mib / 1024 for side, mib in peaks.items()}
     growth = slope(peaks, args.sides)
     if growth is not None:
         ratios["slope of log memory over log cells"] = growth
-    theirs = found.get("published package", {})
+    published = results.get("published package", {})
     ratios |= {
         f"published / ours at {side} x {side}": peak / peaks[side]
-        for side, peak in theirs.items()
+        for side, peak in published.items()
         if isinstance(peak, float) and side in peaks
     }
     setting = f"{part}, batch {args.batch}, {args.channels} channels, hidden {args.hidden}"
-    report("memory", setting, ratios, found, where=machine(), save=args.save)
+    report("memory", setting, ratios, results, where=machine(), save=args.save)
 
 
 def main() -> None:

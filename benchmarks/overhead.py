@@ -55,9 +55,9 @@ def trained(settings: dict[str, Any]) -> Figures:
         lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").open()][1:]
     batch = settings["batch_size"]
     seconds = [batch / line["images_per_second"] for line in lines]
-    waited = sum(s * line["waiting"] for s, line in zip(seconds, lines, strict=True))
+    waiting = sum(s * line["waiting"] for s, line in zip(seconds, lines, strict=True))
     step = statistics.fmean(seconds)
-    return {"seconds": step, "waiting": waited / sum(seconds), "look": looks[-1]}
+    return {"seconds": step, "waiting": waiting / sum(seconds), "look": looks[-1]}
 
 
 def looped(settings: dict[str, Any]) -> Figures:
@@ -112,16 +112,16 @@ def main() -> None:
     logging.getLogger("pixel_level_contrastive_learning").setLevel(logging.ERROR)
     settings = {"data": str(args.images), "model": args.model, "image_size": args.size}
     settings |= {"batch_size": args.batch, "steps": args.steps}
-    found = in_turns(
+    results = in_turns(
         {"plain": lambda: looped(settings), "trainer": lambda: trained(settings)}, args.rounds
     )
-    ratios = {"trainer / plain loop": ratio(found["trainer"], found["plain"])}
-    ratios["share of time waiting for images"] = median(found["trainer"], "waiting")
-    look, step = (median(found["trainer"], name) for name in ("look", "seconds"))
+    ratios = {"trainer / plain loop": ratio(results["trainer"], results["plain"])}
+    ratios["share of time waiting for images"] = median(results["trainer"], "waiting")
+    look, step = (median(results["trainer"], name) for name in ("look", "seconds"))
     ratios[f"share of {RUN} steps spent looking at the network"] = LOOKS * look / (RUN * step)
     setting = f"{args.model} at {args.size} px, batch {args.batch}, {args.steps} steps"
     where = machine(find_devices(PretrainConfig()).kind)
-    report("overhead", setting, ratios, found, where=where, save=args.save)
+    report("overhead", setting, ratios, results, where=where, save=args.save)
 
 
 if __name__ == "__main__":

@@ -61,21 +61,21 @@ class DenseCL(nn.Module):
 
     def branches(self, parts: nn.ModuleList, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Cells of the backbone ``(b, n, c)``, vectors ``(b, d)`` and cells ``(b, n, d)``."""
-        body, whole, dense = parts
-        found = body(pixels)
-        cells = found.flatten(2).transpose(1, 2)
-        return cells, whole(found.mean((2, 3))), dense(cells)
+        body, pool, dense = parts
+        features = body(pixels)
+        cells = features.flatten(2).transpose(1, 2)
+        return cells, pool(features.mean((2, 3))), dense(cells)
 
     def forward(self, query: Tensor, key: Tensor) -> Tensor:
         """The mean of the loss of whole views and the loss of matched cells."""
         from lightly.models.utils import select_most_similar, update_momentum
 
         update_momentum(self.online, self.target, MOMENTUM)
-        cells, whole, dense = self.branches(self.online, query)
+        cells, vector, projected = self.branches(self.online, query)
         with torch.no_grad():
             key_cells, key_whole, key_dense = self.branches(self.target, key)
         matched = select_most_similar(cells, key_cells, key_dense)
-        pairs = (whole, key_whole), (dense.flatten(0, 1), matched.flatten(0, 1))
+        pairs = (vector, key_whole), (projected.flatten(0, 1), matched.flatten(0, 1))
         return sum(loss(*pair) for loss, pair in zip(self.losses, pairs, strict=True)) / 2
 
 
@@ -89,8 +89,8 @@ class Views(Dataset):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, at: int) -> list[Tensor]:
-        return self.transform(self.images[at])
+    def __getitem__(self, index: int) -> list[Tensor]:
+        return self.transform(self.images[index])
 
 
 def published(net: models.ResNet, args: argparse.Namespace) -> tuple[nn.Module, Loss]:
@@ -119,10 +119,10 @@ def densecl(net: models.ResNet, args: argparse.Namespace) -> tuple[nn.Module, Lo
     from lightly.transforms import DenseCLTransform
 
     views = Views(sorted(args.images.iterdir()), DenseCLTransform(input_size=args.size))
-    drawn = RandomSampler(views, replacement=True, num_samples=args.steps * args.batch)
+    sampler = RandomSampler(views, replacement=True, num_samples=args.steps * args.batch)
     workers = max(1, min(16, (os.cpu_count() or 1) - 1))
     batches: Iterator[list[Tensor]] = iter(
-        DataLoader(views, args.batch, sampler=drawn, num_workers=workers)
+        DataLoader(views, args.batch, sampler=sampler, num_workers=workers)
     )
     learner = DenseCL(net).to(DEVICE)
     return learner, lambda: learner(*(view.to(DEVICE) for view in next(batches)))
@@ -155,7 +155,7 @@ def main() -> None:
     net = models.resnet18(weights=None).to(DEVICE)
     make = published if args.method == "published" else densecl
     learner, next_loss = make(net, args)
-    trained = [own for own in learner.parameters() if own.requires_grad]
+    trained = [parameter for parameter in learner.parameters() if parameter.requires_grad]
     optimiser = torch.optim.AdamW(trained, args.lr, weight_decay=1e-4)
     for step in range(args.steps):
         for group in optimiser.param_groups:

@@ -74,8 +74,8 @@ class Hardware:
         """Seconds until all GPUs have the sum of ``size`` bytes: scattered, then gathered."""
         inside = min(gpus, 8)
         nodes = gpus // inside
-        across = size / inside * (nodes - 1) / nodes / self.network
-        return 2 * (across + size * (inside - 1) / inside / self.link) / self.wire_share
+        between = size / inside * (nodes - 1) / nodes / self.network
+        return 2 * (between + size * (inside - 1) / inside / self.link) / self.wire_share
 
     def roundtrip(self, gpus: int) -> float:
         """Seconds of a collective too small to fill the wires."""
@@ -117,10 +117,10 @@ def products(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any)
     if func._overloadpacket is torch.ops.aten.convolution_backward:
         # Torch's own count forgets the groups, and takes a depthwise convolution for a full one.
         grad, x, weight = (tensor.shape for tensor in args[:3])
-        once = conv_flop_count(list(x), list(weight), list(grad), transposed=args[7])
-        return float(once * sum(args[10][:2]))
-    counted = flop_registry.get(func._overloadpacket)
-    return float(counted(*args, **kwargs, out_val=out)) if counted else 0.0
+        flops = conv_flop_count(list(x), list(weight), list(grad), transposed=args[7])
+        return float(flops * sum(args[10][:2]))
+    count_flops = flop_registry.get(func._overloadpacket)
+    return float(count_flops(*args, **kwargs, out_val=out)) if count_flops else 0.0
 
 
 class Counts(NamedTuple):
@@ -149,7 +149,7 @@ def count(
     model: str, size: int, batch: int, hardware: Hardware, precision: str = "bfloat16"
 ) -> Counts:
     """What a step of ``batch`` ready-made views of ``size`` pixels costs, with default heads."""
-    layers = next((both for name, both in LAYERS.items() if model.startswith(name)), (None, None))
+    layers = next((pair for name, pair in LAYERS.items() if model.startswith(name)), (None, None))
     learner = PixelCL(getattr(models, model)(weights=None), size, *layers)
     learner.views.watch = lambda *_, **__: None  # type: ignore[assignment]  # no values to look at
     parameters = sum(p.numel() for p in learner.parameters() if p.requires_grad)
@@ -157,16 +157,16 @@ def count(
         sum(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in net.modules())
         for net in (learner, learner.target_encoder)
     )
-    kept: dict[int, Tensor] = {}
+    saved_tensors: dict[int, Tensor] = {}
     mode = FakeTensorMode()
     fake(learner, mode)
     with mode:
         weights = {p.untyped_storage()._cdata for p in learner.parameters()}
 
         def note(tensor: Tensor) -> Tensor:
-            at = tensor.untyped_storage()._cdata
-            if at not in weights:
-                kept[at] = tensor
+            address = tensor.untyped_storage()._cdata
+            if address not in weights:
+                saved_tensors[address] = tensor
             return tensor
 
         pixels, to_image = torch.rand(batch, 3, size, size), torch.rand(batch, 2, 3)
@@ -177,8 +177,8 @@ def count(
             loss = learner(views)
         with Roofline(hardware) as backward:
             loss.backward()
-        held = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-    return Counts(forward, backward, held, parameters, (total - target, target))
+        saved_bytes = sum(tensor.untyped_storage().nbytes() for tensor in saved_tensors.values())
+    return Counts(forward, backward, saved_bytes, parameters, (total - target, target))
 
 
 class Line(NamedTuple):
@@ -203,11 +203,11 @@ class Model:
         precision: str = "bfloat16",
     ) -> None:
         self.name, self.hardware = name, hardware
-        both = [count(name, size, batch, hardware, precision) for batch in batches]
-        self.counts = both[0]
+        counts = [count(name, size, batch, hardware, precision) for batch in batches]
+        self.counts = counts[0]
 
         def line(cost: Callable[[Counts], float]) -> Line:
-            small, large = map(cost, both)
+            small, large = map(cost, counts)
             each = (large - small) / (batches[1] - batches[0])
             return Line(max(0.0, small - each * batches[0]), each)
 
@@ -271,7 +271,7 @@ def tables(models_: list[Model], args: argparse.Namespace) -> str:
     """All that is told: the assumptions, the counts, the steps, the passes."""
     names = [model.name for model in models_]
     assumed = " ".join(f"--{n.replace('_', '-')} {v:g}" for n, v in asdict(args.hardware).items())
-    counted: dict[str, Callable[[Model], str]] = {
+    columns: dict[str, Callable[[Model], str]] = {
         "parameters trained, million": lambda m: f"{m.counts.parameters / 1e6:.1f}",
         "GFLOP an image": lambda m: f"{m.flops.each / 1e9:.0f}",
         "traffic an image, MB": lambda m: f"{m.traffic.each / 1e6:.0f}",
@@ -281,7 +281,7 @@ def tables(models_: list[Model], args: argparse.Namespace) -> str:
         "ms an image on the device": lambda m: f"{1e3 * (m.forward.each + m.backward.each):.2f}",
     }
     heads = ["", *names]
-    counts = table(heads, [[name, *map(cell, models_)] for name, cell in counted.items()])
+    counts = table(heads, [[name, *map(cell, models_)] for name, cell in columns.items()])
     heads = ["model", "GPUs", "images a step", "a GPU", "ms: device", "host", "update", "wires"]
     heads += ["batch norm", "images/s", "share of linear", "GB"]
     rows = []
@@ -310,11 +310,11 @@ def attainable(precision: str) -> Hardware:
     source = torch.rand(2**26)
     copied = source.clone()  # written once, since the system hands out memory page by page
 
-    def fastest(work: Callable[[], object], runs: int = 5) -> float:
+    def fastest(call: Callable[[], object], runs: int = 5) -> float:
         spans = []
         for _ in range(runs):
             start = time.perf_counter()
-            work()
+            call()
             spans.append(time.perf_counter() - start)
         return min(spans)
 
@@ -327,15 +327,15 @@ def check(hardware: Hardware) -> None:
     """Print computed steps beside the recorded ones of this machine."""
     rows = []
     for entry in records("step"):
-        asked, took = entry["details"]["asked"], entry["details"]["ours"]["seconds"]
-        reachable = asked["device"] == "cpu" or torch.cuda.is_available()
-        if not reachable or entry["machine"] != machine(asked["device"]):
+        options, recorded = entry["details"]["asked"], entry["details"]["ours"]["seconds"]
+        reachable = options["device"] == "cpu" or torch.cuda.is_available()
+        if not reachable or entry["machine"] != machine(options["device"]):
             continue
-        where = attainable(asked["precision"]) if asked["device"] == "cpu" else hardware
-        batches = (max(2, asked["batch"] // 2), max(2, asked["batch"] // 2) * 2)
-        model = Model(asked["model"], asked["size"], where, batches, asked["precision"])
-        seconds = step(model, 1, asked["batch"]).seconds
-        times = [f"{1000 * seconds:.1f}", f"{1000 * took:.1f}", f"{seconds / took:.2f}"]
+        where = attainable(options["precision"]) if options["device"] == "cpu" else hardware
+        batches = (max(2, options["batch"] // 2), max(2, options["batch"] // 2) * 2)
+        model = Model(options["model"], options["size"], where, batches, options["precision"])
+        seconds = step(model, 1, options["batch"]).seconds
+        times = [f"{1000 * seconds:.1f}", f"{1000 * recorded:.1f}", f"{seconds / recorded:.2f}"]
         rows.append([entry["setting"], *times])
     print(table(["step", "computed, ms", "recorded, ms", "computed / recorded"], rows))
 
@@ -361,13 +361,13 @@ def main() -> None:
         print(text)
         return
     begin, end = (re.escape(mark) for mark in MARKS)
-    page, found = re.subn(
+    page, replaced = re.subn(
         f"{begin}.*{end}",
         lambda _: f"{MARKS[0]}\n{text}\n{MARKS[1]}",
         args.write.read_text(),
         flags=re.S,
     )
-    if not found:
+    if not replaced:
         raise SystemExit(f"{args.write} has no place for the tables; put in {' and '.join(MARKS)}")
     args.write.write_text(page)
 

@@ -38,8 +38,8 @@ def loaded(statement: str) -> list[str]:
     """Which of `LATER` a statement loads after all."""
     show = f"import sys, json; print(json.dumps([n for n in {LATER} if n in sys.modules]))"
     command = [sys.executable, "-c", f"{statement}; {show}"]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    names: list[str] = json.loads(done.stdout.splitlines()[-1])
+    process = subprocess.run(command, check=True, capture_output=True, text=True)
+    names: list[str] = json.loads(process.stdout.splitlines()[-1])
     return names
 
 
@@ -53,15 +53,17 @@ def main() -> None:
     args = flags.parse_args()
     contenders = {name: partial(run, ["-c", code]) for name, code in IMPORTS.items()}
     contenders |= {name: partial(run, flags_of) for name, flags_of in HELP.items()}
-    found = in_turns(contenders, args.rounds)
-    seconds = {name: median(figures, "seconds") for name, figures in found.items()}
+    results = in_turns(contenders, args.rounds)
+    seconds = {name: median(figures, "seconds") for name, figures in results.items()}
     print("| process | s |\n|---|---|")
-    for name, taken in seconds.items():
-        print(f"| {name} | {taken:.2f} |")
+    for name, value in seconds.items():
+        print(f"| {name} | {value:.2f} |")
     early = loaded(IMPORTS["PixelCL"])
     print(f"\nLoaded with PixelCL though not used: {', '.join(early) or 'nothing'}")
     ratios = {
-        "PixelCL / torch and torchvision": ratio(found["PixelCL"], found["torch and torchvision"]),
+        "PixelCL / torch and torchvision": ratio(
+            results["PixelCL"], results["torch and torchvision"]
+        ),
         "help - nothing, s": seconds["help"] - seconds["nothing"],
     }
     report("startup", "start-up", ratios, seconds, where=machine(), save=args.save)

@@ -135,8 +135,8 @@ class Plain(nn.Module):
         self.instance = vector_projector(width, HIDDEN, OUT)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        found = self.body(pixels)["map"]
-        return self.pixel(found), self.instance(found.mean((2, 3)))
+        features = self.body(pixels)["map"]
+        return self.pixel(features), self.instance(features.mean((2, 3)))
 
 
 def floor(args: argparse.Namespace) -> Step:
@@ -170,17 +170,17 @@ def floor(args: argparse.Namespace) -> Step:
 
 def as_one_graph(step: Step) -> Step:
     """A step that is captured as a CUDA graph once, and replayed."""
-    beside = torch.cuda.Stream()
-    beside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(beside):
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
         for _ in range(3):
             step()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=beside):
+    with torch.cuda.graph(graph, stream=stream):
         step()
-    held = graph, step  # the graph reads the weights and views that the step holds
-    return lambda: held[0].replay()
+    captured = graph, step  # the graph reads the weights and views that the step holds
+    return lambda: captured[0].replay()
 
 
 def ours(args: argparse.Namespace, watch: Stopwatch | None = None) -> Step:
@@ -195,7 +195,7 @@ def ours(args: argparse.Namespace, watch: Stopwatch | None = None) -> Step:
     if watch is not None:
         watch.follow(learner)
     part = nullcontext if watch is None else watch.part
-    called = torch.compile(learner) if args.serve == "ours, compiled" else learner
+    module = torch.compile(learner) if args.serve == "ours, compiled" else learner
     if args.serve in GRAPHS:
         half = torch.bfloat16 if args.precision == "bfloat16" else None
         captured = CapturedStep(learner, optimiser, half)
@@ -207,7 +207,7 @@ def ours(args: argparse.Namespace, watch: Stopwatch | None = None) -> Step:
 
     def step() -> None:
         with precision(args):
-            loss = called(images)
+            loss = module(images)
         with part("backward"):
             optimiser.zero_grad()
             loss.backward()
@@ -255,7 +255,7 @@ def densecl(args: argparse.Namespace) -> Step:
     pictures = [to_pil_image(image) for image in images]
 
     def step() -> None:
-        views = [torch.stack(both) for both in zip(*map(transform, pictures), strict=True)]
+        views = [torch.stack(pair) for pair in zip(*map(transform, pictures), strict=True)]
         with precision(args):
             loss = learner(*(view.to(args.device) for view in views))
         optimiser.zero_grad()
@@ -336,24 +336,26 @@ def compare(args: argparse.Namespace) -> None:
             name: stack.enter_context(Contender([python, *sys.argv, "--serve", name]))
             for name, python in pythons.items()
         }
-        found = in_turns(contenders, args.rounds)
+        results = in_turns(contenders, args.rounds)
     print("| step | ms | images/s | x floor | peak MiB | first step, s |\n|---" + "|---" * 5 + "|")
-    asked = ("model", "size", "batch", "precision", "channels_last", "device", "threads")
-    details: Figures = {"asked": {name: getattr(args, name) for name in asked}}
-    for name, figures in found.items():
+    options = ("model", "size", "batch", "precision", "channels_last", "device", "threads")
+    details: Figures = {"asked": {name: getattr(args, name) for name in options}}
+    for name, figures in results.items():
         seconds, peak = median(figures, "seconds"), median(figures, "peak_mib")
         details[name] = {"seconds": seconds, "images_per_second": args.batch / seconds}
         details[name] |= {"peak_mib": peak, "first_step_seconds": figures[0]["first"]}
-        times = ratio(figures, found["floor"])
+        times = ratio(figures, results["floor"])
         print(
             f"| {name} | {1000 * seconds:.1f} | {args.batch / seconds:.1f} | {times:.2f} | "
             f"{peak:.0f} | {figures[0]['first']:.1f} |"
         )
-    ratios = {f"{name} / floor": ratio(found[name], found["floor"]) for name in list(found)[1:]}
+    ratios = {
+        f"{name} / floor": ratio(results[name], results["floor"]) for name in list(results)[1:]
+    }
     if args.peer:
-        ratios["published / ours"] = ratio(found["published"], found["ours"])
+        ratios["published / ours"] = ratio(results["published"], results["ours"])
     if args.graph:
-        ratios["ours / floor, both one graph"] = ratio(found[GRAPHS[1]], found[GRAPHS[0]])
+        ratios["ours / floor, both one graph"] = ratio(results[GRAPHS[1]], results[GRAPHS[0]])
     where = machine(args.device)
     report("step", setting(args), ratios, details, where=where, save=args.save)
 

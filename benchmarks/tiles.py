@@ -50,12 +50,12 @@ def make(path: Path, side: int, bands: int) -> None:
     shape = (side, side, bands)
     if bands == 3:
         rows = (row for part in strips(side) for row in part)
-        how = {"photometric": "rgb"}
-        imwrite(path, rows, shape=shape, dtype="uint16", bigtiff=True, metadata=None, **how)
+        options = {"photometric": "rgb"}
+        imwrite(path, rows, shape=shape, dtype="uint16", bigtiff=True, metadata=None, **options)
         return
-    how = {"photometric": "minisblack", "planarconfig": "contig", "compression": "deflate"}
+    options = {"photometric": "minisblack", "planarconfig": "contig", "compression": "deflate"}
     tiles = blocks(side, bands)
-    imwrite(path, tiles, shape=shape, dtype="uint16", tile=(TILE, TILE), bigtiff=True, **how)
+    imwrite(path, tiles, shape=shape, dtype="uint16", tile=(TILE, TILE), bigtiff=True, **options)
 
 
 def cut(path: str, out: str) -> None:
@@ -63,10 +63,10 @@ def cut(path: str, out: str) -> None:
     from pixel_level_contrastive_learning.data.shard_writer import write_shards
 
     before, start = resident_peak(), time.perf_counter()
-    done = write_shards(path, out, tile=TILE)
+    written = write_shards(path, out, tile=TILE)
     seconds = time.perf_counter() - start
     figures = {"seconds": seconds, "MiB": resident_peak(), "imports, MiB": before}
-    print(json.dumps(figures | {"tiles": done.images}))
+    print(json.dumps(figures | {"tiles": written.images}))
 
 
 def copied(path: Path, size: int) -> float:
@@ -84,12 +84,12 @@ def copied(path: Path, size: int) -> float:
 
 def measured(side: int, bands: int) -> Figures:
     """What cutting a file of so many pixels and bands takes."""
-    with tempfile.TemporaryDirectory() as made:
-        path, out = Path(made) / "a.tif", Path(made) / "out"
+    with tempfile.TemporaryDirectory() as folder:
+        path, out = Path(folder) / "a.tif", Path(folder) / "out"
         make(path, side, bands)
         command = [sys.executable, __file__, "--cut", str(path), str(out)]
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-        figures: Figures = json.loads(done.stdout.splitlines()[-1])
+        process = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        figures: Figures = json.loads(process.stdout.splitlines()[-1])
         return figures | {"writing, s": copied(out / "plain", side * side * bands * 2)}
 
 
@@ -106,14 +106,14 @@ def main() -> None:
         cut(*args.cut)
         return
     for side, bands in ((args.side or 20000, 3), (args.side or 10980, 12)):
-        found = measured(side, bands)
+        figures = measured(side, bands)
         ratios = {
-            "memory / 2 GiB": found["MiB"] / 2048,
-            "cutting / writing": found["seconds"] / found["writing, s"],
+            "memory / 2 GiB": figures["MiB"] / 2048,
+            "cutting / writing": figures["seconds"] / figures["writing, s"],
         }
-        print(", ".join(f"{name} {value:.1f}" for name, value in found.items()))
+        print(", ".join(f"{name} {value:.1f}" for name, value in figures.items()))
         setting = f"{side} x {side} x {bands} uint16"
-        report("tiles", setting, ratios, found, where=machine(), save=args.save)
+        report("tiles", setting, ratios, figures, where=machine(), save=args.save)
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ Cell = dict[str, Any]
 
 def split_method(text: str) -> tuple[str, dict[str, Any]]:
     """A method and the settings that change it."""
-    name = max((own for own in METHODS if text.startswith(own)), key=len, default="")
+    name = max((method for method in METHODS if text.startswith(method)), key=len, default="")
     changes = dict(part.split("=", 1) for part in text[len(name) :].split())
     return name, {key: yaml.safe_load(value) for key, value in changes.items()}
 
@@ -87,14 +87,16 @@ def trained(domain: Path, text: str, seed: int, args: argparse.Namespace) -> Con
     if name in (RANDOM, IMAGENET):
         return Contender(text, lambda _: net, card)
     out = args.keep / f"{domain.name}-{text}-{seed}".replace(" ", "_")
-    images = [own for own in (domain / "images/train", domain / "unlabelled") if own.is_dir()]
+    images = [
+        folder for folder in (domain / "images/train", domain / "unlabelled") if folder.is_dir()
+    ]
     if name in (PUBLISHED, DENSECL):
         script, weights = Path(__file__).with_name("peers.py"), out.with_suffix(".pt")
         _, lr = learning_rate(PretrainConfig(), args.batch, gentle=False)
         command = [args.peer, script, name, images[0], "--out", weights, "--steps", args.steps]
         command += ["--seed", seed, "--batch", args.batch, "--size", args.size, "--lr", lr]
         command += ["--bfloat16"] if native_bfloat16(DEVICE.type) else []
-        subprocess.run([str(word) for word in command], check=True)
+        subprocess.run([str(part) for part in command], check=True)
         net.load_state_dict(torch.load(weights, weights_only=True))
         return Contender(text, lambda _: net, card)
     start = {"weights": "pretrained" if args.imagenet is None else str(args.imagenet)}
@@ -110,13 +112,13 @@ def measured(domain: Path, text: str, seed: int, args: argparse.Namespace) -> Ce
     start = time.perf_counter()
     contender = trained(domain, text, seed, args)
     minutes = (time.perf_counter() - start) / 60
-    train, scored = open_labelled(domain, ("train", args.split))
+    train, test = open_labelled(domain, ("train", args.split))
     protocols = tuple(args.protocols)
     plan = Plan(protocols, None, args.fractions, 1, seed, args.finetune_steps, DEVICE)
     prepare = Preparation.of(contender.card, None, contender.build(seed))
-    contest = Contest(contender, prepare, Splits(train, scored), plan, ())
+    contest = Contest(contender, prepare, Splits(train, test), plan, ())
     contest.row()
-    figures: dict[str, dict[str, float]] = {own: {} for own in protocols}
+    figures: dict[str, dict[str, float]] = {protocol: {} for protocol in protocols}
     for one in contest.figures:
         figures[one.label][str(one.masks)] = round(one.scores.miou, 4)
     cell = {"domain": domain.name, "method": text, "seed": seed, "minutes": round(minutes, 2)}
@@ -125,18 +127,18 @@ def measured(domain: Path, text: str, seed: int, args: argparse.Namespace) -> Ce
 
 def rows_of(cells: list[Cell], domain: str) -> dict[str, Row]:
     """A row a method, over the seeds that are there."""
-    found: dict[str, list[Cell]] = {}
+    by_method: dict[str, list[Cell]] = {}
     for cell in cells:
         if cell["domain"] == domain:
-            found.setdefault(cell["method"], []).append(cell)
+            by_method.setdefault(cell["method"], []).append(cell)
     rows = {}
-    for method, own in found.items():
+    for method, runs in by_method.items():
         curves = {
             protocol: [
-                CurvePoint.of(int(masks), [cell["figures"][protocol][masks] for cell in own])
-                for masks in own[0]["figures"][protocol]
+                CurvePoint.of(int(masks), [cell["figures"][protocol][masks] for cell in runs])
+                for masks in runs[0]["figures"][protocol]
             ]
-            for protocol in own[0]["figures"]
+            for protocol in runs[0]["figures"]
         }
         rows[method] = Row(method, {}, curves={key: tuple(sorted(c)) for key, c in curves.items()})
     return rows
@@ -153,17 +155,18 @@ def tables(cells: list[Cell]) -> str:
         lines += ["|---" * (len(methods) + 2) + "|"]
         for domain in domains:
             rows = rows_of(cells, domain)
-            for at, point in enumerate(next(iter(rows.values())).curves[protocol]):
+            for index, point in enumerate(next(iter(rows.values())).curves[protocol]):
                 points = [
-                    rows[own].curves[protocol][at] if own in rows else None for own in methods
+                    rows[method].curves[protocol][index] if method in rows else None
+                    for method in methods
                 ]
-                texts = [shown(own.miou, own.deviation) if own else "" for own in points]
+                texts = [shown(point.miou, point.deviation) if point else "" for point in points]
                 lines.append(f"| {domain} | {point.masks} | {' | '.join(texts)} |")
             for method in methods:
                 floor = FLOORS.get(split_method(method)[0])
                 if floor in rows and method in rows:
-                    told = masks_saved(rows[method], rows[floor], protocol)
-                    saved += [f"- {domain}: {told}"] if told else []
+                    savings = masks_saved(rows[method], rows[floor], protocol)
+                    saved += [f"- {domain}: {savings}"] if savings else []
         lines += ["", *saved]
     return "\n".join(lines)
 
@@ -198,11 +201,11 @@ def main() -> None:
     names = "protocols", "fractions", "steps", "batch", "size", "finetune_steps", "split"
     setting = {name: getattr(args, name) for name in names}
     book = args.keep / "cells.jsonl"
-    kept = [json.loads(line) for line in book.read_text().splitlines()] if book.exists() else []
+    stored = [json.loads(line) for line in book.read_text().splitlines()] if book.exists() else []
     done = {
-        (own["domain"], own["method"], own["seed"]): own
-        for own in kept
-        if own["setting"] == setting
+        (cell["domain"], cell["method"], cell["seed"]): cell
+        for cell in stored
+        if cell["setting"] == setting
     }
     wanted = [
         (domain, method, seed)
@@ -210,7 +213,7 @@ def main() -> None:
         for domain in args.data
         for method in args.methods
     ]
-    missing = [own for own in wanted if (own[0].name, *own[1:]) not in done]
+    missing = [key for key in wanted if (key[0].name, *key[1:]) not in done]
     print(f"{len(missing)} of {len(wanted)} cells are missing")
     for domain, method, seed in [] if args.show else missing:
         cell = measured(domain, method, seed, args) | {"setting": setting}
@@ -230,12 +233,12 @@ def main() -> None:
             mine = cell["figures"][first][str(fewest)]
             means.setdefault((cell["domain"], cell["method"]), []).append(mine)
         ratios = {
-            f"{domain}: {method} / {floor}": fmean(own) / fmean(means[domain, floor])
-            for (domain, method), own in means.items()
+            f"{domain}: {method} / {floor}": fmean(values) / fmean(means[domain, floor])
+            for (domain, method), values in means.items()
             if (floor := FLOORS.get(split_method(method)[0])) and (domain, floor) in means
         }
-        named = f"{first} on the fewest masks of {args.split}, {args.steps} steps"
-        report("transfer", named, ratios, {"cells": cells}, where=machine(DEVICE.type), save=True)
+        claim = f"{first} on the fewest masks of {args.split}, {args.steps} steps"
+        report("transfer", claim, ratios, {"cells": cells}, where=machine(DEVICE.type), save=True)
 
 
 if __name__ == "__main__":

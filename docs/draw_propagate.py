@@ -118,11 +118,11 @@ def cells(axes: Axes, corner: Point, side: float, fills: list, edge: tuple) -> N
         axes.add_patch(Rectangle(low, step, step, fc=fill, ec=edge, lw=0.6))
 
 
-def dots(axes: Axes, corner: Point, side: float, hues: list, met: Tensor) -> None:
+def dots(axes: Axes, corner: Point, side: float, hues: list, matched: Tensor) -> None:
     """A dot in each cell that has a match, in the colour of its place."""
-    for at, hue, shown in zip(middles(corner, side), hues, met, strict=True):
-        if shown:
-            axes.add_patch(Circle(at, 8.5, fc=hue, ec="white", lw=0.9, zorder=4))
+    for centre, hue, is_matched in zip(middles(corner, side), hues, matched, strict=True):
+        if is_matched:
+            axes.add_patch(Circle(centre, 8.5, fc=hue, ec="white", lw=0.9, zorder=4))
 
 
 # What is computed.
@@ -146,9 +146,9 @@ def likeness(view: Tensor) -> Tensor:
     A stand-in for what a network sees: hue and spread of a cell, less the average cell's.
     """
     mean, spread = patches(view).mean(dim=1), patches(view).std(dim=1)
-    seen = torch.cat((6 * mean / mean.sum(dim=-1, keepdim=True), spread), dim=-1)
-    seen = functional.normalize(seen - seen.mean(dim=0), dim=-1)
-    return (seen @ seen.T).clamp(0, 1).square()
+    features = torch.cat((6 * mean / mean.sum(dim=-1, keepdim=True), spread), dim=-1)
+    features = functional.normalize(features - features.mean(dim=0), dim=-1)
+    return (features @ features.T).clamp(0, 1).square()
 
 
 def chosen_pairs(matches: Tensor) -> list[tuple[int, int]]:
@@ -181,13 +181,13 @@ def draw_views(axes: Axes, views: tuple, matches: Tensor, colours: list) -> None
     """Step 2: the views, the cells of their feature maps, and which of them match."""
     heading(axes, 500, 2, "Match pixels", "closer than 0.7 cell diagonals")
     names = ("view one", "view two, flipped")
-    met = matches.any(dim=1), matches.any(dim=0)
-    for view, corner, color, name, hit, hues in zip(
-        views, VIEWS, (ONE, TWO), names, met, colours, strict=True
+    matched = matches.any(dim=1), matches.any(dim=0)
+    for view, corner, color, name, mask, hues in zip(
+        views, VIEWS, (ONE, TWO), names, matched, colours, strict=True
     ):
         picture(axes, view, square(corner, VIEW), color)
-        cells(axes, corner, VIEW, [(1, 1, 1, 0.1 if h else 0.65) for h in hit], (1, 1, 1, 0.7))
-        dots(axes, corner, VIEW, hues, hit)
+        cells(axes, corner, VIEW, [(1, 1, 1, 0.1 if h else 0.65) for h in mask], (1, 1, 1, 0.7))
+        dots(axes, corner, VIEW, hues, mask)
         above = corner[1] - 22 if color == ONE else corner[1] + VIEW + 26
         write(axes, (corner[0] + VIEW / 2, above), name, 24, color, weight="bold")
     link(axes, VIEWS, VIEW, matches, colours[0])
@@ -228,7 +228,7 @@ def draw_propagation(axes: Axes, one: Tensor) -> None:
     small = functional.interpolate(one[None], (side, side), mode="area")[0]
     picture(axes, small, square(corner, side), INK, 1.4)
     like = likeness(one)[CELL]
-    veils = [(1, 1, 1, 0.94 * (1 - alike)) for alike in like.sqrt().tolist()]
+    veils = [(1, 1, 1, 0.94 * (1 - similarity)) for similarity in like.sqrt().tolist()]
     cells(axes, corner, side, veils, (1, 1, 1, 0.5))
     places = middles(corner, side)
     for j in (like > 0.3).nonzero().flatten().tolist():
@@ -243,11 +243,11 @@ def draw_propagation(axes: Axes, one: Tensor) -> None:
 def draw_loss(axes: Axes, matches: Tensor, colours: list) -> None:
     """Step 4: the matched pixels agree."""
     heading(axes, 1630, 4, "Agree", "pixel by matched pixel")
-    met = matches.any(dim=1), matches.any(dim=0)
-    for corner, color, name, hit, hues in zip(
-        MAPS, (ONE, TWO), ("$y$", "$x'$"), met, colours, strict=True
+    matched = matches.any(dim=1), matches.any(dim=0)
+    for corner, color, name, mask, hues in zip(
+        MAPS, (ONE, TWO), ("$y$", "$x'$"), matched, colours, strict=True
     ):
-        fills = [hue if h else PALE for hue, h in zip(hues, hit, strict=True)]
+        fills = [hue if h else PALE for hue, h in zip(hues, mask, strict=True)]
         cells(axes, corner, MAP, fills, (1, 1, 1, 1))
         axes.add_patch(Rectangle(corner, MAP, MAP, fill=False, ec=color, lw=2.4))
         write(axes, (corner[0] + MAP + 34, corner[1] + MAP / 2), name, 36)

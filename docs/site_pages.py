@@ -63,7 +63,7 @@ def on_page_markdown(text: str, page: Page, config: MkDocsConfig, files: Files) 
     source = SOURCES.get(place, f"docs/{place}")
     if place == "api.md":
         check_reference(BLOCK.findall(text))
-    return TARGET.sub(lambda found: rebased(found[1], source, place), text)
+    return TARGET.sub(lambda match: rebased(match[1], source, place), text)
 
 
 def rebased(link: str, source: str, place: str) -> str:
@@ -81,29 +81,29 @@ class Examples(griffe.Extension):
         if obj.docstring:
             fenced = "```pycon\n{}\n```\n"
             obj.docstring.value = DOCTEST.sub(
-                lambda found: fenced.format(FLAG.sub("", found[0]).rstrip()), obj.docstring.value
+                lambda match: fenced.format(FLAG.sub("", match[0]).rstrip()), obj.docstring.value
             )
 
 
-def check_reference(named: list[str]) -> None:
+def check_reference(names: list[str]) -> None:
     """Warns of a public name that the reference leaves out, and of one without a docstring."""
     package = griffe.load(PACKAGE, search_paths=[ROOT], resolve_aliases=True)
     for name in package.exports or ():
-        if f"{PACKAGE}.{name}" not in named:
+        if f"{PACKAGE}.{name}" not in names:
             log.warning("api.md leaves out the public name %s", name)
-    for path in named:
+    for path in names:
         check_docstrings(package[path.removeprefix(f"{PACKAGE}.")])
 
 
-def check_docstrings(thing: griffe.Object | griffe.Alias) -> None:
+def check_docstrings(item: griffe.Object | griffe.Alias) -> None:
     """Warns of everything public in a module, class or function that has no docstring."""
-    if not thing.has_docstring:
-        log.warning("%s has no docstring", thing.path)
-    bases = thing.mro() if thing.is_class else []
+    if not item.has_docstring:
+        log.warning("%s has no docstring", item.path)
+    bases = item.mro() if item.is_class else []
     described = {
         name for base in bases for name, member in base.members.items() if member.docstring
     }
-    for name, member in thing.members.items():
+    for name, member in item.members.items():
         shown = not name.startswith("_") and name != "forward" and not member.is_alias
         if shown and name not in described and (member.is_class or member.is_function):
             check_docstrings(member)

@@ -62,19 +62,21 @@ def average_precision(
     """AP at this IoU, the mean over the classes: each true box is found once, best scores first."""
     figures = []
     for label in range(1, len(CLASSES)):
-        left = [own["boxes"][own["labels"] == label] for own in truth]
-        total, hits, precisions = sum(map(len, left)), 0, []
+        remaining = [boxes["boxes"][boxes["labels"] == label] for boxes in truth]
+        total, hits, precisions = sum(map(len, remaining)), 0, []
         guesses = [
             (score.item(), image, box)
-            for image, own in enumerate(found)
-            for score, box, of in zip(own["scores"], own["boxes"], own["labels"], strict=True)
-            if of == label
+            for image, prediction in enumerate(found)
+            for score, box, predicted in zip(
+                prediction["scores"], prediction["boxes"], prediction["labels"], strict=True
+            )
+            if predicted == label
         ]
-        for rank, (_, image, box) in enumerate(sorted(guesses, key=lambda own: -own[0]), 1):
-            overlaps = box_iou(box[None], left[image])[0]
+        for rank, (_, image, box) in enumerate(sorted(guesses, key=lambda guess: -guess[0]), 1):
+            overlaps = box_iou(box[None], remaining[image])[0]
             if len(overlaps) and overlaps.max() >= overlap:
                 keep = torch.arange(len(overlaps)) != overlaps.argmax()
-                left[image] = left[image][keep]
+                remaining[image] = remaining[image][keep]
                 hits += 1
                 precisions.append(hits / rank)
         figures += [sum(precisions) / total] if total else []

@@ -27,12 +27,12 @@ class Pretraining(LightningModule):
         self.log("pixel_cosine", terms.pixel_cosine)  # the figure to watch
         return terms.loss
 
-    def optimizer_step(self, *how: Any, **named: Any) -> None:
-        super().optimizer_step(*how, **named)
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
         self.learner.update_moving_average()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        learned = (own for own in self.learner.parameters() if own.requires_grad)
+        learned = (parameter for parameter in self.learner.parameters() if parameter.requires_grad)
         return torch.optim.AdamW(learned, lr=self.lr)
 
 
