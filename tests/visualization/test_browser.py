@@ -31,11 +31,11 @@ FLAGS = (
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-    found = next(filter(None, map(shutil.which, names)), None)
-    if found is None:
+    executable = next(filter(None, map(shutil.which, names)), None)
+    if executable is None:
         pytest.skip(f"no browser to look at the page with: none of {', '.join(names)} is here")
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=found, args=list(FLAGS))
+        browser = playwright.chromium.launch(executable_path=executable, args=list(FLAGS))
         yield browser
         browser.close()
 
@@ -43,8 +43,10 @@ def browser() -> Iterator[Browser]:
 class Visit:
     """A page, what it complained about, and what it asked others for."""
 
-    def __init__(self, browser: Browser, report: Path, **how: object) -> None:
-        self.context = browser.new_context(**{"viewport": {"width": 1200, "height": 900}, **how})
+    def __init__(self, browser: Browser, report: Path, **options: object) -> None:
+        self.context = browser.new_context(
+            **{"viewport": {"width": 1200, "height": 900}, **options}
+        )
         self.page: Page = self.context.new_page()
         self.complaints: list[str] = []
         self.asked: list[str] = []
@@ -87,12 +89,12 @@ def held_images(report: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def visit(browser: Browser, report: Path) -> Iterator[Visit]:
-    held = Visit(browser, report)
-    yield held
-    assert held.complaints == []
-    assert {url for url in held.asked if not url.startswith("data:")} == {report.as_uri()}
-    assert held.page.evaluate("() => window.hacked") is None
-    held.context.close()
+    visit = Visit(browser, report)
+    yield visit
+    assert visit.complaints == []
+    assert {url for url in visit.asked if not url.startswith("data:")} == {report.as_uri()}
+    assert visit.page.evaluate("() => window.hacked") is None
+    visit.context.close()
 
 
 def test_moving_the_pointer_changes_all_four_pictures(visit) -> None:
@@ -117,19 +119,19 @@ def test_keys_move_the_pixel_and_the_pictures_follow(visit) -> None:
     panel = visit.panel(1, 0)
     visit.point(1, 0, 0.01, 0.01)
     panel.focus()
-    places, seen = [], [visit.picture(1, 0)]
+    places, pictures = [], [visit.picture(1, 0)]
     for key in ("ArrowRight", "Shift+ArrowRight", "ArrowDown", "ArrowLeft", "ArrowUp", "End"):
         visit.page.keyboard.press(key)
-        seen.append(visit.picture(1, 0))
-        found = re.match(r"Left picture, row (\d+) of (\d+), column (\d+) of (\d+)", visit.told())
-        assert found is not None
-        places.append(tuple(map(int, found.groups())))
+        pictures.append(visit.picture(1, 0))
+        match = re.match(r"Left picture, row (\d+) of (\d+), column (\d+) of (\d+)", visit.told())
+        assert match is not None
+        places.append(tuple(map(int, match.groups())))
     h, w = places[0][1], places[0][3]
     assert [(row, column) for row, _, column, _ in places] == [
         (1, 2), (1, 6), (2, 6), (2, 5), (1, 5), (1, w),
     ]  # fmt: skip
     assert h > 4
-    assert all(one != two for one, two in pairwise(seen))
+    assert all(one != two for one, two in pairwise(pictures))
 
 
 def test_keys_reach_every_panel_and_control(visit) -> None:
@@ -148,43 +150,43 @@ def test_keys_reach_every_panel_and_control(visit) -> None:
 
 def test_touching_a_picture_asks_there(browser, report) -> None:
     phone = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
-    held = Visit(browser, report, **phone)
-    panel = held.panel(1, 0)
+    visit = Visit(browser, report, **phone)
+    panel = visit.panel(1, 0)
     panel.scroll_into_view_if_needed()
-    before = held.pictures()
+    before = visit.pictures()
     box = panel.bounding_box()
     assert box is not None
-    held.page.touchscreen.tap(box["x"] + 5, box["y"] + 5)
-    assert held.pictures() != before
-    assert held.told().startswith("Left picture, row 1 of ")
+    visit.page.touchscreen.tap(box["x"] + 5, box["y"] + 5)
+    assert visit.pictures() != before
+    assert visit.told().startswith("Left picture, row 1 of ")
     # A finger that moves down moves the pixel, and not the page.
-    scrolled = held.page.evaluate("() => window.scrollY")
-    finger = held.context.new_cdp_session(held.page)
+    scrolled = visit.page.evaluate("() => window.scrollY")
+    finger = visit.context.new_cdp_session(visit.page)
     for kind, down in (("Start", 5), *(("Move", y) for y in range(10, 100, 10)), ("End", None)):
         at = [] if down is None else [{"x": box["x"] + 5, "y": box["y"] + down}]
         finger.send("Input.dispatchTouchEvent", {"type": f"touch{kind}", "touchPoints": at})
-    row = int(re.findall(r"row (\d+) of", held.told())[0])
-    rows = int(re.findall(r"of (\d+),", held.told())[0])
+    row = int(re.findall(r"row (\d+) of", visit.told())[0])
+    rows = int(re.findall(r"of (\d+),", visit.told())[0])
     assert abs(row - 0.5 - rows * 90 / box["height"]) < 1
-    assert held.page.evaluate("() => window.scrollY") == scrolled
-    assert held.complaints == []
-    held.context.close()
+    assert visit.page.evaluate("() => window.scrollY") == scrolled
+    assert visit.complaints == []
+    visit.context.close()
 
 
 @pytest.mark.parametrize("width", [320, 390, 820, 1600])
 def test_the_page_fits_its_window(browser, report, width) -> None:
-    held = Visit(browser, report, viewport={"width": width, "height": 800})
-    assert held.page.evaluate("() => document.documentElement.scrollWidth") <= width
-    held.context.close()
+    visit = Visit(browser, report, viewport={"width": width, "height": 800})
+    assert visit.page.evaluate("() => document.documentElement.scrollWidth") <= width
+    visit.context.close()
 
 
 def test_the_page_is_dark_where_the_reader_wants_it_dark(browser, report) -> None:
     shades = []
     for scheme in ("light", "dark"):
-        held = Visit(browser, report, color_scheme=scheme)
-        ground = held.page.evaluate("() => getComputedStyle(document.body).backgroundColor")
+        visit = Visit(browser, report, color_scheme=scheme)
+        ground = visit.page.evaluate("() => getComputedStyle(document.body).backgroundColor")
         shades.append(sum(map(int, re.findall(r"\d+", ground)[:3])))
-        held.context.close()
+        visit.context.close()
     assert shades[0] > 600 > 150 > shades[1]
 
 
@@ -200,10 +202,10 @@ def test_a_script_that_got_onto_the_page_is_not_run(browser, report, tmp_path) -
     spoiled = tmp_path / "spoiled.html"
     inserted = "<script>window.hacked=1</script><img src=x onerror='window.hacked=2'>"
     spoiled.write_text(report.read_text().replace("<main", f"{inserted}<main"))
-    held = Visit(browser, spoiled)
-    assert held.page.evaluate("() => window.hacked") is None
-    assert any("Content Security Policy" in words for words in held.complaints)
-    held.context.close()
+    visit = Visit(browser, spoiled)
+    assert visit.page.evaluate("() => window.hacked") is None
+    assert any("Content Security Policy" in message for message in visit.complaints)
+    visit.context.close()
 
 
 def test_other_pictures_can_be_chosen(visit) -> None:
@@ -229,25 +231,27 @@ def test_likeness_is_shown_as_heat_or_light_and_more_or_less_sharply(visit) -> N
 
 
 def test_colours_of_each_image_alone_take_the_place_of_those_of_all(visit) -> None:
-    shared, own = visit.page.locator("img.shared"), visit.page.locator("img.own-only")
-    assert shared.count() == own.count() == 8
+    shared, separate = visit.page.locator("img.shared"), visit.page.locator("img.own-only")
+    assert shared.count() == separate.count() == 8
     assert shared.first.is_visible()
-    assert not own.first.is_visible()
+    assert not separate.first.is_visible()
     visit.page.get_by_role("radio", name="each image").check()
-    assert own.first.is_visible()
+    assert separate.first.is_visible()
     assert not shared.first.is_visible()
 
 
 def test_a_ring_marks_where_the_spot_truly_lies_in_another_view(visit, report) -> None:
     images = held_images(report)
     whole = images[0]
-    view = next(own for own in images if own["source"] == whole["source"] and not own["whole"])
+    view = next(
+        image for image in images if image["source"] == whole["source"] and not image["whole"]
+    )
     h, w = whole["maps"][0]["h"], whole["maps"][0]["w"]
     linear = np.array(view["map"]).reshape(2, 3)
     # The middle of the view, as a cell of the whole image; and that cell's middle in the view.
     u, v = linear[:, :2] @ (0.5, 0.5) + linear[:, 2]
     middle = (np.floor(u * w) + 0.5) / w, (np.floor(v * h) + 0.5) / h
-    there = np.linalg.solve(linear[:, :2], np.array(middle) - linear[:, 2])
+    target = np.linalg.solve(linear[:, :2], np.array(middle) - linear[:, 2])
     visit.point(0, 0, u, v)
     visit.picture(0, 1)
     ring = visit.panel(0, 1).evaluate(
@@ -261,7 +265,7 @@ def test_a_ring_marks_where_the_spot_truly_lies_in_another_view(visit, report) -
             return Math.min(...data.slice(4 * (y * width + x), 4 * (y * width + x) + 3));
           });
         }""",
-        there.tolist(),
+        target.tolist(),
     )
     # Half of the dashes are white, which no heat is.
     assert 15 < sum(shade > 200 for shade in ring) < 57
@@ -272,18 +276,18 @@ def test_the_share_of_like_pixels_is_what_python_finds(visit, report) -> None:
     visit.page.locator("#right").select_option(label=images[1]["name"])
     for network in (0, 1):
         visit.point(network, 0, 0.3, 0.6)
-        shown = visit.page.locator(".figure b").nth(network)
+        figure = visit.page.locator(".figure b").nth(network)
         visit.picture(network, 0)
         maps = []
         for image in images[:2]:
-            held = image["maps"][network]
-            numbers = np.frombuffer(b64decode(held["data"]), np.int8)
-            cells = torch.from_numpy(numbers.copy()).reshape(held["h"], held["w"], -1)
-            maps.append(rearrange(cells * torch.tensor(held["units"]), "h w d -> d h w"))
-        count = sum(own[0].numel() for own in maps)
-        mean = sum(own.sum(dim=(1, 2)) for own in maps) / count
-        one, two = (own - mean[:, None, None] for own in maps)
+            entry = image["maps"][network]
+            numbers = np.frombuffer(b64decode(entry["data"]), np.int8)
+            cells = torch.from_numpy(numbers.copy()).reshape(entry["h"], entry["w"], -1)
+            maps.append(rearrange(cells * torch.tensor(entry["units"]), "h w d -> d h w"))
+        count = sum(features[0].numel() for features in maps)
+        mean = sum(features.sum(dim=(1, 2)) for features in maps) / count
+        one, two = (features - mean[:, None, None] for features in maps)
         _, h, w = one.shape
         cell = int(0.6 * h), int(0.3 * w)
-        alike = sum((likeness(one, cell, own) > 0.5).sum().item() for own in (one, two))
-        assert shown.text_content() == f"{100 * alike / count:.0f} %"
+        similar = sum((likeness(one, cell, features) > 0.5).sum().item() for features in (one, two))
+        assert figure.text_content() == f"{100 * similar / count:.0f} %"

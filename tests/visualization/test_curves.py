@@ -28,11 +28,11 @@ def test_metrics_are_read_into_columns(tmp_path) -> None:
     lines = [{"step": 1, "loss": 2.5}, {"step": 2, "loss": 2, "spread": 0.5}, {"step": 3}]
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (tmp_path / "metrics.jsonl").write_text(text)
-    held = read_metrics(tmp_path)
-    assert held["step"] == [1, 2, 3]
-    assert held["loss"][:2] == [2.5, 2]
-    assert isnan(held["loss"][2])
-    assert [isnan(value) for value in held["spread"]] == [True, False, True]
+    metrics = read_metrics(tmp_path)
+    assert metrics["step"] == [1, 2, 3]
+    assert metrics["loss"][:2] == [2.5, 2]
+    assert isnan(metrics["loss"][2])
+    assert [isnan(value) for value in metrics["spread"]] == [True, False, True]
 
 
 def test_a_last_line_that_was_cut_short_is_left_out(tmp_path) -> None:
@@ -61,12 +61,12 @@ def test_long_runs_are_drawn_as_means_of_neighbours() -> None:
 
 
 def test_what_is_measured_seldom_is_drawn_where_it_was_measured() -> None:
-    held = {"step": [1, 2, 3, 4, 5], "probe_miou": [0.2, 0.2, 0.2, 0.4, 0.4]}
-    held |= {"hit1": [0.3, 0.3, 0.3, 0.3, 0.6], "hit_step": [nan, 0, 0, 3, 5]}
-    assert curve(held, "probe_miou") == ([1, 4], [0.2, 0.4])
-    assert curve(held, "hit1") == ([0, 3, 5], [0.3, 0.3, 0.6])
-    del held["hit_step"]  # by an older version
-    assert curve(held, "hit1") == ([1, 5], [0.3, 0.6])
+    metrics = {"step": [1, 2, 3, 4, 5], "probe_miou": [0.2, 0.2, 0.2, 0.4, 0.4]}
+    metrics |= {"hit1": [0.3, 0.3, 0.3, 0.3, 0.6], "hit_step": [nan, 0, 0, 3, 5]}
+    assert curve(metrics, "probe_miou") == ([1, 4], [0.2, 0.4])
+    assert curve(metrics, "hit1") == ([0, 3, 5], [0.3, 0.3, 0.6])
+    del metrics["hit_step"]  # by an older version
+    assert curve(metrics, "hit1") == ([1, 5], [0.3, 0.6])
 
 
 def test_what_no_loss_reads_is_not_drawn() -> None:
@@ -120,8 +120,8 @@ def test_a_run_without_steps_is_refused() -> None:
 @pytest.mark.parametrize("chart", CHARTS, ids=lambda chart: chart.title)
 def test_a_chart_on_a_page_wears_the_colours_of_the_page(chart) -> None:
     names = [name for name, _ in chart.curves]
-    held = {"step": [1.0, 2, 3]} | {name: [0.5, 30.0, 2.0] for name in names}
-    text = chart_svg(chart, lines_of(chart, held))
+    metrics = {"step": [1.0, 2, 3]} | {name: [0.5, 30.0, 2.0] for name in names}
+    text = chart_svg(chart, lines_of(chart, metrics))
     assert text.startswith("<svg ")
     assert "var(--one)" in text
     assert ("var(--two)" in text) == (len(names) > 1)
@@ -129,7 +129,7 @@ def test_a_chart_on_a_page_wears_the_colours_of_the_page(chart) -> None:
     assert not re.search("#0[1-5]0[1-5]0[1-5]", text)
     for forbidden in ("<style", "<metadata", "<script", "http://www.w3.org/1999/02"):
         assert forbidden not in text
-    assert chart_svg(chart, lines_of(chart, held)) == text
+    assert chart_svg(chart, lines_of(chart, metrics)) == text
     assert ">step<" in text
     assert f">{chart.unit}<" in text
 
@@ -138,8 +138,8 @@ def test_a_chart_on_a_page_wears_the_colours_of_the_page(chart) -> None:
 @pytest.mark.parametrize("chart", CHARTS, ids=lambda chart: chart.title)
 def test_no_figures_upset_a_chart(chart, values) -> None:
     steps = [float(step) for step in range(len(values))]
-    held = {"step": steps} | {name: values for name, _ in chart.curves}
-    assert "<svg" in chart_svg(chart, lines_of(chart, held))  # warnings are errors
+    metrics = {"step": steps} | {name: values for name, _ in chart.curves}
+    assert "<svg" in chart_svg(chart, lines_of(chart, metrics))  # warnings are errors
 
 
 def test_a_chart_is_told_chart_words() -> None:

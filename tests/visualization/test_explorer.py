@@ -51,33 +51,33 @@ def features(height: int, width: int, channels: int = 64) -> Tensor:
     return rearrange(shares @ kinds + 0.02 * torch.rand(height, width, channels), "h w c -> c h w")
 
 
-def dequantized(held: dict) -> Tensor:
+def dequantized(entry: dict) -> Tensor:
     """What the page makes of a quantized map: ``(d, h, w)``."""
-    numbers = np.frombuffer(b64decode(held["data"]), np.int8).reshape(held["h"], held["w"], -1)
+    numbers = np.frombuffer(b64decode(entry["data"]), np.int8).reshape(entry["h"], entry["w"], -1)
     return rearrange(
-        torch.from_numpy(numbers.copy()) * torch.tensor(held["units"]), "h w d -> d h w"
+        torch.from_numpy(numbers.copy()) * torch.tensor(entry["units"]), "h w d -> d h w"
     )
 
 
 @pytest.mark.parametrize(("height", "width"), [(6, 8), (12, 5)])
 def test_likeness_comes_out_as_of_all_channels(height, width) -> None:
     maps = [features(6, 8), features(height, width), 3 * features(9, 9)]
-    one, two = (dequantized(own) for own in quantized(maps)[:2])
+    one, two = (dequantized(entry) for entry in quantized(maps)[:2])
     # As the page does: the mean over the cells of the two is taken from both.
     count = one[0].numel() + two[0].numel()
     mean = ((one.sum((1, 2)) + two.sum((1, 2))) / count)[:, None, None]
     for cell in ((0, 0), (5, 7), (2, 4)):
         expected = likeness(centred(*maps[:2])[0], cell, centred(*maps[:2])[1])
-        found = likeness(one - mean, cell, two - mean)
-        assert (found - expected).abs().max() < 0.05
+        actual = likeness(one - mean, cell, two - mean)
+        assert (actual - expected).abs().max() < 0.05
 
 
 def test_numbers_fill_eight_bits_and_units_their_digits() -> None:
-    held = quantized([features(6, 8)], dimensions=16)[0]
-    numbers = np.frombuffer(b64decode(held["data"]), np.int8).reshape(48, 16)
+    entry = quantized([features(6, 8)], dimensions=16)[0]
+    numbers = np.frombuffer(b64decode(entry["data"]), np.int8).reshape(48, 16)
     assert (np.abs(numbers).max(axis=0) == 127).all()
-    assert len(held["units"]) == 16
-    assert all(len(f"{unit:.4g}") >= len(str(unit)) - 2 for unit in held["units"])
+    assert len(entry["units"]) == 16
+    assert all(len(f"{unit:.4g}") >= len(str(unit)) - 2 for unit in entry["units"])
 
 
 def test_features_of_few_channels_are_quantized_as_they_are() -> None:
@@ -85,8 +85,8 @@ def test_features_of_few_channels_are_quantized_as_they_are() -> None:
 
 
 def test_a_collapsed_map_is_quantized_without_harm() -> None:
-    held = quantized([torch.ones(8, 4, 4)])[0]
-    assert torch.isfinite(dequantized(held)).all()
+    entry = quantized([torch.ones(8, 4, 4)])[0]
+    assert torch.isfinite(dequantized(entry)).all()
 
 
 def test_the_data_holds_each_picture_and_its_maps() -> None:
@@ -96,9 +96,9 @@ def test_the_data_holds_each_picture_and_its_maps() -> None:
         Sample("other", torch.rand(3, 20, 30), 0, view),
     ]
     maps = [features(4, 6), features(4, 6)]
-    held = explorer_data(samples, ["data:a", "data:b"], {"Random": maps, "Trained": maps})
-    assert held["networks"] == ["Random", "Trained"]
-    first, second = held["images"]
+    data = explorer_data(samples, ["data:a", "data:b"], {"Random": maps, "Trained": maps})
+    assert data["networks"] == ["Random", "Trained"]
+    first, second = data["images"]
     assert (first["whole"], second["whole"]) == (True, False)
     assert second["map"] == [-0.5, 0, 0.75, 0, 0.5, 0.25]
     assert (first["width"], first["height"]) == (30, 20)
@@ -149,13 +149,13 @@ def loaded(folder: Path, function: str, side: int) -> Loaded:
 @pytest.mark.parametrize("side", [28, 32, 35])
 def test_a_spot_of_the_map_lies_where_it_is_in_the_image(tmp_path, side) -> None:
     ramp = torch.linspace(0, 1, 104).expand(3, 80, 104)
-    own = loaded(tmp_path, "averages", side)
-    maps, _ = extract_maps(own, [ramp], torch.device("cpu"), fixed=False)
-    (found,) = maps[TRAINED]
-    width = found.shape[-1]
+    backbone = loaded(tmp_path, "averages", side)
+    maps, _ = extract_maps(backbone, [ramp], torch.device("cpu"), fixed=False)
+    (features,) = maps[TRAINED]
+    width = features.shape[-1]
     expected = (torch.arange(width) + 0.5) / width
     # But for the outermost ones, which see some of the mirror image.
-    torch.testing.assert_close(found[0, 0, 2:-2], expected[2:-2], atol=0.01, rtol=0)
+    torch.testing.assert_close(features[0, 0, 2:-2], expected[2:-2], atol=0.01, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -171,14 +171,14 @@ def test_a_spot_of_the_map_lies_where_it_is_in_the_image(tmp_path, side) -> None
 def test_a_stride_is_that_of_the_network_and_not_of_the_view(
     tmp_path, function, side, stride
 ) -> None:
-    own = loaded(tmp_path, function, side)
-    reader = Reader(own.net, [own.card.pixel_layer], 3, own.card.image_size)
-    assert stride_of(reader, own.card) == stride
+    backbone = loaded(tmp_path, function, side)
+    reader = Reader(backbone.net, [backbone.card.pixel_layer], 3, backbone.card.image_size)
+    assert stride_of(reader, backbone.card) == stride
 
 
 def test_a_network_of_ones_own_that_takes_one_size_only_is_shown(tmp_path) -> None:
-    own = loaded(tmp_path, "Fixed", 32)
-    save_backbone(tmp_path / "run" / "backbone.safetensors", own.net, own.card)
+    backbone = loaded(tmp_path, "Fixed", 32)
+    save_backbone(tmp_path / "run" / "backbone.safetensors", backbone.net, backbone.card)
     page = visualize(
         tmp_path / "run", images=make_images(tmp_path / "images", 1), out=tmp_path / "page.html"
     )
@@ -190,12 +190,12 @@ def test_images_are_read_and_broken_ones_replaced(tmp_path) -> None:
         size = (40, 30) if number % 2 else (30, 40)
         Image.new("RGB", size, (60 * number, 0, 0)).save(tmp_path / f"{number}.png")
     (tmp_path / "0.png").write_bytes(b"")
-    held = read_samples(tmp_path, preparation(48), 2)
-    assert [sample.name for sample in held] == ["2.png", "1.png"]
-    assert [sample.source for sample in held] == [0, 1]
-    assert held[0].size == (SHOWN_SIDE, SHOWN_SIDE * 3 // 4)
-    assert held[0].pixels[0].mean().item() == pytest.approx(120 / 255, abs=1e-3)
-    assert torch.equal(held[0].to_source, WHOLE)
+    samples = read_samples(tmp_path, preparation(48), 2)
+    assert [sample.name for sample in samples] == ["2.png", "1.png"]
+    assert [sample.source for sample in samples] == [0, 1]
+    assert samples[0].size == (SHOWN_SIDE, SHOWN_SIDE * 3 // 4)
+    assert samples[0].pixels[0].mean().item() == pytest.approx(120 / 255, abs=1e-3)
+    assert torch.equal(samples[0].to_source, WHOLE)
 
 
 def test_a_folder_of_nothing_but_broken_images_is_refused(tmp_path) -> None:
@@ -287,11 +287,11 @@ def test_a_finer_map_is_the_mean_around_each_finer_cell(averages, stride) -> Non
     pixels = torch.rand(2, 24, 32)
     fine = fine_map(averages, pixels, stride, cells=16)  # 4 cells across: 4 times finer
     assert fine.shape == (2, 12, 16)
-    around = mirrored(pixels, 8, 8)
+    padded = mirrored(pixels, 8, 8)
     for row, column in ((0, 0), (5, 6), (11, 15)):
         # The finer cell is 2 pixels wide, its middle at 2 i + 1; the window reaches 4 either way.
         top, left = 2 * row + 1 - 4 + 8, 2 * column + 1 - 4 + 8
-        window = around[:, top : top + 8, left : left + 8]
+        window = padded[:, top : top + 8, left : left + 8]
         torch.testing.assert_close(fine[:, row, column], window.mean(dim=(1, 2)))
 
 

@@ -44,8 +44,8 @@ def test_of_several_matches_the_nearest_is_joined() -> None:
     reached = dict(lines)
     assert set(reached) >= {0, 1, 4, 5}
     for cell, (row, column) in {0: (0.5, 0.5), 1: (0.5, 2.5), 4: (2.5, 0.5)}.items():
-        found = divmod(reached[cell], 4)
-        assert abs(found[0] - row) == abs(found[1] - column) == 0.5
+        place = divmod(reached[cell], 4)
+        assert abs(place[0] - row) == abs(place[1] - column) == 0.5
 
 
 def test_few_lines_are_spread_over_the_picture() -> None:
@@ -111,11 +111,15 @@ def test_the_picture_is_transparent_around_the_views_and_holds_both() -> None:
 def test_lines_end_where_the_cells_are() -> None:
     black = torch.zeros(3, 64, 64)
     same = box(0, 0, 40, 40)[0]
-    bare, drawn = (pairs_picture(black, black, same, same, (1, 1), 0.7, lines=n) for n in (0, 1))
+    without_line, with_line = (
+        pairs_picture(black, black, same, same, (1, 1), 0.7, lines=n) for n in (0, 1)
+    )
     row = matches.MARGIN + matches.VIEW_SIDE // 2
     for column in (matches.MARGIN + matches.VIEW_SIDE // 2, matches.MARGIN + matches.VIEW_SIDE):
-        assert bare.getpixel((column, row)) != drawn.getpixel((column, row))
-    assert bare.getpixel((matches.MARGIN + 20, row)) == drawn.getpixel((matches.MARGIN + 20, row))
+        assert without_line.getpixel((column, row)) != with_line.getpixel((column, row))
+    assert without_line.getpixel((matches.MARGIN + 20, row)) == with_line.getpixel(
+        (matches.MARGIN + 20, row)
+    )
 
 
 def test_no_line_hides_the_end_of_another() -> None:

@@ -54,9 +54,9 @@ def test_red_is_the_direction_in_which_cells_differ_most() -> None:
 def test_a_basis_gives_the_same_colours_to_the_same_features() -> None:
     one, two = torch.randn(2, 3, 8, 6, 6)
     both, basis = pca_colours(torch.cat((one, two)))
-    alone, kept = pca_colours(two, basis)
-    torch.testing.assert_close(alone, both[3:])
-    assert kept is basis
+    colours, same = pca_colours(two, basis)
+    torch.testing.assert_close(colours, both[3:])
+    assert same is basis
 
 
 def test_collapsed_features_are_gray() -> None:
@@ -89,8 +89,8 @@ def test_aligned_colours_are_those_before_where_only_the_axes_turned(turn) -> No
     # The same features in other axes of the network: the same likeness, any colours.
     turned = orthogonal(12) if turn == "turned" else -torch.eye(12)
     later = torch.einsum("d c, n c h w -> n d h w", turned, features)
-    again, _ = aligned_colours(later, before)
-    assert (again - before).abs().mean() < 0.02
+    aligned, _ = aligned_colours(later, before)
+    assert (aligned - before).abs().mean() < 0.02
 
 
 def test_aligned_colours_follow_another_order_of_components() -> None:
@@ -98,9 +98,9 @@ def test_aligned_colours_follow_another_order_of_components() -> None:
     features = torch.randn(3, 8, 9, 9)
     before, _ = pca_colours(features * strengths)
     swapped = torch.tensor([0.8, 0.9, 1.0, *5 * [0.01]]).view(1, -1, 1, 1)
-    plain, _ = pca_colours(features * swapped)
+    unaligned, _ = pca_colours(features * swapped)
     aligned, _ = aligned_colours(features * swapped, before)
-    assert (aligned - before).abs().mean() < 0.1 < (plain - before).abs().mean()
+    assert (aligned - before).abs().mean() < 0.1 < (unaligned - before).abs().mean()
 
 
 def test_a_collapse_is_not_painted_over_by_aligning() -> None:
@@ -135,13 +135,13 @@ def test_wrong_maps_are_refused() -> None:
 
 def test_likeness_is_the_cosine_of_each_cell() -> None:
     one, two = torch.randn(5, 3, 4), torch.randn(5, 2, 6)
-    found = likeness(one, (2, 1), two)
-    chosen = one[:, 2, 1]
+    cosines = likeness(one, (2, 1), two)
+    vector = one[:, 2, 1]
     for row in range(2):
         for column in range(6):
             cell = two[:, row, column]
-            expected = float(chosen @ cell / (chosen.norm() * cell.norm()))
-            assert found[row, column].item() == pytest.approx(expected, abs=1e-5)
+            expected = float(vector @ cell / (vector.norm() * cell.norm()))
+            assert cosines[row, column].item() == pytest.approx(expected, abs=1e-5)
 
 
 def test_a_cell_is_like_itself() -> None:
@@ -166,7 +166,7 @@ def test_centred_maps_have_no_common_direction() -> None:
     one, two = torch.rand(6, 3, 4) + 1, torch.rand(6, 5, 2) + 1  # as behind a ReLU
     assert likeness(one, (0, 0)).min() > 0.8
     directions = centred(one, two)
-    total = sum(own.sum(dim=(1, 2)) for own in directions)
+    total = sum(direction.sum(dim=(1, 2)) for direction in directions)
     torch.testing.assert_close(total, torch.zeros(6), atol=1e-5, rtol=0)
     assert likeness(directions[0], (0, 0), directions[1]).min() < 0
 
@@ -178,11 +178,11 @@ def test_the_colours_stand_below_their_images() -> None:
     images = torch.zeros(2, 3, 30, 60)
     images[1] = 1.0
     colours = torch.full((2, 3, 3, 6), 0.5)
-    drawn = colours_picture(images, colours, side=60)
-    assert drawn.size == (60 + 4 + 60, 30 + 4 + 30)
-    assert drawn.getpixel((10, 10)) == (0, 0, 0)
-    assert drawn.getpixel((62, 10)) == (255, 255, 255)  # the gap
-    assert drawn.getpixel((100, 50)) == (128, 128, 128)
+    picture = colours_picture(images, colours, side=60)
+    assert picture.size == (60 + 4 + 60, 30 + 4 + 30)
+    assert picture.getpixel((10, 10)) == (0, 0, 0)
+    assert picture.getpixel((62, 10)) == (255, 255, 255)  # the gap
+    assert picture.getpixel((100, 50)) == (128, 128, 128)
 
 
 def test_the_likeness_picture_is_bright_where_cells_are_alike() -> None:
@@ -190,12 +190,12 @@ def test_the_likeness_picture_is_bright_where_cells_are_alike() -> None:
     features[0, :, :2] = 1
     features[1, :, 2:] = 1
     white = torch.ones(3, 64, 64)
-    drawn = likeness_picture([white, white], [features, features.flip(2)], (0, 0), side=64)
-    assert drawn.size == (64 + 8 + 64, 64)
-    assert drawn.getpixel((5, 60)) == (255, 255, 255)
-    assert max(drawn.getpixel((60, 60))) < 64
-    assert max(drawn.getpixel((77, 60))) < 64
-    assert drawn.getpixel((132, 60)) == (255, 255, 255)
+    picture = likeness_picture([white, white], [features, features.flip(2)], (0, 0), side=64)
+    assert picture.size == (64 + 8 + 64, 64)
+    assert picture.getpixel((5, 60)) == (255, 255, 255)
+    assert max(picture.getpixel((60, 60))) < 64
+    assert max(picture.getpixel((77, 60))) < 64
+    assert picture.getpixel((132, 60)) == (255, 255, 255)
 
 
 def test_flat_colours_mean_what_they_are_said_to_mean() -> None:

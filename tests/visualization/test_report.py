@@ -73,12 +73,14 @@ def test_the_page_names_no_place_but_itself(read) -> None:
 def test_only_the_scripts_of_the_template_are_on_the_page(read) -> None:
     scripts = [attributes for tag, attributes in read.elements if tag == "script"]
     assert scripts == [{"type": "application/json", "id": "explorer-data"}, {}]
-    assert not any(name.startswith("on") for _, held in read.elements for name in held)
+    assert not any(name.startswith("on") for _, attributes in read.elements for name in attributes)
 
 
 def test_the_browser_is_told_to_run_nothing_else(read) -> None:
     policy = next(
-        held["content"] for tag, held in read.elements if tag == "meta" and "http-equiv" in held
+        attributes["content"]
+        for tag, attributes in read.elements
+        if tag == "meta" and "http-equiv" in attributes
     )
     assert re.fullmatch(
         r"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src "
@@ -92,8 +94,8 @@ def test_names_stand_on_the_page_as_they_are(read) -> None:
     captions = "".join(read.texts["bdi"])
     for name in NAMES:
         assert name in captions
-    held = json.loads("".join(read.texts["script"][:1]))
-    assert {image["name"] for image in held["images"] if image["whole"]} == set(NAMES)
+    data = json.loads("".join(read.texts["script"][:1]))
+    assert {image["name"] for image in data["images"] if image["whole"]} == set(NAMES)
 
 
 def test_settings_and_scores_stand_on_the_page_as_they_are(text, read) -> None:
@@ -101,21 +103,21 @@ def test_settings_and_scores_stand_on_the_page_as_they_are(text, read) -> None:
     assert EVIL in read.texts["td"]
     assert "0.375 ± 0.011" in read.texts["td"]
     assert "0.125" in read.texts["td"]
-    assert any(EVIL in words for words in read.texts["p"])
+    assert any(EVIL in text for text in read.texts["p"])
 
 
 def test_every_picture_has_words_and_every_control_a_label(read) -> None:
-    images = [held for tag, held in read.elements if tag == "img"]
+    images = [attributes for tag, attributes in read.elements if tag == "img"]
     assert len(images) > 20
-    assert all(held.get("alt") for held in images)
-    assert {"lang": "en"} in [held for tag, held in read.elements if tag == "html"]
-    charts = [held for _, held in read.elements if held.get("role") == "img"]
+    assert all(attributes.get("alt") for attributes in images)
+    assert {"lang": "en"} in [attributes for tag, attributes in read.elements if tag == "html"]
+    charts = [attributes for _, attributes in read.elements if attributes.get("role") == "img"]
     assert len(charts) == 8
-    assert all("from" in (held["aria-label"] or "") for held in charts)
+    assert all("from" in (attributes["aria-label"] or "") for attributes in charts)
 
 
 def test_all_parts_are_there(read) -> None:
-    headings = [words.strip() for words in read.texts["h2"] if words.strip()]
+    headings = [heading.strip() for heading in read.texts["h2"] if heading.strip()]
     assert headings == [
         "The features look healthy",
         "Point at a pixel",
@@ -129,7 +131,7 @@ def test_all_parts_are_there(read) -> None:
 
 
 def test_of_many_pictures_some_are_shown_the_first_and_the_last_included(read) -> None:
-    steps = [words for words in read.texts["figcaption"] if words.startswith("step ")]
+    steps = [caption for caption in read.texts["figcaption"] if caption.startswith("step ")]
     assert steps[0] == "step 0"
     assert steps[-1] == "step 800"
     assert len(steps) == 6
@@ -143,10 +145,10 @@ def test_pictures_are_called_as_their_images_are(tmp_path) -> None:
 
 
 def test_the_run_is_judged_in_words(read) -> None:
-    told = "".join(read.texts["li"])
-    assert "rose from" in told
-    assert "40 matching pairs" in told
-    assert "40% of the time is spent waiting for images" in told
+    text = "".join(read.texts["li"])
+    assert "rose from" in text
+    assert "40 matching pairs" in text
+    assert "40% of the time is spent waiting for images" in text
 
 
 def test_a_collapsed_run_is_called_one(run_maker, tmp_path) -> None:
@@ -178,10 +180,10 @@ def test_a_backbone_without_a_run_has_a_report_too(run_maker, tmp_path) -> None:
         shutil.copy(run / name, alone / name)
     page = visualize(alone, images=images, out=tmp_path / "new folder" / "page.html", count=1)
     assert page == tmp_path / "new folder" / "page.html"
-    words = Elements(page.read_text()).texts["h2"]
-    assert "Point at a pixel" in words
-    assert "The run" not in words
-    assert "Configuration" not in words
+    headings = Elements(page.read_text()).texts["h2"]
+    assert "Point at a pixel" in headings
+    assert "The run" not in headings
+    assert "Configuration" not in headings
 
 
 def test_a_report_stands_by_default_beside_its_weights(run_maker, monkeypatch, tmp_path) -> None:
@@ -192,8 +194,8 @@ def test_a_report_stands_by_default_beside_its_weights(run_maker, monkeypatch, t
         two / "report.html",
     ]
     shutil.copy(one / "backbone.json", one / "given.json")
-    given = shutil.copy(one / "backbone.safetensors", one / "given.safetensors")
-    page = visualize(given, count=1)  # of the images and with the settings of its run
+    weights = shutil.copy(one / "backbone.safetensors", one / "given.safetensors")
+    page = visualize(weights, count=1)  # of the images and with the settings of its run
     assert page == one / "report-given.html"
     assert "whose centres are closer than 0.5 cell diagonals" in page.read_text()
     assert not list(tmp_path.glob("*.html"))
@@ -225,14 +227,16 @@ def test_twelve_images_stay_under_ten_megabytes(run_maker, tmp_path) -> None:
     assert page.read_text().count('class="shared"') == 2 * 12
 
 
-@pytest.mark.parametrize("given", [{}, {"nodata": 7.0, "pages": "images"}])
-def test_images_are_read_as_those_of_the_run(run_maker, tmp_path, monkeypatch, given) -> None:
+@pytest.mark.parametrize("settings", [{}, {"nodata": 7.0, "pages": "images"}])
+def test_images_are_read_as_those_of_the_run(run_maker, tmp_path, monkeypatch, settings) -> None:
     run = run_maker("read", nodata=-9999.0, pages="first")
-    asked = []
-    monkeypatch.setattr(report_module, "open_source", lambda _, **own: asked.append(own) or [][0])
+    calls = []
+    monkeypatch.setattr(
+        report_module, "open_source", lambda _, **options: calls.append(options) or [][0]
+    )
     with pytest.raises(IndexError):
-        visualize(run, out=tmp_path / "page.html", **given)
-    assert asked == [{"nodata": -9999.0, "pages": "first"} | given]
+        visualize(run, out=tmp_path / "page.html", **settings)
+    assert calls == [{"nodata": -9999.0, "pages": "first"} | settings]
 
 
 @pytest.mark.parametrize(
@@ -284,8 +288,8 @@ def test_settings_that_are_none_are_refused(run_maker, tmp_path) -> None:
 
 def scores(protocol: str, sentence: str) -> Evaluation:
     row = Row("random weights", {"figure": 0.25})
-    given = {"weights": "a", "data": "b", "settings": {}, "rows": (row,)}
-    return Evaluation(protocol=protocol, sentence=sentence, **given)
+    common = {"weights": "a", "data": "b", "settings": {}, "rows": (row,)}
+    return Evaluation(protocol=protocol, sentence=sentence, **common)
 
 
 def test_figures_with_labels_and_without_are_both_shown(run_maker, tmp_path) -> None:
@@ -298,8 +302,8 @@ def test_figures_with_labels_and_without_are_both_shown(run_maker, tmp_path) -> 
     assert "What they predict" not in text  # which these figures are not about
     scores("linear", "Classes were found.").write(run)
     text = visualize(run, out=tmp_path / "page.html", count=1).read_text()
-    told = ("Classes were found.", "What they predict", "Spots were found.")
-    places = [text.index(words) for words in told]
+    sentences = ("Classes were found.", "What they predict", "Spots were found.")
+    places = [text.index(sentence) for sentence in sentences]
     assert places == sorted(places)
     assert text.count('id="how-good-the-features-are"') == 1
     assert text.count('id="how-well-cells-match-between-views"') == 1
@@ -310,13 +314,13 @@ def test_a_label_curve_stands_before_the_predictions(run_maker, tmp_path) -> Non
     (run / "predictions").mkdir()
     for path in (run / "predictions" / "0000_a.png", run / "label-curve.png"):
         Image.new("RGB", (8, 4)).save(path)
-    found = scores("finetune", "Masks were saved.")
-    found.write(run)
+    evaluation = scores("finetune", "Masks were saved.")
+    evaluation.write(run)
     page = tmp_path / "page.html"
     assert "How many masks they need" not in visualize(run, out=page, count=1).read_text()
     points = (CurvePoint(3, 0.4, 0.0, (0.4,)), CurvePoint(9, 0.5, 0.0, (0.5,)))
-    row = replace(found.rows[0], curves={"finetune": points})
-    replace(found, rows=(row,)).write(run)
+    row = replace(evaluation.rows[0], curves={"finetune": points})
+    replace(evaluation, rows=(row,)).write(run)
     text = visualize(run, out=page, count=1).read_text()
     assert text.index("How many masks they need") < text.index("What they predict")
     table = text[text.index("mIoU by the number of masks: finetune") :]
@@ -327,29 +331,29 @@ def test_a_label_curve_stands_before_the_predictions(run_maker, tmp_path) -> Non
 
 
 def test_a_page_tells_nothing_of_the_machine() -> None:
-    told = without_places(
+    settings = without_places(
         {"data": ["/home/me/slides", "https://there/a.tar"], "out": "~/runs/one", "steps": 3}
     )
-    assert told == {"data": ["slides", "https://there/a.tar"], "out": "one", "steps": 3}
+    assert settings == {"data": ["slides", "https://there/a.tar"], "out": "one", "steps": 3}
 
 
 def test_figures_of_earlier_weights_are_said_to_be_old(run_maker, tmp_path) -> None:
     run = run_maker("resumed")
-    random, ours = (
+    random, run_row = (
         Row("random weights", {"mIoU": 0.3}),
         Row("run", {"mIoU": 0.2}, baselines=("random weights",)),
     )
-    found = replace(scores("linear", "Classes were found."), rows=(random, ours)).write(run)
+    path = replace(scores("linear", "Classes were found."), rows=(random, run_row)).write(run)
     weights = run / "backbone.safetensors"
-    for lead, told in ((-60, 0), (60, 1)):
-        os.utime(weights, (0, found.stat().st_mtime + lead))
+    for lead, count in ((-60, 0), (60, 1)):
+        os.utime(weights, (0, path.stat().st_mtime + lead))
         text = visualize(run, out=tmp_path / "page.html", count=1).read_text()
-        assert text.count("older than the run&#39;s weights") == told
-        assert ("Worse than random weights" in text) != told
+        assert text.count("older than the run&#39;s weights") == count
+        assert ("Worse than random weights" in text) != count
     os.utime(weights, (0, 0))
     (run / "checkpoints").mkdir()
     (run / "checkpoints" / "step-00000009.ckpt").touch()
-    os.utime(found, (0, 1))
+    os.utime(path, (0, 1))
     text = visualize(run, out=tmp_path / "page.html", count=1).read_text()
     assert "older than the run&#39;s weights" in text
 
@@ -384,27 +388,27 @@ def test_the_size_of_the_views_is_height_and_width_as_in_the_log() -> None:
     assert (facts["views"], facts["steps"]) == ("32 x 48 px", "4")
 
 
-def bare(**given: object) -> Report:
+def bare(**overrides: object) -> Report:
     """A report of nothing but these parts."""
-    parts = {own.name: () for own in fields(Report)}
-    held = {"name": "", "facts": {}, "verdict": RunVerdict(True, "", "", []), "settings": {}}
-    return Report(**parts | held | {"threshold": 0.7, "version": ""} | given)
+    parts = {field.name: () for field in fields(Report)}
+    defaults = {"name": "", "facts": {}, "verdict": RunVerdict(True, "", "", []), "settings": {}}
+    return Report(**parts | defaults | {"threshold": 0.7, "version": ""} | overrides)
 
 
 def test_json_in_a_script_ends_no_script() -> None:
     name = "</script><!-- & \u2028 é"
     text = render(bare(), {"name": name})
-    (held,) = re.findall(r'id="explorer-data">(.*?)</script>', text)
-    assert not set("<>&\u2028é") & set(held)
-    assert json.loads(held) == {"name": name}
+    (data,) = re.findall(r'id="explorer-data">(.*?)</script>', text)
+    assert not set("<>&\u2028é") & set(data)
+    assert json.loads(data) == {"name": name}
 
 
 def test_what_is_filled_in_is_not_filled_in_again() -> None:
     verdict = RunVerdict(True, "{{ report.version }}", "{% raw %}", ["{# no comment #}"])
     text = render(bare(name="{{ explorer }}", verdict=verdict, version="secret"), None)
     assert text.count("secret") == 1
-    for words in ("{{ report.version }}", "{% raw %}", "{# no comment #}", "{{ explorer }}</bdi>"):
-        assert words in text
+    for markup in ("{{ report.version }}", "{% raw %}", "{# no comment #}", "{{ explorer }}</bdi>"):
+        assert markup in text
 
 
 @pytest.mark.parametrize(

@@ -13,24 +13,26 @@ from pixel_level_contrastive_learning.visualization.verdict import findings, jud
     [(0.9, "The features look healthy"), (0.1, "Healthy features, little learned")],
 )
 def test_a_run_that_learned_nothing_is_not_called_healthy(end, heading) -> None:
-    held = {"step": [1, 2], "pixel_cosine": [0.2, end], "spread": [0.8], "effective_rank": [9]}
-    assert judge_run(held, []).heading == heading
-    del held["pixel_cosine"]
-    assert judge_run(held, []).heading == "The features look healthy"
+    metrics = {"step": [1, 2], "pixel_cosine": [0.2, end], "spread": [0.8], "effective_rank": [9]}
+    assert judge_run(metrics, []).heading == heading
+    del metrics["pixel_cosine"]
+    assert judge_run(metrics, []).heading == "The features look healthy"
 
 
 def test_a_quick_loader_is_not_worth_a_word() -> None:
     assert findings({"step": [1, 2], "waiting": [0.1, 0.1]}) == []
 
 
-def run(cosine: float, rank: float, spread: float, kept: float, hit1: float) -> dict[str, list]:
+def run(
+    cosine: float, rank: float, spread: float, unchanged: float, hit1: float
+) -> dict[str, list]:
     """The figures of a run whose cells found their spot in 47 % of cases before the first step."""
     return {
         "step": [1, 2],
         "pixel_cosine": [0.1, cosine],
         "effective_rank": [60, rank],
         "spread": [0.8, spread],
-        "hit1_colours_kept": [0.47, kept],
+        "hit1_colours_kept": [0.47, unchanged],
         "hit1": [0.475, hit1],
     }
 
@@ -51,8 +53,8 @@ def run(cosine: float, rank: float, spread: float, kept: float, hit1: float) -> 
     ],
 )
 def test_what_a_run_is_called(figures, well, heading) -> None:
-    found = judge_run(figures, [])
-    assert (found.healthy, found.heading) == (well, heading)
+    verdict = judge_run(figures, [])
+    assert (verdict.healthy, verdict.heading) == (well, heading)
 
 
 @pytest.mark.parametrize(
@@ -74,9 +76,9 @@ def test_correspondence_counts_once_it_was_measured_after_training() -> None:
     figures = run(0.8, 9, 0.7, 0.5, 0.475)  # what was found before the first step, repeated
     assert judge_run(figures, []).heading == "The features look healthy"
     assert "was not measured after training" in " ".join(findings(figures))
-    again = figures | {"hit_step": [0, 2]}  # measured, and found to be the same
-    assert judge_run(again, []).heading == "Healthy features, little learned"
-    assert "48% of the time, 48% before" in " ".join(findings(again))
+    measured = figures | {"hit_step": [0, 2]}  # measured, and found to be the same
+    assert judge_run(measured, []).heading == "Healthy features, little learned"
+    assert "48% of the time, 48% before" in " ".join(findings(measured))
     late = {
         name: values[:1] * 99 + values[1:] for name, values in run(0.8, 9, 0.7, 0.6, 0.54).items()
     }
@@ -89,8 +91,11 @@ def test_what_is_said_of_correspondence() -> None:
         "Cells find the same spot in another view 54% of the time, 48% before the first step."
         in findings(good)
     )
-    assert not any("colour augmentation" in told for told in findings(good))
-    assert any("unchanged, 63% of the time: use stronger colour" in t for t in findings(colour))
+    assert not any("colour augmentation" in sentence for sentence in findings(good))
+    assert any(
+        "unchanged, 63% of the time: use stronger colour" in sentence
+        for sentence in findings(colour)
+    )
 
 
 def test_steps_without_a_rank_hide_no_collapse() -> None:
@@ -100,40 +105,43 @@ def test_steps_without_a_rank_hide_no_collapse() -> None:
 
 
 def test_a_run_that_was_never_looked_at_is_judged_by_its_features() -> None:
-    held = {"step": [1, 2], "spread": [0.8], "effective_rank": [9], "hit1": [float("nan")]}
-    assert judge_run(held, []).heading == "The features look healthy"
+    metrics = {"step": [1, 2], "spread": [0.8], "effective_rank": [9], "hit1": [float("nan")]}
+    assert judge_run(metrics, []).heading == "The features look healthy"
 
 
 def test_the_likeness_of_pairs_alone_makes_no_run_healthy() -> None:
-    held = {"step": [1, 2], "spread": [0.8] * 2, "effective_rank": [9] * 2}
-    found = judge_run(held | {"pixel_cosine": [0.2, 0.8]}, [])
-    assert found.heading == "The features look healthy"
-    assert "was not measured" in "".join(found.findings)
-    found = judge_run(held | {"pixel_cosine": [0.8, 0.2]}, [])
-    assert found.heading == "Healthy features, little learned"
+    metrics = {"step": [1, 2], "spread": [0.8] * 2, "effective_rank": [9] * 2}
+    verdict = judge_run(metrics | {"pixel_cosine": [0.2, 0.8]}, [])
+    assert verdict.heading == "The features look healthy"
+    assert "was not measured" in "".join(verdict.findings)
+    verdict = judge_run(metrics | {"pixel_cosine": [0.8, 0.2]}, [])
+    assert verdict.heading == "Healthy features, little learned"
 
 
 def test_a_run_of_the_instance_loss_alone_is_judged_by_what_it_has() -> None:
     figures = run(0.8, 11, 0.75, 0.63, 0.59)
     figures |= {"pixel_cosine": [0.0, 0.0], "positive_pairs": [0, 0], "instance_cosine": [0.1, 0.6]}
     assert judge_run(figures, []).heading == "The run looks healthy"
-    told = findings(figures)
-    assert told[0].startswith("The similarity of two views of an image rose from 0.10 to 0.60")
-    assert any("alpha is 0, or no two views see the same spot" in own for own in told)
+    sentences = findings(figures)
+    assert sentences[0].startswith("The similarity of two views of an image rose from 0.10 to 0.60")
+    assert any(
+        "alpha is 0, or no two views see the same spot" in sentence for sentence in sentences
+    )
     figures |= {"pixel_cosine": [0.1, 0.3], "positive_pairs": [9, 9]}
-    told = findings(figures)
-    assert told[0].startswith(
+    sentences = findings(figures)
+    assert sentences[0].startswith(
         "The similarity of cells that see the same spot rose from 0.10 to 0.30"
     )
-    assert "Each image has 9 matching pairs of cells on average." in told
+    assert "Each image has 9 matching pairs of cells on average." in sentences
 
 
 def test_a_probe_is_told_of() -> None:
     figures = run(0.8, 11, 0.75, 0.63, 0.59)
-    assert not any("probe" in own for own in findings(figures))
-    told = findings(figures | {"probe_miou": [0.25, float("nan"), 0.31, 0.29]})
+    assert not any("probe" in sentence for sentence in findings(figures))
+    sentences = findings(figures | {"probe_miou": [0.25, float("nan"), 0.31, 0.29]})
     assert any(
-        "A probe reaches 0.290 mIoU; 0.250 before the first step, 0.310 at best." in t for t in told
+        "A probe reaches 0.290 mIoU; 0.250 before the first step, 0.310 at best." in sentence
+        for sentence in sentences
     )
 
 
@@ -164,17 +172,22 @@ def test_probes_that_began_late_tell_nothing_of_the_start() -> None:
 )
 def test_a_stored_evaluation_overrules_what_looks_sound(miou, well, heading) -> None:
     names = "random weights", "start (torchvision/resnet18)", "runs/slides"
-    random, start, ours = (
-        Row.of(name, [{"mIoU": own}], baselines=names[:2] if name == names[2] else ())
-        for name, own in zip(names, miou, strict=True)
+    random, start, run_row = (
+        Row.of(name, [{"mIoU": score}], baselines=names[:2] if name == names[2] else ())
+        for name, score in zip(names, miou, strict=True)
     )
-    found = Evaluation(
-        weights="a", data="b", protocol="knn", settings={}, rows=(random, start, ours), sentence=""
+    evaluation = Evaluation(
+        weights="a",
+        data="b",
+        protocol="knn",
+        settings={},
+        rows=(random, start, run_row),
+        sentence="",
     )
     good = run(0.75, 11, 0.75, 0.63, 0.59)
-    judged = judge_run(good, [], found)
-    assert (judged.healthy, judged.heading) == (well, heading)
-    several = replace(found, rows=(*found.rows, ours))  # not known which is the run
+    verdict = judge_run(good, [], evaluation)
+    assert (verdict.healthy, verdict.heading) == (well, heading)
+    several = replace(evaluation, rows=(*evaluation.rows, run_row))  # not known which is the run
     assert judge_run(good, [], several).heading == "The run looks healthy"
-    collapsed = judge_run(run(0.87, 1.1, 0.46, 0.58, 0.54), [], found)
+    collapsed = judge_run(run(0.87, 1.1, 0.46, 0.58, 0.54), [], evaluation)
     assert collapsed.heading == "Something is wrong with this run"
