@@ -412,9 +412,9 @@ class Heads(nn.Module):
 
 
 def test_the_sum_of_heads_is_no_feature() -> None:
-    def forward(own: nn.Module, x: Tensor) -> Tensor:
-        early = own.stem(x)
-        return own.heads((own.block(early), early))
+    def forward(net: nn.Module, x: Tensor) -> Tensor:
+        early = net.stem(x)
+        return net.heads((net.block(early), early))
 
     net = Calls(forward, stem=nn.Conv2d(3, 8, 4, 4), block=nn.Conv2d(8, 16, 2, 2), heads=Heads())
     assert FeatureInfo(net, 3, (64, 64)).default_pixels(2) == ["block", "stem"]
@@ -646,7 +646,7 @@ def test_class_scores_are_told_by_what_they_are_and_not_by_where_they_lie() -> N
             passing = [x * k for k in range(200)]
             for tensor in passing:
                 net.side(tensor)
-        kept = passing[::2]  # noqa: F841  # half of the addresses stay taken
+        remaining = passing[::2]  # noqa: F841  # half of the addresses stay taken
         del passing, tensor
         return net.scores(x)
 

@@ -66,7 +66,7 @@ def settings(tmp_path: Path, run: Path, images: Path) -> Callable[..., dict[str,
         "precision": "float32",
         "loggers": (),
     }
-    return lambda **given: small | given
+    return lambda **changes: small | changes
 
 
 def as_flags(settings: dict[str, Any]) -> list[str]:
@@ -87,4 +87,4 @@ def as_flags(settings: dict[str, Any]) -> list[str]:
 @pytest.fixture
 def flags(settings: Callable[..., dict[str, Any]]) -> Callable[..., list[str]]:
     """The same as arguments of the command line."""
-    return lambda **given: as_flags(settings(**given))
+    return lambda **changes: as_flags(settings(**changes))

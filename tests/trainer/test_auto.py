@@ -45,8 +45,8 @@ IMAGENET = replace(
 )
 
 
-def planned(info: Info = LAPTOP, **given: object) -> RunPlan:
-    return resolve(PretrainConfig(**given), info)
+def planned(info: Info = LAPTOP, **settings: object) -> RunPlan:
+    return resolve(PretrainConfig(**settings), info)
 
 
 @pytest.mark.parametrize(
@@ -76,8 +76,8 @@ def test_few_images_are_seen_more_often(images, passes) -> None:
 
 def test_the_settings_written_down_leave_auto_to_the_system_alone() -> None:
     plan = planned()
-    left = {name for name, value in vars(plan.settings).items() if value == "auto"}
-    assert left == {"accumulate", "workers", "devices", "accelerator", "strategy", "cache"}
+    names = {name for name, value in vars(plan.settings).items() if value == "auto"}
+    assert names == {"accumulate", "workers", "devices", "accelerator", "strategy", "cache"}
     assert (plan.batch_size, plan.precision, plan.view_size) == (32, "float32", (224, 224))
     assert (plan.settings.image_size, plan.settings.pixel_layer) == (224, "layer4")
     assert {"lr", "epochs", "blur_sigma"} <= set(plan.chosen)
@@ -86,7 +86,7 @@ def test_the_settings_written_down_leave_auto_to_the_system_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("info", "given", "what", "comes_to"),
+    ("info", "settings", "path", "comes_to"),
     [
         # Blur is a share of the view.
         ({}, {"image_size": 224}, "photometry.1.sigma", (0.1, 2.0)),
@@ -127,15 +127,15 @@ def test_the_settings_written_down_leave_auto_to_the_system_alone() -> None:
         ({}, {"batch_size": 1, "instance_weight": 0.0}, "batch_size", 1),
     ],
 )
-def test_what_settings_come_to(info, given, what, comes_to) -> None:
-    found: object = planned(replace(LAPTOP, **info), **given)
-    for name in what.split("."):
-        found = found[int(name)] if name.isdecimal() else getattr(found, name)
-    assert found == comes_to
+def test_what_settings_come_to(info, settings, path, comes_to) -> None:
+    value: object = planned(replace(LAPTOP, **info), **settings)
+    for name in path.split("."):
+        value = value[int(name)] if name.isdecimal() else getattr(value, name)
+    assert value == comes_to
 
 
 @pytest.mark.parametrize(
-    ("processes", "given", "told"),
+    ("processes", "settings", "message"),
     [
         (1, {"optimizer": "rprop"}, "which has no default learning rate; set lr"),
         (1, {"lr": 0.1, "batch_size": 64, "final_lr": 0.06}, "0.06, above the peak .* 0.05"),
@@ -143,17 +143,17 @@ def test_what_settings_come_to(info, given, what, comes_to) -> None:
         (2, {"batch_size": 2}, "batch norm needs more than one image; give 4 or"),
     ],
 )
-def test_what_comes_to_nothing_is_refused(processes, given, told) -> None:
-    with pytest.raises(ValueError, match=told):
-        planned(replace(LAPTOP, processes=processes), **given)
+def test_what_comes_to_nothing_is_refused(processes, settings, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        planned(replace(LAPTOP, processes=processes), **settings)
 
 
 def test_the_learning_rate_of_sgd_and_lars_alone_grows_in_proportion() -> None:
     classes = {name: str(get_optimizer_info(name).opt_class) for name in list_optimizers()}
     assert {"fusedadamw", "nmuon", "csgdw", "nlars"} <= set(classes)
-    for name, own in classes.items():
+    for name, class_name in classes.items():
         peak = planned(optimizer=name, lr=1.0, batch_size=1024).schedule.peak_lr
-        assert peak == (4.0 if "SGD" in own or "Lars" in own else 2.0), name
+        assert peak == (4.0 if "SGD" in class_name or "Lars" in class_name else 2.0), name
 
 
 def test_pictures_take_little_of_any_run() -> None:
@@ -247,7 +247,7 @@ MIB = 2**20
 
 
 @pytest.mark.parametrize(
-    ("cache", "change", "passes", "kept"),
+    ("cache", "change", "passes", "mebibytes"),
     [
         ("auto", {}, 10, 1143),  # 1000 images of 480 x 640 x 3, and three tenths
         ("auto", {"value_bytes": 4}, 10, 0),  # more than a quarter of 8 GiB
@@ -258,6 +258,6 @@ MIB = 2**20
         ("auto", {"channels": 1}, 10, 381),
     ],
 )
-def test_decoded_images_are_kept_where_they_fit(cache, change, passes, kept) -> None:
+def test_decoded_images_are_kept_where_they_fit(cache, change, passes, mebibytes) -> None:
     info = replace(LAPTOP, **change)
-    assert round(cache_bytes(cache, info, passes=passes) / MIB) == kept
+    assert round(cache_bytes(cache, info, passes=passes) / MIB) == mebibytes

@@ -21,27 +21,27 @@ from pixel_level_contrastive_learning.trainer import metrics, trainer
 def test_a_run_that_collapses_says_so_in_words(run, settings, monkeypatch) -> None:
     monkeypatch.setattr(metrics, "spread", lambda _: torch.tensor(0.01))
     pretrain(**settings())
-    told = [line for line in log(run).splitlines() if "WARN" in line]
-    assert len(told) == 1  # once, though it stays so
-    assert "step 1: the features are collapsing: their spread is 0.01, below 0.1" in told[0]
+    warnings = [line for line in log(run).splitlines() if "WARN" in line]
+    assert len(warnings) == 1  # once, though it stays so
+    assert "step 1: the features are collapsing: their spread is 0.01, below 0.1" in warnings[0]
 
 
 def test_a_terminal_sees_a_bar_and_a_file_does_not(tmp_path, settings, monkeypatch) -> None:
     screen = io.StringIO()
-    made = Console(file=screen, force_terminal=True, width=160)
-    monkeypatch.setattr(progress, "Console", lambda **_: made)
+    console = Console(file=screen, force_terminal=True, width=160)
+    monkeypatch.setattr(progress, "Console", lambda **_: console)
     pretrain(**settings())
     for word in ("pretrain", "6/6", "loss ", "pixel_cosine", "images/s", "waiting", "GiB"):
         assert word in screen.getvalue()
     narrow = io.StringIO()
-    made = Console(file=narrow, force_terminal=True, width=80)
+    console = Console(file=narrow, force_terminal=True, width=80)
     pretrain(**settings(out=str(tmp_path / "narrow")))
     for word in ("pretrain", "6/6\x1b", "00:00\x1b", "loss ", "pixel_cosine", "images/s"):
         assert word in narrow.getvalue()
     assert "━" not in narrow.getvalue()
     assert "GiB" not in narrow.getvalue()
     silent = io.StringIO()
-    made = Console(file=silent, force_terminal=False)
+    console = Console(file=silent, force_terminal=False)
     pretrain(**settings(out=str(tmp_path / "again")))
     assert silent.getvalue() == ""
 
@@ -66,7 +66,7 @@ def test_the_speed_is_that_of_the_steps_and_not_of_what_is_done_between(
     run, settings, monkeypatch
 ) -> None:
     def slow(act: Callable[..., object]) -> Callable[..., object]:
-        return lambda *own: (time.sleep(3), act(*own))[1]
+        return lambda *args: (time.sleep(3), act(*args))[1]
 
     for owner, name in (
         (trainer, "save_checkpoint"),
@@ -79,31 +79,31 @@ def test_the_speed_is_that_of_the_steps_and_not_of_what_is_done_between(
 
 
 @pytest.mark.parametrize(
-    ("count", "told"), [(1, "1 image to train on: far too few"), (9, "9 images to"), (12, "")]
+    ("count", "message"), [(1, "1 image to train on: far too few"), (9, "9 images to"), (12, "")]
 )
-def test_a_run_on_hardly_any_images_is_warned_of(run, settings, count, told) -> None:
+def test_a_run_on_hardly_any_images_is_warned_of(run, settings, count, message) -> None:
     pretrain(**settings(data=[torch.rand(3, 40, 48)] * count, steps=1, batch_size=2))
     warned = [line for line in log(run).splitlines() if "WARN" in line and "far too few" in line]
-    assert len(warned) == bool(told)
-    assert told in " ".join(warned)
+    assert len(warned) == bool(message)
+    assert message in " ".join(warned)
 
 
 @pytest.mark.parametrize("part", ["", "images", "images/train"])
 def test_images_to_evaluate_on_are_not_trained_on_in_silence(run, settings, labelled, part) -> None:
     pretrain(**settings(data=(str(labelled / part),), steps=1))
     train, val = (labelled / "images" / split for split in ("train", "val"))
-    told = f"training on both {train} and {val}; to evaluate on val, give {train} only"
-    assert (told in log(run)) is (part != "images/train")
+    message = f"training on both {train} and {val}; to evaluate on val, give {train} only"
+    assert (message in log(run)) is (part != "images/train")
 
 
 def only_up_to(images, monkeypatch) -> None:
     """Memory on the CPU, tried as on a GPU, has room for so many images at a time."""
     forward = PixelCL.forward
 
-    def limited(learner, views, *given, **named):
+    def limited(learner, views, *args, **kwargs):
         if len(views[0].pixels) > images:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return forward(learner, views, *given, **named)
+        return forward(learner, views, *args, **kwargs)
 
     monkeypatch.setattr(trainer, "TRIED_ON", ("cpu",))
     monkeypatch.setattr(PixelCL, "forward", limited)
@@ -125,9 +125,9 @@ def test_a_batch_too_large_for_memory_is_taken_in_parts(run, settings, monkeypat
     assert checkpoint(run)["parts"] == [4, 8]
     assert (config(run)["accumulate"], config(run)["chosen"]["accumulate"]) == (4, 4)
     assert "changed: accumulate" not in caplog.text
-    again = {"config": run / "config.yaml", "out": run.with_name("again")}
+    repeated = {"config": run / "config.yaml", "out": run.with_name("again")}
     for changed, parts in (({}, [4, 8]), ({"batch_size": 4}, [1, 4])):
-        done = pretrain(**again, **changed, overwrite=True)
+        done = pretrain(**repeated, **changed, overwrite=True)
         assert checkpoint(done.run_dir)["parts"] == parts  # what batch norm sees together
 
 
@@ -140,10 +140,10 @@ def test_a_part_that_fits_nowhere_ends_the_run_in_words(
         pretrain(**settings(batch_size=batch))
 
 
-@pytest.mark.parametrize("own", [None, logging.StreamHandler, RichHandler])
-def test_a_script_with_logging_of_its_own_reads_each_message_once(own, capsys) -> None:
+@pytest.mark.parametrize("handler_class", [None, logging.StreamHandler, RichHandler])
+def test_a_script_with_logging_of_its_own_reads_each_message_once(handler_class, capsys) -> None:
     root = logging.getLogger()
-    handlers = [own()] if own else []  # as of logging.basicConfig
+    handlers = [handler_class()] if handler_class else []  # as of logging.basicConfig
     try:
         root.handlers += handlers
         with progress.logging_to(terminal=True):
@@ -151,6 +151,6 @@ def test_a_script_with_logging_of_its_own_reads_each_message_once(own, capsys) -
             progress.LOG.debug("for the file")
             progress.LOG.error("for the file", extra={"file_only": True})
     finally:
-        root.handlers = [kept for kept in root.handlers if kept not in handlers]
+        root.handlers = [handler for handler in root.handlers if handler not in handlers]
     assert "".join(capsys.readouterr()) == "one message\n"
     assert progress.LOG.propagate

@@ -30,7 +30,7 @@ from pixel_level_contrastive_learning.trainer.system import Devices
 
 
 @pytest.mark.parametrize(
-    ("given", "start"),
+    ("settings", "start"),
     [
         ({}, "random"),
         ({"zero_init_residual": True}, "zero-init residual"),
@@ -39,12 +39,12 @@ from pixel_level_contrastive_learning.trainer.system import Devices
         ({"model": resnet18(), "zero_init_residual": True}, "as handed over"),
     ],
 )
-def test_a_card_says_what_a_run_started_from(given, start) -> None:
+def test_a_card_says_what_a_run_started_from(settings, start) -> None:
     source = open_source([torch.rand(3, 8, 8)] * 4)
     data = TrainingData(source, source, measure(source))
-    with handing_over(given.get("model")) as handed:
-        named = {"model": handed or "torchvision/resnet18", "image_size": 64}
-        config = PretrainConfig(**given | named)
+    with handing_over(settings.get("model")) as model_name:
+        model = {"model": model_name or "torchvision/resnet18", "image_size": 64}
+        config = PretrainConfig(**settings | model)
         net = build_net(config, (64, 64), 3, load=False)
         learner = build_learner(config, net, (64, 64), 3)
         plan = resolve(config, find_info(config, data, Devices("cpu", 1, 1), learner))
@@ -53,8 +53,8 @@ def test_a_card_says_what_a_run_started_from(given, start) -> None:
 
 def test_a_network_handed_over_keeps_its_weights_and_is_trained_in_train_mode() -> None:
     model = resnet18().eval()
-    with handing_over(model) as handed:
-        config = PretrainConfig(model=handed, zero_init_residual=True)
+    with handing_over(model) as model_name:
+        config = PretrainConfig(model=model_name, zero_init_residual=True)
         net = build_net(config, (64, 64), 3, load=True)
     assert equal(net.state_dict(), model.state_dict())
     assert all(module.training for module in net.modules())
@@ -64,8 +64,8 @@ def test_a_network_handed_over_keeps_its_weights_and_is_trained_in_train_mode() 
 @pytest.mark.parametrize("library", ["torchvision", "timm"])
 @pytest.mark.parametrize(("model", "norm", "count"), [("18", "bn2", 8), ("50", "bn3", 16)])
 def test_blocks_begin_as_identities_where_asked(library, model, norm, count) -> None:
-    def shut(**given: object) -> list[str]:
-        config = PretrainConfig(model=f"{library}/resnet{model}", **given)
+    def shut(**settings: object) -> list[str]:
+        config = PretrainConfig(model=f"{library}/resnet{model}", **settings)
         net = build_net(config, (64, 64), 3, load=True)
         return [name for name, p in net.named_parameters() if "weight" in name and not p.any()]
 
@@ -98,22 +98,22 @@ def test_a_process_of_srun_has_cores_of_its_own(monkeypatch, by_srun, cores) -> 
 
 
 def test_a_run_decodes_its_images_once_and_learns_the_same(tmp_path, settings, images) -> None:
-    asked = settings(steps=9, probe=None)
-    plain = pretrain(**asked | {"out": str(tmp_path / "plain"), "cache": "off"})
-    kept = pretrain(**asked | {"cache": "ram"})
-    assert losses(plain.run_dir) == losses(kept.run_dir)
-    assert "of decoded images stay in memory" in log(kept.run_dir)
-    assert "of decoded images stay in memory" not in log(plain.run_dir)
+    options = settings(steps=9, probe=None)
+    uncached = pretrain(**options | {"out": str(tmp_path / "plain"), "cache": "off"})
+    cached = pretrain(**options | {"cache": "ram"})
+    assert losses(uncached.run_dir) == losses(cached.run_dir)
+    assert "of decoded images stay in memory" in log(cached.run_dir)
+    assert "of decoded images stay in memory" not in log(uncached.run_dir)
 
 
 def test_images_in_memory_are_not_kept_twice(images) -> None:
     files, items = open_source(str(images)), open_source([torch.rand(3, 20, 20)])
     plan = SimpleNamespace(cache_bytes=1000, workers=0)
-    (held, _), (own, _) = (split_held_out(source) for source in (files, items))
-    assert isinstance(kept_decoded(held, plan), DecodedCache)
-    assert kept_decoded(own, plan) is own
+    (on_disk, _), (in_memory, _) = (split_held_out(source) for source in (files, items))
+    assert isinstance(kept_decoded(on_disk, plan), DecodedCache)
+    assert kept_decoded(in_memory, plan) is in_memory
     plan.cache_bytes = 0
-    assert kept_decoded(held, plan) is held
+    assert kept_decoded(on_disk, plan) is on_disk
 
 
 def test_views_are_cut_to_the_patches_of_the_network(tmp_path, run, settings) -> None:
@@ -123,9 +123,9 @@ def test_views_are_cut_to_the_patches_of_the_network(tmp_path, run, settings) ->
         "    assert image_size in ((64, 64), (56, 56))\n"
         "    return nn.Sequential(nn.Conv2d(3, 8, 14, 14), nn.BatchNorm2d(8), nn.ReLU())\n"
     )
-    given = settings(model=f"{tmp_path / 'patches.py'}:net", image_size="auto", steps=1)
-    pretrain(**given)
+    options = settings(model=f"{tmp_path / 'patches.py'}:net", image_size="auto", steps=1)
+    pretrain(**options)
     assert config(run)["image_size"] == 56
     assert config(run)["chosen"]["image_size"] == 56
     with pytest.raises(ValueError, match=r"patches of 14x14 pixels, .* give 56x56 or 70x70"):
-        pretrain(**given | {"image_size": 64, "overwrite": True})
+        pretrain(**options | {"image_size": 64, "overwrite": True})

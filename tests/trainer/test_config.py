@@ -55,9 +55,9 @@ DEFAULTS = {
 
 def test_the_defaults_are_those_that_were_chosen() -> None:
     """Another default is another method: it changes with `docs/decisions.md`."""
-    found = {field.name: field.default for field in fields(PretrainConfig)}
-    assert {name: found.pop(name) for name in DEFAULTS} == DEFAULTS
-    assert {str(value) for value in found.values()} == {"auto", "None", "False", "()"}
+    defaults = {field.name: field.default for field in fields(PretrainConfig)}
+    assert {name: defaults.pop(name) for name in DEFAULTS} == DEFAULTS
+    assert {str(value) for value in defaults.values()} == {"auto", "None", "False", "()"}
 
 
 def test_every_setting_has_its_help() -> None:
@@ -133,8 +133,8 @@ def test_a_file_without_settings_is_refused(tmp_path, text) -> None:
 
 def test_off_is_a_word_and_true_is_none(tmp_path) -> None:
     (tmp_path / "mine.yaml").write_text("cache: off\ngraph: off\nzero_init_residual: true\n")
-    found = settings_of({"config": str(tmp_path / "mine.yaml")})
-    assert found == {"cache": "off", "graph": "off", "zero_init_residual": True} | {
+    settings = settings_of({"config": str(tmp_path / "mine.yaml")})
+    assert settings == {"cache": "off", "graph": "off", "zero_init_residual": True} | {
         "config": str(tmp_path / "mine.yaml")
     }
 
@@ -144,19 +144,19 @@ def test_later_sources_count_more(tmp_path) -> None:
     run.mkdir()
     (run / "config.yaml").write_text("epochs: 3\nlr: 1e-3\nseed: 7\nmodel: torchvision/resnet18\n")
     (tmp_path / "file.yaml").write_text("lr: 0.5\nrecipe: pixpro-100ep\nepochs: 5\n")
-    found = settings_of(
+    settings = settings_of(
         {"out": str(run), "resume": True, "config": str(tmp_path / "file.yaml"), "seed": 9}
     )
-    assert (found["epochs"], found["lr"], found["seed"]) == (5, 0.5, 9)
-    assert found["model"] == "torchvision/resnet50"  # the file's recipe over the run's
-    assert found["optimizer"] == "lars"
+    assert (settings["epochs"], settings["lr"], settings["seed"]) == (5, 0.5, 9)
+    assert settings["model"] == "torchvision/resnet50"  # the file's recipe over the run's
+    assert settings["optimizer"] == "lars"
 
 
 def test_a_file_may_name_the_run_that_is_resumed(tmp_path) -> None:
     (tmp_path / "config.yaml").write_text("seed: 7\nlr: 1e-3\n")
     (tmp_path / "mine.yaml").write_text(f"out: {tmp_path}\nlr: 0.5\nresume: true\n")
-    found = settings_of({"config": str(tmp_path / "mine.yaml")})
-    assert (found["seed"], found["lr"]) == (7, 0.5)
+    settings = settings_of({"config": str(tmp_path / "mine.yaml")})
+    assert (settings["seed"], settings["lr"]) == (7, 0.5)
     assert "seed" not in settings_of({"config": str(tmp_path / "mine.yaml"), "resume": False})
 
 
@@ -168,16 +168,16 @@ def test_a_run_is_resumed_where_it_is_named_and_not_where_one_stands(tmp_path, m
 
 def test_a_recipe_that_is_given_counts_more_than_a_file(tmp_path) -> None:
     (tmp_path / "file.yaml").write_text("epochs: 5\nseed: 4\n")
-    found = settings_of({"config": str(tmp_path / "file.yaml"), "recipe": "pixpro-400ep"})
-    assert (found["epochs"], found["seed"]) == (400, 4)
+    settings = settings_of({"config": str(tmp_path / "file.yaml"), "recipe": "pixpro-400ep"})
+    assert (settings["epochs"], settings["seed"]) == (400, 4)
 
 
 def test_steps_take_the_place_of_epochs_and_back(tmp_path) -> None:
     (tmp_path / "a.yaml").write_text("steps: 300\nbatch_size: 8\naccumulate: 4\n")
-    found = settings_of({"config": str(tmp_path / "a.yaml"), "epochs": 2, "batch_size": 16})
-    assert (found["steps"], found["epochs"], found["accumulate"]) == (None, 2, "auto")
-    found = settings_of({"config": str(tmp_path / "a.yaml")})
-    assert (found["steps"], found["accumulate"]) == (300, 4)
+    settings = settings_of({"config": str(tmp_path / "a.yaml"), "epochs": 2, "batch_size": 16})
+    assert (settings["steps"], settings["epochs"], settings["accumulate"]) == (None, 2, "auto")
+    settings = settings_of({"config": str(tmp_path / "a.yaml")})
+    assert (settings["steps"], settings["accumulate"]) == (300, 4)
 
 
 @pytest.mark.parametrize(
@@ -198,7 +198,7 @@ def written_by_a_run(tmp_path, **settings: object) -> str:
 
 
 @pytest.mark.parametrize(
-    ("given", "anew"),
+    ("changes", "rechosen"),
     [
         ({}, []),
         ({"seed": 3, "model": "torchvision/resnet50"}, []),  # the model is as it was
@@ -210,17 +210,19 @@ def written_by_a_run(tmp_path, **settings: object) -> str:
     ],
     ids=str,
 )
-def test_what_a_run_chose_is_chosen_anew_by_other_settings(tmp_path, given, anew) -> None:
-    found = settings_of({"config": written_by_a_run(tmp_path)} | given)
-    assert [name for name in ("lr", "warmup_epochs", "image_size") if found[name] == "auto"] == anew
-    assert to_config(found).lr == found["lr"]
+def test_what_a_run_chose_is_chosen_anew_by_other_settings(tmp_path, changes, rechosen) -> None:
+    settings = settings_of({"config": written_by_a_run(tmp_path)} | changes)
+    assert [
+        name for name in ("lr", "warmup_epochs", "image_size") if settings[name] == "auto"
+    ] == rechosen
+    assert to_config(settings).lr == settings["lr"]
 
 
 def test_what_follows_from_a_choice_is_chosen_anew_with_it(tmp_path) -> None:
     config = to_config({"image_size": 96, "blur_sigma": (0.1, 0.9)})
     (tmp_path / "config.yaml").write_text(as_yaml(config, ("image_size", "blur_sigma")))
-    found = settings_of({"config": str(tmp_path / "config.yaml"), "data": ["others"]})
-    assert (found["image_size"], found["blur_sigma"]) == ("auto", "auto")
+    settings = settings_of({"config": str(tmp_path / "config.yaml"), "data": ["others"]})
+    assert (settings["image_size"], settings["blur_sigma"]) == ("auto", "auto")
 
 
 def test_a_value_changed_by_hand_is_no_choice_of_the_run(tmp_path) -> None:
@@ -245,8 +247,8 @@ def test_the_file_holds_what_repeats_a_run(tmp_path) -> None:
 
 
 def test_numbers_of_numpy_are_numbers() -> None:
-    given = {"lr": np.float32(0.5), "crop_area": (np.float64(0.25), 1), "steps": np.int64(3)}
-    config = to_config(given | {"graph": "off", "resume": False})
+    settings = {"lr": np.float32(0.5), "crop_area": (np.float64(0.25), 1), "steps": np.int64(3)}
+    config = to_config(settings | {"graph": "off", "resume": False})
     assert to_config(yaml.safe_load(as_yaml(config))) == config
     assert [type(value) for value in (config.lr, *config.crop_area, config.steps)] == [
         *(float, float, int, int)
@@ -256,8 +258,8 @@ def test_numbers_of_numpy_are_numbers() -> None:
 def test_places_in_the_file_are_absolute_and_urls_stay(tmp_path, monkeypatch) -> None:
     (tmp_path / "images").mkdir()
     monkeypatch.chdir(tmp_path)
-    held = yaml.safe_load(as_yaml(to_config({"data": ["images", "https://x/a-{00..99}.tar"]})))
-    assert held["data"] == [str(tmp_path / "images"), "https://x/a-{00..99}.tar"]
+    content = yaml.safe_load(as_yaml(to_config({"data": ["images", "https://x/a-{00..99}.tar"]})))
+    assert content["data"] == [str(tmp_path / "images"), "https://x/a-{00..99}.tar"]
 
 
 def test_differences_are_named() -> None:
@@ -270,8 +272,8 @@ def test_places_are_written_down_for_wherever_they_are_read(tmp_path, monkeypatc
     for name in ("pretrained", "images", "runs"):
         (tmp_path / name).mkdir()
 
-    def written(**given: object) -> dict[str, object]:
-        return yaml.safe_load(as_yaml(PretrainConfig(**given)))
+    def written(**settings: object) -> dict[str, object]:
+        return yaml.safe_load(as_yaml(PretrainConfig(**settings)))
 
     assert written(weights="pretrained")["weights"] == "pretrained"
     assert written(weights="runs")["weights"] == str(tmp_path / "runs")

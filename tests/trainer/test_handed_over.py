@@ -33,20 +33,20 @@ def test_a_network_without_a_file_is_trained_resumed_and_read(
 ) -> None:
     before = copy.deepcopy(model)
     with caplog.at_level(logging.INFO):
-        whole = pretrain(**settings(model=model))
-    said = f"the run cannot rebuild {name}: pass it as model= to load_backbone, evaluate"
-    assert caplog.text.count(said) == 1
-    run = whole.run_dir
+        result = pretrain(**settings(model=model))
+    message = f"the run cannot rebuild {name}: pass it as model= to load_backbone, evaluate"
+    assert caplog.text.count(message) == 1
+    run = result.run_dir
     is_module = isinstance(model, nn.Module)
     assert ("all layers of the given weights are trained" in caplog.text) == is_module
     assert run_folders.config(run)["lr"] == (1e-3 if is_module else 2e-3)
     assert not is_module or equal(model, before)  # a copy learns
-    assert not equal(whole.backbone, model if is_module else Net())
-    assert equal(load_backbone(run, model=model), whole.backbone)
+    assert not equal(result.backbone, model if is_module else Net())
+    assert equal(load_backbone(run, model=model), result.backbone)
 
     run_folders.forget(run, "step-00000006", "last")
     resumed, done = (pretrain(out=run, data=images, model=model, resume=True) for _ in range(2))
-    assert equal(resumed.backbone, whole.backbone)
+    assert equal(resumed.backbone, result.backbone)
     assert done.metrics == resumed.metrics
     assert done.metrics["step"] == 6
 
@@ -57,9 +57,11 @@ def test_a_network_without_a_file_is_trained_resumed_and_read(
     assert [row.name for row in rows] == names
     page = visualize(run, images=str(images), out=tmp_path / "report.html", model=model, count=2)
     assert page.is_file()
-    held = export(run, "state-dict", model=model)
-    assert torch.load(held.path, weights_only=True).keys() == whole.backbone.state_dict().keys()
-    assert "net = ...  # your network, as it was handed over" in held.how_to
+    exported = export(run, "state-dict", model=model)
+    assert (
+        torch.load(exported.path, weights_only=True).keys() == result.backbone.state_dict().keys()
+    )
+    assert "net = ...  # your network, as it was handed over" in exported.how_to
 
 
 def test_without_the_network_it_is_said_what_to_pass(tmp_path, settings, images) -> None:
@@ -125,6 +127,6 @@ def test_random_weights_beside_a_network_are_not_its_own(tmp_path, settings, ima
 def test_channels_that_the_network_does_not_take_are_adapted(tmp_path, settings) -> None:
     gray = [torch.rand(1, 40, 48) for _ in range(12)]
     for model, out in ((Net(), "module"), (Net, "class")):
-        given = settings(model=model, data=gray, out=str(tmp_path / out), steps=1)
-        assert pretrain(**given).backbone[0].weight.shape[1] == 1
+        options = settings(model=model, data=gray, out=str(tmp_path / out), steps=1)
+        assert pretrain(**options).backbone[0].weight.shape[1] == 1
     assert run_folders.config(tmp_path / "class")["model"] == "object:Net"

@@ -21,19 +21,19 @@ def test_a_run_needs_the_hub_only_to_start(
     )
     with serving(tmp_path / "hub", monkeypatch) as hub:
         net.save_pretrained(hub / "me/net")
-        given = settings(model="hf://me/net", weights=weights, lr=1e-6, final_lr=0.0, steps=4)
-        whole = pretrain(**given)
+        options = settings(model="hf://me/net", weights=weights, lr=1e-6, final_lr=0.0, steps=4)
+        result = pretrain(**options)
         shutil.rmtree(hub / "me")
         shutil.rmtree(tmp_path / "cache")
         hub_config.cache_clear()
         stem = "embedder.embedder.convolution.weight"
-        learned, start = whole.backbone.state_dict()[stem], net.state_dict()[stem]
+        learned, start = result.backbone.state_dict()[stem], net.state_dict()[stem]
         assert torch.allclose(learned, start, atol=1e-4) is (weights is not None)
-        assert torch.equal(load_backbone(whole.run_dir).state_dict()[stem], learned)
-        (whole.run_dir / "checkpoints/step-00000004.ckpt").unlink()
-        (whole.run_dir / "checkpoints/last.ckpt").unlink()
+        assert torch.equal(load_backbone(result.run_dir).state_dict()[stem], learned)
+        (result.run_dir / "checkpoints/step-00000004.ckpt").unlink()
+        (result.run_dir / "checkpoints/last.ckpt").unlink()
         monkeypatch.setenv("HOME", str(tmp_path))
         resumed = pretrain(out="~/run", data=images, resume=True).backbone
         assert torch.equal(resumed.state_dict()[stem], learned)
-        rows = evaluate(whole.run_dir, images=images).rows
-    assert [row.name for row in rows] == ["random weights", str(whole.run_dir)]
+        rows = evaluate(result.run_dir, images=images).rows
+    assert [row.name for row in rows] == ["random weights", str(result.run_dir)]

@@ -35,29 +35,29 @@ def unet(channels=3):
 def test_a_run_of_two_levels_is_resumed_repeated_and_read(
     tmp_path, settings, labelled, caplog
 ) -> None:
-    given = settings(pixel_layer=["6", "2"], picture_every=3, probe=str(labelled))
-    whole = pretrain(**given | {"out": str(tmp_path / "whole")})
-    pretrain(**given)
+    options = settings(pixel_layer=["6", "2"], picture_every=3, probe=str(labelled))
+    result = pretrain(**options | {"out": str(tmp_path / "whole")})
+    pretrain(**options)
     run = tmp_path / "run"
     forget(run, "step-00000003", "step-00000004", "step-00000006", "last")
     pretrain(out=run, resume=True)
     assert "resuming at step 2" in caplog.text
-    held = config(run)
-    assert (held["pixel_layer"], held["pixel_levels"], held["level_weights"]) == (["6", "2"], 2, [])
-    ours, others = checkpoint(run)["state_dict"], checkpoint(whole.run_dir)["state_dict"]
+    file = config(run)
+    assert (file["pixel_layer"], file["pixel_levels"], file["level_weights"]) == (["6", "2"], 2, [])
+    resumed, uninterrupted = checkpoint(run)["state_dict"], checkpoint(result.run_dir)["state_dict"]
     for level in (0, 1):
-        assert f"learner.propagate_pixels.{level}.transform_net.weight" in ours
-    assert all(torch.equal(ours[name], others[name]) for name in others)
+        assert f"learner.propagate_pixels.{level}.transform_net.weight" in resumed
+    assert all(torch.equal(resumed[name], uninterrupted[name]) for name in uninterrupted)
     card = read_card(run / "backbone.safetensors")
     assert (card.pixel_layer, card.shown_layer) == (("6", "2"), "6")
     repeated = pretrain(config=run / "config.yaml", out=tmp_path / "again")
-    for name, value in whole.backbone.state_dict().items():
+    for name, value in result.backbone.state_dict().items():
         assert torch.equal(value, repeated.backbone.state_dict()[name])
 
 
 def test_a_run_keeps_its_levels(tmp_path, settings) -> None:
-    given = settings(pixel_levels=2, steps=2)
-    pretrain(**given)
+    options = settings(pixel_levels=2, steps=2)
+    pretrain(**options)
     assert config(tmp_path / "run")["pixel_layer"] == ["6", "2"]
     for other in ({"pixel_levels": 1}, {"pixel_layer": "6"}, {"pixel_layer": ["2", "6"]}):
         with pytest.raises(ValueError, match=r"other weights: pixel_layer from \('6', '2'\) to"):
@@ -90,20 +90,22 @@ def test_encoder_and_decoder_are_pretrained_and_given_back(
     tmp_path, settings, model, layers
 ) -> None:
     (tmp_path / "decoders.py").write_text(DECODERS)
-    given = settings(model=f"{tmp_path / 'decoders.py'}:{model}", image_size=64, steps=2)
-    given |= {"pixel_layer": layers, "lr": 0.1}
-    run = pretrain(**given)
+    options = settings(model=f"{tmp_path / 'decoders.py'}:{model}", image_size=64, steps=2)
+    options |= {"pixel_layer": layers, "lr": 0.1}
+    run = pretrain(**options)
     net = load_backbone(run.run_dir)
     assert type(net).__name__.lower() == model
-    held = {name.removeprefix("learner.online_encoder.net."): own
-            for name, own in checkpoint(run.run_dir)["state_dict"].items()}  # fmt: skip
-    assert all(torch.equal(own, held[name]) for name, own in net.state_dict().items())
+    stored = {name.removeprefix("learner.online_encoder.net."): tensor
+            for name, tensor in checkpoint(run.run_dir)["state_dict"].items()}  # fmt: skip
+    assert all(torch.equal(tensor, stored[name]) for name, tensor in net.state_dict().items())
     torch.manual_seed(0)
-    begun = pretrain(
-        **given | {"out": str(tmp_path / "begun"), "steps": 1, "lr": 1e-9, "final_lr": 0.0}
+    start = pretrain(
+        **options | {"out": str(tmp_path / "begun"), "steps": 1, "lr": 1e-9, "final_lr": 0.0}
     )
     moved = {
-        name for name, own in begun.backbone.named_parameters() if not own.allclose(held[name])
+        name
+        for name, parameter in start.backbone.named_parameters()
+        if not parameter.allclose(stored[name])
     }
     for name in ("encoder.conv1.weight", "encoder.layer4.1.conv2.weight"):
         assert name in moved
@@ -126,12 +128,12 @@ def test_levels_are_flags_lines_and_keywords(tmp_path) -> None:
 def test_how_many_levels_takes_the_place_of_which_and_back(tmp_path) -> None:
     (tmp_path / "a.yaml").write_text("pixel_layer: [layer4, layer3]\npixel_levels: 2\n")
     file = {"config": str(tmp_path / "a.yaml")}
-    found = settings_of(file)
-    assert (found["pixel_layer"], found["pixel_levels"]) == (("layer4", "layer3"), 2)
-    found = settings_of(file | {"pixel_levels": 3})
-    assert (found["pixel_layer"], found["pixel_levels"]) == ("auto", 3)
-    found = settings_of(file | {"pixel_layer": "layer2"})
-    assert (found["pixel_layer"], found["pixel_levels"]) == ("layer2", "auto")
+    settings = settings_of(file)
+    assert (settings["pixel_layer"], settings["pixel_levels"]) == (("layer4", "layer3"), 2)
+    settings = settings_of(file | {"pixel_levels": 3})
+    assert (settings["pixel_layer"], settings["pixel_levels"]) == ("auto", 3)
+    settings = settings_of(file | {"pixel_layer": "layer2"})
+    assert (settings["pixel_layer"], settings["pixel_levels"]) == ("layer2", "auto")
 
 
 @pytest.mark.parametrize("value", [(), ("layer4", 3), ("layer4", ""), 4])
@@ -141,7 +143,7 @@ def test_what_names_no_layer_is_refused(value) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "expected"),
+    ("changes", "expected"),
     [
         ({}, ("layer4", "layer3")),
         ({"weights": "pretrained"}, "layer4"),
@@ -152,8 +154,8 @@ def test_what_names_no_layer_is_refused(value) -> None:
     ],
     ids=str,
 )
-def test_from_random_weights_a_network_learns_at_two_strides(given, expected) -> None:
-    learner = build_learner(PretrainConfig(**given), resnet18(), (128, 128), 3)
+def test_from_random_weights_a_network_learns_at_two_strides(changes, expected) -> None:
+    learner = build_learner(PretrainConfig(**changes), resnet18(), (128, 128), 3)
     assert learner.online_encoder.pixel_layer == expected
 
 

@@ -41,8 +41,8 @@ SCHEDULE = Schedule(9, 1, 1, 1.0, 0.0, 0.99)
 PLAN = SimpleNamespace(schedule=SCHEDULE, batch_size=8, compares_pixels=True)
 
 
-def told(watch: HealthMonitor, steps: range, **changed: float) -> list[str]:
-    return [said for step in steps for said in watch(HEALTHY | changed | {"step": step})]
+def told(monitor: HealthMonitor, steps: range, **changed: float) -> list[str]:
+    return [message for step in steps for message in monitor(HEALTHY | changed | {"step": step})]
 
 
 def test_a_healthy_run_is_told_nothing() -> None:
@@ -54,11 +54,11 @@ def test_a_healthy_run_is_told_nothing() -> None:
     [("spread", COLLAPSED_SPREAD * 0.9), ("effective_rank", COLLAPSED_RANK * 0.9)],
 )
 def test_collapse_is_told_at_once_and_once(figure, value) -> None:
-    watch = HealthMonitor(10)
-    [sentence] = told(watch, range(1, 4), **{figure: value})
+    monitor = HealthMonitor(10)
+    [sentence] = told(monitor, range(1, 4), **{figure: value})
     assert "the features are collapsing" in sentence
-    assert told(watch, range(4, 6)) == []  # it recovers,
-    assert len(told(watch, range(6, 9), **{figure: value})) == 1  # and collapses again
+    assert told(monitor, range(4, 6)) == []  # it recovers,
+    assert len(told(monitor, range(6, 9), **{figure: value})) == 1  # and collapses again
 
 
 def test_predictions_no_better_than_chance_are_told_after_the_warm_up() -> None:
@@ -70,9 +70,9 @@ def test_predictions_no_better_than_chance_are_told_after_the_warm_up() -> None:
 
 @pytest.mark.parametrize(("compared", "warnings"), [(8, 1), (16, 0), (0, 0)])
 def test_images_without_pairs_are_told_once_they_are_most(compared, warnings) -> None:
-    found = told(HealthMonitor(10, compared), range(1, 100), images_without_pairs=8.0)
-    told_once = "8 of 8 images have no matching pairs, so the pixel loss ignores them. "
-    assert found == [told_once + "Raise crop_area or distance_thres"][:warnings]
+    messages = told(HealthMonitor(10, compared), range(1, 100), images_without_pairs=8.0)
+    start = "8 of 8 images have no matching pairs, so the pixel loss ignores them. "
+    assert messages == [start + "Raise crop_area or distance_thres"][:warnings]
 
 
 def test_one_branch_switched_off_is_no_divergence() -> None:
@@ -80,25 +80,26 @@ def test_one_branch_switched_off_is_no_divergence() -> None:
 
 
 def test_a_gradient_of_a_thousand_times_its_running_mean_is_told() -> None:
-    watch = HealthMonitor(10)
-    told(watch, range(1, 1000))
-    assert told(watch, range(1000, 1001), grad_norm=101.0) == []  # the mean: 0.98 * 1 + 0.02 * 101
-    [sentence] = told(watch, range(1001, 1002), grad_norm=3010.0)
+    monitor = HealthMonitor(10)
+    told(monitor, range(1, 1000))
+    # The mean becomes 0.98 * 1 + 0.02 * 101.
+    assert told(monitor, range(1000, 1001), grad_norm=101.0) == []
+    [sentence] = told(monitor, range(1001, 1002), grad_norm=3010.0)
     assert "the gradient norm is 3.01e+03, over a thousand times its usual 3." in sentence
 
 
 @pytest.mark.parametrize(("norm", "warnings"), [(990.0, 0), (1010.0, 1)])
 def test_an_exploding_gradient_is_told(norm, warnings) -> None:
-    watch = HealthMonitor(10)
-    told(watch, range(1, 100))
-    assert len(told(watch, range(100, 101), grad_norm=norm)) == warnings
+    monitor = HealthMonitor(10)
+    told(monitor, range(1, 100))
+    assert len(told(monitor, range(100, 101), grad_norm=norm)) == warnings
 
 
 def test_parts_by_estimate_leave_a_margin() -> None:
-    taken = Estimate(fixed=100, per_image=10)
-    assert parts_by(taken, 32, 1000) == 1  # 0.8 * 1000 - 100 = 70 images
-    assert parts_by(taken, 32, 250) == 4  # 10 images
-    assert parts_by(taken, 32, 0) == 16  # never less than two
+    needed = Estimate(fixed=100, per_image=10)
+    assert parts_by(needed, 32, 1000) == 1  # 0.8 * 1000 - 100 = 70 images
+    assert parts_by(needed, 32, 250) == 4  # 10 images
+    assert parts_by(needed, 32, 0) == 16  # never less than two
 
 
 def test_saved_bytes_are_those_of_the_activations() -> None:
@@ -114,16 +115,16 @@ def test_saved_bytes_are_those_of_the_activations() -> None:
 
 def test_an_estimate_counts_what_a_step_holds_and_what_each_image_leaves() -> None:
     learner, size = PixelCL(net(), (32, 64)), (32, 64)
-    taken = estimate(
+    needed = estimate(
         learner, SimpleNamespace(precision="float32", view_size=size, optimizer="adamw")
     )
-    online = sum(own.nbytes for own in learner.parameters() if own.requires_grad)
-    target = sum(own.nbytes for own in learner.target_encoder.parameters())
-    held = sum(own.nbytes for own in learner.buffers())
-    assert taken.fixed == 4 * online + target + held  # weights, gradients and two of Adam's
+    online = sum(parameter.nbytes for parameter in learner.parameters() if parameter.requires_grad)
+    target = sum(parameter.nbytes for parameter in learner.target_encoder.parameters())
+    buffers = sum(buffer.nbytes for buffer in learner.buffers())
+    assert needed.fixed == 4 * online + target + buffers  # weights, gradients and two of Adam's
     views = blank_views(6, learner, size, torch.device("cpu"))
     assert views[0].to_image[5].tolist() == [[64, 0, 0], [0, 32, 0]]
-    assert taken.per_image == pytest.approx(
+    assert needed.per_image == pytest.approx(
         saved_bytes(lambda: learner(views), learner) / 6, rel=0.1
     )
 
@@ -145,8 +146,10 @@ def test_a_trial_leaves_the_learner_and_the_dice_as_they_were() -> None:
 
 @pytest.mark.parametrize(("state", "tensors"), [({}, 2), ({"a weight": "its moments"}, 0)])
 def test_a_trial_makes_room_for_the_optimiser_unless_it_is_there(state, tensors, monkeypatch):
-    learner, made, empty_like = PixelCL(net(), 32), [], torch.empty_like
-    monkeypatch.setattr(torch, "empty_like", lambda own: made.append(own) or empty_like(own))
+    learner, tensors_made, empty_like = PixelCL(net(), 32), [], torch.empty_like
+    monkeypatch.setattr(
+        torch, "empty_like", lambda tensor: tensors_made.append(tensor) or empty_like(tensor)
+    )
     step = SimpleNamespace(
         learner=learner,
         fabric=SimpleNamespace(device=torch.device("cpu"), autocast=nullcontext),
@@ -154,9 +157,10 @@ def test_a_trial_makes_room_for_the_optimiser_unless_it_is_there(state, tensors,
         optimizer=SimpleNamespace(state=state),
     )
     try_size(step, 2)
-    trained = [own for own in learner.parameters() if own.requires_grad]
-    assert [sum(own is other for other in made) for own in trained] == [tensors] * len(trained)
-    assert any(own.grad is not None for own in trained)
+    trained = [parameter for parameter in learner.parameters() if parameter.requires_grad]
+    counts = [sum(parameter is tensor for tensor in tensors_made) for parameter in trained]
+    assert counts == [tensors] * len(trained)
+    assert any(parameter.grad is not None for parameter in trained)
 
 
 class Arriving:
@@ -169,11 +173,11 @@ class Arriving:
 @pytest.mark.parametrize(("processes", "judged"), [(1, [False, False]), (2, [False, True])])
 def test_processes_judge_the_same_step_however_fast_their_devices_are(processes, judged) -> None:
     figures = MetricsWriter(SimpleNamespace(world_size=processes), None, PLAN, lambda: 0.0, [])
-    found = []
+    arrived = []
     for _ in judged:
         figures.sent.append(SimpleNamespace(event=Arriving()))
-        found.append(figures.has_arrived())
-    assert found == judged
+        arrived.append(figures.has_arrived())
+    assert arrived == judged
 
 
 @pytest.mark.parametrize(

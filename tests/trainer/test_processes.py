@@ -40,9 +40,9 @@ def ended(process: subprocess.Popen[str], within: float = 120) -> str:
 
 def done(flags: list[str]) -> str:
     process = start(flags)
-    said = ended(process)
-    assert process.returncode == 0, said
-    return said
+    output = ended(process)
+    assert process.returncode == 0, output
+    return output
 
 
 def wait_for(event: Callable[[], object], process: subprocess.Popen[str]) -> None:
@@ -73,26 +73,26 @@ def test_two_processes_do_what_one_does(tmp_path, flags, strategy, levels) -> No
     model = flags()[flags().index("--model") + 1].replace(":tiny", ":frozen")
     # The projectors have batch norm, and each process its own statistics: one process that takes
     # its batch in four parts sees the same quarters as two that take theirs in two.
-    kept = {"model": model, "steps": 10, "checkpoint_every": 10, "accelerator": "cpu"}
+    common = {"model": model, "steps": 10, "checkpoint_every": 10, "accelerator": "cpu"}
     # Batch norm of two samples magnifies what rounding did, and so does Adam where a gradient is 0.
-    kept |= {"batch_size": 24, "optimizer": "sgd", "pixel_levels": levels}
-    kept |= {"crop_area": (0.1, 0.3)}  # so that some images have no pairs
-    done(flags(**kept, out=str(tmp_path / "one"), accumulate=4))
+    common |= {"batch_size": 24, "optimizer": "sgd", "pixel_levels": levels}
+    common |= {"crop_area": (0.1, 0.3)}  # so that some images have no pairs
+    done(flags(**common, out=str(tmp_path / "one"), accumulate=4))
     two_of = {"devices": 2, "accumulate": 2, "strategy": strategy}
-    said = done(flags(**kept, **two_of, out=str(tmp_path / "two")))
-    assert said.count("run: ") == 1
-    assert "2 x cpu" in said
+    output = done(flags(**common, **two_of, out=str(tmp_path / "two")))
+    assert output.count("run: ") == 1
+    assert "2 x cpu" in output
     counted = "positive_pairs", "images_without_pairs"
     one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
     assert steps(tmp_path / "two") == list(range(1, 11))
     assert any(line["images_without_pairs"] for line in one)
-    for mine, theirs in zip(one, two, strict=True):
+    for first, second in zip(one, two, strict=True):
         for name in ("loss", "pixel_cosine", "instance_cosine", *counted):
-            assert theirs[name] == pytest.approx(mine[name], abs=1e-4), name
-        assert theirs["grad_norm"] == pytest.approx(mine["grad_norm"], rel=1e-3)
-    held = [checkpoint(tmp_path / run) for run in ("one", "two")]
-    assert [own["samples"] for own in held] == [240, 240]
-    ours, others = (own["state_dict"] for own in held)
+            assert second[name] == pytest.approx(first[name], abs=1e-4), name
+        assert second["grad_norm"] == pytest.approx(first["grad_norm"], rel=1e-3)
+    checkpoints = [checkpoint(tmp_path / run) for run in ("one", "two")]
+    assert [contents["samples"] for contents in checkpoints] == [240, 240]
+    ours, others = (contents["state_dict"] for contents in checkpoints)
     assert ours.keys() == others.keys()
     for name in ours:
         if "running" not in name and "tracked" not in name:  # what batch norm counts for itself
@@ -100,9 +100,9 @@ def test_two_processes_do_what_one_does(tmp_path, flags, strategy, levels) -> No
 
 
 def test_a_dry_run_times_the_steps_of_several_processes_and_tells_once(flags) -> None:
-    said = done(flags(devices=2, accelerator="cpu", dry_run=True))
-    told = "\npositive_pairs: ", "\nmemory_mib: ", "\nseconds_per_step: ", "a step takes about "
-    assert [said.count(words) for words in told] == [1] * len(told)
+    output = done(flags(devices=2, accelerator="cpu", dry_run=True))
+    texts = "\npositive_pairs: ", "\nmemory_mib: ", "\nseconds_per_step: ", "a step takes about "
+    assert [output.count(text) for text in texts] == [1] * len(texts)
 
 
 def test_the_death_of_one_process_ends_the_other_with_an_error(run, flags) -> None:
@@ -136,10 +136,10 @@ def test_a_signal_to_the_whole_group_ends_a_run_with_workers_in_order(
     process = start(flags(steps=4000, workers=2))
     until_saved(process, run)
     os.killpg(process.pid, number)
-    said = ended(process, within=60)
-    assert process.returncode == code, said
-    assert "stopped at step" in said
-    assert "Traceback" not in said
+    output = ended(process, within=60)
+    assert process.returncode == code, output
+    assert "stopped at step" in output
+    assert "Traceback" not in output
     assert checkpoint(run)["steps_done"] == metrics(run)[-1]["step"]
 
 

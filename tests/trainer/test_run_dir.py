@@ -107,31 +107,31 @@ def test_lines_of_metrics_are_whole_and_in_order_after_a_resume(tmp_path) -> Non
 def test_dropping_lines_takes_a_time_in_proportion_to_their_number(tmp_path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(f'{{"step": {step}}}\n' for step in range(1, 40_001)))
-    begun = time.process_time()
+    start = time.process_time()
     assert RunDir(tmp_path).truncate(39_000) == 1000
-    assert time.process_time() - begun < 2  # 0.2; ten where each line looks at those before it
+    assert time.process_time() - start < 2  # 0.2; ten where each line looks at those before it
 
 
-@pytest.mark.parametrize("lone", [False, True], ids=["numbered", "last alone"])
+@pytest.mark.parametrize("last_alone", [False, True], ids=["numbered", "last alone"])
 @pytest.mark.parametrize("killed_at", [None, *range(12)])
 def test_steps_are_counted_anew_once_wherever_a_run_is_killed(
-    tmp_path, monkeypatch, lone, killed_at
+    tmp_path, monkeypatch, last_alone, killed_at
 ) -> None:
     run = RunDir(tmp_path)
     run.checkpoints.mkdir()
     for step in (4, 8, 12):
         run.save_checkpoint({"steps_done": step}, step, keep=9)
-    for path in run.numbered() if lone else ():
+    for path in run.numbered() if last_alone else ():
         path.unlink()
     for name in ("metrics.jsonl", "probe.jsonl"):
         (tmp_path / name).write_text("".join(f'{{"step": {n}, "at": {n}}}\n' for n in (1, 4, 12)))
     acts = itertools.count()
 
     def may_die(act: Callable[..., object]) -> Callable[..., object]:
-        def acting(*given: object, **named: object) -> object:
+        def acting(*args: object, **kwargs: object) -> object:
             if next(acts) == killed_at:
                 raise KeyboardInterrupt
-            return act(*given, **named)
+            return act(*args, **kwargs)
 
         return acting
 
@@ -140,8 +140,8 @@ def test_steps_are_counted_anew_once_wherever_a_run_is_killed(
         patch.setattr(Path, "replace", may_die(Path.replace))
         patch.setattr(Path, "unlink", may_die(Path.unlink))
         run.renumber(run.newest_checkpoint()[0], 12, 3)
-    path, held = run.newest_checkpoint()
-    number = step_of(path) if step_of(path) >= 0 else held["steps_done"]
+    path, checkpoint = run.newest_checkpoint()
+    number = step_of(path) if step_of(path) >= 0 else checkpoint["steps_done"]
     run.truncate(number)
     run.discard_after(number)
     if number != 3:
@@ -166,16 +166,16 @@ def test_a_checkpoint_with_a_flipped_bit_is_damaged(tmp_path) -> None:
     run = RunDir(tmp_path)
     run.checkpoints.mkdir()
     for step in (1, 2):
-        held = {"steps_done": step, "state_dict": {"weight": torch.full((999,), 1.5)}}
-        run.save_checkpoint(held, step, keep=2)
+        contents = {"steps_done": step, "state_dict": {"weight": torch.full((999,), 1.5)}}
+        run.save_checkpoint(contents, step, keep=2)
     path = run.checkpoint_path(2)
-    held = bytearray(path.read_bytes())
-    place = held.index(torch.full((9,), 1.5).numpy().tobytes()) + 2
-    held[place] ^= 1
-    path.write_bytes(held)
-    found = run.newest_checkpoint()
-    assert found is not None
-    assert found[0] == run.checkpoint_path(1)
+    contents = bytearray(path.read_bytes())
+    place = contents.index(torch.full((9,), 1.5).numpy().tobytes()) + 2
+    contents[place] ^= 1
+    path.write_bytes(contents)
+    newest = run.newest_checkpoint()
+    assert newest is not None
+    assert newest[0] == run.checkpoint_path(1)
 
 
 def test_a_checkpoint_that_cannot_be_linked_is_told_as_every_file(tmp_path, monkeypatch) -> None:

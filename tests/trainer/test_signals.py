@@ -46,39 +46,41 @@ def test_before_the_first_step_a_signal_ends_a_run_and_leaves_everything_as_it_w
 ) -> None:
     real = getattr(trainer, moment)
 
-    def signalled(*given: object) -> object:
+    def signalled(*args: object) -> object:
         signal.raise_signal(signal.SIGINT)
-        return real(*given)
+        return real(*args)
 
-    def stopped(**how: object) -> None:
+    def stopped(**options: object) -> None:
         monkeypatch.setattr(trainer, moment, signalled)
         with pytest.raises(Interrupted, match="130"):
-            pretrain(**settings(steps=2, **how))
+            pretrain(**settings(steps=2, **options))
         monkeypatch.setattr(trainer, moment, real)
 
     stopped()
     assert not run.exists()
-    assert len([own for own in caplog.records if own.levelname == "WARNING"]) == 1
+    assert len([record for record in caplog.records if record.levelname == "WARNING"]) == 1
     pretrain(**settings(steps=1))
-    held = {p: own for p, own in files(run).items() if p.suffix in (".ckpt", ".safetensors")}
+    contents = {
+        p: content for p, content in files(run).items() if p.suffix in (".ckpt", ".safetensors")
+    }
     stopped(resume=True)
     if moment == "set_up":
         stopped(overwrite=True)
         stopped(overwrite=True, dry_run=True)
-    assert held.items() <= files(run).items()
+    assert contents.items() <= files(run).items()
 
 
 def test_the_second_signal_leaves_at_once(monkeypatch) -> None:
-    left: list[int] = []
-    monkeypatch.setattr(os, "_exit", left.append)
+    codes: list[int] = []
+    monkeypatch.setattr(os, "_exit", codes.append)
     with StopSignal() as stop:
         stop.exit_if_received()  # stays, since nothing has come yet
         signal.raise_signal(signal.SIGINT)
-        assert (stop.number, left) == (signal.SIGINT, [])
+        assert (stop.number, codes) == (signal.SIGINT, [])
         with pytest.raises(Interrupted, match="130"):
             stop.exit_if_received()
         signal.raise_signal(signal.SIGINT)
-    assert left == [130]
+    assert codes == [130]
 
 
 @pytest.mark.parametrize("active", [True, False])
@@ -98,14 +100,14 @@ def test_only_the_process_that_writes_has_the_code_of_a_signal(monkeypatch) -> N
 
 
 def test_forked_processes_leave_ctrl_c_to_their_parent(monkeypatch) -> None:
-    left: list[int] = []
-    monkeypatch.setattr(os, "_exit", left.append)
+    codes: list[int] = []
+    monkeypatch.setattr(os, "_exit", codes.append)
     with StopSignal() as stop:
         stop.owner = -1  # as if this were a child
         signal.raise_signal(signal.SIGINT)
-        assert (stop.number, left) == (None, [])
+        assert (stop.number, codes) == (None, [])
         signal.raise_signal(signal.SIGTERM)
-    assert left == [143]
+    assert codes == [143]
 
 
 class Signalled:
@@ -117,11 +119,13 @@ class Signalled:
         yield "second"
 
 
-@pytest.mark.parametrize(("alone", "given"), [(True, ["first"]), (False, ["first", "second"])])
-def test_a_signal_while_a_batch_is_waited_for_ends_the_stream_of_one_process(alone, given) -> None:
+@pytest.mark.parametrize(("alone", "batches"), [(True, ["first"]), (False, ["first", "second"])])
+def test_a_signal_while_a_batch_is_waited_for_ends_the_stream_of_one_process(
+    alone, batches
+) -> None:
     with StopSignal() as stop:
         stop.alone = alone  # else others wait for a step of this process
-        assert list(trainer.take(Signalled(), 2, stop)) == given
+        assert list(trainer.take(Signalled(), 2, stop)) == batches
 
 
 class Dying:

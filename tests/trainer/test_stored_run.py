@@ -46,12 +46,12 @@ def test_a_run_stored_before_resumes_to_the_same_weights(tmp_path) -> None:
     with safe_open(STORED / "final.safetensors", "pt") as final:
         computed_by = final.metadata()
         expected = {name: final.get_tensor(name) for name in final.keys()}  # noqa: SIM118
-    here = {"torch": torch.__version__, "cpu": torch.backends.cpu.get_cpu_capability()}
-    found = result.backbone.state_dict()
-    if here == computed_by:
-        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    environment = {"torch": torch.__version__, "cpu": torch.backends.cpu.get_cpu_capability()}
+    weights = result.backbone.state_dict()
+    if environment == computed_by:
+        torch.testing.assert_close(weights, expected, rtol=0, atol=0)
         return
     # Elsewhere sums round otherwise. Before batch norm a bias has no gradient but this rounding, by
     # which Adam takes whole steps: these biases and the means that hold them may be anything.
     for name in expected.keys() - {"0.bias", "4.bias", "1.running_mean", "5.running_mean"}:
-        torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(weights[name], expected[name], rtol=1e-3, atol=1e-5)

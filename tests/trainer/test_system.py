@@ -27,8 +27,8 @@ def test_a_cpu_is_one_device_unless_more_are_asked_for() -> None:
 @pytest.mark.parametrize("launched", [{"MASTER_ADDR": "host"}, {"SLURM_NTASKS": "2"}])
 def test_several_machines_need_a_launcher(monkeypatch, launched) -> None:
     config = PretrainConfig(devices=1, num_nodes=2)
-    told = "num_nodes is 2, but .* with srun, or torchrun --nnodes 2 "
-    with pytest.raises(ValueError, match=told):
+    message = "num_nodes is 2, but .* with srun, or torchrun --nnodes 2 "
+    with pytest.raises(ValueError, match=message):
         find_devices(config)
     for name, value in launched.items():
         monkeypatch.setenv(name, value)
@@ -100,22 +100,22 @@ def test_only_the_first_process_writes(monkeypatch, rank) -> None:
 
 
 def test_free_memory_is_what_the_container_leaves(monkeypatch) -> None:
-    held = {
+    contents = {
         "/proc/meminfo": "MemTotal: 9 kB\nMemAvailable:    4096 kB\n",
         "/sys/fs/cgroup/memory.max": "3000000\n",
         "/sys/fs/cgroup/memory.current": "1000000\n",
     }
-    monkeypatch.setattr(Path, "exists", lambda path: str(path) in held)
-    monkeypatch.setattr(Path, "read_text", lambda path, **_: held[str(path)])
+    monkeypatch.setattr(Path, "exists", lambda path: str(path) in contents)
+    monkeypatch.setattr(Path, "read_text", lambda path, **_: contents[str(path)])
     cpu = torch.device("cpu")
     assert system.free_memory(cpu) == 2_000_000
-    held["/sys/fs/cgroup/memory.stat"] = "anon 700000\ninactive_file 300000\n"
+    contents["/sys/fs/cgroup/memory.stat"] = "anon 700000\ninactive_file 300000\n"
     assert system.free_memory(cpu) == 2_300_000  # files that were read give way
-    held["/sys/fs/cgroup/memory.max"] = "max\n"
+    contents["/sys/fs/cgroup/memory.max"] = "max\n"
     assert system.free_memory(cpu) == 4096 * 1024
 
 
 def test_the_machine_is_told_in_words() -> None:
-    said = system.describe(Devices("cpu", 2, 1))
-    assert f"torch {version('torch')}, torchvision" in said
-    assert "2 x cpu (" in said
+    description = system.describe(Devices("cpu", 2, 1))
+    assert f"torch {version('torch')}, torchvision" in description
+    assert "2 x cpu (" in description

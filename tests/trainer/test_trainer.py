@@ -68,10 +68,10 @@ def test_a_run_leaves_what_is_needed(run, settings) -> None:
     assert steps_of(run) == [1, 2, 3, 4, 5, 6]
     assert all(list(line) == FIGURES for line in metrics(run))
     assert result.metrics == metrics(run)[-1]
-    for told in ("torch 2.", "projection_hidden_size: 16"):
-        assert told in log(run)
-    held = card(run)
-    assert (held["pixel_layer"], held["channels"], held["start"]) == ("6", 3, "random")
+    for text in ("torch 2.", "projection_hidden_size: 16"):
+        assert text in log(run)
+    content = card(run)
+    assert (content["pixel_layer"], content["channels"], content["start"]) == ("6", 3, "random")
     assert equal(result.backbone.state_dict(), weights(run))
 
 
@@ -96,11 +96,11 @@ def test_config_repeats_the_run(tmp_path, run, settings) -> None:
     assert equal(weights(run), weights(tmp_path / "again"))
 
 
-@pytest.mark.parametrize(("steps", "told"), [(1, [1]), (6, [1, 6])])
-def test_the_first_and_the_last_step_are_told_once(run, settings, steps, told) -> None:
+@pytest.mark.parametrize(("steps", "logged"), [(1, [1]), (6, [1, 6])])
+def test_the_first_and_the_last_step_are_told_once(run, settings, steps, logged) -> None:
     pretrain(**settings(steps=steps))
-    found = re.findall(rf"INFO step (\d+)/{steps}: loss", log(run))
-    assert [int(step) for step in found] == told
+    matches = re.findall(rf"INFO step (\d+)/{steps}: loss", log(run))
+    assert [int(step) for step in matches] == logged
 
 
 def test_images_may_be_a_sequence_of_tensors(run, settings) -> None:
@@ -126,18 +126,18 @@ def test_vectors_have_no_decay_and_the_target_no_optimiser(optimizer) -> None:
     assert (matrices["weight_decay"], vectors["weight_decay"]) == (1e-3, 0.0)
     assert all(p.ndim > 1 for p in matrices["params"])
     assert all(p.ndim == 1 for p in vectors["params"])
-    ours = {id(p) for p in (*matrices["params"], *vectors["params"])}
+    optimised = {id(p) for p in (*matrices["params"], *vectors["params"])}
     named = learner.named_parameters()
     reached = {id(p) for n, p in named if not n.startswith("target_encoder") and n not in idle}
-    assert ours == reached
-    assert id(learner.net.fc.weight) not in ours
+    assert optimised == reached
+    assert id(learner.net.fc.weight) not in optimised
 
 
 # What is refused before anything is written, and what a dry run leaves.
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("changes", "message"),
     [
         ({"data": "none"}, "none"),
         ({"model": "torchvision/resnet19"}, "resnet18"),
@@ -151,14 +151,14 @@ def test_vectors_have_no_decay_and_the_target_no_optimiser(optimizer) -> None:
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_what_is_refused_leaves_no_trace(
-    tmp_path, run, settings, labelled, monkeypatch, given, told
+    tmp_path, run, settings, labelled, monkeypatch, changes, message
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(metrics_module, "find_spec", lambda _: None)
     torch.save({"other.weight": torch.ones(3, 3)}, "other.pt")
     (labelled / "masks" / "val" / "0.png").unlink()
-    with pytest.raises(ValueError, match=told):
-        pretrain(**settings(**given))
+    with pytest.raises(ValueError, match=message):
+        pretrain(**settings(**changes))
     assert not run.exists()
 
 
@@ -190,15 +190,15 @@ def test_no_run_takes_the_place_of_images(tmp_path, settings, images) -> None:
     mine = tmp_path / "mine"
     (mine / "notes").mkdir(parents=True)
     images.rename(mine / "pictures")
-    given = settings(data=(str(mine / "pictures"),), out=str(mine))
-    for how in ("overwrite", "resume"):
+    options = settings(data=(str(mine / "pictures"),), out=str(mine))
+    for flag in ("overwrite", "resume"):
         with pytest.raises(
             ValueError, match="is not a run but has pictures, which a run would replace"
         ):
-            pretrain(**given, **{how: True})
+            pretrain(**options, **{flag: True})
     (mine / "config.yaml").write_text("steps: 3")
     with pytest.raises(ValueError, match="pictures, which --overwrite would remove; name another"):
-        pretrain(**given, overwrite=True)
+        pretrain(**options, overwrite=True)
     assert len(list((mine / "pictures").iterdir())) == 12
 
 
@@ -222,16 +222,16 @@ def test_a_dry_run_times_steps_without_the_first(settings, monkeypatch, caplog) 
 
 
 def test_a_dry_run_tells_and_draws_and_does_not_stand_in_the_way(run, settings) -> None:
-    began = time.perf_counter()
+    start = time.perf_counter()
     result = pretrain(**settings(dry_run=True))
     assert result.backbone is None
     assert set(result.metrics) == {
         *("positive_pairs", "images_without_pairs", "memory_mib", "seconds_per_step")
     }
-    assert 0 < result.metrics["seconds_per_step"] < time.perf_counter() - began
+    assert 0 < result.metrics["seconds_per_step"] < time.perf_counter() - start
     assert [p.name for p in run.rglob("*")] == ["preview", "pairs-0.png"]
-    with Image.open(run / "preview" / "pairs-0.png") as drawn:
-        assert drawn.width > 64
+    with Image.open(run / "preview" / "pairs-0.png") as picture:
+        assert picture.width > 64
     pretrain(**settings(steps=1))
 
 
@@ -239,8 +239,8 @@ def test_a_dry_run_takes_a_few_images_of_a_large_batch(settings, monkeypatch, ca
     monkeypatch.setattr(setup, "DRY_RUN_IMAGES", 3)
     with caplog.at_level("INFO"):
         pretrain(**settings(dry_run=True, batch_size=8))
-    for told in ("of 3 images have none", "for each of 8 images", "MiB are free on cpu"):
-        assert told in caplog.text
+    for text in ("of 3 images have none", "for each of 8 images", "MiB are free on cpu"):
+        assert text in caplog.text
 
 
 @pytest.mark.parametrize(("epochs", "warned"), [(100, True), (1, False)])
@@ -256,21 +256,23 @@ def test_views_far_larger_than_the_images_are_told(settings, caplog, size, warne
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("changes", "message"),
     [
         ({}, "0 of 4 images have none"),
         ({"crop_area": (0.001, 0.002)}, "Raise crop_area or distance_thres"),
         ({"alpha": 0.0}, "the pixel loss is off (alpha is 0): no pairs to count or preview"),
     ],
 )
-def test_pairs_are_told_and_drawn_where_there_is_a_pixel_loss(run, settings, caplog, given, told):
+def test_pairs_are_told_and_drawn_where_there_is_a_pixel_loss(
+    run, settings, caplog, changes, message
+):
     with caplog.at_level("INFO"):
-        pretrain(**settings(dry_run=True, **given))
-    assert told in caplog.text
-    assert ("images have none" in caplog.text) is run.exists() is ("alpha" not in given)
+        pretrain(**settings(dry_run=True, **changes))
+    assert message in caplog.text
+    assert ("images have none" in caplog.text) is run.exists() is ("alpha" not in changes)
     caplog.clear()
-    pretrain(**settings(steps=1, **given))
-    assert ("step 1: 4 of 4 images have no matching" in log(run)) is ("crop_area" in given)
+    pretrain(**settings(steps=1, **changes))
+    assert ("step 1: 4 of 4 images have no matching" in log(run)) is ("crop_area" in changes)
 
 
 # Resuming.
@@ -278,24 +280,24 @@ def test_pairs_are_told_and_drawn_where_there_is_a_pixel_loss(run, settings, cap
 
 def test_a_run_resumed_in_the_middle_ends_the_same(run, settings) -> None:
     pretrain(**settings())
-    whole, told = weights(run), losses(run)
+    expected, expected_losses = weights(run), losses(run)
     forget(run, "step-00000006", "last")
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 7, "lo')  # cut off in writing
     pretrain(out=run, resume=True)
-    assert equal(whole, weights(run))
-    assert losses(run) == told
+    assert equal(expected, weights(run))
+    assert losses(run) == expected_losses
 
 
 def test_a_truncated_checkpoint_is_passed_over_with_a_warning(run, settings) -> None:
     pretrain(**settings())
-    whole = weights(run)
+    expected = weights(run)
     last = run / "checkpoints" / "last.ckpt"
     last.write_bytes(last.read_bytes()[:1000])  # and with it the newest, the same file
     pretrain(out=run, resume=True)
-    for told in ("WARNING the checkpoint", "06.ckpt cannot be read", "resuming at step 4"):
-        assert told in log(run)
-    assert equal(whole, weights(run))
+    for text in ("WARNING the checkpoint", "06.ckpt cannot be read", "resuming at step 4"):
+        assert text in log(run)
+    assert equal(expected, weights(run))
 
 
 def test_where_no_checkpoint_can_be_read_nothing_is_removed(run, settings) -> None:
@@ -317,12 +319,12 @@ def test_resuming_without_a_checkpoint_starts_at_0_and_says_so(run, settings) ->
 def test_a_run_without_its_checkpoints_is_kept(run, settings) -> None:
     pretrain(**settings())
     shutil.rmtree(run / "checkpoints")
-    held = files(run)
+    before = files(run)
     with pytest.raises(
         ValueError, match=f"without checkpoints to resume .* with --weights {run} in an"
     ):
         pretrain(out=run, resume=True, steps=9)
-    assert files(run) == held
+    assert files(run) == before
 
 
 def test_more_steps_may_be_asked_for_and_the_difference_is_told(run, settings) -> None:
@@ -334,14 +336,14 @@ def test_more_steps_may_be_asked_for_and_the_difference_is_told(run, settings) -
     pretrain(out=run, resume=True, steps=8, lr=1e-3)
     del chosen["lr"]
     assert config(run)["chosen"] == chosen
-    for told in ("steps was 6 and is now 8", "lr was 0.002 and is now 0.001", "seed was 0 and is "):
-        assert f"changed: {told}" in log(run)
+    for text in ("steps was 6 and is now 8", "lr was 0.002 and is now 0.001", "seed was 0 and is "):
+        assert f"changed: {text}" in log(run)
     assert steps_of(run) == list(range(1, 9))
 
 
-@pytest.mark.parametrize(("given", "steps"), [({}, 2), ({"warmup_epochs": 2.0}, 6)], ids=str)
-def test_a_warm_up_that_was_chosen_follows_the_length(run, settings, given, steps) -> None:
-    pretrain(**settings(steps=2, **given))
+@pytest.mark.parametrize(("changes", "steps"), [({}, 2), ({"warmup_epochs": 2.0}, 6)], ids=str)
+def test_a_warm_up_that_was_chosen_follows_the_length(run, settings, changes, steps) -> None:
+    pretrain(**settings(steps=2, **changes))
     pretrain(out=run, resume=True, steps=20)
     assert f"20 steps of 4 images (3 per epoch, {steps} of warm-up)" in log(run)
 
@@ -373,18 +375,18 @@ def test_a_damaged_file_of_a_run_is_named(run, settings, name, text) -> None:
 
 
 def test_another_batch_goes_on_after_as_many_images(run, settings) -> None:
-    given = settings(epochs=2)
-    del given["steps"]
-    pretrain(**given)  # 6 steps of 4
+    options = settings(epochs=2)
+    del options["steps"]
+    pretrain(**options)  # 6 steps of 4
     pretrain(out=run, resume=True, batch_size=2, epochs=3)
     assert "resuming at step 12" in log(run)
     assert steps_of(run)[-1] == 18
 
 
 def test_a_larger_batch_counts_its_steps_anew_and_loses_nothing(run, settings) -> None:
-    given = settings(epochs=2, batch_size=2, checkpoint_every=2)
-    del given["steps"]
-    pretrain(**given)  # 12 steps of 2
+    options = settings(epochs=2, batch_size=2, checkpoint_every=2)
+    del options["steps"]
+    pretrain(**options)  # 12 steps of 2
     pretrain(out=run, resume=True, batch_size=4, epochs=3)  # 6 steps of 4 are done, of 9
     assert "resuming at step 6" in log(run)
     assert steps_of(run) == list(range(1, 10))
@@ -395,26 +397,26 @@ def test_a_larger_batch_counts_its_steps_anew_and_loses_nothing(run, settings) -
 
 
 def test_a_run_that_is_done_takes_no_other_settings_and_exports_anew(run, settings) -> None:
-    whole = pretrain(**settings()).backbone.state_dict()
+    expected = pretrain(**settings()).backbone.state_dict()
     before = files(run)
     shorter = "^6 steps are done and {} wanted; give --steps or --epochs for more than 6"
     idle = (
         "^6 steps are done and {} wanted: no steps are left to train with another lr; leave that un"
     )
-    for change, steps, told in (
+    for change, steps, message in (
         ({"lr": 0.1}, 6, idle),
         ({"steps": 4}, 4, shorter),
         ({"epochs": 2}, 6, shorter),
         ({"steps": 4, "lr": 0.1}, 4, idle),
     ):
-        with pytest.raises(ValueError, match=told.format(steps)):
+        with pytest.raises(ValueError, match=message.format(steps)):
             pretrain(out=run, resume=True, **change)
     with pytest.raises(ValueError, match="is the run that --overwrite would remove; name another"):
         pretrain(**settings(weights=str(run), overwrite=True))
     assert files(run) == before
     (run / "backbone.safetensors").unlink()
     pretrain(out=run, resume=True, workers=2, devices=1)  # on another machine
-    assert equal(whole, weights(run))
+    assert equal(expected, weights(run))
 
 
 def test_a_resumed_run_takes_its_new_weight_decay(run, settings) -> None:
@@ -428,8 +430,10 @@ def test_a_run_that_goes_on_is_read_at_its_last_checkpoint(run, settings, monkey
     pretrain(**settings())
     monkeypatch.setattr(trainer, "export_backbone", lambda *_: None)  # killed before
     pretrain(out=run, resume=True, steps=8)
-    held = checkpoint(run)["state_dict"]
-    expected = {name.removeprefix(BACKBONE): own for name, own in held.items() if BACKBONE in name}
+    stored = checkpoint(run)["state_dict"]
+    expected = {
+        name.removeprefix(BACKBONE): tensor for name, tensor in stored.items() if BACKBONE in name
+    }
     assert equal(load_backbone(run).state_dict(), expected)
 
 
@@ -441,9 +445,9 @@ def test_a_run_without_shards_does_not_go_on_in_shards(run, settings) -> None:
 
 def test_objects_are_asked_for_again_whatever_a_file_names(run, settings, tmp_path) -> None:
     (tmp_path / "mine.yaml").write_text(f"data: [{tmp_path / 'images'}]\n")
-    given = settings(config=str(tmp_path / "mine.yaml"))
-    given.pop("data")
-    pretrain([torch.rand(3, 48, 48) for _ in range(8)], **given)
+    options = settings(config=str(tmp_path / "mine.yaml"))
+    options.pop("data")
+    pretrain([torch.rand(3, 48, 48) for _ in range(8)], **options)
     with pytest.raises(ValueError, match="the run used Python objects"):
         pretrain(out=run, resume=True, steps=8)
 
@@ -455,8 +459,8 @@ def test_images_that_came_since_are_told(run, settings, images) -> None:
     (images / "new.png").write_bytes((images / "00.png").read_bytes())
     for count in (1, 2):  # and not, the second time, that there were 13
         pretrain(out=run, resume=True, steps=2 + count)
-        told = "there are 13 images, but the run began with 12"
-        assert log(run).count(told) == count
+        message = "there are 13 images, but the run began with 12"
+        assert log(run).count(message) == count
     assert "held out now" not in log(run)  # of so few images none are
 
 
@@ -464,12 +468,12 @@ def test_images_held_out_anew_may_have_been_trained_on(run, settings) -> None:
     given = settings(data=[torch.rand(3, 40, 40)] * 199)
     pretrain(**given | {"steps": 1})
     pretrain(**given | {"data": [*given["data"]] * 2, "resume": True, "steps": 2})
-    told = "there are 398 images, but the run began with 199: some of those held out now may have"
-    assert told in log(run)
+    message = "there are 398 images, but the run began with 199: some of those held out now may have"
+    assert message in log(run)
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"alpha": 0.0}, "alpha from"),
         ({"instance_weight": 0.0}, "instance_weight from"),
@@ -480,9 +484,9 @@ def test_images_held_out_anew_may_have_been_trained_on(run, settings) -> None:
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_a_run_goes_on_only_with_what_it_trained(run, settings, change, told) -> None:
+def test_a_run_goes_on_only_with_what_it_trained(run, settings, change, message) -> None:
     pretrain(**settings(steps=1))
-    with pytest.raises(ValueError, match=f"a run cannot resume with other weights: {told}"):
+    with pytest.raises(ValueError, match=f"a run cannot resume with other weights: {message}"):
         pretrain(out=run, resume=True, steps=2, **change)
     pretrain(out=run, resume=True, steps=2, alpha=0.5, pixel_layer="auto")  # decided as before
     assert steps_of(run) == [1, 2]
@@ -511,10 +515,10 @@ def sized(image_size):
 def test_a_refused_resume_leaves_the_run_as_it_was(tmp_path, run, settings) -> None:
     (tmp_path / "sized.py").write_text(SIZED)
     pretrain(**settings(model=f"{tmp_path / 'sized.py'}:sized", steps=2))
-    held = files(run)
+    before = files(run)
     with pytest.raises(ValueError, match=r"net.places has the shape \(8, 8, 8\) in the checkpoint"):
         pretrain(out=run, resume=True, steps=4, image_size=40)
-    assert files(run) == held
+    assert files(run) == before
     assert pretrain(out=run, resume=True, steps=4).metrics["step"] == 4
 
 
@@ -537,17 +541,17 @@ def test_a_run_starts_from_weights_that_its_checkpoints_then_replace(
 ) -> None:
     first, named = tmp_path / "first", tmp_path / "named"
     pretrain(**settings(steps=2, out=str(first)))
-    held = first / "backbone.safetensors"
-    pretrain(**settings(weights=held, lr=1e-12, final_lr=0.0, steps=1))
+    path = first / "backbone.safetensors"
+    pretrain(**settings(weights=path, lr=1e-12, final_lr=0.0, steps=1))
     start, end = weights(first), weights(run)
     learned = [name for name in start if "running" not in name and "tracked" not in name]
     assert all(torch.allclose(start[name], end[name], atol=1e-6) for name in learned)
-    assert card(run)["start"] == config(run)["weights"] == str(held)
+    assert card(run)["start"] == config(run)["weights"] == str(path)
     assert "matched 14 of 14 keys" in log(run)
     monkeypatch.chdir(tmp_path)
     pretrain(**settings(steps=1, weights="first", out="named"))
     assert card(named)["start"] == str(first)
-    held.unlink()
+    path.unlink()
     assert pretrain(out=run, resume=True, steps=2).metrics["step"] == 2
 
 
@@ -555,23 +559,23 @@ def test_a_csv_file_has_every_tenth_step_and_the_last_and_is_kept_when_the_run_g
     run, settings, monkeypatch
 ) -> None:
     first = run / "csv" / "metrics.csv"
-    seen = []
+    existing = []
     begin_step = metrics_module.MetricsWriter.begin_step
 
     def noted(writer: object, step: int, batch: object) -> bool:
-        seen.append(first.exists())
+        existing.append(first.exists())
         return begin_step(writer, step, batch)
 
     with monkeypatch.context() as patch:
         patch.setattr(metrics_module.MetricsWriter, "begin_step", noted)
         pretrain(**settings(loggers=("csv",), steps=12))
-    assert seen == [False] * 10 + [True] * 2
-    held = first.read_text()
-    tenth, last = csv.DictReader(held.splitlines())
+    assert existing == [False] * 10 + [True] * 2
+    text = first.read_text()
+    tenth, last = csv.DictReader(text.splitlines())
     assert (tenth["step"], last["step"]) == ("10", "12")
     assert float(tenth["loss"]) == pytest.approx(losses(run)[9])
     pretrain(out=run, resume=True, steps=20)
-    assert first.read_text() == held
+    assert first.read_text() == text
     resumed = (run / "csv" / "from-step-00000012" / "metrics.csv").read_text()
     assert [row["step"] for row in csv.DictReader(resumed.splitlines())] == ["20"]
 
@@ -624,17 +628,17 @@ def test_a_network_of_odd_parts_is_trained_resumed_and_judged(
     tmp_path, run, settings, labelled, kind
 ) -> None:
     (tmp_path / "odd.py").write_text(ODD.replace("KIND", kind))
-    given = settings(model=f"{tmp_path / 'odd.py'}:odd", picture_every=3, pixel_layer="body")
-    pretrain(**given | {"steps": 3})
-    pretrain(**given | {"resume": True})
-    held = weights(run)
-    assert held["_extra_state"] == {"version": 3}
-    assert held["table"].tolist() == [0, 1, 2, 3, 4]
-    assert held["mask"].isinf().sum() == 1
-    assert held["body.weight"].dtype == getattr(torch, kind)
-    for how in ({}, {"protocol": "finetune", "seeds": 1, "steps": 2}):
-        found = evaluate(run, data=labelled, **how)
-        assert 0 < found.rows[-1].scores["mIoU"] <= 1
+    options = settings(model=f"{tmp_path / 'odd.py'}:odd", picture_every=3, pixel_layer="body")
+    pretrain(**options | {"steps": 3})
+    pretrain(**options | {"resume": True})
+    state = weights(run)
+    assert state["_extra_state"] == {"version": 3}
+    assert state["table"].tolist() == [0, 1, 2, 3, 4]
+    assert state["mask"].isinf().sum() == 1
+    assert state["body.weight"].dtype == getattr(torch, kind)
+    for changes in ({}, {"protocol": "finetune", "seeds": 1, "steps": 2}):
+        evaluation = evaluate(run, data=labelled, **changes)
+        assert 0 < evaluation.rows[-1].scores["mIoU"] <= 1
 
 
 def test_a_nan_stops_the_run_and_keeps_what_was_good(run, settings, monkeypatch) -> None:
@@ -650,9 +654,9 @@ def test_a_nan_stops_the_run_and_keeps_what_was_good(run, settings, monkeypatch)
     ):
         pretrain(**settings())
     assert not (run / "backbone.safetensors").exists()
-    held = torch.load(run / "bad_batch.pt", weights_only=True)
-    assert held["one"].shape == (4, 3, 32, 32)
-    assert "factors_one.hue" in held
+    bad_batch = torch.load(run / "bad_batch.pt", weights_only=True)
+    assert bad_batch["one"].shape == (4, 3, 32, 32)
+    assert "factors_one.hue" in bad_batch
     saved = checkpoint(run)
     assert saved["steps_done"] == len(metrics(run)) == 4
     assert all(tensor.isfinite().all() for tensor in saved["state_dict"].values())
@@ -664,7 +668,7 @@ def test_a_nan_stops_the_run_and_keeps_what_was_good(run, settings, monkeypatch)
 def test_a_full_disk_is_told_and_loses_nothing(run, settings, monkeypatch) -> None:
     pretrain(**settings())
 
-    def full(what: object, file: object) -> None:
+    def full(content: object, file: object) -> None:
         file.write(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -688,12 +692,12 @@ def test_a_run_that_did_not_end_can_be_read(run, settings, monkeypatch, caplog) 
     last, middle = (read_backbone(run / part) for part in ("", "checkpoints/step-00000004.ckpt"))
     assert f"{run} has no backbone.safetensors yet: loading its last checkpoint" in caplog.text
     for loaded, name in ((last, "last"), (middle, "step-00000004")):
-        held = checkpoint(run, name)["state_dict"]
+        state = checkpoint(run, name)["state_dict"]
         assert loaded.report is not None
         assert loaded.report.complete
         assert loaded.card.pixel_layer != "auto"
         for key, tensor in loaded.net.state_dict().items():
-            assert torch.equal(tensor, held[f"learner.online_encoder.net.{key}"])
+            assert torch.equal(tensor, state[f"learner.online_encoder.net.{key}"])
     assert not equal(last.net.state_dict(), middle.net.state_dict())
     for source, mark, steps in ((run, "", 6), (run / "checkpoints/step-00000004.ckpt", name, 4)):
         written = export(source, "safetensors")

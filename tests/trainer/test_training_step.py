@@ -56,10 +56,12 @@ def batch(images: int) -> TwoViewBatch:
     ],
 )
 def test_no_part_is_a_single_image(images, parts, sizes) -> None:
-    made = list(split_batch(batch(images), parts))
-    assert [len(part.one) for part in made] == sizes
-    assert torch.equal(torch.cat([part.index for part in made]), torch.arange(images))
-    assert torch.equal(torch.cat([part.factors_two.hue for part in made]), torch.arange(images))
+    parts_made = list(split_batch(batch(images), parts))
+    assert [len(part.one) for part in parts_made] == sizes
+    assert torch.equal(torch.cat([part.index for part in parts_made]), torch.arange(images))
+    assert torch.equal(
+        torch.cat([part.factors_two.hue for part in parts_made]), torch.arange(images)
+    )
 
 
 @pytest.mark.parametrize("one_by_one", [(), ("cpu",)], ids=["as one", "one by one"])
@@ -72,10 +74,10 @@ def test_each_view_has_the_colours_and_the_map_drawn_for_it(kind, one_by_one, mo
     factors = VIEW_ONE.draw(6), VIEW_TWO.draw(6)
     normalise = Normalise((0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
     plan = SimpleNamespace(photometry=(Photometry(sigma=(0.1, 2.0)),) * 2)
-    made = make_views(TwoViewBatch(one, two, *maps, *factors, torch.arange(6)), normalise, plan)
-    for view, pixels, own, where in zip(made, raw, factors, maps, strict=True):
-        assert torch.equal(view.to_image, where)
-        expected = normalise(change_colour(pixels / 255, own, 2.0))
+    views = make_views(TwoViewBatch(one, two, *maps, *factors, torch.arange(6)), normalise, plan)
+    for view, pixels, colours, to_image in zip(views, raw, factors, maps, strict=True):
+        assert torch.equal(view.to_image, to_image)
+        expected = normalise(change_colour(pixels / 255, colours, 2.0))
         torch.testing.assert_close(view.pixels, expected, atol=1e-5, rtol=0)
         assert view.pixels.is_contiguous(memory_format=torch.channels_last)
 
@@ -105,15 +107,15 @@ def test_batch_norm_over_gpus_keeps_the_activations_in_it(monkeypatch) -> None:
 def test_features_are_those_of_many_cells_and_images(images, monkeypatch) -> None:
     monkeypatch.setattr(training_step, "FEATURES", 32)
     learner = PixelCL(SmallNet(), 64, projection_size=8, projection_hidden_size=8)
-    cells, own = torch.arange(16.0).reshape(4, 4), torch.arange(float(images))
+    cells, numbers = torch.arange(16.0).reshape(4, 4), torch.arange(float(images))
     maps = torch.zeros(images, 12, 4, 4)
-    maps[:, 0], maps[:, 1] = cells, own[:, None, None]
-    kept: list[torch.Tensor] = []
-    with features_of(learner, kept):
+    maps[:, 0], maps[:, 1] = cells, numbers[:, None, None]
+    collected: list[torch.Tensor] = []
+    with features_of(learner, collected):
         learner.eval().online_encoder.pixel_projector(maps)
-    assert len(kept[0]) == min(32, 16 * images)
-    found = [len(kept[0][:, which].unique()) for which in (0, 1)]
-    assert (found[0] >= 15, found[1]) == (True, images)
+    assert len(collected[0]) == min(32, 16 * images)
+    counts = [len(collected[0][:, channel].unique()) for channel in (0, 1)]
+    assert (counts[0] >= 15, counts[1]) == (True, images)
 
 
 DONE = 5
@@ -139,16 +141,16 @@ def one_step(without: int = 1, **changed: float) -> tuple[dict[str, Tensor], Pix
     map_two = map_two.clone()
     map_two[:without, :, 2] += 1000
     factors = VIEW_ONE.draw(images), VIEW_TWO.draw(images)
-    made = TwoViewBatch(one, two, map_one, map_two, *factors, torch.arange(images))
+    step_batch = TwoViewBatch(one, two, map_one, map_two, *factors, torch.arange(images))
     before = copy.deepcopy(learner)
     fabric = Fabric(accelerator="cpu", devices=1)
     normalise = Normalise((0.5,), (0.2,))
     step = TrainingStep(fabric, learner, plan, normalise)
     step.step = DONE
-    result = step(made, keep_features=True)
+    result = step(step_batch, keep_features=True)
     assert not result.metrics.requires_grad  # else the whole graph stays in memory
     assert not result.features.requires_grad
-    terms = before(make_views(made, normalise, plan), return_terms=True)
+    terms = before(make_views(step_batch, normalise, plan), return_terms=True)
     expected = terms._replace(positive_pairs=terms.positive_pairs / images)
     torch.testing.assert_close(result.metrics[:-1], torch.stack(expected).detach())
     return dict(zip(METRIC_NAMES, result.metrics, strict=True)), learner, before
@@ -156,11 +158,11 @@ def one_step(without: int = 1, **changed: float) -> tuple[dict[str, Tensor], Pix
 
 @pytest.mark.parametrize(("parts", "without"), [(2, 1), (3, 1), (2, 6), (3, 7)])
 def test_taking_a_batch_in_parts_changes_nothing(parts, without) -> None:
-    whole, expected, before = one_step(without)
-    found, learner, _ = one_step(without, accumulate=parts)
-    assert whole["images_without_pairs"] == without
+    expected_metrics, expected, before = one_step(without)
+    metrics, learner, _ = one_step(without, accumulate=parts)
+    assert expected_metrics["images_without_pairs"] == without
     near = {"rtol": 1e-4, "atol": 1e-4}
-    torch.testing.assert_close(found, whole, **near)
+    torch.testing.assert_close(metrics, expected_metrics, **near)
     torch.testing.assert_close(learner.state_dict(), expected.state_dict(), **near)
     assert distance(expected, before) > 0.1
 
@@ -173,14 +175,16 @@ def test_a_gradient_is_clipped_to_the_norm_asked_for() -> None:
 
 def test_the_target_follows_by_the_momentum_of_the_step() -> None:
     _, learner, before = one_step()
-    moved, went = (
-        [now - was for now, was in zip(own(learner), own(before), strict=True)]
-        for own in (
-            lambda some: list(some.target_encoder.parameters()),
-            lambda some: [p.detach() for p in some.online_encoder.parameters()],
+    moves, differences = (
+        [now - was for now, was in zip(parameters(learner), parameters(before), strict=True)]
+        for parameters in (
+            lambda network: list(network.target_encoder.parameters()),
+            lambda network: [p.detach() for p in network.online_encoder.parameters()],
         )
     )
-    torch.testing.assert_close(moved, [(1 - SCHEDULE.momentum(DONE)) * own for own in went])
+    torch.testing.assert_close(
+        moves, [(1 - SCHEDULE.momentum(DONE)) * difference for difference in differences]
+    )
 
 
 def distance(one: PixelCL, other: PixelCL) -> float:
@@ -191,7 +195,9 @@ def distance(one: PixelCL, other: PixelCL) -> float:
 
 def online(learner: PixelCL) -> list[Tensor]:
     named = learner.named_parameters()
-    return [own.detach() for name, own in named if not name.startswith("target_encoder")]
+    return [
+        parameter.detach() for name, parameter in named if not name.startswith("target_encoder")
+    ]
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -200,51 +206,55 @@ def test_each_step_of_each_process_has_a_seed_of_its_own(rank, monkeypatch) -> N
     one_step()
     assert torch.initial_seed() == step_seed(0, DONE, rank)
     numbers = [(0, 2, 3), (1, 2, 3), (0, 3, 3), (0, 2, 4)]
-    assert len({step_seed(*some) for some in numbers}) == len(numbers)
+    assert len({step_seed(*key) for key in numbers}) == len(numbers)
 
 
 @pytest.mark.parametrize("extra", [{}, {"accumulate": 2, "clip_grad": 0.5, "loss": "pixcontrast"}])
 def test_a_captured_run_is_the_run(
     extra, tmp_path, settings, repeated, monkeypatch, caplog
 ) -> None:
-    asked = settings(steps=9, optimizer="sgd", lr=0.05, picture_every=4, graph="auto", **extra)
-    plain = pretrain(**asked | {"out": str(tmp_path / "plain"), "graph": "off"})
+    options = settings(steps=9, optimizer="sgd", lr=0.05, picture_every=4, graph="auto", **extra)
+    uncaptured = pretrain(**options | {"out": str(tmp_path / "plain"), "graph": "off"})
     monkeypatch.setattr(auto, "CAPTURED_ON", ("cpu",))
-    taken = []
-    monkeypatch.setattr(StepGraph, "recorded", lambda graph: taken.append(graph) or repeated(graph))
-    captured = pretrain(**asked)
-    assert [graph.graph.replays for graph in taken] == [9 - WARM_UP]
+    graphs = []
+    monkeypatch.setattr(
+        StepGraph, "recorded", lambda graph: graphs.append(graph) or repeated(graph)
+    )
+    captured = pretrain(**options)
+    assert [graph.graph.replays for graph in graphs] == [9 - WARM_UP]
     assert "kernel by kernel" not in caplog.text
     for name in ("loss", "grad_norm", "positive_pairs", "lr", "target_momentum", "effective_rank"):
-        expected = [line[name] for line in metrics(plain.run_dir)]
-        found = [line[name] for line in metrics(captured.run_dir)]
-        assert found == pytest.approx(expected, rel=5e-2), name
-    ours, others = (checkpoint(done.run_dir) for done in (captured, plain))
-    for one, two in zip(*(held["optimizer_states"] for held in (ours, others)), strict=True):
+        expected = [line[name] for line in metrics(uncaptured.run_dir)]
+        values = [line[name] for line in metrics(captured.run_dir)]
+        assert values == pytest.approx(expected, rel=5e-2), name
+    captured_run, reference = (checkpoint(done.run_dir) for done in (captured, uncaptured))
+    for one, two in zip(
+        *(contents["optimizer_states"] for contents in (captured_run, reference)), strict=True
+    ):
         assert one["param_groups"] == two["param_groups"]
-    for name, own in ours["state_dict"].items():
-        torch.testing.assert_close(own, others["state_dict"][name], rtol=1e-3, atol=1e-4)
+    for name, tensor in captured_run["state_dict"].items():
+        torch.testing.assert_close(tensor, reference["state_dict"][name], rtol=1e-3, atol=1e-4)
 
 
 def test_a_captured_run_is_resumed(tmp_path, settings, repeated, monkeypatch) -> None:
     monkeypatch.setattr(auto, "CAPTURED_ON", ("cpu",))
-    asked = settings(steps=12, checkpoint_every=6, graph="auto")
-    whole = pretrain(**asked | {"out": str(tmp_path / "whole")})
-    pretrain(**asked)
+    options = settings(steps=12, checkpoint_every=6, graph="auto")
+    expected = pretrain(**options | {"out": str(tmp_path / "whole")})
+    pretrain(**options)
     forget(tmp_path / "run", "step-00000012", "last")
-    again = pretrain(out=tmp_path / "run", resume=True)
-    assert again.metrics["loss"] == pytest.approx(whole.metrics["loss"], rel=1e-3)
+    resumed = pretrain(out=tmp_path / "run", resume=True)
+    assert resumed.metrics["loss"] == pytest.approx(expected.metrics["loss"], rel=1e-3)
 
 
 @pytest.mark.parametrize(
-    ("change", "why"),
+    ("change", "reason"),
     [
         ({"optimizer": "lamb"}, "Lamb reads its learning rate on the host"),
         ({}, "RuntimeError: not permitted"),
     ],
 )
 def test_what_cannot_be_captured_runs_kernel_by_kernel_and_says_so_once(
-    change, why, settings, repeated, monkeypatch, caplog
+    change, reason, settings, repeated, monkeypatch, caplog
 ) -> None:
     def fail(_: StepGraph) -> None:
         raise RuntimeError("not permitted")
@@ -253,10 +263,10 @@ def test_what_cannot_be_captured_runs_kernel_by_kernel_and_says_so_once(
     monkeypatch.setattr(auto, "CAPTURED_ON", ("cpu",))
     if change:
         monkeypatch.setattr(
-            step_graph, "why_not", lambda own, _: why_not(own, torch.device("cuda"))
+            step_graph, "why_not", lambda optimizer, _: why_not(optimizer, torch.device("cuda"))
         )
     caplog.set_level(logging.INFO)
     done = pretrain(**settings(steps=8, graph="auto", **change))
     assert steps(done.run_dir) == list(range(1, 9))
-    told = f"steps are launched kernel by kernel, not as one CUDA graph: {why}"
-    assert caplog.text.count(told) == 1
+    message = f"steps are launched kernel by kernel, not as one CUDA graph: {reason}"
+    assert caplog.text.count(message) == 1

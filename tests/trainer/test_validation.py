@@ -36,48 +36,48 @@ def test_correspondence_and_pictures_change_no_weight(tmp_path, run, settings, m
     assert metrics(run)[0]["hit1"] == metrics(run)[1]["hit1"]
     assert metrics(run)[0]["hit_step"] == 0
     assert "hit1" not in metrics(blind)[0]
-    for told in (
+    for text in (
         "196 images to train on, 4 held out",
         "step 4: ",
         "% of cells find the same spot in",
     ):
-        assert told in log(run)
-    drawn = sorted((run / "pictures").iterdir())
-    assert [path.stem for path in drawn] == ["step-00000000", "step-00000002", "step-00000004"]
-    with Image.open(drawn[-1]) as picture:
+        assert text in log(run)
+    paths = sorted((run / "pictures").iterdir())
+    assert [path.stem for path in paths] == ["step-00000000", "step-00000002", "step-00000004"]
+    with Image.open(paths[-1]) as picture:
         assert picture.size == (4 * 160 + 3 * 4, 2 * 160 + 4)  # four images, and their colours
 
 
 @pytest.mark.parametrize(("precision", "half"), [("float32", False), ("bfloat16", True)])
 def test_looks_are_as_fast_as_the_training(settings, many, monkeypatch, precision, half) -> None:
-    seen = set()
-    read = Reader.__call__
+    autocast_states = set()
+    call = Reader.__call__
 
     def noted(reader: Reader, pixels: torch.Tensor) -> torch.Tensor:
-        seen.add(torch.is_autocast_enabled("cpu"))
-        return read(reader, pixels)
+        autocast_states.add(torch.is_autocast_enabled("cpu"))
+        return call(reader, pixels)
 
     monkeypatch.setattr(Reader, "__call__", noted)
     pretrain(**settings(data=many, steps=1, picture_every=1, precision=precision))
-    assert seen == {half}
+    assert autocast_states == {half}
 
 
 def test_pairs_are_drawn_anew_with_the_pictures(tmp_path, settings) -> None:
-    drawn = []
+    previews = []
     for every in (0, 2, 3):
         out = tmp_path / str(every)
         pretrain(**settings(steps=4, out=str(out), picture_every=every))
-        drawn.append((out / "preview" / "pairs-0.png").read_bytes())
-    assert len(set(drawn)) == 3  # of the first, third and fourth batch
+        previews.append((out / "preview" / "pairs-0.png").read_bytes())
+    assert len(set(previews)) == 3  # of the first, third and fourth batch
 
 
 def test_a_resumed_run_goes_on_with_its_colours(run, settings) -> None:
     pretrain(**settings(steps=4, picture_every=2))
     assert "fewer than 200 images: none are held out, so" in log(run)
     last = run / "pictures" / "step-00000004.png"
-    drawn = last.read_bytes()
+    content = last.read_bytes()
     pretrain(out=run, resume=True, steps=5)  # draws step 4 once more
-    assert last.read_bytes() == drawn
+    assert last.read_bytes() == content
     pretrain(out=run, resume=True, steps=6, image_size=40)  # maps of another size
 
 
@@ -86,8 +86,8 @@ def test_a_probe_is_noted_keeps_the_best_checkpoint_and_changes_no_weight(
     tmp_path, run, settings, labelled, protocol
 ) -> None:
     pretrain(**settings(out=str(tmp_path / "blind")))
-    given = {"probe_every": 1, "probe_protocol": protocol, "keep_checkpoints": 1}
-    pretrain(**settings(probe=str(labelled), **given))
+    options = {"probe_every": 1, "probe_protocol": protocol, "keep_checkpoints": 1}
+    pretrain(**settings(probe=str(labelled), **options))
     assert equal(weights(tmp_path / "blind"), weights(run))
     probed = lines(run / "probe.jsonl")
     assert [line["step"] for line in probed] == [0, 3, 6]  # twelve images in batches of four
@@ -99,13 +99,13 @@ def test_a_probe_is_noted_keeps_the_best_checkpoint_and_changes_no_weight(
     assert f"step 0: probe reaches a mean IoU of {first:.4f}\n" in log(run)
     assert f"step 3: probe reaches a mean IoU of {middle:.4f} (best" in log(run)
     path = run / "checkpoints" / "best.ckpt"
-    told = f"{best['step']}, mIoU {best['miou']:.4f}: {path} (pixelcl export {path})\n"
-    assert f"best step by the probe: {told}" in log(run)
+    text = f"{best['step']}, mIoU {best['miou']:.4f}: {path} (pixelcl export {path})\n"
+    assert f"best step by the probe: {text}" in log(run)
     assert "fewer than 200 images: none are held out" not in log(run)  # nor drawn
 
 
 @pytest.mark.parametrize(
-    ("held", "note"),
+    ("scores", "note"),
     [
         ({}, " (best)"),
         ({0: 0.1}, " (best)"),
@@ -113,14 +113,14 @@ def test_a_probe_is_noted_keeps_the_best_checkpoint_and_changes_no_weight(
         ({0: 0.1, 1: 0.8}, ""),
     ],
 )
-def test_the_best_probe_is_called_so_with_what_the_start_had(held, note) -> None:
-    assert best_note(held, 0.5) == note
+def test_the_best_probe_is_called_so_with_what_the_start_had(scores, note) -> None:
+    assert best_note(scores, 0.5) == note
 
 
 def test_a_run_that_was_killed_in_a_probe_makes_up_for_it(run, settings, labelled) -> None:
-    given = settings(probe=str(labelled), probe_every=1, checkpoint_every=3)
-    pretrain(**given)
-    whole = files(run)
+    options = settings(probe=str(labelled), probe_every=1, checkpoint_every=3)
+    pretrain(**options)
+    before = files(run)
     probe, (best, first, last) = (
         run / "probe.jsonl",
         (run / "checkpoints" / f"{name}.ckpt" for name in ("best", "step-00000003", "last")),
@@ -128,8 +128,8 @@ def test_a_run_that_was_killed_in_a_probe_makes_up_for_it(run, settings, labelle
     probe.write_text(probe.read_text().splitlines(keepends=True)[0])
     forget(run, "best", "step-00000006", "last")
     os.link(first, last)
-    pretrain(**given | {"resume": True})
-    assert probe.read_bytes() == whole[probe]
+    pretrain(**options | {"resume": True})
+    assert probe.read_bytes() == before[probe]
     is_first = lines(probe)[1]["miou"] >= lines(probe)[2]["miou"]
     assert (best.stat().st_ino == first.stat().st_ino) is is_first
 
@@ -178,8 +178,8 @@ def test_a_run_whose_eval_mode_overflows_goes_on_with_a_word(
     tmp_path, run, settings, many, labelled
 ) -> None:
     (tmp_path / "sick.py").write_text(SICK)
-    given = {"model": f"{tmp_path / 'sick.py'}:sick", "pixel_layer": "1", "picture_every": 3}
-    pretrain(**settings(data=many, probe=str(labelled), **given))
+    options = {"model": f"{tmp_path / 'sick.py'}:sick", "pixel_layer": "1", "picture_every": 3}
+    pretrain(**settings(data=many, probe=str(labelled), **options))
     for step in (0, 3, 6):
         assert f"step {step}: in eval mode the network gives NaN or infinite" in log(run)
     assert "step 6: probe skipped: in eval mode the network gives NaN or infinite" in log(run)
@@ -204,9 +204,11 @@ def test_a_network_of_ones_own_with_a_fixed_size_is_probed(
 ) -> None:
     (tmp_path / "fixed.py").write_text(FIXED)
     pretrain(**settings(model=f"{tmp_path / 'fixed.py'}:vit", probe=str(labelled), steps=2))
-    found = evaluate(run, data=labelled, protocol="knn")
-    assert found.settings["fed at"] == "32x32"
-    assert found.rows[-1].scores["mIoU"] == pytest.approx(lines(run / "probe.jsonl")[-1]["miou"])
+    evaluation = evaluate(run, data=labelled, protocol="knn")
+    assert evaluation.settings["fed at"] == "32x32"
+    assert evaluation.rows[-1].scores["mIoU"] == pytest.approx(
+        lines(run / "probe.jsonl")[-1]["miou"]
+    )
 
 
 def test_a_probe_that_cannot_be_done_ends_the_run_before_its_first_step(
@@ -225,6 +227,6 @@ def test_images_to_look_at_are_middle_parts_and_broken_ones_are_left_out(tmp_pat
     wide.save(tmp_path / "a.png")
     (tmp_path / "b.png").write_bytes(b"no image")
     source = open_source(tmp_path)
-    [seen] = central_views(source, measure(source), (20, 20), 5)
-    assert seen.shape == (3, 20, 20)
-    assert torch.allclose(seen, torch.tensor([0.0, 0, 1])[:, None, None].expand(3, 20, 20))
+    [view] = central_views(source, measure(source), (20, 20), 5)
+    assert view.shape == (3, 20, 20)
+    assert torch.allclose(view, torch.tensor([0.0, 0, 1])[:, None, None].expand(3, 20, 20))
