@@ -94,7 +94,8 @@ class NamedArray(NamedTuple):
         shape, dtype = getattr(array, "shape", None), getattr(array, "dtype", None)
         if shape is None or dtype is None or not isinstance(axes, str):
             raise ImageError(
-                f"{type(found).__name__} in place of an array, or an array and its axes"
+                f"it returned {type(found).__name__}; it must return an array, or an array and "
+                "its axes"
             )
         if not axes and len(shape) in (2, 3, 4):
             last = len(shape) > 2 and channels_last(shape[-3:])
@@ -106,11 +107,11 @@ class NamedArray(NamedTuple):
             or not {*SIDES} <= {*named.axes}
         ):
             raise ImageError(
-                f"an array of shape {shape} and axes {axes!r}, which must be a letter for each, "
-                "Y and X among them"
+                f"an array of shape {shape} with axes {axes!r}; they must be one letter for each "
+                "dimension, including Y and X"
             )
         if 0 in shape:
-            raise ImageError(f"an array of shape {shape}, where none may be 0")
+            raise ImageError(f"an array of shape {shape}; no dimension may be 0")
         if np.dtype(dtype).kind not in "buif":
             raise ImageError(f"values of type {dtype}; they must be whole numbers or floats")
         return named
@@ -202,7 +203,7 @@ def array_file(array: NDArray[Any], nodata: float | None = None) -> tuple[str, b
     if nodata is None and not channels_last(array.shape):
         np.save(file, np.ascontiguousarray(array))
         return "npy", file.getvalue()
-    # An array of more bands than columns would be read otherwise, and none says what is nodata.
+    # In .npy, more bands than columns would be read as channels last, and nodata is not recorded.
     from tifffile import imwrite
 
     tags = [] if nodata is None else [(NODATA_TAG, "s", 0, f"{nodata:.17g}", True)]

@@ -104,9 +104,9 @@ class DecodedCache(IndexedSource):
         image = image or self.source.open(index)
         decoded = image.decode(scale)
         if decoded.known is None:
-            at = SCALES.index(decoded.scale)  # small images come in full, whatever is asked for
+            at = SCALES.index(decoded.scale)  # small images come in full, whatever the scale
             place = int(self.places[index, at]) or self.keep(image, decoded)
-            if place and self.lock.acquire(timeout=PATIENCE):  # written whole before it is found
+            if place and self.lock.acquire(timeout=PATIENCE):  # complete before others find it
                 self.places[index, slot] = self.places[index, at] = place
                 self.lock.release()
         return decoded

@@ -131,7 +131,7 @@ def cut_rotated(
     to_pixels[:, 2] -= torch.minimum((high - end).clamp(min=0), (low - first).clamp(min=0))
 
     low, high = corners(to_pixels)
-    # A pixel of the view more on each side, so that the box's own edges are not seen.
+    # One more pixel of the view on each side, so that the edges of the box are not visible.
     margin = int(to_pixels[:, :2].norm(dim=0).max().item() / min(size)) + 1
     starts = ((low - first).to(torch.int64) - margin).tolist()
     stops = ((high - first).to(torch.int64) + 1 + margin).tolist()

@@ -194,7 +194,7 @@ class TwoViewDataset(Dataset[LoadedBatch | TooManyBrokenError]):
             else:
                 yield index, image
         raise TooManyBrokenError(
-            "no image can be read any more; is the data still there?", broken.values()
+            "no image can be read any more; check that the data is still there", broken.values()
         )
 
     def lay_maps(self, images: Sequence[LazyImage], drawn: Tensor) -> Tensor:
@@ -262,7 +262,7 @@ def check_broken(broken: dict[str, BrokenImage], count: int, max_broken: float) 
     shown = "".join(f"\n  {name}: {reason}" for name, reason in list(broken.values())[:5])
     raise TooManyBrokenError(
         f"{len(broken)} of {count} images cannot be used, more than the {max_broken:.2%} that "
-        "max_broken allows; mend or remove them, or go on with a larger max_broken. Among "
+        "max_broken allows; fix or remove them, or continue with a larger max_broken. Among "
         f"them:{shown}",
         broken.values(),
     )

@@ -162,7 +162,7 @@ def open_deep_pnm(content: bytes, header: re.Match[bytes]) -> LazyImage:
             available = min(count, (len(content) - start) // 2)
             values = np.frombuffer(content, ">u2", available, start).astype(np.float32)
         if len(values) < count:
-            raise ImageError(f"damaged: {len(values)} of {count} values are there")
+            raise ImageError(f"damaged: {len(values)} of {count} values are present")
         return DecodedImage(
             rearrange(torch.from_numpy(values), "(h w c) -> c h w", h=height, w=width)
         )

@@ -51,7 +51,9 @@ def find_files(
     if leave_out is not None and (skipped := Path(leave_out).expanduser()).is_dir():
         entered.add(identity(skipped))
         if identity(folder) in entered:
-            raise ValueError(f"out is {str(leave_out)!r}, the folder of the images; name another")
+            raise ValueError(
+                f"out is {str(leave_out)!r}, the folder of the images; give another folder"
+            )
     waiting = [os.fspath(folder)]
     while waiting:
         place = waiting.pop()
@@ -70,7 +72,7 @@ def find_files(
         if {IMAGES, MASKS} <= set(folders):
             for name in {MASKS, PREDICTIONS} & set(folders):
                 log.info(
-                    "%s belongs to the images beside it and is not searched",
+                    "%s belongs to the images next to it and is not searched",
                     os.path.join(place, name),
                 )
                 folders.remove(name)
@@ -128,9 +130,9 @@ def listed(folder: str) -> tuple[list[str], list[str]]:
     names: dict[str, list[str]] = {"folder": [], "file": []}
     for entry, kind in in_time(entries, folder):
         if kind == "link":
-            with suppress(ImageError):  # where it leads does not answer, as is told when it is read
+            with suppress(ImageError):  # its target does not answer, as is reported when it is read
                 kind = in_time(partial(kind_of, entry), entry.path)
-        if kind == "special":  # whose reading may never end
+        if kind == "special":  # reading it may never end
             log.warning("%s is a pipe, a socket or a device: left out", entry.path)
         else:
             names["folder" if kind == "folder" else "file"].append(entry.name)
@@ -141,7 +143,7 @@ def no_image_message(folder: Path, others: Counter[str]) -> str:
     """The message about a folder without images."""
     contents = count_by_ending(others) if others else "no file at all"
     return (
-        f"no image in {str(folder)!r}: looked in it and below for files that end in "
+        f"no image in {str(folder)!r}: searched it and its subfolders for files that end in "
         f"{', '.join(sorted(image_suffixes()))}, and for shards (.tar); found {contents}"
     )
 

@@ -130,7 +130,7 @@ def read_nifti(content: bytes) -> Named:
     image = (nibabel.Nifti2Image if second else nibabel.Nifti1Image).from_stream(stream)
     dtype, shape, scaled = image.get_data_dtype(), image.shape, image.dataobj
     plain = scaled.slope == 1 and scaled.inter == 0
-    # Of each axis in the file: its axis in space (right, anterior, superior), and 1 if along it.
+    # For each axis in the file: its axis in space (right, anterior, superior), and 1 if along it.
     (first, along_first), (other, along_other), *_ = nibabel.io_orientation(image.affine)
     flipped = tuple(i for i, along in enumerate((along_first, along_other)) if along > 0)
     axes = (("YX" if first > other else "XY") + "ZTCUV")[: len(shape)]
@@ -179,7 +179,7 @@ def read_npz(content: bytes) -> Any:
         usual = [name for name in USUAL if name in file.files]
         if not usual and len(file.files) != 1:
             raise ImageError(
-                f"it holds the arrays {', '.join(file.files)}; call the one of images 'image'"
+                f"it holds the arrays {', '.join(file.files)}; name the one with the images 'image'"
             )
         if sum(member.file_size for member in file.zip.infolist()) > MAX_BYTES:
             raise ImageError(f"its arrays take more than {MAX_BYTES // 2**30} GiB")
@@ -202,8 +202,8 @@ def read_zarr(path: str) -> Any:
             if not (keys := sorted(node)):
                 raise ImageError("it holds no array")
             raise ImageError(
-                f"it holds {', '.join(keys)}; make a link to the one of images that ends in .zarr, "
-                f"and name it as data: ln -s {os.path.abspath(path)}/{keys[0]} images.zarr"
+                f"it holds {', '.join(keys)}; make a link that ends in .zarr to the one with the "
+                f"images, and give it as data: ln -s {os.path.abspath(path)}/{keys[0]} images.zarr"
             )
         [node] = arrays.values()
     dimensions = getattr(node.metadata, "dimension_names", None)

@@ -69,11 +69,11 @@ NO_WARNINGS = Silence()
 def known_errors(*, content: object = b"", but: type[Exception] = ImageError) -> Iterator[None]:
     """Let whatever a decoder raises become an `ImageError`, and its warnings be silent."""
     try:
-        with NO_WARNINGS:  # a decoder's remarks on a file help nobody
+        with NO_WARNINGS:  # a decoder's warnings about a file help nobody
             yield
     except (ImageError, but):
         raise
-    except Exception as error:  # damaged bytes make decoders raise anything at all
+    except Exception as error:  # damaged bytes make decoders raise all kinds of errors
         start = content if isinstance(content, bytes) else b""
         raise ImageError(decoder_message(error, start)) from error
 
@@ -193,7 +193,7 @@ def without_value(image: LazyImage, value: float) -> LazyImage:
     def load(scale: int) -> DecodedImage:
         decoded = image.load(scale)
         pixels = to_tensor(decoded.pixels)
-        gone = pixels == torch.tensor(value, dtype=pixels.dtype)  # rounded as they are
+        gone = pixels == torch.tensor(value, dtype=pixels.dtype)  # rounded like them
         if pixels.is_floating_point():
             return decoded._replace(pixels=pixels.masked_fill(gone, torch.nan))
         known = ~gone if decoded.known is None else decoded.known & ~gone
@@ -227,7 +227,7 @@ def fill_missing(decoded: DecodedImage) -> DecodedImage:
     if known.all():
         return decoded
     if not known.any():
-        raise ImageError("not one of its values is a finite number")
+        raise ImageError("none of its values is a finite number")
     low = pixels.where(known, torch.inf).amin((1, 2), keepdim=True)
     high = pixels.where(known, -torch.inf).amax((1, 2), keepdim=True)
     within = pixels.where(~pixels.isnan(), low).clamp(low, high)
@@ -275,8 +275,8 @@ def bomb(found: str) -> str:
 
     limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
     return (
-        f"a decompression bomb: {found}, beyond the limit of {limit} pixels; if you trust it, set "
-        f"PIL.Image.MAX_IMAGE_PIXELS higher before the run, or {CUT}"
+        f"a decompression bomb: {found}, beyond the limit of {limit} pixels; if you trust it, "
+        f"raise PIL.Image.MAX_IMAGE_PIXELS before the run, or {CUT}"
     )
 
 
@@ -301,6 +301,6 @@ def pages_differ(sizes: Set[tuple[int, ...]]) -> str:
     """The message about pages that cannot be channels of one image."""
     listed = ", ".join("x".join(map(str, size)) for size in sorted(sizes))
     return (
-        f"its pages differ in size ({listed}), so they are no channels of one image; read them as "
-        "images (--pages images)"
+        f"its pages differ in size ({listed}), so they are not the channels of one image; read "
+        "them as images (--pages images)"
     )

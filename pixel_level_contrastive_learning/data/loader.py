@@ -174,10 +174,10 @@ class TwoViewLoader:
         for image in new.values():
             log.warning("skipped %s: %s", *image)
         if self.skipped_file is not None:
-            # A file's name may be no text: its bytes are kept as they are.
+            # A file's name may not be valid text: its bytes are kept as they are.
             with self.skipped_file.open("a+", encoding="utf-8", errors="surrogateescape") as file:
                 file.seek(0)
-                listed = set(file)  # by the run that is resumed
+                listed = set(file)  # listed by the run that is resumed
                 file.writelines(image.line for image in new.values() if image.line not in listed)
         check_broken(self.broken, self.sampler.images, self.max_broken)
 

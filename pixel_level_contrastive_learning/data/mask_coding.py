@@ -44,13 +44,13 @@ def read_classes(path: Path) -> tuple[str, ...] | None:
     lines = [line.strip() for line in text.rstrip().splitlines()]
     if not 1 <= len(lines) <= IGNORED:
         raise ValueError(
-            f"{path} names {len(lines)} classes; it must name 1 to {IGNORED}, one a line in the "
+            f"{path} names {len(lines)} classes; it must name 1 to {IGNORED}, one per line in the "
             "order of ids"
         )
     if "" in lines:
         blank = lines.index("")
         raise ValueError(
-            f"{path} has nothing in line {blank + 1}, where the class of id {blank} must stand; "
+            f"{path} is empty in line {blank + 1}, where the class of id {blank} is expected; "
             "name it, or remove the line if the next name is that class"
         )
     parts = [line.split(maxsplit=1) for line in lines]
@@ -58,8 +58,8 @@ def read_classes(path: Path) -> tuple[str, ...] | None:
         for label, (number, _) in enumerate(parts):
             if int(number) != label:
                 raise ValueError(
-                    f"{path} has id {number} in line {label + 1}, where {label} must stand: one "
-                    "class a line in the order of ids, from 0"
+                    f"{path} has id {number} in line {label + 1}, where {label} is expected: one "
+                    "class per line in the order of ids, from 0"
                 )
         lines = [name for _, name in parts]
     for label, name in enumerate(lines):
@@ -114,7 +114,7 @@ def read_colours(
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(
-            f"colours is {str(path)!r}, which cannot be read ({error}); name a text file of lines "
+            f"colours is {str(path)!r}, which cannot be read ({error}); give a text file of lines "
             "such as '128 0 0 1' or '128 0 0 road'"
         ) from error
     labels: dict[Colour, str] = {}
@@ -126,7 +126,7 @@ def read_colours(
         if colour is None or not label:
             raise ValueError(
                 f"{path} has {line!r} in line {number}, where red, green, blue (0 to 255) and a "
-                "class must stand, such as '128 0 0 1' or '128 0 0 road'"
+                "class are expected, such as '128 0 0 1' or '128 0 0 road'"
             )
         if labels.setdefault(colour, label) != label:
             raise ValueError(
@@ -150,22 +150,22 @@ def ids_of_labels(
         by_id = {int(number): name for number, _, name in parts.values()}
         if max(by_id, default=0) > IGNORED or len({*by_id.values()}) < len(parts):
             raise ValueError(
-                f"{path} has ids with names; it must have {limit}, each with one name of its own"
+                f"{path} gives ids with names; they must be {limit}, each with a name of its own"
             )
         by_id.pop(IGNORED, None)
         names = tuple(by_id.get(i, f"class {i}") for i in range(max(by_id, default=-1) + 1))
         for label, name in by_id.items():
             if classes and [*classes[label : label + 1]] != [name]:
                 raise ValueError(
-                    f"{path} names id {label} {name!r}, which is not so in {', '.join(classes)}; "
-                    "let both files agree"
+                    f"{path} gives id {label} the name {name!r}, unlike {', '.join(classes)}; make "
+                    "both files agree"
                 )
         return {label: int(label.partition(" ")[0]) for label in labels}, names or None
     known = [label for label in labels if not label.isdecimal()]
     if not classes and known and (len(known) < len(parts) or len(known) > IGNORED):
         raise ValueError(
-            f"{path} names {len(known)} classes and numbers {len(parts) - len(known)}; it must "
-            f"name all, {IGNORED} at most, or number all, with {limit}"
+            f"{path} gives {len(known)} classes by name and {len(parts) - len(known)} by number; "
+            f"give all by name, {IGNORED} at most, or all by number, with {limit}"
         )
     listed = tuple(classes or known)
     return {label: class_id(path, label, listed) for label in labels}, listed if known else None
@@ -189,5 +189,5 @@ def class_id(path: Path, label: str, names: Sequence[str]) -> int:
         return list(names).index(label)
     raise ValueError(
         f"{path} names the class {label!r}, which is not among {', '.join(names) or 'the ids'}; "
-        f"take one of these, or an id from 0 to {IGNORED - 1}, or {IGNORED} to ignore the colour"
+        f"use one of these, or an id from 0 to {IGNORED - 1}, or {IGNORED} to ignore the colour"
     )

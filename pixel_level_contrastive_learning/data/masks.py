@@ -132,8 +132,8 @@ def read_coded(
         content = not_empty(files.file_content(file, several=page.count > 1))
         with known_errors(content=content):
             stored = read_stored(content, page)
-    except Exception as error:  # damaged bytes make decoders raise anything at all
-        raise ValueError(f"{path} cannot be read as a mask: {error}; write it anew") from error
+    except Exception as error:  # damaged bytes make decoders raise all kinds of errors
+        raise ValueError(f"{path} cannot be read as a mask: {error}; write it again") from error
     values = stored.values
     if coding.colours is not None:
         return torch.from_numpy(ids_of_colours(path, stored, coding)), {}
@@ -144,7 +144,7 @@ def read_coded(
     if values.dtype.kind == "f":
         if not (values == np.round(values)).all():
             raise ValueError(
-                f"{path} has values that are no whole numbers, such as "
+                f"{path} has values that are not whole numbers, such as "
                 f"{values[values != np.round(values)][0]:g}; write class ids"
             )
         values = values.astype(np.int64)
@@ -168,8 +168,8 @@ def read_coded(
         pairs = ",".join(f"{v}:{i}" for i, v in enumerate(used)) if few else "VALUE:ID,..."
         if len(used) >= MOST_IDS:
             raise ValueError(
-                f"{path} has {len(used)} different values, like an image; see whether images/ and "
-                "masks/ are swapped"
+                f"{path} has {len(used)} different values, like an image; check whether images/ "
+                "and masks/ are swapped"
             )
         raise ValueError(
             f"{path} has ids from {used[0]} to {used[-1]}; write 8-bit PNG with ids from 0 to "
@@ -202,7 +202,7 @@ def read_stored(content: Content, page: Page) -> Stored:
 def check_pages(pages: int, page: Page) -> None:
     """Refuse a mask that has not as many pages as its image."""
     if pages != page.count:
-        raise ImageError(f"it has {pages} pages, and its image {page.count}")
+        raise ImageError(f"it has {pages} pages, but its image has {page.count}")
 
 
 def read_tiff_mask(content: bytes | str, wanted: Page) -> Stored:
@@ -232,7 +232,7 @@ def read_picture_mask(content: bytes, page: Page) -> Stored:
         bits = content[24]
     image = open_by_pillow(content)
     if getattr(image, "n_frames", 1) > 1:
-        raise ImageError("it has several frames, and a mask has one")
+        raise ImageError("it has several frames; a mask must have one")
     check_pages(1, page)
     orientation = orientation if png else orientation_of(image)
     if bits == 16 and image.mode in ("RGB", "RGBA", "LA"):
@@ -244,7 +244,7 @@ def read_picture_mask(content: bytes, page: Page) -> Stored:
     if image.mode == "P":
         palette = np.array(image.getpalette("RGB"), np.uint8).reshape(-1, 3)
         if image.format == "GIF" and (palette == palette[:, :1]).all():
-            values, palette = palette[values, 0], None  # writers number its grays anew
+            values, palette = palette[values, 0], None  # writers renumber its grays
     return Stored(values_upright(values, orientation), palette, image.mode)
 
 
@@ -261,14 +261,14 @@ def ids_of_colours(path: Path, stored: Stored, coding: MaskCoding) -> np.ndarray
     if stored.palette is not None:
         if (largest := int(values.max())) >= len(stored.palette):
             raise ValueError(
-                f"{path} has a pixel of index {largest}, and its palette ends at "
-                f"{len(stored.palette) - 1}; write it anew with a colour for each index"
+                f"{path} has a pixel of index {largest}, but its palette ends at "
+                f"{len(stored.palette) - 1}; write it again with a colour for each index"
             )
         values = stored.palette[values]
     if values.dtype == np.bool_:
         values = values * np.uint8(255)
     if values.dtype != np.uint8:
-        raise ValueError(f"{path} has values of type {values.dtype}, which are no 8-bit colours")
+        raise ValueError(f"{path} has values of type {values.dtype}, which are not 8-bit colours")
     if values.ndim == 2 or values.shape[-1] < 3:
         values = np.repeat(values.reshape(*values.shape[:2], -1)[..., :1], 3, axis=-1)
     packed = values[..., :3].astype(np.int64) @ (65536, 256, 1)
@@ -299,9 +299,7 @@ def colours_message(path: Path, mode: str, colours: np.ndarray[Any, Any]) -> str
     last = colours.shape[-1] - 1
     varies = [bool((colours[..., band] != colours[0, 0, band]).any()) for band in range(last + 1)]
     if last in (1, 3) and varies == [False] * last + [True]:
-        advice = (
-            "all but its alpha is of one colour: write that alone, Image.open(path).getchannel('A')"
-        )
+        advice = "only its alpha channel varies: write that alone, Image.open(path).getchannel('A')"
     elif (colours[..., 0] == colours[..., min(1, last - 1)]).all():  # gray
         advice = (
             "if its gray values are the ids, write one channel, Image.open(path).getchannel(0); or "
@@ -313,7 +311,7 @@ def colours_message(path: Path, mode: str, colours: np.ndarray[Any, Any]) -> str
             "or write one channel that holds the number of each pixel's class"
         )
     return (
-        f"{path} is coded in colours ({mode}, {count} different ones), where masks hold class ids: "
+        f"{path} is coded in colours ({mode}, {count} different ones), but masks hold class ids: "
         f"{advice}"
     )
 
@@ -330,10 +328,10 @@ class Palettes:
             before, other = self.seen.setdefault(label, (colour, path))
             if before != colour:
                 return (
-                    f"{path} gives id {label} the colour {' '.join(map(str, colour))}, and {other} "
+                    f"{path} gives id {label} the colour {' '.join(map(str, colour))}, but {other} "
                     f"{' '.join(map(str, before))}: their palettes differ, so the same id is not "
                     "the same class. Name the class of each colour in a file (--colours FILE, "
-                    "lines such as '128 0 0 1'), or give --ids with all ids (\"0:0,1:1\") if they "
-                    "are right whatever their colours"
+                    "lines such as '128 0 0 1'), or give --ids with all ids (\"0:0,1:1\") if the "
+                    "ids are right whatever their colours"
                 )
         return None

@@ -38,7 +38,7 @@ def orientation_of(image: Image.Image) -> int:
     holders = {"exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp"}
     if image.format == "TIFF" or not holders & set(image.info):
         return 1
-    with suppress(Exception):  # broken metadata makes Pillow raise anything
+    with suppress(Exception):  # broken metadata makes Pillow raise all kinds of errors
         tag = Image.Image.getexif(image).get(ORIENTATION_TAG)  # that of a PNG decodes its pixels
         return tag if isinstance(tag, int) else 1
     return 1

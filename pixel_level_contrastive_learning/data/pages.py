@@ -222,7 +222,7 @@ class PagedFiles:
         content = self.file_content(file, several=image is not None)
         if isinstance(content, bytes):
             return open_image(content, image)
-        if isinstance(content, NamedArray):  # of a reader, which computes now
+        if isinstance(content, NamedArray):  # of a reader, which may compute only now
             return in_time(partial(open_image, content, image), None)
         path = self.place(file).path
         opened = in_time(partial(open_image, content, image), path)
@@ -271,7 +271,8 @@ class PagedFiles:
         """What some files hold, by their number, where it is more than one image."""
         found: dict[int, Stack] = {}
         for file in files:
-            with suppress(ImageError, OSError, struct.error, IndexError):  # told when it is opened
+            # Errors are reported when the file is opened.
+            with suppress(ImageError, OSError, struct.error, IndexError):
                 stack = self.stack(file)
                 if stack.images > 1 or stack.reduced:
                     found[file] = stack
@@ -284,7 +285,7 @@ class PagedFiles:
         if ending and ending not in all_readers() and not in_time(check, place.path):
             return Stack(1)
         if ending in SHAPE_FIRST:
-            with suppress(ImageError):  # if so much does not do, all of it is read
+            with suppress(ImageError):  # if that is not enough, all of it is read
                 head, _ = in_time(partial(read_part, place.path, place.offset, HEAD), place.path)
                 return call_reader(ending, head).stack
         content = self.file_content(file, several=True)

@@ -220,7 +220,7 @@ def mpo_images(content: bytes) -> tuple[list[bytes], int]:
         starts = [entry["DataOffset"] + first.info["mpoffset"] for entry in entries]
         parts = [content[start:] if i else content for i, start in enumerate(starts)]
         opened = [JpegImageFile(BytesIO(part)) for part in parts]
-    except Exception:  # a broken list of images costs no pixels of the first
+    except Exception:  # a broken list of images does not affect the first
         return [content], 0
     kinds = [(image.size, image.mode) for image in opened]
     full = [part for part, kind in zip(parts, kinds, strict=True) if kind == kinds[0]]

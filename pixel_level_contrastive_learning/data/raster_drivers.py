@@ -30,7 +30,7 @@ def gdal_raster(places: Sequence[str], driver: str, orientation: int = 1) -> Ras
     from rasterio.enums import ColorInterp, MaskFlags, Resampling
     from rasterio.windows import Window as Part
 
-    # Threads of GDAL's own would keep a block that they failed to decode, and give it as read.
+    # GDAL's own threads would keep a block that they failed to decode, and return it as valid.
     settings = {"GDAL_CACHEMAX": CACHE_BYTES, "GDAL_NUM_THREADS": 1}
     with LOCK, rasterio.Env(**settings):
         files = [rasterio.open(place, driver=driver) for place in places]
@@ -46,7 +46,7 @@ def gdal_raster(places: Sequence[str], driver: str, orientation: int = 1) -> Ras
     size = upright_size(first.height, first.width, orientation)
     structure = first.tags(ns="IMAGE_STRUCTURE")
     bits = int(first.tags(1, ns="IMAGE_STRUCTURE").get("NBITS", 8))
-    # GDAL tells gray that begins with white by a palette, too.
+    # GDAL also gives a palette to gray values that begin with white.
     palette = kinds[0] == ColorInterp.palette and structure.get("MINISWHITE") != "YES"
     alpha = kinds.index(ColorInterp.alpha) if ColorInterp.alpha in kinds else None
     masked = alpha is None and MaskFlags.per_dataset in first.mask_flag_enums[0]
@@ -128,7 +128,7 @@ def slide_raster(path: str) -> Raster:
 
     def read(box: Box, size: tuple[int, int]) -> Window:
         x0, y0, x1, y1 = box
-        # Boxes are whole pixels of the full image, so that a level's own scale is met nearly.
+        # Boxes are whole pixels of the full image, and so only nearly match a level's scale.
         level = slide.get_best_level_for_downsample(1.01 * (x1 - x0) / size[1])
         scale = slide.level_downsamples[level]
         w, h = (max(1, round(side / scale)) for side in (x1 - x0, y1 - y0))

@@ -61,7 +61,7 @@ def is_larger(path: str, side: int) -> bool:
                 sizes = [picture_size(path)]
     except Image.DecompressionBombError:
         return True
-    except ImageError:  # the reason is told when it is read
+    except ImageError:  # the reason is reported when it is read
         return False
     return any(max(size) > side for size in sizes)
 
@@ -107,7 +107,7 @@ def from_reader(path: str) -> NamedArray | None:
     if read_bytes(path, 0, 6) != NPY:
         return None
     array = np.load(path, "r", allow_pickle=False)
-    # Mapped anew for each window, so that what was read is let go.
+    # Mapped again for each window, so that the memory of earlier ones is freed.
     load = partial(np.load, path, "r", allow_pickle=False)
     return one_image(Deferred(array.shape, array.dtype, load, held=False))
 

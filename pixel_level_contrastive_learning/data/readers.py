@@ -43,7 +43,9 @@ def all_readers() -> dict[str, EntryPoint]:
     for name, entry in installed.items():
         if not name.startswith("."):
             value = entry.value
-            log.warning("%s reads no file: its entry point is %r, not '.%s'", value, name, name)
+            log.warning(
+                "%s is not used: its entry point is %r; it must be '.%s'", value, name, name
+            )
     return builtin | installed
 
 
@@ -58,7 +60,7 @@ def call_reader(ending: str, content: bytes | str) -> NamedArray:
         with NO_WARNINGS:
             place = content if isinstance(content, str) else None  # bytes have been read
             return NamedArray.of(in_time(lambda: entry.load()(content), place))
-    except (Exception, SystemExit) as error:  # a reader may raise anything at all
+    except (Exception, SystemExit) as error:  # a reader may raise any error
         if isinstance(error, ModuleNotFoundError) and error.name in EXTRAS:
             raise ImageError(not_installed(error.name)) from error
         builtin = entry.module.startswith(f"{__package__}.")

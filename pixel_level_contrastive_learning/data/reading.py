@@ -72,10 +72,10 @@ def in_time(call: Callable[[], T], place: str | None) -> T:
         result, error = helper.results.get(timeout=limit)
     except Empty:
         if folder is None:
-            raise ImageError(f"its content is not decoded after {limit:g} s") from None
+            raise ImageError(f"its content was not decoded within {limit:g} s") from None
         STUCK[folder] = helper
         raise ImageError(
-            f"no answer within {limit:g} s, as from a network mount that is gone"
+            f"no answer within {limit:g} s; perhaps its network mount is gone"
         ) from None
     IDLE.append(helper)
     if error is not None:
@@ -149,7 +149,7 @@ def open_regular(path: str) -> IO[bytes]:
     file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | NO_WAITING))  # noqa: SIM115
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
-        raise ImageError("a pipe, a socket or a device, which is no file")
+        raise ImageError("a pipe, a socket or a device, and not a file")
     return file
 
 

@@ -44,8 +44,8 @@ SPARSE_FROM, MIN_SHARE_OF_IDS = 64, 0.25
 """From this largest id on, the share of ids up to it that masks without class names must hold:
 colours turned to gray are fewer, of VOC 13 %, of CamVid 17 %."""
 LAYOUT = (
-    "it must hold images/train, images/val, masks/train and masks/val, masks being files of class "
-    f"ids with the names of their images, which end in {', '.join(MASK_SUFFIXES)}"
+    "it must hold images/train, images/val, masks/train and masks/val, where masks are files of "
+    f"class ids that are named like their images and end in {', '.join(MASK_SUFFIXES)}"
 )
 
 
@@ -184,7 +184,7 @@ def open_labelled(
     """
     folder = Path(data).expanduser()
     if not str(data) or not folder.is_dir():
-        raise ValueError(f"data is {str(data)!r}, which is no folder; {LAYOUT}")
+        raise ValueError(f"data is {str(data)!r}, which is not a folder; {LAYOUT}")
     names = read_classes(folder / "classes.txt")
     coding, named = read_coding(ids, colours, names)
     names = names or named
@@ -220,7 +220,7 @@ def open_labelled(
         if set().union(*masks) == {IGNORED}:
             raise ValueError(
                 f"all pixels of the masks in {folder / MASKS / split} are {IGNORED}, which means "
-                "ignored, so there is nothing to learn or to judge by; name a split that has "
+                "ignored, so there is nothing to learn or to evaluate; give a split that has "
                 "labels, or write class ids"
             )
     trained_on = set().union(*found[0])
@@ -243,8 +243,8 @@ def find_split(folder: Path, split: str) -> tuple[list[str], list[Path | None]]:
             splits = sorted(path.name for path in place.parent.glob("*") if path.is_dir())
             near = get_close_matches(split, splits, n=1)
             hint = f"; perhaps {near[0]!r} is meant" if near else ""
-            existing = f" (there is {', '.join(splits)})" if splits else ""
-            raise ValueError(f"{place} is not there{existing}{hint}; {LAYOUT}")
+            existing = f" (found {', '.join(splits)})" if splits else ""
+            raise ValueError(f"{place} does not exist{existing}{hint}; {LAYOUT}")
     paths, others = find_files(images)
     if not paths:
         raise ValueError(no_image_message(images, others))
@@ -253,8 +253,8 @@ def find_split(folder: Path, split: str) -> tuple[list[str], list[Path | None]]:
         mask.name for mask, count in Counter(filter(None, mask_paths)).items() if count > 1
     ]:
         log.warning(
-            "%s of several images in %s, such as %s: images whose names differ in their endings "
-            "alone; keep one of them, unless all are the same",
+            "%s of several images in %s, such as %s: the names of these images differ only in "
+            "their endings; keep one of them, unless all are the same",
             counted(len(shared), "mask"),
             masks,
             shared[0],
@@ -275,9 +275,9 @@ def missing_masks(
     near = sorted(path.name for path in first.parent.glob(f"*{glob.escape(stem)}*"))
     others = missing_images(folder, split, paired[0])
     return (
-        f"{first} is not there{f' (there is {near[0]})' if near else ''}; {len(missing)} of "
-        f"{len(paired[0])} images have no mask: masks have the names of their images, perhaps with "
-        f"_mask after it, and end in {', '.join(MASK_SUFFIXES)}, so write them, or remove those "
+        f"{first} does not exist{f' (found {near[0]})' if near else ''}; {len(missing)} of "
+        f"{len(paired[0])} images have no mask: a mask has the name of its image, perhaps followed "
+        f"by _mask, and ends in {', '.join(MASK_SUFFIXES)}; write the masks, or remove these "
         f"images{f'. And {others}' if others else ''}"
     )
 
@@ -291,9 +291,9 @@ def missing_images(folder: Path, split: str, paths: Sequence[str]) -> str:
     shown = ", ".join(lost[:SHOWN_PROBLEMS]) + ", ..." * (len(lost) > SHOWN_PROBLEMS)
     most = ", more than with one" if len(lost) > len(paths) else ""
     return (
-        f"{counted(len(lost), 'mask')} without an image in {masks}{most}, not used: {shown}; see "
-        f"whether {images} is whole, and its images have the names of their masks and endings that "
-        "are read"
+        f"{counted(len(lost), 'mask')} without an image in {masks}{most}, not used: {shown}; check "
+        f"that {images} is complete, and that its images have the names of their masks and endings "
+        "that are read"
     )
 
 
@@ -357,10 +357,10 @@ def check_size(path: Path, mask: Tensor, image: LazyImage) -> None:
     (h, w), (height, width) = mask.shape, image.size
     if (h, w) == (height, width):
         return
-    turned = "; it looks turned by 90 degrees" if (w, h) == (height, width) else ""
+    turned = "; it looks rotated by 90 degrees" if (w, h) == (height, width) else ""
     raise ValueError(
-        f"{path} is {h}x{w} pixels (height x width), but its image {height}x{width}{turned}; write "
-        "it at the image's size, enlarging to the nearest pixel so that ids stay ids"
+        f"{path} is {h}x{w} pixels (height x width), but its image is {height}x{width}{turned}; "
+        "write it at the image's size, with nearest-neighbour resampling, which keeps ids"
     )
 
 
@@ -368,11 +368,11 @@ def one_class_message(place: Path, ids: set[int]) -> str:
     """The message about masks with a single class."""
     if ids == {0, IGNORED}:
         return (
-            f"the masks in {place} hold 0 and {IGNORED} alone, and {IGNORED} means ignored, so "
+            f"the masks in {place} hold only 0 and {IGNORED}, and {IGNORED} means ignored, so "
             f"only class 0 is left; write 1 in place of {IGNORED} if it is your second class, or "
             f'give --ids "0:0,{IGNORED}:1"'
         )
     return (
-        f"the masks in {place} hold the ids {', '.join(map(str, sorted(ids)))} alone ({IGNORED} "
+        f"the masks in {place} hold only the ids {', '.join(map(str, sorted(ids)))} ({IGNORED} "
         "means ignored); at least two classes are needed to learn to tell them apart"
     )

@@ -72,7 +72,7 @@ class ShardsReport(NamedTuple):
             skipped += f"; left out: {kinds} (--keep-empty keeps them)"
         before, after = (size / 2**20 for size in (self.bytes_before, self.bytes_after))
         return (
-            f"{self.images} images in {self.shards} shards{kept}, {after:.1f} MiB where they took "
+            f"{self.images} images in {self.shards} shards{kept}, {after:.1f} MiB instead of "
             f"{before:.1f}{skipped}\nshards: {self.folder}"
         )
 
@@ -200,7 +200,7 @@ def write_shards(
     if broken and not images:
         name, reason = next(iter(broken.values()))
         raise TooManyBrokenError(
-            f"none of {count} images can be used, the first ({name}): {reason}; mend them, or name "
+            f"none of {count} images can be used, the first ({name}): {reason}; fix them, or give "
             "other data",
             broken.values(),
         )
@@ -252,7 +252,7 @@ class ShardIndex:
             )
             raise ValueError(
                 f"out is {str(folder)!r}, which holds shards of another call ({differences}); give "
-                "the same images and settings to go on with it, or name another folder"
+                "the same images and settings to continue it, or give another folder"
             )
         for unfinished in folder.glob("*.part"):
             unfinished.unlink()
@@ -346,7 +346,7 @@ def write_shard(
     if record["sha256"] != hashed.sha.hexdigest():
         raise OSError(
             f"{unfinished} differs from what was written when it is read back; check the disk, and "
-            "call again to go on"
+            "repeat the call to continue"
         )
     rename(unfinished, path)
     return record

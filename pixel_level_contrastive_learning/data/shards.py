@@ -72,7 +72,7 @@ class ShardSource(PagedFiles):
         found = [images_in(path) for path in paths]
         kept = [without_masks(images) for images in found]
         if masks := sum(map(len, found)) - sum(map(len, kept)):
-            log.info("%d masks beside images of their key are left out of shards", masks)
+            log.info("%d masks next to images of the same key in shards are left out", masks)
         members = [(i, *member) for i, images in enumerate(kept) for member in images]
         if not members:
             raise ValueError(
@@ -141,7 +141,7 @@ def images_in(path: str, whole: bool = False) -> list[tuple[int, int, bytes]]:
                     entries.append((member, taken and is_image(tar, member)))
                 return entries
 
-            with suppress(tarfile.ReadError):  # told below
+            with suppress(tarfile.ReadError):  # reported below
                 for member, taken in chain.from_iterable(iter(lambda: in_time(batch, path), [])):
                     name = os.fsencode(member.name)
                     if taken and member.islnk():
@@ -159,9 +159,11 @@ def images_in(path: str, whole: bool = False) -> list[tuple[int, int, bytes]]:
     places = {name: (offset, size) for offset, size, name in images} if links else {}
     images += [(*places[target], name) for target, name in links if target in places]
     if missing := sum(target not in places for target, _ in links):
-        log.warning("%s: %d hard links lead to no image before them: left out", path, missing)
+        log.warning(
+            "%s: %d hard links lead to no image before them and are left out", path, missing
+        )
     if problem:
-        message = f"{problem} after {len(images)} images; what follows is not read: write it anew"
+        message = f"{problem} after {len(images)} images; what follows is not read: write it again"
         if whole:
             raise ValueError(message)
         log.warning("%s %s", path, message)
@@ -239,7 +241,7 @@ def download(url: str) -> str:
 
     if is_command(url) and not os.environ.get(ALLOW_COMMANDS):
         raise ValueError(
-            f"the shard {url!r} is a command that a shell would run, and nothing of it was run; if "
+            f"the shard {url!r} is a command that a shell would run, and it was not run; if "
             "it is yours, give --allow-commands on the command line, or from Python set the "
             f"environment variable {ALLOW_COMMANDS}=1"
         )

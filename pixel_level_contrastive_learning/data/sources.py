@@ -305,7 +305,7 @@ def not_seen(paths: Sequence[str], seen: set[str]) -> list[str]:
         folder, name = os.path.split(path)
         if folder not in folders:
             folders[folder] = folder
-            with suppress(ImageError):  # told when it is opened
+            with suppress(ImageError):  # reported when it is opened
                 folders[folder] = in_time(partial(os.path.realpath, folder), path)
         if (real := os.path.join(folders[folder], name)) not in seen:
             seen.add(real)
@@ -343,13 +343,13 @@ def open_path(
         raise ValueError(no_image_message(path, others))
     if not path.exists():
         raise ValueError(
-            f"{place!r} does not exist; name a folder of images (those of a run, too, may lie in "
-            "another place than they did)"
+            f"{place!r} does not exist; name a folder of images (those of a run may have been "
+            "moved since)"
         )
     if path.is_dir() or ending_of(path.name, known) or is_dicom(str(path)):
         return FileSource([str(path)])
     if path.suffix.lower() in SLIDE_SUFFIXES:
-        raise ValueError(f"{place!r} is a slide or the like; {CUT}")
+        raise ValueError(f"{place!r} is a slide or another such large file; {CUT}")
     return FileSource(read_list(path))
 
 
@@ -364,14 +364,14 @@ def read_list(path: Path) -> list[str]:
             f"data is {str(path)!r}, which is neither an image by its ending nor a text file of "
             "paths; name a folder, a list or shards (.tar)"
         )
-    # Of the line ends, which bytes know fewer of than text does, and the blanks around a name.
+    # As bytes, since text has further line ends, which names may contain; without blanks around.
     names = filter(None, (os.fsdecode(line.strip(b" \t")) for line in content.splitlines()))
     paths = [str(path.parent / Path(name).expanduser()) for name in names]
     if not paths:
-        raise ValueError(f"data is {str(path)!r}, a list without paths; write one path a line")
+        raise ValueError(f"data is {str(path)!r}, a list without paths; write one path per line")
     if os.path.isdir(paths[0]) and not ending_of(paths[0], folder=True):
         raise ValueError(
             f"data is {str(path)!r}, a list that begins with the folder {paths[0]!r}; name folders "
-            "themselves as data, and list images alone"
+            "themselves as data, and list only images"
         )
     return paths

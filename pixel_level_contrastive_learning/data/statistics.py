@@ -79,7 +79,7 @@ class Statistics:
         if not can_convert(image.channels, self.channels):
             raise ImageError(
                 f"it has {image.channels} channels where the others have {self.channels}; keep "
-                "images of one kind in a folder, or read pages otherwise (--pages)"
+                "images of one kind in a folder, or change how pages are read (--pages)"
             )
         if image.high_depth and self.low is None:
             raise ImageError("it is 16-bit or float, where the images looked at were 8-bit")
@@ -195,7 +195,7 @@ def measure(
             few = torch.cat([bands.flatten()[::16].double() for bands, _ in values])
             if (kinds := len(unique(few.numpy()))) < LEAST_KINDS:
                 log.warning(
-                    "the images hold %d different values; see whether they are masks", kinds
+                    "the images hold %d different values; check whether they are masks", kinds
                 )
             scaling = channel_statistics(values)
     if not usable:
@@ -299,8 +299,8 @@ def warn_of_nodata(raw: Tensor, found: Counter[float]) -> None:
     total = int((~raw.isnan()).sum()) + found.total()
     for value, count in found.items():
         log.warning(
-            "%g fills %.2g %% of the values and lies far from all others: the range is taken "
-            "without it. Give --nodata %g if it stands where nothing was measured",
+            "%g fills %.2g %% of the values and lies far from all others: the range leaves it "
+            "out. Give --nodata %g if it means that nothing was measured",
             value,
             100 * count / total,
             value,
@@ -321,7 +321,7 @@ def unusable_message(
     if found and not any(can_convert(channels, wanted) for channels in found):
         return (
             f"channels is {wanted}, but the images have {', '.join(map(str, found))}; leave it "
-            "out, or name data of that kind"
+            "out, or give data of that kind"
         )
     shown = "".join(f"\n  {line}" for line in refused[:5])
     return (

@@ -217,7 +217,7 @@ class Samples(NamedTuple):
             ImageError: They would be reduced to 8 bits, or are of an unknown type.
         """
         if page.dtype is None:
-            raise ImageError(f"values of {page.bitspersample} bits in a format that is not known")
+            raise ImageError(f"values of {page.bitspersample} bits in an unknown format")
         photometric, deep = photometric_of(page), page.dtype.name not in EIGHT_BIT
         if deep and photometric in ("YCBCR", "CIELAB", "ICCLAB", "ITULAB"):
             raise ImageError(

@@ -201,7 +201,9 @@ class Tiling:
         if self.mpp is None:
             return 1.0
         if raster.mpp is None:
-            raise ValueError(f"mpp is {self.mpp}, but {path!r} does not say its own; give a level")
+            raise ValueError(
+                f"mpp is {self.mpp}, but {path!r} does not record its pixel size; give a level"
+            )
         scale = self.mpp / raster.mpp
         if scale < 0.95:
             raise ValueError(
@@ -227,7 +229,7 @@ class Tiling:
             window = in_time(partial(raster.read, box, grid.size), self.paths[grid.file])
         except ImageError:
             raise
-        except Exception as error:  # damaged bytes make decoders raise anything at all
+        except Exception as error:  # damaged bytes make decoders raise all kinds of errors
             text = " ".join(str(error.__cause__ or error).split())
             raise ImageError(f"damaged: {text} (tile at x {box[0]}, y {box[1]})") from error
         has_nodata = raster.nodata is not None and bool((window.pixels == raster.nodata).any())
@@ -322,6 +324,6 @@ def looks(raster: Raster) -> Iterator[Array]:
         )
         boxes = [(x, y, x + w, y + h) for y in ys for x in xs]
     for box in boxes:
-        with suppress(Exception):  # damage is told where a tile meets it
+        with suppress(Exception):  # damage is reported where a tile meets it
             window = raster.read(box, size)
             yield window.pixels[:, window.known]

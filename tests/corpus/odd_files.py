@@ -351,7 +351,7 @@ def refusals() -> Iterator[Odd]:
     for kind, content in damaged.items():
         for share in (0.1, 0.5):
             text = content[: int(share * len(content))]
-            reason = r"damaged: .* of .* values are there$" if kind == "pnm" else "damaged: "
+            reason = r"damaged: .* of .* values are present$" if kind == "pnm" else "damaged: "
             yield Odd(f"cut at {share}.{kind}", text, refusal=reason if share == 0.5 else "")
     for start in (b"\xff\xd8\xff", b"II*\0"):
         yield Odd(f"{start[:2].hex()} alone.tif", start, refusal="damaged: ")
@@ -374,7 +374,7 @@ def refusals() -> Iterator[Odd]:
     yield Odd("words.npy", npy(np.array([["a"]])), refusal="values of type")
     yield Odd("complex.npy", npy(np.zeros((4, 4), complex)), refusal="values of type")
     yield Odd("objects.npy", npy(np.array([[{}]])), refusal="damaged")
-    yield Odd("nothing known.npy", npy(np.full((4, 4), np.nan)), refusal="not one of its values")
+    yield Odd("nothing known.npy", npy(np.full((4, 4), np.nan)), refusal="none of its values")
     yield Odd("complex.tif", tiff(np.zeros((4, 4), np.complex64)), refusal="values of type")
     for kind in ("cielab", "ycbcr"):
         content = tiff(FINE[..., :3], photometric=kind)

@@ -356,7 +356,7 @@ def test_too_many_broken_files_stop_the_run(folder, tmp_path, workers) -> None:
         run(0.2)
     message = str(error.value)
     assert "3 of 12 images cannot be used, more than the 20.00% that max_broken allows" in message
-    assert "mend or remove them, or go on with a larger max_broken" in message
+    assert "fix or remove them, or continue with a larger max_broken" in message
     assert "not an image that can be read" in message
     skipped.unlink()
     with pytest.raises(TooManyBrokenError, match=r"^1 of 12 images cannot be used") as error:

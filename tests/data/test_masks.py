@@ -89,12 +89,12 @@ def test_masks_are_turned_as_images_are(tmp_path, tag, kind) -> None:
 
 
 REFUSED = {
-    "values that are no whole numbers, such as 0.5": npy(np.full((2, 2), 0.5)),
-    "values that are no whole numbers, such as nan": npy(np.full((2, 2), np.nan)),
+    "values that are not whole numbers, such as 0.5": npy(np.full((2, 2), 0.5)),
+    "values that are not whole numbers, such as nan": npy(np.full((2, 2), np.nan)),
     'value with --ids "0:0,1000:1,2000:2"': npy(IDS.astype(int) * 1000),
     'value with --ids "VALUE:ID,..."': npy(np.arange(300)[None]),
     "has ids from -1 to 2": npy(IDS.astype(int) - (IDS == 0)),
-    "it has 3 pages, and its image 1": tiff(np.stack([IDS] * 3), photometric="minisblack"),
+    "it has 3 pages, but its image has 1": tiff(np.stack([IDS] * 3), photometric="minisblack"),
     "it has several frames": picture(
         "GIF", indexed(IDS), save_all=True, append_images=[Image.fromarray(IDS + 9)]
     ),
@@ -180,17 +180,17 @@ def test_an_index_past_the_palette_is_refused(tmp_path) -> None:
     path = tmp_path / "a.png"
     path.write_bytes(picture("PNG", indexed(IDS + 1)))
     with pytest.raises(
-        ValueError, match=r"a\.png has a pixel of index 3, and its palette ends at 2"
+        ValueError, match=r"a\.png has a pixel of index 3, but its palette ends at 2"
     ):
         read_mask(path, MaskCoding(colours={(0, 0, 0): 0}))
 
 
 REFUSED_NAMES = {
-    "ids with names; it must have ids from 0 to 254": "0 a 1 1 1\n0 b 2 2 2\n",
-    "ids with names; it must have ids from 0 to 254, or": "0 a 1 1 1\n1 a 2 2 2\n",
-    "ids with names; it must have ids from 0 to 254, or 255": "256 a 1 1 1\n",
-    "names 1 classes and numbers 1; it must name all": "1 1 1 road\n2 2 2 0\n",
-    "names 256 classes and numbers 0; it must name all, 255 at": "".join(
+    "ids with names; they must be ids from 0 to 254": "0 a 1 1 1\n0 b 2 2 2\n",
+    "ids with names; they must be ids from 0 to 254, or": "0 a 1 1 1\n1 a 2 2 2\n",
+    "ids with names; they must be ids from 0 to 254, or 255": "256 a 1 1 1\n",
+    "gives 1 classes by name and 1 by number; give all by name": "1 1 1 road\n2 2 2 0\n",
+    "gives 256 classes by name and 0 by number; give all by name, 255 at": "".join(
         f"{i} 0 0 kind{i}\n" for i in range(256)
     ),
 }
@@ -227,11 +227,11 @@ def test_colours_that_are_not_named_are_refused(tmp_path) -> None:
     ("text", "reason"),
     [
         ("", "names no colour"),
-        ("1 2 3\n", "in line 1, where red, green, blue (0 to 255) and a class must stand"),
+        ("1 2 3\n", "in line 1, where red, green, blue (0 to 255) and a class are expected"),
         ("1 2 300 road\n", "in line 1, where red, green, blue"),
         ("1 2 3 road\n1 2 3 sky\n", "names 1 2 3 twice, as 'road' and 'sky'"),
         ("1 2 3 moon\n", "names the class 'moon', which is not among road, sky"),
-        ("0 sky 1 2 3\n", "names id 0 'sky', which is not so in road, sky"),
+        ("0 sky 1 2 3\n", "gives id 0 the name 'sky', unlike road, sky; make both files agree"),
         ("1 2 3 256\n", "names the class '256', which is not among road, sky"),
     ],
 )
@@ -266,9 +266,9 @@ def test_palettes_that_differ_are_refused_or_read_by_colour(labelled, tmp_path) 
         open_labelled(labelled)
     first, second = labelled / "masks/train/0.png", labelled / "masks/train/1.png"
     assert str(error.value).splitlines()[0] == (
-        f"{second} gives id 0 the colour 0 128 0, and {first} 0 0 0: their palettes differ, so the "
+        f"{second} gives id 0 the colour 0 128 0, but {first} 0 0 0: their palettes differ, so the "
         "same id is not the same class. Name the class of each colour in a file (--colours FILE, "
-        "lines such as '128 0 0 1'), or give --ids with all ids (\"0:0,1:1\") if they are right "
+        "lines such as '128 0 0 1'), or give --ids with all ids (\"0:0,1:1\") if the ids are right "
         "whatever their colours"
     )
     file = tmp_path / "colours.txt"
@@ -336,7 +336,9 @@ def test_a_stack_has_a_stack_of_masks(labelled, kind, monkeypatch) -> None:
     pages, ids = np.zeros((3, 32, 48), np.uint8), np.arange(3)[:, None, None]
     named = {"photometric": "minisblack", "metadata": {"axes": "ZYX"}}
     tifffile.imwrite(path, pages, **named)
-    with pytest.raises(ValueError, match=r"0.png cannot be read .* has 1 pages, and its image 3"):
+    with pytest.raises(
+        ValueError, match=r"0.png cannot be read .* has 1 pages, but its image has 3"
+    ):
         open_labelled(labelled)
     mask = np.broadcast_to(ids, pages.shape).astype(np.uint8)
     if kind == "npy":
@@ -352,7 +354,7 @@ def test_a_stack_has_a_stack_of_masks(labelled, kind, monkeypatch) -> None:
         patched.setattr(tiff_module, "find_images", None)  # pages are known by now
         assert [train.read(i).mask.unique().tolist() for i in range(3)] == [[0], [1], [2]]
     assert [train.name(i) for i in (2, 3)] == ["0.tif[2]", "1.png"]
-    with pytest.raises(ValueError, match=r"it has 3 pages, and its image 1|coded in colours"):
+    with pytest.raises(ValueError, match=r"it has 3 pages, but its image has 1|coded in colours"):
         open_labelled(labelled, pages="first")
 
 

@@ -133,8 +133,9 @@ def test_an_ending_without_a_dot_is_told(monkeypatch, caplog) -> None:
     entry = EntryPoint("frames", f"{__name__}:read_raw", GROUP)
     monkeypatch.setattr(readers, "entry_points", lambda group: [entry])
     readers.all_readers()
-    assert f"{__name__}:read_raw reads no file: its entry point is 'frames', not '.frames'" in (
-        caplog.text
+    assert (
+        f"{__name__}:read_raw is not used: its entry point is 'frames'; it must be '.frames'"
+        in (caplog.text)
     )
 
 
@@ -156,11 +157,11 @@ def test_a_reader_may_take_folders(tmp_path, ending, in_file) -> None:
     ("ending", "reason"),
     [
         ("leaves", "failed: SystemExit: gone"),
-        ("hangs", r"failed: its content is not decoded after 0\.3 s"),
-        ("gives_words", "failed: str in place of an array"),
+        ("hangs", r"failed: its content was not decoded within 0\.3 s"),
+        ("gives_words", "failed: it returned str; it must return an array"),
         (
             "misnames",
-            r"failed: an array of shape \(4, 4\) and axes 'YZ', which must be",
+            r"failed: an array of shape \(4, 4\) with axes 'YZ'; they must be one letter",
         ),
         ("is_not_there", "failed: AttributeError: "),
         ("far", "failed: ModuleNotFoundError: No module named 'no_such_package'"),
@@ -625,7 +626,9 @@ def test_arrays_in_npz(tmp_path) -> None:
     assert (images[0][0] == CT).all()
     assert (np.stack(images[1:]) == VALUES).all()
     np.savez(tmp_path / "b.npz", one=CT, two=CT)
-    with pytest.raises(ImageError, match="it holds the arrays one, two; call the one of images"):
+    with pytest.raises(
+        ImageError, match="it holds the arrays one, two; name the one with the images"
+    ):
         open_source(tmp_path / "b.npz").open(0)
 
 
@@ -664,7 +667,9 @@ def test_one_of_several_arrays_of_zarr_is_read_by_a_link(tmp_path, monkeypatch) 
         open_source(tmp_path / "two.zarr").open(0)
     for name in ("a", "b"):
         group.create_array(name, data=CT)
-    with pytest.raises(ImageError, match=r"^it holds a, b; make a link to the one") as error:
+    with pytest.raises(
+        ImageError, match=r"^it holds a, b; make a link that ends in \.zarr to the one"
+    ) as error:
         open_source(tmp_path / "two.zarr").open(0)
     monkeypatch.chdir(tmp_path)
     subprocess.run(str(error.value).rpartition(": ")[2].split(), check=True)

@@ -15,7 +15,7 @@ from pixel_level_contrastive_learning.data.shard_writer import write_shards
 from pixel_level_contrastive_learning.data.sources import open_source
 from pixel_level_contrastive_learning.data.statistics import measure
 
-GIVEN_UP = r"^no answer within 0\.3 s, as from a network mount that is gone$"
+GIVEN_UP = r"^no answer within 0\.3 s; perhaps its network mount is gone$"
 
 
 @pytest.fixture

@@ -99,10 +99,10 @@ def test_names_may_follow_their_ids(tmp_path, content, names) -> None:
     assert read_classes(path) == names
 
 
-ORDER = "has id 1 in line 1, where 0 must stand: one class a line in the order of ids, from 0"
-NONE = "names 0 classes; it must name 1 to 255, one a line in the order of ids"
+ORDER = "has id 1 in line 1, where 0 is expected: one class per line in the order of ids, from 0"
+NONE = "names 0 classes; it must name 1 to 255, one per line in the order of ids"
 BLANK = (
-    "has nothing in line 2, where the class of id 1 must stand; name it, or remove the line if the "
+    "is empty in line 2, where the class of id 1 is expected; name it, or remove the line if the "
     "next name is that class"
 )
 TWICE = (
@@ -202,12 +202,13 @@ ALPHA = "write that alone, Image.open(path).getchannel('A')"
         ),
         (
             np.zeros((48, 32), np.uint8),
-            "is 48x32 pixels (height x width), but its image 32x48; it looks turned by 90 degrees; "
-            "write it at the image's size, enlarging to the nearest pixel so that ids stay ids",
+            "is 48x32 pixels (height x width), but its image is 32x48; it looks rotated by 90 "
+            "degrees; write it at the image's size, with nearest-neighbour resampling, which keeps "
+            "ids",
         ),
         (
             GREEN,
-            "is coded in colours (RGB, 2 different ones), where masks hold class ids: name the "
+            "is coded in colours (RGB, 2 different ones), but masks hold class ids: name the "
             "class of each colour in a file (--colours FILE, lines such as '128 0 0 1'), or write "
             "one channel that holds the number of each pixel's class",
         ),
@@ -217,7 +218,8 @@ ALPHA = "write that alone, Image.open(path).getchannel('A')"
         (np.insert(GREEN * 0, 3, GREEN[..., 1], axis=2), ALPHA),
         (
             np.arange(32 * 48, dtype=np.uint16).reshape(32, 48),
-            "has 1536 different values, like an image; see whether images/ and masks/ are swapped",
+            "has 1536 different values, like an image; check whether images/ and masks/ are "
+            "swapped",
         ),
         (
             np.full((32, 48), 700, np.uint16),
@@ -254,12 +256,12 @@ def test_a_missing_mask_is_named(labelled, name, stem) -> None:
     mask.rename(mask.with_name("mask_2.png"))
     of_train, of_val = refusal(labelled).splitlines()
     assert of_val.startswith(
-        f"{mask} is not there (there is mask_2.png); 1 of 4 images have no mask"
+        f"{mask} does not exist (found mask_2.png); 1 of 4 images have no mask"
     )
     assert of_train == (
-        f"{path.with_name(f'{stem}.png')} is not there (there is {stem}.webp); 1 of 10 images have "
-        "no mask: masks have the names of their images, perhaps with _mask after it, and end in "
-        ".png, .tif, .tiff, .bmp, .gif, .npy, .npz, .nii, .nii.gz, so write them, or remove those "
+        f"{path.with_name(f'{stem}.png')} does not exist (found {stem}.webp); 1 of 10 images have "
+        "no mask: a mask has the name of its image, perhaps followed by _mask, and ends in .png, "
+        ".tif, .tiff, .bmp, .gif, .npy, .npz, .nii, .nii.gz; write the masks, or remove these "
         "images"
     )
 
@@ -269,8 +271,8 @@ def test_a_mask_of_several_images_is_told(labelled, caplog) -> None:
     shutil.copy(images / "4.png", images / "3.webp")
     assert len(opened(labelled)[0]) == 11
     assert [record.getMessage() for record in caplog.records] == [
-        f"1 mask of several images in {labelled / 'masks/train'}, such as 3.png: images whose "
-        "names differ in their endings alone; keep one of them, unless all are the same"
+        f"1 mask of several images in {labelled / 'masks/train'}, such as 3.png: the names "
+        "of these images differ only in their endings; keep one of them, unless all are the same"
     ]
 
 
@@ -286,15 +288,15 @@ def test_masks_without_an_image_are_told(labelled, caplog) -> None:
     assert [len(split) for split in opened(labelled)] == [10, 4]
     images = labelled / "images/train"
     message = (
-        f"masks without an image in {masks}, not used: 10.tif, 7_1.png, day/3_mask.png; see "
-        f"whether {images} is whole, and its images have the names of their masks and endings that "
-        "are read"
+        f"masks without an image in {masks}, not used: 10.tif, 7_1.png, day/3_mask.png; check "
+        f"that {images} is complete, and that its images have the names of their masks and endings "
+        "that are read"
     )
     assert [record.getMessage() for record in caplog.records] == [f"3 {message}"]
     for path in sorted(images.iterdir()):
         path.rename(path.with_name(f"photo{path.name}"))
     assert refusal(labelled).endswith(
-        f"so write them, or remove those images. And 15 masks without an image in {masks}, more "
+        f"write the masks, or remove these images. And 15 masks without an image in {masks}, more "
         "than with one, not used: 0.png, 0_color.png, 1-instance ids.png, 1.png, 10.tif, ...; "
         + message.partition("; ")[2]
     )
@@ -308,7 +310,7 @@ def test_what_cannot_be_read_is_named(labelled) -> None:
     image.write_text("no image")
     first, of_empty, second = refusal(labelled).splitlines()
     assert (
-        of_empty == f"{empty} cannot be read as a mask: the file is empty (0 bytes); write it anew"
+        of_empty == f"{empty} cannot be read as a mask: the file is empty (0 bytes); write it again"
     )
     assert first.startswith(f"{mask} cannot be read as a mask: ")
     assert second.startswith(f"{image} cannot be read: ")
@@ -327,7 +329,7 @@ def test_masks_of_nothing_and_all_are_explained(labelled) -> None:
     for path in (labelled / "masks/train").iterdir():
         write(path, np.kron([[0, 255]], np.ones((32, 24))).astype(np.uint8))
     assert refusal(labelled) == (
-        f"the masks in {labelled / 'masks/train'} hold 0 and 255 alone, and 255 means ignored, so "
+        f"the masks in {labelled / 'masks/train'} hold only 0 and 255, and 255 means ignored, so "
         "only class 0 is left; write 1 in place of 255 if it is your second class, or give --ids "
         '"0:0,255:1"'
     )
@@ -339,7 +341,7 @@ def test_a_split_without_a_known_pixel_is_refused(labelled, split) -> None:
         write(path, np.full((32, 48), 255, np.uint8))
     assert refusal(labelled) == (
         f"all pixels of the masks in {labelled / 'masks' / split} are 255, which means ignored, so "
-        "there is nothing to learn or to judge by; name a split that has labels, or write class ids"
+        "there is nothing to learn or to evaluate; give a split that has labels, or write class ids"
     )
 
 
@@ -358,7 +360,7 @@ def test_images_without_a_known_pixel_are_left_out(labelled) -> None:
 def test_a_single_class_is_refused(labelled) -> None:
     for path in (labelled / "masks/train").iterdir():
         write(path, np.full((32, 48), 2, np.uint8))
-    assert "hold the ids 2 alone (255 means ignored); at least two" in refusal(labelled)
+    assert "hold only the ids 2 (255 means ignored); at least two" in refusal(labelled)
 
 
 # Folders.
@@ -366,15 +368,15 @@ def test_a_single_class_is_refused(labelled) -> None:
 
 def test_a_folder_that_is_none_is_refused(labelled, monkeypatch) -> None:
     monkeypatch.chdir(labelled)
-    assert refusal("").startswith("data is '', which is no folder; it must hold images/train")
+    assert refusal("").startswith("data is '', which is not a folder; it must hold images/train")
     message = refusal(labelled / "nowhere")
-    assert "which is no folder; it must hold images/train, images/val, masks/train" in message
+    assert "which is not a folder; it must hold images/train, images/val, masks/train" in message
 
 
 def test_a_split_that_is_not_there_is_refused_with_those_that_are(labelled) -> None:
     message = refusal(labelled, "train", "vla")
     assert message.startswith(
-        f"{labelled / 'images/vla'} is not there (there is train, val); perhaps "
+        f"{labelled / 'images/vla'} does not exist (found train, val); perhaps "
     )
     assert "'val' is meant" in message
 

@@ -88,7 +88,7 @@ def test_masks_beside_images_are_no_images(tmp_path, caplog) -> None:
     (tmp_path / "set" / "notes.xcf").touch()
     assert names(open_source(tmp_path), tmp_path) == ["set/images/a.png", "set/other/masks/b.png"]
     for name in ("masks", "predictions"):
-        assert f"{tmp_path / 'set' / name} belongs to the images beside it" in caplog.text
+        assert f"{tmp_path / 'set' / name} belongs to the images next to it" in caplog.text
     assert f"left out of {tmp_path}: other files: 1, by ending: 1 .xcf" in caplog.text
 
 
@@ -250,7 +250,7 @@ def test_a_file_that_vanished_or_is_forbidden_is_unreadable(tmp_path) -> None:
 
 def test_nothing_usable_is_told_at_once(tmp_path) -> None:
     with pytest.raises(
-        ValueError, match=r"no image in .*: looked in it and below for files that end"
+        ValueError, match=r"no image in .*: searched it and its subfolders for files that end"
     ):
         open_source(tmp_path)
     for name in ("a.doc", "b.doc", "sub/c.csv", "noending"):
@@ -357,7 +357,7 @@ def test_shards_named_by_url_are_downloaded_once(folder, tmp_path, monkeypatch) 
 @pytest.mark.parametrize("scheme", ["pipe:", "PIPE:", "pi\tpe:", " pipe:"])
 def test_no_command_is_run_unasked(scheme, tmp_path, monkeypatch) -> None:
     monkeypatch.delenv("PIXELCL_ALLOW_COMMANDS", raising=False)
-    with pytest.raises(ValueError, match="a command that a shell would run, and nothing of it was"):
+    with pytest.raises(ValueError, match="a command that a shell would run, and it was not run"):
         open_source(f"{scheme}touch {tmp_path}/run://x.tar")
     assert not (tmp_path / "run:").exists()
 
@@ -387,7 +387,7 @@ def test_masks_beside_images_in_a_shard_are_no_images(folder, caplog) -> None:
             tar.add(paint(folder / "x/a.png"), name)
     source = ShardSource([f"{folder}/masks.tar"])
     assert [source.names[i] for i in range(len(source))] == ["b/d.rgb.png", *shown]
-    assert "2 masks beside images of their key are left out of shards" in caplog.text
+    assert "2 masks next to images of the same key in shards are left out" in caplog.text
 
 
 def test_a_damaged_header_in_a_shard_is_told(folder, caplog) -> None:
@@ -418,7 +418,7 @@ def test_hard_links_in_a_shard_are_images(folder, caplog) -> None:
             link.type, link.linkname = tarfile.LNKTYPE, target
             tar.addfile(link)
     assert values(ShardSource([f"{folder}/links.tar"])) == [7, 7]
-    assert "1 hard links lead to no image before them: left out" in caplog.text
+    assert "1 hard links lead to no image before them and are left out" in caplog.text
 
 
 def test_what_is_no_shard_is_refused(tmp_path) -> None:
@@ -478,7 +478,7 @@ def test_pipes_and_devices_are_told_and_passed_over(tmp_path, caplog) -> None:
         assert f"{tmp_path / name} is a pipe, a socket or a device: left out" in caplog.text
     listed = open_source(tmp_path / "list.txt")
     for place, index in ((listed, 1), (listed, 2), (open_source(tmp_path / "b.png"), 0)):
-        with pytest.raises(ImageError, match=r"^a pipe, a socket or a device, which is no file$"):
+        with pytest.raises(ImageError, match=r"^a pipe, a socket or a device, and not a file$"):
             place.open(index)
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(ValueError, match="which cannot be read: a pipe, a socket or a device"):

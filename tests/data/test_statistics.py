@@ -84,7 +84,7 @@ def test_what_was_not_measured_does_not_count() -> None:
         near = pytest.approx(getattr(expected, name)[:2], rel=0.03, abs=0.003)
         assert getattr(statistics, name)[:2] == near, name
     assert (statistics.low[2], statistics.high[2], statistics.mean[2]) == (0, 1, 0)
-    with pytest.raises(ValueError, match="not one of its values is a finite number"):
+    with pytest.raises(ValueError, match="none of its values is a finite number"):
         measure(open_source([torch.full((1, 4, 4), torch.nan)]))
 
 
@@ -138,8 +138,8 @@ def test_a_value_far_from_all_others_is_left_out_and_told(kind, caplog) -> None:
     [record] = caplog.records
     assert record.levelname == "WARNING"
     assert record.message == (
-        f"{value:g} fills 3.1 % of the values and lies far from all others: the range is taken "
-        f"without it. Give --nodata {value:g} if it stands where nothing was measured"
+        f"{value:g} fills 3.1 % of the values and lies far from all others: the range leaves it "
+        f"out. Give --nodata {value:g} if it means that nothing was measured"
     )
     caplog.clear()
     named = measure(open_source([values, filled(values, value)], nodata=value))
@@ -161,7 +161,7 @@ def test_a_value_far_from_all_others_is_left_out_and_told(kind, caplog) -> None:
 )
 def test_values_that_may_be_measured_stay_in_the_range(values, value, caplog) -> None:
     statistics = measure(open_source([values, filled(values, value)]))
-    assert ("see whether they are masks" in caplog.text) is (len(values.unique()) <= 2)
+    assert ("check whether they are masks" in caplog.text) is (len(values.unique()) <= 2)
     assert "lies far" not in caplog.text
     low, high = min(values.min().item(), value), max(values.max().item(), value)
     assert statistics.low == pytest.approx((low,), abs=0.01 * (high - low))

@@ -100,7 +100,9 @@ def test_levels_and_resolutions_are_cut_at_their_scale(tmp_path) -> None:
         with pytest.raises(ValueError, match=message):
             Tiling([path], 32, **dict([setting]))
     np.save(tmp_path / "b.npy", slope)
-    with pytest.raises(ValueError, match=r"mpp is 1, but .* does not say its own; give a level"):
+    with pytest.raises(
+        ValueError, match=r"mpp is 1, but .* does not record its pixel size; give a level"
+    ):
         Tiling([str(tmp_path / "b.npy")], 32, mpp=1)
 
 

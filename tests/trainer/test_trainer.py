@@ -146,7 +146,7 @@ def test_vectors_have_no_decay_and_the_target_no_optimiser(optimizer) -> None:
         ({"optimizer": "adahessian", "lr": 1.0}, "adahessian.*second derivatives.*use adamw"),
         ({"loggers": ("csv", "wandb")}, "'wandb', which is not installed; pip install wandb"),
         ({"weights": "other.pt"}, r"nothing in .*other.pt fits Sequential"),
-        ({"probe": "labelled"}, "0.png is not there; 1 of 4 images have no mask"),
+        ({"probe": "labelled"}, "0.png does not exist; 1 of 4 images have no mask"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -312,7 +312,7 @@ def test_a_damaged_index_is_named(images, tmp_path) -> None:
 def test_a_folder_of_something_else_is_left_alone(images) -> None:
     with pytest.raises(ValueError, match="holds other files"):
         features(NET, images, out=images.parent)
-    with pytest.raises(ValueError, match=r"out is '.*val', the folder of the images; name another"):
+    with pytest.raises(ValueError, match=r"out is '.*val', the folder of the images; give another"):
         features(NET, [images.parent, images], out=images)
     (images.parent / "bad").mkdir()
     (images.parent / "bad" / "a.png").write_bytes(b"no")
