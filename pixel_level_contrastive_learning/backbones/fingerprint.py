@@ -16,9 +16,9 @@ PERIOD = 65_521
 FIGURES = 8
 """Numbers in a fingerprint, each of about 1."""
 TOLERANCE = 0.01
-"""How far apart the figures of one code may be: machines round differently."""
+"""How much the figures of the same code may differ: machines round differently."""
 GAIN = 3.0
-"""Over the inputs of a layer, the square of its largest weight: signals stay near 1."""
+"""The square of a layer's largest weight, times its inputs: signals stay near 1."""
 log = logging.getLogger(__name__)
 
 
@@ -41,7 +41,7 @@ def fingerprint_of(
     """
     try:
         figures = figures_of(net, (1, channels, *size))
-    except Exception as error:  # a check of ours is no reason to lose what was trained
+    except Exception as error:  # a failed check must not lose what was trained
         log.debug("no fingerprint of %s: %s", type(net).__name__, error)
         return None
     known = bool(figures.isfinite().all() and figures.any())
@@ -76,7 +76,7 @@ def figures_of(net: nn.Module, shape: tuple[int, ...]) -> Tensor:
 
 
 def fixed_noise() -> Tensor:
-    """Values from -1 to 1 without order, by whole numbers: the same with every version of torch."""
+    """Noise from -1 to 1, from whole numbers: the same with every version of torch."""
     bits = torch.arange(1, PERIOD + 1)
     for factor in (0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35):  # of xxHash and MurmurHash
         bits = bits * factor % 2**32
@@ -99,7 +99,7 @@ def fixed_weight(name: str, tensor: Tensor, block: Tensor) -> Tensor:
 
 
 def differs(one: tuple[float, ...] | None, two: tuple[float, ...] | None) -> bool:
-    """Whether two fingerprints are known, and of code that does not do the same."""
+    """Whether two fingerprints are known, and of code that computes different results."""
     if one is None or two is None or len(one) != len(two):
         return False
     return max(abs(a - b) for a, b in zip(one, two, strict=True)) > TOLERANCE

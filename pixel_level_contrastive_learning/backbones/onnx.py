@@ -39,7 +39,7 @@ class Features(nn.Module):
         self.pixel_hooks = info.pixel_hooks(card.pixel_layer, 1)
         self.instance_hook = info.hook(card.instance_layer, pixel=False)
         self.hooks = FeatureHooks(*self.pixel_hooks, self.instance_hook)
-        self.hooks.attach(self.net)  # for good: a program is traced with them
+        self.hooks.attach(self.net)  # never detached: a program is traced with them
 
     @property
     def names(self) -> list[str]:
@@ -82,7 +82,7 @@ def onnx_program(net: nn.Module, card: BackboneCard) -> Program:
         try:
             content = traced(features, images(2, height, width), free)
             compare(features, content, [images(*shape) for shape in shapes])
-        except Exception as caught:  # the exporter and the runtime raise anything
+        except Exception as caught:  # the exporter and the runtime raise all kinds of errors
             error = caught
         else:
             return Program(content, free)
@@ -94,7 +94,7 @@ def onnx_program(net: nn.Module, card: BackboneCard) -> Program:
 def traced(features: Features, images: Tensor, free: Sequence[str]) -> bytes:
     """The program that torch's exporter makes, these axes left open."""
     with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # of torch's own parts that are deprecated
+        warnings.simplefilter("ignore")  # of deprecated parts of torch itself
         program: Any = torch.onnx.export(
             features,
             (images,),
@@ -120,6 +120,6 @@ def compare(features: Features, content: bytes, batches: Sequence[Tensor]) -> No
             difference = (torch.from_numpy(answer) - expected).abs().max() / expected.abs().max()
             if not difference <= TOLERANCE:  # NaN, too
                 raise ValueError(
-                    f"{name} of the program differs from the network's by {difference:.2g} of its "
+                    f"the program's {name} differs from the network's by {difference:.2g} of its "
                     f"largest value for images of shape {tuple(images.shape)}"
                 )

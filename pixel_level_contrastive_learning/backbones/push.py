@@ -79,7 +79,7 @@ def push(
     """
     place = place_of(HUB + repository.removeprefix(HUB))
     alone = place.revision is None and place.file is None
-    words = "OWNER/NAME: its newest revision is written, under fixed names"
+    words = "OWNER/NAME alone: the newest revision is written, under fixed names"
     raise_together(unless(alone, "repository", repository, words))
     source = find_weights(run)
     with handing_over(model):
@@ -105,7 +105,7 @@ def push(
             api.create_repo(place.repo, private=private, exist_ok=True)
             if private and not api.model_info(place.repo).private:
                 raise ValueError(
-                    f"private is True, but {place} was there before and is public; make it private "
+                    f"private is True, but {place} already exists and is public; make it private "
                     "in its settings on the Hub, or push to another name. Nothing was uploaded"
                 )
             api.create_commit(place.repo, operations, commit_message="Upload a backbone")
@@ -151,13 +151,14 @@ def written_page(
         "(https://arxiv.org/abs/2011.10043)).\n",
         "## Use\n\n```python\nfrom pixel_level_contrastive_learning import load_backbone\n\n"
         f"net = load_backbone({str(place)!r}{', model=...' * (not loading)})\n```\n",
-        f"Without the package, `{run_layout.WEIGHTS}` downloaded:\n\n```python\n{loading}```\n"
+        f"Without the package, from a downloaded `{run_layout.WEIGHTS}`:\n\n"
+        f"```python\n{loading}```\n"
         if loading
-        else f"The network is built by code of its author, `{card.model}`.\n",
+        else f"The network is built by its author's code, `{card.model}`.\n",
         "## Training\n\n" + table(["setting", "value"], [[*row] for row in rows.items()]),
         *(evaluated(folder / name) for name in (run_layout.EVALUATION, run_layout.CORRESPONDENCE)),
         f"## Licence\n\nOf the weights: {licence or 'not stated by their owner'}. Where training "
-        "started from pretrained weights, theirs holds as well.\n",
+        "started from pretrained weights, their licence applies as well.\n",
     ]
     return "\n".join(part for part in parts if part)
 
@@ -181,7 +182,7 @@ def evaluated(path: Path) -> str:
 
 
 def without_folder(name: str) -> str:
-    """The name of a row without folders of this machine, there or not."""
+    """The name of a row without folders of this machine, whether they exist or not."""
     if origin := re.fullmatch(r"(random weights|start) \((.+)\)", name):
         return f"{origin[1]} ({', '.join(map(without_folder, origin[2].split(', ')))})"
     if on_hub(name) or name.partition("/")[0] in LIBRARIES:

@@ -22,9 +22,9 @@ from .factory import (
 from .onnx import AXES, INPUT
 from .stem import find_stem
 
-OWN_READER = "# images of {} channels need a mapper (a loading step) of your own\n"
+OWN_READER = "# images with {} channels need your own mapper (a loading step)\n"
 GRAY_FIRST = "# first in the pipeline: dict(type='LoadImageFromFile', color_type='grayscale')\n"
-"""What is said where a framework reads coloured images alone, or gray ones when told."""
+"""Notes for frameworks that read only colour images, or gray ones only when configured to."""
 DEPTHS = {f"resnet{depth}": depth for depth in (18, 34, 50, 101, 152)}
 """The ResNets that all of these libraries build alike."""
 
@@ -58,7 +58,7 @@ def loading(kind: str, net: nn.Module, card: BackboneCard, path: Path) -> str:
     if kind == "transformers":
         return f"from transformers import AutoModel\n\nnet = AutoModel.from_pretrained({file!r})\n"
     lines = building(net, card)
-    if kind == "timm":  # not by checkpoint_path, which takes no other classifier
+    if kind == "timm":  # not by checkpoint_path, which accepts no other classifier
         lines[-1] = f"{lines[-1].removesuffix(')')}, pretrained=True,"
         lines += [
             f"    pretrained_cfg_overlay={timm_overlay(net, card, file)},",
@@ -84,7 +84,7 @@ def timm_overlay(net: nn.Module, card: BackboneCard, file: str) -> dict[str, Any
     overlay = {"file": file, "input_size": (card.channels, *card.image_size)}
     classes = timm_settings(card.config or {}).get("num_classes")
     overlay |= {} if classes is None else {"num_classes": classes}
-    # Older versions take a file to be in the format of the model's own weights, such as npz.
+    # Older versions expect a file in the format of the model's own weights, such as npz.
     special = getattr(net, "pretrained_cfg", {}).get("custom_load")
     return overlay | {"custom_load": False} if special else overlay
 
@@ -108,7 +108,7 @@ def building(net: nn.Module, card: BackboneCard) -> list[str]:
         lines.append(f"config = AutoConfig.for_model({arguments(repr(kind), config)})")
         return [*lines, "net = AutoModel.from_config(config)"]
     elif name.startswith(f"{OBJECT}:"):
-        return ["net = ...  # your network, as it was handed over"]
+        return ["net = ...  # your network, as passed to pretrain"]
     else:
         with import_from_folder(name):
             kwargs = custom_kwargs(custom_function(name), *images)
@@ -124,7 +124,7 @@ def building(net: nn.Module, card: BackboneCard) -> list[str]:
         lines.append(f"net = {function}({arguments('', kwargs)})")
     stem = find_stem(net)
     if card.channels != 3 and "channels" not in kwargs and stem is not None:
-        # The library knows red, green and blue only.
+        # The library builds networks only for red, green and blue.
         name, conv = stem
         options = conv.extra_repr()  # type: ignore[no-untyped-call]  # untyped in torch
         options = re.sub(r"=([a-z]\w*)", r"='\1'", options)  # padding=same
@@ -142,7 +142,7 @@ def running(card: BackboneCard, path: Path, free: Collection[str]) -> str:
     """The lines that run an ONNX program on images, where torch is not installed either."""
     fixed = dict(zip(AXES, ("2", *map(str, card.image_size)), strict=True))
     batch, *size = (name if name in free else value for name, value in fixed.items())
-    only = "" if len(free) == len(AXES) else ", of just this size"
+    only = "" if len(free) == len(AXES) else ", of this size only"
     shape = ", ".join([batch, str(card.channels), *size])
     return dedent(f"""\
         import numpy as np

@@ -46,8 +46,8 @@ def adapt_channels(net: nn.Module, channels: int, *, keep: bool = True) -> nn.Mo
     stem = find_stem(net)
     if stem is None:
         raise ValueError(
-            f"{type(net).__name__} has no Conv2d to adapt to {channels} channels; let the function "
-            "that builds it take channels="
+            f"{type(net).__name__} has no Conv2d to adapt to {channels} channels; give the "
+            "function that builds it a parameter channels"
         )
     name, conv = stem
     if conv.in_channels == channels:
@@ -55,7 +55,7 @@ def adapt_channels(net: nn.Module, channels: int, *, keep: bool = True) -> nn.Mo
     if conv.groups != 1:
         raise ValueError(
             f"the stem {name!r} of {type(net).__name__} has {conv.groups} groups and cannot be "
-            f"adapted to {channels} channels; let the function that builds it take channels="
+            f"adapted to {channels} channels; give the function that builds it a parameter channels"
         )
     with torch.no_grad():
         old = conv.weight
@@ -65,21 +65,21 @@ def adapt_channels(net: nn.Module, channels: int, *, keep: bool = True) -> nn.Mo
             # More inputs with smaller weights each: the variance of the outputs stays.
             std = old.std().item() * (conv.in_channels / channels) ** 0.5
             weight = old.new_empty(old.shape[0], channels, *old.shape[2:]).normal_(std=std)
-    for module in net.modules():  # layers of transformers refuse images of other channels
+    for module in net.modules():  # layers of transformers refuse another number of channels
         if getattr(module, "num_channels", None) == conv.in_channels and conv in module.modules():
             setattr(module, "num_channels", channels)  # noqa: B010  # no declared attribute
     if getattr(getattr(net, "config", None), "num_channels", None) == conv.in_channels:
         net.config.num_channels = channels  # type: ignore[union-attr]  # of transformers
     conv.in_channels = channels
     conv.weight = nn.Parameter(weight, old.requires_grad)
-    # torchvision's GoogLeNet and Inception take red, green and blue apart.
+    # torchvision's GoogLeNet and Inception rescale red, green and blue one by one.
     if hasattr(net, "transform_input"):
         setattr(net, "transform_input", False)  # noqa: B010  # no declared attribute
     return net
 
 
 def adapt_input_conv(in_chans: int, conv_weight: Tensor) -> Tensor:
-    """As `timm.models.adapt_input_conv`, from any number of channels, not three alone."""
+    """As `timm.models.adapt_input_conv`, from any number of channels, not only from three."""
     if in_chans == 1:
         return conv_weight.sum(dim=1, keepdim=True)
     given = conv_weight.shape[1]

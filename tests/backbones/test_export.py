@@ -383,7 +383,7 @@ def test_a_resnet_goes_to_mmseg(tmp_path) -> None:
     }
     names: dict[str, Any] = {}
     exec(done.how_to, names)
-    assert done.how_to.startswith("# images of 2 channels need a mapper")
+    assert done.how_to.startswith("# images with 2 channels need your own mapper")
     assert names["backbone"]["in_channels"] == 2
     assert names["backbone"]["init_cfg"]["checkpoint"] == str(done.path)
     # 16 and 17 of 64 parts of the way from low to high, and 32 and 33 of that way.

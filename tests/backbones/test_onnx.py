@@ -75,7 +75,7 @@ def test_a_network_of_fixed_size_takes_any_batch(tmp_path) -> None:
     net = build_backbone("timm/test_vit", image_size=SIZE).eval()
     card = run_with(tmp_path, net, "timm/test_vit", "norm", "norm")
     done = export(tmp_path, "onnx")
-    assert "# (batch, 3, 64, 96) float32, of just this size: vector" in done.how_to
+    assert "# (batch, 3, 64, 96) float32, of this size only: vector" in done.how_to
     raw = np.random.default_rng(0).integers(0, 255, (5, 3, *SIZE)).astype(np.uint8)
     vector, tokens = outputs(done.how_to, raw)
     x = torch.from_numpy(raw) / 255
@@ -96,7 +96,7 @@ def test_a_network_that_allows_no_freedom_is_exported_as_it_is(tmp_path) -> None
     net = nn.Sequential(nn.Conv2d(3, 4, 8, 8), Pairs())
     run_with(tmp_path, net, "object:Sequential", "1", "1")
     done = export(tmp_path, "onnx", model=net)
-    assert "# (2, 3, 64, 96) float32, of just this size: vector" in done.how_to
+    assert "# (2, 3, 64, 96) float32, of this size only: vector" in done.how_to
 
 
 def test_a_program_that_computes_something_else_is_not_written(tmp_path, monkeypatch) -> None:
@@ -112,7 +112,7 @@ def test_a_program_that_computes_something_else_is_not_written(tmp_path, monkeyp
         return content
 
     monkeypatch.setattr(onnx, "traced", other)
-    differs = r"vector of the program differs from the network's by [\d.]+ of its largest value for"
+    differs = r"the program's vector differs from the network's by [\d.]+ of its largest value for"
     with pytest.raises(ValueError, match=rf"test_resnet cannot be exported to ONNX: {differs} im"):
         export(tmp_path, "onnx")
     assert not (tmp_path / "backbone-onnx.onnx").exists()

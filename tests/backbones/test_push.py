@@ -122,14 +122,16 @@ def test_a_row_is_named_without_its_folder_there_or_not(name, shown) -> None:
 
 @pytest.mark.parametrize("name", ["me/net@v2", "hf://me/net@refs/pr/1", "me/net/net.pth"])
 def test_a_revision_or_file_is_no_place_to_push_to(hub, run, name) -> None:
-    with pytest.raises(ValueError, match=f"repository is '{name}'; it must be OWNER/NAME: its new"):
+    with pytest.raises(
+        ValueError, match=f"repository is '{name}'; it must be OWNER/NAME alone: the new"
+    ):
         push(run, name)
     assert not (hub / "me").exists()
 
 
 def test_nothing_private_goes_into_a_public_repository(hub, run) -> None:
     (hub / "me/net" / PUBLIC).mkdir(parents=True)
-    with pytest.raises(ValueError, match="hf://me/net was there before and is public; make it"):
+    with pytest.raises(ValueError, match="hf://me/net already exists and is public; make it"):
         push(run, "me/net", private=True)
     assert not (hub / "me/net" / "README.md").exists()
     push(run, "me/net")

@@ -103,8 +103,8 @@ def test_a_network_without_convolution_is_refused() -> None:
     with pytest.raises(ValueError) as error:
         adapt_channels(nn.Sequential(nn.Linear(3, 3)), 2)
     assert str(error.value) == (
-        "Sequential has no Conv2d to adapt to 2 channels; let the function that builds it take "
-        "channels="
+        "Sequential has no Conv2d to adapt to 2 channels; give the function that builds it a "
+        "parameter channels"
     )
 
 

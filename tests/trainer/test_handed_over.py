@@ -61,7 +61,7 @@ def test_a_network_without_a_file_is_trained_resumed_and_read(
     assert (
         torch.load(exported.path, weights_only=True).keys() == result.backbone.state_dict().keys()
     )
-    assert "net = ...  # your network, as it was handed over" in exported.how_to
+    assert "net = ...  # your network, as passed to pretrain" in exported.how_to
 
 
 def test_without_the_network_it_is_said_what_to_pass(tmp_path, settings, images) -> None:
