@@ -376,7 +376,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     if isinstance(sys.stdout, TextIOWrapper):  # file names may hold bytes that are not text
         sys.stdout.reconfigure(errors="backslashreplace")
-    if COMMANDS_FLAG in given:  # by a variable, which the other processes of a run inherit
+    if COMMANDS_FLAG in given:  # as a variable, which the other processes of a run inherit
         given.remove(COMMANDS_FLAG)
         os.environ[ALLOW_COMMANDS] = "1"
     try:
@@ -407,11 +407,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # whoever reads, such as `head`, has enough
+    except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (RuntimeError, OSError, MemoryError) as error:
         resume = given[:1] == ["pretrain"] and isinstance(error, CannotWriteError)
-        print(f"error: {error}{' (the run goes on with --resume)' * resume}", file=sys.stderr)
+        print(f"error: {error}{' (continue the run with --resume)' * resume}", file=sys.stderr)
         return 1
     return 0

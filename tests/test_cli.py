@@ -340,7 +340,7 @@ def test_what_cannot_be_written_ends_a_command_and_only_a_run_resumes(
     monkeypatch.setattr(f"{PACKAGE}.trainer.trainer.run", broken)
     monkeypatch.setattr(f"{PACKAGE}.data.shard_writer.write_shards", broken)
     assert exit_code((command, "x", "--out", "y")) == 1
-    resume = " (the run goes on with --resume)" * (command == "pretrain")
+    resume = " (continue the run with --resume)" * (command == "pretrain")
     assert capsys.readouterr().err == f"error: oh{resume}\n"
 
 

@@ -133,8 +133,8 @@ def stride_of(reader: Reader, card: BackboneCard) -> int | None:
     def rows(side: int) -> int:
         return reader(torch.zeros(1, card.channels, side, width)).shape[-2]
 
-    # Height over rows is only near it where the last row sticks out or leaves a rest: make the
-    # view so much higher that a row more or less does not matter.
+    # Height divided by rows is not exact where the last row reaches beyond the image or leaves a
+    # remainder: make the view so high that one row more or less does not matter.
     count = rows(height)
     estimate = round(height / count)
     extra = 4 * estimate**2
@@ -142,13 +142,13 @@ def stride_of(reader: Reader, card: BackboneCard) -> int | None:
     if gained == 0:
         return None
     stride = round(extra / gained)
-    # Where nothing is padded, rows are missing, and a border of larger cells makes up for them.
+    # Without padding, rows are missing, and a border of larger cells makes up for them.
     return stride if rows(stride * (count + 1)) == count + 1 else estimate
 
 
 def fine_map(reader: Reader, pixels: Tensor, stride: int | None, cells: int = 24) -> Tensor:
     """A layer's map of one image, about ``cells`` long: shifts are read, their maps interleaved."""
-    # A map of 7x7 cells says little of where things are. Moving the image by fractions of a cell
+    # A map of 7x7 cells shows little of where things are. Moving the image by fractions of a cell
     # keeps what the network itself gives for a spot, at the scale it was trained on.
     # A network of a fixed input size (no stride) gets the image as it is and no border.
     border = 0 if stride is None else BORDER
@@ -189,7 +189,7 @@ def mirrored(pixels: Tensor, rows: int, columns: int) -> Tensor:
 
 def quantized(maps: Sequence[Tensor], dimensions: int = DIMENSIONS) -> list[dict[str, Any]]:
     """Maps ``(c, h, w)`` of one layer as int8 principal components of their cells, in base64."""
-    # A page that takes the mean of any two maps from both has what `centred` gives for them.
+    # A page that subtracts the mean of any two maps from both gets what `centred` gives for them.
     directions = centred(*maps)
     cells = cat([rearrange(direction, "c h w -> (h w) c") for direction in directions])
     axes = principal_components(cells, min(dimensions, cells.shape[1]))

@@ -94,7 +94,7 @@ def pairs_picture(
 
 
 def check_view(name: str, view: object) -> str | None:
-    """Allow RGB images alone."""
+    """The error message about anything but an RGB image."""
     if isinstance(view, Tensor) and view.ndim == 3 and view.shape[0] == 3:
         return None
     received = tuple(view.shape) if isinstance(view, Tensor) else type(view).__name__

@@ -81,7 +81,7 @@ def pca_colours(features: Tensor, basis: Basis | None = None) -> tuple[Tensor, B
         basis = fit_basis(cells, cells.mean(dim=0), principal_components(cells, 3), MIN_REACH)
     elif len(basis.mean) != cells.shape[1]:
         raise ValueError(
-            f"basis is of {len(basis.mean)} channels, but the features have {cells.shape[1]}; take "
+            f"basis has {len(basis.mean)} channels, but the features have {cells.shape[1]}; use "
             "one that was found for this layer"
         )
     return basis.colours(cells, features.shape), basis
@@ -109,7 +109,7 @@ def aligned_colours(features: Tensor, previous: Tensor) -> tuple[Tensor, Basis]:
 
 
 def check_maps(features: object) -> str | None:
-    """Allow feature maps alone."""
+    """The error message about anything but feature maps."""
     if isinstance(features, Tensor) and features.ndim == 4 and features.numel() > 0:
         return None
     received = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__

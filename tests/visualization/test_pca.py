@@ -120,7 +120,7 @@ def test_wrong_maps_are_refused() -> None:
     with pytest.raises(ValueError) as error:
         pca_colours(torch.randn(2, 5, 3, 3), basis)
     assert str(error.value) == (
-        "basis is of 4 channels, but the features have 5; take one that was found for this layer"
+        "basis has 4 channels, but the features have 5; use one that was found for this layer"
     )
     with pytest.raises(ValueError) as error:
         aligned_colours(features, torch.rand(2, 3, 4, 4))
