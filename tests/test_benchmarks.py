@@ -111,9 +111,9 @@ def test_blocks_and_plain_form_do_the_same_work() -> None:
                 if isinstance(cell.cell_contents, Tensor) and cell.cell_contents.requires_grad
             ]
     assert len(grads) == 6
-    for blocks, plain in zip(grads[::2], grads[1::2], strict=True):
-        assert blocks.abs().max() > 0
-        torch.testing.assert_close(blocks, plain)
+    for in_blocks, in_full in zip(grads[::2], grads[1::2], strict=True):
+        assert in_blocks.abs().max() > 0
+        torch.testing.assert_close(in_blocks, in_full)
 
 
 def test_ratios_are_medians_of_rounds() -> None:
@@ -131,9 +131,9 @@ def test_contenders_take_turns_after_a_round_that_is_forgotten() -> None:
         return {"turn": len(calls)}
 
     contenders = {name: lambda name=name: contender(name) for name in "ab"}
-    found = load("measure").in_turns(contenders, 2)
+    results = load("measure").in_turns(contenders, 2)
     assert "".join(calls) == "ababab"
-    assert found == {"a": [{"turn": 3}, {"turn": 5}], "b": [{"turn": 4}, {"turn": 6}]}
+    assert results == {"a": [{"turn": 3}, {"turn": 5}], "b": [{"turn": 4}, {"turn": 6}]}
 
 
 def test_a_dead_contender_tells_its_last_words() -> None:
@@ -256,8 +256,8 @@ def test_pretraining_on_two_levels_moves_the_backbone_when_its_turn_comes(
         before = [weight.clone() for weight in net.layer1.parameters()]
         config = load("settings").BASE | small | {"head_steps": alone}
         layers = load("settings").STARTS["random"].layers
-        given = net, layers, images, torch.nn.Identity(), config, 0
-        curve = in_memory.pretrain(*given, projection_hidden_size=8)
+        arguments = net, layers, images, torch.nn.Identity(), config, 0
+        curve = in_memory.pretrain(*arguments, projection_hidden_size=8)
         assert len(curve) == 2
         assert all(0 <= part <= 8.001 for parts in curve for part in parts[:2])
         assert not net.layer4._forward_hooks

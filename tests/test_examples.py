@@ -89,8 +89,8 @@ def test_the_loop_refuses_what_it_would_turn_white(tmp_path) -> None:
 def said(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """What a command of pixelcl prints."""
 
-    def answer(*words: object) -> str:
-        status = cli.main([str(word) for word in words])
+    def answer(*arguments: object) -> str:
+        status = cli.main([str(argument) for argument in arguments])
         output = capsys.readouterr()
         assert status == 0, output.err
         return output.out
@@ -158,9 +158,9 @@ def test_a_notebook_runs_from_top_to_bottom(notebook: Path, tmp_path, monkeypatc
     assert not any(cell["outputs"] for cell in cells)
     for cell in cells:
         exec("".join(cell["source"]), names)
-    found = names.get("found") or names["evaluation"]
+    evaluation = names["evaluation"]
     assert Path("run/backbone.safetensors").exists()
-    assert "mIoU" in str(found)
+    assert "mIoU" in str(evaluation)
 
 
 # The loops of the README and of the page about them.
@@ -177,9 +177,9 @@ def test_a_loop_leaves_weights_that_pixelcl_takes(
         for large, small in (("resnet50", "resnet18"), ("256", "128"), ("2048", "16")):
             lines = lines.replace(large, small)
         exec(lines, names)
-    loaded = models.resnet18()
-    loaded.load_state_dict(torch.load("improved-resnet.pt"))
-    assert torch.equal(loaded.conv1.weight, names["resnet"].conv1.weight)
+    network = models.resnet18()
+    network.load_state_dict(torch.load("improved-resnet.pt"))
+    assert torch.equal(network.conv1.weight, names["resnet"].conv1.weight)
     weights = "improved-resnet.pt"
     assert weights in said("evaluate", weights, "--data", scenes, "--protocol", "knn")
 
@@ -281,9 +281,9 @@ def test_boxes_are_the_edges_of_connected_shapes() -> None:
     mask[20:30, 5:11] = 2
     mask[35:38, 5:7] = 2  # too small
     mask[0:40, 50:60] = 1
-    found = detection()["boxes_in"](mask)
-    assert found["boxes"].tolist() == [[50, 0, 60, 40], [5, 3, 25, 13], [5, 20, 11, 30]]
-    assert found["labels"].tolist() == [1, 2, 2]
+    boxes = detection()["boxes_in"](mask)
+    assert boxes["boxes"].tolist() == [[50, 0, 60, 40], [5, 3, 25, 13], [5, 20, 11, 30]]
+    assert boxes["labels"].tolist() == [1, 2, 2]
     assert detection()["boxes_in"](torch.zeros(9, 9))["boxes"].shape == (0, 4)
 
 
@@ -291,12 +291,12 @@ def test_average_precision_by_hand() -> None:
     """Two true boxes; of three guesses the best and the last hit: (1/1 + 2/3) / 2."""
     truth = {"boxes": torch.tensor([[0.0, 0, 10, 10], [20, 20, 30, 30]])}
     guesses = [[0.0, 0, 10, 10], [1.0, 0, 10, 10], [20, 21, 30, 30]]
-    found = {"boxes": torch.tensor(guesses), "scores": torch.tensor([0.9, 0.8, 0.7])}
-    for boxes in (truth, found):
+    predictions = {"boxes": torch.tensor(guesses), "scores": torch.tensor([0.9, 0.8, 0.7])}
+    for boxes in (truth, predictions):
         boxes["labels"] = torch.ones(len(boxes["boxes"]), dtype=torch.int64)
     measure = detection()["average_precision"]
-    assert measure([found], [truth]) == pytest.approx((1 + 2 / 3) / 2)
-    other = found | {"labels": torch.full((3,), 2)}
+    assert measure([predictions], [truth]) == pytest.approx((1 + 2 / 3) / 2)
+    other = predictions | {"labels": torch.full((3,), 2)}
     assert measure([other], [truth]) == 0
 
 
