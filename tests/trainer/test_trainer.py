@@ -468,7 +468,7 @@ def test_images_held_out_anew_may_have_been_trained_on(run, settings) -> None:
     given = settings(data=[torch.rand(3, 40, 40)] * 199)
     pretrain(**given | {"steps": 1})
     pretrain(**given | {"data": [*given["data"]] * 2, "resume": True, "steps": 2})
-    message = "there are 398 images, but the run began with 199: some of those held out now may have"
+    message = "there are 398 images, but the run began with 199: some of those held out now may"
     assert message in log(run)
 
 
