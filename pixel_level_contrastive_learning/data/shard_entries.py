@@ -17,7 +17,7 @@ from .arrays import array_file
 from .decoding import IMAGE_SUFFIXES, SIGNATURES, ending_of, open_image
 from .image import ImageError, LazyImage, as_whole_numbers, largest_scale, to_tensor
 from .rasters import Array
-from .sources import NodataSource, Source
+from .sources import NodataSource, Source, file_state
 from .tiles import Tiling
 
 
@@ -72,6 +72,10 @@ class Copies:
         """The image's name."""
         return self.source.name(index)
 
+    def state(self, index: int) -> str | None:
+        """Size and time of the image's file, see `file_state`."""
+        return file_state(self.source, index)
+
     def make(self, index: int) -> Entry:
         """The image as it goes into a shard."""
         return make_entry(self.source, index, self.max_side, self.quality)
@@ -104,6 +108,11 @@ class Tiles:
         files = self.tiling.source
         number = files.index(grid.file, grid.page)
         return files.file_name(grid.file) if grid.xs else files.name(number)
+
+    def state(self, index: int) -> str | None:
+        """Size and time of the file that a tile is of, see `file_state`."""
+        grid, _ = self.tiling.locate(index)
+        return file_state(self.source, self.tiling.source.index(grid.file, grid.page))
 
     def make(self, index: int) -> Entry:
         """The tile, or small image, as it goes into a shard."""

@@ -96,6 +96,8 @@ def write_shards(
 ) -> ShardsReport:
     """Write images into shards, scaling large ones down; continues where an earlier call stopped.
 
+    A shard of which an image has changed since, by size or modification time, is written again.
+
     An image whose longer side is at most ``max_side`` keeps its bytes. A larger one becomes an
     upright JPEG if it is 8-bit gray or RGB, and otherwise a NumPy array with the same kind of
     values. Next to each is a JSON with its original name and size.
@@ -178,11 +180,13 @@ def write_shards(
     ):
         for number in range(total):
             path = folder / f"shards-{number:06d}.tar"
-            record = index.find(path)
             indices = range(number * each, min((number + 1) * each, count))
+            state = digest_of(in_order(samples.state, indices, workers=workers, threads=threads))
+            record = index.find(path, state)
             make_each = partial(in_order, samples.make, workers=workers, threads=threads)
             if record is None or is_mended(record, indices, samples.name, make_each):
                 record = write_shard(path, make_each(indices), samples.name, shared)
+                record["state"] = state
                 index.add(path, record)
                 log.info("%s: %d images, %s of %d", path.name, record["images"], number + 1, total)
             else:
@@ -257,10 +261,15 @@ class ShardIndex:
         for unfinished in folder.glob("*.part"):
             unfinished.unlink()
 
-    def find(self, path: Path) -> dict[str, Any] | None:
-        """The record of a shard that is there as it was written; None where it is not."""
+    def find(self, path: Path, state: str) -> dict[str, Any] | None:
+        """The record of a shard that is there as it was written; None where it is not.
+
+        Nor is there one where the images' files have changed since, by a digest of their states.
+        """
         record = self.shards.get(path.name)
-        if record is None or not record["images"]:
+        if record is None or record.get("state", state) != state:
+            return None
+        if not record["images"]:
             return record
         return record if path.is_file() and digest(path) == record["sha256"] else None
 
@@ -273,6 +282,11 @@ class ShardIndex:
         """Write all of it."""
         text = json.dumps({"plan": self.settings, "shards": self.shards}, indent=1)
         write_whole(self.path, text)
+
+
+def digest_of(states: Iterable[tuple[int, str | None]]) -> str:
+    """A SHA-256 of the states of images' files."""
+    return hashlib.sha256("\n".join(state or "" for _, state in states).encode()).hexdigest()
 
 
 def is_mended(
@@ -341,6 +355,7 @@ def write_shard(
     record |= {"empty": empty} if empty else {}
     if not record["images"]:
         unfinished.unlink()
+        path.unlink(missing_ok=True)  # of images that were different
         return record
     record |= {"bytes": unfinished.stat().st_size, "sha256": digest(unfinished)}
     if record["sha256"] != hashed.sha.hexdigest():

@@ -212,6 +212,19 @@ class NodataSource(IndexedSource):
         return without_value(self.source.open(index), self.value)
 
 
+def file_state(source: Source, index: int) -> str | None:
+    """Size and time of the file that an image is in, empty if unknown; None if it is in none."""
+    while isinstance(source, IndexedSource):
+        source, index = source.locate(index)
+    if not isinstance(source, PagedFiles):
+        return None
+    file = source.place(source.locate(index)[0]).path
+    with suppress(OSError, ImageError):  # which is reported where the image is read
+        status = in_time(partial(os.stat, file), file)
+        return f"{status.st_size} bytes, {status.st_mtime_ns} ns"
+    return ""
+
+
 def split_held_out(source: Source) -> tuple[Subset, Subset]:
     """Images to train on, and a few held out that are never trained on.
 

@@ -29,9 +29,7 @@ from ..backbones.state_dict import tensors_of
 from ..checks import Pages, import_extra, one_of, raise_together, size_pair
 from ..data.image import ImageError, LazyImage
 from ..data.loader import cores, in_order
-from ..data.pages import PagedFiles
-from ..data.reading import in_time
-from ..data.sources import IndexedSource, Source, open_source
+from ..data.sources import Source, file_state, open_source
 from ..evaluation.baselines import random_net, read_all, reading_of
 from ..evaluation.correspondence import evenly, left_out, none_left
 from ..evaluation.features import Preparation, Reader, Size, chosen_device, in_parts
@@ -297,19 +295,13 @@ def weights_digest(net: nn.Module) -> str:
 
 def identity_of(source: Source, index: int, image: LazyImage | None = None) -> Identity:
     """The absolute path of an image, and size and time of its file; in memory a digest of it."""
-    outer_source, outer_index, name = source, index, source.name(index)
-    while isinstance(source, IndexedSource):
-        source, index = source.locate(index)
+    name, state = source.name(index), file_state(source, index)
     with suppress(OSError, ImageError):  # which is told where the image is read
-        if isinstance(source, PagedFiles):
-            file = source.place(source.locate(index)[0]).path
-            status = in_time(partial(os.stat, file), file)
-            state = f"{status.st_size} bytes, {status.st_mtime_ns} ns"
-            return Identity(os.path.abspath(name), state)
-        pixels = (image or outer_source.open(outer_index)).read()
-        content = repr(pixels.shape).encode() + pixels.numpy().tobytes()
-        return Identity(name, blake2b(content, digest_size=8).hexdigest())
-    return Identity(os.path.abspath(name), "")
+        if state is None:
+            pixels = (image or source.open(index)).read()
+            content = repr(pixels.shape).encode() + pixels.numpy().tobytes()
+            return Identity(name, blake2b(content, digest_size=8).hexdigest())
+    return Identity(os.path.abspath(name), state or "")
 
 
 def write_maps(folder: FeatureFolder, source: Source, prepare: Preparation, reader: Reader) -> None:

@@ -172,6 +172,29 @@ def test_broken_images_are_left_out_and_listed(images, tmp_path) -> None:
     assert not (tmp_path / "out" / "skipped.txt").exists()
 
 
+@pytest.mark.parametrize("tile", [None, 256])  # the fifth image begins a shard with either
+def test_shards_of_images_that_changed_are_written_again(images, tmp_path, tile) -> None:
+    each, out = 4 if tile is None else 7, tmp_path / "out"
+    written = write_shards(images, out, images_each=each, tile=tile)
+    before = {path.name: path.read_bytes() for path in out.glob("*.tar")}
+    record = json.loads((out / "shards.json").read_text())
+    turned = images / "süb" / "turned.jpg"
+    with Image.open(turned) as image:
+        image.point(lambda value: 255 - value).save(turned, exif=image.getexif())
+    again = write_shards(images, out, images_each=each, tile=tile)
+    assert (again.images, again.shards, again.kept) == (written.images, 2, 1)
+    changed = {path.name for path in out.glob("*.tar") if path.read_bytes() != before[path.name]}
+    assert changed == {"shards-000001.tar"}
+    assert write_shards(images, out, images_each=each, tile=tile).kept == 2
+
+    for shard in record["shards"].values():  # as an earlier version wrote it
+        del shard["state"]
+    (out / "shards.json").write_text(json.dumps(record))
+    for name, content in before.items():
+        (out / name).write_bytes(content)
+    assert write_shards(images, out, images_each=each, tile=tile).kept == 2
+
+
 @pytest.mark.parametrize("tile", [None, 64])
 def test_where_nothing_can_be_read_it_fails_until_it_is_mended(images, tmp_path, tile) -> None:
     (images / "0.jpg").write_bytes(b"no image")
@@ -180,6 +203,14 @@ def test_where_nothing_can_be_read_it_fails_until_it_is_mended(images, tmp_path,
             write_shards(images / "0.jpg", tmp_path / "out", tile=tile)
     (images / "0.jpg").write_bytes((images / "süb" / "small.png").read_bytes())
     assert write_shards(images / "0.jpg", tmp_path / "out", tile=tile).images == 1
+
+
+def test_no_shard_stays_of_images_that_have_become_unreadable(images, tmp_path) -> None:
+    write_shards(images, tmp_path / "out", images_each=4)
+    (images / "süb" / "turned.jpg").write_bytes(b"no image")
+    packed = write_shards(images, tmp_path / "out", images_each=4)
+    assert (packed.images, packed.kept, packed.skipped) == (4, 1, 1)
+    assert [path.name for path in (tmp_path / "out").glob("*.tar")] == ["shards-000000.tar"]
 
 
 def test_other_settings_and_other_folders_are_refused(images, tmp_path) -> None:
