@@ -331,9 +331,7 @@ def correspondence_in_words(rows: Sequence[Row]) -> str:
         f"({random[HIT]:.0%} with random weights, {ours[CHANCE]:.1%} by chance)"
     )
     health = str(verdict(ours["spread"], ours["effective rank"]))
-    if not isfinite(ours["spread"]):
-        return f"{text}. {health}"
-    if len(rows) == 1:
+    if len(rows) == 1 or not isfinite(ours["spread"]):
         return f"{text}. {health}"
     if ours[HIT] < min(BY_COLOUR * ours[KEPT], CLEAR * random[HIT]):
         health = (

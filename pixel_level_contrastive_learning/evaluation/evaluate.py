@@ -91,7 +91,8 @@ def evaluate(
     Raises:
         ValueError: Values out of range (all at once), weights or layers that do not exist, or wrong
             masks, with the files' names.
-        RuntimeError: All weights asked for have diverged: their features are NaN or infinite.
+        RuntimeError: With labels, if all weights asked for have diverged: their features are NaN or
+            infinite. Without labels a sentence says so.
     """
     several = [weights] if isinstance(weights, (str, Path, nn.Module)) else list(weights)
     layers = [layers] if isinstance(layers, str) else layers
