@@ -46,7 +46,7 @@ def batches(
         waiting = waiting[most:]
         both = drawn(pixels), drawn(pixels)
         for start in range(0, most, batch):
-            one, two = (View(*(own[start : start + batch] for own in view)) for view in both)
+            one, two = (View(*(part[start : start + batch] for part in view)) for view in both)
             yield one, two
 
 
@@ -57,10 +57,10 @@ class Drift:
         self.start = copy.deepcopy(net).requires_grad_(False)
         self.maps: dict[bool, list[Tensor]] = {True: [], False: []}
         self.handles = [
-            own.get_submodule(layer).register_forward_hook(
-                lambda *given, now=own is net: self.maps[now].append(given[-1].float())
+            module.get_submodule(layer).register_forward_hook(
+                lambda *given, trained=module is net: self.maps[trained].append(given[-1].float())
             )
-            for own in (net, self.start)
+            for module in (net, self.start)
         ]
 
     def __call__(self, views: tuple[View, View]) -> Tensor:

@@ -128,14 +128,16 @@ class Domain(NamedTuple):
         """Mean and deviation: ImageNet's, or those of some 200 training images."""
         sample = self.images[:: max(1, len(self.images) // 200)].float() / 255
         mean, std = sample.mean(dim=(0, 2, 3)), sample.std(dim=(0, 2, 3)).clamp(min=0.02)
-        own = tuple(mean.tolist()), tuple(std.tolist())
-        return own if norm == "data" else (augment.IMAGENET_MEAN, augment.IMAGENET_STD)
+        of_data = tuple(mean.tolist()), tuple(std.tolist())
+        return of_data if norm == "data" else (augment.IMAGENET_MEAN, augment.IMAGENET_STD)
 
 
 def load(folder: Path, args: argparse.Namespace) -> Domain:
     """A domain, all of its images resized to one size: sides of multiples of 16, 128 or more."""
     names = "train", *args.splits
-    opened = [own.subset(range(len(own))[: args.most]) for own in open_labelled(folder, names)]
+    opened = [
+        split.subset(range(len(split))[: args.most]) for split in open_labelled(folder, names)
+    ]
     files = opened[0].images
     sides = [median(side) for side in zip(*(Image.open(f).size for f in files), strict=True)]
     scale = min(1, args.longest / max(sides))
@@ -156,9 +158,9 @@ def backbone(start: str, seed: int, weights: Path | None) -> nn.Module:
     wanted = "IMAGENET1K_V1" if start != "random" and weights is None else None
     net = models.get_model(STARTS[start].model, weights=wanted)
     if start != "random" and weights is not None:
-        held = net.load_state_dict(load_file(weights), strict=False)
-        lacking = [key for key in held.missing_keys if not key.startswith("classifier.")]
-        if lacking or held.unexpected_keys:
+        differing = net.load_state_dict(load_file(weights), strict=False)
+        lacking = [key for key in differing.missing_keys if not key.startswith("classifier.")]
+        if lacking or differing.unexpected_keys:
             sys.exit(f"{weights} is not of {STARTS[start].model}: {lacking[:3]} are missing in it")
     return net
 
@@ -180,7 +182,7 @@ def measured(cell: Cell, domain: Domain, args: argparse.Namespace) -> Cell:
 
     def scores(predict: Predict) -> list[float]:
         splits = (PreparedSplit(domain.splits[split], prepare) for split in args.splits)
-        return [round(score(predict, own)[0].scores.miou, 4) for own in splits]
+        return [round(score(predict, split)[0].scores.miou, 4) for split in splits]
 
     def linear(layers: list[str]) -> list[float]:
         reader = Reader(net, layers, 3, size)
@@ -214,16 +216,16 @@ def key(cell: Cell) -> tuple[Any, ...]:
 
 def tables(cells: list[Cell], domains: list[str], split: str) -> str:
     """A table a start, in Markdown: gains in points of mIoU over the same start and seed."""
-    held = {key(cell): cell for cell in cells if split in cell["linear"]}
+    by_key = {key(cell): cell for cell in cells if split in cell["linear"]}
 
     def figures(cell: Cell) -> tuple[float, float, int]:
-        best = max(cell["finetuned"].values(), key=lambda own: fmean(own["val"]))[split]
+        best = max(cell["finetuned"].values(), key=lambda draws: fmean(draws["val"]))[split]
         return 100 * fmean(best), 100 * cell["linear"][split][1], len(best)
 
     def row(start: str, name: str, seed: int) -> list[str]:
         texts, gains, floor = [], [], label(unpretrained(start))
         for domain in domains:
-            cell, base = (held.get((start, own, domain, seed)) for own in (name, floor))
+            cell, base = (by_key.get((start, text, domain, seed)) for text in (name, floor))
             if cell is None or base is None:
                 texts.append("" if cell is None else "no start")
                 continue
@@ -232,17 +234,17 @@ def tables(cells: list[Cell], domains: list[str], split: str) -> str:
             mark = "" if draws == before[2] else "*"  # not of the same masks
             gain = f"{gains[-1][0]:+.1f}{mark} ({gains[-1][1]:+.1f})"
             texts.append(f"{tuned:.1f} ({probe:.1f})" if name == floor else gain)
-        means = [fmean(own) for own in zip(*gains, strict=True)]
+        means = [fmean(column) for column in zip(*gains, strict=True)]
         whole = len(gains) == len(domains) and name != floor
         return [name, str(seed), *texts, f"{means[0]:+.2f} ({means[1]:+.1f})" if whole else ""]
 
     lines = []
-    for start in dict.fromkeys(own[0] for own in held):
+    for start in dict.fromkeys(known[0] for known in by_key):
         lines += ["", f"| {start}, {split} | seed | {' | '.join(domains)} | mean |"]
         lines += ["|---" * (len(domains) + 3) + "|"]
-        mine = [own for own in held if own[0] == start and own[2] in domains]
+        mine = [known for known in by_key if known[0] == start and known[2] in domains]
         rows = dict.fromkeys((name, seed) for _, name, _, seed in mine)
-        lines += [f"| {' | '.join(row(start, *own))} |" for own in rows]
+        lines += [f"| {' | '.join(row(start, *labels))} |" for labels in rows]
     return "\n".join(lines)
 
 
