@@ -17,7 +17,7 @@ from .arrays import array_file
 from .decoding import IMAGE_SUFFIXES, SIGNATURES, ending_of, open_image
 from .image import ImageError, LazyImage, as_whole_numbers, largest_scale, to_tensor
 from .rasters import Array
-from .sources import NodataSource, Source, file_state
+from .sources import NodataSource, Source, file_of
 from .tiles import Tiling
 
 
@@ -72,9 +72,9 @@ class Copies:
         """The image's name."""
         return self.source.name(index)
 
-    def state(self, index: int) -> str | None:
-        """Size and time of the image's file, see `file_state`."""
-        return file_state(self.source, index)
+    def file(self, index: int) -> str | None:
+        """The path of the file that the image is in."""
+        return file_of(self.source, index)
 
     def make(self, index: int) -> Entry:
         """The image as it goes into a shard."""
@@ -109,10 +109,10 @@ class Tiles:
         number = files.index(grid.file, grid.page)
         return files.file_name(grid.file) if grid.xs else files.name(number)
 
-    def state(self, index: int) -> str | None:
-        """Size and time of the file that a tile is of, see `file_state`."""
+    def file(self, index: int) -> str | None:
+        """The path of the file that a tile is of."""
         grid, _ = self.tiling.locate(index)
-        return file_state(self.source, self.tiling.source.index(grid.file, grid.page))
+        return self.tiling.source.place(grid.file).path
 
     def make(self, index: int) -> Entry:
         """The tile, or small image, as it goes into a shard."""

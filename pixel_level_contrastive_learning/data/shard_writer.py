@@ -27,7 +27,7 @@ from .dataset import BrokenImage, TooManyBrokenError, check_broken
 from .image import NO_WARNINGS, ImageError
 from .loader import cores, in_order
 from .shard_entries import Copies, Entry, Tiles
-from .sources import open_source
+from .sources import file_state, open_source
 from .tiles import Tiling, find_rasters
 
 log = logging.getLogger(__name__)
@@ -181,7 +181,8 @@ def write_shards(
         for number in range(total):
             path = folder / f"shards-{number:06d}.tar"
             indices = range(number * each, min((number + 1) * each, count))
-            state = digest_of(in_order(samples.state, indices, workers=workers, threads=threads))
+            inside = dict.fromkeys(filter(None, map(samples.file, indices)))  # each file once
+            state = digest_of(threads.map(file_state, inside))
             record = index.find(path, state)
             make_each = partial(in_order, samples.make, workers=workers, threads=threads)
             if record is None or is_mended(record, indices, samples.name, make_each):
@@ -284,9 +285,9 @@ class ShardIndex:
         write_whole(self.path, text)
 
 
-def digest_of(states: Iterable[tuple[int, str | None]]) -> str:
+def digest_of(states: Iterable[str]) -> str:
     """A SHA-256 of the states of images' files."""
-    return hashlib.sha256("\n".join(state or "" for _, state in states).encode()).hexdigest()
+    return hashlib.sha256("\n".join(states).encode()).hexdigest()
 
 
 def is_mended(

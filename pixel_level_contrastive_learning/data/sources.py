@@ -212,15 +212,19 @@ class NodataSource(IndexedSource):
         return without_value(self.source.open(index), self.value)
 
 
-def file_state(source: Source, index: int) -> str | None:
-    """Size and time of the file that an image is in, empty if unknown; None if it is in none."""
+def file_of(source: Source, index: int) -> str | None:
+    """The path of the file that an image is in, alone or with others; None if it is in none."""
     while isinstance(source, IndexedSource):
         source, index = source.locate(index)
     if not isinstance(source, PagedFiles):
         return None
-    file = source.place(source.locate(index)[0]).path
+    return source.place(source.locate(index)[0]).path
+
+
+def file_state(path: str) -> str:
+    """Size and modification time of a file; empty if they cannot be read."""
     with suppress(OSError, ImageError):  # which is reported where the image is read
-        status = in_time(partial(os.stat, file), file)
+        status = in_time(partial(os.stat, path), path)
         return f"{status.st_size} bytes, {status.st_mtime_ns} ns"
     return ""
 

@@ -29,7 +29,7 @@ from ..backbones.state_dict import tensors_of
 from ..checks import Pages, import_extra, one_of, raise_together, size_pair
 from ..data.image import ImageError, LazyImage
 from ..data.loader import cores, in_order
-from ..data.sources import Source, file_state, open_source
+from ..data.sources import Source, file_of, file_state, open_source
 from ..evaluation.baselines import random_net, read_all, reading_of
 from ..evaluation.correspondence import evenly, left_out, none_left
 from ..evaluation.features import Preparation, Reader, Size, chosen_device, in_parts
@@ -295,13 +295,14 @@ def weights_digest(net: nn.Module) -> str:
 
 def identity_of(source: Source, index: int, image: LazyImage | None = None) -> Identity:
     """The absolute path of an image, and size and time of its file; in memory a digest of it."""
-    name, state = source.name(index), file_state(source, index)
-    with suppress(OSError, ImageError):  # which is told where the image is read
-        if state is None:
-            pixels = (image or source.open(index)).read()
-            content = repr(pixels.shape).encode() + pixels.numpy().tobytes()
-            return Identity(name, blake2b(content, digest_size=8).hexdigest())
-    return Identity(os.path.abspath(name), state or "")
+    name, file = source.name(index), file_of(source, index)
+    if file is not None:
+        return Identity(os.path.abspath(name), file_state(file))
+    with suppress(OSError, ImageError):  # which is reported where the image is read
+        pixels = (image or source.open(index)).read()
+        content = repr(pixels.shape).encode() + pixels.numpy().tobytes()
+        return Identity(name, blake2b(content, digest_size=8).hexdigest())
+    return Identity(os.path.abspath(name), "")
 
 
 def write_maps(folder: FeatureFolder, source: Source, prepare: Preparation, reader: Reader) -> None:
