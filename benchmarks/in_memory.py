@@ -6,6 +6,7 @@ train the heads alone at first, or hold features near those of the start.
 
 import copy
 import math
+from bisect import bisect_left
 from collections.abc import Iterator
 from typing import Any
 
@@ -82,16 +83,15 @@ def learning_shares(
 
     Weights of a stage with a share of 0 are frozen; those behind the last map have its share.
     """
-    left = list(zip(layers, rates, strict=True))
-    inside = False
-    for name, weight in net.named_parameters():
-        here = name.startswith(f"{left[0][0]}.")
-        if inside and not here and len(left) > 1:
-            del left[0]
-            here = name.startswith(f"{left[0][0]}.")
-        inside = here
-        weight.requires_grad_(left[0][1] > 0)
-        yield weight, left[0][1]
+    weights = list(net.named_parameters())
+    ends = [
+        max(place for place, (name, _) in enumerate(weights) if name.startswith(f"{layer}."))
+        for layer in layers
+    ]
+    for place, (_, weight) in enumerate(weights):
+        share = rates[min(bisect_left(ends, place), len(rates) - 1)]
+        weight.requires_grad_(share > 0)
+        yield weight, share
 
 
 def pretrain(

@@ -47,7 +47,7 @@ PIXEL_LAYER, INSTANCE_LAYER = "layer4", "avgpool"  # of torchvision's ResNets
 HIDDEN, OUT = 2048, 256  # of the heads, as both packages have them by default
 OPTIMISER_LR = 1e-4
 
-Step = Callable[[], None]
+Step = Callable[[], object]
 """One training step, from images to an updated target."""
 
 
@@ -203,7 +203,7 @@ def ours(args: argparse.Namespace, watch: Stopwatch | None = None) -> Step:
             captured(images)
         if captured.refused:
             raise SystemExit(f"the step was not captured: {captured.refused}")
-        return lambda: captured(images)  # type: ignore[return-value]
+        return lambda: captured(images)
 
     def step() -> None:
         with precision(args):
