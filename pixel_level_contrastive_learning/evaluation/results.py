@@ -217,9 +217,9 @@ class Evaluation:
         that they stand beside.
         """
         names = {
-            own.baselines[0]
-            for own in self.rows
-            if own.baselines and row.name in (own.name, *own.baselines)
+            asked.baselines[0]
+            for asked in self.rows
+            if asked.baselines and row.name in (asked.name, *asked.baselines)
         }
         return next((base for base in self.rows if base.name in names), None)
 
