@@ -57,12 +57,15 @@ class FeatureInfo:
     ) -> None:
         self.size = size
         self.net_type = type(net).__name__
-        self.children = [name for name, _ in net.named_children()]
-        names = (plain_name(name) for name, _ in net.named_modules())
-        self.names = [name for name in names if name]
+        inner: nn.Module = getattr(net, "_orig_mod", net)  # of a compiled network
+        self.children = [name for name, _ in inner.named_children()]
+        first = {layer: plain_name(name) for name, layer in net.named_modules()}
+        named = net.named_modules(remove_duplicate=False)  # a shared layer has several names
+        self.names = {plain_name(name): first[layer] for name, layer in named if plain_name(name)}
         self.net = duplicate(net).train(training)
         weight = first_weight(self.net, torch.empty(0))
-        noise = torch.rand(1, channels, *size, generator=torch.Generator().manual_seed(0))
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.rand(1, channels, *size, generator=generator, device="cpu")
         self.patch = (1, 1)  # of a network that cuts images into patches
         self.images = noise.expand(2, -1, -1, -1).to(weight, copy=True)
         self.layers = self.look()
@@ -220,7 +223,7 @@ class FeatureInfo:
         """The plain name of a layer given by name or by index."""
         count = len(self.children)
         if isinstance(wanted, str) and plain_name(wanted) in self.names:
-            return plain_name(wanted)
+            return self.names[plain_name(wanted)]
         if isinstance(wanted, str) and wanted.removeprefix("-").isdecimal():  # of the command line
             wanted = int(wanted)
         if isinstance(wanted, int) and -count <= wanted < count:

@@ -207,12 +207,27 @@ def test_layers_are_named_by_name_or_by_index() -> None:
     assert info.hook(-3, pixel=False) == info.hook("pool", pixel=False)
     assert info.hook("deep", pixel=True)[:2] == ("deep", Layout("b c h w", 12, (4, 4)))
     assert info.hook("-4", pixel=True) == info.hook("3", pixel=True) == info.hook(3, pixel=True)
+    compiled = FeatureInfo(torch.compile(SmallNet(), backend="eager"), 3, (64, 64))
+    assert compiled.hook(-4, pixel=True) == info.hook("deep", pixel=True)
 
 
 def test_a_name_of_digits_is_a_name() -> None:
     net = nn.Sequential(nn.Identity(), *(nn.Conv2d(3, 3, 3, 2, 1) for _ in range(3)))[1:]
     info = FeatureInfo(net, 3, (64, 64))  # its children keep the names "1" to "3"
     assert [info.hook(name, pixel=True).name for name in ("1", "2", "0", 0)] == ["1", "2", "1", "1"]
+
+
+def test_every_name_of_a_shared_layer_is_its_name() -> None:
+    act = nn.ReLU()
+    convolutions = nn.Conv2d(3, 8, 4, 4), nn.Conv2d(8, 8, 2, 2), nn.Conv2d(8, 12, 1)
+    net = nn.Sequential(convolutions[0], act, convolutions[1], act, convolutions[2])
+    info = FeatureInfo(net, 3, (64, 64))
+    # Of a shared layer the last output is read; the child of index 3 is that of name "4".
+    assert [info.hook(name, pixel=True).name for name in ("1", "3", 3)] == ["1", "1", "4"]
+    assert info.hook("3", pixel=True).layout[:3] == ("b c h w", 8, (8, 8))
+    block = chain(deep=nn.Conv2d(3, 3, 2, 2))
+    info = FeatureInfo(chain(one=block, two=block), 3, (64, 64))
+    assert info.hook("two.deep", pixel=True).name == "one.deep"
 
 
 def test_a_layer_that_runs_twice_is_read_as_it_is_caught() -> None:
@@ -267,6 +282,15 @@ def test_feature_info_draws_nothing_and_changes_nothing() -> None:
     assert torch.equal(torch.get_rng_state(), generators[0])
     assert (random.getstate(), str(np.random.get_state())) == generators[1:]
     assert all(torch.equal(tensor, state[name]) for name, tensor in net.state_dict().items())
+
+
+def test_feature_info_is_the_same_on_any_default_device() -> None:
+    net = SmallNet()
+    with torch.device("meta"):
+        elsewhere = FeatureInfo(net, 3, (64, 64))
+    here = FeatureInfo(net, 3, (64, 64))
+    assert torch.equal(elsewhere.images, here.images)
+    assert list(map(str, elsewhere.layers)) == list(map(str, here.layers))
 
 
 # Refusals: what was found, and what would do.
@@ -441,7 +465,7 @@ def test_a_network_without_layers_is_refused_with_the_way_out() -> None:
     with pytest.raises(ValueError, match=r"Conv2d has no inner layers.*nn\.Sequential\(net\)"):
         FeatureInfo(nn.Conv2d(3, 8, 8, 8), 3, (64, 64)).default_pixels()
     compiled = torch.compile(chain(stem=nn.Conv2d(3, 8, 8, 8)), backend="eager")
-    assert FeatureInfo(compiled, 3, (64, 64)).names == ["stem"]
+    assert list(FeatureInfo(compiled, 3, (64, 64)).names) == ["stem"]
 
 
 def test_a_network_that_wants_more_than_images_is_told_so() -> None:
