@@ -21,6 +21,7 @@ from .modules.encoder import (
     Projections,
     TargetEncoder,
     each_level,
+    fails_now,
     lacks_batch_statistics,
     map_projector,
     per_level,
@@ -228,7 +229,7 @@ class PixelCL(nn.Module):
             return_terms: Return `Terms` instead.
 
         Returns:
-            The loss, a 0-d float32 tensor with gradient, or what you asked for.
+            The loss, 0-d, with gradient, in at least float32, or what you asked for.
 
         Raises:
             ValueError: Wrong images or views; a batch or layer that cannot be trained; no loss.
@@ -274,11 +275,10 @@ class PixelCL(nn.Module):
                 raise
             raise too_few_images(error, len(view.pixels), self.branches) from error
         except (TypeError, AssertionError) as error:
-            if not self.net.training:
+            size = view.pixels.shape[2], view.pixels.shape[3]
+            if not self.net.training and size == self.views.size:
                 raise
-            text = f"{type(self.net).__name__} runs in eval mode but not in train mode: {error}"
-            advice = "pass the part without its losses, such as net.backbone"
-            raise ValueError(f"{text}; {advice}") from error
+            raise fails_now(error, self.net, size, self.views.size) from error
 
     def predictions(self, pixels: Tensor, branches: Branches) -> Projections:
         """The online network's projections, its pixels propagated and its instance predicted."""
@@ -295,7 +295,7 @@ class PixelCL(nn.Module):
     ) -> PixelLoss:
         """The levels' mean, cosines ``(levels, b)``, of one direction; 0 if it is skipped."""
         if not online.pixel:
-            reach = matches[0].reach
+            reach = matches[0].reach.float()
             return PixelLoss(reach.new_zeros(()), torch.zeros_like(reach)[None])
         levels = zip(online.pixel, target.pixel, matches, strict=True)
         losses = [self.level_loss(*level, with_cosine) for level in levels]
@@ -322,7 +322,7 @@ class PixelCL(nn.Module):
     ) -> Tensor:
         """The instance loss of one direction; 0 if the branch is skipped."""
         if online.instance is None or target.instance is None:
-            return matches[0].reach.new_zeros(())
+            return matches[0].reach.new_zeros((), dtype=torch.float32)
         return instance_loss(online.instance, target.instance)
 
     @torch.no_grad()

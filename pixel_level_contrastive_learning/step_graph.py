@@ -276,7 +276,7 @@ class CapturedStep:
                 ``moving_average_decay``.
 
         Returns:
-            The loss before the step, a 0-d float32 tensor without gradient.
+            The loss before the step, as `PixelCL` gives it, without gradient.
 
         Raises:
             ValueError: As `PixelCL` raises it, a batch of another shape, or a decay out of range.

@@ -180,6 +180,13 @@ def test_a_branch_without_weight_leaves_the_other(weight, use_pixpro) -> None:
         torch.testing.assert_close(getattr(terms, name), value, check_dtype=False, msg=name)
 
 
+@pytest.mark.parametrize("weight", [{}, {"alpha": 0}, {"instance_weight": 0}], ids=str)
+def test_the_loss_has_the_precision_of_the_network_and_not_of_the_maps(weight) -> None:
+    views = tuple(View(pixels, to_image.double()) for pixels, to_image in overlapping_views())
+    terms = small_learner(**weight)(views, return_terms=True)
+    assert {term.dtype for term in terms if term.is_floating_point()} == {torch.float32}
+
+
 @pytest.mark.parametrize("use_pixpro", [True, False])
 @pytest.mark.parametrize(
     ("weight", "skipped"),
@@ -638,6 +645,27 @@ def test_a_network_that_fails_in_train_mode_alone_is_told_so() -> None:
     learner.net.train(False).register_forward_hook(lambda *_: 1 + "")
     with pytest.raises(TypeError, match="unsupported operand"):
         learner(overlapping_views())
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_a_network_that_takes_one_size_says_so_of_views_of_another(train) -> None:
+    def forward(net: nn.Module, x: Tensor) -> Tensor:
+        if x.shape[3] != 64:
+            raise AssertionError("no 96")  # pytest would add to the words of an assert
+        return net.stem(x)
+
+    learner = PixelCL(Calls(forward, stem=nn.Conv2d(3, 8, 8, 8)), 64, instance_weight=0)
+    learner.net.train(train)
+    views = [View(torch.rand(4, 3, 64, 96), view.to_image) for view in overlapping_views()]
+    with pytest.raises(ValueError) as error:
+        learner(tuple(views))
+    ran, now = (" in eval mode", " in train mode") if train else ("", "")
+    assert str(error.value) == (
+        f"Calls runs on views of 64x64{ran} but not on views of 64x96{now}: no 96; cut views to "
+        "64x64, the image_size"
+        + ", or pass the part without its losses, such as net.backbone"
+        * train
+    )
 
 
 def test_a_branch_that_processes_do_not_share_is_not_switched_on() -> None:

@@ -152,6 +152,24 @@ def too_few_images(error: ValueError, images: int, branches: Branches) -> ValueE
     )
 
 
+def fails_now(
+    error: Exception, net: nn.Module, size: tuple[int, int], built_for: tuple[int, int]
+) -> ValueError:
+    """The error of a network that ran when the learner was built: in eval mode, on one size."""
+    ran, fails, advice = [], [], []
+    if size != built_for:
+        was, given = (f"{height}x{width}" for height, width in (built_for, size))
+        ran, fails = [f"on views of {was}"], [f"on views of {given}"]
+        advice = [f"cut views to {was}, the image_size"]
+    if net.training:
+        ran, fails = [*ran, "in eval mode"], [*fails, "in train mode"]
+        advice.append("pass the part without its losses, such as net.backbone")
+    return ValueError(
+        f"{type(net).__name__} runs {' '.join(ran)} but not {' '.join(fails)}: {error}; "
+        f"{', or '.join(advice)}"
+    )
+
+
 def map_projector(channels: int, hidden: int, out: int) -> nn.Sequential:
     """From maps ``(b, channels, h, w)`` to ``(b, out, h, w)``: each channel with mean 0."""
     return nn.Sequential(
