@@ -409,9 +409,9 @@ class PixelCL(nn.Module):
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
-        """Read by ``DistributedDataParallel`` when it is built."""
+        """Read by ``DistributedDataParallel`` when it is built, of a compiled learner too."""
         self.shared_branches = self.branches
-        return self.unreached_parameters()
+        return [way + name for name in self.unreached_parameters() for way in ("", "_orig_mod.")]
 
     def _replicate_for_data_parallel(self) -> NoReturn:
         """Called by ``DataParallel`` on several devices."""
