@@ -9,12 +9,12 @@ from __future__ import annotations
 import gc
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .checks import LIMITS, raise_together
@@ -63,7 +63,9 @@ class StepGraph:
         self.refused = why_not(optimizer, self.device)
         self.numbers: list[dict[str, Any]] = []
         self.optimizer_state: Any = None
-        self.rates = [torch.zeros((), device=self.device) for _ in optimizer.param_groups]
+        self.switches: list[object] = []
+        self.watched: tuple[list[nn.Module], list[Tensor]] = [], []
+        self.rates: list[Tensor] = []
         stream: Any = torch.cuda.Stream
         self.stream: torch.cuda.Stream | None = None if self.refused else stream(self.device)
         self.graph: Any = None
@@ -84,6 +86,9 @@ class StepGraph:
             return self.capture()
         if self.numbers != numbers_of(self.optimizer):
             self.give_up(CaptureError("a number of the optimiser changed that is no learning rate"))
+        elif self.switches != switches_of(self.learner, *self.watched):
+            words = "a setting or mode of the learner changed, or which weights learn"
+            self.give_up(CaptureError(words))
         elif self.optimizer_state is not self.optimizer.state:
             self.give_up(CaptureError("the optimiser holds another state than when captured"))
         if self.refused is not None:
@@ -105,7 +110,10 @@ class StepGraph:
                     "the last, smaller one (drop_last=True)"
                 )
             tensor.copy_(given, non_blocking=True)
-        for rate, group in zip(self.rates, self.optimizer.param_groups, strict=True):
+        groups = self.optimizer.param_groups
+        while len(self.rates) < len(groups):  # those of weights that learn from now on
+            self.rates.append(torch.zeros((), device=self.device))
+        for rate, group in zip(self.rates, groups, strict=True):
             rate.fill_(group["lr"])
 
     def as_it_is(self) -> tuple[Tensor, ...]:
@@ -143,6 +151,8 @@ class StepGraph:
             refused = error
         if refused is None:
             self.numbers, self.optimizer_state = numbers_of(self.optimizer), self.optimizer.state
+            self.watched = list(self.learner.modules()), list(self.learner.parameters())
+            self.switches = switches_of(self.learner, *self.watched)
             return tuple(result.clone() for result in self.results)
         self.give_up(refused)
         restore(state, after)
@@ -230,8 +240,9 @@ class CapturedStep:
 
     A call replaces ``learner(images)``, ``backward()``, ``optimizer.step()`` and
     ``update_moving_average()``. Views are cut and augmented before; all else is in the graph.
-    Learning rate schedulers work as usual. What a network decides in Python (layers dropped by
-    ``random``, say) is decided once, when the step is captured.
+    Learning rate schedulers work as usual; once another number of the optimiser, a setting or mode
+    of the learner, or which weights learn has changed, steps run normally. What a network decides
+    in Python (layers dropped by ``random``, say) is decided once, when the step is captured.
 
     Args:
         learner: On one GPU. On other devices, steps run normally.
@@ -351,6 +362,18 @@ def numbers_of(optimizer: Optimizer) -> list[dict[str, Any]]:
     return [
         {name: value for name, value in group.items() if name not in ("params", "lr", "initial_lr")}
         for group in optimizer.param_groups
+    ]
+
+
+def switches_of(
+    learner: PixelCL, modules: Sequence[nn.Module], weights: Sequence[Tensor]
+) -> list[object]:
+    """What a graph holds of a learner: its settings, its modes and which weights learn."""
+    return [
+        *(learner.alpha, learner.instance_weight, learner.level_weights, learner.use_pixpro),
+        *(learner.distance_thres, learner.similarity_temperature),
+        *(module.training for module in modules),
+        *(weight.requires_grad for weight in weights),
     ]
 
 

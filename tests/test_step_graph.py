@@ -228,6 +228,47 @@ def test_what_a_graph_does_not_follow_ends_it() -> None:
     assert step.refused.endswith("a number of the optimiser changed that is no learning rate")
 
 
+def freeze_the_stem(learner: PixelCL) -> None:
+    learner.net.stem.requires_grad_(False)
+
+
+def freeze_batch_norm(learner: PixelCL) -> None:
+    learner.net.norm.eval()
+
+
+def turn_the_pixel_loss_off(learner: PixelCL) -> None:
+    learner.alpha = 0
+
+
+@pytest.mark.usefixtures("repeated")
+@pytest.mark.parametrize("change", [freeze_the_stem, freeze_batch_norm, turn_the_pixel_loss_off])
+def test_a_graph_ends_where_the_learner_is_changed(change) -> None:
+    learner, opt = parts()
+    step = CapturedStep(learner, opt)
+    captured(step, opt)
+    change(learner)
+    step(overlapping_views())
+    assert step.refused == (
+        "CaptureError: a setting or mode of the learner changed, or which weights learn"
+    )
+
+
+@pytest.mark.parametrize("after", [1, STEPS])
+def test_weights_may_join_the_optimiser_later(after, repeated) -> None:
+    learner, _ = parts()
+    heads = [p for n, p in learner.named_parameters() if p.requires_grad and "encoder.net" not in n]
+    opt = torch.optim.SGD(heads, lr=RATE, fused=True)
+    step, views = CapturedStep(learner, opt), overlapping_views()
+    for _ in range(after):
+        step(views)
+    stem = learner.net.stem.weight
+    before = stem.detach().clone()
+    opt.add_param_group({"params": list(learner.net.parameters()), "lr": RATE / 2})
+    step(views)
+    torch.testing.assert_close(stem, before - RATE / 2 * stem.grad)
+    assert (step.refused is None) == (after == 1)
+
+
 def test_the_first_cause_of_a_failed_capture_is_told() -> None:
     learner, opt = parts()
     graph = CapturedStep(learner, opt).graph
