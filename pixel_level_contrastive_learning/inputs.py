@@ -69,19 +69,25 @@ def check_views(views: Sequence[Any], channels: int) -> tuple[View, View]:
         check_images(view[0], channels)
         pixels, to_image = view
         found: object = None  # what is wrong with the map, if anything
+        hint = ""
         if not isinstance(to_image, Tensor):
             found = type(to_image).__name__
         elif (
             to_image.dtype not in (torch.float32, torch.float64) or to_image.device != pixels.device
         ):
             found = f"{to_image.dtype} on {to_image.device}"
+            if to_image.is_floating_point() and to_image.device == pixels.device:
+                hint = (
+                    " and keep its precision (Lightning Fabric rounds what a wrapped module is "
+                    "given: pass a precision plugin whose convert_input returns its argument)"
+                )
         elif to_image.shape != (len(pixels), 2, 3):
             found = tuple(to_image.shape)
         if found is not None:
             raise ValueError(
                 f"to_image of a view is {found}; it must be a tensor ({len(pixels)}, 2, 3) of "
                 "float32 or float64 on the device of the pixels, one map per image: make it with "
-                "geometry.box_to_map"
+                f"geometry.box_to_map{hint}"
             )
     one, two = (View(*view) for view in views)
     if len(one.pixels) != len(two.pixels):
@@ -118,7 +124,7 @@ class ValueWatch:
             arriving = torch.empty_like(extremes, device="cpu", pin_memory=True)
             arriving.copy_(extremes, non_blocking=True)
             event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]  # untyped in torch
-            event.record()
+            event.record(torch.cuda.current_stream(images.device))  # the present GPU may be another
             self.pending.append((arriving, event))
             self.judge_arrived()
 

@@ -5,10 +5,12 @@ import pickle
 import re
 import threading
 import warnings
+from typing import ClassVar
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pixel_level_contrastive_learning.inputs import ValueWatch, check_images, check_views
 from pixel_level_contrastive_learning.views import View
@@ -128,6 +130,10 @@ def mapped(to_image: object) -> View:
         *(
             (mapped(torch.zeros(2, 2, 3, dtype=dtype)), f"of a view is {dtype} on cpu; {MAPS}")
             for dtype in (torch.int64, torch.float16, torch.bfloat16)  # too coarse for coordinates
+        ),
+        (
+            mapped(torch.zeros(2, 2, 3).half()),
+            "map and keep its precision (Lightning Fabric rounds",
         ),
         (mapped(torch.zeros(2, 2, 3, device="meta")), f"is torch.float32 on meta; {MAPS}"),
         (view(channels=4), "images have 4 channels (shape (2, 4, 8, 8)); this learner was built"),
@@ -363,6 +369,21 @@ def test_a_copy_remembers_what_it_has_said() -> None:
     with warnings.catch_warnings(record=True) as warned:
         other(with_value(2.0), in_unit_range=True)
     assert warned == []
+
+
+def test_an_arrival_is_awaited_on_the_gpu_of_the_images(monkeypatch) -> None:
+    class Event(Arrival):
+        streams: ClassVar[list[object]] = []
+
+        def record(self, stream: object = "of the present GPU") -> None:
+            self.streams.append(stream)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"of {device}")
+    with FakeTensorMode():
+        ValueWatch()(torch.empty(2, 3, 8, 8, device="cuda:1"), in_unit_range=True)
+    assert Event.streams == ["of cuda:1"]
 
 
 @pytest.mark.gpu
