@@ -224,7 +224,7 @@ class Augmentation(nn.Module):
         """Change views ``(b, c, h, w)``, float in [0, 1].
 
         Raises:
-            ValueError: The change altered their shape, or did not return a tensor.
+            ValueError: The change altered their shape, or did not return a float tensor.
         """
         changed = self.change(pixels)
         if not isinstance(changed, Tensor) or changed.shape != pixels.shape:
@@ -233,6 +233,11 @@ class Augmentation(nn.Module):
                 f"augment_fn turned views {tuple(pixels.shape)} into {into}; it must keep the "
                 "shape and the position of every pixel: change only colour there, and set geometry "
                 "with cutout_ratio_range, prob_rand_hflip, prob_rand_vflip and max_rotation"
+            )
+        if not changed.is_floating_point():
+            raise ValueError(
+                f"augment_fn turned views of {pixels.dtype} into {changed.dtype}; it must return "
+                "floats, of the range the network takes: divide by 255 after operations on bytes"
             )
         return self.normalised(changed)
 
@@ -314,6 +319,8 @@ class TwoViews(nn.Module):
         maps = [draw_maps(len(images), shape, self.placement) for _ in "12"]
         with full_precision(images):  # autocast would round what the blur's convolution gives
             cut = [cut_views(images, to_image, self.size, self.mode) for to_image in maps]
+            if self.mode == "bicubic":  # it overshoots beside edges, below 0 and above 1
+                cut = [view.clamp(*images.detach().aminmax()) for view in cut]
             changed = self.augment(*cut)
         one, two = (
             View(pixels, to_device(to_image, images.device))

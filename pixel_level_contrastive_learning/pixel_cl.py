@@ -351,7 +351,7 @@ class PixelCL(nn.Module):
                 learner's device is used unchecked, without waiting for it.
 
         Raises:
-            ValueError: A decay outside [0, 1].
+            ValueError: A decay outside [0, 1], or a network with other weights than before.
         """
         decay = self.moving_average_decay if decay is None else decay
         self.target_encoder.update(self.online_encoder, decay)

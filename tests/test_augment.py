@@ -19,9 +19,11 @@ from pixel_level_contrastive_learning.augment import (
     Factors,
     Normalise,
     Photometry,
+    TwoViews,
     change_colour,
     statistics,
 )
+from pixel_level_contrastive_learning.views import Placement
 
 NEUTRAL = {
     "brightness": 1.0,
@@ -394,6 +396,33 @@ def test_augmenting_must_not_move_pixels(change, into) -> None:
         "position of every pixel: change only colour there, and set geometry with "
         "cutout_ratio_range, prob_rand_hflip, prob_rand_vflip and max_rotation"
     )
+
+
+@pytest.mark.parametrize("normalise", [None, Normalise((0.5,), (0.5,))])
+def test_augmenting_must_return_floats(normalise) -> None:
+    into_bytes = Augmentation(lambda pixels: (255 * pixels).byte(), normalise)
+    with pytest.raises(ValueError, match=r"views of torch\.float32 into torch\.uint8; .* by 255"):
+        into_bytes(torch.ones(2, 1, 8, 8))
+
+
+@pytest.mark.parametrize("mode", ["bilinear", "nearest", "bicubic"])
+@pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (-1.0, 3.0)])
+@pytest.mark.filterwarnings("ignore:images have values")
+def test_views_to_change_lie_in_the_range_of_the_images(mode, low, high) -> None:
+    seen: list[Tensor] = []
+
+    def keep(pixels: Tensor) -> Tensor:
+        seen.append(pixels)
+        return pixels
+
+    how = {"mode": mode, "mean": None, "std": None, "smallest": 1}
+    views = TwoViews((40, 40), 3, (keep, None), Placement((0.6, 0.8)), **how)
+    images = (torch.rand(4, 3, 32, 32) > 0.5) * (high - low) + low
+    views(images)
+    assert len(seen) == 2
+    rounding = 1e-5
+    assert all(low - rounding <= pixels.min() for pixels in seen)
+    assert all(pixels.max() <= high + rounding for pixels in seen)
 
 
 USUAL = Normalise((0.5,) * 3, (0.25,) * 3)

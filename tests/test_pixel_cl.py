@@ -691,6 +691,21 @@ def test_a_loss_that_lost_its_terms_is_refused() -> None:
         learner(overlapping_views())
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda net: nn.utils.parametrizations.weight_norm(net.deep),
+        lambda net: setattr(net, "head", nn.Linear(12, 7)),
+    ],
+)
+def test_a_target_that_cannot_follow_says_so(change) -> None:
+    learner = small_learner()
+    change(learner.net)
+    assert learner(overlapping_views()).isfinite()
+    with pytest.raises(ValueError, match=r"SmallNet has other weights .*: build a new learner"):
+        learner.update_moving_average()
+
+
 def test_a_state_of_another_learner_is_refused_with_what_to_do() -> None:
     state, learner = small_learner().state_dict(), small_learner(projection_size=4)
     with pytest.raises(RuntimeError, match=r"(?s)build PixelCL with.*--weights.*size mismatch for"):

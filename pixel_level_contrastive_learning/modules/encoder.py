@@ -247,7 +247,14 @@ class TargetEncoder(Encoder):
         """Move every parameter, but no buffer: ``decay`` of itself plus the rest of the online."""
         if not isinstance(decay, Tensor):
             raise_together(LIMITS["moving_average_decay"]("decay", decay))
-        pairs = list(zip(self.parameters(), online.parameters(), strict=True))
+        ours, theirs = list(self.parameters()), list(online.parameters())
+        if [weight.shape for weight in ours] != [weight.shape for weight in theirs]:
+            raise ValueError(
+                f"{type(online.net).__name__} has other weights than when the learner was built "
+                f"({len(theirs)} tensors; the target has {len(ours)}), and the target cannot "
+                "follow it: build a new learner after changing the network"
+            )
+        pairs = list(zip(ours, theirs, strict=True))
         moving = [(target.detach(), other) for target, other in pairs if can_learn(target)]
         others = [other.detach().to(target.dtype) for target, other in moving]
         targets = [target for target, _ in moving]
