@@ -67,7 +67,8 @@ class Terms(NamedTuple):
         instance_cosine: Mean cosine of prediction and target, in [-1, 1].
         positive_pairs: Matched cells of the whole batch, first direction, int64; with several pixel
             layers, of the first.
-        images_without_pairs: Images whose views share no cell of the first pixel layer, int64.
+        images_without_pairs: Images whose views share no cell of the first pixel layer, int64; the
+            whole batch if ``alpha`` is 0, since no cells are compared.
     """
 
     loss: Tensor
