@@ -5,14 +5,22 @@ import os
 import signal
 import sys
 import warnings
-
-from .checks import not_installed
+from types import FrameType
 
 
 def leave(number: int, _: object) -> None:
     """Exit at once, with the code of a signal."""
     os.write(2, f"stopped by {signal.Signals(number).name}\n".encode())
     os._exit(128 + number)
+
+
+def interrupt(number: int, frame: FrameType | None) -> None:
+    """Raise KeyboardInterrupt; while a library is being imported, exit at once instead."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            leave(number, frame)
+        frame = frame.f_back
+    raise KeyboardInterrupt
 
 
 def without_code(message: Warning | str, *_: object, **__: object) -> str:
@@ -32,9 +40,12 @@ def main() -> int:
     try:
         from .cli import main as command
     except ModuleNotFoundError as error:
+        from .checks import not_installed
+
         sys.exit(f"error: {not_installed(error.name)}")
     if sys.argv[1:2] != ["pretrain"]:
-        signal.signal(signal.SIGINT, before)
+        # A command imports what it needs once it has read its flags.
+        signal.signal(signal.SIGINT, interrupt if before is signal.default_int_handler else before)
     return command()
 
 

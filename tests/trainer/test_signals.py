@@ -11,6 +11,7 @@ import torch
 from run_folders import checkpoint, equal, files, log, weights
 
 from pixel_level_contrastive_learning import pretrain
+from pixel_level_contrastive_learning.__main__ import interrupt
 from pixel_level_contrastive_learning.trainer import trainer
 from pixel_level_contrastive_learning.trainer.signals import Interrupted, StopSignal
 from pixel_level_contrastive_learning.trainer.training_step import TrainingStep
@@ -182,3 +183,28 @@ sys.exit(main())
 
 def test_sigterm_while_python_ends_does_not_make_a_success_a_failure() -> None:
     assert subprocess.run([sys.executable, "-c", LATE], stdout=subprocess.DEVNULL).returncode == 0
+
+
+INTERRUPTED = """
+import signal
+
+try:
+    signal.raise_signal(signal.SIGINT)
+except KeyboardInterrupt:  # as NumPy does
+    raise ImportError("cannot load module more than once per process")
+"""
+
+
+def test_ctrl_c_while_a_command_imports_its_libraries_ends_it_without_a_traceback(tmp_path) -> None:
+    (tmp_path / "torch.py").write_text(INTERRUPTED)
+    code = (
+        "import sys; from pixel_level_contrastive_learning.__main__ import main; sys.exit(main())"
+    )
+    command = [sys.executable, "-c", code, "layers", "torchvision/resnet18"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "stopped by SIGINT\n")
+
+
+def test_ctrl_c_later_is_left_to_what_the_command_is_doing() -> None:
+    with pytest.raises(KeyboardInterrupt):
+        interrupt(signal.SIGINT, sys._getframe())
