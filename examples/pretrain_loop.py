@@ -32,6 +32,7 @@ if __name__ == "__main__":  # spawned loader workers import this file
     for flag, default in {"--out": "net.pt", "--size": 128, "--batch": 24, "--steps": 300}.items():
         flags.add_argument(flag, type=type(default), default=default)  # --size: side of the views
     args = flags.parse_args()
+    Path(args.out).absolute().parent.mkdir(parents=True, exist_ok=True)  # before hours of training
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     images = Folder(args.images, side=2 * args.size)

@@ -143,6 +143,11 @@ def test_the_loop_says_where_it_finds_no_image(folder, tmp_path) -> None:
     assert "Traceback" not in done.stderr
 
 
+def test_the_loop_makes_the_folder_of_its_weights(scenes, tmp_path) -> None:
+    run("pretrain_loop.py", "scenes", *SHORT[:-1], "new/deep/net.pt", cwd=tmp_path)
+    assert len(torch.load(tmp_path / "new/deep/net.pt")) == 122
+
+
 def test_the_loop_takes_real_photographs(streets: Path, tmp_path: Path) -> None:
     out = run("pretrain_loop.py", str(streets / "images" / "val"), *SHORT, cwd=tmp_path)
     assert "pixel_cosine" in out
