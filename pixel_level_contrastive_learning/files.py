@@ -181,7 +181,8 @@ def read_settings_file(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"the settings in {path} cannot be read ({error}); {advice}") from error
     if not isinstance(read, dict):
-        raise ValueError(f"{path} holds a {type(read).__name__} and no settings; {advice}")
+        what = "is empty" if read is None else f"holds a {type(read).__name__} and no settings"
+        raise ValueError(f"{path} {what}; {advice}")
     return read
 
 

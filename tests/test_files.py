@@ -126,3 +126,9 @@ def test_a_place_that_cannot_be_written_is_refused_without_a_trace(tmp_path, mon
         "read-only or not yours); name a place that you may write to"
     )
     assert not any(tmp_path.iterdir())
+
+
+def test_an_empty_file_of_settings_is_called_empty(tmp_path) -> None:
+    (tmp_path / "mine.yaml").write_text("# epochs: 100\n")
+    with pytest.raises(ValueError, match=r"mine\.yaml is empty; give the config\.yaml of a run"):
+        files.read_settings_file(tmp_path / "mine.yaml")
