@@ -250,8 +250,8 @@ def prepare_all(
     return prepared
 
 
-def fed_at(prepared: Iterable[Preparation]) -> str:
-    """At what sizes images are fed, in words."""
+def input_sizes(prepared: Iterable[Preparation]) -> str:
+    """The sizes of images as networks take them, in words."""
     sizes = dict.fromkeys(prepare.size for prepare in prepared)
     return ", ".join(
         "{}x{}".format(*size) if isinstance(size, tuple) else f"shorter side {size}"

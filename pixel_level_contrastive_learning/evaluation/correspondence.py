@@ -20,7 +20,7 @@ from ..data.image import ImageError
 from ..data.sources import Source, open_source
 from ..geometry import Positives
 from ..views import Placement, cut_views, draw_maps
-from .baselines import fed_at, layers_read, line_up, prepare_all
+from .baselines import input_sizes, layers_read, line_up, prepare_all
 from .comparison import CLEAR, LUCK, gain, in_words, may_be_luck
 from .features import Preparation, Reader, Size
 from .health import Gauge, gauge, verdict
@@ -221,7 +221,7 @@ def evaluate_unlabelled(
         settings={
             "images": len(used),
             "layers": layers_read(contenders, layers),
-            "views": fed_at(prepared.values()),
+            "views": input_sizes(prepared.values()),
             "seeds": len(seeds),
         },
         rows=tuple(rows),

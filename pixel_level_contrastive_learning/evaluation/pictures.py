@@ -143,7 +143,8 @@ def draw_label_curve(path: Path, evaluation: Evaluation, protocol: str) -> None:
         masks = [point.masks for point in points]
         middle, spread = (np.array([point[k] for point in points]) for k in (1, 2))
         place = (number - 1) % len(COLOURS)
-        colour, marker = COLOURS[place], MARKERS[place]
+        repeats = max(0, number - 1) // len(COLOURS)  # of a colour, which another marker then has
+        colour, marker = COLOURS[place], MARKERS[(place + repeats) % len(MARKERS)]
         if number == 0 and not row.baselines:
             colour = "0.55"
         axes.plot(masks, middle, f"{marker}-", color=colour, markersize=4, label=row.name)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .. import run_layout
 from ..checks import duration
 from ..data.segmentation import SegmentationDataset
-from .baselines import Contender, fed_at, layers_read, line_up, prepare_all
+from .baselines import Contender, input_sizes, layers_read, line_up, prepare_all
 from .comparison import ALL_MAPS, CLUSTERING, FINETUNE, curve_shown, in_words, what_it_means
 from .features import Preparation, Reader, Size, deepest_maps
 from .finetuning import CROP_DETAIL, RATES, LearningRates, choose_rates, finetune, measure_cost
@@ -141,7 +141,7 @@ def evaluate_labelled(
     if reads_layers:
         settings["layers"] = layers_read(contenders, plan.layers)
     settings["seeds"] = max(len(row.seeds) for row in rows)
-    settings["fed at"] = fed_at(prepared.values())
+    settings["input size"] = input_sizes(prepared.values())
     if FINETUNE in plan.protocols:
         settings |= {"steps": plan.steps, "learning rates": rates}
     evaluation = Evaluation(

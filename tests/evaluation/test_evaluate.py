@@ -54,7 +54,7 @@ def test_a_run_is_judged_beside_random_weights(run, labelled, tmp_path, protocol
     assert set(result.ours.scores) == {"mIoU", "pixel accuracy"}
     assert list(result.ours.classes) == ["red", "green", "blue"]
     assert result.ours.scores["mIoU"] > 0.7
-    assert result.settings["fed at"] == "shorter side 34"
+    assert result.settings["input size"] == "shorter side 34"
     assert result.settings["layers"] == ["body"]
     assert f"{result.ours.scores['mIoU']:.3f}" in result.table()
     assert " mIoU on val, " in result.sentence
@@ -105,7 +105,7 @@ def test_a_share_of_the_masks_makes_a_probe_depend_on_the_seed(run, labelled) ->
 def test_layers_and_sizes_may_be_named(run, labelled) -> None:
     result = evaluate(run, data=labelled, layers=("body", "act"), size=(32, 48))
     assert result.settings["layers"] == ["body + act"]
-    assert result.settings["fed at"] == "32x48"
+    assert result.settings["input size"] == "32x48"
     assert evaluate(run, data=labelled, layers="act").settings["layers"] == ["act"]
     with pytest.raises(ValueError, match=r"no layer 'bod'.*perhaps body"):
         evaluate(run, data=labelled, layers=("bod",))
@@ -453,9 +453,9 @@ def test_with_one_mask_no_learning_rate_is_chosen(run, labelled, caplog) -> None
 def test_weights_of_a_library_are_fed_as_the_run_is(run, labelled) -> None:
     settings = {"data": labelled, "protocol": "knn"}
     alone = evaluate("random:torchvision/resnet18", **settings)
-    assert alone.settings["fed at"] == "shorter side 314"
+    assert alone.settings["input size"] == "shorter side 314"
     together = evaluate(["random:torchvision/resnet18", run], **settings)
-    assert together.settings["fed at"] == "shorter side 34"
+    assert together.settings["input size"] == "shorter side 34"
 
 
 # What it means.

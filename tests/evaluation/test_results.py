@@ -280,6 +280,23 @@ def test_a_label_curve_is_drawn(tmp_path) -> None:
     assert min(blue, gray) > 300
 
 
+def test_no_two_lines_of_a_label_curve_look_alike(tmp_path, monkeypatch) -> None:
+    from matplotlib.axes import Axes
+
+    lines, plot = [], Axes.plot
+
+    def noted(self, *args, **kwargs):
+        (line,) = plot(self, *args, **kwargs)
+        lines.append((line.get_color(), line.get_marker()))
+        return [line]
+
+    monkeypatch.setattr(Axes, "plot", noted)
+    random, ours = with_curves().rows
+    many = (random, *(replace(ours, name=f"runs/{number}") for number in range(12)))
+    draw_label_curve(tmp_path / "curve.png", outcome(rows=many), "finetune")
+    assert len(set(lines)) == 13
+
+
 @pytest.mark.parametrize("count", [2, 11, 20, 21, 255])
 def test_every_class_has_its_own_colour_and_ignored_pixels_none(count) -> None:
     colours = class_colours(count)

@@ -205,7 +205,7 @@ def test_a_network_of_ones_own_with_a_fixed_size_is_probed(
     (tmp_path / "fixed.py").write_text(FIXED)
     pretrain(**settings(model=f"{tmp_path / 'fixed.py'}:vit", probe=str(labelled), steps=2))
     evaluation = evaluate(run, data=labelled, protocol="knn")
-    assert evaluation.settings["fed at"] == "32x32"
+    assert evaluation.settings["input size"] == "32x32"
     assert evaluation.rows[-1].scores["mIoU"] == pytest.approx(
         lines(run / "probe.jsonl")[-1]["miou"]
     )
