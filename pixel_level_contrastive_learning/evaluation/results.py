@@ -314,6 +314,14 @@ class Evaluation:
         """Whether the figures are about masks."""
         return self.protocol != "correspondence"
 
+    def is_of(self, run: Path) -> bool:
+        """Whether one of the weights asked for is of a run: by path, or by name if it was moved."""
+        place = run.resolve()
+        paths = [Path(row.name).expanduser() for row in self.rows if row.baselines]
+        return any(
+            path.resolve().is_relative_to(place) or place.name in path.parts for path in paths
+        )
+
     def write(self, out: str | Path) -> Path:
         """Write the file into a folder, created if necessary, and return its path.
 

@@ -12,6 +12,7 @@ from hashlib import sha256
 from importlib.resources import files
 from io import BytesIO
 from math import isfinite
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,6 +66,7 @@ MAX_PICTURES = 6
 MAX_SIDE = 1440
 """Pixels of the longer side of a picture from the run's folder."""
 OUTDATED = "These figures are older than the run's weights: evaluate again."
+OF_OTHERS = "These figures are not of this run's weights."
 
 Maps = Mapping[str, Sequence[Tensor]]
 """For each network's name, its maps ``(c, h, w)`` of all images."""
@@ -175,8 +177,8 @@ def visualize(
     with handing_over(model):
         maps, grid = extract_maps(loaded, inputs, place, fixed=isinstance(prepare.size, tuple))
 
-    current = (result for result in evaluations if result.labelled and OUTDATED not in result.notes)
-    verdict = judge_run(metrics, maps[TRAINED], next(current, None))
+    ours = (result for result in evaluations if not {OUTDATED, OF_OTHERS} & {*result.notes})
+    verdict = judge_run(metrics, maps[TRAINED], next(filter(attrgetter("labelled"), ours), None))
     log.info("%s. %s", verdict.heading, verdict.sentence)
     # Of a network that diverged there is nothing to see, but the page shows all else.
     maps = {
@@ -284,6 +286,8 @@ def read_evaluations(folder: Path) -> list[Evaluation]:
             ) from error
         if path.stat().st_mtime < trained_at:
             evaluation = replace(evaluation, notes=(*evaluation.notes, OUTDATED))
+        if any(row.baselines for row in evaluation.rows) and not evaluation.is_of(folder):
+            evaluation = replace(evaluation, notes=(*evaluation.notes, OF_OTHERS))
         evaluations.append(evaluation)
     return evaluations
 

@@ -17,6 +17,7 @@ from small_cards import small_card
 from pixel_level_contrastive_learning.evaluation.results import CurvePoint, Evaluation, Row
 from pixel_level_contrastive_learning.visualization import report as report_module
 from pixel_level_contrastive_learning.visualization.report import (
+    OF_OTHERS,
     POLICY,
     Report,
     default_page,
@@ -341,7 +342,7 @@ def test_figures_of_earlier_weights_are_said_to_be_old(run_maker, tmp_path) -> N
     run = run_maker("resumed")
     random, run_row = (
         Row("random weights", {"mIoU": 0.3}),
-        Row("run", {"mIoU": 0.2}, baselines=("random weights",)),
+        Row("runs/resumed", {"mIoU": 0.2}, baselines=("random weights",)),
     )
     path = replace(scores("linear", "Classes were found."), rows=(random, run_row)).write(run)
     weights = run / "backbone.safetensors"
@@ -356,6 +357,22 @@ def test_figures_of_earlier_weights_are_said_to_be_old(run_maker, tmp_path) -> N
     os.utime(path, (0, 1))
     text = visualize(run, out=tmp_path / "page.html", count=1).read_text()
     assert "older than the run&#39;s weights" in text
+
+
+def test_figures_of_other_weights_do_not_judge_the_run(run_maker) -> None:
+    run = run_maker("mine")
+    random = Row("random weights", {"mIoU": 0.3})
+    names = "mine", "before/it/moved/mine", str(run / "checkpoints" / "best.ckpt"), "runs/other"
+    notes = []
+    for name in names:
+        row = Row(name, {"mIoU": 0.2}, baselines=("random weights",))
+        replace(scores("linear", "Worse."), rows=(random, row)).write(run)
+        (evaluation,) = read_evaluations(run)
+        notes.append(evaluation.notes)
+    assert notes == [(), (), (), (OF_OTHERS,)]
+    text = visualize(run, count=1).read_text()
+    assert OF_OTHERS.replace("'", "&#39;") in text
+    assert "Worse than random weights" not in text
 
 
 @pytest.mark.parametrize(
