@@ -152,7 +152,7 @@ def read_settings_file(path: Path) -> dict[str, Any]:
     """The mapping that a YAML file holds.
 
     1e-3 is a number (YAML 1.1 takes it for a text). Aliases (``*name``) are refused: a few lines of
-    them can name gigabytes.
+    them can name gigabytes. So are keys that stand twice.
 
     Raises:
         ValueError: There is no such file, or it holds no mapping.
@@ -164,6 +164,14 @@ def read_settings_file(path: Path) -> dict[str, Any]:
             if self.check_event(yaml.AliasEvent):
                 raise yaml.YAMLError("it has an alias (*name); write the value out")
             return super().compose_node(parent, index)
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            mapping = super().construct_mapping(node, deep)
+            if len(mapping) < len(node.value):
+                names = [key.value for key, _ in node.value]
+                twice = next(name for name in names if names.count(name) > 1)
+                raise yaml.YAMLError(f"it has {twice} twice; keep one")
+            return mapping
 
     # YAML 1.1 takes yes, no, on and off for booleans; `cache: off` is a word.
     Loader.yaml_implicit_resolvers = {
@@ -189,3 +197,10 @@ def read_settings_file(path: Path) -> dict[str, Any]:
 def read_settings_if_any(path: Path) -> dict[str, Any]:
     """The mapping that a file of a run holds, YAML or JSON; an empty one where there is no file."""
     return read_settings_file(path) if path.is_file() else {}
+
+
+def absolute_model(model: str) -> str:
+    """A model's name; one in a file has the file's absolute path."""
+    file, colon, function = model.rpartition(":")
+    is_file = colon and file.endswith(".py") and Path(file).expanduser().is_file()
+    return f"{Path(file).expanduser().absolute()}:{function}" if is_file else model

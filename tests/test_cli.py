@@ -459,7 +459,7 @@ def test_each_command_takes_what_the_one_before_it_left(labelled, tmp_path, caps
         assert cli.main([str(word) for word in words]) == 0
         return capsys.readouterr().out
 
-    assert "10 images in 1 shards" in said("prepare", images, "--out", shards)
+    assert "10 images in 1 shard," in said("prepare", images, "--out", shards)
     small = "--model", "torchvision/resnet18", "--image-size", 32, "--projection-hidden-size", 8
     short = "--steps", 2, "--batch-size", 4, "--workers", 0
     lines = said("pretrain", shards, "--out", run, *small, *short).splitlines()

@@ -132,3 +132,9 @@ def test_an_empty_file_of_settings_is_called_empty(tmp_path) -> None:
     (tmp_path / "mine.yaml").write_text("# epochs: 100\n")
     with pytest.raises(ValueError, match=r"mine\.yaml is empty; give the config\.yaml of a run"):
         files.read_settings_file(tmp_path / "mine.yaml")
+
+
+def test_a_setting_that_stands_twice_is_refused(tmp_path) -> None:
+    (tmp_path / "mine.yaml").write_text("data: imgs\nepochs: 3\ndata: labelled\n")
+    with pytest.raises(ValueError, match=r"cannot be read \(it has data twice; keep one\)"):
+        files.read_settings_file(tmp_path / "mine.yaml")

@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from ..checks import LIMITS, Pages, raise_together, whole, within
+from ..checks import LIMITS, Pages, counted, raise_together, whole, within
 from ..files import cannot_write, check_writable, rename, sole_writer, sync, write_whole
 from ..run_layout import LOCK, SKIPPED
 from .dataset import BrokenImage, TooManyBrokenError, check_broken
@@ -72,8 +72,8 @@ class ShardsReport(NamedTuple):
             skipped += f"; left out: {kinds} (--keep-empty keeps them)"
         before, after = (size / 2**20 for size in (self.bytes_before, self.bytes_after))
         return (
-            f"{self.images} images in {self.shards} shards{kept}, {after:.1f} MiB instead of "
-            f"{before:.1f}{skipped}\nshards: {self.folder}"
+            f"{counted(self.images, 'image')} in {counted(self.shards, 'shard')}{kept}, "
+            f"{after:.1f} MiB instead of {before:.1f}{skipped}\nshards: {self.folder}"
         )
 
 

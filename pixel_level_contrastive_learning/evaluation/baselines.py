@@ -26,7 +26,7 @@ from ..backbones.state_dict import load_weights
 from ..checks import Pages, counted
 from ..data.sources import Source
 from ..data.statistics import measure
-from ..files import read_settings_if_any
+from ..files import absolute_model, read_settings_if_any
 from ..run_layout import CONFIG, run_folder
 from .features import Preparation, Size
 
@@ -133,7 +133,7 @@ def kinds_of(
     fed: dict[object, str] = {}
     return [
         (
-            card.model,
+            absolute_model(card.model),
             counted(card.channels, "channel"),
             read_of(card, layers),
             fed.setdefault(

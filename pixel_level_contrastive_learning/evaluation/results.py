@@ -253,7 +253,7 @@ class Evaluation:
             for at, first in enumerate(self.rows[0].curves[protocol]):
                 points = (row.curves[protocol][at] for row in self.rows)
                 cells = (shown(point.miou, point.deviation) for point in points)
-                table.add_row(f"{protocol}, {first.masks} masks", *cells)
+                table.add_row(f"{protocol}, {counted(first.masks, 'mask')}", *cells)
         if self.ours.classes:
             table.add_section()
         for key in self.ours.classes:

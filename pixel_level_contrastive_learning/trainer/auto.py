@@ -7,6 +7,7 @@ from math import ceil, cos, pi, sqrt
 from typing import Any
 
 from ..augment import Photometry, blur_of
+from ..checks import counted
 from .config import NAMES, PRECISIONS, Auto, PretrainConfig
 
 LINEAR = ("sgd", "momentum", "nesterov", "lars", "larc")
@@ -290,8 +291,8 @@ def check_batch(batch_size: int, processes: int, *, instance_weight: float) -> N
         )
     if instance_weight > 0 and batch_size < 2 * processes:
         raise ValueError(
-            f"batch_size is {batch_size} on {processes} devices, but batch norm needs more than "
-            f"one image; give {2 * processes} or more, or an instance_weight of 0"
+            f"batch_size is {batch_size} on {counted(processes, 'device')}, but batch norm needs "
+            f"more than one image; give {2 * processes} or more, or an instance_weight of 0"
         )
 
 

@@ -14,7 +14,7 @@ import yaml
 
 from .. import run_layout
 from ..checks import check_limits, one_of, raise_together
-from ..files import read_settings_file, read_settings_if_any
+from ..files import absolute_model, read_settings_file, read_settings_if_any
 from .config import CONFIG_LIMITS, HOW_TO_START, NAMES, PRETRAINED, RECIPES, PretrainConfig
 
 REPLACES: dict[str, dict[str, Any]] = {
@@ -258,13 +258,6 @@ def absolute(place: str) -> str:
     return (
         str(path.absolute()) if path.exists() or (path.parent.is_dir() and "/" in place) else place
     )
-
-
-def absolute_model(model: str) -> str:
-    """A model's name; one in a file has the file's absolute path."""
-    file, colon, function = model.rpartition(":")
-    is_file = colon and file.endswith(".py") and Path(file).expanduser().is_file()
-    return f"{Path(file).expanduser().absolute()}:{function}" if is_file else model
 
 
 def differences(old: Mapping[str, Any], new: PretrainConfig) -> dict[str, tuple[Any, Any]]:

@@ -26,7 +26,7 @@ from torch.nn.functional import interpolate
 from ..backbones.checkpoint import is_file
 from ..backbones.custom import Model, handing_over
 from ..backbones.state_dict import tensors_of
-from ..checks import Pages, import_extra, one_of, raise_together, size_pair
+from ..checks import Pages, counted, import_extra, one_of, raise_together, size_pair
 from ..data.image import ImageError, LazyImage
 from ..data.loader import cores, in_order
 from ..data.sources import Source, file_of, file_state, open_source
@@ -89,7 +89,8 @@ class FeatureFolder:
         return len(self.index["images"])
 
     def __str__(self) -> str:
-        return f"{len(self)} images, {self.index['layer']}, {self.index['channels']} channels"
+        images, channels = counted(len(self), "image"), counted(self.index["channels"], "channel")
+        return f"{images}, {self.index['layer']}, {channels}"
 
     def map(self, number: int) -> Tensor:
         """The features ``(channels, h, w)`` float32 of an image, by its position in the index."""

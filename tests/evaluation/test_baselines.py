@@ -1,6 +1,7 @@
 """Contenders: which networks stand beside those that were asked for, and with which weights."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -50,6 +51,14 @@ def test_random_weights_stand_alone(labelled, model) -> None:
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(one, again)
     assert not torch.equal(one, other)
+
+
+def test_a_file_of_a_model_is_the_same_by_any_path(model, monkeypatch) -> None:
+    """A run records it by its absolute path."""
+    monkeypatch.chdir(Path(model).parent)
+    cards = small_card(model), small_card(Path(model).name)
+    one, two = kinds_of(["run", f"random:{Path(model).name}"], cards, None)
+    assert one == two
 
 
 def test_a_run_from_random_weights_stands_beside_others(labelled, model, tmp_path) -> None:

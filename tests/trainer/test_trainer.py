@@ -141,7 +141,7 @@ def test_vectors_have_no_decay_and_the_target_no_optimiser(optimizer) -> None:
     [
         ({"data": "none"}, "none"),
         ({"model": "torchvision/resnet19"}, "resnet18"),
-        ({"batch_size": 1}, r"batch_size is 1 on 1 devices, but batch norm .* give 2 or more"),
+        ({"batch_size": 1}, r"batch_size is 1 on 1 device, but batch norm .* give 2 or more"),
         ({"optimizer": "adamww", "lr": 1.0}, "perhaps adamw"),
         ({"optimizer": "adahessian", "lr": 1.0}, "adahessian.*second derivatives.*use adamw"),
         ({"loggers": ("csv", "wandb")}, "'wandb', which is not installed; pip install wandb"),
