@@ -26,6 +26,8 @@ OBJECT = "object"
 """``object:NAME`` is a network, or a function that builds one, handed over in Python."""
 Model = nn.Module | Callable[..., nn.Module]
 HANDED: ContextVar[Model | None] = ContextVar("HANDED", default=None)
+BESIDE: dict[str, Path] = {}
+"""Modules that the files of models imported from beside them, and the folder of each."""
 
 
 @contextmanager
@@ -140,6 +142,8 @@ def custom_function(name: str) -> Callable[..., Any]:
     file = custom_file(name)
     module = import_module(where) if file is None else import_file(file)
     function: Callable[..., Any] | None = getattr(module, wanted, None)
+    if isinstance(function, nn.Module):
+        raise ValueError(f"{name} is a network; name a function that returns one")
     if not callable(function):
         names = [other for other, value in vars(module).items() if callable(value)]
         near = get_close_matches(wanted, names, n=3)
@@ -152,8 +156,11 @@ def custom_function(name: str) -> Callable[..., Any]:
 def import_from_folder(name: str) -> Iterator[None]:
     """Let a model's file import what lies beside it, as a script can."""
     file = custom_file(name)
-    folder = str(Path.cwd() if file is None else file.resolve().parent)
-    sys.path.insert(0, folder)
+    folder = Path.cwd() if file is None else file.resolve().parent
+    if file is not None:
+        forget_namesakes(folder)
+    before = {*sys.modules}
+    sys.path.insert(0, str(folder))
     try:
         yield
     except ModuleNotFoundError as error:
@@ -175,7 +182,26 @@ def import_from_folder(name: str) -> Iterator[None]:
             f"{above.name}.{file.stem}:{inside}"
         ) from error
     finally:
-        sys.path.remove(folder)
+        sys.path.remove(str(folder))
+        if file is not None:
+            new = sys.modules.keys() - before
+            BESIDE.update((module, folder) for module in new if lies_in(folder, module))
+
+
+def forget_namesakes(folder: Path) -> None:
+    """Forget modules beside other files of models that have the name of what lies in a folder."""
+    for module, other in [*BESIDE.items()]:
+        here = folder / module.partition(".")[0]
+        if other != folder and (here.is_dir() or here.with_suffix(".py").is_file()):
+            sys.modules.pop(module, None)
+            del BESIDE[module]
+
+
+def lies_in(folder: Path, module: str) -> bool:
+    """Whether a module that was imported, or the package that it is part of, lies in a folder."""
+    top = sys.modules.get(module.partition(".")[0])
+    places = [getattr(top, "__file__", None) or "", *getattr(top, "__path__", [])]
+    return any(Path(place).parent == folder for place in places)
 
 
 def import_file(file: Path) -> ModuleType:

@@ -357,8 +357,8 @@ def adapt_to_input(
 
 def knows_size(part: nn.Module) -> bool:
     """Whether position embeddings can be resized for a network, by a function of its library."""
-    library = sys.modules[type(part).__module__]
-    is_timm = library.__name__.startswith("timm.") and hasattr(library, "checkpoint_filter_fn")
+    library = type(part).__module__
+    is_timm = library.startswith("timm.") and hasattr(sys.modules[library], "checkpoint_filter_fn")
     is_sized = hasattr(getattr(part, "config", None), "image_size")  # of transformers
     return is_timm or is_sized or isinstance(part, VisionTransformer)
 

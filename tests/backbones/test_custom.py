@@ -55,6 +55,9 @@ def nothing():
     return "a network"
 
 
+READY = rgb()
+
+
 NUMBER = 7
 """
 
@@ -145,6 +148,25 @@ def test_a_changed_file_is_read_anew(file) -> None:
     assert build_backbone(f"{file}:rgb")[0].out_channels == 99
 
 
+def test_each_file_imports_what_lies_beside_it_whatever_lay_beside_another(tmp_path) -> None:
+    def build(folder: str, channels: int) -> nn.Module:
+        file = tmp_path / folder / "net.py"
+        file.parent.mkdir(exist_ok=True)
+        (file.parent / "parts").mkdir(exist_ok=True)
+        (file.parent / "parts" / "stem.py").write_text(
+            f"from torch import nn\nlayer = nn.Conv2d(3, {channels}, 3)\n"
+        )
+        file.write_text(
+            "from parts.stem import layer\nfrom torch import nn\n"
+            "def build(): return nn.Sequential(layer)\n"
+        )
+        return build_backbone(f"{file}:build")
+
+    assert build("one", channels=4)[0].out_channels == 4
+    assert build("two", channels=16)[0].out_channels == 16
+    assert build("one", channels=4)[0].out_channels == 4
+
+
 def test_pretrained_weights_of_a_custom_model_are_asked_for(file) -> None:
     assert not build_backbone(f"{file}:learned", pretrained=True)[0].weight.requires_grad
     assert build_backbone(f"{file}:learned")[0].weight.requires_grad
@@ -158,6 +180,8 @@ def test_what_is_not_there_is_named(file) -> None:
     assert str(error.value) == f"{file} has no function 'biuld'; perhaps build"
     with pytest.raises(ValueError, match="has no function 'NUMBER'; name a function"):
         build_backbone(f"{file}:NUMBER")
+    with pytest.raises(ValueError, match="READY is a network; name a function that returns one"):
+        build_backbone(f"{file}:READY")
     with pytest.raises(ValueError, match=r"there is no file no\.py; give the path"):
         build_backbone("no.py:build")
     with pytest.raises(ValueError, match="there is no module 'no_nets'; give a path"):
