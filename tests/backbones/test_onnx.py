@@ -99,6 +99,14 @@ def test_a_network_that_allows_no_freedom_is_exported_as_it_is(tmp_path) -> None
     assert "# (2, 3, 64, 96) float32, of this size only: vector" in done.how_to
 
 
+def test_features_that_are_all_zero_are_exported(tmp_path) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 8, 8), nn.ReLU())
+    nn.init.constant_(net[0].bias, -9.0)
+    run_with(tmp_path, net, "object:Sequential", "1", "1")
+    done = export(tmp_path, "onnx", model=net)
+    assert not np.any(outputs(done.how_to, np.zeros((1, 3, *SIZE), np.uint8))[1])
+
+
 def test_a_program_that_computes_something_else_is_not_written(tmp_path, monkeypatch) -> None:
     run_with(tmp_path, build_backbone("timm/test_resnet"), "timm/test_resnet", "layer4", "layer4")
     trace = onnx.traced
