@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from textwrap import dedent
@@ -126,9 +126,12 @@ def building(net: nn.Module, card: BackboneCard) -> list[str]:
     if card.channels != 3 and "channels" not in kwargs and stem is not None:
         # The library builds networks only for red, green and blue.
         name, conv = stem
-        options = conv.extra_repr()  # type: ignore[no-untyped-call]  # untyped in torch
-        options = re.sub(r"=([a-z]\w*)", r"='\1'", options)  # padding=same
-        lines.append(f"net.set_submodule({name!r}, torch.nn.Conv2d({options}))")
+        shape = ", ".join(map(str, conv.weight.shape))
+        lines += [
+            f"stem = net.get_submodule({name!r})",
+            f"stem.in_channels = {card.channels}",
+            f"stem.weight = torch.nn.Parameter(stem.weight.new_empty({shape}))",
+        ]
     return lines
 
 
@@ -205,7 +208,7 @@ def configuration(kind: str, card: BackboneCard, file: str) -> str:
     narrow = ", RES2_OUT_CHANNELS: 64" if depth < 50 else ""
     return note + dedent(f"""\
         MODEL:
-          WEIGHTS: {file!r}
+          WEIGHTS: {json.dumps(file, ensure_ascii=False)}
           PIXEL_MEAN: {mean}
           PIXEL_STD: {std}
           RESNETS: {{DEPTH: {depth}, STRIDE_IN_1X1: False{narrow}}}

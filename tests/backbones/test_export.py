@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import nn
 from torchvision import models
 
@@ -34,8 +35,12 @@ from pixel_level_contrastive_learning.evaluation.features import Preparation
 SOURCE = """
 from torch import nn
 
+class Doubled(nn.Conv2d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
 def build():
-    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten())
+    return nn.Sequential(Doubled(3, 4, 3), nn.ReLU(), nn.Flatten())
 """
 CASES = [
     ("torchvision/squeezenet1_1", "torchvision", 3, (64, 64)),
@@ -187,8 +192,9 @@ def test_an_adapted_stem_is_said(exports) -> None:
         "from torchvision import models\n"
         "\n"
         "net = models.get_model('resnet18', weights=None)\n"
-        "net.set_submodule('conv1', torch.nn.Conv2d(5, 64, kernel_size=(7, 7), stride=(2, 2), "
-        "padding=(3, 3), bias=False))\n"
+        "stem = net.get_submodule('conv1')\n"
+        "stem.in_channels = 5\n"
+        "stem.weight = torch.nn.Parameter(stem.weight.new_empty(64, 5, 7, 7))\n"
         f"net.load_state_dict(torch.load({str(said.path)!r}, weights_only=True))\n"
         "# The run trained no classifier: replace fc after loading.\n"
         "\n"
@@ -201,7 +207,7 @@ def test_an_adapted_stem_is_said(exports) -> None:
         "    return (x - mean) / std\n"
     )
     plain = exports[CASES.index(("torchvision/squeezenet1_1", "torchvision", 3, (64, 64)))]
-    assert "Conv2d" not in plain.how_to
+    assert "stem" not in plain.how_to
 
 
 def test_a_transformer_of_torchvision_is_said_with_its_size() -> None:
@@ -364,7 +370,7 @@ def test_a_resnet_goes_to_detectron2(tmp_path) -> None:
     ]
     assert done.how_to == (
         "MODEL:\n"
-        f"  WEIGHTS: {str(done.path)!r}\n"
+        f'  WEIGHTS: "{done.path}"\n'
         "  PIXEL_MEAN: [63.75, 67.7344, 71.7188]\n"
         "  PIXEL_STD: [127.5, 131.4844, 135.4688]\n"
         "  RESNETS: {DEPTH: 18, STRIDE_IN_1X1: False, RES2_OUT_CHANNELS: 64}\n"
@@ -389,6 +395,13 @@ def test_a_resnet_goes_to_mmseg(tmp_path) -> None:
     # 16 and 17 of 64 parts of the way from low to high, and 32 and 33 of that way.
     assert names["data_preprocessor"]["mean"] == [250, 153.125]
     assert names["data_preprocessor"]["std"] == [500, 103.125]
+
+
+def test_a_path_with_quotes_is_one_in_yaml(tmp_path) -> None:
+    save(tmp_path, "torchvision/resnet18", 3, (64, 64))
+    path = tmp_path / "my 'café' \\ \"net\".pkl"
+    said = yaml.safe_load(export(tmp_path, "detectron2", path).how_to)
+    assert said["MODEL"]["WEIGHTS"] == str(path)
 
 
 def test_gray_images_are_read_as_gray(tmp_path) -> None:
