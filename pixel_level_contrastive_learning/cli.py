@@ -257,7 +257,7 @@ def export(
 def prepare(
     data: tyro.conf.Positional[tuple[str, ...]],
     out: str,
-    max_side: int = 640,
+    max_side: int | None = None,
     quality: int = 90,
     images_each: int = 1000,
     max_broken: float = 0.01,
@@ -278,7 +278,8 @@ def prepare(
     Args:
         data: Folders of images, text files of paths, or shards.
         out: Folder of the shards; give it to `pixelcl pretrain` afterwards.
-        max_side: Longer side of the images in the shards, in pixels; smaller ones stay unchanged.
+        max_side: Longer side of the images in the shards, in pixels, by default 640; smaller ones
+            stay unchanged. Not with --tile.
         quality: Quality of the JPEGs, 1 to 95.
         images_each: Images per shard.
         max_broken: Fraction of unreadable images above which it stops; unless it is 0, one may be.

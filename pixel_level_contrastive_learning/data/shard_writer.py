@@ -37,6 +37,8 @@ INDEX = "shards.json"
 NOT_OURS = (
     "out is {!r}, which is not empty and was not written by an earlier call; name another folder"
 )
+MAX_SIDE = 640
+"""Default longer side of the images in shards."""
 SHARD_BYTES = 2**28
 """What the tiles of a shard may take uncompressed: what a killed call does again."""
 
@@ -81,7 +83,7 @@ def write_shards(
     data: Sequence[str | Path] | str | Path,
     out: str | Path,
     *,
-    max_side: int = 640,
+    max_side: int | None = None,
     quality: int = 90,
     images_each: int = 1000,
     max_broken: float = 0.01,
@@ -112,8 +114,8 @@ def write_shards(
     Args:
         data: Folders, lists of paths or shards, as `pretrain` takes them; with ``tile``, no shards.
         out: Folder for the shards, new or from an earlier call with the same settings.
-        max_side: Longer side of the images in the shards, in pixels; with ``tile``, the tile's
-            side.
+        max_side: Longer side of the images in the shards, in pixels; default: 640. Not with
+            ``tile``, which cuts images instead.
         quality: Quality of the JPEGs written, 1 to 95.
         images_each: Images per shard; with ``tile``, fewer if they take much memory.
         max_broken: Fraction of images or tiles that may be unreadable, 0 to 1.
@@ -133,13 +135,15 @@ def write_shards(
         OSError: A shard cannot be written, or differs from what was written when it is read back.
         ModuleNotFoundError: Large images need the library of an extra that is not installed.
     """
+    both = f"max_side is {max_side} and tile is {tile}; images are scaled down or cut: give one"
     raise_together(
-        whole("max_side", max_side, 1),
+        None if max_side is None else whole("max_side", max_side, 1),
         whole("quality", quality, 1) or within("quality", quality, 1, 95),
         whole("images_each", images_each, 1),
         LIMITS["max_broken"]("max_broken", max_broken),
         None if workers is None else whole("workers", workers, 1),
         without_tiles(tile, overlap=overlap, level=level, mpp=mpp, keep_empty=keep_empty),
+        both if max_side is not None and tile is not None else None,
     )
     check_writable("out", out)
     places = [data] if isinstance(data, (str, Path)) else list(data)
@@ -148,7 +152,7 @@ def write_shards(
     if tile is None:
         source = open_source(places, pages=pages, nodata=nodata)
         files = [source.name(index) for index in range(len(source))]
-        samples = Copies(source, max_side, quality)
+        samples = Copies(source, MAX_SIDE if max_side is None else max_side, quality)
     else:
         files = find_rasters(places)
         tiling = Tiling(files, tile, overlap, level, mpp, pages, nodata)

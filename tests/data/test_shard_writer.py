@@ -448,6 +448,12 @@ def test_settings_of_tiles_need_tiles(scenes, tmp_path) -> None:
         write_shards(scenes, tmp_path / "out", overlap=8, keep_empty=True)
 
 
+def test_images_are_scaled_down_or_cut_but_not_both(images, tmp_path) -> None:
+    with pytest.raises(ValueError, match="max_side is 640 and tile is 64; images are scaled down"):
+        write_shards(images, tmp_path / "out", max_side=640, tile=64)
+    assert not (tmp_path / "out").exists()
+
+
 def test_tiles_can_be_trained_on(scenes, tmp_path) -> None:
     (scenes / "photo.jpg").unlink()
     (scenes / "small.png").unlink()
