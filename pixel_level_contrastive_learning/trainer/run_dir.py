@@ -23,6 +23,9 @@ from .logging import LOG
 
 ORPHANS_LIVE = 15.0
 """Seconds that the loader's workers may outlive a killed run, and hold its lock."""
+STEPS = frozenset({"step", "hit_step"})
+"""What counts steps in a line of metrics: its own, and when it was last measured how often cells
+find their spot."""
 
 
 class RunDir:
@@ -287,9 +290,11 @@ class RunDir:
         """
         for path in self.records():
             entries = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-            # Rounded up, so that the first step stays one; of equals the last stays.
-            lines = {-(-line["step"] * new_step // step): line for line in entries}
-            text = "".join(json.dumps(lines[n] | {"step": n}) + "\n" for n in lines)
+            for line in entries:
+                for name in STEPS.intersection(line):
+                    line[name] = -(-line[name] * new_step // step)  # the first step stays one
+            lines = {line["step"]: line for line in entries}  # of equals the last stays
+            text = "".join(json.dumps(line) + "\n" for line in lines.values())
             write_whole(renumbered(path, new_step), text)
         moved = self.checkpoint_path(new_step)
         for name in (run_layout.LAST, moved.name):

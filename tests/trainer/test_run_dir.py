@@ -152,6 +152,20 @@ def test_steps_are_counted_anew_once_wherever_a_run_is_killed(
     assert not [*tmp_path.rglob(".*")]
 
 
+def test_the_step_of_an_earlier_measurement_is_counted_anew_too(tmp_path) -> None:
+    run = RunDir(tmp_path)
+    run.checkpoints.mkdir()
+    run.save_checkpoint({"steps_done": 8}, 8, keep=1)
+    counted = ((2, 0), (4, 4), (6, 4), (8, 4))
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(f'{{"step": {step}, "hit_step": {hit}}}\n' for step, hit in counted)
+    )
+    run.renumber(run.checkpoint_path(8), 8, 4)
+    assert lines(tmp_path / "metrics.jsonl") == [
+        {"step": step // 2, "hit_step": hit // 2} for step, hit in counted
+    ]
+
+
 def test_only_the_newest_checkpoints_are_kept(tmp_path) -> None:
     run = RunDir(tmp_path)
     run.checkpoints.mkdir()
