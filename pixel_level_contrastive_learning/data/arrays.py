@@ -214,10 +214,11 @@ def array_file(array: NDArray[Any], nodata: float | None = None) -> tuple[str, b
 
 
 def to_array_file(image: LazyImage) -> bytes:
-    """An image as the file of an array, NaN where nothing was measured."""
+    """An image as the file of an array, NaN where nothing was measured; 8-bit ones stay 8-bit."""
     decoded = image.decode()
     pixels, known = to_tensor(decoded.pixels), decoded.known
-    pixels = pixels if known is None else pixels.where(known, torch.nan)
+    if known is not None and pixels.is_floating_point():
+        pixels = pixels.where(known, torch.nan)
     return array_file(as_whole_numbers(pixels.numpy()))[1]
 
 

@@ -15,6 +15,7 @@ from webdataset import TarWriter
 
 from pixel_level_contrastive_learning.data import pages as module
 from pixel_level_contrastive_learning.data import tiff
+from pixel_level_contrastive_learning.data.arrays import NODATA_TAG
 from pixel_level_contrastive_learning.data.decoding import stack_in
 from pixel_level_contrastive_learning.data.image import ImageError, Stack
 from pixel_level_contrastive_learning.data.pages import header_tells_several
@@ -215,6 +216,24 @@ def test_pages_in_shards_are_found_and_written(tmp_path, mode) -> None:
         assert np.abs(np.array(written) - np.array(expected)).max() <= 1  # JPEG
         with pytest.raises(ValueError, match="holds shards of another call"):
             write_shards(tmp_path / "a.tif", out, max_side=max_side)
+
+
+@pytest.mark.parametrize("max_side", [640, 5])
+def test_eight_bit_pages_stay_eight_bit_in_shards_whatever_was_not_measured(
+    tmp_path, max_side
+) -> None:
+    pages = np.arange(3 * 6 * 10, dtype=np.uint8).reshape(3, 6, 10)
+    tags = [(NODATA_TAG, "s", 0, "0", True)]
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(
+        path, pages, photometric="minisblack", metadata={"axes": "ZYX"}, extratags=tags
+    )
+    write_shards(path, tmp_path / "out", max_side=max_side)
+    for index in range(3):
+        opened = open_source(tmp_path / "out").open(index)
+        assert not opened.high_depth
+        if max_side == 640:
+            assert (opened.read()[0].numpy() == pages[index]).all()
 
 
 def counted(monkeypatch, owner: type, method: str) -> list[None]:
