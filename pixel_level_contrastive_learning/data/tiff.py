@@ -6,6 +6,7 @@ name are images, too, which `Stack.joinable` says may as well be the channels of
 
 from __future__ import annotations
 
+import logging
 import struct
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
@@ -38,6 +39,9 @@ from .reading import Kept, version_of
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL import Image
+
+# What tifffile says of a tag, image by image, helps nobody who has not asked for it.
+logging.getLogger("tifffile").addHandler(logging.NullHandler())
 
 T = TypeVar("T")
 IMAGEJ_CHANNELS = 7

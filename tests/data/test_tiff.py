@@ -1,6 +1,8 @@
 """Which images a TIFF holds, whoever wrote it, and their pixels."""
 
 import io
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ import tifffile
 from corpus.encoders import tiff
 from PIL import Image
 
+from pixel_level_contrastive_learning.data.arrays import NODATA_TAG
 from pixel_level_contrastive_learning.data.decoding import open_image, stack_in
 from pixel_level_contrastive_learning.data.image import ALL, ImageError, Stack
 from pixel_level_contrastive_learning.data.orientation import ORIENTATION_TAG
@@ -242,3 +245,17 @@ def test_the_other_pages_of_a_slide_are_no_images(tmp_path) -> None:
                 page = np.zeros((*size, 3), np.uint8)
                 file.write(page, photometric="rgb", description=start, metadata=None)
         assert stack_in(str(tmp_path / "a.tif")).images == images
+
+
+def test_a_nodata_value_that_pixels_cannot_have_is_passed_over_in_silence(tmp_path) -> None:
+    path, tags = tmp_path / "a.tif", [(NODATA_TAG, "s", 0, "-9999", True)]
+    bands = pages(4, 6, 9)
+    tifffile.imwrite(path, bands, photometric="minisblack", planarconfig="separate", extratags=tags)
+    assert (read(path.read_bytes()) == bands).all()
+    code = f"""
+from pathlib import Path
+from pixel_level_contrastive_learning.data.decoding import open_image
+open_image(Path({str(path)!r}).read_bytes()).read()
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stderr == ""
