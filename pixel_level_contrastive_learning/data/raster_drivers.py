@@ -71,6 +71,8 @@ def gdal_raster(places: Sequence[str], driver: str, orientation: int = 1) -> Ras
                 file.read(window=part, out_shape=(file.count, h, w), resampling=resampling)
                 for file in files
             ]
+            if alpha is not None and not blend:  # averaged, it would be no mask any more
+                bands[0][alpha] = first.read(alpha + 1, window=part, out_shape=(h, w))
             mask = first.read_masks(1, window=part, out_shape=(h, w)) if masked else np.ones((h, w))
         pixels = turn_array(np.concatenate(bands), orientation)
         known = is_known(pixels, nodata) & (turn_array(mask, orientation) > 0)

@@ -18,6 +18,7 @@ from .decoding import IMAGE_SUFFIXES, SIGNATURES, ending_of, open_image
 from .image import ImageError, LazyImage, as_whole_numbers, largest_scale, to_tensor
 from .rasters import Array
 from .sources import NodataSource, Source, file_of
+from .statistics import is_mask
 from .tiles import Tiling
 
 
@@ -143,7 +144,7 @@ def read_smaller(image: LazyImage, max_side: int) -> Tensor:
     """Upright pixels ``(c, h, w)`` of a longer side of ``max_side`` at most, without aliasing.
 
     Raw values are NaN where less than half of what they stand for was measured (or, if that is so
-    everywhere, less than anywhere else).
+    everywhere, less than anywhere else). A fourth band that is a mask stays one.
     """
     longer = max(image.size)
     max_side = min(max_side, longer)
@@ -158,6 +159,9 @@ def read_smaller(image: LazyImage, max_side: int) -> Tensor:
         share = resize(known[None].float())[0]
         smaller /= share
         smaller[share < share.max().clamp(max=0.5)] = torch.nan
+    if is_mask(pixels.flatten(1), image.high_depth):
+        nearest = interpolate(pixels[None, -1:], size=size, mode="nearest-exact")[0, 0]
+        smaller[-1] = smaller[-1].where(smaller[-1].isnan(), nearest)
     return smaller.round() if whole_numbers else smaller
 
 

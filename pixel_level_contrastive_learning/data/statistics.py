@@ -181,10 +181,10 @@ def measure(
     if wanted != 3 or any(header.high_depth or header.channels != 3 for header in found):
         measured = [(sample_values(source, i, refused), headers[i].high_depth) for i in headers]
         values = [(values, deep) for values, deep in measured if values is not None]
-        if channels is None and wanted == 4 and all(is_mask(bands) for bands, _ in values):
+        if channels is None and wanted == 4 and all(is_mask(*one) for one in values):
             wanted = 3
         elif channels is None and wanted == 3:
-            warn_of_fourth([bands for bands, _ in values])
+            warn_of_fourth(values)
         values = [
             (convert_channels(bands, wanted), deep)
             for bands, deep in values
@@ -226,15 +226,15 @@ def sample_values(source: Source, index: int, refused: list[str]) -> Tensor | No
     return values[:, ::step].clone()
 
 
-def is_mask(values: Tensor) -> bool:
-    """Whether the last of four bands of values ``(c, n)`` holds only its two extremes."""
-    low, high = (0, 255) if values.dtype == torch.uint8 else (0, 65535)
-    return len(values) == 4 and bool(((values[-1] == low) | (values[-1] == high)).all())
+def is_mask(values: Tensor, is_deep: bool) -> bool:
+    """Whether the last of four bands of values ``(c, n)``, some NaN, holds only its extremes."""
+    last, high = values[-1], 65535 if is_deep else 255
+    return len(values) == 4 and bool(((last == 0) | (last == high) | last.isnan()).all())
 
 
-def warn_of_fourth(values: Sequence[Tensor]) -> None:
+def warn_of_fourth(values: Sequence[tuple[Tensor, bool]]) -> None:
     """Warn of four bands ``(4, n)`` that become three since other images have three."""
-    if count := sum(len(bands) == 4 and not is_mask(bands) for bands in values):
+    if count := sum(len(bands) == 4 and not is_mask(bands, deep) for bands, deep in values):
         log.warning(
             "%d of %d images have a fourth channel that is no mask and is left out, since others "
             "have 3; keep images of one kind in a folder, or give --channels 4",

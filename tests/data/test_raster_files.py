@@ -184,6 +184,14 @@ def test_nodata_of_values_that_begin_with_white_is_turned_with_them(tmp_path) ->
     assert raster.nodata == 65535 - 7
 
 
+def test_the_alpha_of_a_map_keeps_its_values_when_it_is_scaled_down(tmp_path) -> None:
+    pixels = values((90, 110, 4), np.uint8)
+    pixels[..., 3] = np.where(pixels[..., 0] > 90, 255, 0)
+    imwrite(tmp_path / "a.tif", pixels, photometric="rgb", extrasamples=["unassalpha"])
+    window = open_rasters(str(tmp_path / "a.tif"))[0].read((0, 0, 110, 90), (45, 55))
+    assert set(np.unique(window.pixels[3])) == {0, 255}
+
+
 def test_a_mask_beside_the_pixels_says_what_was_measured(tmp_path) -> None:
     measured = np.tri(40, 50, dtype=bool)
     by_gdal(tmp_path / "a.tif", values((3, 40, 50), np.uint8), measured)

@@ -300,6 +300,20 @@ def test_eight_bit_images_keep_their_nodata_when_they_are_made_smaller(tmp_path)
     assert (left, right) == pytest.approx((200, 7), abs=3)
 
 
+@pytest.mark.parametrize("nodata", [None, 0])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_a_mask_in_a_fourth_band_stays_one_when_images_are_made_smaller(
+    tmp_path, dtype, nodata
+) -> None:
+    pixels = np.random.default_rng(0).integers(1, 200, (40, 60, 4)).astype(dtype)
+    pixels[..., 3] = np.where(pixels[..., 0] > 90, np.iinfo(dtype).max, 0)
+    imwrite(tmp_path / "a.tif", pixels, photometric="rgb", extrasamples=["unassalpha"])
+    write_shards(tmp_path / "a.tif", tmp_path / "out", max_side=30, nodata=nodata)
+    source = open_source(tmp_path / "out", nodata=nodata)
+    assert (source.open(0).size, source.open(0).channels) == ((20, 30), 4)
+    assert measure(source).channels == 3
+
+
 def test_what_was_rarely_measured_is_kept_where_it_was_most(tmp_path) -> None:
     sparse = np.full((40, 40), np.nan, np.float32)
     sparse[::2, ::4] = 3.5

@@ -194,13 +194,15 @@ def test_what_is_named_as_nodata_becomes_the_lowest() -> None:
     assert measure(eight).mean == pytest.approx((0.4,))
 
 
-def test_a_fourth_band_of_two_values_is_a_mask() -> None:
+@pytest.mark.parametrize("nodata", [None, 0, 7])
+def test_a_fourth_band_of_two_values_is_a_mask(nodata) -> None:
     image = torch.randint(0, 256, (4, 8, 8), dtype=torch.uint8)
-    assert measure(open_source([image])).channels == 4
+    assert measure(open_source([image], nodata=nodata)).channels == 4
     image[3] = 255
     image[3, 0] = 0
-    assert measure(open_source([image])).channels == 3
-    assert measure(open_source([image]), channels=4).channels == 4
+    for masked in (image, image.float() * 257):
+        assert measure(open_source([masked], nodata=nodata)).channels == 3
+        assert measure(open_source([masked], nodata=nodata), channels=4).channels == 4
 
 
 def test_a_fourth_band_that_is_left_out_for_others_is_told(caplog) -> None:
