@@ -242,10 +242,15 @@ def build_train_loader(
     )
 
 
-def kept_decoded(source: Source, plan: RunPlan) -> Source:
-    """The images, each decoded once where there is room for all workers to share it."""
+def keeps_decoded(source: Source, plan: RunPlan) -> bool:
+    """Whether decoded images are kept: where all workers can share them, and none is there yet."""
     in_memory = isinstance(source, Subset) and isinstance(source.source, ItemSource)
-    if not plan.cache_bytes or in_memory or not can_share(plan.workers):
+    return plan.cache_bytes > 0 and not in_memory and can_share(plan.workers)
+
+
+def kept_decoded(source: Source, plan: RunPlan) -> Source:
+    """The images, each decoded once where there is room for it."""
+    if not keeps_decoded(source, plan):
         return source
     try:
         return DecodedCache(source, plan.cache_bytes)

@@ -141,7 +141,7 @@ def log_setup(setup: Setup, *, dry_run: bool) -> None:
         f"mean {rounded(statistics.mean)}, std {rounded(statistics.std)}{scaled}"
     )
     cache = f"; up to {ceil(plan.cache_bytes / MIB)} MiB of decoded images stay in memory"
-    cache = cache if plan.cache_bytes else ""
+    cache = cache if build.keeps_decoded(setup.data.train, plan) else ""
     layers = ", ".join(map(str, setup.learner.online_encoder.pixel_hooks))
     pixel = f"pixel loss on {layers}" if plan.compares_pixels else "no pixel loss"
     instance = f"instance loss on {plan.settings.instance_layer}"

@@ -106,7 +106,7 @@ def test_a_run_decodes_its_images_once_and_learns_the_same(tmp_path, settings, i
     assert "of decoded images stay in memory" not in log(uncached.run_dir)
 
 
-def test_images_in_memory_are_not_kept_twice(images) -> None:
+def test_images_in_memory_are_not_kept_twice(images, settings, run) -> None:
     files, items = open_source(str(images)), open_source([torch.rand(3, 20, 20)])
     plan = SimpleNamespace(cache_bytes=1000, workers=0)
     (on_disk, _), (in_memory, _) = (split_held_out(source) for source in (files, items))
@@ -114,6 +114,10 @@ def test_images_in_memory_are_not_kept_twice(images) -> None:
     assert kept_decoded(in_memory, plan) is in_memory
     plan.cache_bytes = 0
     assert kept_decoded(on_disk, plan) is on_disk
+    options = settings(steps=3, cache="ram")
+    del options["data"]
+    pretrain([torch.rand(3, 40, 40)] * 8, **options)
+    assert "of decoded images stay in memory" not in log(run)
 
 
 def test_views_are_cut_to_the_patches_of_the_network(tmp_path, run, settings) -> None:
