@@ -150,7 +150,7 @@ def write_shards(
     folder = Path(out).expanduser()
     samples: Copies | Tiles
     if tile is None:
-        source = open_source(places, pages=pages, nodata=nodata)
+        source = open_source(places, leave_out=folder, pages=pages, nodata=nodata)
         files = [source.name(index) for index in range(len(source))]
         samples = Copies(source, MAX_SIDE if max_side is None else max_side, quality)
     else:

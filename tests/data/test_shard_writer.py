@@ -195,6 +195,15 @@ def test_shards_of_images_that_changed_are_written_again(images, tmp_path, tile)
     assert write_shards(images, out, images_each=each, tile=tile).kept == 2
 
 
+def test_shards_written_into_the_folder_of_those_they_are_of_are_gone_on_with(
+    images, tmp_path
+) -> None:
+    write_shards(images, tmp_path / "large", images_each=4)
+    out = tmp_path / "large" / "small"
+    assert write_shards(tmp_path / "large", out, max_side=100).images == 5
+    assert write_shards(tmp_path / "large", out, max_side=100).kept == 1
+
+
 @pytest.mark.parametrize("tile", [None, 64])
 def test_where_nothing_can_be_read_it_fails_until_it_is_mended(images, tmp_path, tile) -> None:
     (images / "0.jpg").write_bytes(b"no image")
@@ -220,7 +229,7 @@ def test_other_settings_and_other_folders_are_refused(images, tmp_path) -> None:
     (images / "new.png").write_bytes((images / "süb" / "small.png").read_bytes())
     with pytest.raises(ValueError, match=r"\(images 5 and now 6, other images\)"):
         write_shards(images, tmp_path / "out", max_side=150)
-    with pytest.raises(ValueError, match="which is not empty and was not written by an earlier"):
+    with pytest.raises(ValueError, match="the folder of the images; give another folder"):
         write_shards(images, images)
     for text in ("{}", "no json", "[]", '{"plan": 3, "shards": {}}'):
         (tmp_path / "out" / "shards.json").write_text(text)
