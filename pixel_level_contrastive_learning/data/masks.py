@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..checks import counted
 from .arrays import NamedArray
 from .decoding import NPY, TIFF, Content, ending_of, not_empty
 from .folders import find_files
@@ -202,7 +203,7 @@ def read_stored(content: Content, page: Page) -> Stored:
 def check_pages(pages: int, page: Page) -> None:
     """Refuse a mask that has not as many pages as its image."""
     if pages != page.count:
-        raise ImageError(f"it has {pages} pages, but its image has {page.count}")
+        raise ImageError(f"it has {counted(pages, 'page')}, but its image has {page.count}")
 
 
 def read_tiff_mask(content: bytes | str, wanted: Page) -> Stored:

@@ -331,7 +331,7 @@ def settle_pages(parts: Sequence[PagedFiles], pages: Pages | None) -> None:
             log.info("%s", pages_message([stack.images for stack in same_kind], kind, split, pages))
     copies = sum(stack.reduced > 0 for part in found for stack in part.values())
     if copies:
-        log.info("smaller copies or masks in %d files are left out", copies)
+        log.info("smaller copies or masks in %s are left out", counted(copies, "file"))
 
 
 def pages_message(counts: Sequence[int], kind: str, split: bool, pages: Pages | None) -> str:

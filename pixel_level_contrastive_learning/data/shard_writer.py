@@ -193,7 +193,8 @@ def write_shards(
                 record = write_shard(path, make_each(indices), samples.name, shared)
                 record["state"] = state
                 index.add(path, record)
-                log.info("%s: %d images, %s of %d", path.name, record["images"], number + 1, total)
+                found = counted(record["images"], "image")
+                log.info("%s: %s, %d of %d", path.name, found, number + 1, total)
             else:
                 kept += 1
             broken |= {f"{n}: {reason}": BrokenImage(n, reason) for n, reason in record["skipped"]}

@@ -23,7 +23,7 @@ from uuid import uuid4
 
 import torch
 
-from ..checks import ALLOW_COMMANDS
+from ..checks import ALLOW_COMMANDS, counted
 from .decoding import ending_of, image_suffixes
 from .image import ImageError
 from .pages import PagedFiles, Place, chance_of_several
@@ -72,12 +72,15 @@ class ShardSource(PagedFiles):
         found = [images_in(path) for path in paths]
         kept = [without_masks(images) for images in found]
         if masks := sum(map(len, found)) - sum(map(len, kept)):
-            log.info("%d masks next to images of the same key in shards are left out", masks)
+            log.info(
+                "left out: %s next to images of the same key in shards", counted(masks, "mask")
+            )
         members = [(i, *member) for i, images in enumerate(kept) for member in images]
         if not members:
             raise ValueError(
-                f"no image in {len(paths)} shards ({paths[0]!r}, ...); looked for members that "
-                f"end in {', '.join(sorted(image_suffixes()))}"
+                f"no image in {counted(len(paths), 'shard')} ({paths[0]!r}"
+                f"{', ...' * (len(paths) > 1)}); looked for members that end in "
+                f"{', '.join(sorted(image_suffixes()))}"
             )
         for empty in set(range(len(paths))) - {shard for shard, *_ in members}:
             log.warning("%s holds no image and is left out", paths[empty])
@@ -159,11 +162,10 @@ def images_in(path: str, whole: bool = False) -> list[tuple[int, int, bytes]]:
     places = {name: (offset, size) for offset, size, name in images} if links else {}
     images += [(*places[target], name) for target, name in links if target in places]
     if missing := sum(target not in places for target, _ in links):
-        log.warning(
-            "%s: %d hard links lead to no image before them and are left out", path, missing
-        )
+        log.warning("%s: left out: %s to no earlier image", path, counted(missing, "hard link"))
     if problem:
-        message = f"{problem} after {len(images)} images; what follows is not read: write it again"
+        before = counted(len(images), "image")
+        message = f"{problem} after {before}; what follows is not read: write it again"
         if whole:
             raise ValueError(message)
         log.warning("%s %s", path, message)

@@ -20,7 +20,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from ..checks import Pages
+from ..checks import Pages, counted
 from .arrays import array_to_pixels, lazy_pixels, to_array_file
 from .decoding import ending_of, image_suffixes
 from .folders import SLIDE_SUFFIXES, count_by_ending, find_files, is_dicom, no_image_message
@@ -328,7 +328,7 @@ def not_seen(paths: Sequence[str], seen: set[str]) -> list[str]:
             seen.add(real)
             new.append(path)
     if duplicates := len(paths) - len(new):
-        log.info("%d files are named more than once, and read once", duplicates)
+        log.info("named again, but read once: %s", counted(duplicates, "file"))
     return new
 
 

@@ -15,6 +15,7 @@ from numpy import percentile, unique
 from torch import Tensor
 
 from ..augment import IMAGENET_MEAN, IMAGENET_STD
+from ..checks import counted
 from .image import ImageError, LazyImage, largest_scale, to_tensor
 from .sources import Source
 
@@ -78,8 +79,9 @@ class Statistics:
         """
         if not can_convert(image.channels, self.channels):
             raise ImageError(
-                f"it has {image.channels} channels where the others have {self.channels}; keep "
-                "images of one kind in a folder, or change how pages are read (--pages)"
+                f"it has {counted(image.channels, 'channel')} where the others have "
+                f"{self.channels}; keep images of one kind in a folder, or change how pages are "
+                "read (--pages)"
             )
         if image.high_depth and self.low is None:
             raise ImageError("it is 16-bit or float, where the images looked at were 8-bit")

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from .. import run_layout
-from ..checks import check_limits, one_of, raise_together
+from ..checks import check_limits, counted, one_of, raise_together
 from ..files import absolute_model, read_settings_file, read_settings_if_any
 from .config import CONFIG_LIMITS, HOW_TO_START, NAMES, PRETRAINED, RECIPES, PretrainConfig
 
@@ -314,7 +314,7 @@ def check_idle_changes(changed: Iterable[str], done: int, steps: int) -> None:
     names = ", ".join(n for n in changed if not length or n not in (*length, *OF_LENGTH))
     idle = f": no steps are left to train with another {names}; leave that unchanged, or"
     raise ValueError(
-        f"{done} steps are done and {steps} wanted{idle if names else ';'} give --steps or "
+        f"{counted(done, 'step')} done and {steps} wanted{idle if names else ';'} give --steps or "
         f"--epochs for more than {done}, or start a new run in another folder with "
         "--weights"
     )

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..checks import counted
 from ..pixel_cl import PixelCL
 from ..views import View
 from .auto import RunPlan, is_adaptive
@@ -39,7 +40,7 @@ class Estimate:
         return (
             f"about {self.total(images) / MIB:.0f} MiB per step on each device: "
             f"{self.fixed / MIB:.0f} MiB for weights, target, gradients and optimiser, and "
-            f"{self.per_image / MIB:.1f} MiB for each of {images} images"
+            f"{self.per_image / MIB:.1f} MiB for each of {counted(images, 'image')}"
         )
 
 
@@ -139,8 +140,8 @@ def choose_accumulate(step: TrainingStep, needed: Estimate | None) -> int:
     parts = possible_parts(images, parts)
     if fabric.is_global_zero:
         LOG.info(
-            f"each device processes {images} images per step, {-(-images // parts)} at a time "
-            f"(accumulate {parts})"
+            f"each device processes {counted(images, 'image')} per step, "
+            f"{-(-images // parts)} at a time (accumulate {parts})"
         )
     return parts
 

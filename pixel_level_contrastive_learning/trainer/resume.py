@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from .. import run_layout
 from ..backbones.checkpoint import begin_card
 from ..backbones.state_dict import check_code, tensors_of
+from ..checks import counted
 from ..files import write_whole
 from ..pixel_cl import PixelCL
 from . import build
@@ -61,7 +62,7 @@ def find_resume_point(setup: Setup, run_dir: RunDir) -> ResumePoint:
 def prepare(setup: Setup, run_dir: RunDir, begin: ResumePoint) -> None:
     """Write what a run begins with, and take back what came after the step that it begins at."""
     if dropped := run_dir.truncate(begin.number):
-        LOG.info("dropped %d lines of metrics after step %d", dropped, begin.number)
+        LOG.info("dropped %s of metrics after step %d", counted(dropped, "line"), begin.number)
     run_dir.discard_after(begin.number)
     if begin.path is not None and begin.step != begin.number:
         run_dir.renumber(begin.path, begin.number, begin.step)

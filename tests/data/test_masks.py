@@ -337,7 +337,7 @@ def test_a_stack_has_a_stack_of_masks(labelled, kind, monkeypatch) -> None:
     named = {"photometric": "minisblack", "metadata": {"axes": "ZYX"}}
     tifffile.imwrite(path, pages, **named)
     with pytest.raises(
-        ValueError, match=r"0.png cannot be read .* has 1 pages, but its image has 3"
+        ValueError, match=r"0.png cannot be read .* has 1 page, but its image has 3"
     ):
         open_labelled(labelled)
     mask = np.broadcast_to(ids, pages.shape).astype(np.uint8)

@@ -159,7 +159,7 @@ def test_smaller_pictures_of_a_photo_are_left_out(tmp_path, caplog) -> None:
     source = open_source(tmp_path)
     assert [source.open(i).size for i in range(len(source))] == [(48, 64)]
     assert source.name(0) == str(tmp_path / "a.jpg")
-    assert "smaller copies or masks in 1 files are left out" in caplog.text
+    assert "smaller copies or masks in 1 file are left out" in caplog.text
 
 
 def test_a_broken_list_of_pictures_costs_no_pixels(tmp_path) -> None:

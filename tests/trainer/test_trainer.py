@@ -399,10 +399,8 @@ def test_a_larger_batch_counts_its_steps_anew_and_loses_nothing(run, settings) -
 def test_a_run_that_is_done_takes_no_other_settings_and_exports_anew(run, settings) -> None:
     expected = pretrain(**settings()).backbone.state_dict()
     before = files(run)
-    shorter = "^6 steps are done and {} wanted; give --steps or --epochs for more than 6"
-    idle = (
-        "^6 steps are done and {} wanted: no steps are left to train with another lr; leave that un"
-    )
+    shorter = "^6 steps done and {} wanted; give --steps or --epochs for more than 6"
+    idle = "^6 steps done and {} wanted: no steps are left to train with another lr; leave that un"
     for change, steps, message in (
         ({"lr": 0.1}, 6, idle),
         ({"steps": 4}, 4, shorter),
