@@ -698,12 +698,13 @@ def test_a_loss_that_lost_its_terms_is_refused() -> None:
         lambda net: setattr(net, "head", nn.Linear(12, 7)),
     ],
 )
-def test_a_target_that_cannot_follow_says_so(change) -> None:
+@pytest.mark.parametrize("follow", [PixelCL.update_moving_average, PixelCL.reset_moving_average])
+def test_a_target_that_cannot_follow_says_so(change, follow) -> None:
     learner = small_learner()
     change(learner.net)
     assert learner(overlapping_views()).isfinite()
     with pytest.raises(ValueError, match=r"SmallNet has other weights .*: build a new learner"):
-        learner.update_moving_average()
+        follow(learner)
 
 
 def test_a_state_of_another_learner_is_refused_with_what_to_do() -> None:
@@ -771,6 +772,26 @@ def test_the_heads_have_the_precision_of_the_network(dtype) -> None:
     learner = PixelCL(SmallNet().to(dtype), 64, projection_size=8, projection_hidden_size=16)
     assert {parameter.dtype for parameter in trained(learner)} == {dtype}
     assert learner(overlapping_views()).dtype == torch.promote_types(dtype, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_state_in_half_precision_leaves_the_target_in_float32(dtype) -> None:
+    """Else it would stand still: a step of one per cent rounds away."""
+    learner = small_learner()
+    halves = {
+        name: value.to(dtype) if value.is_floating_point() else value
+        for name, value in small_learner().state_dict().items()
+    }
+    learner.load_state_dict(halves, assign=True)
+    assert {weight.dtype for weight in trained(learner)} == {dtype}
+    target = learner.target_encoder
+    assert {weight.dtype for weight in target.parameters()} == {torch.float32}
+    before = copy.deepcopy(target)
+    with torch.no_grad():
+        for weight in trained(learner):
+            weight.mul_(2)
+    learner.update_moving_average(0.999)
+    assert not any(map(torch.equal, before.parameters(), target.parameters()))
 
 
 def test_channels_last_changes_nothing() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from traceback import walk_tb
 from typing import Any, NamedTuple, Self
@@ -225,14 +225,11 @@ class TargetEncoder(Encoder):
         )
         self.requires_grad_(False)
         self.train()
-        for module in self.modules():  # tensor by tensor, since `_apply` below changes no dtype
-            tensors: list[Tensor] = [
-                *module.parameters(recurse=False),
-                *module.buffers(recurse=False),
-            ]
-            for tensor in tensors:
-                if tensor.dtype in HALVES:
-                    tensor.data = tensor.float()
+        self.widen()
+        # A state that is assigned brings its own dtype.
+        self.register_load_state_dict_post_hook(  # type: ignore[no-untyped-call]  # untyped in torch
+            TargetEncoder.widen
+        )
         self.compute_dtype = first_weight(online, torch.empty(0)).dtype
 
     @torch.no_grad()
@@ -247,14 +244,7 @@ class TargetEncoder(Encoder):
         """Move every parameter, but no buffer: ``decay`` of itself plus the rest of the online."""
         if not isinstance(decay, Tensor):
             raise_together(LIMITS["moving_average_decay"]("decay", decay))
-        ours, theirs = list(self.parameters()), list(online.parameters())
-        if [weight.shape for weight in ours] != [weight.shape for weight in theirs]:
-            raise ValueError(
-                f"{type(online.net).__name__} has other weights than when the learner was built "
-                f"({len(theirs)} tensors; the target has {len(ours)}), and the target cannot "
-                "follow it: build a new learner after changing the network"
-            )
-        pairs = list(zip(ours, theirs, strict=True))
+        pairs = self.paired(online, nn.Module.parameters)
         moving = [(target.detach(), other) for target, other in pairs if can_learn(target)]
         others = [other.detach().to(target.dtype) for target, other in moving]
         targets = [target for target, _ in moving]
@@ -269,8 +259,32 @@ class TargetEncoder(Encoder):
     def reset(self, online: Encoder) -> None:
         """Make the target a copy of the online encoder again, buffers included."""
         for tensors in (nn.Module.parameters, nn.Module.buffers):
-            for target, other in zip(tensors(self), tensors(online), strict=True):
+            for target, other in self.paired(online, tensors):
                 target.copy_(other)
+
+    def paired(
+        self, online: Encoder, tensors: Callable[[nn.Module], Iterable[Tensor]]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """The parameters or buffers of the target, each with the one that it follows."""
+        ours, theirs = list(tensors(self)), list(tensors(online))
+        if [tensor.shape for tensor in ours] != [tensor.shape for tensor in theirs]:
+            raise ValueError(
+                f"{type(online.net).__name__} has other weights than when the learner was built "
+                f"({len(theirs)} tensors; the target has {len(ours)}), and the target cannot "
+                "follow it: build a new learner after changing the network"
+            )
+        return list(zip(ours, theirs, strict=True))
+
+    def widen(self, _: object = None) -> None:
+        """Hold every tensor in at least float32; one by one, since `_apply` changes no dtype."""
+        for module in self.modules():
+            tensors: list[Tensor] = [
+                *module.parameters(recurse=False),
+                *module.buffers(recurse=False),
+            ]
+            for tensor in tensors:
+                if tensor.dtype in HALVES:
+                    tensor.data = tensor.float()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move as asked, but to float32 where a half precision is asked for."""
