@@ -138,7 +138,7 @@ def kinds_of(
             read_of(card, layers),
             fed.setdefault(
                 (card.low, card.high, card.mean, card.std, card.fixed_size),
-                f"fed as {shortest(name, names)}",
+                f"preprocessing of {shortest(name, names)}",
             ),
         )
         for name, card in zip(names, cards, strict=True)

@@ -240,7 +240,8 @@ def test_runs_that_are_read_or_fed_otherwise_have_their_own_random_weights(
         run(tmp_path / name, model, 2.0, start=start, **settings)
         for name, settings in several.items()
     ]
-    words = ["body, fed as deep", "stem", "body, fed as bright", "body, fed as scaled"]
+    body = [f"body, preprocessing of {name}" for name in ("deep", "bright", "scaled")]
+    words = [body[0], "stem", *body[1:]]
     for order in (runs, runs[::-1]):
         contenders, _ = line_up_labelled(labelled, *order)
         by_name = {contender.name: contender for contender in contenders}

@@ -389,7 +389,7 @@ def test_several_weights_and_protocols_stand_side_by_side(run, labelled, model, 
     for name in ("backbone.safetensors", "backbone.json"):
         (other / name).write_bytes((run / name).read_bytes())
     result = evaluate([run, other, f"random:{model}"], data=labelled, protocol=protocols)
-    random = [f"random weights (fed as {name})" for name in ("run", Path(model).name)]
+    random = [f"random weights (preprocessing of {name})" for name in ("run", Path(model).name)]
     assert [row.name for row in result.rows] == [*random, str(run), str(other)]
     assert result.rows[2].scores == result.rows[3].scores
     keys = ["mIoU", "pixel accuracy", "hummingbird mIoU", "overclustering mIoU"]
