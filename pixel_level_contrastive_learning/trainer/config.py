@@ -24,6 +24,7 @@ from ..checks import (
     one_of,
     raise_together,
     something_to_learn,
+    unless,
     whole,
     within,
 )
@@ -299,14 +300,14 @@ NAMES = tuple(field.name for field in fields(PretrainConfig))
 
 
 def plain_text(name: str, value: object) -> str | None:
-    """The error message about anything but a text."""
-    return None if isinstance(value, str) and value else f"{name} is {value!r}; it must be a text"
+    """The error message about anything but a text that is not empty."""
+    return unless(isinstance(value, str) and value != "", name, value, "a text that is not empty")
 
 
 def texts(name: str, value: object, allowed: tuple[str, ...] | None = None) -> str | None:
     """The error message about anything but a sequence of texts, each among those allowed."""
     if not isinstance(value, (tuple, list)) or any(plain_text(name, one) for one in value):
-        return f"{name} is {value!r}; it must be a list of texts"
+        return f"{name} is {value!r}; it must be a list of texts, none empty"
     messages = (one_of(name, one, allowed) for one in value) if allowed else ()
     return next((message for message in messages if message), None)
 
@@ -320,7 +321,7 @@ def text_or_texts(name: str, value: object) -> str | None:
     """The error message about anything but a text, or at least one in a sequence."""
     several = isinstance(value, (tuple, list)) and value
     message = (texts if several else plain_text)(name, value)
-    return message and f"{name} is {value!r}; it must be a text or a list of texts"
+    return message and f"{name} is {value!r}; it must be a text or a list of texts, none empty"
 
 
 def numbers(name: str, value: object, count: int) -> str | None:

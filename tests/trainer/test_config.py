@@ -96,6 +96,11 @@ def test_no_setting_takes_just_anything(field) -> None:
         PretrainConfig(**{field: object()})
 
 
+def test_an_empty_text_is_refused_as_such() -> None:
+    with pytest.raises(ValueError, match="out is ''; it must be a text that is not empty"):
+        PretrainConfig(out="")
+
+
 def test_resume_and_overwrite_exclude_each_other() -> None:
     with pytest.raises(ValueError, match="keep the run"):
         PretrainConfig(resume=True, overwrite=True)
