@@ -28,6 +28,8 @@ SIDE = 3.2
 DPI = 100
 TEXT = 12
 """Points of names and legends: a report shows five pictures a row at two thirds of their size."""
+LETTER, PATCH = 0.6 * TEXT / 72, 0.8
+"""Inches of a letter, wide ones included, and of the colour before a name with the space around."""
 MOST_NAMED = 30
 """Classes that a legend names, at most."""
 COLOURS = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00"
@@ -101,21 +103,27 @@ def draw(
     from matplotlib.patches import Patch
 
     height, width = (SIDE * side / max(size) for side in size)
-    named = dict(list(classes.items())[:MOST_NAMED])
-    columns = max(1, int(len(pictures) * width / 1.8))
-    below = 0.25 + 0.25 * -(-len(named) // columns)
-    letters = max(6, int(width * 72 / (0.6 * TEXT)))
-    titles = {name: textwrap.fill(name, letters) for name in pictures}
+    across = len(pictures) * (width + 0.1)
+    titles = {name: textwrap.fill(name, max(6, int(width / LETTER))) for name in pictures}
     above = 0.1 + 0.2 * max(title.count("\n") + 1 for title in titles.values())
+    # A legend names as many classes in a row as its longest name allows.
+    longest = max(6, int((across - PATCH) / LETTER))
+    names = [textwrap.wrap(name, longest) for name in list(classes)[:MOST_NAMED]]
+    widest = max((len(line) for lines in names for line in lines), default=0)
+    columns = max(1, int(across / (PATCH + widest * LETTER)))
+    below = 0.25 + 0.25 * max(map(sum, np.array_split([*map(len, names)], columns)))
     total = above + height + below
-    figure = Figure((len(pictures) * (width + 0.1), total), dpi=DPI)
+    figure = Figure((across, total), dpi=DPI)
     for number, (name, picture) in enumerate(pictures.items()):
         part = 1 / len(pictures)
         axes = figure.add_axes((number * part + 0.01, below / total, part - 0.02, height / total))
         axes.imshow(picture.clamp(0, 1).numpy(), extent=(0, size[1], 0, size[0]))
         axes.set_axis_off()
         axes.set_title(titles[name], fontsize=TEXT, parse_math=False)
-    patches = [Patch(color=tuple(colour.tolist()), label=name) for name, colour in named.items()]
+    patches = [
+        Patch(color=tuple(colour.tolist()), label="\n".join(lines))
+        for lines, colour in zip(names, classes.values(), strict=False)
+    ]
     legend = figure.legend(
         handles=patches, loc="lower center", ncols=columns, fontsize=TEXT - 1, frameon=False
     )

@@ -11,6 +11,7 @@ from PIL import Image
 from small_cards import preparation
 
 from pixel_level_contrastive_learning.data.segmentation import open_labelled
+from pixel_level_contrastive_learning.evaluation import pictures
 from pixel_level_contrastive_learning.evaluation.comparison import in_words
 from pixel_level_contrastive_learning.evaluation.metrics import PreparedSplit
 from pixel_level_contrastive_learning.evaluation.pictures import (
@@ -324,6 +325,27 @@ def test_panels_show_truth_and_predictions(labelled, tmp_path) -> None:
     middle = pixels[int(height * 0.45)]
     for number, label in ((2, 1), (3, 2)):
         assert middle[int(width * (number + 0.5) / 4)].tolist() == colours[label].tolist()
+
+
+@pytest.mark.parametrize("size", [(48, 48), (160, 32)], ids=str)
+@pytest.mark.parametrize("length", [3, 50])
+def test_the_classes_of_a_panel_are_named_inside_it(size, length, tmp_path, monkeypatch) -> None:
+    from matplotlib.figure import Figure
+
+    figures: list[Figure] = []
+    monkeypatch.setattr(pictures, "save", lambda figure, path: figures.append(figure))
+    names = [f"{number} {'defect ' * length}"[:length] for number in range(8)]
+    shown = dict.fromkeys(("image", "truth", "runs/a"), torch.rand(*size, 3))
+    pictures.draw(tmp_path / "panel.png", shown, dict.fromkeys(names, torch.ones(3)), size)
+    (figure,) = figures
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    named = [" ".join(text.get_text().split()) for text in legend.get_texts()]
+    assert named == [name.strip() for name in names]
+    low, high = legend.get_window_extent().get_points()
+    assert (low >= 0).all()
+    assert high[0] <= figure.bbox.width
+    assert high[1] <= min(axes.get_window_extent().y0 for axes in figure.axes)
 
 
 def test_panels_take_the_place_of_earlier_ones_and_of_nothing_else(val, tmp_path) -> None:
