@@ -373,7 +373,7 @@ def test_shards_that_are_cut_off_give_what_they_have(folder, caplog) -> None:
         file.truncate(start + length + 700)
     source = ShardSource([str(path)])
     assert len(source) == 1
-    assert "is cut off after 1 images" in caplog.text
+    assert "is cut off after 1 image;" in caplog.text
     with path.open("r+b") as file:
         file.truncate(int(source.positions[-1, 1]) + 10)
     with pytest.raises(ImageError, match=r"^the file ends after 10 of"):
@@ -402,7 +402,7 @@ def test_a_damaged_header_in_a_shard_is_told(folder, caplog) -> None:
         file.seek(header + 148)  # its checksum
         file.write(b"9")
     assert values(ShardSource([str(path)])) == [0]
-    assert f"{path} has a damaged header at byte {header}, after 1 images; what" in caplog.text
+    assert f"{path} has a damaged header at byte {header}, after 1 image; what" in caplog.text
     with pytest.raises(ValueError, match="has a damaged header at byte"):
         images_in(str(path), whole=True)
 

@@ -197,8 +197,9 @@ except KeyboardInterrupt:  # as NumPy does
 
 def test_ctrl_c_while_a_command_imports_its_libraries_ends_it_without_a_traceback(tmp_path) -> None:
     (tmp_path / "torch.py").write_text(INTERRUPTED)
-    code = (
-        "import sys; from pixel_level_contrastive_learning.__main__ import main; sys.exit(main())"
+    code = (  # tests that run as a job in the background of a shell inherit that SIGINT is ignored
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from pixel_level_contrastive_learning.__main__ import main; sys.exit(main())"
     )
     command = [sys.executable, "-c", code, "layers", "torchvision/resnet18"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
