@@ -22,6 +22,7 @@ from .modules.encoder import (
     TargetEncoder,
     each_level,
     fails_now,
+    grids_of,
     lacks_batch_statistics,
     map_projector,
     per_level,
@@ -240,8 +241,8 @@ class PixelCL(nn.Module):
         online_two = self.project(self.predictions, two)
         target_one = self.project(self.target_encoder, one)
         target_two = self.project(self.target_encoder, two)
-
-        levels = zip(online_one.grids, online_two.grids, strict=True)
+        # Lists here and below: torch 2.6 and 2.7 compile no zip within which a graph ends.
+        levels = list(zip(grids_of(online_one.pixel), grids_of(online_two.pixel), strict=True))
         maps = one.to_image, two.to_image
         matches = [Positives(*maps, *grids, self.distance_thres) for grids in levels]
         back = [found.mT for found in matches]
@@ -284,7 +285,7 @@ class PixelCL(nn.Module):
         """The online network's projections, its pixels propagated and its instance predicted."""
         pixel, instance = self.online_encoder(pixels, branches)
         if pixel and self.use_pixpro:
-            levels = zip(each_level(self.propagate_pixels), pixel, strict=True)
+            levels = list(zip(each_level(self.propagate_pixels), pixel, strict=True))
             pixel = tuple(propagate(level) for propagate, level in levels)
         if instance is not None:
             instance = self.online_predictor(instance)
@@ -297,7 +298,7 @@ class PixelCL(nn.Module):
         if not online.pixel:
             reach = matches[0].reach.float()
             return PixelLoss(reach.new_zeros(()), torch.zeros_like(reach)[None])
-        levels = zip(online.pixel, target.pixel, matches, strict=True)
+        levels = list(zip(online.pixel, target.pixel, matches, strict=True))
         losses = [self.level_loss(*level, with_cosine) for level in levels]
         loss = self.over_levels([level.loss for level in losses])
         return PixelLoss(loss, torch.stack([level.cosine for level in losses]))

@@ -43,10 +43,10 @@ class Projections(NamedTuple):
     pixel: tuple[Tensor, ...]  # (b, d, h, w) each level, a vector for each cell of its layer's map
     instance: Tensor | None  # (b, d), a vector for the view
 
-    @property
-    def grids(self) -> list[tuple[int, int]]:
-        """Cells ``(h, w)`` of each level; one level without cells if maps were not asked for."""
-        return [(level.shape[2], level.shape[3]) for level in self.pixel] or [(0, 0)]
+
+def grids_of(levels: Sequence[Tensor]) -> list[tuple[int, int]]:
+    """Cells ``(h, w)`` of each level; one level without cells if maps were not asked for."""
+    return [(level.shape[2], level.shape[3]) for level in levels] or [(0, 0)]
 
 
 def per_level(heads: Sequence[nn.Module]) -> nn.Module:
