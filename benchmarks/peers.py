@@ -93,6 +93,11 @@ class Views(Dataset):
         return self.transform(self.images[index])
 
 
+def files_of(args: argparse.Namespace) -> list[Path]:
+    """The images of all folders, in a fixed order."""
+    return [file for folder in args.images for file in sorted(folder.iterdir())]
+
+
 def published(net: models.ResNet, args: argparse.Namespace) -> tuple[nn.Module, Loss]:
     """The published package's learner and the loss of its next batch."""
     from pixel_level_contrastive_learning import PixelCL
@@ -101,7 +106,7 @@ def published(net: models.ResNet, args: argparse.Namespace) -> tuple[nn.Module, 
     images = torch.stack(
         [
             pil_to_tensor(Image.open(file).convert("RGB").resize((args.size, args.size)))
-            for file in sorted(args.images.iterdir())
+            for file in files_of(args)
         ]
     ).to(DEVICE)
     learner = PixelCL(
@@ -118,7 +123,7 @@ def densecl(net: models.ResNet, args: argparse.Namespace) -> tuple[nn.Module, Lo
     """DenseCL's learner and the loss of its next batch."""
     from lightly.transforms import DenseCLTransform
 
-    views = Views(sorted(args.images.iterdir()), DenseCLTransform(input_size=args.size))
+    views = Views(files_of(args), DenseCLTransform(input_size=args.size))
     sampler = RandomSampler(views, replacement=True, num_samples=args.steps * args.batch)
     workers = max(1, min(16, (os.cpu_count() or 1) - 1))
     batches: Iterator[list[Tensor]] = iter(
@@ -141,7 +146,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     flags.add_argument("method", choices=("published", "densecl"))
-    flags.add_argument("images", type=Path)
+    flags.add_argument("images", type=Path, nargs="+")
     flags.add_argument("--out", type=Path, required=True)
     flags.add_argument("--steps", type=int, default=500)
     flags.add_argument("--batch", type=int, default=24)

@@ -93,7 +93,7 @@ def trained(domain: Path, text: str, seed: int, args: argparse.Namespace) -> Con
     if name in (PUBLISHED, DENSECL):
         script, weights = Path(__file__).with_name("peers.py"), out.with_suffix(".pt")
         _, lr = learning_rate(PretrainConfig(), args.batch, gentle=False)
-        command = [args.peer, script, name, images[0], "--out", weights, "--steps", args.steps]
+        command = [args.peer, script, name, *images, "--out", weights, "--steps", args.steps]
         command += ["--seed", seed, "--batch", args.batch, "--size", args.size, "--lr", lr]
         command += ["--bfloat16"] if native_bfloat16(DEVICE.type) else []
         subprocess.run([str(part) for part in command], check=True)
