@@ -106,7 +106,7 @@ def load_weights(net: nn.Module, source: str | Path) -> KeyReport:
         source: The file, a run directory, or ``hf://OWNER/NAME[/FILE]`` on the Hugging Face Hub.
 
     Raises:
-        ValueError: The file cannot be read, or nothing in it fits.
+        ValueError: The file cannot be read, nothing in it fits, or what fits holds NaN.
     """
     path = find_weights(source, " (--weights takes 'pretrained', too)")
     report = load_matching(net, read_state_dict(path), str(path))
@@ -245,6 +245,11 @@ def load_matching(net: nn.Module, tensors: Mapping[str, Tensor], source: str) ->
             f"{', '.join(list(tensors)[:3]) or 'no tensor at all'}, the network with "
             f"{', '.join(list(wanted)[:3])}; give weights of this model, or build the model they "
             "belong to"
+        )
+    if wrong := [name for name in matched if given[name].float().isnan().any()]:
+        raise ValueError(
+            f"{source} holds NaN in {len(wrong)} of {len(matched)} tensors ({', '.join(wrong[:3])}), "
+            "as after a run that diverged; give an earlier checkpoint"
         )
     load_state(net, {name: given[name] for name in matched}, strict=False)
     return KeyReport(

@@ -178,6 +178,22 @@ def test_nothing_that_fits_is_an_error_that_shows_both_sides(tmp_path) -> None:
         load_weights(net, path)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float8_e4m3fn])
+def test_weights_that_hold_nan_are_refused_and_nothing_is_loaded(tmp_path, dtype) -> None:
+    net, state = small(), {name: value.to(dtype) for name, value in small().state_dict().items()}
+    state["stem.0.weight"].view(torch.uint8)[..., -1] = 255  # NaN in each of these types
+    state["stem.0.weight"].view(torch.uint8)[..., -2] = 255
+    before = copy.deepcopy(net)
+    save_file(state, tmp_path / "net.safetensors")
+    with pytest.raises(ValueError, match=r"NaN in 1 of 9 tensors \(stem.0.weight\), .* earlier"):
+        load_weights(net, tmp_path / "net.safetensors")
+    assert same(net, before)
+    state["stem.0.weight"] = net.stem[0].weight.detach()
+    state["unused"] = torch.tensor([torch.nan])
+    save_file(state, tmp_path / "net.safetensors")
+    assert load_weights(net, tmp_path / "net.safetensors").unexpected == ["unused"]
+
+
 def test_biases_and_classifiers_alone_are_no_match_and_little_is_a_warning(tmp_path) -> None:
     given, net = small(), small()
     net.stem[0] = nn.Conv2d(3, 40, 3)
