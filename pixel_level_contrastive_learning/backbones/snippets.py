@@ -81,7 +81,9 @@ def loading(kind: str, net: nn.Module, card: BackboneCard, path: Path) -> str:
 
 def timm_overlay(net: nn.Module, card: BackboneCard, file: str) -> dict[str, Any]:
     """What has timm load a file as its own weights, adapted to what is asked for."""
-    overlay = {"file": file, "input_size": (card.channels, *card.image_size)}
+    overlay: dict[str, Any] = {"file": file, "input_size": (card.channels, *card.image_size)}
+    if card.channels != 3:  # else timm before 1.0.31 takes the stem for one of three channels
+        overlay["first_conv"] = None
     classes = timm_settings(card.config or {}).get("num_classes")
     overlay |= {} if classes is None else {"num_classes": classes}
     # Older versions expect a file in the format of the model's own weights, such as npz.

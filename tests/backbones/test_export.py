@@ -246,6 +246,15 @@ def test_an_export_prints_what_a_user_needs(exports) -> None:
     )
 
 
+@pytest.mark.parametrize("form", ["timm", "smp"])
+def test_older_timm_is_told_to_leave_a_stem_of_other_channels_as_it_is(tmp_path, form) -> None:
+    for channels in (3, 5):
+        folder = tmp_path / str(channels)
+        save(folder, "timm/test_resnet", channels, (64, 64))
+        said = "'first_conv': None" in export(folder, form).how_to
+        assert said == (channels != 3)  # with three it is what adapts them to other images
+
+
 @pytest.mark.parametrize("other", ["num_classes=5", "num_classes=0", "features_only=True"])
 @pytest.mark.parametrize(
     ("model", "channels", "size"),
