@@ -78,8 +78,8 @@ def evaluate(
     """Compare weights with random ones, with labels (--data) or without (--images).
 
     Args:
-        weights: One or more of: a run, an exported file, torchvision/NAME, timm/NAME,
-            hf://OWNER/NAME or random:MODEL.
+        weights: One or more of: a run, an exported file, torchvision/NAME[=FILE],
+            timm/NAME[=FILE], hf://OWNER/NAME or random:MODEL.
         data: Folder with images/{train,val} and masks/{train,val}.
         images: Folder of unlabelled images.
         protocol: How to evaluate with labels. linear, linear-all (a map of each stride), knn,
@@ -137,8 +137,8 @@ def features(
     """Write dense features of every image in a folder; run it again to continue.
 
     Args:
-        weights: A run, an exported file, torchvision/NAME, timm/NAME, hf://OWNER/NAME or
-            random:MODEL.
+        weights: A run, an exported file, torchvision/NAME[=FILE], timm/NAME[=FILE],
+            hf://OWNER/NAME or random:MODEL.
         images: Folders of images, text files of paths, or shards.
         out: Folder for the features and features.json, which describes them.
         layer: Layer to read; by default the trained one.

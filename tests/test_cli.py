@@ -327,7 +327,8 @@ def test_flags_of_export_that_would_not_be_read_are_refused(flags, message, caps
 def test_commands_that_take_weights_name_all_kinds(capsys, command) -> None:
     assert exit_code((command, "--help")) == 0
     said = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    assert "file, torchvision/NAME, timm/NAME, hf://OWNER/NAME or random:MODEL" in said
+    kinds = "file, torchvision/NAME[=FILE], timm/NAME[=FILE], hf://OWNER/NAME or random:MODEL"
+    assert kinds in said
 
 
 @pytest.mark.parametrize("command", ["pretrain", "prepare"])

@@ -28,7 +28,7 @@ from .factory import (
     refuse_code,
 )
 from .fingerprint import differs, fingerprint_of
-from .hub import hub_config, is_card, on_hub, place_of
+from .hub import HUB, hub_config, is_card, on_hub, place_of
 from .state_dict import (
     GIVE_RUN,
     ONNX,
@@ -159,7 +159,8 @@ def read_card(weights: Path, from_hub: bool = False) -> BackboneCard:
     """The card next to a weights file; for a checkpoint, that of its run."""
     path = card_path(weights)
     if not path.is_file():
-        tip = "put the card there, or load the file into your network: load_weights(net, path)"
+        tip = f"put the card there, name a library's model with it, as in timm/NAME={weights}, or "
+        tip += "load the file into your network: load_weights(net, path)"
         hint = GIVE_RUN if weights.suffix == ONNX or (weights.parent / CARD).is_file() else tip
         raise ValueError(
             f"{weights} has no card {path.name} next to it to say which network it is of; {hint}"
@@ -267,18 +268,15 @@ def card_of(learner: PixelCL, model: str, **fields: Any) -> BackboneCard:
         "instance_layer": encoder.instance_hook.name,
     }
     if normalise is not None:
-        known |= {"mean": seven_digits(normalise.mean), "std": seven_digits(normalise.std)}
+        values = {name: getattr(normalise, name).flatten().tolist() for name in ("mean", "std")}
+        # Float32 values as they were given: 0.485, not 0.48500001.
+        known |= {name: [float(f"{value:.7g}") for value in many] for name, many in values.items()}
     elif not {"mean", "std"} <= fields.keys():
         raise ValueError(
             "the learner's augment_fn normalises by itself, and its mean and std are not known; "
             "give both to card_of, for values in [0, 1]"
         )
     return BackboneCard(**(known | fields))
-
-
-def seven_digits(values: Tensor) -> tuple[float, ...]:
-    """Float32 values as they were given: 0.485, not 0.48500001."""
-    return tuple(float(f"{value:.7g}") for value in values.flatten().tolist())
 
 
 def clean_state_dict(net: nn.Module) -> dict[str, Tensor]:
@@ -331,8 +329,9 @@ def read_backbone(
         source: A run directory (for an unfinished run, its last checkpoint), a checkpoint in one, a
             weights file with its card next to it (`save_backbone`, `save_card`, `export`), such a
             file on the Hub (``hf://OWNER/NAME[/FILE]``), ``torchvision/NAME``, ``timm/NAME`` or
-            ``hf://OWNER/NAME`` for the weights of a library or repository, or ``random:MODEL`` for
-            random ones.
+            ``hf://OWNER/NAME`` for the weights of a library or repository, ``timm/NAME=FILE`` or
+            ``torchvision/NAME=FILE`` for those of a file without a card, fed as the library's own,
+            or ``random:MODEL`` for random ones.
         channels: Channels of the images. Pretrained and random backbones are built for them
             (default: 3); a file's must match.
         image_size: ``(height, width)`` of the images, for networks with a fixed input size.
@@ -348,9 +347,7 @@ def read_backbone(
     ('layer4', 'avgpool')
     """
     if not is_file(source):
-        name = str(source)
-        pretrained = not name.startswith("random:")
-        return from_library(name.removeprefix("random:"), channels, image_size, pretrained)
+        return from_library(str(source), channels, image_size)
     path = find_weights(source)
     card = read_card(path, on_hub(source))
     if channels is not None and channels != card.channels:
@@ -396,11 +393,11 @@ def is_file(source: str | Path) -> bool:
     return not name.startswith(("torchvision/", "timm/")) or Path(name).exists()
 
 
-def from_library(
-    model: str, channels: int | None, image_size: tuple[int, int] | None, pretrained: bool
-) -> Loaded:
-    """A backbone without a file, and the card it would have."""
-    channels = 3 if channels is None else channels
+def from_library(name: str, channels: int | None, image_size: tuple[int, int] | None) -> Loaded:
+    """A backbone without a card, and the one it would have."""
+    model, _, file = (name, "", "") if name.startswith((HUB, "random:")) else name.partition("=")
+    model = model.removeprefix("random:")
+    pretrained, channels = model == name, 3 if channels is None else channels
     size = image_size or default_image_size(model) or (224, 224)
     net = build_backbone(model, channels=channels, image_size=size, pretrained=pretrained)
     pixel, instance = default_layers(FeatureInfo(net, channels, size))
@@ -413,7 +410,11 @@ def from_library(
         std=std,
         pixel_layer=pixel,
         instance_layer=instance,
-        start="pretrained" if pretrained else "random",
+        start="pretrained" if pretrained else file or "random",
         config=hub_config(model) if on_hub(model) else None,
     )
-    return Loaded(net, card, None)
+    if not file:
+        return Loaded(net, card, None)
+    report = load_matching(net, read_state_dict(find_weights(file)), file)
+    tell(report, file, model)
+    return Loaded(net, card, report)

@@ -248,8 +248,8 @@ def load_matching(net: nn.Module, tensors: Mapping[str, Tensor], source: str) ->
         )
     if wrong := [name for name in matched if given[name].float().isnan().any()]:
         raise ValueError(
-            f"{source} holds NaN in {len(wrong)} of {len(matched)} tensors ({', '.join(wrong[:3])}), "
-            "as after a run that diverged; give an earlier checkpoint"
+            f"{source} holds NaN in {len(wrong)} of {len(matched)} tensors "
+            f"({', '.join(wrong[:3])}), as after a run that diverged; give an earlier checkpoint"
         )
     load_state(net, {name: given[name] for name in matched}, strict=False)
     return KeyReport(

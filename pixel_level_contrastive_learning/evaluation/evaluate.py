@@ -53,7 +53,8 @@ def evaluate(
 
     Args:
         weights: One or more of: a run directory, a file of `save_backbone` or `export`,
-            ``torchvision/NAME``, ``timm/NAME``, ``hf://OWNER/NAME`` or ``random:MODEL``.
+            ``torchvision/NAME[=FILE]``, ``timm/NAME[=FILE]``, ``hf://OWNER/NAME`` or
+            ``random:MODEL``, see `read_backbone`.
         data: Folder with ``images/{train,val}`` and ``masks/{train,val}``, see `open_labelled`.
         images: Unlabelled images instead, preferably not used for training.
         protocol: One or more; the results of the first are summed up in words. ``linear`` fits a

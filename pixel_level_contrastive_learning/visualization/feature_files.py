@@ -209,8 +209,8 @@ def features(
     read again, as is everything in a folder written by a version that did not record these.
 
     Args:
-        weights: A run, a file of `save_backbone` or `export`, ``torchvision/NAME``, ``timm/NAME``,
-            ``hf://OWNER/NAME`` or ``random:MODEL``.
+        weights: A run, a file of `save_backbone` or `export`, ``torchvision/NAME[=FILE]``,
+            ``timm/NAME[=FILE]``, ``hf://OWNER/NAME`` or ``random:MODEL``, see `read_backbone`.
         images: A folder, a list of paths and so on, as for `pretrain`.
         out: Folder for the files: new, empty, or that of an earlier call with the same settings.
         layer: The layer. Default: the trained one, else the deepest map.

@@ -107,12 +107,33 @@ def test_a_wrong_card_is_refused(text, complaint, tmp_path) -> None:
 
 
 def test_a_missing_card_says_what_to_do(tmp_path) -> None:
+    path = tmp_path / "net.pth"
     with pytest.raises(ValueError) as error:
-        read_card(tmp_path / "net.pth")
+        read_card(path)
     assert str(error.value) == (
-        f"{tmp_path / 'net.pth'} has no card net.json next to it to say which network it is of; "
-        "put the card there, or load the file into your network: load_weights(net, path)"
+        f"{path} has no card net.json next to it to say which network it is of; "
+        f"put the card there, name a library's model with it, as in timm/NAME={path}, or load "
+        "the file into your network: load_weights(net, path)"
     )
+
+
+def test_a_file_without_a_card_is_read_as_weights_of_the_model_named_before_it(tmp_path) -> None:
+    net = build_backbone(MODEL)
+    state = {f"module.encoder.{name}": value for name, value in net.state_dict().items()}
+    torch.save({"epoch": 3, "state_dict": state}, tmp_path / "moco=1.pth")
+    source = f"timm/test_resnet={tmp_path / 'moco=1.pth'}"
+    read, card, report = read_backbone(source)
+    assert same(read.state_dict(), net.state_dict())
+    assert report is not None
+    assert report.complete
+    assert (card.model, card.start) == ("timm/test_resnet", str(tmp_path / "moco=1.pth"))
+    assert replace(card, start="random") == read_backbone("random:timm/test_resnet").card
+    wide = read_backbone(source, channels=5)
+    assert (wide.card.channels, wide.net.conv1[0].in_channels) == (5, 5)
+    with pytest.raises(ValueError, match=r"missing\.pth"):
+        read_backbone(f"timm/test_resnet={tmp_path / 'missing.pth'}")
+    with pytest.raises(ValueError, match="timm has no such network"):
+        read_backbone(f"random:{source}")
 
 
 def test_files_that_an_export_wrote_into_a_run_name_the_run(net, tmp_path) -> None:
