@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from bisect import bisect_right
-from codecs import BOM_UTF8
+from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Iterable, Sequence, Sized
 from contextlib import suppress
 from functools import partial
@@ -376,6 +376,8 @@ def read_list(path: Path) -> list[str]:
         content = read_bytes(str(path)).removeprefix(BOM_UTF8)
     except ImageError as error:
         raise ValueError(f"data is {str(path)!r}, which cannot be read: {error}") from error
+    if content.startswith((BOM_UTF16_LE, BOM_UTF16_BE)):  # as PowerShell writes it
+        content = content.decode("utf-16", "replace").encode()
     if b"\0" in content:
         raise ValueError(
             f"data is {str(path)!r}, which is neither an image by its ending nor a text file of "

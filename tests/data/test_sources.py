@@ -97,10 +97,11 @@ def test_a_name_that_is_no_text_can_be_read(tmp_path) -> None:
     assert values(open_source(tmp_path)) == [7]
 
 
-def test_a_list_names_paths_beside_it(tmp_path) -> None:
-    paint(tmp_path / "images" / "a.png", 1)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])  # the second as PowerShell writes
+def test_a_list_names_paths_beside_it(tmp_path, encoding) -> None:
+    paint(tmp_path / "images" / "ä.png", 1)
     other = paint(tmp_path / "b.png", 2)
-    (tmp_path / "list.txt").write_text(f"images/a.png\n\n {other} \n", encoding="utf-8")
+    (tmp_path / "list.txt").write_text(f"images/ä.png\n\n {other} \n", encoding=encoding)
     assert values(open_source(tmp_path / "list.txt")) == [1, 2]
 
 
