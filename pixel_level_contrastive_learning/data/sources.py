@@ -377,7 +377,8 @@ def read_list(path: Path) -> list[str]:
     except ImageError as error:
         raise ValueError(f"data is {str(path)!r}, which cannot be read: {error}") from error
     if content.startswith((BOM_UTF16_LE, BOM_UTF16_BE)):  # as PowerShell writes it
-        content = content.decode("utf-16", "replace").encode()
+        with suppress(UnicodeDecodeError):
+            content = content.decode("utf-16").encode()
     if b"\0" in content:
         raise ValueError(
             f"data is {str(path)!r}, which is neither an image by its ending nor a text file of "
