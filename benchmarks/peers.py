@@ -1,7 +1,7 @@
 """Pretraining with other packages, run by the interpreter of their own environment.
 
-PEER/bin/python benchmarks/peers.py published IMAGES --out net.pt --steps 500 --seed 0
-PEER/bin/python benchmarks/peers.py densecl IMAGES --out net.pt --steps 500 --seed 0
+PEER/bin/python benchmarks/peers.py published IMAGES [MORE] --out net.pt --steps 500 --seed 0
+PEER/bin/python benchmarks/peers.py densecl IMAGES [MORE] --out net.pt --steps 500 --seed 0
 
 published  pixel-level-contrastive-learning 0.1.1 with its own views, colour and losses; its layers
            are named, since its default pixel layer gives no map

@@ -268,9 +268,9 @@ def card_of(learner: PixelCL, model: str, **fields: Any) -> BackboneCard:
         "instance_layer": encoder.instance_hook.name,
     }
     if normalise is not None:
-        values = {name: getattr(normalise, name).flatten().tolist() for name in ("mean", "std")}
-        # Float32 values as they were given: 0.485, not 0.48500001.
-        known |= {name: [float(f"{value:.7g}") for value in many] for name, many in values.items()}
+        for name in ("mean", "std"):  # float32 values as they were given: 0.485, not 0.48500001
+            values = getattr(normalise, name).flatten().tolist()
+            known[name] = tuple(float(f"{value:.7g}") for value in values)
     elif not {"mean", "std"} <= fields.keys():
         raise ValueError(
             "the learner's augment_fn normalises by itself, and its mean and std are not known; "

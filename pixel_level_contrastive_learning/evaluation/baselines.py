@@ -68,8 +68,7 @@ def line_up(
     started from where they did not start from such; last those that were asked for.
 
     Args:
-        weights: Each a run directory, a file, and so on, as for
-            `read_backbone`.
+        weights: Each a run directory, a file, and so on, as for `read_backbone`.
         source: The images. Weights without a run are built for their channels, and scale 16-bit
             and float values by what is found in them.
         layers: The layers that are read of each; default: the trained or deepest one.
